@@ -1,0 +1,1 @@
+"""ExPO post-training on fused kernels."""

@@ -1,0 +1,136 @@
+"""Causal attention inside each segment of a pack, and from a segment to its ancestors.
+
+A pack is a row of N tokens cut into segments. A segment may continue another one, its parent: the
+samples of a group continue their question, the questions of a batch continue the worked examples.
+What segments share is then computed once, forward and backward, and every segment still attends to
+exactly the tokens that it would see if its whole sequence stood alone.
+"""
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What attention needs to know of the layer that calls it."""
+
+    index: int
+    scale: float  # 1 / sqrt(head_dim)
+    window: int | None  # a token sees this many tokens, itself included; None: all before it
+
+
+class PackedAttention:
+    """Attention of one packed forward; called once a layer.
+
+    cu_seqlens: (S+1,) int32, the segments' borders in the pack.
+    parents: (S,) the segment that each one continues, an earlier one, or -1. None: every segment
+    stands alone.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, parents: Tensor | None = None):
+        self.borders = cu_seqlens.tolist()
+        self.cu_seqlens = cu_seqlens
+        self.chains = _chains(len(self.borders) - 1, parents)
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, Dh), k and v (N, Hkv, Dh) -> (N, H, Dh)."""
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self._varlen(layer, q, k, v)
+        return torch.cat([self._segment(layer, s, q, k, v) for s in range(len(self.chains))])
+
+    def _segment(self, layer: Layer, s: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = slice(self.borders[s], self.borders[s + 1])
+        spans = [slice(self.borders[a], self.borders[a + 1]) for a in self.chains[s]]
+        keys, values = (
+            torch.cat([x[span] for span in spans]) if len(spans) > 1 else x[rows] for x in (k, v)
+        )
+        n_queries, n_keys = rows.stop - rows.start, len(keys)
+        causal = n_queries == n_keys and (layer.window is None or layer.window >= n_keys)
+        out = F.scaled_dot_product_attention(
+            q[rows].transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=None if causal else self._mask(n_queries, n_keys, layer.window, q.device),
+            is_causal=causal,
+            scale=layer.scale,
+            enable_gqa=True,
+        )
+        return out[0].transpose(0, 1)
+
+    def _mask(self, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
+        """(n_queries, n_keys) bool, True where a query sees a key; the last query sees the last key."""
+        key = (n_queries, n_keys, window)
+        if key not in self._masks:
+            mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+            mask = mask.tril(n_keys - n_queries)
+            if window is not None:
+                mask = mask.triu(n_keys - n_queries - window + 1)
+            self._masks[key] = mask
+        return self._masks[key]
+
+    def _varlen(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """flash-attn where it is installed, else torch's varlen_attn; both align at the last key."""
+        keys = self._keys
+        k, v = k[keys.rows], v[keys.rows]
+        lengths = (self.cu_seqlens, keys.cu_seqlens, keys.max_queries, keys.max_keys)
+        left = -1 if layer.window is None else layer.window - 1
+        if _has_flash_attn():
+            from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+            exact = torch.are_deterministic_algorithms_enabled()
+            window = (left, 0 if layer.window else -1)
+            return flash_attn_varlen_func(
+                *(q, k, v, *lengths),
+                softmax_scale=layer.scale,
+                causal=True,
+                window_size=window,
+                deterministic=exact,
+            )
+        from torch.nn.attention.varlen import varlen_attn
+
+        group = q.shape[1] // k.shape[1]  # torch 2.11 has no enable_gqa
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out = varlen_attn(q, k, v, *lengths, scale=layer.scale, window_size=(left, 0))
+        assert isinstance(out, Tensor)
+        return out
+
+    @cached_property
+    def _keys(self) -> "_Keys":
+        spans = [[range(*self.borders[a : a + 2]) for a in chain] for chain in self.chains]
+        lengths = [sum(map(len, chain)) for chain in spans]
+        device = self.cu_seqlens.device
+        return _Keys(
+            rows=torch.tensor([t for chain in spans for r in chain for t in r], device=device),
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            max_queries=max(b - a for a, b in pairwise(self.borders)),
+            max_keys=max(lengths),
+        )
+
+
+@dataclass(frozen=True)
+class _Keys:
+    rows: Tensor  # (Nk,) the pack's tokens that each segment attends to, segment after segment
+    cu_seqlens: Tensor  # (S+1,) int32, borders of the segments in `rows`
+    max_queries: int
+    max_keys: int
+
+
+@cache
+def _has_flash_attn() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def _chains(n_segments: int, parents: Tensor | None) -> list[list[int]]:
+    """For each segment its ancestors from the root on, itself last."""
+    chains: list[list[int]] = []
+    for s, parent in enumerate([-1] * n_segments if parents is None else parents.tolist()):
+        assert parent < s, f"segment {s} continues segment {parent}, which does not come before it"
+        chains.append([*(chains[parent] if parent >= 0 else []), s])
+    return chains
