@@ -1,0 +1,310 @@
+"""Every update is judged by torch's AdamW to the bit, or by AdamW written out in fp64."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from expo_fast.optim import Optimizer, learning_rate
+
+ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def small_model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).to(dtype)
+
+
+def optimizer_of(model):
+    return Optimizer(model.named_parameters(), **ADAM)
+
+
+def give(parameter, gradient):
+    """Make `gradient` the gradient of one backward()."""
+    (parameter * gradient).sum().backward()
+
+
+def train(model, optimizer, steps, max_grad_norm=1.0):
+    reports = []
+    for step in steps:
+        x = torch.randn(11, 5, generator=torch.Generator().manual_seed(step))
+        model(x.to(next(model.parameters()).dtype)).float().square().sum().backward()
+        reports.append(optimizer.step(1e-2 / (step + 1), max_grad_norm))
+    return reports
+
+
+def bits(model, optimizer):
+    tensors, values = optimizer.state_dict()
+    everything = dict(model.state_dict()) | tensors
+    return {key: t.clone() for key, t in everything.items()}, json.dumps(values)
+
+
+def assert_same_bits(a, b):
+    assert a[1] == b[1]
+    assert a[0].keys() == b[0].keys()
+    for key in a[0]:
+        assert torch.equal(a[0][key], b[0][key]), key
+
+
+def test_fp32_equals_torch_adamw_to_the_bit():
+    model = small_model()
+    other = copy.deepcopy(model)
+    groups = [
+        {"params": [p for p in other.parameters() if p.ndim > 1]},
+        {"params": [p for p in other.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, fused=True, **ADAM)
+    ours = optimizer_of(model)
+    for step in range(10):
+        x = torch.randn(11, 5, generator=torch.Generator().manual_seed(step))
+        for net in (model, other):
+            net(x).square().sum().backward()
+        theirs.step()
+        theirs.zero_grad()
+        ours.step(1e-2, math.inf)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+            assert p.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_adamw_written_out_in_fp64(dtype):
+    """Clipping, decay of matrices alone, the bf16 copy and the reported norms, over 20 updates."""
+    g = torch.Generator().manual_seed(1)
+    parameters = {
+        "matrix": nn.Parameter(torch.randn(64, 33, generator=g).to(dtype)),
+        "vector": nn.Parameter(torch.randn(33, generator=g).to(dtype)),
+    }
+    optimizer = Optimizer(parameters.items(), **ADAM)
+    truth = {name: p.detach().double() for name, p in parameters.items()}
+    m = {name: torch.zeros_like(w) for name, w in truth.items()}
+    v = {name: torch.zeros_like(w) for name, w in truth.items()}
+    for t in range(1, 21):
+        lr, gradients = 1e-2 / t, {}
+        for name, p in parameters.items():
+            gradients[name] = torch.randn(p.shape, generator=g).to(dtype)
+            give(p, gradients[name])
+        report = optimizer.step(lr, max_grad_norm=5.0)
+        norm = math.sqrt(sum(float(x.double().square().sum()) for x in gradients.values()))
+        change = 0.0
+        for name, w in truth.items():
+            x = gradients[name].double() * min(1.0, 5.0 / norm)
+            m[name] = 0.9 * m[name] + 0.1 * x
+            v[name] = 0.95 * v[name] + 0.05 * x.square()
+            adam = m[name] / (1 - 0.9**t) / ((v[name] / (1 - 0.95**t)).sqrt() + 1e-8)
+            truth[name] = w - lr * (adam + (0.1 * w if name == "matrix" else 0.0))
+            change += float((truth[name] - w).square().sum())
+        assert report.applied
+        assert report.grad_norm == pytest.approx(norm, rel=1e-12)
+        assert report.update_norm == pytest.approx(math.sqrt(change), rel=1e-5)
+    tensors, _ = optimizer.state_dict()
+    for name, p in parameters.items():
+        master = p if dtype == torch.float32 else tensors[f"{name}.master"]
+        assert float((master.detach().double() - truth[name]).abs().max()) < 3e-6
+        assert torch.equal(p, master.to(dtype))
+
+
+def test_update_norm_is_what_the_weights_moved():
+    model = small_model()
+    optimizer = optimizer_of(model)
+    before = [p.detach().double() for p in model.parameters()]
+    (report,) = train(model, optimizer, [0])
+    after = [p.detach().double() for p in model.parameters()]
+    moved = math.sqrt(
+        sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
+    )
+    assert report.update_norm == pytest.approx(moved, rel=1e-5)
+
+
+def test_updates_of_1e_6_are_not_lost_in_bf16():
+    parameter = nn.Parameter(torch.full((64,), 0.1, dtype=torch.bfloat16))
+    address = parameter.data_ptr()
+    optimizer = Optimizer([("w", parameter)], **ADAM)
+    start = parameter.detach().double()
+    for _ in range(1000):
+        give(parameter, torch.ones(64, dtype=torch.bfloat16))
+        optimizer.step(1e-6, math.inf)
+    moved = (start - optimizer.state_dict()[0]["w.master"].double()).mean().item()
+    assert moved == pytest.approx(1e-3, rel=5e-3)  # lr a step, rounded to the 7e-9 of fp32
+    assert (start - parameter.double()).mean().item() == pytest.approx(1e-3, abs=2.5e-4)  # half ulp
+    assert parameter.data_ptr() == address
+
+
+def test_256_micro_batches_sum_as_in_fp64():
+    g = torch.Generator().manual_seed(2)
+    parameter = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    optimizer = Optimizer([("w", parameter)], **ADAM)
+    truth = torch.zeros(1000, dtype=torch.float64)
+    in_bf16 = torch.zeros(1000, dtype=torch.bfloat16)
+    for _ in range(256):
+        gradient = (torch.rand(1000, generator=g) + 0.5).bfloat16()
+        give(parameter, gradient)
+        truth += gradient.double()
+        in_bf16 += gradient
+    optimizer.step(0.0, math.inf)
+    summed = optimizer.state_dict()[0]["w.exp_avg"].double() / (1 - 0.9)  # the first m is 0.1 g
+    assert float((summed / truth - 1).abs().max()) < 1e-6
+    assert float((in_bf16.double() / truth - 1).abs().max()) > 1e-2  # what the fp32 sum is for
+
+
+def test_norm_is_exact_where_fp32_is_not():
+    parameter = nn.Parameter(torch.zeros(5_000_000))
+    optimizer = Optimizer([("w", parameter)], **ADAM)
+    give(parameter, torch.full_like(parameter, 1e-25))  # its square underflows fp32
+    assert optimizer.grad_norm() == pytest.approx(1e-25 * math.sqrt(5e6), rel=1e-6)
+    optimizer.zero_grad()
+    give(parameter, torch.full_like(parameter, 1e25))  # and here it overflows
+    report = optimizer.step(0.0, 1.0)
+    assert report.grad_norm == pytest.approx(1e25 * math.sqrt(5e6), rel=1e-6)
+    assert report.applied
+
+
+def test_mark_separates_two_terms_and_changes_no_sum():
+    g = torch.Generator().manual_seed(3)
+    parameters = {name: nn.Parameter(torch.zeros(50)) for name in ("both", "first", "second")}
+    optimizer = Optimizer(parameters.items(), **ADAM)
+    draws = {name: torch.randn(4, 50, generator=g) for name in parameters}
+    for i in (0, 1):
+        for name in ("both", "first"):
+            give(parameters[name], draws[name][i])
+    optimizer.mark()
+    for i in (2, 3):
+        for name in ("both", "second"):
+            give(parameters[name], draws[name][i])
+
+    def norm(*terms):
+        return math.sqrt(sum(float(t.double().sum(0).square().sum()) for t in terms))
+
+    before, after = optimizer.norms_since_mark()
+    assert before == pytest.approx(norm(draws["both"][:2], draws["first"][:2]), rel=1e-6)
+    assert after == pytest.approx(norm(draws["both"][2:], draws["second"][2:]), rel=1e-6)
+    total = norm(draws["both"], draws["first"][:2], draws["second"][2:])
+    assert optimizer.grad_norm() == pytest.approx(total, rel=1e-6)
+    assert optimizer.step(1e-3, math.inf).grad_norm == pytest.approx(total, rel=1e-6)
+    assert optimizer.norms_since_mark() == (0.0, 0.0)
+
+
+def test_mark_before_any_gradient_takes_no_second_buffer():
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = Optimizer([("w", parameter)], **ADAM)
+    optimizer.mark()
+    give(parameter, torch.full((4,), 3.0))
+    assert optimizer.norms_since_mark() == (0.0, 6.0)
+    optimizer.step(1e-3, 1.0)
+    assert len(optimizer._spare["w"]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_non_finite_gradient_changes_no_bit(dtype, poison):
+    model = small_model(dtype)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    weights, values = bits(model, optimizer)
+    gradient = torch.zeros(3, dtype=dtype)
+    gradient[1] = poison
+    for k in (1, 2):
+        give(model[2].bias, gradient)
+        report = optimizer.step(1e-2, 1.0)
+        assert not report.applied
+        assert not math.isfinite(report.grad_norm)
+        assert report.update_norm == 0.0
+        assert (optimizer.skipped, optimizer.skipped_in_a_row) == (k, k)
+    values = json.dumps(json.loads(values) | {"skipped": 2, "skipped_in_a_row": 2})
+    assert_same_bits(bits(model, optimizer), (weights, values))
+    (report,) = train(model, optimizer, [3])  # the poison is forgotten
+    assert report.applied
+    assert (optimizer.skipped, optimizer.skipped_in_a_row) == (2, 0)
+
+
+def test_no_gradient_and_a_zero_gradient_do_not_move_the_optimizer():
+    model = small_model()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))  # moments are not zero: a step would move weights
+    before = bits(model, optimizer)
+    report = optimizer.step(1e-2, 1.0)
+    assert (report.grad_norm, report.update_norm, report.applied) == (0.0, 0.0, False)
+    for parameter in model.parameters():
+        give(parameter, torch.zeros_like(parameter))
+    assert not optimizer.step(1e-2, 1.0).applied
+    assert_same_bits(bits(model, optimizer), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restored_run_equals_the_uninterrupted_one_to_the_bit(dtype):
+    model = small_model(dtype)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(4))
+    (tensors, values), weights = optimizer.state_dict(), model.state_dict()
+    tensors = {key: t.clone() for key, t in tensors.items()}
+    weights = {key: w.clone() for key, w in weights.items()}
+    values = json.loads(json.dumps(values))
+    straight = train(model, optimizer, range(4, 9))
+
+    resumed = small_model(dtype, seed=99)
+    fresh = optimizer_of(resumed)
+    train(resumed, fresh, range(2))  # whatever it held before is gone
+    if dtype == torch.float32:
+        resumed.load_state_dict(weights)
+    else:
+        assert weights.keys() == {key.removesuffix(".master") for key in tensors if "master" in key}
+    fresh.load_state_dict(tensors, values)
+    for key, weight in resumed.state_dict().items():
+        assert torch.equal(weight, weights[key])
+    assert train(resumed, fresh, range(4, 9)) == straight
+    assert_same_bits(bits(resumed, fresh), bits(model, optimizer))
+
+
+def test_state_of_another_model_is_refused_before_anything_changes():
+    model = small_model(torch.bfloat16)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    before = bits(model, optimizer)
+    tensors, values = optimizer.state_dict()
+    missing = {key: t for key, t in tensors.items() if key != "0.weight.master"}
+    with pytest.raises(ValueError, match=r"0\.weight\.master is not in the state"):
+        optimizer.load_state_dict(missing, values)
+    with pytest.raises(ValueError, match=r"extra\.exp_avg is not in the model"):
+        optimizer.load_state_dict(tensors | {"extra.exp_avg": torch.zeros(1)}, values)
+    with pytest.raises(ValueError, match=r"2\.bias\.exp_avg is torch\.float32 \(1,\)"):
+        optimizer.load_state_dict(tensors | {"2.bias.exp_avg": torch.zeros(1)}, values)
+    assert_same_bits(bits(model, optimizer), before)
+
+
+def test_frozen_parameters_stay_and_wrong_ones_are_named():
+    model = small_model()
+    model.get_submodule("0").requires_grad_(False)
+    frozen = model.state_dict()["0.weight"].clone()
+    train(model, optimizer_of(model), range(2))
+    assert torch.equal(model.state_dict()["0.weight"], frozen)
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.float16"):
+        optimizer_of(small_model(torch.float16))
+    with pytest.raises(ValueError, match="nothing to train"):
+        optimizer_of(model.requires_grad_(False))
+
+
+def test_learning_rate():
+    def rates(schedule, final_fraction=0.0, warmup_steps=4):
+        return [
+            learning_rate(
+                step,
+                peak=2.0,
+                warmup_steps=warmup_steps,
+                total_steps=12,
+                schedule=schedule,
+                final_fraction=final_fraction,
+            )
+            for step in range(14)
+        ]
+
+    warmup = [0.5, 1.0, 1.5, 2.0]
+    assert rates("constant") == warmup + [2.0] * 10
+    assert rates("linear") == warmup + [2.0 * (8 - k) / 8 for k in range(8)] + [0.0, 0.0]
+    cosine = [0.2 + 1.8 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert rates("cosine", 0.1) == pytest.approx(warmup + cosine + [0.2, 0.2], rel=1e-12)
+    assert rates("linear", warmup_steps=0)[:2] == [2.0, 2.0 * 11 / 12]
+    with pytest.raises(ValueError, match=r"schedule='sine': use one of constant, linear, cosine"):
+        rates("sine")
