@@ -1,0 +1,243 @@
+"""What is logged is what happened, once; no log costs a run its life or a terminal its state."""
+
+import io
+import json
+import math
+import resource
+import shutil
+import sys
+import warnings
+
+import pytest
+import torch
+
+from expo_fast.log import Phases, RunLog
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def quiet_log(run_dir, **options):
+    options = {"total_steps": 10, "console": "quiet", "tensorboard": False} | options
+    return RunLog(run_dir, **options)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def lines(stream):
+    return stream.getvalue().splitlines()
+
+
+def test_rows_are_plain_json_and_what_is_not_finite_is_null(tmp_path):
+    with quiet_log(tmp_path) as log:
+        log.write_step({"step": 1, "kl": math.nan, "a": [math.inf, {"b": -math.inf}], "none": None})
+        log.write_step({"step": 2, "reward": torch.tensor(0.5), "n": torch.tensor(3), "x": 1e-300})
+        log.write_evaluation({"step": 2, "pass@1": 0.25, "levels": {2: math.nan}})
+        log.write_completions(2, [{"prompt": "q", "completion": "\u2028\ud800\n", "reward": None}])
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "kl": None, "a": [None, {"b": None}], "none": None},
+        {"step": 2, "reward": 0.5, "n": 3, "x": 1e-300},
+    ]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    (evaluation,) = read(tmp_path / "evaluations.jsonl")
+    assert evaluation == {"step": 2, "pass@1": 0.25, "levels": {"2": None}}
+    (said,) = (tmp_path / "completions/step-2.jsonl").read_bytes().splitlines()
+    assert json.loads(said)["completion"] == "\u2028\ud800\n"
+
+
+def test_truncation_cuts_later_steps_and_mends_torn_lines(tmp_path):
+    with quiet_log(tmp_path) as log:
+        for step in range(1, 7):
+            log.write_step({"step": step, "reward": step / 10})
+            log.write_completions(step, [{"completion": "c"}])
+        for step in (0, 3, 6):
+            log.write_evaluation({"step": step, "pass@1": 0.5})
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole[: whole.index(b'{"step": 2')] + b'{"step": 9, "re\n' + whole[-150:])
+    with open(tmp_path / "evaluations.jsonl", "ab") as file:
+        file.write(b'{"step": 7, "pass')
+    log = quiet_log(tmp_path)
+    assert log.cursor() == {"metrics.jsonl": 6, "evaluations.jsonl": 6}
+    metrics.write_bytes(whole + b'{"step": 4, "rew')
+    log.truncate_to(4)
+    assert log.cursor() == {"metrics.jsonl": 4, "evaluations.jsonl": 3}
+    assert metrics.read_bytes() == whole[: whole.index(b'{"step": 5')]
+    names = {path.name for path in (tmp_path / "completions").iterdir()}
+    assert names == {f"step-{step}.jsonl" for step in range(1, 5)}
+    log.write_step({"step": 5, "reward": 0.5})
+    log.write_evaluation({"step": 5, "pass@1": 1.0})
+    assert [row["step"] for row in read(metrics)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in read(tmp_path / "evaluations.jsonl")] == [0, 3, 5]
+
+
+def test_truncation_ends_a_whole_last_row_that_lacks_its_newline(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
+    log = quiet_log(tmp_path)
+    log.truncate_to(2)
+    log.write_step({"step": 3})
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert quiet_log(tmp_path / "fresh").cursor() == {
+        "metrics.jsonl": None,
+        "evaluations.jsonl": None,
+    }
+
+
+def test_a_deleted_directory_is_said_once_and_costs_nothing(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    log = quiet_log(run_dir)
+    log.write_step({"step": 1})
+    shutil.rmtree(run_dir)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl of .*run could not be written") as seen:
+        for step in (2, 3, 4):
+            log.write_step({"step": step})
+    assert len(seen) == 1
+    run_dir.mkdir()
+    log.write_step({"step": 5})
+    assert read(run_dir / "metrics.jsonl") == [{"step": 5}]
+
+
+def test_a_full_disk_leaves_no_half_row(tmp_path):
+    log = quiet_log(tmp_path)
+    row = {"step": 1, "text": "x" * 70}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a row fits in part, then none
+    try:
+        with pytest.warns(UserWarning, match=r"metrics\.jsonl of .* could not be written") as seen:
+            for step in range(1, 30):
+                log.write_step(row | {"step": step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(seen) == 1
+    log.write_step(row | {"step": 30})
+    steps = [row["step"] for row in read(tmp_path / "metrics.jsonl")]
+    assert steps == [*range(1, 11), 30]
+
+
+def test_a_closed_console_costs_nothing(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    log = quiet_log(tmp_path, console="plain", stream=Closed())
+    with pytest.warns(UserWarning, match=r"console of .* could not be written .*Broken pipe"):
+        for step in (1, 2):
+            log.write_step({"step": step})
+    assert len(read(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_plain_console_is_one_line_a_step(tmp_path):
+    stream = io.StringIO()
+    with quiet_log(tmp_path, console="auto", stream=stream) as log:
+        log.write_step(
+            {"step": 1, "reward": 0.25, "kl": None, "time/generate": 2.0, "num_tokens": 5}
+        )
+        log.write_step({"step": 2, "reward": 0.125, "exp/rate": 0.75, "time/generate": 1.5})
+        log.write_evaluation({"step": 2, "pass@1": 0.5, "levels": {"2": 0.5}})
+        log.write_completions(2, [{"completion": "unseen"}])
+    first, second, third = lines(stream)
+    assert first.startswith("step 1/10  reward 0.25  kl -  tok/s -  2.0 s  left 0:00:0")
+    assert second.startswith("step 2/10  reward 0.125  exp 0.75  tok/s -  1.5 s  left 0:00:0")
+    assert third == "evaluation: step 2  pass@1 0.5"
+
+
+HOSTILE = "[red]markup[/red] [/nope] \x1b[2J\x1b]0;title\x07 \x9b31m \u202eevil\nline\r\x00"
+
+
+def test_live_panel_shows_the_metrics_and_defuses_model_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with quiet_log(tmp_path, console="auto", stream=stream) as log:
+        log.write_step({"step": 1, "num_tokens": 0})
+        log.write_completions(
+            3, [{"prompt": "p " * 300 + "[bold]tail", "completion": HOSTILE, "reward": 1.0}]
+        )
+        log.note(f"note {HOSTILE}")
+        log.write_step(
+            {
+                "step": 3,
+                "reward": 0.4375,
+                "frac_reward_zero_std": 0.625,
+                "exp/rate": 0.8125,
+                "grad_norm/exp_sft": 0.0123,
+                "learning_rate": 2e-5,
+                "num_tokens": 1_000_000,
+                "time/generate": 12.5,
+            }
+        )
+    screen = stream.getvalue()
+    final = screen[screen.rindex("step 3/10") :]
+    for text in ("reward 0.438", "frac_reward_zero_std 0.625", "rate 0.812", "exp_sft 0.0123"):
+        assert text in final
+    assert "learning_rate 2e-05" in final
+    assert "generate 12.5" in final
+    assert "tokens/s" in final
+    assert "[bold]tail" in final  # the question's end, unread as markup
+    assert "[red]markup[/red] [/nope] \\x1b[2J\\x1b]0;title\\x07" in final
+    assert "note [red]markup[/red] [/nope] \\x1b[2J" in screen
+    for forbidden in ("\x1b[2J", "\x1b]0", "\x07", "\x9b", "\u202e", "\x00"):
+        assert forbidden not in screen
+
+
+def test_tokens_per_second_and_time_left(tmp_path, monkeypatch):
+    now = iter([100.0, 104.0, 106.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    stream = io.StringIO()
+    log = quiet_log(tmp_path, console="plain", stream=stream, total_steps=1000)
+    log.write_step({"step": 500, "num_tokens": 7000})  # a resumed run: no speed from one row
+    log.write_step({"step": 501, "num_tokens": 7500})
+    assert lines(stream)[0] == "step 500/1000  tok/s -  0.0 s  left 0:33:20"  # 500 steps of 4 s
+    assert lines(stream)[1] == "step 501/1000  tok/s 250  0.0 s  left 0:24:57"  # 499 steps of 3 s
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_has_the_scalars_and_forgets_what_a_resume_rewrites(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with quiet_log(tmp_path, tensorboard=True) as log:
+        for step in (1, 2, 3):
+            log.write_step({"step": step, "reward": step / 8, "kl": None})
+    with quiet_log(tmp_path, tensorboard=True) as log:
+        log.truncate_to(1)
+        log.write_step({"step": 2, "reward": 0.75})
+        log.write_evaluation({"step": 2, "pass@1": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["eval/pass@1", "reward"]
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.125), (2, 0.75)]
+
+
+@pytest.mark.parametrize(
+    "module, said",
+    [("torch.utils.tensorboard", "tensorboard is not installed"), ("rich.live", "rich is not")],
+)
+def test_an_absent_module_is_said_once(tmp_path, monkeypatch, module, said):
+    monkeypatch.setitem(sys.modules, module, None)
+    stream = Terminal()
+    console = "live" if module == "rich.live" else "plain"
+    with (
+        warnings.catch_warnings(),
+        quiet_log(tmp_path, tensorboard=True, console=console, stream=stream) as log,
+    ):
+        warnings.simplefilter("error")
+        for step in (1, 2):
+            log.write_step({"step": step})
+    assert sum(said in line for line in lines(stream)) == 1
+    assert sum(line.startswith("step ") for line in lines(stream)) == 2
+
+
+def test_phases_sum_their_seconds_even_where_one_fails():
+    now = iter([0.0, 1.5, 10.0, 10.25, 20.0, 24.0])
+    phases = Phases(clock=lambda: next(now))
+    with phases.phase("generate"):
+        pass
+    with phases.phase("reward"):
+        pass
+    with pytest.raises(ZeroDivisionError), phases.phase("generate"):
+        _ = 1 / 0
+    assert phases.seconds() == {"time/generate": 5.5, "time/reward": 0.25}
