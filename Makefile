@@ -1,0 +1,54 @@
+# make train   set up, then run the default job      make train ARGS="--steps 4 --seed 1"
+# make test    set up, then lint, then pytest        make test ARGS="-k pack"
+# make lint    ruff and pyright alone
+# make clean   remove .venv and every cache; runs/ stays
+#
+# PYTHON is any Python >= 3.11; by default the first below that runs and can make environments.
+# TORCH is what pip is asked for, split at blanks. The default takes the index's own wheel, which is
+# CUDA's on PyPI for Linux. Another choice must stay exported, or the next make goes back:
+#   export TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+TORCH ?= torch==2.13.0
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	echo $$p && break; done)
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: train test lint clean
+
+train: $(READY)
+	$(BIN)/python -m expo_fast.train $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Every run of make compares TORCH with what was installed, and installs again where they differ.
+ifneq ($(TORCH),$(file <$(READY)))
+.PHONY: $(READY)
+endif
+
+# torch comes without its dependencies, for an index of its own may not carry the versions pinned
+# here; the last line adds them. setuptools builds this package unisolated, so it is pinned too.
+$(READY): pyproject.toml constraints.txt
+	@rm -f $@
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv here: make PYTHON=/path/to/one"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): $(TORCH), then constraints.txt"
+	@$(PIP) install --constraint constraints.txt setuptools
+	@echo '$(TORCH)' | xargs $(PIP) install --no-deps
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@printf '%s' '$(TORCH)' > $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
