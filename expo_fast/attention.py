@@ -7,7 +7,7 @@ exactly the tokens that it would see if its whole sequence stood alone.
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
 
@@ -37,7 +37,6 @@ class PackedAttention:
         self.borders = cu_seqlens.tolist()
         self.cu_seqlens = cu_seqlens
         self.chains = _chains(len(self.borders) - 1, parents)
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, Hkv, Dh) -> (N, H, Dh)."""
@@ -46,37 +45,15 @@ class PackedAttention:
         return torch.cat([self._segment(layer, s, q, k, v) for s in range(len(self.chains))])
 
     def _segment(self, layer: Layer, s: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = slice(self.borders[s], self.borders[s + 1])
         spans = [slice(self.borders[a], self.borders[a + 1]) for a in self.chains[s]]
         keys, values = (
-            torch.cat([x[span] for span in spans]) if len(spans) > 1 else x[rows] for x in (k, v)
+            torch.cat([x[span] for span in spans]) if len(spans) > 1 else x[spans[0]]
+            for x in (k, v)
         )
-        n_queries, n_keys = rows.stop - rows.start, len(keys)
-        causal = n_queries == n_keys and (layer.window is None or layer.window >= n_keys)
-        out = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=None if causal else self._mask(n_queries, n_keys, layer.window, q.device),
-            is_causal=causal,
-            scale=layer.scale,
-            enable_gqa=True,
-        )
-        return out[0].transpose(0, 1)
-
-    def _mask(self, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
-        """(n_queries, n_keys) bool, True where a query sees a key; the last query sees the last key."""
-        key = (n_queries, n_keys, window)
-        if key not in self._masks:
-            mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-            mask = mask.tril(n_keys - n_queries)
-            if window is not None:
-                mask = mask.triu(n_keys - n_queries - window + 1)
-            self._masks[key] = mask
-        return self._masks[key]
+        return causal_attention(layer, q[spans[-1]], keys, values)
 
     def _varlen(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """flash-attn where it is installed, else torch's varlen_attn; both align at the last key."""
+        """flash-attn where installed, else torch's varlen_attn; both align at the last key."""
         keys = self._keys
         k, v = k[keys.rows], v[keys.rows]
         lengths = (self.cu_seqlens, keys.cu_seqlens, keys.max_queries, keys.max_keys)
@@ -125,6 +102,29 @@ class _Keys:
 @cache
 def _has_flash_attn() -> bool:
     return find_spec("flash_attn") is not None
+
+
+def causal_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence: q (Nq, H, Dh) are the last Nq of the Nk tokens of k and v (Nk, Hkv, Dh)."""
+    whole = len(q) == len(k) and (layer.window is None or layer.window >= len(k))
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=None if whole else _mask(len(q), len(k), layer.window, q.device),
+        is_causal=whole,
+        scale=layer.scale,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1)
+
+
+@lru_cache(maxsize=64)  # the layers of one forward ask for the same few
+def _mask(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(n_queries, n_keys) bool, True where a query sees a key; the last query sees the last key."""
+    mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    mask = mask.tril(n_keys - n_queries)
+    return mask if window is None else mask.triu(n_keys - n_queries - window + 1)
 
 
 def _chains(n_segments: int, parents: Tensor | None) -> list[list[int]]:

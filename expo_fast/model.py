@@ -1,9 +1,9 @@
 """One decoder for Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM2 and SmolLM3.
 
-They differ by a handful of flags (`Shape`). Parameters are `nn.Linear`s under Hugging Face names, so
-a checkpoint of either side is one of the other and PEFT finds its projections. Training and sampling
-run the same code and differ in the attention that is passed in: over a pack (`PackedAttention`) or
-over the generator's key-value cache.
+They differ by a handful of flags (`Shape`). Parameters are `nn.Linear`s under Hugging Face names:
+a checkpoint of either side is one of the other, and PEFT finds its projections. Training and
+sampling run the same code and differ in the attention that is passed in: over a pack
+(`PackedAttention`) or over the generator's key-value cache.
 """
 
 from collections.abc import Callable
@@ -87,15 +87,16 @@ def rope_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     """(Dh/2,) fp32 radians a token, and the factor on cos and sin that YaRN asks for."""
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
     if rope["rope_type"] not in ("linear", "llama3", "yarn"):
         raise ValueError(
-            f"rope_type {rope['rope_type']!r} is not supported, need default, linear, llama3 or yarn"
+            f"rope_type {rope['rope_type']!r} is not supported, need default, linear, llama3, yarn"
         )
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    with torch.device("cpu"):  # it makes helper tensors on the default device, even on meta
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
 
 
 class RMSNorm(nn.Module):
@@ -141,10 +142,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class MLP(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        D, I, bias = shape.hidden, shape.intermediate, shape.mlp_bias
-        self.gate_proj = nn.Linear(D, I, bias=bias)
-        self.up_proj = nn.Linear(D, I, bias=bias)
-        self.down_proj = nn.Linear(I, D, bias=bias)
+        D, M, bias = shape.hidden, shape.intermediate, shape.mlp_bias
+        self.gate_proj = nn.Linear(D, M, bias=bias)
+        self.up_proj = nn.Linear(D, M, bias=bias)
+        self.down_proj = nn.Linear(M, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -183,6 +184,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Any, *, checkpointing: bool = False):
         super().__init__()
         self.config = config
+        self.generation_config: Any = None  # where the checkpoint has one
         self.shape = read_shape(config)
         self.checkpointing = checkpointing
         self.model = Body(self.shape)
@@ -203,6 +205,21 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.head_weight.device
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a completion, as the checkpoint says."""
+        ids = getattr(self.generation_config, "eos_token_id", None)
+        ids = self.config.eos_token_id if ids is None else ids
+        return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        """`.to`, `.bfloat16` and such leave the frequencies in fp32: bf16 is off by up to 1/512 of
+        the angle, about a radian after 500 tokens."""
+        inv_freq = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = inv_freq.to(self.inv_freq.device)
+        return self
 
     def hidden(
         self,

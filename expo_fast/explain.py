@@ -1,0 +1,134 @@
+"""Self-explanations (ExPO, arXiv:2507.02834): sampled with the answer shown, trained without it.
+
+c~ ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids are re-attached
+behind q's own prompt, and never re-tokenised. It is accepted only if it ends by itself, boxes the
+right answer at its end, does not speak of a given answer, and does not start from it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from expo_fast.generate import Generator, Request
+from expo_fast.model import Decoder
+from expo_fast.ops import linear_logprob
+from expo_fast.pack import Sample, pack
+from expo_fast.prompts import Prompter
+from expo_fast.tasks import Problem
+
+Score = Callable[[list[str], list[str]], list[float | None]]  # (answers, texts) -> 1 | 0 | None
+
+OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
+
+_LEAK = re.compile(
+    r"\b(given|provided|stated|known|correct|expected|desired|reference|final) (that the )?answer"
+    r"|answer (is|was|has been) (already )?(given|provided|stated|known)"
+    r"|\b(given|told|know|knowing) that the (final )?answer"
+    r"|\bas (given|stated|provided)\b|\bworking? backwards?\b"
+    r"|\b(reach|get to|arrive at|match|obtain) the (given|stated|provided|correct)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class Explanations:
+    """What one round of explaining a batch of questions brought."""
+
+    accepted: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)  # by problem id
+    n_questions: int = 0
+    n_sampled: int = 0
+    n_tokens: int = 0  # of prompts and completions sampled
+    n_right: int = 0  # ended by themselves with the right box
+    n_leaked: int = 0  # of the right ones, those that speak of a given answer or start from it
+
+    @property
+    def rate(self) -> float | None:
+        """Share of questions with an accepted explanation (`exp/rate`)."""
+        return len(self.accepted) / self.n_questions if self.n_questions else None
+
+    @property
+    def leak_rate(self) -> float | None:
+        """Share of the right explanations that were rejected for their content."""
+        return self.n_leaked / self.n_right if self.n_right else None
+
+
+def leaks(text: str) -> bool:
+    """Does it speak of an answer that was given?"""
+    return _LEAK.search(text) is not None
+
+
+def answer_first(text: str, answer: str) -> bool:
+    """Is the answer among the first words, other than as the result of an equation?"""
+    opening = " ".join(text.split()[:OPENING_WORDS])
+    pattern = rf"(?<![\w.,])(?<!= )(?<!=){re.escape(answer)}(?![\w]|[.,]\d)"
+    return re.search(pattern, opening) is not None or "\\boxed" in opening
+
+
+def explain(
+    problems: Sequence[Problem],
+    prompter: Prompter,
+    generator: Generator,
+    score: Score,
+    request: Callable[[Problem, int, tuple[int, ...]], Request],
+    per_question: int,
+) -> Explanations:
+    """Sample per_question explanations of each problem and keep what may be trained on.
+
+    score: (answers, completions) -> 1.0 | 0.0 | None, the verifier of the reward.
+    request: (problem, sample, prompt ids) -> what to sample, with its seed.
+    """
+    asked = [(p, k) for p in problems for k in range(per_question)]
+    prompts = {p.id: prompter.explain(p) for p in problems}
+    completions = generator.sample([request(p, k, prompts[p.id]) for p, k in asked])
+    texts = [prompter.text(c.token_ids) for c in completions]
+    verdicts = score([p.answer for p, _ in asked], texts)
+    n_tokens = sum(len(prompts[p.id]) for p, _ in asked)
+    n_tokens += sum(len(c.token_ids) for c in completions)
+    found = Explanations(n_questions=len(problems), n_sampled=len(asked), n_tokens=n_tokens)
+    for (p, _), completion, text, verdict in zip(asked, completions, texts, verdicts, strict=True):
+        if verdict == 1.0 and completion.finish_reason == "stop":
+            found.n_right += 1
+            if leaks(text) or answer_first(text, p.answer):
+                found.n_leaked += 1
+            else:
+                found.accepted.setdefault(p.id, []).append(tuple(completion.token_ids))
+    return found
+
+
+def sft_samples(
+    chosen: Sequence[tuple[Problem, Sequence[tuple[int, ...]]]],
+    prompter: Prompter,
+    *,
+    coef: float,
+    n_questions: int,  # P: all questions of the batch, explained or not
+    reduction: str,  # "token_mean" | "seq_sum"
+) -> list[Sample]:
+    """The ExP-SFT term: -coef/P sum_q 1/K_q sum_k log pi(c_k, a* | q), a mean over |c_k| tokens.
+
+    The condition is the plain question; seq_sum leaves out the mean, as the paper prints it.
+    """
+    samples = []
+    for problem, completions in chosen:
+        for ids in completions:
+            tokens = len(ids) if reduction == "token_mean" else 1
+            weight = coef / (n_questions * len(completions) * tokens)
+            samples.append(Sample(prompter.solve(problem), tuple(ids), 1.0, weight, on_policy=True))
+    return samples
+
+
+@torch.no_grad()
+def score_tokens(
+    model: Decoder, samples: Sequence[Sample], temperature: float, max_tokens: int
+) -> list[Tensor]:
+    """For each sample (len(completion_ids),) fp32 nats: log pi of its completion's tokens."""
+    out: list[Tensor] = [torch.empty(0)] * len(samples)
+    for p in pack(samples, max_tokens):
+        p = p.to(model.device)
+        hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
+        logp = linear_logprob(hidden, model.head_weight, p.targets, temperature=temperature).logp
+        for i, values in p.split(logp):
+            out[i] = values.cpu()
+    return out

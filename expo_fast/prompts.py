@@ -1,0 +1,119 @@
+"""What the model is asked: to solve a question, or to explain its known answer.
+
+Both prompts share system prompt, worked examples, wording and output format and differ in one short
+remark, so that an explanation is text that the model could have written as a solution (the
+in-distribution property of arXiv:2507.02834, section 3). The wording is ours, not the paper's.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expo_fast.tasks import Problem
+
+SOLVE = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+EXPLAIN = "{question} (The answer is {answer}.)"  # stands where SOLVE has the question
+PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template
+PLAIN_STOP = "\nQuestion:"
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Renders problems for one tokenizer; `shots` are worked examples shown as earlier turns."""
+
+    tokenizer: Any
+    shots: tuple[Problem, ...] = ()
+    system: str | None = None  # None: what the chat template does by itself
+
+    def solve(self, problem: Problem) -> tuple[int, ...]:
+        """Token ids of the plain question, ready for the answer."""
+        return self._render(problem, explain=False)
+
+    def explain(self, problem: Problem) -> tuple[int, ...]:
+        """The same with the answers stated: the problem's and the worked examples'."""
+        return self._render(problem, explain=True)
+
+    def expert(self, problem: Problem) -> tuple[int, ...]:
+        """Completion ids of the expert's solution, its answer boxed, ended as the model ends."""
+        ids = self.tokenizer(
+            " " * (not self._chats) + expert_text(problem), add_special_tokens=False
+        )
+        return (*ids.input_ids, self.tokenizer.eos_token_id)
+
+    def text(self, completion_ids: Sequence[int]) -> str:
+        """What the model wrote, without its end token."""
+        return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return () if self._chats else (PLAIN_STOP,)
+
+    @property
+    def template_hash(self) -> str:
+        """Changes with anything that changes a prompt."""
+        probe = Problem(id="probe", prompt="Q?", answer="A", solution="S")
+        rendered = repr((self.solve(probe), self.explain(probe)))
+        return hashlib.sha256(rendered.encode()).hexdigest()[:16]
+
+    @property
+    def _chats(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def _render(self, problem: Problem, *, explain: bool) -> tuple[int, ...]:
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        for shot in self.shots:
+            turns += _question(shot, explain)
+            turns.append({"role": "assistant", "content": expert_text(shot)})
+        turns += _question(problem, explain)
+        if self._chats:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        else:
+            text = (self.tokenizer.bos_token or "") + _plain(turns)
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def expert_text(problem: Problem) -> str:
+    """The expert's solution with its answer in a box: data sets differ in whether they have one."""
+    if problem.solution is None:
+        raise ValueError(
+            f"problem {problem.id} has no expert solution: worked examples (--shots) and "
+            "--method expert-grpo need a 'solution' column"
+        )
+    if "\\boxed" in problem.solution:
+        return problem.solution
+    return f"{problem.solution}\nThe answer is \\boxed{{{problem.answer}}}."
+
+
+def request_seed(*key: int | str) -> int:
+    """The 63-bit seed of one request, from what names it: (run seed, purpose, step, problem, k).
+
+    Nothing that a run samples depends on what it sampled before, so a resumed run needs no
+    generator's state to go on bit for bit.
+    """
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _question(problem: Problem, explain: bool) -> list[dict[str, str]]:
+    *earlier, last = (
+        [{"role": "user", "content": problem.prompt}]
+        if isinstance(problem.prompt, str)
+        else list(problem.prompt)
+    )
+    question = last["content"]
+    if explain:
+        question = EXPLAIN.format(question=question, answer=problem.answer)
+    return [*earlier, {**last, "content": SOLVE.format(question=question)}]
+
+
+def _plain(turns: Sequence[dict[str, str]]) -> str:
+    parts = []
+    for turn in turns:
+        if turn["role"] == "user":
+            parts.append(PLAIN_TURN.format(question=turn["content"]))
+        else:
+            parts.append(f"{' ' * (turn['role'] == 'assistant')}{turn['content']}\n\n")
+    return "".join(parts)
