@@ -1,0 +1,301 @@
+"""A hostile answer costs its own time limit and nothing else; a user's function keeps its word."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from expo_fast import answer, reward
+from expo_fast.reward import Verifier, call_reward, load_reward
+from expo_fast.reward import score_answers as score
+
+HANG = "1E+1000000000"  # minutes inside one C call of math-verify 0.9.0: no alarm gets through
+
+
+def box(text):
+    return rf"We get \boxed{{{text}}}."
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(workers=2, timeout_s=10.0) as pool:
+        yield pool
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children():
+    return {
+        int(pid)
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    }
+
+
+def gone_within(seconds, pids):
+    end = time.monotonic() + seconds
+    while any(map(running, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(running, pids))
+
+
+def test_plain_answers_need_no_worker():
+    with Verifier() as pool:
+        golds = ["12", "3/4", "Sunday", "12", "", "1" * 1001]
+        texts = [box("12.0"), box("0.75"), box("monday"), "no box", box("12"), box("1")]
+        assert pool.score(golds, texts) == [1.0, 1.0, 0.0, 0.0, None, None]
+        assert not pool._pool
+
+
+def test_results_keep_their_order(verifier):
+    n = 60
+    golds = [f"x^2 + {i % 7}" for i in range(n)]
+    texts = [box(f"{i % 5} + x^2") for i in range(n)]
+    assert verifier.score(golds, texts) == [float(i % 7 == i % 5) for i in range(n)]
+
+
+def test_a_hang_in_c_code_is_killed_and_hurts_nobody_else():
+    with Verifier(workers=1, timeout_s=0.5) as pool:
+        pool.score(["x"], [box("y")])
+        before = time.monotonic()
+        texts = [box("1+x"), box(HANG), box("x+1.0"), box("2x"), box("12")]
+        got = pool.score(["x+1", "x+1", "x+1", "x+1", "12"], texts)
+        assert time.monotonic() - before < 10
+        assert got == [1.0, None, 1.0, 0.0, 1.0]
+        assert (pool.timeouts, pool.crashes) == (1, 0)
+
+
+@pytest.mark.parametrize("bomb", [HANG, "((100!)!)!", "(" * 300])
+def test_a_bomb_as_reference_is_as_harmless(bomb):
+    with Verifier(workers=1, timeout_s=0.3) as pool:
+        assert pool.score([bomb, "x+1"], [box("8"), box("1+x")]) in ([None, 1.0], [0.0, 1.0])
+
+
+def test_memory_is_capped():
+    with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
+        assert pool.score(["x+1", "x+1"], [box("2^{2^{40}}"), box("1+x")]) == [None, 1.0]
+        assert (pool.timeouts, pool.crashes) == (0, 1)
+        pid = pool._pool[0].process.pid
+        limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+        limit = {line[:26].strip(): line[26:].split()[0] for line in limits}
+        assert 64 << 20 < int(limit["Max address space"]) < 1 << 30
+        assert limit["Max file size"] == limit["Max core file size"] == "0"
+
+
+def test_a_trainer_that_is_larger_than_its_workers_changes_nothing():
+    ballast = bytearray(b"1") * (300 << 20)  # a child's getrusage starts from this peak
+    with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
+        assert pool.score(["x+1", "x+1"], [box("2^{2^{40}}"), box("x+2")]) == [None, 0.0]
+        assert (pool.timeouts, pool.crashes) == (0, 1)
+    del ballast
+
+
+def test_bombs_leave_the_pool_as_fast_as_before():
+    bombs = [box(f"1E+{10**9 + i}") for i in range(6)]
+    fine = [box(f"x + {i}") for i in range(50)]
+    with Verifier(workers=2, timeout_s=0.1) as pool:
+        assert pool.score(["x"] * 6, bombs) == [None] * 6
+        assert pool.timeouts == 6
+        start = time.monotonic()
+        assert pool.score(["x+7"] * 50, fine, timeout_s=10.0) == [float(i == 7) for i in range(50)]
+        assert time.monotonic() - start < 10
+
+
+def test_equal_pairs_are_judged_once():
+    with Verifier(workers=2, timeout_s=0.3) as pool:
+        assert pool.score(["x"] * 64, [box(HANG)] * 64) == [None] * 64
+        assert pool.timeouts == 1
+
+
+def test_the_start_of_a_worker_is_off_the_clock(monkeypatch, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(answer.__file__).read_text()}")
+    monkeypatch.setattr(answer, "__file__", str(slow))
+    with Verifier(workers=1, timeout_s=1.0) as pool:
+        assert pool.score(["x+1"], [box("1+x")]) == [1.0]
+
+
+def test_a_checker_that_cannot_start_is_an_error_and_no_verdict(monkeypatch, tmp_path):
+    program, broken = Path(answer.__file__).read_text(), tmp_path / "broken.py"
+    monkeypatch.setattr(answer, "__file__", str(broken))
+    broken.write_text(program.replace("from math_verify import", "from math_verify_absent import"))
+    with (
+        Verifier() as pool,
+        pytest.raises(RuntimeError, match="No module named 'math_verify_absent'"),
+    ):
+        pool.score(["x+1"], [box("1+x")])
+    broken.write_text("raise SystemExit(3)")
+    with Verifier() as pool, pytest.raises(RuntimeError, match="exit code 3"):
+        pool.score(["x+1"], [box("1+x")])
+
+
+def test_no_process_outlives_its_pool():
+    before = children()
+    with Verifier(workers=2, timeout_s=0.2) as pool:
+        pool.score(["x", "x", "x"], [box(HANG), box("y"), box("(10^{10})!")])
+        assert len(children() - before) <= 2  # those killed have been waited for: no zombies
+    assert children() <= before
+
+
+def test_workers_are_replaced_after_their_share_of_jobs(monkeypatch):
+    monkeypatch.setattr(reward, "JOBS_PER_WORKER", 3)
+    with Verifier(workers=1, timeout_s=10.0) as pool:
+        pool.score(["x"], [box("x+1")])
+        first = pool._pool[0].process.pid
+        assert pool.score(["x+3"] * 7, [box(f"x + {i}") for i in range(7)]).count(1.0) == 1
+        assert first not in children()
+        assert (pool.timeouts, pool.crashes) == (0, 0)
+
+
+def test_a_worker_lost_between_calls_is_replaced():
+    with Verifier(workers=1, timeout_s=10.0) as pool:
+        started = threading.Thread(target=pool.score, args=(["x"], [box("y")]))
+        started.start()
+        started.join()  # and the kernel kills the worker, for the thread that started it is gone
+        assert pool.score(["x+1"], [box("1+x")]) == [1.0]
+        os.kill(pool._pool[0].process.pid, signal.SIGKILL)
+        pool._pool[0].process.wait()
+        assert pool.score(["x+2"], [box("2+x")]) == [1.0]
+        assert pool.crashes == 0
+
+
+PARENT = """
+import sys
+from expo_fast.reward import Verifier
+pool = Verifier(workers=2, timeout_s=60.0)
+pool.score(["x", "x+1"], [r"\\boxed{y}", r"\\boxed{z}"])
+print(*[w.process.pid for w in pool._pool], flush=True)
+pool.score(["x", "x"], [r"\\boxed{1E+1000000000}", r"\\boxed{1E+1000000001}"])
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_workers_die_with_their_parent_even_in_c_code(kind):
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert pids and all(map(running, pids))
+        time.sleep(0.5)  # into the hang
+        parent.send_signal(kind)
+        assert parent.wait(10) != 0
+    assert gone_within(5, pids)
+
+
+def test_an_interrupted_call_leaves_no_verdict_to_the_next():
+    with Verifier(workers=1, timeout_s=30.0) as pool:
+        pool.score(["x"], [box("y")])
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.score(["x"], [box(HANG)])
+        assert pool.score(["x+1", "x+1"], [box("2x"), box("1+x")]) == [0.0, 1.0]
+
+
+def test_score_answers_is_the_shared_pool_and_checks_its_arguments():
+    golds, texts = ["12", "x+1", "x+1"], [box("12"), box("1+x"), box("2x")]
+    assert score(golds, texts, timeout_s=10.0) == [1.0, 1.0, 0.0]
+    assert score([], []) == []
+    with pytest.raises(ValueError, match="2 answers for 1 completions"):
+        score(["1", "2"], [box("1")])
+    with pytest.raises(ValueError, match=r"timeout_s=0\.0"):
+        score(["1"], [box("1")], timeout_s=0.0)
+    with pytest.raises(ValueError, match="workers=0"):
+        Verifier(workers=0)
+
+
+REWARD_FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Weight:
+    value: float = 0.5
+
+def length(prompts, completions, completion_ids, level, **columns):
+    return [Weight().value * len(i) * l for i, l in zip(completion_ids, level)]
+
+number = 3
+"""
+
+
+def test_a_reward_function_from_a_file_or_a_module(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(REWARD_FILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for dotted in (f"{tmp_path}/mine.py:length", "mine.length"):
+        got = call_reward(
+            load_reward(dotted), ["p", "p"], ["a", "b"], [[1], [2, 3]], {"level": [2, 3]}
+        )
+        assert got == [1.0, 3.0]
+    assert load_reward("math.sqrt") is math.sqrt
+
+
+@pytest.mark.parametrize(
+    ("dotted", "error", "says"),
+    [
+        ("sqrt", ValueError, "'sqrt': write it as package.module.function or path"),
+        ("absent.py:f", FileNotFoundError, r"'absent\.py' does not exist"),
+        ("absent_package.module.f", ValueError, "no module 'absent_package'"),
+        ("math.absent", ValueError, "math has no function 'absent'"),
+        ("math.pi", ValueError, "math has no function 'pi'"),
+    ],
+)
+def test_a_reward_function_that_is_not_there(dotted, error, says):
+    with pytest.raises(error, match=says):
+        load_reward(dotted)
+
+
+def test_a_reward_module_which_lacks_something_itself_says_what(tmp_path, monkeypatch):
+    (tmp_path / "needy.py").write_text("import absent_dependency\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="absent_dependency"):
+        load_reward("needy.f")
+
+
+def returning(value):
+    def my_reward(prompts, completions, completion_ids, **columns):
+        return value
+
+    return my_reward
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([1.0], "my_reward returned a list of 1: return a list of 2"),
+        (0.5, "my_reward returned a float: return a list of 2"),
+        ({0: 1.0, 1: 2.0}, "my_reward returned a dict"),
+        ([1.0, "good"], "my_reward returned 'good' at index 1"),
+        ([math.inf, 1.0], "my_reward returned inf at index 0"),
+        ([1.0, [1.0]], r"my_reward returned \[1\.0\] at index 1"),
+    ],
+)
+def test_a_reward_that_is_no_reward_is_named(value, says):
+    with pytest.raises(ValueError, match=says):
+        call_reward(returning(value), ["p", "p"], ["a", "b"], [[1], [2]], {})
+
+
+def test_rewards_become_floats_and_nan_none():
+    got = call_reward(returning((True, math.nan)), ["p", "p"], ["a", "b"], [[1], [2]], {})
+    assert got == [1.0, None] and type(got[0]) is float
+
+
+def test_an_error_in_a_reward_function_carries_its_name():
+    def my_reward(**given):
+        return [1 / 0 for _ in given["completions"]]
+
+    with pytest.raises(
+        RuntimeError, match="my_reward raised ZeroDivisionError: division by zero"
+    ) as e:
+        call_reward(my_reward, ["p"], ["a"], [[1]], {})
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
