@@ -68,10 +68,10 @@ class Worker:
             self.channel.send_bytes(json.dumps([*pair, timeout_s]).encode())
 
     def reply(self) -> dict | None:
-        """What it has sent; None if it died."""
+        """What it has sent; None if it died or babbles."""
         try:
             return json.loads(self.channel.recv_bytes(1 << 16))
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             return None
 
     def started(self) -> None:
