@@ -1,0 +1,360 @@
+"""Data at the door: what loads, what is refused and in which words."""
+
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from expo_fast import arithmetic
+from expo_fast.tasks import (
+    LINE_BYTES,
+    Problem,
+    fingerprint,
+    load_problems,
+    overlap,
+    worked_examples,
+)
+
+ROW = {"problem": "What is 40 + 2?", "answer": "42"}
+
+
+def lines(*rows: object) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(data: bytes, name: str = "data.jsonl") -> str:
+        (tmp_path / name).write_bytes(data)
+        return str(tmp_path / name)
+
+    return write
+
+
+# Rows that load
+
+
+def test_columns_become_fields_and_the_others_stay(save):
+    row = {"id": 7, "question": "Q?", "answer": "A", "solution": "S", "level": 3, "unit": ["kg"]}
+    (problem,) = load_problems(save(lines(row)))
+    assert problem == Problem("7", "Q?", "A", "S", 3, {"unit": ["kg"]})
+
+
+def test_prompt_comes_before_problem_and_question(save):
+    (problem,) = load_problems(save(lines({"question": "c", "prompt": "a", **ROW})))
+    assert problem.prompt == "a"
+    assert problem.columns == {"question": "c", "problem": ROW["problem"]}
+
+
+def test_chat_messages_are_kept(save):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q?"}]
+    (problem,) = load_problems(save(lines({"prompt": turns, "answer": "A"})))
+    assert problem.prompt == tuple(turns)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (42, "42"),
+        (42.0, "42"),
+        (-0.0, "0"),
+        (2.5, "2.5"),
+        (" 7\n", "7"),
+        (10**400, "1" + "0" * 400),
+    ],
+)
+def test_numbers_become_answers(save, value, text):
+    assert load_problems(save(lines({**ROW, "answer": value})))[0].answer == text
+
+
+@pytest.mark.parametrize(
+    ("value", "level"),
+    [("Level 5", 5), ("level 2", 2), ("4", 4), (3, 3), (3.0, 3), (None, None), ("Level ?", None)],
+)
+def test_levels_parse(save, value, level):
+    assert load_problems(save(lines({**ROW, "level": value})))[0].level == level
+
+
+def test_gsm8k_answer_splits_into_solution_and_answer(save):
+    worked = "4 boxes hold 4*600=<<4*600=2400>>2400 pens.\nSo 2400.\n#### 2,400"
+    (problem,) = load_problems(save(lines({**ROW, "answer": worked})))
+    assert problem.solution == "4 boxes hold 4*600=2400 pens.\nSo 2400."
+    assert problem.answer == "2400"
+
+
+def test_answer_with_hashes_stays_whole_beside_a_solution(save):
+    (problem,) = load_problems(save(lines({**ROW, "answer": "a #### 1", "solution": "s"})))
+    assert (problem.answer, problem.solution) == ("a #### 1", "s")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_bom_crlf_blank_lines_and_gzip_change_nothing(save, pack):
+    rows = [{**ROW, "id": i, "problem": f"é\u2028{i}"} for i in range(3)]
+    plain = load_problems(save(lines(*rows)))
+    dressed = b"\xef\xbb\xbf" + lines(*rows).replace(b"\n", b"\r\n \r\n\r\n").rstrip()
+    assert load_problems(save(pack(dressed))) == plain
+    assert [p.prompt for p in plain] == [row["problem"] for row in rows]
+
+
+def test_ids_left_out_come_from_the_file_and_line_not_the_folder(save):
+    problems = load_problems(save(b"\n" + lines(ROW, ROW)))
+    assert [p.id for p in problems] == ["data.jsonl:2", "data.jsonl:3"]
+
+
+# Rows that don't: {path} in a message stands for the file
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "{path}: holds no problem"),
+        (b" \n\r\n", "{path}: holds no problem"),
+        (lines(ROW) + b'\n{"problem": "x",, }\n', r'{path}:3:17: not JSON \(.*\): ", }}'),
+        (lines(ROW) + b'{"problem": "cut', r"{path}:2:13: not JSON \(Unterminated string"),
+        (b"\0" * 64, "{path}:1:1: not JSON"),
+        (lines(ROW, [1, 2]), r"{path}:2: a row must be a JSON object, not \[1, 2\]"),
+        (
+            lines({"answer": "A", "q": 1}),
+            "{path}:1: no column 'prompt' or .*; the row has 'answer'",
+        ),
+        (lines({"prompt": "Q"}), "{path}:1: no column 'answer'; the row has 'prompt'"),
+        (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "{path}:1: .* --method dpo"),
+        (lines({**ROW, "problem": 5}), "{path}:1: problem must be text .*, not 5"),
+        (lines({**ROW, "problem": " "}), '{path}:1: problem must be text .*, not " "'),
+        (lines({**ROW, "problem": []}), r"{path}:1: problem must be text .*, not \[\]"),
+        (lines({**ROW, "problem": ["Q"]}), "{path}:1: problem: a chat message needs text"),
+        (lines({**ROW, "problem": [{"from": "human"}]}), "needs text in role and content"),
+        (lines({**ROW, "problem": [{"role": "user", "content": None}]}), "needs text in role"),
+        (lines({**ROW, "problem": [{"role": "assistant", "content": "a"}]}), "last message"),
+        (lines({**ROW, "answer": None}), "{path}:1: answer must be .*, not null"),
+        (lines({**ROW, "answer": float("nan")}), "{path}:1: answer must be .*, not NaN"),
+        (lines({**ROW, "answer": float("inf")}), "{path}:1: answer must be .*, not Infinity"),
+        (lines({**ROW, "answer": "\t"}), "{path}:1: answer must be text that is not empty"),
+        (lines({**ROW, "answer": "6 * 7 = 42 ####"}), "{path}:1: answer must be text"),
+        (lines({**ROW, "answer": ["42"]}), r'{path}:1: answer must be .*, not \["42"\]'),
+        (lines({**ROW, "answer": True}), "{path}:1: answer must be .*, not true"),
+        (lines({**ROW, "solution": 3}), "{path}:1: solution must be text, not 3"),
+        (lines({**ROW, "level": "hard"}), '{path}:1: level must be a whole number .*, not "hard"'),
+        (lines({**ROW, "level": 1.5}), "{path}:1: level must be a whole number .*, not 1.5"),
+        (lines({**ROW, "level": True}), "{path}:1: level must be a whole number"),
+        (lines({**ROW, "id": ""}), "{path}:1: id must be text"),
+        (lines({**ROW, "id": 1}, {**ROW, "id": "1"}), "{path}:2: id '1' is that of {path}:1"),
+        (lines(ROW) + b'{"problem": "caf\xe9"}', "{path}:2: not UTF-8 at byte 17 of the line"),
+        (lines({**ROW, "problem": "\ud83d"}), r"{path}:1: '\\ud83d' is half a character"),
+        (b'{"answer": 1, "answer": 2}', "{path}:1: the key 'answer' is there twice"),
+        (b'{"x": {"y": 1, "y": 1}}', "{path}:1: the key 'y' is there twice"),
+        (b'{"x": ' + b"[" * 70 + b"]" * 70 + b"}", "{path}:1: nested more than 64 deep"),
+        (b"[" * 200_000, "{path}:1: nested more than 64 deep"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "{path}:1: .*4300 digits"),
+        (b'{"x": "' + b"a" * LINE_BYTES + b'"}', "{path}:1: a line of more than 8 MiB"),
+        (gzip.compress(lines(ROW))[:-12], "{path}:.*: the gzip is cut short or damaged"),
+        (gzip.compress(lines(ROW))[:-5] + b"\0" * 5, "{path}:2: the gzip is cut short or damaged"),
+        (gzip.compress(b"")[:10] + b"\xff" * 20, "{path}:1: the gzip is cut short or damaged"),
+        (b"\x1f\x8b, and then text", "{path}:1: the gzip is cut short or damaged"),
+    ],
+)
+def test_bad_data_is_refused_in_one_sentence_with_its_place(save, data, message):
+    path = save(data)
+    with pytest.raises(ValueError, match=message.format(path=re.escape(path))) as caught:
+        load_problems(path)
+    assert type(caught.value) is ValueError  # not a subclass whose text is another's
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2 * len(path) + 200  # a value that fills the row is cut
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no/such.jsonl: no such file; .*hub:ORG/NAME"):
+        load_problems("no/such.jsonl")
+    with pytest.raises(ValueError, match="is a folder: name a JSONL file"):
+        load_problems(str(tmp_path))
+
+
+# Levels, limits
+
+
+@pytest.fixture
+def ten(save) -> str:
+    return save(lines(*({**ROW, "level": f"Level {i % 3 + 1}", "id": i} for i in range(10))))
+
+
+def test_levels_filter_any_source(ten):
+    assert [p.id for p in load_problems(ten, levels=(3, 2))] == ["1", "2", "4", "5", "7", "8"]
+    with pytest.raises(ValueError, match=r"no problem of level 4, 5; levels present: 1, 2, 3$"):
+        load_problems(ten, levels=(4, 5))
+
+
+def test_levels_of_data_without_any_are_an_error(save):
+    with pytest.raises(ValueError, match="no problem of level 1; levels present: none"):
+        load_problems(save(lines(ROW)), levels=(1,))
+
+
+def test_limit_draws_nested_subsets_in_order(ten):
+    ids = {n: [int(p.id) for p in load_problems(ten, limit=n, seed=1)] for n in (1, 4, 9, 10, 99)}
+    assert [len(v) for v in ids.values()] == [1, 4, 9, 10, 10]
+    assert all(v == sorted(v) for v in ids.values())
+    assert set(ids[1]) < set(ids[4]) < set(ids[9]) < set(ids[10])
+    assert ids[4] != [0, 1, 2, 3]  # a sorted file's head would be one subject
+    assert ids[4] != [int(p.id) for p in load_problems(ten, limit=4, seed=2)]
+    with pytest.raises(ValueError, match="limit is 0"):
+        load_problems(ten, limit=0)
+
+
+# Hub data sets, through a fake of the `datasets` package
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    calls = []
+
+    def load_dataset(path, config, *, split):
+        assert path == "org/name"
+        calls.append((config, split))
+        if split == "validation":
+            raise ValueError('Unknown split "validation". Should be one of ["train"].\nmore\nlines')
+        return [{**ROW, "level": "Level 5", "type": "Algebra"}, {**ROW, "level": "Level 1"}]
+
+    fake = types.ModuleType("datasets")
+    fake.__dict__["load_dataset"] = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return calls
+
+
+def test_hub_rows_map_like_those_of_a_file(hub):
+    first, second = load_problems("hub:org/name")
+    assert first == Problem("name:1", ROW["problem"], "42", None, 5, {"type": "Algebra"})
+    assert (second.id, second.level) == ("name:2", 1)
+    assert len(load_problems("hub:org/name:test[:10%]", levels=(5,))) == 1
+    load_problems("hub:org/name/main:test")
+    expected = [(None, "train"), (None, "test[:10%]"), ("main", "test")]
+    assert hub == expected
+
+
+@pytest.mark.parametrize("source", ["hub:name", "hub:", "hub:a//b", "hub:a/b/c/d", "hub:/b:train"])
+def test_hub_names_are_checked_before_anything_is_fetched(hub, source):
+    with pytest.raises(ValueError, match=f"^{source}: write hub:ORG/NAME"):
+        load_problems(source)
+    assert hub == []
+
+
+def test_hub_failure_is_one_line_that_names_the_source(hub):
+    expected = 'hub:org/name:validation: can\'t be loaded: Unknown split "validation".'
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        load_problems("hub:org/name:validation")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hub:org/name: .*pip install datasets$"):
+        load_problems("hub:org/name")
+
+
+# Worked examples, fingerprint, overlap
+
+
+def solved(n: int) -> list[Problem]:
+    order = random.Random(0).sample(range(n), n)
+    return [Problem(f"{i:03}", f"Q{i}", "A", "s" * (i + 1)) for i in order]
+
+
+def test_worked_examples_are_short_varied_and_taken_out():
+    problems = solved(90)
+    shots, rest = worked_examples(problems, 3)
+    assert [shot.id for shot in shots] == ["005", "015", "025"]  # of 0..29, the shortest third
+    assert rest == [p for p in problems if p not in shots]
+    assert worked_examples(problems[::-1], 3)[0] == shots
+    assert worked_examples(problems, 0) == ((), problems)
+
+
+def test_worked_examples_leave_no_copy_of_their_question():
+    problems = [*solved(2), Problem("copy", " q0 ", "A"), Problem("new", "Q9", "A")]
+    shots, rest = worked_examples(problems, 2)
+    assert {shot.id for shot in shots} == {"000", "001"}
+    assert [p.id for p in rest] == ["new"]
+
+
+def test_worked_examples_need_solutions():
+    with pytest.raises(ValueError, match="3 worked examples: only 2 problems have a solution"):
+        worked_examples([*solved(2), Problem("x", "Q9", "A")], 3)
+    with pytest.raises(ValueError, match="-1 worked examples"):
+        worked_examples(solved(2), -1)
+
+
+def test_fingerprint_sees_every_field_and_the_order():
+    base = Problem("i", "Q", "A", "S", 1, {"a": 1, "b": 2})
+    others = [
+        Problem("j", "Q", "A", "S", 1, {"a": 1, "b": 2}),
+        Problem("i", "q", "A", "S", 1, {"a": 1, "b": 2}),
+        Problem("i", ({"role": "user", "content": "Q"},), "A", "S", 1, {"a": 1, "b": 2}),
+        Problem("i", "Q", "B", "S", 1, {"a": 1, "b": 2}),
+        Problem("i", "Q", "A", None, 1, {"a": 1, "b": 2}),
+        Problem("i", "Q", "A", "S", None, {"a": 1, "b": 2}),
+        Problem("i", "Q", "A", "S", 1, {"a": 1, "b": 3}),
+    ]
+    prints = {fingerprint([p]) for p in (base, *others)}
+    assert len(prints) == 8
+    assert all(re.fullmatch("[0-9a-f]{64}", p) for p in prints)
+    assert fingerprint([base, others[0]]) != fingerprint([others[0], base])
+    assert fingerprint([base]) == fingerprint([Problem("i", "Q", "A", "S", 1, {"b": 2, "a": 1})])
+
+
+def test_overlap_finds_questions_in_both_whatever_case_spaces_and_form():
+    chat = ({"role": "system", "content": "s"}, {"role": "user", "content": "what  is\n2+2?"})
+    train = [Problem("1", "What is 2 + 2?", "4"), Problem("2", "Caf\u00e9?", "y")]
+    evaluation = [
+        Problem("a", chat, "4"),
+        Problem("b", "What is 2-2?", "0"),
+        Problem("c", "CAFE\u0301?", "y"),
+    ]
+    assert [p.id for p in overlap(train, evaluation)] == ["a", "c"]
+
+
+# builtin:arithmetic
+
+
+def test_builtin_loads_what_is_asked_for():
+    problems = load_problems("builtin:arithmetic:eval", levels=(4, 2), limit=7, seed=3)
+    assert [p.level for p in problems] == [2, 4, 2, 4, 2, 4, 2]
+    third = arithmetic.word_problem(4, 1, split="eval", seed=3)
+    assert (problems[3].prompt, problems[3].answer) == (third.question, str(third.answer))
+    assert problems[3].solution == third.solution
+    assert Counter(p.level for p in load_problems("builtin:arithmetic")) == dict.fromkeys(
+        arithmetic.LEVELS, 200
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "levels", "message"),
+    [
+        ("builtin:geometry", (), "builtin:geometry: no such data set; .*: arithmetic"),
+        ("builtin:arithmetic:test", (), "splits train, eval, not level 1 of split 'test'"),
+        ("builtin:arithmetic", (2, 9), "levels 1-5 and splits train, eval, not level 9"),
+    ],
+)
+def test_builtin_names_what_it_has(source, levels, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(source, levels=levels)
+
+
+def test_longer_load_begins_with_the_shorter():
+    long = load_problems("builtin:arithmetic", limit=50)
+    assert load_problems("builtin:arithmetic", limit=20) == long[:20]
+
+
+def test_same_problems_in_another_process():
+    code = "from expo_fast.tasks import *; print(fingerprint(load_problems('builtin:arithmetic')))"
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == fingerprint(load_problems("builtin:arithmetic")), done.stderr
+
+
+def test_seeds_differ():
+    one, two = (load_problems("builtin:arithmetic", limit=200, seed=s) for s in (1, 2))
+    assert len(overlap(one, two)) < 4
