@@ -1,0 +1,212 @@
+"""The decoder against transformers' models, and against itself one sequence at a time."""
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expo_fast.model import Decoder
+from tiny import LINEAR_ROPE, VARIANTS, tiny_config, tiny_model, transformers_twin
+
+LENGTHS = (19, 1, 30)  # tokens; beyond every window of the variants
+CLOSE = 1e-4  # fp32, ours against transformers
+
+
+def sequences(V: int, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return [torch.randint(0, V, (n,), generator=random) for n in lengths]
+
+
+def pack(parts: list[Tensor], starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, positions, cu_seqlens) of segments whose first tokens stand at `starts`."""
+    places = [torch.arange(len(p)) + start for p, start in zip(parts, starts, strict=True)]
+    borders = torch.tensor([0, *accumulate(map(len, parts))], dtype=torch.int32)
+    return torch.cat(parts), torch.cat(places), borders
+
+
+def alone(model: Decoder, sequence: Tensor) -> Tensor:
+    return model.hidden(*pack([sequence], [0]))
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def worst_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference of any parameter's gradient, relative to that gradient's largest entry."""
+    assert a.keys() == b.keys()
+    return max(gap(a[key], b[key]) / b[key].abs().max().item() for key in a)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_packed_hidden_states_and_logits_equal_transformers(kind: str):
+    model = tiny_model(kind)
+    twin = transformers_twin(model)
+    parts = sequences(model.shape.vocabulary)
+    with torch.no_grad():
+        hidden = model.hidden(*pack(parts, [0, 0, 0]))
+        theirs = torch.cat([twin.model(x[None]).last_hidden_state[0] for x in parts])
+        logits = torch.cat([twin(x[None]).logits[0] for x in parts])
+    assert gap(hidden, theirs) < CLOSE
+    assert gap(hidden @ model.head_weight.T, logits) < CLOSE
+    assert logits.std() > 0.3  # nothing is flat enough to agree by chance
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_gradients_equal_transformers(kind: str):
+    model = tiny_model(kind)
+    twin = transformers_twin(model)
+    parts = sequences(model.shape.vocabulary)
+    hidden = model.hidden(*pack(parts, [0, 0, 0]))
+    logits = hidden @ model.head_weight.T
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    ours = gradients(model, (logits * upstream).sum())
+    theirs = torch.cat([twin(x[None]).logits[0] for x in parts])
+    assert worst_gap(ours, gradients(twin, (theirs * upstream).sum())) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen3", "smollm3-windows"])
+def test_a_pack_equals_its_sequences_one_by_one_in_fp64(kind: str):
+    model = tiny_model(kind, dtype=torch.float64)
+    parts = sequences(model.shape.vocabulary)
+    packed = model.hidden(*pack(parts, [0, 0, 0]))
+    one_by_one = torch.cat([alone(model, x) for x in parts])
+    assert packed.dtype == torch.float64
+    assert gap(packed, one_by_one) < 1e-12
+    assert gap(packed, tiny_model(kind).hidden(*pack(parts, [0, 0, 0])).double()) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2-windows", "smollm3-windows"])
+def test_a_tree_of_segments_equals_whole_sequences_outputs_and_gradients(kind: str):
+    """worked examples -> two questions -> two samples each; every segment's rows count once."""
+    model = tiny_model(kind, dtype=torch.float64)
+    parts = sequences(model.shape.vocabulary, (11, 6, 4, 9, 1, 8, 3))
+    parents = [-1, 0, 0, 1, 1, 2, 2]
+    chains = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5], [0, 2, 6]]
+    starts = [sum(len(parts[a]) for a in chain[:-1]) for chain in chains]
+    tree = model.hidden(*pack(parts, starts), torch.tensor(parents))
+    wholes = [alone(model, torch.cat([parts[a] for a in chain])) for chain in chains]
+    tails = torch.cat([h[-len(part) :] for h, part in zip(wholes, parts, strict=True)])
+    assert gap(tree, tails) < 1e-12
+    random = torch.Generator().manual_seed(3)
+    upstream = torch.randn(tree.shape, generator=random, dtype=torch.float64)
+    ours = gradients(model.model, (tree * upstream).sum())
+    assert worst_gap(ours, gradients(model.model, (tails * upstream).sum())) < 1e-10
+
+
+def test_a_parent_that_comes_later_is_an_error():
+    model = tiny_model()
+    parts = sequences(model.shape.vocabulary, (3, 4))
+    with pytest.raises(AssertionError, match="segment 0 continues segment 1"):
+        model.hidden(*pack(parts, [0, 0]), torch.tensor([1, -1]))
+
+
+def test_checkpointing_gives_the_same_gradients_to_the_bit():
+    plain, recomputing = tiny_model("qwen3"), tiny_model("qwen3")
+    recomputing.checkpointing = True
+    batch = pack(sequences(plain.shape.vocabulary), [0, 0, 0])
+    ours = gradients(plain.model, plain.hidden(*batch).square().sum())
+    theirs = gradients(recomputing.model, recomputing.hidden(*batch).square().sum())
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_checkpointing_keeps_fewer_activations():
+    def kept(checkpointing: bool) -> int:
+        model = tiny_model()
+        model.checkpointing = checkpointing
+        bytes_kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal bytes_kept
+            bytes_kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model.hidden(*pack(sequences(model.shape.vocabulary), [0, 0, 0]))
+        return bytes_kept
+
+    assert kept(True) < kept(False) / 4
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_window_counts_the_token_itself(window: int):
+    model = tiny_model("mistral-window", sliding_window=window, num_hidden_layers=1)
+    (tokens,) = sequences(model.shape.vocabulary, (12,))
+    changed = tokens.clone()
+    changed[4] = (changed[4] + 1) % model.shape.vocabulary
+    moved = (alone(model, tokens) - alone(model, changed)).abs().amax(-1) > 0
+    assert moved.nonzero().flatten().tolist() == list(range(4, 4 + window))
+
+
+def test_a_segment_does_not_see_its_neighbours():
+    model = tiny_model()
+    parts = sequences(model.shape.vocabulary)
+    others = [parts[0].flip(0), parts[1], parts[2].flip(0)]
+    before, after = (model.hidden(*pack(p, [0, 0, 0])) for p in (parts, others))
+    assert torch.equal(before[19:20], after[19:20])
+    assert gap(before[:19], after[:19]) > 0.1
+
+
+def test_positions_follow_the_caller_not_the_pack():
+    model = tiny_model()
+    (tokens,) = sequences(model.shape.vocabulary, (9,))
+    batch = pack([tokens], [100])
+    assert gap(model.hidden(*batch), alone(model, tokens)) < CLOSE  # RoPE is relative
+    spread = model.hidden(batch[0], 3 * batch[1], batch[2])
+    assert gap(spread, alone(model, tokens)) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-llama3-rope", "llama-yarn-rope"])
+def test_rope_frequencies_stay_real_and_fp32_through_casts_and_meta(kind: str):
+    expected = tiny_model(kind).inv_freq
+    with torch.device("meta"):
+        on_meta = Decoder(tiny_config(kind))
+    assert torch.equal(on_meta.inv_freq, expected)
+    assert torch.equal(tiny_model(kind).to(torch.bfloat16).inv_freq, expected)
+    assert torch.equal(tiny_model(kind).double().inv_freq, expected)
+    assert expected.dtype == torch.float32
+    assert (expected > 0).all()
+
+
+def test_bf16_forward_stays_near_fp32_far_into_the_context():
+    exact, rounded = tiny_model(), tiny_model(dtype=torch.bfloat16)
+    (tokens,) = sequences(exact.shape.vocabulary, (240,))
+    a, b = alone(exact, tokens), alone(rounded, tokens).float()
+    assert (a - b).norm() / a.norm() < 0.03
+
+
+def test_a_tied_head_is_the_embedding_and_gets_both_gradients():
+    tied, untied = tiny_model("llama-tied"), tiny_model("llama")
+    assert tied.head_weight is tied.model.embed_tokens.weight
+    assert "lm_head.weight" not in tied.state_dict()
+    assert untied.head_weight is untied.lm_head.weight
+
+
+def test_what_is_not_supported_is_named():
+    from transformers import GPT2Config
+
+    with pytest.raises(ValueError, match=r"model_type 'gpt2' is not supported.*llama, mistral"):
+        Decoder(GPT2Config())
+    with pytest.raises(ValueError, match="hidden_act 'gelu' is not supported, need 'silu'"):
+        tiny_model("llama", hidden_act="gelu")
+    dynamic = LINEAR_ROPE | {"rope_type": "dynamic"}
+    with pytest.raises(ValueError, match="rope_type 'dynamic' is not supported"):
+        tiny_model("llama", rope_parameters=dynamic)
+
+
+def test_eos_ids_come_from_the_generation_config_first():
+    from transformers import GenerationConfig
+
+    model = tiny_model()
+    assert model.eos_ids == (1,)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 2])
+    assert model.eos_ids == (1, 2)
+    assert tiny_model(eos_token_id=None).eos_ids == ()

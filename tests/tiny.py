@@ -1,0 +1,126 @@
+"""Tiny configs, models and a tokenizer, built in memory and the same on every run."""
+
+import string
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from expo_fast.model import Decoder
+
+SPECIAL = ("<pad>", "<|im_end|>", "<|im_start|>", "<unk>")  # ids 0 to 3
+WORDS = ("\\boxed{", "answer", "The ", " is ")  # tokens of several letters, for stop strings
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+# every architecture, and every flag in at least one of them
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 16, "num_key_value_heads": 6}),
+    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn-rope": ("llama", {"rope_parameters": YARN_ROPE}),
+    "llama-linear-rope": ("llama", {"rope_parameters": LINEAR_ROPE, "num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 7, "head_dim": 16}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True}),
+    "smollm3-windows": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [0, 1, 1, 0]},
+    ),
+}
+
+
+def tiny_config(kind: str = "llama", **overrides: Any) -> Any:
+    """A transformers config of one of `VARIANTS`: D 48, 4 layers, V that of `tiny_tokenizer`."""
+    model_type, flags = VARIANTS[kind]
+    sizes = {
+        "vocab_size": len(tiny_vocabulary()),
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    return AutoConfig.for_model(model_type, **(sizes | flags | overrides))
+
+
+def tiny_model(
+    kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Decoder:
+    """Random everywhere, norms and biases too, so that no parameter hides behind its default."""
+    model = Decoder(tiny_config(kind, **overrides))
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            mean, std = (1.0, 0.3) if name.endswith("norm.weight") else (0.0, 0.15)
+            p.copy_(mean + std * torch.randn(p.shape, generator=random))
+    return model.to(dtype)
+
+
+def transformers_twin(model: Decoder) -> Any:
+    """transformers' own model of the same config, with the same weights."""
+    twin = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    assert missing == (["lm_head.weight"] if model.shape.tied else []), missing
+    assert not unexpected, unexpected
+    twin.tie_weights()
+    return twin.to(model.dtype).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Printable ASCII by characters and a few whole words, with a chat template."""
+    vocabulary = tiny_vocabulary()
+    merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_vocabulary() -> dict[str, int]:
+    letters = string.digits + string.ascii_letters + string.punctuation + " \n"
+    beginnings = [word[:end] for word in WORDS for end in range(2, len(word) + 1)]
+    return {token: i for i, token in enumerate([*SPECIAL, *letters, *beginnings])}
