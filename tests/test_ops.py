@@ -1,0 +1,374 @@
+"""The ops against the papers' formulas, written out in fp64 and differentiated by autograd."""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from expo_fast.kernels import reference
+from expo_fast.ops import (
+    Clipped,
+    SequenceClipped,
+    group_advantage,
+    linear_logprob,
+    linear_policy_loss,
+    linear_preference_loss,
+)
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """Small chunks, so that every test crosses their borders."""
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 1 << 14)
+
+
+class Head(NamedTuple):
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor  # (V,)
+    targets: Tensor  # (N,)
+
+    def to(self, dtype, grad=True):
+        hidden, weight, bias = (x.to(dtype).requires_grad_(grad) for x in self[:3])
+        return Head(hidden, weight, bias, self.targets)
+
+
+def make_head(n=61, d=8, v=127, seed=0, spread=1.0) -> Head:
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(s, generator=g).double() for s in ((n, d), (v, d), (v,)))
+    return Head(hidden * spread, weight, bias, torch.randint(v, (n,), generator=g))
+
+
+def softmax_truth(logits: Tensor, targets: Tensor):
+    """(logp, entropy, lse) by definition; rows without target are 0."""
+    has = targets != -100
+    lse = logits.logsumexp(-1)
+    logp_all = logits - lse[:, None]
+    logp = logp_all.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    entropy = -(logp_all.exp() * logp_all).sum(-1)
+    return tuple(torch.where(has, x, 0) for x in (logp, entropy, lse))
+
+
+def worst(got, truth) -> float:
+    return (got.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
+
+
+# linear_logprob
+
+
+@pytest.mark.parametrize("v", [1, 2, 127, 1000, 50257])
+@pytest.mark.parametrize("n", [1, 17])
+def test_logprob_and_gradients_equal_the_definition(n, v):
+    case = make_head(n, 5, v, seed=v)
+    if n > 1:
+        case.targets[::4] = -100
+    temperature = torch.linspace(0.6, 1.7, n, dtype=torch.float64)
+    upstream = torch.randn(3, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours, judge = case.to(torch.float64), case.to(torch.float64)
+    got = linear_logprob(*ours[:2], case.targets, bias=ours.bias, temperature=temperature)
+    logits = (judge.hidden @ judge.weight.T + judge.bias) / temperature[:, None]
+    truth = softmax_truth(logits, case.targets)
+    for a, b in zip(got, truth, strict=True):
+        assert worst(a, b) < 1e-11
+    grads = torch.autograd.grad(got, ours[:3], tuple(upstream))
+    for a, b in zip(grads, torch.autograd.grad(truth, judge[:3], tuple(upstream)), strict=True):
+        assert worst(a, b) < 1e-11
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
+def test_gradcheck_through_each_result(which):
+    case = make_head(7, 3, 11).to(torch.float64)
+    case.targets[2] = -100
+
+    def f(hidden, weight, bias):
+        results = linear_logprob(hidden, weight, case.targets, bias=bias, temperature=0.7)
+        return tuple(results[i] for i in which)
+
+    assert torch.autograd.gradcheck(f, case[:3])
+
+
+@pytest.mark.parametrize("gap", [50.0, 94.0, 1000.0])
+def test_unlikely_targets_do_not_overflow(gap):
+    """exp(z_j - z_y) overflows fp32 beyond 88 nats."""
+    hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[-gap, 0.0], [0.0, 1.0], [-1.0, 2.0]], requires_grad=True)
+    got = linear_logprob(hidden, weight, torch.tensor([0]))
+    grads = torch.autograd.grad(torch.cat(got).sum(), (hidden, weight))
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    truth = softmax_truth(h @ w.T, torch.tensor([0]))
+    true_grads = torch.autograd.grad(torch.cat(truth).sum(), (h, w))
+    for a, b in zip((*got, *grads), (*truth, *true_grads), strict=True):
+        assert worst(a, b) < 1e-6 * gap
+
+
+@pytest.mark.parametrize("rest", [10.0**-k for k in range(2, 9)])
+def test_relative_accuracy_as_the_probability_goes_to_one(rest):
+    v = 1000
+    weight = torch.full((v, 1), math.log(rest / (v - 1)))
+    weight[3] = 0
+    weight.requires_grad_()
+    logp = linear_logprob(torch.ones(1, 1), weight, torch.tensor([3])).logp
+    (d_weight,) = torch.autograd.grad(logp.sum(), weight)
+    others = weight.detach().double()[0, 0].exp() * (v - 1)
+    assert abs(logp.item() / -torch.log1p(others).item() - 1) < 1e-5
+    assert abs(d_weight[3].item() / (others / (1 + others)).item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, spread):
+    narrow = make_head(200, 64, 1000, spread=spread).to(dtype, grad=False)
+    upstream = torch.randn(200, generator=torch.Generator().manual_seed(2))
+
+    def run(f, dtype):
+        hidden, weight = (x.detach().to(dtype).requires_grad_() for x in narrow[:2])
+        got = f(hidden, weight, narrow.targets)
+        return *got, *torch.autograd.grad(
+            (got[0] * upstream + 0.1 * got[1]).sum(), (hidden, weight)
+        )
+
+    truth = run(lambda h, w, y: softmax_truth(h @ w.T, y), torch.float64)
+    plain, ours = run(reference.linear_logprob, dtype), run(linear_logprob, dtype)
+    for t, p, o in zip(truth, plain, ours, strict=True):
+        assert worst(o, t) <= 2 * worst(p, t) + 1e-7
+    if dtype == torch.bfloat16:  # logits are not rounded to bf16
+        assert worst(ours[0], truth[0]) < 0.01 * worst(plain[0], truth[0])
+
+
+def test_bf16_sums_are_fp32_and_the_precision_setting_comes_back():
+    case = make_head(300, 16, 50).to(torch.bfloat16)
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = matmul.fp32_precision
+    got = linear_logprob(*case[:2], case.targets)
+    d_hidden, d_weight = torch.autograd.grad(got.logp.sum(), case[:2])
+    assert [x.dtype for x in got] == [torch.float32] * 3
+    assert d_weight.dtype == d_hidden.dtype == torch.bfloat16
+    assert matmul.fp32_precision == before
+    h, w = (x.detach().double().requires_grad_() for x in case[:2])
+    (truth,) = torch.autograd.grad(softmax_truth(h @ w.T, case.targets)[0].sum(), w)
+    # many chunks: sums rounded to bf16 after each would be off by more than the final rounding
+    assert worst(d_weight, truth) <= 2.0**-8 * truth.abs().max().item()
+
+
+def test_shapes_strides_and_integer_types():
+    case = make_head(24, 6, 31)
+    hidden = case.hidden.view(2, 12, 6).transpose(0, 1)
+    targets = case.targets.view(2, 12).T.to(torch.int32)
+    weight = case.weight.T.contiguous().T
+    got = linear_logprob(hidden, weight, targets)
+    truth = softmax_truth(case.hidden @ case.weight.T, case.targets)
+    for a, b in zip(got, truth, strict=True):
+        assert a.shape == (12, 2)
+        assert worst(a.T.reshape(-1), b) < 1e-12
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16,) * 2])
+def test_mixed_and_half_inputs_keep_their_dtype(dtypes):
+    case = make_head(40, 6, 31)
+    hidden, weight = (x.to(t).requires_grad_() for x, t in zip(case[:2], dtypes, strict=True))
+    temperature = torch.linspace(0.5, 2, 40, dtype=torch.float64)
+    got = linear_logprob(hidden, weight, case.targets, temperature=temperature)
+    grads = torch.autograd.grad(torch.cat(got).sum(), (hidden, weight))
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    truth = softmax_truth(h @ w.T / temperature[:, None], case.targets)
+    for a, t in zip(got, truth, strict=True):
+        assert a.dtype == torch.float32 and worst(a, t) < 1e-5
+    true_grads = torch.autograd.grad(torch.cat(truth).sum(), (h, w))
+    for a, t, x in zip(grads, true_grads, (hidden, weight), strict=True):
+        assert a.dtype == x.dtype
+        assert worst(a, t) <= 8 * torch.finfo(x.dtype).eps * t.abs().max().item()
+
+
+def test_forbidden_tokens_have_no_probability():
+    case = make_head(9, 4, 12)
+    case.bias[5:] = -math.inf
+    case.targets.clamp_(max=4)
+    got = linear_logprob(*case[:2], case.targets, bias=case.bias)
+    truth = softmax_truth(case.hidden @ case.weight[:5].T + case.bias[:5], case.targets)
+    for a, b in zip(got, truth, strict=True):
+        assert worst(a, b) < 1e-12
+
+
+def test_masked_rows_may_hold_nan():
+    case = make_head().to(torch.float64, grad=False)
+    case.targets[::3] = -100
+    case.hidden[::3] = math.nan
+    hidden, weight = (x.clone().requires_grad_() for x in case[:2])
+    got = linear_logprob(hidden, weight, case.targets)
+    d_hidden, d_weight = torch.autograd.grad(torch.cat(got).sum(), (hidden, weight))
+    assert all((x[::3] == 0).all() and x.isfinite().all() for x in got)
+    assert (d_hidden[::3] == 0).all() and d_hidden.isfinite().all()
+    assert d_weight.isfinite().all() and d_weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_nothing_to_score_gives_zeros_and_a_connected_graph(n):
+    case = make_head(n, 4, 9).to(torch.float32)
+    targets = torch.full((n,), -100)
+    zeros = torch.zeros(n)
+    ids = torch.zeros(n, dtype=torch.int64)
+    for loss in (
+        linear_logprob(*case[:2], targets).logp.sum(),
+        linear_policy_loss(*case[:2], targets, zeros, zeros + 1).loss,
+        linear_policy_loss(*case[:2], targets.clamp(min=0), zeros, zeros).loss,
+        linear_preference_loss(*case[:2], targets, ids).loss,
+    ):
+        for grad in torch.autograd.grad(loss, case[:2]):
+            assert not grad.count_nonzero()
+
+
+def test_backward_twice_scales_with_the_upstream_gradient():
+    case = make_head().to(torch.float64)
+    w = torch.ones(61)
+    for loss in (
+        linear_logprob(*case[:2], case.targets).logp.sum(),
+        linear_policy_loss(*case[:2], case.targets, w, w).loss,
+    ):
+        once = torch.autograd.grad(loss, case[:2], retain_graph=True)
+        again = torch.autograd.grad(-3 * loss, case[:2])
+        for a, b in zip(once, again, strict=True):
+            assert worst(-3 * a, b) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.tensor([0, 9])}, r"targets\[1\] is 9"),
+        ({"targets": torch.tensor([-1, 0])}, r"targets\[0\] is -1"),
+        ({"targets": torch.tensor([0])}, r"targets is torch.int64 of shape \(1,\)"),
+        ({"targets": torch.tensor([0.0, 1.0])}, r"targets is torch.float32"),
+        ({"weight": torch.zeros(9, 3)}, r"weight \(9, 3\)"),
+        ({"bias": torch.zeros(3)}, r"bias has shape \(3,\)"),
+        ({"temperature": 0.0}, r"temperature=0.0"),
+        ({"temperature": torch.ones(3)}, r"temperature has shape \(3,\)"),
+        ({"backend": "native"}, r"'native' is not built yet"),
+        ({"backend": "triton"}, r"'triton' is not built yet"),
+        ({"backend": "cuda"}, r"backend='cuda'"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4)}
+    given |= {"targets": torch.tensor([0, 1])} | change
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**given)
+
+
+# what is computed, and what is not
+
+
+class Meter(TorchDispatchMode):
+    """Largest tensor made, and rows that went through a product with the (V, D) weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.largest, self.multiplied, self.size = 0, 0, weight.numel()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel())
+        if func is torch.ops.aten.addmm.out:
+            (m, k), (_, n) = args[1].shape, args[2].shape
+            self.multiplied += m * k * n / self.size
+        return out
+
+
+def measure(f, weight) -> Meter:
+    with Meter(weight) as meter:
+        f()
+    return meter
+
+
+def test_no_tensor_of_rows_times_vocabulary_is_made():
+    case = make_head(120, 4, 500).to(torch.float32)
+    w, ids = torch.ones(120), torch.arange(120) // 6
+
+    def everything():
+        linear_logprob(*case[:2], case.targets).logp.sum().backward()
+        linear_policy_loss(*case[:2], case.targets, w, w, entropy_coef=0.1).loss.backward()
+        linear_preference_loss(*case[:2], case.targets, ids).loss.backward()
+
+    assert measure(everything, case.weight).largest <= 120 * 500 / 6
+    plain = measure(lambda: reference.linear_logprob(*case[:2], case.targets), case.weight)
+    assert plain.largest == 120 * 500  # the meter does see it
+
+
+def test_frozen_inputs_and_dropped_rows_cost_no_product():
+    case = make_head(60, 8, 100)
+    advantage, row_weight = torch.ones(60), torch.ones(60)
+
+    def rows(grad="hw", objective=None, old_logp=None, row_weight=row_weight):
+        hidden = case.hidden.clone().requires_grad_("h" in grad)
+        weight = case.weight.clone().requires_grad_("w" in grad)
+
+        def f():
+            loss = linear_policy_loss(
+                hidden,
+                weight,
+                case.targets,
+                advantage,
+                row_weight,
+                objective=objective or Clipped(0.2, 0.2),
+                old_logp=old_logp,
+                sequence_ids=torch.arange(60) // 10,
+            ).loss
+            if grad:
+                loss.backward()
+
+        return measure(f, weight).multiplied
+
+    assert rows("") == pytest.approx(60)
+    assert rows("h") == rows("w") == pytest.approx(120)
+    assert rows() == pytest.approx(180)
+    assert rows(objective=SequenceClipped(0.2, 0.2)) == pytest.approx(240)
+    assert rows(row_weight=(torch.arange(60) < 20).float()) == pytest.approx(60)
+    frozen = partial(linear_preference_loss, *case[:2], case.targets, torch.arange(60) // 10)
+    assert measure(frozen, case.weight).multiplied == pytest.approx(60)
+    logp = linear_logprob(*case[:2], case.targets).logp
+    clipped = logp - (torch.arange(60) < 45).float()  # ratio e, advantage 1: no gradient
+    assert rows(old_logp=clipped) == pytest.approx(60 + 2 * 15)
+
+
+# group_advantage
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantage_of_ragged_shuffled_groups(scale):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.tensor([5, -2, 5, 900, -2, 5, 900, 5, -2, 17])
+    rewards = torch.rand(10, generator=g)
+    rewards[3] = float("nan")
+    got = group_advantage(rewards, ids, scale=scale, eps=1e-4)
+    assert got.dtype == torch.float32
+    valid = rewards[~rewards.isnan()].double()
+    for i in range(10):
+        mates = rewards[(ids == ids[i]) & ~rewards.isnan()].double()
+        expected = 0.0
+        if not rewards[i].isnan() and len(mates) > 1:
+            deviation = {"group": mates.std(), "batch": valid.std(), "none": torch.tensor(1 - 1e-4)}
+            expected = ((rewards[i] - mates.mean()) / (deviation[scale] + 1e-4)).item()
+        assert got[i].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_float_noise_is_no_advantage(scale):
+    noise = 1e-7 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    rewards = torch.cat([0.3 + noise, 3e3 * (1 + noise), torch.tensor([0.0, 1.0])])
+    ids = torch.tensor([0] * 8 + [1] * 8 + [2] * 2)
+    got = group_advantage(rewards, ids, scale=scale, eps=0.0)
+    assert rewards[:8].unique().numel() > 1
+    assert (got[:16] == 0).all() and got[16] < 0 < got[17]
+
+
+def test_advantage_of_nothing_and_of_impossible_rewards():
+    nan = torch.full((3,), float("nan"))
+    assert group_advantage(torch.empty(0), torch.empty(0, dtype=torch.int64)).shape == (0,)
+    assert (group_advantage(nan, torch.zeros(3, dtype=torch.int64)) == 0).all()
+    with pytest.raises(ValueError, match=r"rewards\[1\] is infinite"):
+        group_advantage(torch.tensor([0.0, float("inf")]), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="scale='std'"):
+        group_advantage(torch.zeros(2), torch.zeros(2), scale="std")
