@@ -42,15 +42,20 @@ class PackedAttention:
         """q (N, H, Dh), k and v (N, Hkv, Dh) -> (N, H, Dh)."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(layer, q, k, v)
-        return torch.cat([self._segment(layer, s, q, k, v) for s in range(len(self.chains))])
-
-    def _segment(self, layer: Layer, s: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        spans = [slice(self.borders[a], self.borders[a + 1]) for a in self.chains[s]]
-        keys, values = (
-            torch.cat([x[span] for span in spans]) if len(spans) > 1 else x[spans[0]]
-            for x in (k, v)
+        # split, not slices: the gradient of each slice would be a zeroed tensor of the whole pack
+        lengths = [b - a for a, b in pairwise(self.borders)]
+        queries, keys, values = (x.split(lengths) for x in (q, k, v))
+        return torch.cat(
+            [
+                causal_attention(
+                    layer,
+                    queries[chain[-1]],
+                    torch.cat([keys[s] for s in chain]),
+                    torch.cat([values[s] for s in chain]),
+                )
+                for chain in self.chains
+            ]
         )
-        return causal_attention(layer, q[spans[-1]], keys, values)
 
     def _varlen(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """flash-attn where installed, else torch's varlen_attn; both align at the last key."""

@@ -27,7 +27,7 @@ class Prompting:
     """None: what the chat template does by itself."""
     levels: tuple[int, ...] = ()
     """Use only problems of these levels; empty: all."""
-    max_completion_length: int = 96
+    max_completion_length: int = 64
     """Tokens sampled for one completion at most."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -45,9 +45,9 @@ class Train(Prompting):
 
     method: Method = "expo-grpo"
     """GRPO alone, or with SFT on self-explanations (expo) or the data's solutions (expert)."""
-    train_data: str = "builtin:arithmetic:train"
+    train_data: str = "builtin:arithmetic-2:train"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
-    eval_data: str = "builtin:arithmetic:eval"
+    eval_data: str = "builtin:arithmetic-2:eval"
     output_dir: str = "runs/default"
     steps: int = 30
     prompts_per_step: int = 16
@@ -138,7 +138,7 @@ class Train(Prompting):
 class Evaluate(Prompting):
     """Measure pass@1 and pass@K of a model on a set of problems."""
 
-    data: str = "builtin:arithmetic:eval"
+    data: str = "builtin:arithmetic-2:eval"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
     shots_data: str | None = None
     """Where the worked examples come from; None: the data itself (its train split if built in)."""

@@ -1,9 +1,10 @@
 """The two properties of a good positive sample (arXiv:2507.02834, section 3), measured every step.
 
-    in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, expert solution, own attempt
+    in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, own attempt, expert solution
     learning signal:  lift   = log pi(a* | q, c~) - log mean_i pi(a* | q, c_i),  c_i own attempts
 
-All under the plain question. They are diagnostics, on a few questions, not theorems.
+All under the plain question; diagnostics, not theorems. The first two nll fall out of the update
+and of sampling; here are the others, on a few questions.
 """
 
 import math
@@ -46,15 +47,14 @@ def diagnose(
         if s.problem.solution is not None:
             named.append((("expert", i), Sample(prompt, prompter.expert(s.problem))))
         if s.explanation is not None:
-            named.append((("exp", i), Sample(prompt, tuple(s.explanation))))
             named.append((("behind exp", i), _answer(s.problem, s.explanation, prompter)))
             named += [(("behind own", i), _answer(s.problem, c.token_ids, prompter)) for c in own]
     found: dict[tuple[str, int], list[Tensor]] = {}
     logps = score([sample for _, sample in named])
     for (key, _), logp in zip(named, logps, strict=True):
         found.setdefault(key, []).append(logp)
-    row = {f"{kind}/nll": _mean_nll(found, kind) for kind in ("exp", "own", "expert")}
-    return row | {"exp/lift": _mean_lift(found)} | _gap(subjects, found)
+    expert = [-float(logp.mean()) for (name, _), (logp,) in found.items() if name == "expert"]
+    return {"expert/nll": mean(expert), "exp/lift": _mean_lift(found)} | _gap(subjects, found)
 
 
 def _answer(problem: Problem, completion_ids: Sequence[int], prompter: Prompter) -> Sample:
@@ -70,10 +70,6 @@ def _answer(problem: Problem, completion_ids: Sequence[int], prompter: Prompter)
     box = tokenizer(" \\boxed{", add_special_tokens=False).input_ids
     answer = tokenizer(problem.answer + "}", add_special_tokens=False).input_ids
     return Sample((*prompter.solve(problem), *ids, *box), tuple(answer))
-
-
-def _mean_nll(found: dict[tuple[str, int], list[Tensor]], kind: str) -> float | None:
-    return mean([-float(x.mean()) for (name, _), xs in found.items() if name == kind for x in xs])
 
 
 def _mean_lift(found: dict[tuple[str, int], list[Tensor]]) -> float | None:

@@ -129,8 +129,8 @@ def _mean(values: Sequence[float]) -> float:
 def main(argv: Sequence[str]) -> None:
     config = parse(Evaluate, argv)
     c = config
-    problems = load_problems(c.data, levels=c.levels, limit=c.limit, seed=c.seed)
-    source = load_problems(c.shots_data or c.data, levels=c.levels, seed=c.seed)
+    problems = load_problems(c.data, levels=c.levels, limit=c.limit)
+    source = load_problems(c.shots_data or c.data, levels=c.levels)
     shots, _ = worked_examples(source, c.shots)
     shown = overlap(shots, problems)
     problems = [p for p in problems if p not in shown]

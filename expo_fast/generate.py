@@ -19,6 +19,7 @@ from expo_fast.pack import common_prefix
 from expo_fast.sampling import Truncation, draw, uniform
 
 MAX_SLOTS = 128  # rows decoded together; a CPU's bf16 GEMM gains little beyond
+ROW_BUCKET = 16  # rows decoded are rounded up: oneDNN compiles a GEMM for each new size, for 30 ms
 KV_CACHE_BYTES = 2 << 30  # unless the caller says otherwise
 
 
@@ -155,10 +156,13 @@ class _Run:
             new = [self.waiting.pop() for _ in range(min(n_free, len(self.waiting)))]
             hidden = self._admit(new)
             return self._extend(range(len(self.slots) - len(new), len(self.slots)), hidden)
-        tokens = torch.tensor([s.tokens[-1] for s in self.slots], device=self.model.device)
-        hidden = self.model.run(tokens, self.cache.positions(len(tokens)), self.cache.decode)
-        self.cache.lengths[: len(tokens)] += 1
-        return self._extend(range(len(tokens)), hidden)
+        n = len(self.slots)
+        rows = min(self.cache.n_slots, -(-n // ROW_BUCKET) * ROW_BUCKET)  # idle ones are ignored
+        last = [s.tokens[-1] for s in self.slots] + [0] * (rows - n)
+        tokens = torch.tensor(last, device=self.model.device)
+        hidden = self.model.run(tokens, self.cache.positions(rows), self.cache.decode)
+        self.cache.lengths[:n] += 1
+        return self._extend(range(n), hidden[:n])
 
     def _prefill_prefix(self) -> None:
         tokens = torch.tensor(self.prefix, device=self.model.device)
@@ -238,6 +242,7 @@ class _Run:
             self.cache.move(last, row)
             self.slots[row] = self.slots[last]
         self.slots.pop()
+        self.cache.lengths[last] = 0
         logp = torch.tensor(slot.logps, dtype=torch.float32)
         return slot.index, Completion(slot.tokens, logp, slot.finish_reason)
 
@@ -292,17 +297,20 @@ class Cache:
         self.numel = numel  # tokens that it holds, over all slots
         self.heads = (shape.kv_heads, shape.head_dim)
         self.n_layers, self.device = len(shape.windows), model.device
-        self.dtype = torch.float32 if self.device.type == "cpu" else model.dtype
-        if model.dtype == torch.float64:
-            self.dtype = torch.float64
+        self.dtype = self._dtype(model)
         size = (self.n_layers, 2, numel * shape.kv_heads * shape.head_dim)
         # what a slot has not written yet is multiplied by zero, so it must be finite
         self.slab = torch.zeros(size, dtype=self.dtype, device=self.device)
 
     @staticmethod
+    def _dtype(model: Decoder) -> torch.dtype:
+        on_cpu = model.device.type == "cpu"
+        return torch.promote_types(model.dtype, torch.float32) if on_cpu else model.dtype
+
+    @staticmethod
     def bytes_per_token(model: Decoder) -> int:
-        width = 4 if model.device.type == "cpu" else model.dtype.itemsize
-        return len(model.shape.windows) * 2 * model.shape.kv_heads * model.shape.head_dim * width
+        per_layer = 2 * model.shape.kv_heads * model.shape.head_dim
+        return len(model.shape.windows) * per_layer * Cache._dtype(model).itemsize
 
     def reset(self, n_slots: int, n_tokens: int) -> None:
         """Cut the slab into n_slots rows of n_tokens, and forget what it held."""

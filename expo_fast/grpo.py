@@ -181,7 +181,7 @@ class Trainer:
 
     def update(
         self, part: list[Rollout], found: Explanations, number: int, phases: Phases
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """One optimizer step on its share of the batch; `number` counts them over the run."""
         c = self.config
         accepted = found.accepted
@@ -189,15 +189,14 @@ class Trainer:
             policy = self.backward(self._with_reference(policy_samples(part, c)))
             self.optimizer.mark()
             chosen = [(r.problem, accepted[r.problem.id]) for r in part if r.problem.id in accepted]
-            sft = self.backward(
-                sft_samples(
-                    chosen,
-                    self.prompter,
-                    coef=c.exp_sft_coef,
-                    n_questions=len(part),
-                    reduction=c.exp_sft_reduction,
-                )
+            samples = sft_samples(
+                chosen,
+                self.prompter,
+                coef=c.exp_sft_coef,
+                n_questions=len(part),
+                reduction=c.exp_sft_reduction,
             )
+            sft = self.backward(samples)
             policy_norm, sft_norm = self.optimizer.norms_since_mark()
         lr = learning_rate(
             number,
@@ -218,12 +217,13 @@ class Trainer:
             "grad_norm/exp_sft": sft_norm,
             "update_norm": report.update_norm,
             "learning_rate": lr,
+            "exp/nll": sft["nll"] if samples and c.method == "expo-grpo" else None,
         }
 
     def backward(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Add the samples' gradients, pack after pack; the loss and its statistics."""
         c = self.config
-        total = dict.fromkeys(("loss", "kl", "clip_low", "clip_high"), 0.0)
+        total = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "nll"), 0.0)
         weight = sum(s.row_weight * len(s.completion_ids) for s in samples)
         for p in pack(samples, c.pack_tokens):
             p = p.to(self.model.device)
@@ -243,11 +243,12 @@ class Trainer:
                 temperature=c.temperature,
             )
             result.loss.backward()
+            total["nll"] -= sum(float(logp.mean()) for _, logp in p.split(result.logp))
             share = float(p.row_weight.sum()) / weight
             total["loss"] += float(result.loss.detach())
             for name in ("kl", "clip_low", "clip_high"):
                 total[name] += share * float(getattr(result, name))
-        return total
+        return total | {"nll": total["nll"] / max(1, len(samples))}
 
     def _with_reference(self, samples: list[Sample]) -> list[Sample]:
         if self.reference is None:
@@ -291,13 +292,16 @@ def sampled_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
     stds = [statistics.stdev(group) for group in rewards if len(group) > 1]
     lengths = [len(done.token_ids) for done in completions]
     cut = [done.finish_reason == "length" for done in completions]
-    surprise = [-float(done.logp.sum()) for done in completions]
+    surprise = [-done.logp for done in completions if len(done.logp)]
     return {
         "reward": mean(means),
         "reward_std": mean(stds),
         "frac_reward_zero_std": mean([std == 0 for std in stds]),
         "frac_all_fail": mean([r.all_fail for r in rollouts]),
-        "entropy": sum(surprise) / max(1, sum(lengths)),  # of the sampled tokens, unbiased
+        "entropy": mean(
+            torch.cat([torch.empty(0), *surprise]).tolist()
+        ),  # unbiased: sampled tokens
+        "own/nll": mean([float(x.mean()) for x in surprise]),
         "completions/mean_length": mean(lengths),
         "completions/clipped_ratio": mean(cut),
     }
@@ -314,9 +318,10 @@ def explained_metrics(found: Explanations) -> dict[str, float | None]:
     }
 
 
-def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float | None]:
+def mean_of(updates: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
     """Over the batch's optimizer steps."""
-    return {name: mean([u[name] for u in updates]) for name in updates[0]}
+    columns = {name: [u[name] for u in updates] for name in updates[0]}
+    return {name: mean([x for x in xs if x is not None]) for name, xs in columns.items()}
 
 
 def batch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:

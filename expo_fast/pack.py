@@ -5,6 +5,7 @@ under that the completions. A token is in the pack once however many samples con
 last token of a completion not at all, since nothing is predicted from it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -105,16 +106,20 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         ends.append((ends[-1] if ends else 0) + len(segment.tokens))
         return len(segments) - 1
 
+    shared = Counter(s.prompt_ids for s in chosen)
     for s in chosen:
+        rest, own = s.prompt_ids[root:], s.completion_ids[:-1]
+        parent = 0 if root else -1
+        if shared[s.prompt_ids] == 1:  # one segment attends faster than two
+            append(_Segment(rest + own, root, parent))
+            rows.extend(range(ends[-1] - len(own) - 1, ends[-1]))
+            continue
         if s.prompt_ids not in prompts:
-            rest = _Segment(s.prompt_ids[root:], root, 0 if root else -1)
-            prompts[s.prompt_ids] = append(rest)
+            prompts[s.prompt_ids] = append(_Segment(rest, root, parent))
         prompt = prompts[s.prompt_ids]
-        rows.append(
-            ends[prompt] - 1
-        )  # the prompt's last token predicts the first of the completion
-        if len(s.completion_ids) > 1:
-            append(_Segment(s.completion_ids[:-1], len(s.prompt_ids), prompt))
+        rows.append(ends[prompt] - 1)  # the prompt's last token predicts the completion's first
+        if own:
+            append(_Segment(own, len(s.prompt_ids), prompt))
             rows.extend(range(ends[-2], ends[-1]))
     lengths = torch.tensor([len(s.completion_ids) for s in chosen])
 

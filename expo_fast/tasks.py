@@ -26,7 +26,8 @@ from typing import BinaryIO, cast
 from expo_fast import arithmetic
 
 QUESTION_COLUMNS = ("prompt", "problem", "question")  # the first that a row has is its question
-BUILTINS = {"arithmetic": arithmetic.rows}
+# of all levels, or of one: builtin:arithmetic-2
+BUILTINS = {"arithmetic": ()} | {f"arithmetic-{n}": (n,) for n in arithmetic.LEVELS}
 LINE_BYTES = 8 << 20  # a longer line is no row of text
 NESTING = 64  # lists and objects inside one another
 
@@ -150,7 +151,8 @@ def _builtin_rows(name: str, levels: Sequence[int], limit: int | None, seed: int
         raise ValueError(
             f"builtin:{name}: no such data set; the built-in ones: {_listed(BUILTINS)}"
         )
-    for number, row in enumerate(BUILTINS[name](split or "train", levels, limit, seed), 1):
+    levels = BUILTINS[name] or levels
+    for number, row in enumerate(arithmetic.rows(split or "train", levels, limit, seed), 1):
         yield f"builtin:{name}:{number}", row
 
 

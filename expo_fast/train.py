@@ -49,9 +49,9 @@ def main(argv: Sequence[str]) -> None:
 def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[Problem]]:
     """Training problems, worked examples (not among them), and held-out problems."""
     c = config
-    problems = load_problems(c.train_data, levels=c.levels, seed=c.seed)
+    problems = load_problems(c.train_data, levels=c.levels)
     shots, problems = worked_examples(problems, c.shots)
-    held_out = load_problems(c.eval_data, levels=c.levels, limit=c.eval_limit, seed=c.seed)
+    held_out = load_problems(c.eval_data, levels=c.levels, limit=c.eval_limit)
     if len(problems) < c.prompts_per_step:
         raise ValueError(
             f"{c.train_data} has {len(problems)} problems after {c.shots} worked examples, "

@@ -358,3 +358,11 @@ def test_same_problems_in_another_process():
 def test_seeds_differ():
     one, two = (load_problems("builtin:arithmetic", limit=200, seed=s) for s in (1, 2))
     assert len(overlap(one, two)) < 4
+
+
+def test_a_builtin_name_may_carry_its_level():
+    problems = load_problems("builtin:arithmetic-3:eval", limit=20)
+    assert {p.level for p in problems} == {3}
+    assert problems == load_problems("builtin:arithmetic:eval", levels=(3,), limit=20)
+    with pytest.raises(ValueError, match="levels present: 3"):
+        load_problems("builtin:arithmetic-3", levels=(2,))

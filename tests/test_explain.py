@@ -1,0 +1,148 @@
+"""Which explanations are kept, and what of them is trained on."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from expo_fast.explain import answer_first, explain, leaks, score_tokens, sft_samples
+from expo_fast.generate import Completion, Request
+from expo_fast.pack import Sample
+from expo_fast.prompts import Prompter
+from expo_fast.reward import score_answers
+from expo_fast.tasks import Problem
+from tiny import tiny_model, tiny_tokenizer
+
+ANSWER = "7319"
+PROBLEM = Problem(id="a", prompt="How many?", answer=ANSWER, solution="1 + 1 = 2.")
+GOOD = rf"First 7000 + 319 = {ANSWER}. The answer is \boxed{{{ANSWER}}}."
+
+
+class Scripted:
+    """A generator that has its completions written for it."""
+
+    def __init__(self, texts: list[tuple[str, str]]):
+        self.texts = texts
+        self.requests: list[Request] = []
+
+    def sample(self, requests: list[Request]) -> list[Completion]:
+        self.requests = list(requests)
+        assert len(requests) == len(self.texts)
+        ids = [[*tiny_tokenizer()(text).input_ids, 1] for text, _ in self.texts]
+        reasons = [reason for _, reason in self.texts]
+        return [
+            Completion(i, torch.zeros(len(i)), reason)
+            for i, reason in zip(ids, reasons, strict=True)
+        ]
+
+
+def run(texts: list[tuple[str, str]], problems: list[Problem], n: int):
+    generator: Any = Scripted(texts)
+    prompter = Prompter(tiny_tokenizer())
+
+    def request(p: Problem, k: int, prompt: tuple[int, ...]) -> Request:
+        return Request(prompt, 64, seed=k)
+
+    found = explain(problems, prompter, generator, score_answers, request, n)
+    return found, generator.requests
+
+
+def test_only_right_complete_and_clean_explanations_are_kept():
+    texts = [
+        (GOOD, "stop"),
+        (GOOD, "length"),  # cut off
+        (GOOD.replace(r"\boxed{" + ANSWER, r"\boxed{12"), "stop"),  # wrong
+        (f"We know the answer is {ANSWER}.", "stop"),  # no box
+        (rf"Since the given answer is {ANSWER}: \boxed{{{ANSWER}}}", "stop"),  # leaks
+        (rf"{ANSWER} it is, since 7000 + 319 = {ANSWER}. \boxed{{{ANSWER}}}", "stop"),  # first
+    ]
+    found, _ = run(texts, [PROBLEM], len(texts))
+    assert found.accepted == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
+    assert (found.n_sampled, found.n_right, found.n_leaked) == (6, 3, 2)
+    assert found.rate == 1.0
+    assert found.leak_rate == pytest.approx(2 / 3)
+
+
+def test_rate_counts_questions_and_not_samples():
+    other = Problem(id="b", prompt="And how many?", answer="1")
+    found, _ = run([(GOOD, "stop")] * 4, [PROBLEM, other], 2)
+    assert len(found.accepted["a"]) == 2
+    assert found.rate == 0.5
+
+
+def test_the_answer_is_in_the_explain_prompt_and_nowhere_in_what_is_trained():
+    found, requests = run([(GOOD, "stop")], [PROBLEM], 1)
+    tokenizer = tiny_tokenizer()
+    assert ANSWER in tokenizer.decode(requests[0].prompt_ids)
+    prompter = Prompter(tokenizer)
+    (sample,) = sft_samples(
+        [(PROBLEM, found.accepted["a"])],
+        prompter,
+        coef=1.0,
+        n_questions=1,
+        reduction="token_mean",
+    )
+    assert ANSWER not in tokenizer.decode(sample.prompt_ids)
+    assert "The answer is" not in tokenizer.decode(sample.prompt_ids)
+    assert sample.completion_ids == found.accepted["a"][0]  # the sampled ids, never re-tokenised
+    assert sample.on_policy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The given answer is 5.",
+        "As stated, it is 5.",
+        "We are told that the answer is 5.",
+        "Working backwards from 5 we get 3.",
+        "To match the correct answer we add 2.",
+        "The answer has been provided, so 5.",
+        "Since the known answer is 5",
+    ],
+)
+def test_talk_of_a_given_answer_is_a_leak(text: str):
+    assert leaks(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "She was given 3 apples and bought 4 more, so she has 3 + 4 = 7.",
+        "The answer is \\boxed{7}.",
+        "The final price is 7 dollars.",
+    ],
+)
+def test_plain_reasoning_is_no_leak(text: str):
+    assert not leaks(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("The answer is 27 because 3 * 9 is 27.", True),
+        ("27", True),
+        ("\\boxed{27}", True),
+        ("3 * 9 = 27.", False),  # the result of an equation is derived
+        ("There are 3 boxes of 9 pens, which makes 27 pens.", False),
+        ("In 127 days and 27.5 hours", False),
+    ],
+)
+def test_answer_first(text: str, first: bool):
+    assert answer_first(text, "27") is first
+
+
+def test_score_tokens_equals_a_full_forward_of_each_sample():
+    model = tiny_model(dtype=torch.float64)
+    samples = [
+        Sample((5, 6, 7, 8), (9, 10, 11)),
+        Sample((5, 6, 7), (12,)),
+        Sample((5, 6, 7, 8), (13, 14)),
+    ]
+    for sample, got in zip(samples, score_tokens(model, samples, 0.6, 9), strict=True):
+        whole = torch.tensor([*sample.prompt_ids, *sample.completion_ids])
+        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+        logits = model.hidden(whole, torch.arange(len(whole)), borders) @ model.head_weight.T / 0.6
+        n = len(sample.prompt_ids)
+        truth = logits.log_softmax(-1)[n - 1 : -1].gather(1, whole[n:, None]).squeeze(1)
+        torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,254 @@
+"""The trainer's loss and gradients are those of the formulas, however the batch is packed.
+
+The judge is written from the formulas (GRPO arXiv:2402.03300, DAPO 2503.14476, Dr.GRPO 2503.20783,
+ExP-SFT 2507.02834), in fp64, a sequence and a token at a time, through full logits.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expo_fast.config import Train
+from expo_fast.explain import Explanations, sft_samples
+from expo_fast.generate import Completion
+from expo_fast.grpo import Rollout, Trainer, batch, explained_metrics, parts, policy_samples
+from expo_fast.grpo import sampled_metrics as measure
+from expo_fast.model import Decoder
+from expo_fast.ops import group_advantage
+from expo_fast.pack import Sample
+from expo_fast.tasks import Problem
+from tiny import tiny_model
+
+P, G, L_MAX = 3, 4, 12
+SHOTS = (5, 6, 7)
+T = 0.7  # temperature
+
+
+def config(**changes: Any) -> Train:
+    sizes = {"num_generations": G, "prompts_per_step": P, "max_completion_length": L_MAX}
+    return Train(**(sizes | {"temperature": T, "pack_tokens": 1000} | changes))
+
+
+def problem(q: int) -> Problem:
+    return Problem(id=f"q{q}", prompt=f"question {q}", answer=str(q))
+
+
+def rollouts(rewards: list[list[float | None]]) -> list[Rollout]:
+    """P questions with G samples of ragged lengths, and old log-probs near the current ones."""
+    random = torch.Generator().manual_seed(3)
+    flat = torch.tensor([float("nan") if r is None else r for row in rewards for r in row])
+    groups = torch.arange(len(rewards)).repeat_interleave(G)
+    advantages = group_advantage(flat, groups).view(-1, G).tolist()
+    made = []
+    for q, row in enumerate(rewards):
+        completions = []
+        for _ in range(G):
+            n = int(torch.randint(1, 9, (1,), generator=random))
+            ids = torch.randint(8, 100, (n,), generator=random).tolist()
+            completions.append(Completion(ids, torch.zeros(n), "stop"))
+        prompt = (*SHOTS, *range(30, 32 + q))
+        made.append(Rollout(problem(q), prompt, completions, [""] * G, row, advantages[q]))
+    return made
+
+
+REWARDS: list[list[float | None]] = [[1, 0, 0, 1], [0, 0, 0, 0], [1, None, 0, 0]]
+
+
+class Prompter:
+    """Stands for the templates alone: the ids that each question is asked with."""
+
+    def __init__(self, made: list[Rollout]):
+        self.prompts = {r.problem.id: r.prompt_ids for r in made}
+
+    def solve(self, asked: Problem) -> tuple[int, ...]:
+        return self.prompts[asked.id]
+
+
+def full_logp(model: Decoder, prompt: tuple[int, ...], ids: list[int]) -> Tensor:
+    whole = torch.tensor([*prompt, *ids])
+    borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+    hidden = model.hidden(whole, torch.arange(len(whole)), borders)
+    logp = (hidden @ model.head_weight.T / T).log_softmax(-1)
+    return logp[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+
+
+def with_old_logp(model: Decoder, made: list[Rollout]) -> list[Rollout]:
+    """Ratios on both sides of the clip range."""
+    random = torch.Generator().manual_seed(9)
+
+    def old(r: Rollout, done: Completion) -> Tensor:
+        logp = full_logp(model, r.prompt_ids, done.token_ids).detach()
+        return (logp + 0.3 * torch.randn(len(logp), generator=random)).float()
+
+    return [
+        replace(r, completions=[replace(d, logp=old(r, d)) for d in r.completions]) for r in made
+    ]
+
+
+def judge(model: Decoder, made: list[Rollout], c: Train, reference: Decoder | None) -> Tensor:
+    """The policy term, from the formulas."""
+    scored = []
+    for r in made:
+        known = torch.tensor([x for x in r.rewards if x is not None], dtype=torch.float64)
+        for done, reward in zip(r.completions, r.rewards, strict=True):
+            if reward is not None:
+                spread = known.std() + 1e-4 if known.std() > 0 else 1.0
+                scored.append((r, done, (reward - known.mean()) / spread))
+    n, tokens = len(scored), sum(len(done.token_ids) for _, done, _ in scored)
+    total = torch.zeros((), dtype=torch.float64)
+    for r, done, advantage in scored:
+        logp = full_logp(model, r.prompt_ids, done.token_ids)
+        old = done.logp.double() if c.updates_per_batch > 1 else logp.detach()
+        for t in range(len(logp)):
+            ratio = (logp[t] - old[t]).exp()
+            clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+            loss = -torch.minimum(ratio * advantage, clipped * advantage)
+            if reference is not None:
+                x = full_logp(reference, r.prompt_ids, done.token_ids).detach()[t] - logp[t]
+                loss = loss + c.kl_coef * (x.exp() - x - 1)
+            normaliser = {"grpo": n * len(logp), "dapo": tokens, "dr-grpo": n * L_MAX}[c.loss]
+            total = total + loss / normaliser
+    return total
+
+
+def run(model: Decoder, c: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
+    """The trainer's own backward over the packs."""
+    model.zero_grad()
+    trainer: Any = SimpleNamespace(config=c, model=model)
+    loss = Trainer.backward(trainer, samples)["loss"]
+    return loss, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def gradients(model: Decoder, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == truth.keys()
+    for name, expected in truth.items():
+        error = float((got[name] - expected).norm() / (expected.norm() + 1e-12))
+        assert error < tolerance, (name, error)
+
+
+# packs carry advantages and weights in fp32, good to 6e-8 relative
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr-grpo"])
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("pack_tokens", [1, 17, 1000])
+def test_policy_term_equals_the_formula(loss: str, off_policy: bool, pack_tokens: int):
+    model = tiny_model(dtype=torch.float64)
+    c = config(loss=loss, pack_tokens=pack_tokens, updates_per_batch=P if off_policy else 1)
+    made = with_old_logp(model, rollouts(REWARDS))
+    truth = judge(model, made, c, None)
+    expected = gradients(model, truth)
+    value, got = run(model, c, policy_samples(made, c))
+    assert_same(got, expected, 1e-6)
+    if off_policy:  # on policy, sequences of zero advantage are skipped, and so is their value of 0
+        assert value == pytest.approx(float(truth), rel=1e-6)
+
+
+def test_kl_reaches_sequences_without_advantage():
+    model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, seed=1)
+    c = config(kl_coef=0.1)
+    made = rollouts(REWARDS)
+    truth = judge(model, made, c, reference)
+    expected = gradients(model, truth)
+    trainer: Any = SimpleNamespace(config=c, model=model, reference=reference)
+    samples = Trainer._with_reference(trainer, policy_samples(made, c))
+    assert len(samples) == P * G - 1  # the one without a reward
+    value, got = run(model, c, samples)
+    assert_same(got, expected, 1e-6)
+    assert value == pytest.approx(float(truth), rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "seq_sum"])
+@pytest.mark.parametrize("pack_tokens", [1, 1000])
+def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
+    model = tiny_model(dtype=torch.float64)
+    made = rollouts(REWARDS)
+    explained = [  # two of three questions, one of them twice
+        (problem(0), [(50, 51, 52, 1), (60, 1)]),
+        (problem(2), [(70, 71, 1)]),
+    ]
+    truth = torch.zeros((), dtype=torch.float64)
+    for q, completions in explained:
+        for ids in completions:
+            logp = full_logp(model, made[int(q.id[1:])].prompt_ids, list(ids))
+            each = logp.mean() if reduction == "token_mean" else logp.sum()
+            truth = truth - 0.04 * each / (P * len(completions))
+    expected = gradients(model, truth)
+    prompter: Any = Prompter(made)
+    samples = sft_samples(explained, prompter, coef=0.04, n_questions=P, reduction=reduction)
+    # neither clip, KL nor entropy may touch these rows
+    c = config(pack_tokens=pack_tokens, clip_low=0.01, clip_high=0.01, entropy_coef=0.5)
+    value, got = run(model, c, samples)
+    assert value == pytest.approx(float(truth), rel=1e-6)
+    assert_same(got, expected, 1e-6)
+
+
+def test_fp32_gradient_does_not_depend_on_the_packing():
+    model = tiny_model()
+    made = rollouts(REWARDS)
+    _, whole = run(model, config(), policy_samples(made, config()))
+    for pack_tokens in (1, 20, 33):
+        c = config(pack_tokens=pack_tokens)
+        _, split = run(model, c, policy_samples(made, c))
+        assert_same(split, whole, 2e-6)
+
+
+def test_sequences_without_gradient_are_not_packed_but_counted():
+    c = config()
+    samples = policy_samples(rollouts(REWARDS), c)
+    assert len(samples) == 4 + 0 + 3  # the all-fail group and the unscored sample are left out
+    weights = [s.row_weight * len(s.completion_ids) for s in samples]
+    assert weights == pytest.approx([1 / 11] * 7)  # N = 12 - 1
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    plain, again = tiny_model(), tiny_model()
+    again.checkpointing = True
+    samples = policy_samples(rollouts(REWARDS), config())
+    _, a = run(plain, config(), samples)
+    _, b = run(again, config(), samples)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_batches_visit_every_problem_once_an_epoch_in_an_order_known_from_the_seed():
+    problems = [problem(q) for q in range(10)]
+    seen = [p.id for step in range(5) for p in batch(problems, step, 4, seed=1)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in problems)
+    assert seen[:10] != seen[10:]
+    assert [p.id for p in batch(problems, 3, 4, seed=1)] == seen[12:16]
+    assert [p.id for p in batch(problems, 3, 4, seed=2)] != seen[12:16]
+
+
+def test_a_batch_splits_into_equal_shares():
+    made = rollouts([*REWARDS, [0.0] * G])
+    assert [[r.problem.id for r in part] for part in parts(made, 2)] == [["q0", "q1"], ["q2", "q3"]]
+
+
+def test_sampled_metrics():
+    row = measure(rollouts(REWARDS))
+    assert row["reward"] == pytest.approx((0.5 + 0 + 1 / 3) / 3)
+    assert row["frac_all_fail"] == pytest.approx(1 / 3)
+    assert row["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert row["reward_std"] == pytest.approx((3**-0.5 + 0 + 3**-0.5) / 3)
+    assert row["completions/clipped_ratio"] == 0
+
+
+def test_explained_metrics_are_null_where_nothing_was_explained():
+    assert set(explained_metrics(Explanations()).values()) == {None, 0}
+    found = Explanations({"q0": [(1, 2), (3, 4, 5, 6)]}, n_questions=4, n_sampled=8, n_right=3)
+    found.n_leaked = 1
+    row = explained_metrics(found)
+    assert row["exp/rate"] == 0.25
+    assert row["exp/accepted"] == 2
+    assert row["exp/mean_length"] == 3
+    assert row["exp/leak_rate"] == pytest.approx(1 / 3)

@@ -1,0 +1,79 @@
+"""Solve and explain prompts differ in the stated answers and in nothing else."""
+
+import pytest
+
+from expo_fast.prompts import Prompter, expert_text, request_seed
+from expo_fast.tasks import Problem
+from tiny import tiny_tokenizer
+
+SHOT = Problem(id="s", prompt="2 and 3?", answer="5", solution="2 + 3 = 5.")
+ASKED = Problem(id="a", prompt="4 and {4}?", answer="8", solution=r"4 + 4 = 8. \boxed{8}")
+
+
+def test_prompts_differ_in_the_stated_answers_alone():
+    tokenizer = tiny_tokenizer()
+    prompter = Prompter(tokenizer, (SHOT,))
+    solve = tokenizer.decode(prompter.solve(ASKED))
+    explain = tokenizer.decode(prompter.explain(ASKED))
+    assert explain.replace(" (The answer is 5.)", "").replace(" (The answer is 8.)", "") == solve
+    assert explain.count("(The answer is 8.)") == 1
+    assert explain.count("(The answer is 5.)") == 1
+    assert "8" not in solve
+    assert solve.endswith("<|im_start|>assistant\n")
+    assert "4 and {4}?" in solve
+
+
+def test_worked_examples_are_earlier_turns_with_the_answer_boxed():
+    text = tiny_tokenizer().decode(Prompter(tiny_tokenizer(), (SHOT,), "Be brief.").solve(ASKED))
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert "2 + 3 = 5.\nThe answer is \\boxed{5}.<|im_end|>" in text
+
+
+def test_chat_messages_keep_their_turns():
+    turns = (
+        {"role": "system", "content": "You count."},
+        {"role": "user", "content": "1 and 1?"},
+    )
+    problem = Problem(id="c", prompt=turns, answer="2")
+    text = tiny_tokenizer().decode(Prompter(tiny_tokenizer()).explain(problem))
+    assert text.startswith("<|im_start|>system\nYou count.<|im_end|>\n<|im_start|>user\n1 and 1? (")
+
+
+def test_expert_completion_is_boxed_once_and_ends_as_the_model_ends():
+    tokenizer = tiny_tokenizer()
+    ids = Prompter(tokenizer).expert(ASKED)
+    assert tokenizer.decode(ids[:-1]) == r"4 + 4 = 8. \boxed{8}"
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="problem n has no expert solution"):
+        expert_text(Problem(id="n", prompt="?", answer="1"))
+
+
+def test_a_base_model_is_asked_through_a_plain_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    prompter = Prompter(tokenizer, (SHOT,))
+    text = tokenizer.decode(prompter.solve(ASKED))
+    assert text.count("Question: ") == 2
+    assert text.endswith("Answer:")
+    assert "Answer: 2 + 3 = 5." in text
+    assert prompter.stop_strings == ("\nQuestion:",)
+    assert Prompter(tiny_tokenizer()).stop_strings == ()
+
+
+def test_template_hash_follows_what_changes_a_prompt():
+    hashes = {
+        Prompter(tiny_tokenizer(), shots, system).template_hash
+        for shots in ((), (SHOT,))
+        for system in (None, "Be brief.")
+    }
+    assert len(hashes) == 4
+
+
+def test_seeds_depend_on_every_part_of_the_key():
+    keys = [(0, "solve", 1, "a", 0), (1, "solve", 1, "a", 0), (0, "explain", 1, "a", 0)]
+    keys += [(0, "solve", 2, "a", 0), (0, "solve", 1, "b", 0), (0, "solve", 1, "a", 1)]
+    seeds = {request_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(0, "solve") == request_seed(0, "solve")

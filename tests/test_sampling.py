@@ -1,0 +1,114 @@
+"""Draws follow the distribution they should, and return the log-prob of what they drew."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from expo_fast.sampling import Truncation, draw, uniform
+
+V, DRAWS = 700, 40_000  # more than two blocks of columns, and a ragged last one
+
+
+def truncation(n: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Truncation:
+    return Truncation(torch.full((n,), top_k), torch.full((n,), top_p), torch.full((n,), min_p))
+
+
+def frequencies(logits: Tensor, temperature: float, cut: Truncation) -> Tensor:
+    u = uniform(torch.arange(DRAWS), torch.full((DRAWS,), 7))
+    counts = torch.zeros(V)
+    for part in torch.arange(DRAWS).split(4000):
+        rows = logits.repeat(len(part), 1)
+        tokens, _ = draw(rows, torch.full((len(part),), temperature), cut[part], u[part])
+        counts += torch.bincount(tokens, minlength=V)
+    return counts
+
+
+def allowed(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """From the definitions: top-k, then top-p of what is left, then min-p."""
+    order = p.argsort(descending=True)
+    keep = order[: top_k or V]
+    mass = p[keep] / p[keep].sum()
+    keep = keep[: int((mass.cumsum(0) - mass < top_p).sum())]
+    keep = keep[p[keep] >= min_p * p.max()]
+    q = torch.zeros_like(p)
+    q[keep] = p[keep]
+    return q / q.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (1.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.8, 0.0),
+        (1.0, 0, 0.9999, 0.0),
+        (1.0, 0, 1.0, 0.2),
+        (0.8, 40, 0.9, 0.05),
+    ],
+)
+def test_frequencies_match_the_distribution(temperature, top_k, top_p, min_p):
+    logits = 2.5 * torch.randn(V, generator=torch.Generator().manual_seed(1))
+    p = (logits.double() / temperature).softmax(-1)
+    expected = DRAWS * allowed(p, top_k, top_p, min_p)
+    counts = frequencies(logits, temperature, truncation(DRAWS, top_k, top_p, min_p))
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 10  # pooled: chi-square wants cells of some size
+    cells = [*zip(counts[~rare], expected[~rare], strict=True)]
+    if expected[rare].sum() >= 10:
+        cells.append((counts[rare].sum(), expected[rare].sum()))
+    chi2 = float(sum((c - e) ** 2 / e for c, e in cells))
+    degrees = len(cells) - 1
+    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # 4 sigma; the draws are fixed
+
+
+def test_log_prob_is_at_the_temperature_and_before_truncation():
+    logits = 3 * torch.randn(64, V)
+    temperature = torch.linspace(0.5, 1.5, 64)
+    truth = (logits.double() / temperature[:, None].double()).log_softmax(-1)
+    u = uniform(torch.arange(64), torch.zeros(64, dtype=torch.int64))
+    tokens, logp = draw(logits.clone(), temperature, truncation(64, top_k=3, top_p=0.9), u)
+    expected = truth.gather(1, tokens[:, None]).squeeze(1)
+    torch.testing.assert_close(logp.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_temperature_zero_takes_the_likeliest_scored_at_one():
+    logits = torch.randn(8, V)
+    u = torch.full((8,), 0.999, dtype=torch.float64)
+    tokens, logp = draw(logits.clone(), torch.zeros(8), truncation(8, top_p=0.5), u)
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    torch.testing.assert_close(logp, logits.log_softmax(-1).max(-1).values, rtol=0, atol=1e-6)
+
+
+def test_ends_of_the_unit_interval_never_draw_an_impossible_token():
+    logits = torch.full((2, V), -torch.inf)
+    logits[:, 300:303] = torch.tensor([0.0, 1.0, 0.5])
+    u = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    tokens, _ = draw(logits, torch.ones(2), truncation(2), u)
+    assert tokens.tolist() == [300, 302]
+
+
+def test_a_row_with_a_nan_is_reported_and_spares_its_neighbours():
+    logits = torch.randn(3, V)
+    alone = draw(logits[:1].clone(), torch.ones(1), truncation(1), torch.tensor([0.3]).double())
+    logits[1, 5] = torch.nan
+    u = torch.full((3,), 0.3, dtype=torch.float64)
+    tokens, logp = draw(logits.clone(), torch.ones(3), truncation(3), u)
+    assert logp.isnan().tolist() == [False, True, False]
+    assert (tokens[0], logp[0]) == (alone[0][0], alone[1][0])
+
+
+def test_uniforms_are_uniform_and_keyed_by_both_seed_and_position():
+    seeds = torch.arange(20_000).repeat_interleave(5)
+    u = uniform(seeds, torch.arange(5).repeat(20_000))
+    assert float(u.min()) >= 0 and float(u.max()) < 1
+    counts = torch.histc(u.float(), 100, 0, 1)
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 99 + 4 * math.sqrt(2 * 99)
+    assert len(u.unique()) == len(u)
+    grid = u.view(-1, 5)
+    for lag in (1, 2):  # neither neighbouring seeds nor neighbouring positions are correlated
+        for a, b in ((grid[lag:], grid[:-lag]), (grid[:, lag:], grid[:, :-lag])):
+            r = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+            assert abs(float(r)) < 4 / math.sqrt(a.numel())

@@ -1,0 +1,275 @@
+"""The command lines: what they write, how they resume, and how they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from expo_fast import checkpoint, command, evaluate, train
+from expo_fast.config import Evaluate, Train, dump_toml, from_toml, parse
+from expo_fast.weights import save_model
+from tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, data, and a reward that some samples of a group earn."""
+    root = tmp_path_factory.mktemp("job")
+    save_model(tiny_model(), tiny_tokenizer(), root / "model")
+    for name, first in (("train", 0), ("eval", 100)):
+        rows = [
+            {"id": f"{name}-{n}", "question": f"{n} + 1?", "answer": str(n + 1), "hint": n % 2}
+            | {"solution": f"{n} + 1 = {n + 1}."}
+            for n in range(first, first + 9)
+        ]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "rewards.py").write_text(
+        "def short(prompts, completions, completion_ids, answer, hint, **columns):\n"
+        "    assert len(answer) == len(hint) == len(prompts) == len(completions)\n"
+        "    return [float(len(ids) % 2) for ids in completion_ids]\n"
+    )
+    return root
+
+
+def flags(folder: Path, run: Path, **changes: object) -> list[str]:
+    given: dict[str, object] = {
+        "model": folder / "model",
+        "train-data": folder / "train.jsonl",
+        "eval-data": folder / "eval.jsonl",
+        "reward": f"{folder / 'rewards.py'}:short",
+        "output-dir": run,
+        "method": "expert-grpo",
+        "steps": 4,
+        "prompts-per-step": 2,
+        "num-generations": 3,
+        "max-completion-length": 8,
+        "shots": 0,
+        "eval-limit": 2,
+        "eval-samples": 2,
+        "learning-rate": 1e-3,
+        "dtype": "float32",
+    }
+    given |= {name.replace("_", "-"): value for name, value in changes.items()}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def without_times(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run)]
+
+
+def test_a_run_leaves_a_complete_record_and_a_loadable_model(folder: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train.main(flags(folder, tmp_path / "run", checkpoint_every=2, eval_every=2))
+    run = tmp_path / "run"
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(run, "evaluations.jsonl")] == [0, 2, 4]
+    assert len(rows(run, "completions/step-3.jsonl")) == 2 * (3 + 1)
+    given = flags(folder, run, checkpoint_every=2, eval_every=2)
+    assert from_toml(Train, run / "config.toml") == parse(Train, given)
+    for row in rows(run):
+        assert row["grad_norm/exp_sft"] > 0
+        assert row["logp_gap/max"] < 1e-4  # fp32
+        assert row["update_norm"] > 0
+        assert row["exp/rate"] == 1.0
+        assert None not in (row["time/generate"], row["time/forward_backward"], row["own/nll"])
+        assert row["exp/lift"] is None  # the expert is no self-explanation
+    saved = run / "checkpoints" / "step-4"
+    theirs = AutoModelForCausalLM.from_pretrained(saved)
+    ours = load_file(saved / "model.safetensors")
+    assert torch.equal(theirs.model.embed_tokens.weight, ours["model.embed_tokens.weight"])
+    assert AutoTokenizer.from_pretrained(saved).chat_template == tiny_tokenizer().chat_template
+    before = load_file(folder / "model" / "model.safetensors")
+    assert not torch.equal(before["model.norm.weight"], ours["model.norm.weight"])
+
+
+@pytest.mark.parametrize("method", ["grpo", "expert-grpo", "expo-grpo"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    folder: Path, tmp_path: Path, method: str
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(flags(folder, whole, method=method, schedule="constant"))
+    for steps in (1, 3, 4):  # a resume, and a resume of it
+        train.main(flags(folder, parts, method=method, schedule="constant", steps=steps))
+    assert without_times(whole) == without_times(parts)
+    a, b = (r / "checkpoints" / "step-4" for r in (whole, parts))
+    for file in ("model.safetensors", "trainer_state/state.safetensors"):
+        x, y = load_file(a / file), load_file(b / file)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_several_updates_a_batch_move_the_ratio(folder: Path, tmp_path: Path):
+    train.main(
+        flags(folder, tmp_path, method="grpo", updates_per_batch=2, learning_rate=0.02, steps=3)
+    )
+    assert max(row["clip_ratio/low"] + row["clip_ratio/high"] for row in rows(tmp_path)) > 0
+
+
+def test_kl_is_zero_at_first_and_grows(folder: Path, tmp_path: Path):
+    train.main(flags(folder, tmp_path, kl_coef=0.1, steps=3))
+    kl = [row["kl"] for row in rows(tmp_path)]
+    assert kl[0] == pytest.approx(0, abs=1e-9)
+    assert kl[2] > 1e-6
+
+
+def test_a_step_without_gradient_moves_nothing(folder: Path, tmp_path: Path):
+    rewards = tmp_path / "flat.py"
+    rewards.write_text("def flat(prompts, **columns):\n    return [1.0] * len(prompts)\n")
+    train.main(flags(folder, tmp_path / "run", method="grpo", reward=f"{rewards}:flat", steps=2))
+    assert [row["update_norm"] for row in rows(tmp_path / "run")] == [0, 0]
+    before = load_file(folder / "model" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "checkpoints" / "step-2" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_a_non_finite_gradient_is_skipped_counted_dumped_and_stops_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def poisoned(self, samples):
+        next(iter(self.model.parameters())).grad = None
+        for p in self.model.parameters():
+            (p.sum() * float("nan")).backward()
+        return dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "nll"), 0.0)
+
+    monkeypatch.setattr(train.Trainer, "backward", poisoned)
+    with pytest.raises(RuntimeError, match="3 updates in a row had a non-finite gradient"):
+        train.main(flags(folder, tmp_path, steps=5))
+    assert [row["skipped_steps"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert [row["grad_norm"] for row in rows(tmp_path)] == [None] * 3  # null, never NaN
+    assert len(rows(tmp_path, "skipped/step-2.jsonl")) == 8
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_dry_run_prints_the_configuration_and_writes_nothing(folder, tmp_path, capsys):
+    train.main([*flags(folder, tmp_path / "run"), "--dry-run"])
+    file = tmp_path / "printed.toml"
+    file.write_text(capsys.readouterr().out)
+    assert from_toml(Train, file).steps == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_ends_with_one_json_object(folder: Path, capsys):
+    evaluate.main(
+        f"--model {folder}/model --data {folder}/eval.jsonl --shots-data {folder}/train.jsonl "
+        "--shots 1 --limit 4 --samples 3 --max-completion-length 8 --temperature 1".split()
+    )
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["problems"] == 4
+    assert row["samples"] == 3
+    assert 0 <= row["pass@1"] <= row["pass@3"] <= 1
+    assert row["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"model": "no/such/model/here"}, "no/such/model/here"),
+        ({"train_data": "builtin:geometry"}, "geometry"),
+        ({"prompts_per_step": 50}, "a step takes prompts_per_step=50"),
+        ({"num_generations": 1}, "num_generations=1"),
+        ({"max_completion_length": 250}, "the model's context holds 256"),
+        ({"shots": 9}, "prompts_per_step"),
+        ({"levels": 3}, "no problem of level 3"),
+        ({"prompts_per_step": 3, "updates_per_batch": 2}, "updates_per_batch=2"),
+        ({"reward": "no_such_module.f"}, "no_such_module"),
+        ({"steps": 0}, "steps=0"),
+        ({"learning_rate": -1}, "learning_rate=-1"),
+        ({"resume": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(folder, tmp_path, capsys, changes, sentence):
+    code = command.run(train.main, flags(folder, tmp_path / "run", **changes))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+    assert sentence in said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "three"], "three"),
+        (["--method", "ppo"], "ppo"),
+        (["--config", "missing.toml"], "missing.toml"),
+        (["--config"], "--config needs a TOML file"),
+    ],
+)
+def test_bad_flags_exit_with_2_and_no_traceback(arguments: list[str], sentence: str):
+    done = subprocess.run(
+        [sys.executable, "-m", "expo_fast.train", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert sentence in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_key_of_a_config_file_is_named(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text("steps = 3\nlearning-rates = 1e-5\n")
+    with pytest.raises(ValueError, match=r"unknown key 'learning_rates'"):
+        parse(Train, ["--config", str(file)])
+    file.write_text("steps = 3\nlevels = [1, 2]\nlearning-rate = 1e-5\n")
+    config = parse(Train, ["--steps", "5", "--config", str(file)])
+    assert (config.steps, config.levels, config.learning_rate) == (5, (1, 2), 1e-5)
+
+
+@pytest.mark.parametrize("kind", [Train, Evaluate])
+def test_a_dumped_config_reads_back(kind, tmp_path: Path):
+    config = kind(shots=3, levels=(1, 4), system_prompt='Say "yes"\n\\boxed')
+    (tmp_path / "c.toml").write_text(dump_toml(config))
+    assert from_toml(kind, tmp_path / "c.toml") == config
+
+
+def test_a_run_directory_refuses_another_configuration(folder: Path, tmp_path: Path):
+    train.main(flags(folder, tmp_path, steps=1))
+    with pytest.raises(ValueError, match=r"learning_rate=0.001, not 0.5"):
+        train.main(flags(folder, tmp_path, steps=2, learning_rate=0.5))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main(flags(folder, tmp_path, resume="never"))
+
+
+def test_a_resume_refuses_changed_data(folder: Path, tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    data.write_text((folder / "train.jsonl").read_text())
+    train.main(flags(folder, tmp_path / "run", train_data=data, steps=1))
+    data.write_text(data.read_text().replace("3 + 1?", "3 plus 1?"))
+    with pytest.raises(ValueError, match="other training data"):
+        train.main(flags(folder, tmp_path / "run", train_data=data, steps=2))
+
+
+def test_two_trainers_do_not_share_a_run_directory(folder: Path, tmp_path: Path, capsys):
+    with checkpoint.run_lock(tmp_path):
+        assert command.run(train.main, flags(folder, tmp_path)) == 2
+    assert str(os.getpid()) in capsys.readouterr().err
+
+
+def test_training_data_in_the_evaluation_is_said(folder: Path, tmp_path: Path):
+    with pytest.warns(UserWarning, match="9 problems of .* are also in"):
+        train.load_data(
+            parse(Train, flags(folder, tmp_path, eval_data=folder / "train.jsonl", eval_limit=9))
+        )
+
+
+def test_one_step_of_the_default_model_explains_and_learns(tmp_path: Path):
+    train.main(
+        f"--output-dir {tmp_path} --steps 1 --prompts-per-step 3 --num-generations 2 "
+        "--explanations-per-question 8 --eval-limit 1 --eval-samples 1".split()
+    )
+    (row,) = rows(tmp_path)
+    assert row["exp/rate"] > 0
+    assert row["grad_norm/exp_sft"] > 0
+    assert row["exp/nll"] < row["own/nll"] + 1
+    assert row["logp_gap/mean"] < 0.1  # bf16
