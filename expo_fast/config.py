@@ -49,7 +49,7 @@ class Train(Prompting):
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
     eval_data: str = "builtin:arithmetic-2:eval"
     output_dir: str = "runs/default"
-    steps: int = 30
+    steps: int = 20
     prompts_per_step: int = 16
     """P, questions in a batch."""
     num_generations: int = 4
@@ -88,6 +88,8 @@ class Train(Prompting):
     exp_sft_on: Literal["all", "all-fail"] = "all"
     """Questions that get the term: all (the paper's formula), or those whose G samples all fail."""
     explanations_per_question: int = 6
+    keep_explanations: int = 2
+    """Of the accepted ones of a question, the likeliest under the plain question; 0: all."""
     explain_every: int = 1
     """Steps for which a question's accepted explanations are reused; 0: for the whole run."""
     explain_temperature: float = 0.8
@@ -103,16 +105,16 @@ class Train(Prompting):
     """Tokens in one forward and backward at most: the memory knob. It never changes the result."""
     gradient_checkpointing: bool = False
 
-    eval_every: int = 0
-    """Steps between evaluations; 0: only before and after."""
+    eval_every: int = 20
+    """Evaluate before the first step, after every N and after the last; 0: never."""
     eval_limit: int = 64
     """Held-out questions."""
     eval_samples: int = 4
     """K samples of each, for pass@1 and pass@K."""
     eval_temperature: float = 0.7
     """As in the paper's evaluation."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only the last."""
+    checkpoint_every: int = 10
+    """Save after every N steps and after the last; 0: never."""
     keep_checkpoints: int = 2
     diagnose: int = 4
     """Questions whose likelihoods are compared each step (nll, lift, logp_gap); 0: none."""
@@ -123,7 +125,9 @@ class Train(Prompting):
         positive += ("eval_samples", "keep_checkpoints", "explanations_per_question")
         for name in (*positive, "learning_rate", "temperature", "max_grad_norm"):
             _require(self, name, getattr(self, name) > 0, "more than 0")
-        for name in ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "explain_every"):
+        for name in ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "diagnose"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("explain_every", "keep_explanations", "warmup_steps", "weight_decay"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         need = "at least 2: a group of one has no baseline"
         _require(self, "num_generations", self.num_generations >= 2, need)

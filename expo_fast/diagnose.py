@@ -53,7 +53,7 @@ def diagnose(
     logps = score([sample for _, sample in named])
     for (key, _), logp in zip(named, logps, strict=True):
         found.setdefault(key, []).append(logp)
-    expert = [-float(logp.mean()) for (name, _), (logp,) in found.items() if name == "expert"]
+    expert = [-float(x[0].mean()) for (name, _), x in found.items() if name == "expert"]
     return {"expert/nll": mean(expert), "exp/lift": _mean_lift(found)} | _gap(subjects, found)
 
 
@@ -68,7 +68,7 @@ def _answer(problem: Problem, completion_ids: Sequence[int], prompter: Prompter)
     while span is not None and ids and len(tokenizer.decode(ids)) > span[0]:
         ids.pop()
     box = tokenizer(" \\boxed{", add_special_tokens=False).input_ids
-    answer = tokenizer(problem.answer + "}", add_special_tokens=False).input_ids
+    answer = tokenizer(problem.answer, add_special_tokens=False).input_ids  # "}." may be one token
     return Sample((*prompter.solve(problem), *ids, *box), tuple(answer))
 
 

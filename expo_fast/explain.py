@@ -2,7 +2,9 @@
 
 c~ ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids are re-attached
 behind q's own prompt, and never re-tokenised. It is accepted only if it ends by itself, boxes the
-right answer at its end, does not speak of a given answer, and does not start from it.
+right answer at its end, does not speak of a given answer, does not start from it, and reaches it
+before it boxes it. What a question brings beyond the wanted number is cut by likelihood under the
+plain question: the copied and the wrongly reasoned are what the policy would hardly write itself.
 """
 
 import re
@@ -17,6 +19,7 @@ from expo_fast.model import Decoder
 from expo_fast.ops import linear_logprob
 from expo_fast.pack import Sample, pack
 from expo_fast.prompts import Prompter
+from expo_fast.reward import last_boxed_span
 from expo_fast.tasks import Problem
 
 Score = Callable[[list[str], list[str]], list[float | None]]  # (answers, texts) -> 1 | 0 | None
@@ -42,7 +45,7 @@ class Explanations:
     n_sampled: int = 0
     n_tokens: int = 0  # of prompts and completions sampled
     n_right: int = 0  # ended by themselves with the right box
-    n_leaked: int = 0  # of the right ones, those that speak of a given answer or start from it
+    n_leaked: int = 0  # of the right ones, those that `leaks`, `answer_first` or `copied` reject
 
     @property
     def rate(self) -> float | None:
@@ -65,6 +68,16 @@ def answer_first(text: str, answer: str) -> bool:
     opening = " ".join(text.split()[:OPENING_WORDS])
     pattern = rf"(?<![\w.,])(?<!= )(?<!=){re.escape(answer)}(?![\w]|[.,]\d)"
     return re.search(pattern, opening) is not None or "\\boxed" in opening
+
+
+def copied(text: str, answer: str) -> bool:
+    """Does it box a number that its reasoning never reached? Other answers have many spellings."""
+    span = last_boxed_span(text)
+    if span is None or re.fullmatch(r"-?\d+(\.\d+)?", answer) is None:
+        return False
+    reasoning = text[: span[0]].rstrip(" $")
+    stated = re.search(rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)", reasoning)
+    return stated is None and not reasoning.endswith("=")
 
 
 def explain(
@@ -91,11 +104,32 @@ def explain(
     for (p, _), completion, text, verdict in zip(asked, completions, texts, verdicts, strict=True):
         if verdict == 1.0 and completion.finish_reason == "stop":
             found.n_right += 1
-            if leaks(text) or answer_first(text, p.answer):
+            if leaks(text) or answer_first(text, p.answer) or copied(text, p.answer):
                 found.n_leaked += 1
             else:
                 found.accepted.setdefault(p.id, []).append(tuple(completion.token_ids))
     return found
+
+
+def keep_likeliest(
+    accepted: dict[str, list[tuple[int, ...]]],
+    prompts: dict[str, tuple[int, ...]],  # the plain question of each problem id
+    keep: int,
+    score: Callable[[list[Sample]], list[Tensor]],  # log-probs of the completion's tokens, nats
+) -> dict[str, list[tuple[int, ...]]]:
+    """Of each problem's explanations the `keep` of the highest mean log-prob, the likeliest first.
+
+    Of the accepted explanations of the default job's first steps a third had sound equations; these
+    ranked above the others in 94% of the pairs (benchmarks/RESULTS.md).
+    """
+    named = [(key, ids) for key, each in accepted.items() for ids in each]
+    logps = score([Sample(prompts[key], ids) for key, ids in named])
+    ranked = sorted(zip(logps, named, strict=True), key=lambda row: -float(row[0].mean()))
+    kept: dict[str, list[tuple[int, ...]]] = {key: [] for key in accepted}
+    for _, (key, ids) in ranked:
+        if len(kept[key]) < keep:
+            kept[key].append(ids)
+    return kept
 
 
 def sft_samples(

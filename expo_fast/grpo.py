@@ -22,7 +22,14 @@ from torch import Tensor
 
 from expo_fast.config import Train
 from expo_fast.diagnose import Subject, diagnose, mean
-from expo_fast.explain import Explanations, Score, explain, score_tokens, sft_samples
+from expo_fast.explain import (
+    Explanations,
+    Score,
+    explain,
+    keep_likeliest,
+    score_tokens,
+    sft_samples,
+)
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.log import Phases
 from expo_fast.model import Decoder
@@ -170,6 +177,11 @@ class Trainer:
         n = c.explanations_per_question
         found = explain(stale, self.prompter, self.generator, self.score, request, n)
         self.n_tokens += found.n_tokens
+        if c.keep_explanations:
+            prompts = {r.problem.id: r.prompt_ids for r in rollouts}
+            found.accepted = keep_likeliest(
+                found.accepted, prompts, c.keep_explanations, self._score_tokens
+            )
         self.cache |= {key: (step, ids) for key, ids in found.accepted.items()}
         found.accepted = {p.id: self.cache[p.id][1] for p in chosen if self._fresh(p, step)}
         found.n_questions = len(chosen)
@@ -288,7 +300,7 @@ def sampled_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
     """Of the P G samples; names follow TRL's where the thing is the same."""
     completions = [done for r in rollouts for done in r.completions]
     rewards = [[x for x in r.rewards if x is not None] for r in rollouts]
-    means = [mean(group) for group in rewards if group]
+    means = [statistics.fmean(group) for group in rewards if group]
     stds = [statistics.stdev(group) for group in rewards if len(group) > 1]
     lengths = [len(done.token_ids) for done in completions]
     cut = [done.finish_reason == "length" for done in completions]

@@ -78,7 +78,7 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> Iterator[Pack]:
         yield _build(samples, members)
 
 
-def common_prefix(prompts: Iterable[Sequence[int]]) -> int:
+def common_prefix(prompts: Iterable[tuple[int, ...]]) -> int:
     """Tokens that all prompts start with, short of the last of any: each keeps one of its own."""
     prompts = list(prompts)
     low, high = min(prompts), max(prompts)  # whatever these two share lies in all between them

@@ -173,22 +173,28 @@ def train(
     log: RunLog,
     start: int,
 ) -> None:
-    """Steps start .. config.steps, with an evaluation before the first and after the last."""
-    measure = partial(measure_accuracy, config, trainer, held_out, log)
-    if start == 0:
-        measure(0)
+    """Steps start .. config.steps - 1, with what is measured and saved between them."""
+    if start == 0 and config.eval_every:
+        measure_accuracy(config, trainer, held_out, log, 0)
     for step in range(start, config.steps):
-        row, rollouts, found = trainer.step(step)
         done = step + 1
+        try:
+            row, rollouts, found = trainer.step(step)
+        except ValueError as error:  # no longer the door: whoever mends it needs the traceback
+            raise RuntimeError(f"step {done} failed") from error
         log.write_completions(done, completion_rows(rollouts, found, trainer.prompter))
         log.write_step(row)
         stop_if_broken(trainer, run_dir, done)
-        last = done == config.steps
-        if last or (config.eval_every and done % config.eval_every == 0):
-            measure(done)
-        if last or (config.checkpoint_every and done % config.checkpoint_every == 0):
+        if is_due(done, config.eval_every, config.steps):
+            measure_accuracy(config, trainer, held_out, log, done)
+        if is_due(done, config.checkpoint_every, config.steps):
             save(config, trainer, run_dir, done)
-    print_gain(run_dir, config)
+    if config.eval_every:
+        print_gain(run_dir, config)
+
+
+def is_due(done: int, every: int, last: int) -> bool:
+    return every > 0 and (done % every == 0 or done == last)
 
 
 def measure_accuracy(
@@ -266,7 +272,8 @@ def print_gain(run_dir: Path, config: Train) -> None:
                 low, high = row[f"pass@{k}/interval"]
                 cells.append(f"pass@{k} {row[f'pass@{k}']:.3f} [{low:.3f}, {high:.3f}]")
             print("  ".join([*cells, f"all samples fail: {row['all_fail']:.0%} of questions"]))
-    print(f"model: {run_dir / 'checkpoints' / f'step-{config.steps}'}")
+    if config.checkpoint_every:
+        print(f"model: {run_dir / 'checkpoints' / f'step-{config.steps}'}")
 
 
 if __name__ == "__main__":

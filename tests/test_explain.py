@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from expo_fast.explain import answer_first, explain, leaks, score_tokens, sft_samples
+from expo_fast.explain import (
+    answer_first,
+    copied,
+    explain,
+    keep_likeliest,
+    leaks,
+    score_tokens,
+    sft_samples,
+)
 from expo_fast.generate import Completion, Request
 from expo_fast.pack import Sample
 from expo_fast.prompts import Prompter
@@ -54,13 +62,14 @@ def test_only_right_complete_and_clean_explanations_are_kept():
         (GOOD.replace(r"\boxed{" + ANSWER, r"\boxed{12"), "stop"),  # wrong
         (f"We know the answer is {ANSWER}.", "stop"),  # no box
         (rf"Since the given answer is {ANSWER}: \boxed{{{ANSWER}}}", "stop"),  # leaks
+        (rf"There are 7000 and 319, so \boxed{{{ANSWER}}}", "stop"),  # copied
         (rf"{ANSWER} it is, since 7000 + 319 = {ANSWER}. \boxed{{{ANSWER}}}", "stop"),  # first
     ]
     found, _ = run(texts, [PROBLEM], len(texts))
     assert found.accepted == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
-    assert (found.n_sampled, found.n_right, found.n_leaked) == (6, 3, 2)
+    assert (found.n_sampled, found.n_right, found.n_leaked) == (7, 4, 3)
     assert found.rate == 1.0
-    assert found.leak_rate == pytest.approx(2 / 3)
+    assert found.leak_rate == pytest.approx(3 / 4)
 
 
 def test_rate_counts_questions_and_not_samples():
@@ -130,6 +139,35 @@ def test_plain_reasoning_is_no_leak(text: str):
 )
 def test_answer_first(text: str, first: bool):
     assert answer_first(text, "27") is first
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "is_copied"),
+    [
+        (r"3 + 4 is a sum. \boxed{7}", "7", True),
+        (r"3 + 4 = 17. \boxed{7}", "7", True),
+        (r"3 + 4 = 7.5. \boxed{7}", "7", True),
+        (r"3 + 4 = 7. \boxed{7}", "7", False),
+        (r"3 + 4 = \boxed{7}", "7", False),
+        (r"$3 + 4 = $ \boxed{7}", "7", False),
+        (r"Half of it. \boxed{\frac{1}{2}}", r"\frac{1}{2}", False),  # spelt in many ways
+    ],
+)
+def test_copied(text: str, answer: str, is_copied: bool):
+    assert copied(text, answer) is is_copied
+
+
+def test_the_likeliest_explanations_under_the_plain_question_are_kept():
+    model, prompts = tiny_model(dtype=torch.float64), {"a": (5, 6, 7), "b": (5, 8)}
+    accepted = {"a": [(9, 10, 11), (12, 13), (14,), (15, 16)], "b": [(17, 18)]}
+
+    def score(samples: list[Sample]) -> list[torch.Tensor]:
+        return score_tokens(model, samples, 1.0, 100)
+
+    kept = keep_likeliest(accepted, prompts, 2, score)
+    means = {ids: float(score([Sample((5, 6, 7), ids)])[0].mean()) for ids in accepted["a"]}
+    assert kept["a"] == sorted(means, key=lambda ids: -means[ids])[:2]
+    assert kept["b"] == [(17, 18)]
 
 
 def test_score_tokens_equals_a_full_forward_of_each_sample():

@@ -29,7 +29,11 @@ T = 0.7  # temperature
 
 
 def config(**changes: Any) -> Train:
-    sizes = {"num_generations": G, "prompts_per_step": P, "max_completion_length": L_MAX}
+    sizes: dict[str, Any] = {
+        "num_generations": G,
+        "prompts_per_step": P,
+        "max_completion_length": L_MAX,
+    }
     return Train(**(sizes | {"temperature": T, "pack_tokens": 1000} | changes))
 
 

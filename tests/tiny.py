@@ -101,7 +101,7 @@ def transformers_twin(model: Decoder) -> Any:
     return twin.to(model.dtype).eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> Any:
     """Printable ASCII by characters and a few whole words, with a chat template."""
     vocabulary = tiny_vocabulary()
     merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
