@@ -124,7 +124,7 @@ def causal_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-@lru_cache(maxsize=64)  # the layers of one forward ask for the same few
+@lru_cache(maxsize=16)  # the layers of one forward ask for the same few
 def _mask(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
     """(n_queries, n_keys) bool, True where a query sees a key; the last query sees the last key."""
     mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)

@@ -4,13 +4,22 @@ Flags and TOML keys derive from the fields; what can be computed is not a knob. 
 default job: SmolLM2-135M on built-in arithmetic, sized for two CPU cores.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import io
 import json
+import math
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+# what may differ between a run and its resume
+ADJUSTABLE = ("output_dir", "resume", "dry_run", "steps", "eval_every", "checkpoint_every")
+ADJUSTABLE += ("keep_checkpoints", "diagnose")
 
 Method = Literal["expo-grpo", "grpo", "expert-grpo"]
 
@@ -48,8 +57,9 @@ class Train(Prompting):
     train_data: str = "builtin:arithmetic-2:train"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
     eval_data: str = "builtin:arithmetic-2:eval"
-    output_dir: str = "runs/default"
-    steps: int = 20
+    output_dir: str | None = None
+    """Run directory; None: runs/METHOD-HASH, one for each configuration."""
+    steps: int = 16
     prompts_per_step: int = 16
     """P, questions in a batch."""
     num_generations: int = 4
@@ -87,16 +97,16 @@ class Train(Prompting):
     exp_sft_reduction: Literal["token_mean", "seq_sum"] = "token_mean"
     exp_sft_on: Literal["all", "all-fail"] = "all"
     """Questions that get the term: all (the paper's formula), or those whose G samples all fail."""
-    explanations_per_question: int = 6
+    explanations_per_question: int = 8
     keep_explanations: int = 2
     """Of the accepted ones of a question, the likeliest under the plain question; 0: all."""
     explain_every: int = 1
     """Steps for which a question's accepted explanations are reused; 0: for the whole run."""
     explain_temperature: float = 0.8
 
-    learning_rate: float = 2e-5
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    learning_rate: float = 5e-5
+    warmup_steps: int = 2
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -105,7 +115,7 @@ class Train(Prompting):
     """Tokens in one forward and backward at most: the memory knob. It never changes the result."""
     gradient_checkpointing: bool = False
 
-    eval_every: int = 20
+    eval_every: int = 100
     """Evaluate before the first step, after every N and after the last; 0: never."""
     eval_limit: int = 64
     """Held-out questions."""
@@ -113,7 +123,7 @@ class Train(Prompting):
     """K samples of each, for pass@1 and pass@K."""
     eval_temperature: float = 0.7
     """As in the paper's evaluation."""
-    checkpoint_every: int = 10
+    checkpoint_every: int = 8
     """Save after every N steps and after the last; 0: never."""
     keep_checkpoints: int = 2
     diagnose: int = 4
@@ -122,13 +132,20 @@ class Train(Prompting):
     def __post_init__(self):
         super().__post_init__()
         positive = ("steps", "prompts_per_step", "updates_per_batch", "pack_tokens", "eval_limit")
-        positive += ("eval_samples", "keep_checkpoints", "explanations_per_question")
-        for name in (*positive, "learning_rate", "temperature", "max_grad_norm"):
+        positive += ("eval_samples", "keep_checkpoints", "explanations_per_question", "top_p")
+        positive += ("learning_rate", "temperature", "eps", "max_grad_norm", "clip_low")
+        for name in (*positive, "clip_high"):
             _require(self, name, getattr(self, name) > 0, "more than 0")
-        for name in ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "diagnose"):
+        natural = ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "diagnose")
+        natural += ("explain_every", "keep_explanations", "warmup_steps", "weight_decay")
+        for name in (*natural, "top_k", "min_p", "explain_temperature", "eval_temperature"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("explain_every", "keep_explanations", "warmup_steps", "weight_decay"):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("top_p", "min_p", "clip_low"):
+            _require(self, name, getattr(self, name) <= 1, "at most 1")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _require(self, f.name, finite or f.name == "max_grad_norm", "a finite number")
         need = "at least 2: a group of one has no baseline"
         _require(self, "num_generations", self.num_generations >= 2, need)
         if self.prompts_per_step % self.updates_per_batch:
@@ -136,6 +153,16 @@ class Train(Prompting):
                 f"prompts_per_step={self.prompts_per_step} does not divide into "
                 f"updates_per_batch={self.updates_per_batch} equal parts"
             )
+
+    @property
+    def run_dir(self) -> Path:
+        """output_dir, or a folder of its own for whatever differs from other runs."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        values = dataclasses.asdict(self).items()
+        identity = sorted((k, v) for k, v in values if k not in ADJUSTABLE)
+        digest = hashlib.sha256(repr(identity).encode()).hexdigest()
+        return Path("runs") / f"{self.method}-{digest[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +198,7 @@ def parse(kind: type[C], argv: Sequence[str]) -> C:
     """`--config FILE.toml`, overridden by flags. ValueError on an unknown key or a bad value."""
     import tyro
 
-    argv = list(argv)
+    argv = [word for given in argv for word in _separate(given)]
     default = kind()
     if "--config" in argv:
         at = argv.index("--config")
@@ -179,25 +206,76 @@ def parse(kind: type[C], argv: Sequence[str]) -> C:
             raise ValueError("--config needs a TOML file behind it")
         default = from_toml(kind, Path(argv[at + 1]))
         del argv[at : at + 2]
-    return tyro.cli(kind, args=argv, default=default)
+    about = f"{kind.__doc__} --config FILE.toml gives defaults, which flags override."
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=argv, default=default, description=about)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise ValueError(_sentence(said.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """What tyro says inside the frame that it draws: no colours, title or advice."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"[^ -~]|--+$", "", line).strip() for line in plain.splitlines()]
+    _, *said = filter(None, lines)
+    advice = ("Argument helptext", "Perhaps", "For full helptext", "Similar arguments")
+    end = next((i for i, line in enumerate(said) if line.startswith(advice)), len(said))
+    return " ".join(said[:end]) + "; see --help"
+
+
+def _separate(word: str) -> list[str]:
+    return ["--config", word[9:]] if word.startswith("--config=") else [word]
 
 
 def from_toml(kind: type[C], path: Path) -> C:
     """A config from a TOML file of its fields."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: --config needs a TOML file")
     try:
         values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    known = {f.name: f for f in dataclasses.fields(kind)}
+    types = get_type_hints(kind)
     values = {key.replace("-", "_"): value for key, value in values.items()}
     for key in values:
-        if key not in known:
-            raise ValueError(f"{path} has an unknown key {key!r}; known: {', '.join(known)}")
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return kind(**{**values, **lists})
+        if key not in types:
+            raise ValueError(f"{path} has an unknown key {key!r}; known: {', '.join(types)}")
+    try:
+        return kind(**{key: _typed(value, types[key]) for key, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _typed(value: Any, wanted: Any) -> Any:
+    """The TOML value as a field's type; TypeError where it is none."""
+    arguments = get_args(wanted)
+    if get_origin(wanted) is Literal:
+        fits = value in arguments
+    elif get_origin(wanted) is tuple:
+        if fits := isinstance(value, list):
+            return tuple(_typed(x, arguments[0]) for x in value)
+    elif wanted is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    else:
+        plain = [t for t in arguments or (wanted,) if t is not type(None)]
+        fits = type(value) in plain  # not isinstance: true is no 1
+    if not fits:
+        raise TypeError(f"{value!r} is not of the type {wanted}")
+    return value
 
 
 def dump_toml(config: Train | Evaluate) -> str:
     """The TOML that `from_toml` reads back; what is None is left out."""
     values = dataclasses.asdict(config).items()
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values if value is not None)
+    return "".join(f"{name} = {_toml(value)}\n" for name, value in values if value is not None)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, float) and math.isinf(value):
+        return "inf"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -7,6 +7,7 @@ one JSON object.
 
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from expo_fast.command import run
 from expo_fast.config import Evaluate, parse
 from expo_fast.explain import Score
 from expo_fast.generate import Completion, Generator, Request
-from expo_fast.prompts import Prompter, request_seed
+from expo_fast.prompts import Prompter, check_length, request_seed
 from expo_fast.reward import last_boxed, score_answers
 from expo_fast.tasks import Problem, load_problems, overlap, worked_examples
 from expo_fast.weights import load_model
@@ -130,12 +131,17 @@ def main(argv: Sequence[str]) -> None:
     config = parse(Evaluate, argv)
     c = config
     problems = load_problems(c.data, levels=c.levels, limit=c.limit)
-    source = load_problems(c.shots_data or c.data, levels=c.levels)
-    shots, _ = worked_examples(source, c.shots)
+    source = c.shots_data or re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", c.data)
+    shots, _ = worked_examples(load_problems(source, levels=c.levels), c.shots)
     shown = overlap(shots, problems)
     problems = [p for p in problems if p not in shown]
     model, tokenizer = load_model(c.model, dtype=getattr(torch, c.dtype), device=c.device)
     prompter = Prompter(tokenizer, shots, c.system_prompt)
+    if not problems:
+        raise ValueError(f"{c.data} has no problem beside the {c.shots} worked examples")
+    for problem in problems:
+        new, context = c.max_completion_length, model.shape.context
+        check_length(problem, prompter.solve(problem), new=new, context=context)
     result = evaluate(
         Generator(model, tokenizer=tokenizer),
         prompter,

@@ -20,18 +20,20 @@ from expo_fast.ops import linear_logprob
 from expo_fast.pack import Sample, pack
 from expo_fast.prompts import Prompter
 from expo_fast.reward import last_boxed_span
-from expo_fast.tasks import Problem
+from expo_fast.tasks import Problem, last_question
 
 Score = Callable[[list[str], list[str]], list[float | None]]  # (answers, texts) -> 1 | 0 | None
 
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
 
 _LEAK = re.compile(
-    r"\b(given|provided|stated|known|correct|expected|desired|reference|final) (that the )?answer"
-    r"|answer (is|was|has been) (already )?(given|provided|stated|known)"
-    r"|\b(given|told|know|knowing) that the (final )?answer"
-    r"|\bas (given|stated|provided)\b|\bworking? backwards?\b"
-    r"|\b(reach|get to|arrive at|match|obtain) the (given|stated|provided|correct)\b",
+    r"\b(given|provided|stated|known|expected|desired|reference) (final )?answer\b"
+    r"|\b(since|because|as) the (correct |right |final )?answer is\b"
+    r"|\banswer (is|was|has been) (already )?(given|provided|stated|known)\b"
+    r"|\b(given|told|know|knowing) that the (correct |final )?answer\b"
+    r"|\bas (given|stated|provided)\b(?! (in|by) the (problem|question|text))"
+    r"|\bworking? backwards?\b"
+    r"|\b(reach|get to|arrive at|match|obtain) the (given|stated|provided|known|correct answer)\b",
     re.IGNORECASE,
 )
 
@@ -58,16 +60,23 @@ class Explanations:
         return self.n_leaked / self.n_right if self.n_right else None
 
 
+def is_unfit(text: str, problem: Problem) -> bool:
+    """Right, and yet no explanation to learn from."""
+    early = answer_first(text, problem.answer, last_question(problem))
+    return leaks(text) or early or copied(text, problem.answer)
+
+
 def leaks(text: str) -> bool:
     """Does it speak of an answer that was given?"""
     return _LEAK.search(text) is not None
 
 
-def answer_first(text: str, answer: str) -> bool:
-    """Is the answer among the first words, other than as the result of an equation?"""
+def answer_first(text: str, answer: str, question: str) -> bool:
+    """Is the answer among the first words, and neither an equation's result nor the question's?"""
     opening = " ".join(text.split()[:OPENING_WORDS])
-    pattern = rf"(?<![\w.,])(?<!= )(?<!=){re.escape(answer)}(?![\w]|[.,]\d)"
-    return re.search(pattern, opening) is not None or "\\boxed" in opening
+    number = rf"(?<![\w.,]){re.escape(answer)}(?![\w]|[.,]\d)"
+    stated = rf"answer is:? ?{number}" if re.search(number, question) else rf"(?<!= )(?<!=){number}"
+    return re.search(stated, opening) is not None or "\\boxed" in opening
 
 
 def copied(text: str, answer: str) -> bool:
@@ -104,7 +113,7 @@ def explain(
     for (p, _), completion, text, verdict in zip(asked, completions, texts, verdicts, strict=True):
         if verdict == 1.0 and completion.finish_reason == "stop":
             found.n_right += 1
-            if leaks(text) or answer_first(text, p.answer) or copied(text, p.answer):
+            if is_unfit(text, p):
                 found.n_leaked += 1
             else:
                 found.accepted.setdefault(p.id, []).append(tuple(completion.token_ids))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.attention import Layer, causal_attention
+from expo_fast.kernels.reference import wide_product, widened
 from expo_fast.model import Decoder
 from expo_fast.pack import common_prefix
 from expo_fast.sampling import Truncation, draw, uniform
@@ -78,6 +79,8 @@ class Generator:
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """(index, completion) as they finish, so that rewards can be checked meanwhile."""
         requests = list(requests)
+        if not requests:
+            return
         for i, request in enumerate(requests):
             self._check(i, request)
         everyone = list(range(len(requests)))
@@ -136,7 +139,8 @@ class _Run:
     def __init__(self, generator: Generator, requests: dict[int, Request]):
         self.model, self.tokenizer = generator.model, generator.tokenizer
         prompts = [tuple(r.prompt_ids) for r in requests.values()]
-        self.prefix = prompts[0][: common_prefix(prompts)] if prompts else ()
+        self.prefix = prompts[0][: common_prefix(prompts)]
+        self.head = widened(self.model.head_weight.detach()).T
         self.cache = generator._slots(list(requests.values()), len(self.prefix))
         first: dict[tuple[int, ...], int] = {}
         self.waiting = [_Slot(i, r, len(self.prefix)) for i, r in requests.items()]
@@ -223,7 +227,7 @@ class _Run:
 
         device = hidden.device
         positions = torch.tensor([len(s.request.prompt_ids) + len(s.tokens) for s in slots])
-        logits = (hidden @ self.model.head_weight.T).float()
+        logits = wide_product(hidden, self.head)
         cut = Truncation(
             column("top_k", torch.int64),
             column("top_p", torch.float32),

@@ -55,8 +55,9 @@ class Rollout:
 
     @property
     def all_fail(self) -> bool:
-        """None of the samples earned anything."""
-        return not any(r is not None and r > 0 for r in self.rewards)
+        """Some sample was scored, and none earned anything: by the verifier, none was right."""
+        decided = [r for r in self.rewards if r is not None]
+        return bool(decided) and max(decided) <= 0
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Trainer:
     def explanations(self, rollouts: list[Rollout], step: int) -> Explanations:
         """What the ExP-SFT term is to train on, by problem id: sampled, cached or the expert's."""
         c = self.config
-        if c.method == "grpo":
+        if c.method == "grpo" or not c.exp_sft_coef:
             return Explanations()
         chosen = [r.problem for r in rollouts if c.exp_sft_on == "all" or r.all_fail]
         if c.method == "expert-grpo":
@@ -173,7 +174,7 @@ class Trainer:
         def request(p: Problem, k: int, prompt: tuple[int, ...]) -> Request:
             return self.request(prompt, c.explain_temperature, "explain", step, p.id, k)
 
-        stale = [p for p in chosen if not self._fresh(p, step)]
+        stale = [p for p in chosen if not self._fresh(p.id, step)]
         n = c.explanations_per_question
         found = explain(stale, self.prompter, self.generator, self.score, request, n)
         self.n_tokens += found.n_tokens
@@ -183,13 +184,14 @@ class Trainer:
                 found.accepted, prompts, c.keep_explanations, self._score_tokens
             )
         self.cache |= {key: (step, ids) for key, ids in found.accepted.items()}
-        found.accepted = {p.id: self.cache[p.id][1] for p in chosen if self._fresh(p, step)}
+        self.cache = {key: row for key, row in self.cache.items() if self._fresh(key, step)}
+        found.accepted = {p.id: self.cache[p.id][1] for p in chosen if p.id in self.cache}
         found.n_questions = len(chosen)
         return found
 
-    def _fresh(self, problem: Problem, step: int) -> bool:
+    def _fresh(self, key: str, step: int) -> bool:
         every = self.config.explain_every
-        return problem.id in self.cache and (not every or step - self.cache[problem.id][0] < every)
+        return key in self.cache and (not every or step - self.cache[key][0] < every)
 
     def update(
         self, part: list[Rollout], found: Explanations, number: int, phases: Phases
@@ -221,7 +223,7 @@ class Trainer:
             report = self.optimizer.step(lr, c.max_grad_norm)
         return {
             "loss": policy["loss"] + sft["loss"],
-            "kl": policy["kl"],
+            "kl": policy["kl"] if self.reference is not None else None,
             "clip_ratio/low": policy["clip_low"],
             "clip_ratio/high": policy["clip_high"],
             "grad_norm": report.grad_norm,
@@ -237,6 +239,7 @@ class Trainer:
         c = self.config
         total = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "nll"), 0.0)
         weight = sum(s.row_weight * len(s.completion_ids) for s in samples)
+        n_rows = sum(len(s.completion_ids) for s in samples)
         for p in pack(samples, c.pack_tokens):
             p = p.to(self.model.device)
             hidden = self.model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
@@ -256,10 +259,10 @@ class Trainer:
             )
             result.loss.backward()
             total["nll"] -= sum(float(logp.mean()) for _, logp in p.split(result.logp))
-            share = float(p.row_weight.sum()) / weight
             total["loss"] += float(result.loss.detach())
-            for name in ("kl", "clip_low", "clip_high"):
-                total[name] += share * float(getattr(result, name))
+            total["kl"] += float(result.kl * p.row_weight.sum()) / weight
+            for name in ("clip_low", "clip_high"):  # shares of rows
+                total[name] += float(getattr(result, name)) * len(p.rows) / n_rows
         return total | {"nll": total["nll"] / max(1, len(samples))}
 
     def _with_reference(self, samples: list[Sample]) -> list[Sample]:
@@ -270,10 +273,10 @@ class Trainer:
         return [replace(s, ref_logp=logp) for s, logp in zip(samples, logps, strict=True)]
 
     def diagnose(self, rollouts: list[Rollout], found: Explanations) -> dict[str, float | None]:
-        subjects = []
+        subjects, expo = [], self.config.method == "expo-grpo"
         for r in rollouts[: self.config.diagnose]:
             own = [d for d in r.completions if d.token_ids and not self._masked(d)]
-            explained = found.accepted.get(r.problem.id) if found.n_sampled else None
+            explained = found.accepted.get(r.problem.id) if expo else None
             subjects.append(Subject(r.problem, own, explained[0] if explained else None))
         return diagnose(subjects, self.prompter, self._score_tokens)
 
@@ -337,11 +340,13 @@ def mean_of(updates: Sequence[dict[str, float | None]]) -> dict[str, float | Non
 
 
 def batch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
-    """The step's questions: each epoch is a permutation of its own, known from (seed, epoch)."""
-    n = len(problems)
-    places = range(step * size, (step + 1) * size)
-    orders = {epoch: _permutation(n, seed, epoch) for epoch in {place // n for place in places}}
-    return [problems[orders[place // n][place % n]] for place in places]
+    """The step's questions: each epoch is a permutation of its own, known from (seed, epoch).
+
+    An epoch leaves out what does not fill a batch, so that no question is twice in one.
+    """
+    epoch, place = divmod(step, len(problems) // size)
+    order = _permutation(len(problems), seed, epoch)
+    return [problems[i] for i in order[place * size : (place + 1) * size]]
 
 
 def _permutation(n: int, seed: int, epoch: int) -> list[int]:

@@ -26,6 +26,14 @@ class Prompter:
     shots: tuple[Problem, ...] = ()
     system: str | None = None  # None: what the chat template does by itself
 
+    def __post_init__(self):
+        if self.tokenizer is None:
+            raise ValueError(
+                "the model has no tokenizer: put its tokenizer.json beside the weights"
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token: name one in tokenizer_config.json")
+
     def solve(self, problem: Problem) -> tuple[int, ...]:
         """Token ids of the plain question, ready for the answer."""
         return self._render(problem, explain=False)
@@ -45,6 +53,17 @@ class Prompter:
         """What the model wrote, without its end token."""
         return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
 
+    def _fill(self, turns: list[dict[str, str]]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ValueError(f"the chat template refuses the turns ({roles}): {error}") from error
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return () if self._chats else (PLAIN_STOP,)
@@ -62,17 +81,26 @@ class Prompter:
 
     def _render(self, problem: Problem, *, explain: bool) -> tuple[int, ...]:
         turns = [{"role": "system", "content": self.system}] if self.system else []
+        asked = _question(problem, explain)
+        turns += [turn for turn in asked if turn["role"] == "system"]
         for shot in self.shots:
-            turns += _question(shot, explain)
+            turns += [turn for turn in _question(shot, explain) if turn["role"] != "system"]
             turns.append({"role": "assistant", "content": expert_text(shot)})
-        turns += _question(problem, explain)
+        turns += [turn for turn in asked if turn["role"] != "system"]
         if self._chats:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
+            text = self._fill(turns)
         else:
             text = (self.tokenizer.bos_token or "") + _plain(turns)
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def check_length(problem: Problem, prompt: Sequence[int], *, new: int, context: int) -> None:
+    """ValueError where a prompt and its completion do not fit the model's context."""
+    if len(prompt) + new > context:
+        raise ValueError(
+            f"problem {problem.id} takes {len(prompt)} prompt tokens + max_completion_length={new}"
+            f", the model's context holds {context}: shorten it, or show fewer --shots"
+        )
 
 
 def expert_text(problem: Problem) -> str:

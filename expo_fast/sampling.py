@@ -103,7 +103,8 @@ def _draw_truncated(weights: Tensor, totals: Tensor, cut: Truncation, u: Tensor)
     for size in (min(HEAD, weights.shape[1]), weights.shape[1]):
         kept, columns = weights.topk(size)
         allowed = _allowed(kept, totals, cut)
-        if not allowed[:, -1].any():  # every rule cuts a tail, and each tail begins in here
+        # every rule cuts a tail, and each tail begins in here
+        if not allowed[:, -1].any() and bool((cut.top_k <= size).all()):
             break
     inside = (kept * allowed).double()
     rank, _ = _search(inside, u * inside.sum(-1))

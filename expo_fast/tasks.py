@@ -111,9 +111,14 @@ def overlap(train: Iterable[Problem], evaluation: Iterable[Problem]) -> list[Pro
 
 def question_text(problem: Problem) -> str:
     """The question (of a chat: its last turn) without case and spaces, to tell equal ones."""
+    text = unicodedata.normalize("NFC", last_question(problem))
+    return "".join(text.casefold().split())
+
+
+def last_question(problem: Problem) -> str:
+    """The question as it stands (of a chat: its last turn)."""
     prompt = problem.prompt
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return "".join(unicodedata.normalize("NFC", text).casefold().split())
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _of_levels(problems: list[Problem], levels: Sequence[int], source: str) -> list[Problem]:
@@ -258,7 +263,7 @@ def _problem(where: str, row: object) -> Problem:
 
 def _missing(question: str | None, columns: Mapping[str, object]) -> str:
     if "chosen" in columns and "rejected" in columns:
-        return "a preference pair (chosen, rejected) has no answer to train on; use --method dpo"
+        return "a preference pair (chosen, rejected) has no answer to train on"
     wanted = "'answer'" if question else " or ".join(map(repr, QUESTION_COLUMNS))
     return f"no column {wanted}; the row has {_listed(map(repr, columns))}"
 

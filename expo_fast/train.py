@@ -15,20 +15,27 @@ import torch
 
 from expo_fast import checkpoint
 from expo_fast.command import run
-from expo_fast.config import Train, dump_toml, from_toml, parse
+from expo_fast.config import ADJUSTABLE, Train, dump_toml, from_toml, parse
 from expo_fast.evaluate import evaluate
 from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
 from expo_fast.grpo import Reward, Rollout, Trainer
 from expo_fast.log import RunLog
-from expo_fast.prompts import Prompter
+from expo_fast.prompts import Prompter, check_length, expert_text
 from expo_fast.reward import RewardFunction, call_reward, load_reward, score_answers
-from expo_fast.tasks import Problem, fingerprint, load_problems, overlap, worked_examples
+from expo_fast.tasks import (
+    Problem,
+    fingerprint,
+    last_question,
+    load_problems,
+    overlap,
+    worked_examples,
+)
 from expo_fast.weights import load_model, save_model
 
 MAX_SKIPPED = 3  # optimizer steps in a row with a non-finite gradient: the run is broken
-ADJUSTABLE = ("output_dir", "resume", "dry_run", "steps", "eval_every", "checkpoint_every")
-ADJUSTABLE += ("keep_checkpoints", "diagnose")  # what may differ between a run and its resume
+
+MAX_BROKEN = 3  # steps in a row with a non-finite gradient: the run is past mending
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,8 +46,9 @@ def main(argv: Sequence[str]) -> None:
     if config.dry_run:
         print(dump_toml(config), end="")
         return
-    run_dir = Path(config.output_dir)
+    run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
+    print(f"run directory: {run_dir}", flush=True)
     with checkpoint.run_lock(run_dir), RunLog(run_dir, total_steps=config.steps) as log:
         start = resume(config, trainer, run_dir, log)
         train(config, trainer, held_out, run_dir, log, start)
@@ -56,6 +64,15 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
         raise ValueError(
             f"{c.train_data} has {len(problems)} problems after {c.shots} worked examples, "
             f"a step takes prompts_per_step={c.prompts_per_step}"
+        )
+    if c.method == "expert-grpo":
+        for problem in problems:
+            expert_text(problem)  # refuses one without a solution
+    reserved = {"prompts", "completions", "completion_ids"}
+    if c.reward and (taken := reserved.intersection(*[p.columns for p in problems[:1]])):
+        raise ValueError(
+            f"{c.train_data} has a column {min(taken)!r}, which a reward function gets from the "
+            "trainer: rename it"
         )
     if both := overlap([*shots, *problems], held_out):
         warnings.warn(
@@ -76,10 +93,6 @@ def build(config: Train, problems: list[Problem], shots: tuple[Problem, ...]) ->
         device=config.device,
         checkpointing=config.gradient_checkpointing,
     )
-    if tokenizer is None:
-        raise ValueError(
-            f"{config.model} has no tokenizer: put its tokenizer.json beside the weights"
-        )
     reference = None
     if config.kl_coef:
         reference = load_model(config.model, dtype=dtype, device=config.device)[0]
@@ -90,16 +103,13 @@ def build(config: Train, problems: list[Problem], shots: tuple[Problem, ...]) ->
 
 def check_prompts(trainer: Trainer, held_out: Sequence[Problem]) -> None:
     """Refuse, before any work, a question that does not fit the model's context."""
-    context, new = trainer.model.shape.context, trainer.config.max_completion_length
-    explained = trainer.config.method == "expo-grpo"
-    for problem in [*trainer.problems, *held_out]:
-        render = trainer.prompter.explain if explained else trainer.prompter.solve
-        n = len(render(problem))
-        if n + new > context:
-            raise ValueError(
-                f"problem {problem.id} takes {n} prompt tokens + max_completion_length={new}, "
-                f"the model's context holds {context}: shorten it, or show fewer --shots"
-            )
+    c, prompter = trainer.config, trainer.prompter
+    render = prompter.explain if c.method == "expo-grpo" else prompter.solve
+    check = partial(check_length, new=c.max_completion_length, context=trainer.model.shape.context)
+    for problem in trainer.problems:
+        check(problem, render(problem))
+    for problem in held_out:
+        check(problem, prompter.solve(problem))
 
 
 def boxed_answer(problems: list[Problem], texts: list[str], _: list[Completion]):
@@ -111,7 +121,7 @@ def custom(fn: RewardFunction) -> Reward:
     """A user's function behind our signature."""
 
     def reward(problems: list[Problem], texts: list[str], completions: list[Completion]):
-        rows = [{"answer": p.answer, "solution": p.solution, **p.columns} for p in problems]
+        rows = [{**p.columns, **named_columns(p)} for p in problems]
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
         prompts = [p.prompt for p in problems]
         return call_reward(fn, prompts, texts, [c.token_ids for c in completions], columns)
@@ -119,18 +129,26 @@ def custom(fn: RewardFunction) -> Reward:
     return reward
 
 
+def named_columns(problem: Problem) -> dict[str, Any]:
+    """What a reward function gets of a problem beside the data's own columns."""
+    p = problem
+    return {"id": p.id, "answer": p.answer, "solution": p.solution, "level": p.level}
+
+
 def resume(config: Train, trainer: Trainer, run_dir: Path, log: RunLog) -> int:
     """Steps already done: restore the newest valid checkpoint, or start the run's record."""
     record, identity = run_dir / "config.toml", identify(trainer)
+    if record.exists():
+        if config.resume == "never":
+            raise ValueError(f"{run_dir} already holds a run: choose another --output-dir")
+        check_same_run(config, record)
     path = checkpoint.newest(run_dir) if config.resume == "auto" else None
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
-    elif record.exists():
-        check_same_run(config, record)
     if path is None:
-        if (run_dir / "metrics.jsonl").exists() and config.resume == "never":
-            raise ValueError(f"{run_dir} already holds a run: choose another --output-dir")
         record.write_text(dump_toml(config))
+        if (run_dir / "metrics.jsonl").exists():
+            log.note("no whole checkpoint to resume from: the run starts again")
         log.truncate_to(-1)
         return 0
     tensors, values = checkpoint.load(path)
@@ -174,23 +192,26 @@ def train(
     start: int,
 ) -> None:
     """Steps start .. config.steps - 1, with what is measured and saved between them."""
+    broken = 0  # steps in a row with a skipped update
     if start == 0 and config.eval_every:
         measure_accuracy(config, trainer, held_out, log, 0)
     for step in range(start, config.steps):
-        done = step + 1
+        done, skipped = step + 1, trainer.optimizer.skipped
         try:
             row, rollouts, found = trainer.step(step)
         except ValueError as error:  # no longer the door: whoever mends it needs the traceback
             raise RuntimeError(f"step {done} failed") from error
-        log.write_completions(done, completion_rows(rollouts, found, trainer.prompter))
+        kind = "expert" if config.method == "expert-grpo" else "explanation"
+        log.write_completions(done, completion_rows(rollouts, found, trainer.prompter, kind))
         log.write_step(row)
-        stop_if_broken(trainer, run_dir, done)
+        broken = broken + 1 if trainer.optimizer.skipped > skipped else 0
+        if broken:
+            keep_broken(run_dir, done, broken)
         if is_due(done, config.eval_every, config.steps):
             measure_accuracy(config, trainer, held_out, log, done)
         if is_due(done, config.checkpoint_every, config.steps):
             save(config, trainer, run_dir, done)
-    if config.eval_every:
-        print_gain(run_dir, config)
+    print_gain(run_dir, config)
 
 
 def is_due(done: int, every: int, last: int) -> bool:
@@ -215,35 +236,30 @@ def measure_accuracy(
 
 
 def completion_rows(
-    rollouts: Sequence[Rollout], found: Explanations, prompter: Prompter
+    rollouts: Sequence[Rollout], found: Explanations, prompter: Prompter, kind: str
 ) -> list[dict[str, Any]]:
     rows = []
     for r in rollouts:
-        head = {"id": r.problem.id, "prompt": question_of(r.problem), "answer": r.problem.answer}
+        head = {"id": r.problem.id, "prompt": last_question(r.problem), "answer": r.problem.answer}
         groups = zip(r.texts, r.completions, r.rewards, r.advantages, strict=True)
         for text, done, reward, advantage in groups:
             end = {"finish_reason": done.finish_reason, "advantage": advantage}
             rows.append({**head, "kind": "own", "completion": text, "reward": reward, **end})
         for ids in found.accepted.get(r.problem.id, ()):
             text = prompter.text(ids)
-            rows.append({**head, "kind": "explanation", "completion": text, "reward": None})
+            rows.append({**head, "kind": kind, "completion": text, "reward": None})
     return rows
 
 
-def question_of(problem: Problem) -> str:
-    return problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-
-
-def stop_if_broken(trainer: Trainer, run_dir: Path, step: int) -> None:
-    """Keep the batch of a skipped update beside the run; stop after MAX_SKIPPED in a row."""
-    in_a_row = trainer.optimizer.skipped_in_a_row
+def keep_broken(run_dir: Path, step: int, in_a_row: int) -> None:
+    """Keep the batch of a skipped update beside the run; stop after MAX_BROKEN in a row."""
     batch = run_dir / "completions" / f"step-{step}.jsonl"
-    if in_a_row and batch.exists():
+    if batch.exists():
         (run_dir / "skipped").mkdir(exist_ok=True)
         shutil.copy(batch, run_dir / "skipped")
-    if in_a_row >= MAX_SKIPPED:
+    if in_a_row >= MAX_BROKEN:
         raise RuntimeError(
-            f"step {step}: {in_a_row} updates in a row had a non-finite gradient and were skipped; "
+            f"step {step}: {in_a_row} steps in a row had a non-finite gradient and were skipped; "
             f"their batches are in {run_dir / 'skipped'}. Lower --learning-rate, or use "
             "--dtype float32"
         )
@@ -263,7 +279,8 @@ def save(config: Train, trainer: Trainer, run_dir: Path, step: int) -> None:
 
 def print_gain(run_dir: Path, config: Train) -> None:
     """Accuracy before and after, as the run's record has it."""
-    lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
+    record = run_dir / "evaluations.jsonl"
+    lines = record.read_text().splitlines() if record.exists() else []
     rows = {row["step"]: row for row in map(json.loads, lines)}
     for name, row in (("before", rows.get(0)), ("after", rows.get(config.steps))):
         if row is not None:
@@ -272,8 +289,8 @@ def print_gain(run_dir: Path, config: Train) -> None:
                 low, high = row[f"pass@{k}/interval"]
                 cells.append(f"pass@{k} {row[f'pass@{k}']:.3f} [{low:.3f}, {high:.3f}]")
             print("  ".join([*cells, f"all samples fail: {row['all_fail']:.0%} of questions"]))
-    if config.checkpoint_every:
-        print(f"model: {run_dir / 'checkpoints' / f'step-{config.steps}'}")
+    if model := checkpoint.newest(run_dir):
+        print(f"model: {model}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def load_model(
     path = find_model(source)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     if path.suffix == ".gguf":
         from expo_fast.gguf import read_gguf
 
@@ -67,6 +68,14 @@ def load_model(
 
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model, tokenizer
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
 
 
 def save_model(

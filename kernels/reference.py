@@ -267,6 +267,19 @@ def _copy_into(room: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return room.view(dtype).view(-1)[: x.numel()].view(x.shape).copy_(x)
 
 
+def widened(weight: Tensor) -> Tensor:
+    """What `wide_product` takes as its second factor: on a CPU, oneDNN wants it in fp32."""
+    return weight.float() if weight.dtype == torch.bfloat16 and not weight.is_cuda else weight
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, D) @ b (D, V), b `widened`: products of bf16 factors summed and kept in fp32."""
+    narrow = a.dtype == torch.bfloat16
+    out = a.new_empty(len(a), b.shape[1], dtype=torch.promote_types(a.dtype, torch.float32))
+    _matmul(a, b, out, narrow=narrow)
+    return out
+
+
 def _matmul(a: Tensor, b: Tensor, out: Tensor, *, narrow: bool = False, accumulate: bool = False):
     """out (+)= a @ b; `narrow` rounds the factors to bf16 and sums their products in fp32.
 

@@ -120,6 +120,10 @@ def test_talk_of_a_given_answer_is_a_leak(text: str):
         "She was given 3 apples and bought 4 more, so she has 3 + 4 = 7.",
         "The answer is \\boxed{7}.",
         "The final price is 7 dollars.",
+        "Therefore, the final answer is \\boxed{5}.",
+        "There are 12 apples, as given in the problem.",
+        "She needs to reach the correct total.",
+        "The correct answer is B.",
     ],
 )
 def test_plain_reasoning_is_no_leak(text: str):
@@ -138,7 +142,7 @@ def test_plain_reasoning_is_no_leak(text: str):
     ],
 )
 def test_answer_first(text: str, first: bool):
-    assert answer_first(text, "27") is first
+    assert answer_first(text, "27", "3 boxes hold 9 pens each. How many pens?") is first
 
 
 @pytest.mark.parametrize(
@@ -168,6 +172,12 @@ def test_the_likeliest_explanations_under_the_plain_question_are_kept():
     means = {ids: float(score([Sample((5, 6, 7), ids)])[0].mean()) for ids in accepted["a"]}
     assert kept["a"] == sorted(means, key=lambda ids: -means[ids])[:2]
     assert kept["b"] == [(17, 18)]
+
+
+def test_an_answer_that_the_question_names_may_open_an_explanation():
+    question = "Tom has 5 apples and gives 0 away. How many has he?"
+    assert not answer_first("Tom has 5 apples and gives 0 away, so 5 - 0 = 5.", "5", question)
+    assert answer_first("The answer is 5 because he keeps all.", "5", question)
 
 
 def test_score_tokens_equals_a_full_forward_of_each_sample():

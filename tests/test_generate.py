@@ -137,18 +137,21 @@ def test_budget_bounds_the_cache_and_changes_no_token():
 
 
 def test_a_nan_ends_its_request_and_leaves_no_trace():
-    model, asked = tiny_model(), requests(6)
+    model, asked = tiny_model(), requests(3)
     generator = Generator(model)
+    sampled = {t for done in generator.sample(asked) for t in done.token_ids}
+    bad = next(t for t in range(40, 100) if t not in sampled)
+    asked += [replace(r, prompt_ids=(*SHARED, 30, bad)) for r in asked]
     clean = generator.sample(asked)
     weight = model.model.embed_tokens.weight
     with torch.no_grad():
-        kept = weight[31].clone()
-        weight[31] = torch.nan  # in the prompts of all groups but the first
+        kept = weight[bad].clone()
+        weight[bad] = torch.nan
     poisoned = generator.sample(asked)
     assert [c.finish_reason for c in poisoned[3:]] == ["error"] * 3
     assert tokens(poisoned[:3]) == tokens(clean[:3])
     with torch.no_grad():
-        weight[31] = kept
+        weight[bad] = kept
     assert tokens(generator.sample(asked)) == tokens(clean)
 
 

@@ -125,7 +125,7 @@ def test_ids_left_out_come_from_the_file_and_line_not_the_folder(save):
             "{path}:1: no column 'prompt' or .*; the row has 'answer'",
         ),
         (lines({"prompt": "Q"}), "{path}:1: no column 'answer'; the row has 'prompt'"),
-        (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "{path}:1: .* --method dpo"),
+        (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "{path}:1: .*preference pair"),
         (lines({**ROW, "problem": 5}), "{path}:1: problem must be text .*, not 5"),
         (lines({**ROW, "problem": " "}), '{path}:1: problem must be text .*, not " "'),
         (lines({**ROW, "problem": []}), r"{path}:1: problem must be text .*, not \[\]"),
