@@ -55,7 +55,7 @@ class Rollout:
 
     @property
     def all_fail(self) -> bool:
-        """Some sample was scored, and none earned anything: by the verifier, none was right."""
+        """Some sample was scored, and none earned anything (of the built-in reward: was right)."""
         decided = [r for r in self.rewards if r is not None]
         return bool(decided) and max(decided) <= 0
 

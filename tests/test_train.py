@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from expo_fast import checkpoint, command, evaluate, train
+from expo_fast import checkpoint, command, evaluate, explain, train
 from expo_fast.config import Evaluate, Train, dump_toml, from_toml, parse
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -106,6 +106,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         x, y = load_file(a / file), load_file(b / file)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_cached_explanations_survive_a_resume(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def right(answers: list[str], texts: list[str], **_: object) -> list[float | None]:
+        return [1.0] * len(texts)
+
+    monkeypatch.setattr(train, "score_answers", right)
+    monkeypatch.setattr(explain, "is_unfit", lambda text, problem: False)
+    model = tmp_path / "model"  # ends half of its completions by itself
+    save_model(tiny_model(eos_token_id=list(range(1, 70))), tiny_tokenizer(), model)
+    changes = {"method": "expo-grpo", "explain_every": 0, "model": model, "schedule": "constant"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(flags(folder, whole, **changes, steps=6))
+    for steps in (5, 6):  # the second epoch begins with step 5
+        train.main(flags(folder, parts, **changes, steps=steps))
+    assert without_times(whole) == without_times(parts)
+    assert all(row["exp/accepted"] > 0 for row in rows(whole))
+    assert rows(whole)[5]["exp/right_ratio"] is None  # all its questions were explained before
+    state = "checkpoints/step-6/trainer_state/state.safetensors"
+    a, b = load_file(whole / state), load_file(parts / state)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_several_updates_a_batch_move_the_ratio(folder: Path, tmp_path: Path):
