@@ -2,12 +2,15 @@
 
 import os
 import random
+import signal
 
 import pytest
 import torch
 
 
 def pytest_configure() -> None:
+    # a shell's background job starts with SIGINT ignored, and so would everything started from here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # a core shared by two threads makes small matrix products some ten times slower
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
