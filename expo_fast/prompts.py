@@ -8,6 +8,7 @@ in-distribution property of arXiv:2507.02834, section 3). The wording is ours, n
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from expo_fast.tasks import Problem
@@ -16,6 +17,9 @@ SOLVE = "{question}\n\nPlease reason step by step, and put your final answer wit
 EXPLAIN = "{question} (The answer is {answer}.)"  # stands where SOLVE has the question
 PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template
 PLAIN_STOP = "\nQuestion:"
+# Templates that state the day (Llama 3, SmolLM3) state this one, or a run resumed tomorrow and an
+# evaluation next week would ask something else.
+TODAY = datetime(2026, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Prompter:
 
         try:
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                turns, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)

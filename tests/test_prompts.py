@@ -23,6 +23,12 @@ def test_prompts_differ_in_the_stated_answers_alone():
     assert "4 and {4}?" in solve
 
 
+def test_a_template_that_states_the_day_says_the_same_every_day():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    assert tokenizer.decode(Prompter(tokenizer).solve(ASKED)).startswith("01 Jan 2026 ")
+
+
 def test_worked_examples_are_earlier_turns_with_the_answer_boxed():
     text = tiny_tokenizer().decode(Prompter(tiny_tokenizer(), (SHOT,), "Be brief.").solve(ASKED))
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
