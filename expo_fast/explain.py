@@ -10,10 +10,12 @@ plain question: the copied and the wrongly reasoned are what the policy would ha
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from expo_fast.answer import plain_number, same_number, tidy
 from expo_fast.generate import Generator, Request
 from expo_fast.model import Decoder
 from expo_fast.ops import linear_logprob
@@ -26,6 +28,7 @@ Score = Callable[[list[str], list[str]], list[float | None]]  # (answers, texts)
 
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
 
+_NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _LEAK = re.compile(
     r"\b(given|provided|stated|known|expected|desired|reference) (final )?answer\b"
     r"|\b(since|because|as) the (correct |right |final )?answer is\b"
@@ -74,19 +77,37 @@ def leaks(text: str) -> bool:
 def answer_first(text: str, answer: str, question: str) -> bool:
     """Is the answer among the first words, and neither an equation's result nor the question's?"""
     opening = " ".join(text.split()[:OPENING_WORDS])
-    number = rf"(?<![\w.,]){re.escape(answer)}(?![\w]|[.,]\d)"
-    stated = rf"answer is:? ?{number}" if re.search(number, question) else rf"(?<!= )(?<!=){number}"
-    return re.search(stated, opening) is not None or "\\boxed" in opening
+    before = [opening[:at].rstrip(" $:") for at in _stated(opening, answer)]
+    if _stated(question, answer):
+        early = any(b.endswith("answer is") for b in before)
+    else:
+        early = not all(b.endswith("=") for b in before)
+    return early or "\\boxed" in opening
 
 
 def copied(text: str, answer: str) -> bool:
     """Does it box a number that its reasoning never reached? Other answers have many spellings."""
     span = last_boxed_span(text)
-    if span is None or re.fullmatch(r"-?\d+(\.\d+)?", answer) is None:
+    if span is None or _decimal(answer) is None:
         return False
     reasoning = text[: span[0]].rstrip(" $")
-    stated = re.search(rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)", reasoning)
-    return stated is None and not reasoning.endswith("=")
+    return not _stated(reasoning, answer) and not reasoning.endswith("=")
+
+
+def _stated(text: str, answer: str) -> list[int]:
+    """Where the text has the answer; of a number any spelling, and either sign: - is minus too."""
+    number = _decimal(answer)
+    if number is None:
+        literal = rf"(?<![\w.,]){re.escape(answer)}(?!\w|[.,]\d)"
+        return [m.start() for m in re.finditer(literal, text)]
+    found = ((m.start(), _decimal(m[0])) for m in _NUMBER.finditer(text))
+    return [at for at, x in found if x and same_number(x, number)]
+
+
+def _decimal(text: str) -> tuple[Fraction, int | None] | None:
+    """The magnitude of an integer or decimal, however it is spelt, and its decimal places."""
+    text = tidy(text).lstrip("+-")
+    return plain_number(text) if _NUMBER.fullmatch(text) else None
 
 
 def explain(

@@ -102,17 +102,26 @@ class Generator:
             )
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < shape.vocabulary:
             raise ValueError(f"request {i} has a token id outside [0, {shape.vocabulary})")
-        if not (request.temperature >= 0 and 0 < request.top_p <= 1):
+        hottest, coldest = 1e30, 1e-30  # logits over it are finite and not all 0 in fp32
+        if not (request.temperature == 0 or coldest <= request.temperature <= hottest):
             raise ValueError(
-                f"request {i} has temperature={request.temperature}, top_p={request.top_p}: "
-                "need temperature >= 0 and 0 < top_p <= 1"
+                f"request {i} has temperature={request.temperature}: "
+                f"need 0, the likeliest token, or {coldest} to {hottest}"
             )
-        if not (request.top_k >= 0 and 0 <= request.min_p <= 1):
+        if not (0 < request.top_p <= 1 and request.top_k >= 0 and 0 <= request.min_p <= 1):
             raise ValueError(
-                f"request {i} has top_k={request.top_k}, min_p={request.min_p}: "
-                "need top_k >= 0 and 0 <= min_p <= 1"
+                f"request {i} has top_p={request.top_p}, top_k={request.top_k}, "
+                f"min_p={request.min_p}: need 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1"
             )
-        if request.stop_strings and self.tokenizer is None:
+        if not -(2**63) <= request.seed < 2**63:
+            raise ValueError(f"request {i} has seed={request.seed}: it must fit 64 bits")
+        self._check_stops(i, request)
+
+    def _check_stops(self, i: int, request: Request) -> None:
+        strings = request.stop_strings
+        if isinstance(strings, str) or "" in strings:
+            raise ValueError(f"request {i} has stop_strings={strings!r}: need a list of non-empty strings")
+        if strings and self.tokenizer is None:
             raise ValueError(f"request {i} has stop strings: give Generator a tokenizer for them")
 
     def _slots(self, requests: Sequence[Request], prefix: int) -> "Cache":

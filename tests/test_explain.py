@@ -139,6 +139,7 @@ def test_plain_reasoning_is_no_leak(text: str):
         ("3 * 9 = 27.", False),  # the result of an equation is derived
         ("There are 3 boxes of 9 pens, which makes 27 pens.", False),
         ("In 127 days and 27.5 hours", False),
+        ("It is $27.00 for all of it.", True),
     ],
 )
 def test_answer_first(text: str, first: bool):
@@ -155,10 +156,25 @@ def test_answer_first(text: str, first: bool):
         (r"3 + 4 = \boxed{7}", "7", False),
         (r"$3 + 4 = $ \boxed{7}", "7", False),
         (r"Half of it. \boxed{\frac{1}{2}}", r"\frac{1}{2}", False),  # spelt in many ways
+        (r"3 * 400 = $1,200 in all. \boxed{1200}", "1200", False),
+        (r"3 * 400 = 1{,}200 in all. \boxed{1,200}", "1200", False),
+        (r"3 * 400 is 12,000. \boxed{1200}", "1200", True),
+        (r"3 * 400 is 1,2000. \boxed{1200}", "1200", True),
+        (r"5 / 2 = 2.50 dollars. \boxed{2.5}", "2.5", False),
+        (r"7.00 is left. \boxed{7}", "7", False),
+        ("3 - 10 = \N{MINUS SIGN}7, so \\boxed{-7}", "-7", False),
+        (r"He pays 18 dollars. \boxed{$18.00}", "$18.00", False),
     ],
 )
 def test_copied(text: str, answer: str, is_copied: bool):
     assert copied(text, answer) is is_copied
+
+
+def test_answer_first_of_thousands_and_of_words():
+    assert answer_first("1,200 it is", "1200", "How many?")
+    assert not answer_first("1,200 of them", "200", "How many?")
+    assert answer_first("Sunday, since it is late", "Sunday", "Which day?")
+    assert not answer_first("Sundays are late", "Sunday", "Which day?")
 
 
 def test_the_likeliest_explanations_under_the_plain_question_are_kept():

@@ -163,9 +163,13 @@ def test_a_nan_ends_its_request_and_leaves_no_trace():
         ({"max_new_tokens": 250}, "8 prompt . 250 new tokens, the model's context holds 256"),
         ({"prompt_ids": (5, 100_000)}, "token id outside"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": 1e-40}, "temperature=1e-40"),
+        ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_k": -1}, "top_k=-1"),
         ({"min_p": 1.5}, "min_p=1.5"),
+        ({"stop_strings": "ab"}, "stop_strings='ab'"),
+        ({"stop_strings": ("",)}, "need a list of non-empty strings"),
         ({"stop_strings": ("x",)}, "give Generator a tokenizer"),
     ],
 )
