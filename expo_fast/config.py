@@ -44,6 +44,11 @@ class Prompting:
     """auto: cuda where there is one, else cpu."""
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _require(self, f.name, finite or f.name == "max_grad_norm", "a finite number")
+        _require(self, "model", bool(self.model), "a folder, .gguf file, hub id or smollm2-135m")
         _require(self, "shots", self.shots >= 0, "at least 0")
         _require(self, "max_completion_length", self.max_completion_length >= 1, "at least 1")
 
@@ -142,10 +147,9 @@ class Train(Prompting):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("top_p", "min_p", "clip_low"):
             _require(self, name, getattr(self, name) <= 1, "at most 1")
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            _require(self, f.name, finite or f.name == "max_grad_norm", "a finite number")
+        _require(self, "betas", all(0 <= b < 1 for b in self.betas), "each at least 0 and below 1")
+        _require(self, "output_dir", self.output_dir != "", "a folder, or to be left out")
+        _require(self, "resume", self.resume != "", "auto, never or a checkpoint's folder")
         need = "at least 2: a group of one has no baseline"
         _require(self, "num_generations", self.num_generations >= 2, need)
         if self.prompts_per_step % self.updates_per_batch:
@@ -239,15 +243,18 @@ def from_toml(kind: type[C], path: Path) -> C:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    types = get_type_hints(kind)
-    values = {key.replace("-", "_"): value for key, value in values.items()}
-    for key in values:
-        if key not in types:
-            raise ValueError(f"{path} has an unknown key {key!r}; known: {', '.join(types)}")
-    try:
-        return kind(**{key: _typed(value, types[key]) for key, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    types, fields = get_type_hints(kind), {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in types:
+            raise ValueError(f"{path} has an unknown key {name!r}; known: {', '.join(types)}")
+        if name in fields:
+            raise ValueError(f"{path} has {name} twice, spelt with - and with _: keep one")
+        try:
+            fields[name] = _typed(value, types[name])
+        except (TypeError, OverflowError):
+            raise ValueError(f"{path}: {name}={value!r}: need {_named(types[name])}") from None
+    return kind(**fields)
 
 
 def _typed(value: Any, wanted: Any) -> Any:
@@ -256,17 +263,27 @@ def _typed(value: Any, wanted: Any) -> Any:
     if get_origin(wanted) is Literal:
         fits = value in arguments
     elif get_origin(wanted) is tuple:
-        if fits := isinstance(value, list):
-            return tuple(_typed(x, arguments[0]) for x in value)
+        fits = isinstance(value, list) and (... in arguments or len(value) == len(arguments))
+        value = tuple(_typed(x, arguments[0]) for x in value) if fits else value
     elif wanted is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = type(value) in (int, float)
         value = float(value) if fits else value
     else:
-        plain = [t for t in arguments or (wanted,) if t is not type(None)]
-        fits = type(value) in plain  # not isinstance: true is no 1
+        fits = type(value) in (arguments or (wanted,))  # not isinstance: true is no 1
     if not fits:
-        raise TypeError(f"{value!r} is not of the type {wanted}")
+        raise TypeError
     return value
+
+
+def _named(wanted: Any) -> str:
+    """A field's type in plain words."""
+    plain = [t for t in get_args(wanted) or (wanted,) if t is not type(None)]
+    if get_origin(wanted) is Literal:
+        return f"one of {', '.join(map(repr, plain))}"
+    if get_origin(wanted) is tuple:
+        count = "" if ... in plain else f"{len(plain)} "
+        return f"a list of {count}{plain[0].__name__}"
+    return f"the type {plain[0].__name__}"
 
 
 def dump_toml(config: Train | Evaluate) -> str:

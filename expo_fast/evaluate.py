@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
         seed=c.seed,
     )
     row = {"model": c.model, "data": c.data, "template": prompter.template_hash}
-    print(json.dumps(row | result.summary()))
+    print(json.dumps(row | result.summary()), flush=True)
 
 
 if __name__ == "__main__":

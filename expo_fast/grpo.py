@@ -74,6 +74,7 @@ class Trainer:
     generator: Generator = field(init=False)
     optimizer: Optimizer = field(init=False)
     n_tokens: int = 0  # prompt and completion tokens sampled so far
+    broken: int = 0  # steps in a row up to now: see `step`
     cache: dict[str, tuple[int, list[tuple[int, ...]]]] = field(default_factory=dict)
     # accepted explanations by problem id, and the step that they were sampled at
 
@@ -85,8 +86,11 @@ class Trainer:
         )
 
     def step(self, step: int) -> tuple[dict[str, Any], list[Rollout], Explanations]:
-        """One batch of P questions: sample, reward, explain, update."""
-        phases = Phases()
+        """One batch of P questions: sample, reward, explain, update.
+
+        It counts as broken where an update was skipped or no completion had finite logits.
+        """
+        phases, skipped = Phases(), self.optimizer.skipped
         questions = batch(self.problems, step, self.config.prompts_per_step, self.config.seed)
         with phases.phase("generate"):
             completions = self.sample(questions, step)
@@ -104,6 +108,8 @@ class Trainer:
         row = {"step": step + 1} | sampled_metrics(rollouts) | explained_metrics(found) | measured
         row |= mean_of(updates) | {"skipped_steps": self.optimizer.skipped}
         row |= {"num_tokens": self.n_tokens} | phases.seconds()
+        broken = row["completions/error_ratio"] == 1 or self.optimizer.skipped > skipped
+        self.broken = self.broken + 1 if broken else 0
         return row, rollouts, found
 
     def sample(self, questions: Sequence[Problem], step: int) -> list[list[Completion]]:
@@ -290,11 +296,12 @@ class Trainer:
         cache = {
             key: [step, [list(ids) for ids in lists]] for key, (step, lists) in self.cache.items()
         }
-        return tensors, {"optimizer": values, "n_tokens": self.n_tokens, "explanations": cache}
+        counts = {"n_tokens": self.n_tokens, "broken": self.broken}
+        return tensors, {"optimizer": values, **counts, "explanations": cache}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(tensors, values["optimizer"])
-        self.n_tokens = values["n_tokens"]
+        self.n_tokens, self.broken = values["n_tokens"], values.get("broken", 0)
         cache = values["explanations"]
         self.cache = {key: (step, [tuple(x) for x in ids]) for key, (step, ids) in cache.items()}
 
@@ -306,7 +313,7 @@ def sampled_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
     means = [statistics.fmean(group) for group in rewards if group]
     stds = [statistics.stdev(group) for group in rewards if len(group) > 1]
     lengths = [len(done.token_ids) for done in completions]
-    cut = [done.finish_reason == "length" for done in completions]
+    ends = [done.finish_reason for done in completions]
     surprise = [-done.logp for done in completions if len(done.logp)]
     return {
         "reward": mean(means),
@@ -318,7 +325,8 @@ def sampled_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
         ),  # unbiased: sampled tokens
         "own/nll": mean([float(x.mean()) for x in surprise]),
         "completions/mean_length": mean(lengths),
-        "completions/clipped_ratio": mean(cut),
+        "completions/clipped_ratio": mean([end == "length" for end in ends]),
+        "completions/error_ratio": mean([end == "error" for end in ends]),
     }
 
 

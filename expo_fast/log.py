@@ -148,7 +148,7 @@ class RunLog:
             path = self._run_dir / name
             kept = b"".join(line for row_step, line in _rows(path) if row_step <= step)
             if path.exists() and kept != path.read_bytes():
-                _replace(path, kept)
+                replace_file(path, kept)
         for path in (self._run_dir / "completions").glob("step-*.jsonl"):
             number = path.stem.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
@@ -343,7 +343,8 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
             continue  # torn by a kill: truncate_to drops it
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write the file so that a kill leaves the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.tmp")
     with open(aside, "wb") as file:
         file.write(content)

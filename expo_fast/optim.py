@@ -56,7 +56,6 @@ class Optimizer:
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
         self._steps: dict[str, int] = {}  # t of each parameter, on the host: no device sync to read
         self.skipped = 0  # steps refused for a non-finite gradient
-        self.skipped_in_a_row = 0  # of them, those since the last applied step
         self._marked: dict[str, Tensor] = {}  # fp32 sums up to mark(); no entry: no gradient came
         self._sums: dict[str, Tensor] = {}  # fp32 sums since then
         # touched here once and reused: the first touch of memory is what a fresh buffer costs
@@ -118,11 +117,7 @@ class Optimizer:
         norm = self.grad_norm()
         applied = math.isfinite(norm) and norm > 0
         update_norm = self._update(lr, min(1.0, max_grad_norm / norm)) if applied else 0.0
-        if applied:
-            self.skipped_in_a_row = 0
-        elif not math.isfinite(norm):
-            self.skipped += 1
-            self.skipped_in_a_row += 1
+        self.skipped += not math.isfinite(norm)
         self.zero_grad()
         return StepReport(norm, update_norm, applied)
 
@@ -170,8 +165,7 @@ class Optimizer:
                 tensors[f"{name}.master"] = master
             if name in self._steps:
                 tensors |= {f"{name}.{key}": self._adamw.state[master][key] for key in MOMENTS}
-        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        return tensors, {"steps": dict(self._steps), **counts}
+        return tensors, {"steps": dict(self._steps), "skipped": self.skipped}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -184,7 +178,7 @@ class Optimizer:
         self.zero_grad()
         self._adamw.state.clear()
         self._steps = dict(values["steps"])
-        self.skipped, self.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
+        self.skipped = values["skipped"]
         fused = self._adamw.defaults["fused"]
         for name, master in self._masters.items():
             if master is not self._parameters[name]:

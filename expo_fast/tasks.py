@@ -87,7 +87,10 @@ def worked_examples(
         raise ValueError(f"{k} worked examples: ask for 0 or more")
     solved = {question_text(p): p for p in reversed(problems) if p.solution}
     if len(solved) < k:
-        raise ValueError(f"{k} worked examples: only {len(solved)} problems have a solution")
+        raise ValueError(
+            f"{k} worked examples: only {len(solved)} problems have a solution; "
+            f"use --shots {len(solved)}, or data with more of them"
+        )
     by_length = sorted(solved.values(), key=lambda p: (len(p.solution or ""), p.id))
     short = by_length[: max(k, len(by_length) // 3)]
     shots = tuple(short[(2 * i + 1) * len(short) // (2 * k)] for i in range(k))
@@ -275,17 +278,24 @@ def _prompt(what: str, value: object) -> str | tuple[dict[str, str], ...]:
         raise ValueError(
             f"{what} must be text that is not empty or a list of chat messages, not {_shown(value)}"
         )
-    for turn in value:
-        parts = turn if isinstance(turn, dict) else {}
-        if not {"role", "content"} <= parts.keys() or not _all_text(parts.values()):
-            raise ValueError(
-                f"{what}: a chat message needs text in role and content: {_shown(turn)}"
-            )
-    if value[-1]["role"] != "user" or not value[-1]["content"].strip():
+    turns = tuple(_turn(what, turn) for turn in value)
+    if turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
         raise ValueError(
             f"{what}: the last message must be the user's question: {_shown(value[-1])}"
         )
-    return tuple(value)
+    return turns
+
+
+def _turn(what: str, value: object) -> dict[str, str]:
+    """A chat message. A null in it is as good as absent: tables of the hub fill up with them."""
+    parts = value if isinstance(value, dict) else {}
+    turn = {name: part for name, part in parts.items() if part is not None}
+    if not {"role", "content"} <= turn.keys() or not _all_text(turn.values()):
+        raise ValueError(
+            f"{what}: a chat message needs text in role and content, and no other kind of value "
+            f"beside them: {_shown(value)}"
+        )
+    return turn
 
 
 def _answer(what: str, value: object) -> str:

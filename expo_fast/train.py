@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -20,7 +20,8 @@ from expo_fast.evaluate import evaluate
 from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
 from expo_fast.grpo import Reward, Rollout, Trainer
-from expo_fast.log import RunLog
+from expo_fast.log import RunLog, replace_file
+from expo_fast.model import Decoder
 from expo_fast.prompts import Prompter, check_length, expert_text
 from expo_fast.reward import RewardFunction, call_reward, load_reward, score_answers
 from expo_fast.tasks import (
@@ -33,24 +34,28 @@ from expo_fast.tasks import (
 )
 from expo_fast.weights import load_model, save_model
 
-MAX_SKIPPED = 3  # optimizer steps in a row with a non-finite gradient: the run is broken
-
-MAX_BROKEN = 3  # steps in a row with a non-finite gradient: the run is past mending
+MAX_BROKEN = 3  # steps in a row without finite logits or gradient: the run is past mending
+RESERVED = {"prompts", "completions", "completion_ids"}  # what a reward function gets from us
 
 
 def main(argv: Sequence[str]) -> None:
     config = parse(Train, argv)
+    check_run_dir(config)
     problems, shots, held_out = load_data(config)
     trainer = build(config, problems, shots)
     check_prompts(trainer, held_out)
+    # a checkpoint that is named is read before the folder is made, so that a wrong one leaves none
+    early = config.dry_run or config.resume not in ("auto", "never")
+    restored = restore(config, trainer) if early else None
     if config.dry_run:
-        print(dump_toml(config), end="")
+        print(dump_toml(config), end="", flush=True)
         return
     run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    print(f"run directory: {run_dir}", flush=True)
     with checkpoint.run_lock(run_dir), RunLog(run_dir, total_steps=config.steps) as log:
-        start = resume(config, trainer, run_dir, log)
+        log.note(f"run directory: {run_dir}")
+        check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
+        path, start = restored or restore(config, trainer)
+        begin(config, path, start, log)
         train(config, trainer, held_out, run_dir, log, start)
 
 
@@ -59,7 +64,9 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
     c = config
     problems = load_problems(c.train_data, levels=c.levels)
     shots, problems = worked_examples(problems, c.shots)
-    held_out = load_problems(c.eval_data, levels=c.levels, limit=c.eval_limit)
+    held_out = []
+    if c.eval_every:
+        held_out = load_problems(c.eval_data, levels=c.levels, limit=c.eval_limit)
     if len(problems) < c.prompts_per_step:
         raise ValueError(
             f"{c.train_data} has {len(problems)} problems after {c.shots} worked examples, "
@@ -68,8 +75,9 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
     if c.method == "expert-grpo":
         for problem in problems:
             expert_text(problem)  # refuses one without a solution
-    reserved = {"prompts", "completions", "completion_ids"}
-    if c.reward and (taken := reserved.intersection(*[p.columns for p in problems[:1]])):
+    if c.reward and (
+        taken := RESERVED.intersection(chain.from_iterable(p.columns for p in problems))
+    ):
         raise ValueError(
             f"{c.train_data} has a column {min(taken)!r}, which a reward function gets from the "
             "trainer: rename it"
@@ -135,34 +143,65 @@ def named_columns(problem: Problem) -> dict[str, Any]:
     return {"id": p.id, "answer": p.answer, "solution": p.solution, "level": p.level}
 
 
-def resume(config: Train, trainer: Trainer, run_dir: Path, log: RunLog) -> int:
-    """Steps already done: restore the newest valid checkpoint, or start the run's record."""
-    record, identity = run_dir / "config.toml", identify(trainer)
+def check_run_dir(config: Train) -> None:
+    """Refuse a run directory that cannot be one, or that holds another run."""
+    run_dir, record = config.run_dir, config.run_dir / "config.toml"
+    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--output-dir {run_dir}: {there} is a file, need a folder")
     if record.exists():
         if config.resume == "never":
             raise ValueError(f"{run_dir} already holds a run: choose another --output-dir")
         check_same_run(config, record)
-    path = checkpoint.newest(run_dir) if config.resume == "auto" else None
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume)
+
+
+def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
+    """Put the trainer where a checkpoint was: its path and step; None and 0 where there is none.
+
+    That is the one which --resume names, or the newest valid one. No file is written.
+    """
+    path = None if config.resume == "never" else Path(config.resume)
+    if config.resume == "auto":
+        path = checkpoint.newest(config.run_dir)
     if path is None:
-        record.write_text(dump_toml(config))
-        if (run_dir / "metrics.jsonl").exists():
-            log.note("no whole checkpoint to resume from: the run starts again")
-        log.truncate_to(-1)
-        return 0
+        return None, 0
     tensors, values = checkpoint.load(path)
-    for what, value in identity.items():
+    for what, value in identify(trainer).items():
         if values["identity"][what] != value:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
-    restored, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
-    trainer.model.load_state_dict(restored.state_dict())
+    saved, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
+    check_same_shape(config, trainer.model, saved, path)
+    trainer.model.load_state_dict(saved.state_dict())
     trainer.load_state(tensors, values["trainer"])
-    checkpoint.set_aside_after(run_dir, values["step"])
-    record.write_text(dump_toml(config))
-    log.truncate_to(values["step"])
-    log.note(f"resumed from {path}")
-    return values["step"]
+    return path, values["step"]
+
+
+def check_same_shape(config: Train, model: Decoder, saved: Decoder, path: Path) -> None:
+    ours, theirs = asdict(model.shape), asdict(saved.shape)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ValueError(
+                f"{path} is of a model with {name}={theirs[name]}, {config.model} has {value}: "
+                "a resume needs the --model that the checkpoint began with"
+            )
+
+
+def begin(config: Train, path: Path | None, start: int, log: RunLog) -> None:
+    """Make the run directory's record that of a run with `start` steps done."""
+    run_dir, record = config.run_dir, config.run_dir / "config.toml"
+    if path is not None:
+        log.note(f"resumed from {path}")
+        checkpoint.set_aside_after(run_dir, start)
+    elif (run_dir / "metrics.jsonl").exists():
+        log.note("no whole checkpoint to resume from: the run starts again")
+    text = dump_toml(config).encode()
+    if not record.exists() or record.read_bytes() != text:
+        replace_file(record, text)
+    log.truncate_to(start or -1)  # a run from the start measures step 0 again
+    if start >= config.steps:
+        log.note(
+            f"step {start} is done already: there is nothing to do up to --steps {config.steps}"
+        )
 
 
 def identify(trainer: Trainer) -> dict[str, str]:
@@ -192,11 +231,10 @@ def train(
     start: int,
 ) -> None:
     """Steps start .. config.steps - 1, with what is measured and saved between them."""
-    broken = 0  # steps in a row with a skipped update
     if start == 0 and config.eval_every:
         measure_accuracy(config, trainer, held_out, log, 0)
     for step in range(start, config.steps):
-        done, skipped = step + 1, trainer.optimizer.skipped
+        done = step + 1
         try:
             row, rollouts, found = trainer.step(step)
         except ValueError as error:  # no longer the door: whoever mends it needs the traceback
@@ -204,14 +242,15 @@ def train(
         kind = "expert" if config.method == "expert-grpo" else "explanation"
         log.write_completions(done, completion_rows(rollouts, found, trainer.prompter, kind))
         log.write_step(row)
-        broken = broken + 1 if trainer.optimizer.skipped > skipped else 0
-        if broken:
-            keep_broken(run_dir, done, broken)
+        dead = row["completions/error_ratio"] == 1  # weights that say nothing are not worth keeping
+        if trainer.broken:
+            keep_broken(run_dir, done, trainer.broken, last=dead and done == config.steps)
         if is_due(done, config.eval_every, config.steps):
             measure_accuracy(config, trainer, held_out, log, done)
-        if is_due(done, config.checkpoint_every, config.steps):
+        if is_due(done, config.checkpoint_every, config.steps) and not dead:
             save(config, trainer, run_dir, done)
-    print_gain(run_dir, config)
+    for line in gain(run_dir, config):
+        log.note(line)
 
 
 def is_due(done: int, every: int, last: int) -> bool:
@@ -251,17 +290,17 @@ def completion_rows(
     return rows
 
 
-def keep_broken(run_dir: Path, step: int, in_a_row: int) -> None:
-    """Keep the batch of a skipped update beside the run; stop after MAX_BROKEN in a row."""
+def keep_broken(run_dir: Path, step: int, in_a_row: int, *, last: bool) -> None:
+    """Keep the batch of a broken step beside the run; stop after MAX_BROKEN in a row."""
     batch = run_dir / "completions" / f"step-{step}.jsonl"
     if batch.exists():
         (run_dir / "skipped").mkdir(exist_ok=True)
         shutil.copy(batch, run_dir / "skipped")
-    if in_a_row >= MAX_BROKEN:
+    if in_a_row >= MAX_BROKEN or last:
         raise RuntimeError(
-            f"step {step}: {in_a_row} steps in a row had a non-finite gradient and were skipped; "
-            f"their batches are in {run_dir / 'skipped'}. Lower --learning-rate, or use "
-            "--dtype float32"
+            f"step {step}: a non-finite gradient, or non-finite logits in every completion (steps "
+            f"in a row: {in_a_row}); the batches are in {run_dir / 'skipped'}. "
+            "Lower --learning-rate, or use --dtype float32"
         )
 
 
@@ -277,8 +316,8 @@ def save(config: Train, trainer: Trainer, run_dir: Path, step: int) -> None:
     )
 
 
-def print_gain(run_dir: Path, config: Train) -> None:
-    """Accuracy before and after, as the run's record has it."""
+def gain(run_dir: Path, config: Train) -> Iterator[str]:
+    """Accuracy before and after, as the run's record has it, and where the model is."""
     record = run_dir / "evaluations.jsonl"
     lines = record.read_text().splitlines() if record.exists() else []
     rows = {row["step"]: row for row in map(json.loads, lines)}
@@ -288,9 +327,9 @@ def print_gain(run_dir: Path, config: Train) -> None:
             for k in dict.fromkeys((1, config.eval_samples)):
                 low, high = row[f"pass@{k}/interval"]
                 cells.append(f"pass@{k} {row[f'pass@{k}']:.3f} [{low:.3f}, {high:.3f}]")
-            print("  ".join([*cells, f"all samples fail: {row['all_fail']:.0%} of questions"]))
+            yield "  ".join([*cells, f"all samples fail: {row['all_fail']:.0%} of questions"])
     if model := checkpoint.newest(run_dir):
-        print(f"model: {model}")
+        yield f"model: {model}"
 
 
 if __name__ == "__main__":

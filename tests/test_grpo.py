@@ -246,7 +246,7 @@ def test_sampled_metrics():
     assert row["frac_all_fail"] == pytest.approx(1 / 3)
     assert row["frac_reward_zero_std"] == pytest.approx(1 / 3)
     assert row["reward_std"] == pytest.approx((3**-0.5 + 0 + 3**-0.5) / 3)
-    assert row["completions/clipped_ratio"] == 0
+    assert row["completions/clipped_ratio"] == row["completions/error_ratio"] == 0
 
 
 def test_explained_metrics_are_null_where_nothing_was_explained():

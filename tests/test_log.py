@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from expo_fast.log import Phases, RunLog
+from expo_fast.log import Phases, RunLog, replace_file
 
 
 class Terminal(io.StringIO):
@@ -73,6 +73,17 @@ def test_truncation_cuts_later_steps_and_mends_torn_lines(tmp_path):
     log.write_evaluation({"step": 5, "pass@1": 1.0})
     assert [row["step"] for row in read(metrics)] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in read(tmp_path / "evaluations.jsonl")] == [0, 3, 5]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.toml"
+    for content in (b"old", b"new"):
+        replace_file(path, content)
+        assert path.read_bytes() == content
+    monkeypatch.setattr("os.fsync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replace_file(path, b"half")
+    assert path.read_bytes() == b"new"
 
 
 def test_truncation_ends_a_whole_last_row_that_lacks_its_newline(tmp_path):

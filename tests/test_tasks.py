@@ -53,6 +53,12 @@ def test_prompt_comes_before_problem_and_question(save):
     assert problem.columns == {"question": "c", "problem": ROW["problem"]}
 
 
+def test_a_null_in_a_chat_message_is_as_good_as_absent(save):
+    turns = [{"role": "user", "content": "Q?"}]
+    (problem,) = load_problems(save(lines({"prompt": [turns[0] | {"name": None}], "answer": "A"})))
+    assert problem.prompt == tuple(turns)
+
+
 def test_chat_messages_are_kept(save):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q?"}]
     (problem,) = load_problems(save(lines({"prompt": turns, "answer": "A"})))
@@ -133,6 +139,10 @@ def test_ids_left_out_come_from_the_file_and_line_not_the_folder(save):
         (lines({**ROW, "problem": [{"from": "human"}]}), "needs text in role and content"),
         (lines({**ROW, "problem": [{"role": "user", "content": None}]}), "needs text in role"),
         (lines({**ROW, "problem": [{"role": "assistant", "content": "a"}]}), "last message"),
+        (
+            lines({**ROW, "problem": [{"role": "user", "content": "Q", "n": 1}]}),
+            "no other kind of value beside them: .*1",
+        ),
         (lines({**ROW, "answer": None}), "{path}:1: answer must be .*, not null"),
         (lines({**ROW, "answer": float("nan")}), "{path}:1: answer must be .*, not NaN"),
         (lines({**ROW, "answer": float("inf")}), "{path}:1: answer must be .*, not Infinity"),
@@ -281,7 +291,7 @@ def test_worked_examples_leave_no_copy_of_their_question():
 
 
 def test_worked_examples_need_solutions():
-    with pytest.raises(ValueError, match="3 worked examples: only 2 problems have a solution"):
+    with pytest.raises(ValueError, match=r"3 .*: only 2 problems have a solution; use --shots 2"):
         worked_examples([*solved(2), Problem("x", "Q9", "A")], 3)
     with pytest.raises(ValueError, match="-1 worked examples"):
         worked_examples(solved(2), -1)

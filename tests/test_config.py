@@ -1,0 +1,94 @@
+"""Configurations: what a TOML file and a flag may say, and how they are refused."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from expo_fast.config import Evaluate, Train, dump_toml, from_toml, parse
+
+
+def test_an_unknown_key_of_a_config_file_is_named(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text("steps = 3\nlearning-rates = 1e-5\n")
+    with pytest.raises(ValueError, match=r"unknown key 'learning_rates'"):
+        parse(Train, ["--config", str(file)])
+    file.write_text("steps = 3\nlevels = [1, 2]\nlearning-rate = 1e-5\n")
+    config = parse(Train, ["--steps", "5", "--config", str(file)])
+    assert (config.steps, config.levels, config.learning_rate) == (5, (1, 2), 1e-5)
+
+
+@pytest.mark.parametrize("kind", [Train, Evaluate])
+def test_a_dumped_config_reads_back(kind, tmp_path: Path):
+    config = kind(shots=3, levels=(1, 4), system_prompt='Say "yes"\n\\boxed')
+    (tmp_path / "c.toml").write_text(dump_toml(config))
+    assert from_toml(kind, tmp_path / "c.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            'method = "ppo"',
+            "run.toml: method='ppo': need one of 'expo-grpo', 'grpo', 'expert-grpo'",
+        ),
+        ('steps = "three"', "run.toml: steps='three': need the type int"),
+        ("steps = 3.5", "steps=3.5: need the type int"),
+        ("steps = true", "steps=True: need the type int"),
+        ("learning-rate = true", "learning_rate=True: need the type float"),
+        (f"learning-rate = {'9' * 400}", "need the type float"),
+        ("reward = 1", "reward=1: need the type str"),
+        ('levels = ["a"]', r"levels=\['a'\]: need a list of int"),
+        ("levels = 3", "levels=3: need a list of int"),
+        ("betas = [0.9]", r"betas=\[0.9\]: need a list of 2 float"),
+        ("betas = [0.9, 0.99, 0.999]", "need a list of 2 float"),
+        ("steps = 3\nprompts-per-step = 1\nprompts_per_step = 2", "has prompts_per_step twice"),
+        ("learning_rate = nan", "learning_rate=nan"),
+        ("steps = ", "is not TOML"),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_a_config_file_is_named(tmp_path: Path, line, sentence):
+    file = tmp_path / "run.toml"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=sentence):
+        parse(Train, [f"--config={file}"])
+
+
+def test_a_run_directory_of_its_own_for_each_configuration():
+    assert Train().run_dir == Train(steps=99, eval_every=3, resume="never").run_dir
+    assert len({Train(seed=s).run_dir for s in range(3)} | {Train(method="grpo").run_dir}) == 4
+    assert Train(output_dir="here").run_dir == Path("here")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"clip_low": 2.0},
+        {"explain_temperature": -1.0},
+        {"eval_temperature": -0.1},
+        {"warmup_steps": -3},
+        {"diagnose": -1},
+        {"learning_rate": float("inf")},
+        {"kl_coef": float("nan")},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"betas": (float("nan"), 0.9)},
+        {"output_dir": ""},
+        {"resume": ""},
+        {"model": ""},
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(changes):
+    ((name, _),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name}="):
+        Train(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": math.inf}, {"model": ""}, {"limit": 0}])
+def test_an_evaluation_refuses_what_a_training_would(changes):
+    ((name, _),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name}="):
+        Evaluate(**changes)
