@@ -102,12 +102,9 @@ class Generator:
             )
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < shape.vocabulary:
             raise ValueError(f"request {i} has a token id outside [0, {shape.vocabulary})")
-        hottest, coldest = 1e30, 1e-30  # logits over it are finite and not all 0 in fp32
-        if not (request.temperature == 0 or coldest <= request.temperature <= hottest):
-            raise ValueError(
-                f"request {i} has temperature={request.temperature}: "
-                f"need 0, the likeliest token, or {coldest} to {hottest}"
-            )
+        t = request.temperature
+        if not (t == 0 or 1e-30 <= t <= 1e30):  # logits over it are finite, and not all 0, in fp32
+            raise ValueError(f"request {i} has temperature={t}: need 0, or from 1e-30 to 1e30")
         if not (0 < request.top_p <= 1 and request.top_k >= 0 and 0 <= request.min_p <= 1):
             raise ValueError(
                 f"request {i} has top_p={request.top_p}, top_k={request.top_k}, "
@@ -115,13 +112,10 @@ class Generator:
             )
         if not -(2**63) <= request.seed < 2**63:
             raise ValueError(f"request {i} has seed={request.seed}: it must fit 64 bits")
-        self._check_stops(i, request)
-
-    def _check_stops(self, i: int, request: Request) -> None:
-        strings = request.stop_strings
-        if isinstance(strings, str) or "" in strings:
-            raise ValueError(f"request {i} has stop_strings={strings!r}: need a list of non-empty strings")
-        if strings and self.tokenizer is None:
+        if isinstance(request.stop_strings, str) or "" in request.stop_strings:
+            given = request.stop_strings
+            raise ValueError(f"request {i} has stop_strings={given!r}: need non-empty strings")
+        if request.stop_strings and self.tokenizer is None:
             raise ValueError(f"request {i} has stop strings: give Generator a tokenizer for them")
 
     def _slots(self, requests: Sequence[Request], prefix: int) -> "Cache":

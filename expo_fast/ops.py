@@ -7,7 +7,7 @@
 
 Hidden states of rows without a target or weight are never read. Whatever the inputs' dtype,
 logits, results and the weight gradient's sums are fp32 (fp64 where an input is fp64); each gradient
-comes back in its input's dtype. On a CPU, bf16 weights cost an fp32 copy, (V, D), during a call.
+comes back in its input's dtype. On a CPU they run C++, compiled on first use (native.py).
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expo_fast.backends import Kernels, choose
+from expo_fast.kernels import advantage
 from expo_fast.kernels import objectives as o
 from expo_fast.kernels import reference as r
 from expo_fast.kernels.objectives import Cispo, Clipped, Dpo, Ipo, SequenceClipped, SoftAdaptive
@@ -48,7 +50,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,  # scalar, or one a row in targets' shape
-    backend: str | None = None,  # None picks; "torch"
+    backend: str | None = None,  # None picks; "torch" | "native"
 ) -> LogProb:  # logp, entropy, lse: targets' shape, nats, 0 where there is no target
     """Log-prob of each target under softmax((hidden @ weight.T + bias) / temperature).
 
@@ -56,33 +58,36 @@ def linear_logprob(
     logits chunk by chunk. Relative accuracy of logp holds as the probability goes to 1.
     Raises ValueError for shapes that do not fit, a target outside [0, V), and a backend not built.
     """
-    _check_backend(backend)
     head, keep = _head(hidden, weight, targets, temperature, bias)
-    results = _LinearLogprob.apply(head.hidden, weight, bias, head.targets, head.temperature)
+    k = choose(backend, head)
+    results = _LinearLogprob.apply(head.hidden, weight, bias, head.targets, head.temperature, k)
     return LogProb(*(_spread(x, keep, targets) for x in results))
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, temperature):
+    def forward(ctx: Any, hidden, weight, bias, targets, temperature, kernels):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature = temperature
-        return tuple(r.log_probs(r.Head(hidden, weight, bias, targets, temperature)))
+        head = r.Head(hidden, weight, bias, targets, temperature)
+        results = kernels.log_probs(head)
+        ctx.save_for_backward(hidden, weight, bias, targets, *results)
+        ctx.temperature, ctx.kernels = temperature, kernels
+        return tuple(x.to(head.dtype, copy=True) for x in results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes):
         if all(g is None for g in slopes):
-            return (None,) * 5
-        hidden, weight, bias, targets = ctx.saved_tensors
+            return (None,) * 6
+        hidden, weight, bias, targets, *results = ctx.saved_tensors
         head = r.Head(hidden, weight, bias, targets, ctx.temperature)
-        grads = r.gradients(head, r.Slopes(*slopes), r.Needs(*ctx.needs_input_grad[:3]))
+        needs = r.Needs(*ctx.needs_input_grad[:3])
+        grads = ctx.kernels.gradients(head, r.LogProb(*results), r.Slopes(*slopes), needs)
         d_hidden, d_weight, d_bias = (
             g if g is None else g.to(x.dtype)
             for g, x in zip(grads, (hidden, weight, bias), strict=True)
         )
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 class PolicyLoss(NamedTuple):
@@ -119,15 +124,16 @@ def linear_policy_loss(
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,  # scalar or (N,); old_logp and ref_logp are at the same
     sequence_ids: Tensor | None = None,  # (N,) int, for SequenceClipped
+    backend: str | None = None,  # as in linear_logprob
 ) -> PolicyLoss:
     """sum_t row_weight_t * (objective_t + kl_coef * k3_t - entropy_coef * H_t).
 
-    k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html). Gradients are
-    computed with the loss in one pass of 3 GEMM equivalents, or 4 where SequenceClipped couples
-    rows: its ratio is that of the sequence's rows of non-zero weight, on-policy rows left out, so
-    only whole sequences may be dropped. Ratios stop growing at exp(20). Raises ValueError for
-    shapes that do not fit, a target outside [0, V), a kl_coef without ref_logp, and SequenceClipped
-    without whole sequences.
+    k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html). Gradients come
+    with the loss: 3 GEMM equivalents, or 4 on a CPU, which keeps no logits, and where
+    SequenceClipped couples rows: its ratio is that of the sequence's rows of non-zero weight,
+    on-policy rows left out, so only whole sequences may be dropped. Ratios stop growing at exp(20).
+    Raises ValueError for shapes that do not fit, a target outside [0, V), a kl_coef without
+    ref_logp, and SequenceClipped without whole sequences.
     """
     _check_same_shape(targets, advantage=advantage, row_weight=row_weight, old_logp=old_logp)
     _check_same_shape(targets, ref_logp=ref_logp, on_policy=on_policy, sequence_ids=sequence_ids)
@@ -141,7 +147,8 @@ def linear_policy_loss(
     def terms(known: o.PolicyRows, logp: Tensor) -> o.PolicyTerms:
         return o.policy_terms(objective, known, logp, kl_coef, entropy_coef)
 
-    results, grads = _policy_sweep(head, known, terms, _needs(hidden, weight))
+    kernels, needs = choose(backend, head), _needs(hidden, weight)
+    results, grads = _policy_sweep(kernels, head, known, terms, needs)
     final = terms(known, results.logp)
     loss = final.value + kl_coef * final.k3
     if entropy_coef:
@@ -153,6 +160,7 @@ def linear_policy_loss(
 
 @torch.no_grad()
 def _policy_sweep(
+    kernels: Kernels,
     head: r.Head,
     known: o.PolicyRows,
     terms: Callable[[o.PolicyRows, Tensor], o.PolicyTerms],
@@ -163,11 +171,13 @@ def _policy_sweep(
         return r.Slopes(row.slope_logp, row.slope_entropy)
 
     if known.segments is None and any(needs):
-        return r.log_probs_and_gradients(
+        results, grads = kernels.log_probs_and_gradients(
             head, lambda span, logp: slopes(known.take(span), logp), needs
         )
-    results = r.log_probs(head)
-    return results, r.gradients(head, slopes(known, results.logp), needs)
+        return results.to(head.dtype), grads
+    exact = kernels.log_probs(head)
+    results = exact.to(head.dtype)
+    return results, kernels.gradients(head, exact, slopes(known, results.logp), needs)
 
 
 def _policy_rows(
@@ -212,8 +222,9 @@ class _StoredGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream):
+        plain = not upstream.is_cuda and float(upstream) == 1  # a look would stall a GPU
         d_hidden, d_weight = (
-            g if g is None else (upstream * g).to(dtype)
+            g if g is None else (g if plain else upstream * g).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return d_hidden, d_weight, None, None, None
@@ -239,6 +250,7 @@ def linear_preference_loss(
     ref_logp: Tensor | None = None,  # (2P,) summed, nats; None: a uniform reference, 0
     pair_weight: Tensor | None = None,  # (P,); None: 1/P
     temperature: float | Tensor = 1.0,  # scalar or (N,)
+    backend: str | None = None,  # as in linear_logprob
 ) -> PreferenceLoss:
     """sum_p pair_weight_p * objective_p, differentiable once; rows in any order.
 
@@ -252,14 +264,15 @@ def linear_preference_loss(
     n_pairs = _count_pairs(sequence_ids, ref_logp, pair_weight)
     ids = _take(sequence_ids.reshape(-1).long(), keep)
     _check_ids(ids, n_pairs)
-    needs = _needs(hidden, weight)  # before gradients are switched off
+    kernels, needs = choose(backend, head), _needs(hidden, weight)
     with torch.no_grad():
-        pairs = _pairs(r.log_probs(head, entropy=False).logp, ids, n_pairs, ref_logp)
+        exact = kernels.log_probs(head)
+        pairs = o.sum_pairs(exact.logp.to(head.dtype), ids, n_pairs, ref_logp)
         value, *slopes = objective(pairs)
         share = 1 / max(1, n_pairs)
         w = torch.full_like(value, share) if pair_weight is None else pair_weight.to(value)
         slope = (w * torch.stack(slopes)).T.reshape(-1)  # (2P,)
-        grads = r.gradients(head, r.Slopes(slope[ids]), needs)
+        grads = kernels.gradients(head, exact, r.Slopes(slope[ids]), needs)
         total, h = (w * value).sum(), pairs.log_ratio
     loss = _StoredGradient.apply(head.hidden, weight, total, *grads[:2])
     margin, accuracy = h.sum() * share, (h > 0).sum() * share
@@ -286,13 +299,6 @@ def _check_ids(ids: Tensor, n_pairs: int) -> None:
         )
 
 
-def _pairs(logp: Tensor, ids: Tensor, n_pairs: int, ref_logp: Tensor | None) -> o.Pairs:
-    sums = r.segment_sum(logp, ids, 2 * n_pairs).view(-1, 2)
-    ref = torch.zeros_like(sums) if ref_logp is None else ref_logp.detach().to(sums).view(-1, 2)
-    length = r.segment_sum(torch.ones_like(logp), ids, 2 * n_pairs).view(-1, 2)
-    return o.Pairs(*(x[:, side] for x in (sums, ref, length) for side in (0, 1)))
-
-
 def group_advantage(
     rewards: Tensor,  # (M,)
     group_ids: Tensor,  # (M,) int, in any order
@@ -312,7 +318,7 @@ def group_advantage(
     _check_same_shape(rewards, group_ids=group_ids)
     if rewards.isinf().any():
         raise ValueError(f"rewards[{int(rewards.isinf().nonzero()[0])}] is infinite")
-    return r.group_advantage(rewards.detach(), group_ids, scale, eps)
+    return advantage.group_advantage(rewards.detach(), group_ids, scale, eps)
 
 
 def _head(
@@ -330,7 +336,9 @@ def _head(
     keep = mask.nonzero()[:, 0]
     keep = None if len(keep) == len(mask) else keep
     if isinstance(temperature, Tensor):
-        temperature = _take(temperature.detach().reshape(-1), keep)
+        t = temperature = temperature.detach().reshape(-1)[slice(None) if keep is None else keep]
+        if not t.is_cuda and not (t > 0).all():
+            raise ValueError(f"temperature holds {float(t.min())}: must be positive")
     rows, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     return r.Head(_take(rows, keep), weight, bias, _take(y, keep), temperature), keep
 
@@ -376,13 +384,6 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
     for name, x in given.items():
         if x is not None and x.shape != like.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, needs {tuple(like.shape)}")
-
-
-def _check_backend(backend: str | None) -> None:
-    if backend in ("native", "triton"):
-        raise ValueError(f"backend={backend!r} is not built yet: use None or 'torch'")
-    if backend not in (None, "torch"):
-        raise ValueError(f"backend={backend!r}: must be None, 'torch', 'native' or 'triton'")
 
 
 def _needs(hidden: Tensor, weight: Tensor) -> r.Needs:

@@ -253,6 +253,18 @@ class Pairs(NamedTuple):
         return (self.chosen - self.chosen_ref) - (self.rejected - self.rejected_ref)
 
 
+def sum_pairs(
+    logp: Tensor,  # (N,) nats
+    ids: Tensor,  # (N,) int64 in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1
+    n_pairs: int,
+    ref_logp: Tensor | None,  # (2P,) summed; None: 0
+) -> Pairs:
+    sums = segment_sum(logp, ids, 2 * n_pairs).view(-1, 2)
+    ref = torch.zeros_like(sums) if ref_logp is None else ref_logp.detach().to(sums).view(-1, 2)
+    length = segment_sum(torch.ones_like(logp), ids, 2 * n_pairs).view(-1, 2)
+    return Pairs(*(x[:, side] for x in (sums, ref, length) for side in (0, 1)))
+
+
 class PairLoss(NamedTuple):
     value: Tensor  # (P,)
     slope_chosen: Tensor  # (P,) dvalue/dchosen

@@ -1,14 +1,14 @@
 """Plain PyTorch: a linear head's log-prob, by definition and in sweeps that never hold (N, V).
 
     z = (hidden @ weight.T + bias) / temperature      y the target, u_j = z_j - z_y - shift
-    other = sum_{j != y} exp(u_j)    own = exp(-shift)    total = own + other
-    logp = -shift - log1p(other + expm1(-shift))    lse = z_y - logp
-    H = log(total) - mean_u    mean_u = sum_j p_j u_j    p_j = exp(u_j) / total
-    dz_j = p_j (g_lse - g_logp - g_H (u_j - mean_u))    for j != y
-    dz_y = g_logp other / total + p_y (g_lse + g_H (shift + mean_u))
+    other = sum_{j != y} exp(u_j)    moment = sum_{j != y} exp(u_j) u_j    own = exp(-shift)
+    log_total = log1p(other + expm1(-shift))    logp = -shift - log_total    lse = z_y - logp
+    H = log_total - (moment - own shift) / (own + other)
+    dz_j = p_j (g_lse - g_logp - g_H (z_j - lse + H))    p_j = exp(z_j - lse)    for j != y
+    dz_y = -g_logp expm1(logp) + p_y (g_lse - g_H (logp + H))
 
-Anchored at the target (shift = 0) nothing cancels as p_y -> 1: 1 - p_y is other / total. A row
-whose largest logit exceeds the target's by over SAFE_GAP is anchored at that logit instead.
+Anchored at the target (shift = 0) nothing cancels as p_y -> 1. A row whose largest logit exceeds
+the target's by over SAFE_GAP is anchored at that logit instead: shift is the gap.
 Chunk of C rows: two (C, V) buffers, 1 GEMM forward, 2 more for the gradients of hidden and weight.
 """
 
@@ -25,7 +25,6 @@ SAFE_GAP = 60.0  # nats; V * exp(60) is far from fp32's exp(88) for any vocabula
 # Logits of a chunk. Each chunk reads and writes all of dW, whose GEMM ran at 380 GFLOP/s with
 # 128 MiB and 230 with 64 (bf16, D 576, V 49152, 2 Zen 5 cores).
 CHUNK_BYTES = 128 << 20
-SAME_REWARD = 1e-6  # of max(1, |reward|): a smaller spread within a group is float noise
 
 
 class LogProb(NamedTuple):
@@ -34,6 +33,12 @@ class LogProb(NamedTuple):
     logp: Tensor  # log-prob of the target
     entropy: Tensor  # of the whole distribution
     lse: Tensor  # log-sum-exp of the logits
+
+    def take(self, rows: Tensor | slice) -> "LogProb":
+        return LogProb(*(x[rows] for x in self))
+
+    def to(self, dtype: torch.dtype) -> "LogProb":
+        return LogProb(*(x.to(dtype) for x in self))
 
 
 def linear_logprob(
@@ -107,6 +112,9 @@ class Needs(NamedTuple):
     bias: bool
 
 
+NOTHING = Needs(False, False, False)
+
+
 class Gradients(NamedTuple):
     hidden: Tensor | None  # (N, D)
     weight: Tensor | None  # (V, D) in the accumulators' dtype
@@ -116,9 +124,9 @@ class Gradients(NamedTuple):
         return self._replace(hidden=self.hidden if self.hidden is None else self.hidden[rows])
 
 
-def log_probs(head: Head, *, entropy: bool = True) -> LogProb:
-    """Forward only; zero entropy where it is not asked for."""
-    return _sweep(head, entropy, None, Needs(False, False, False))[0]
+def log_probs(head: Head) -> LogProb:
+    """Forward only."""
+    return _sweep(head, True, None, NOTHING)[0]
 
 
 def log_probs_and_gradients(
@@ -130,18 +138,33 @@ def log_probs_and_gradients(
     return _sweep(head, True, slopes, needs)
 
 
-def gradients(head: Head, slopes: Slopes, needs: Needs) -> Gradients:
-    """Gradients for slopes known beforehand: logits are recomputed, rows without slope skipped."""
+def gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
+    """From a forward's results: its logits are recomputed, its sums are not."""
+    return of_live_rows(_gradients, head, results, slopes, needs)
+
+
+def _gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
+    entropy = slopes.entropy is not None
+    return _sweep(head, entropy, lambda rows, _: slopes.take(rows), needs, results)[1]
+
+
+def of_live_rows(
+    gradients: Callable[[Head, LogProb, Slopes, Needs], Gradients],
+    head: Head,
+    results: LogProb,
+    slopes: Slopes,
+    needs: Needs,
+) -> Gradients:
+    """`gradients` without the rows that have no slope, whose hidden gradient is 0."""
     if not any(needs):
         return Gradients(None, None, None)
-    n = len(head.targets)
     live = slopes.live()
-    if live is not None:
-        head, slopes = head.take(live), slopes.take(live)
-    _, grads = _sweep(head, slopes.entropy is not None, lambda rows, _: slopes.take(rows), needs)
-    if live is None or grads.hidden is None:
+    if live is None:
+        return gradients(head, results, slopes, needs)
+    grads = gradients(head.take(live), results.take(live), slopes.take(live), needs)
+    if grads.hidden is None:
         return grads
-    d_hidden = grads.hidden.new_zeros(n, grads.hidden.shape[1])
+    d_hidden = grads.hidden.new_zeros(len(head.targets), grads.hidden.shape[1])
     return grads._replace(hidden=d_hidden.index_copy_(0, live, grads.hidden))
 
 
@@ -150,9 +173,10 @@ def _sweep(
     entropy: bool,
     slopes: Callable[[slice, Tensor], Slopes] | None,
     needs: Needs,
+    known: LogProb | None = None,
 ) -> tuple[LogProb, Gradients]:
     n, vocabulary = len(head.targets), head.weight.shape[0]
-    results = LogProb(*(head.hidden.new_zeros(n, dtype=head.dtype) for _ in range(3)))
+    results = known or LogProb(*(head.hidden.new_zeros(n, dtype=head.dtype) for _ in range(3)))
     grads = _zero_gradients(head, needs)
     spans = list(_chunks(n, vocabulary * head.dtype.itemsize))
     if not spans:
@@ -165,9 +189,13 @@ def _sweep(
     for span in spans:
         z, e = buffers[:, : span.stop - span.start]
         rows = head.take(span)
-        tile = _softmax_tile(rows, operand, z, e, entropy)
-        for result, chunk in zip(results, tile.results, strict=True):
-            result[span] = chunk
+        _write_logits(rows, operand, z)
+        if known:
+            tile = _known_tile(rows, known.take(span), z, e)
+        else:
+            tile = _softmax_tile(rows, z, e, entropy)
+            for result, chunk in zip(results, tile.results, strict=True):
+                result[span] = chunk
         if slopes:
             tile_slopes = slopes(span, tile.results.logp)
             _add_gradients(rows, weight, tile, tile_slopes, grads.at(span))
@@ -198,28 +226,40 @@ class _Tile:
     results: LogProb  # (C,) each
     e: Tensor  # (C, V) exp(u_j), 0 at the target
     eu: Tensor  # (C, V) exp(u_j) u_j where entropy was asked for, else scratch
-    other: Tensor  # (C,)
-    own: Tensor  # (C,)
-    shift: Tensor  # (C,)
-    mean_u: Tensor  # (C,)
+    log_total: Tensor  # (C,)
 
 
-def _softmax_tile(head: Head, operand: Tensor, z: Tensor, e: Tensor, entropy: bool) -> _Tile:
-    _write_logits(head, operand, z)
+def _softmax_tile(head: Head, z: Tensor, e: Tensor, entropy: bool) -> _Tile:
     target = head.targets[:, None]
     anchor = z.gather(1, target)[:, 0]
     gap = z.amax(1) - anchor
     shift = torch.where(gap > SAFE_GAP, gap, 0)
     u = z.sub_((anchor + shift)[:, None])
     torch.exp(u, out=e).scatter_(1, target, 0)
-    other, own = e.sum(1), (-shift).exp()
+    other, moment = e.sum(1), u.mul_(e).sum(1) if entropy else None
+    results, log_total = from_sums(anchor, other, moment, shift)
+    return _Tile(results, e, u, log_total)
+
+
+def from_sums(
+    anchor: Tensor,  # (N,) the target's logit over temperature
+    other: Tensor,  # (N,)
+    moment: Tensor | None,  # (N,); None: entropy is not asked for, and 0
+    shift: Tensor,  # (N,)
+) -> tuple[LogProb, Tensor]:  # and log_total
+    own = (-shift).exp()
     log_total = torch.log1p(other + torch.expm1(-shift))
-    logp = -shift - log_total
-    mean_u, h = torch.zeros_like(logp), torch.zeros_like(logp)
-    if entropy:
-        mean_u = (u.mul_(e).sum(1) - own * shift) / (own + other)
-        h = log_total - mean_u
-    return _Tile(LogProb(logp, h, anchor - logp), e, u, other, own, shift, mean_u)
+    logp, h = -shift - log_total, torch.zeros_like(log_total)
+    if moment is not None:
+        h = log_total - (moment - own * shift) / (own + other)
+    return LogProb(logp, h, anchor - logp), log_total
+
+
+def _known_tile(head: Head, results: LogProb, z: Tensor, e: Tensor) -> _Tile:
+    """Anchored at lse, so that exp(u_j) is p_j."""
+    u = z.sub_(results.lse[:, None])
+    torch.exp(u, out=e).scatter_(1, head.targets[:, None], 0)
+    return _Tile(results, e, u.mul_(e), torch.zeros_like(results.lse))
 
 
 def _write_logits(head: Head, operand: Tensor, z: Tensor) -> None:
@@ -253,13 +293,28 @@ def _add_gradients(
 
 
 def _logit_gradients(head: Head, tile: _Tile, slopes: Slopes) -> Tensor:  # (C, V), over tile.e
-    g_logp, g_entropy, g_lse = (0.0 if g is None else g for g in slopes)
-    scale = (1 / ((tile.own + tile.other) * head.temperature)).to(tile.own.dtype)
-    dz = tile.e.mul_(((g_lse - g_logp + g_entropy * tile.mean_u) * scale)[:, None])
+    c0, c1, at_target = logit_slopes(tile.results, slopes, head.temperature, tile.log_total)
+    dz = tile.e.mul_(c0[:, None])
     if slopes.entropy is not None:
-        dz.addcmul_(tile.eu, (-g_entropy * scale)[:, None])
-    at_own = tile.own * (g_lse + g_entropy * (tile.shift + tile.mean_u))
-    return dz.scatter_(1, head.targets[:, None], ((g_logp * tile.other + at_own) * scale)[:, None])
+        dz.addcmul_(tile.eu, c1[:, None])
+    return dz.scatter_(1, head.targets[:, None], at_target[:, None])
+
+
+def logit_slopes(
+    results: LogProb, slopes: Slopes, temperature: float | Tensor, log_total: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,) each
+    """(c0, c1, dz_y), with dz_j = exp(u_j) (c0 + c1 u_j) and u_j = z_j - lse + log_total.
+
+    dz is the derivative in the logits before the temperature.
+    """
+    logp, entropy, _ = results
+    zero = torch.zeros_like(logp)
+    g_logp, g_entropy, g_lse = (zero if g is None else g for g in slopes)
+    per_z = (zero + 1 / temperature).to(logp.dtype)  # a temperature in fp64 widens nothing else
+    at_target = -g_logp * logp.expm1() + logp.exp() * (g_lse - g_entropy * (logp + entropy))
+    c0 = g_lse - g_logp + g_entropy * (log_total - entropy)
+    per_e = per_z * (zero - log_total).exp()
+    return c0 * per_e, -g_entropy * per_e, at_target * per_z
 
 
 def _copy_into(room: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,39 +368,3 @@ def segment_sum(x: Tensor, segments: Tensor, n: int) -> Tensor:  # (N,), (N,) ->
     if x.is_cuda:  # index_add_ is atomic there, while an accumulating index_put_ sorts
         return out.index_put_((segments,), x, accumulate=True)
     return out.index_add_(0, segments, x)
-
-
-def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) -> Tensor:  # (M,)
-    known = ~rewards.isnan()
-    # a few thousand numbers in fp64 on the CPU, whose sums have a fixed order
-    reward = rewards[known].to("cpu", torch.float64)
-    ids = group_ids[known].cpu().unique(return_inverse=True)[1]
-    advantage = _centred(reward, ids)
-    deviation = {"group": _group_std, "batch": _batch_std, "none": None}[scale]
-    if deviation:
-        scaled = advantage / (deviation(reward, advantage, ids) + eps)
-        advantage = torch.where(advantage == 0, 0, scaled)
-    out = torch.zeros(rewards.shape, dtype=torch.float32, device=rewards.device)
-    out[known] = advantage.to(out)
-    return out
-
-
-def _centred(reward: Tensor, ids: Tensor) -> Tensor:
-    """Rewards minus their group's mean; exact zeros in a group that is constant up to noise."""
-    n = int(ids.max()) + 1 if len(ids) else 0
-    mean = segment_sum(reward, ids, n) / ids.bincount(minlength=n)
-    top = reward.new_zeros(n).scatter_reduce(0, ids, reward, "amax", include_self=False)
-    bottom = reward.new_zeros(n).scatter_reduce(0, ids, reward, "amin", include_self=False)
-    size = torch.maximum(top.abs(), bottom.abs()).clamp(min=1)
-    constant = top - bottom <= SAME_REWARD * size
-    return torch.where(constant[ids], 0, reward - mean[ids])
-
-
-def _group_std(reward: Tensor, centred: Tensor, ids: Tensor) -> Tensor:  # (M,)
-    count = ids.bincount()
-    variance = segment_sum(centred**2, ids, len(count)) / (count - 1).clamp(min=1)
-    return variance.sqrt()[ids]
-
-
-def _batch_std(reward: Tensor, centred: Tensor, ids: Tensor) -> Tensor:  # (), 0 for one reward
-    return reward.std() if len(reward) > 1 else reward.new_zeros(())

@@ -7,6 +7,8 @@ import signal
 import pytest
 import torch
 
+from expo_fast import backends, native, ops
+
 
 def pytest_configure() -> None:
     # a shell's background job starts with SIGINT ignored, and so would everything started from here
@@ -19,3 +21,14 @@ def pytest_configure() -> None:
 def same_seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "native"])
+def each_backend(request, monkeypatch) -> str:
+    """Ops that are asked for no backend get this one, but for dtypes that it does not run."""
+
+    def choose(name, head):
+        return backends.choose(name or (request.param if native.supports(head) else None), head)
+
+    monkeypatch.setattr(ops, "choose", choose)
+    return request.param

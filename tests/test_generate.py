@@ -169,7 +169,7 @@ def test_a_nan_ends_its_request_and_leaves_no_trace():
         ({"top_k": -1}, "top_k=-1"),
         ({"min_p": 1.5}, "min_p=1.5"),
         ({"stop_strings": "ab"}, "stop_strings='ab'"),
-        ({"stop_strings": ("",)}, "need a list of non-empty strings"),
+        ({"stop_strings": ("",)}, "need non-empty strings"),
         ({"stop_strings": ("x",)}, "give Generator a tokenizer"),
     ],
 )

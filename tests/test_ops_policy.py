@@ -22,7 +22,7 @@ L_MAX = 16
 
 
 @pytest.fixture(autouse=True)
-def several_chunks(monkeypatch):
+def several_chunks(each_backend, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK_BYTES", 1 << 13)
 
 

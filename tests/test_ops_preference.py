@@ -16,7 +16,7 @@ N, D, V = int(LENGTHS.sum()) + 12, 6, 53  # 12 rows without target
 
 
 @pytest.fixture(autouse=True)
-def several_chunks(monkeypatch):
+def several_chunks(each_backend, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK_BYTES", 1 << 13)
 
 

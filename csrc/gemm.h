@@ -1,0 +1,97 @@
+// Small matrix products inside one thread: C (M, N) = A (M, K) @ B (K, N), or C += that; sums in
+// fp32. N is a multiple of 16. A bf16 B holds rows in pairs, (K / 2, N, 2), and K is even.
+#pragma once
+
+#include <type_traits>
+
+#include "lanes.h"
+
+#if defined(EXPO_FAST_AMX)
+#include <ATen/native/CPUBlas.h>
+#elif defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(EXPO_FAST_AMX) || defined(__AVX512BF16__)
+#define EXPO_FAST_BF16  // products of bf16 values; without, they are widened
+#endif
+
+// How many neighbouring rows of B, or values of a row of A, go into one step along K.
+template <class T>
+constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
+
+inline Lanes multiply_add(Lanes sum, const float* a, Lanes b) { return sum + *a * b; }
+
+#if defined(__AVX512BF16__)
+inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
+  const __m512 pair = _mm512_castsi512_ps(_mm512_set1_epi32(load<int32_t>(a)));
+  return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)b);
+}
+#endif
+
+// R x J vectors of C stay in registers while K runs: 24 of AVX-512's 32, 12 of AVX2's 16. They start
+// at 0 and meet C at the end: rounded once to its size, not at every step.
+template <int R, int J, class T>
+inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
+                       int64_t ldc, bool add) {
+  Lanes sum[R][J] = {};
+  for (int64_t k = 0; k < steps; ++k) {
+    Lanes row[J];
+    for (int j = 0; j < J; ++j) row[j] = load<Lanes>(b + (k * ldb + j * kLanes) * kPair<T>);
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < J; ++j)
+        sum[r][j] = multiply_add(sum[r][j], a + r * lda + k * kPair<T>, row[j]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) {
+      float* to = c + r * ldc + j * kLanes;
+      store(to, add ? load<Lanes>(to) + sum[r][j] : sum[r][j]);
+    }
+}
+
+constexpr int kTileRows = 6;  // R of all but the last rows of a product
+
+template <int J, class T>
+inline void gemm_columns(int64_t m, int64_t steps, const T* a, int64_t lda, const T* b,
+                         int64_t ldb, float* c, int64_t ldc, bool add) {
+  auto rows = [&](auto r) {
+    gemm_block<r, J>(steps, a, lda, b, ldb, c, ldc, add);
+    a += r * lda;
+    c += r * ldc;
+  };
+  for (; m >= kTileRows; m -= kTileRows) rows(std::integral_constant<int, kTileRows>{});
+  if (m & 4) rows(std::integral_constant<int, 4>{});
+  if (m & 2) rows(std::integral_constant<int, 2>{});
+  if (m & 1) rows(std::integral_constant<int, 1>{});
+}
+
+template <class T>
+inline void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
+                 float* c, int64_t ldc, bool add) {
+  constexpr int J = kLanes == 16 ? 4 : 2;
+  constexpr int64_t kDepth = 256;  // of K at a time: a panel of B stays in cache, and sums are short
+  for (int64_t k0 = 0; k0 < k; k0 += kDepth, add = true) {
+    const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kPair<T>;
+    const T *a0 = a + k0, *b0 = b + k0 * ldb;
+    int64_t j = 0;
+    for (; j + J * kLanes <= n; j += J * kLanes)
+      gemm_columns<J>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
+    for (; j < n; j += kLanes)
+      gemm_columns<1>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
+  }
+}
+
+#if defined(EXPO_FAST_AMX)
+inline void gemm(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, const bf16* b,
+                 int64_t ldb, float* c, int64_t ldc, bool add) {
+  auto cast = [](const bf16* x) { return reinterpret_cast<const at::BFloat16*>(x); };
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, cast(a), cast(b), c, true);
+}
+#endif
+
+// After a thread's last product: the state of AMX tiles would slow its other code.
+inline void gemm_done() {
+#if defined(EXPO_FAST_AMX)
+  at::native::cpublas::brgemm_release(true);
+#endif
+}

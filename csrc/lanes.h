@@ -1,0 +1,93 @@
+// Vectors of the width that the compiler was asked for, in GCC's and clang's own portable notation:
+// one source for AVX-512, AVX2 and anything else.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t BitLanes __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t ShortLanes __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+template <class Vector, class T>
+inline Vector load(const T* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class Vector, class T>
+inline void store(T* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+inline Lanes broadcast(float x) { return x - Lanes{}; }
+
+template <class To, class From>
+inline To bits_as(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+// x -> 2^(k x), k > 0: exact 0 below -126.5, inf from 127.5, NaN stays NaN. The polynomial's relative
+// error is 2e-9 (fitted on [-1/2, 1/2]), and k x is not rounded before its integer part is taken
+// off, so that large exponents cost no digits.
+struct Power {
+  Lanes k, low, high;
+
+  explicit Power(Lanes k) : k(k), low(-127.0f / k), high(128.0f / k) {}
+
+  Lanes operator()(Lanes x) const {
+    x = x < low ? low : x;  // this order lets NaN through
+    x = x > high ? high : x;
+    const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds off the fraction
+    const Lanes whole = (x * k + to_integer) - to_integer;
+    const Lanes f = x * k - whole;  // fused
+    Lanes p = f * 1.5345812029e-04f + 1.3399931362e-03f;
+    p = p * f + 9.6184889583e-03f;
+    p = p * f + 5.5503287766e-02f;
+    p = p * f + 2.4022646891e-01f;
+    p = p * f + 6.9314720574e-01f;
+    p = p * f + 1.0f;
+    const IntLanes exponent = (__builtin_convertvector(whole, IntLanes) + 127) << 23;
+    return p * bits_as<Lanes>(exponent);
+  }
+};
+
+// To bf16 in the upper half of each lane, to nearest, ties to even.
+inline BitLanes rounded_to_bf16(Lanes x) {
+  BitLanes b = bits_as<BitLanes>(x);
+  BitLanes rounded = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
+  BitLanes nan = BitLanes{} + 0x7fc00000u;
+  return x != x ? nan : rounded;
+}
+
+inline float widen(float x) { return x; }
+
+inline float widen(bf16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
+
+inline float widen(fp16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return bits_as<float>(sign | 0x7f800000u | (rest & 0x3ff) << 13);
+  // exponents differ by 112; the product rights subnormals too
+  return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(rest << 13) * 0x1p112f));
+}
+
+inline void narrow(float x, float& to) { to = x; }
+
+inline void narrow(float x, bf16& to) {
+  uint32_t b = bits_as<uint32_t>(x);
+  to.bits = x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+}

@@ -1,0 +1,547 @@
+// A linear head's log-probs and their gradients on a CPU, with no (N, V) buffer.
+//
+//   z = (hidden @ weight.T + bias)    u_j = (z_j - base) / temperature    y the target
+//   forward   other = sum_{j != y} exp(u_j)    moment = sum_{j != y} exp(u_j) (z_j - base)
+//   backward  dz_j = exp(u_j) (c0 + c1 (z_j - base)) for j != y,    dz_y given
+//             d_hidden = dz @ weight    d_weight = dz.T @ hidden    d_bias = sum_n dz
+//
+// Tokens lie along the vector lanes: Z.T = weight @ hidden.T takes weight as it lies in memory, and
+// sums over the vocabulary are vertical. Threads split the vocabulary, so that each owns its rows of
+// d_weight; their partial sums are added in order of thread: same threads, same bits. Forward is one
+// GEMM; backward three, for it recomputes Z. Read per SPAN tokens: weight once, from memory.
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <memory>
+
+#include "gemm.h"
+
+namespace {
+
+constexpr int64_t kBlock = 64;     // tokens of a tile
+constexpr int64_t kSpan = 1024;    // tokens that pass over weight together: both packings stay in L3
+#if defined(EXPO_FAST_AMX)
+constexpr int64_t kForward = 128;  // vocabulary rows of a tile: its logits stay in L1
+#else
+constexpr int64_t kForward = 126;  // a multiple of kTileRows
+#endif
+constexpr int64_t kBackward = 4 * kForward;  // ... its weight, dz and logits stay in L2 or near
+constexpr int64_t kPad = 32;       // elements that keep rows from sharing cache sets
+constexpr float kNever = -1e30f;   // logit whose exp is 0, and so is its product with the logit
+
+enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+}  // namespace
+
+// Mirrored by native.py. Vectors are (N,) fp32 unless noted.
+struct Head {
+  const void *hidden, *weight;  // (N, D) contiguous, (V, D) with contiguous rows
+  const float* bias;            // (V,) or null
+  const int64_t* targets;
+  const float* base;
+  const float* exponent;  // log2(e) / temperature
+  int64_t n, v, d, weight_stride;
+  int32_t hidden_dtype, weight_dtype, threads;
+};
+
+struct Gradients {
+  const float *c0, *c1, *at_target;
+  void* d_hidden;  // (N, D) contiguous, or null
+  void* d_weight;  // (V, D) contiguous, or null; fp32 where N exceeds kSpan
+  float* d_bias;   // (V,) or null
+  int32_t d_hidden_dtype, d_weight_dtype;  // fp32 or bf16
+};
+
+namespace {
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+template <class F>
+void with_dtype(int32_t dtype, F f) {
+  if (dtype == kFloat32) f(float{});
+  if (dtype == kBFloat16) f(bf16{});
+  if (dtype == kFloat16) f(fp16{});
+}
+
+// Gradients are written as fp32 or bf16.
+template <class F>
+void with_gradient_dtype(int32_t dtype, F f) {
+  if (dtype == kFloat32) f(float{});
+  if (dtype == kBFloat16) f(bf16{});
+}
+
+template <class T>
+struct Scratch {
+  explicit Scratch(int64_t size) : data(new (std::align_val_t{64}) T[size]) {}
+  struct Free { void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); } };
+  std::unique_ptr<T[], Free> data;
+};
+
+template <class F>
+void parallel(int threads, F f) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t) f(t);
+}
+
+// Some tokens, packed for both products that they enter.
+template <class T>
+struct Span {
+  int64_t start, n, lanes;  // lanes: n rounded up to 16
+  int64_t d, depth;         // depth: d rounded up to a pair
+
+  Span(const Head& head, bool backward)
+      : d(head.d), depth(round_up(d, kPair<T>)),
+        columns_(kSpan * depth), rows_(backward ? kSpan * round_up(d, 16) : 0) {}
+
+  int64_t blocks() const { return (lanes + kBlock - 1) / kBlock; }
+  int64_t width(int64_t block) const { return std::min(kBlock, lanes - block * kBlock); }
+  // (depth, width): B of Z.T = weight @ hidden.T
+  const T* columns(int64_t block) const { return columns_.data.get() + block * kBlock * depth; }
+  // (lanes, up to kBlock) from feature `start` on: B of d_weight = dZ.T @ hidden
+  const T* rows(int64_t start) const { return rows_.data.get() + start * lanes; }
+
+  void take(const Head& head, int64_t first, bool backward) {
+    start = first;
+    n = std::min(kSpan, head.n - first);
+    lanes = round_up(n, 16);
+    with_dtype(head.hidden_dtype, [&](auto type) {
+      auto from = static_cast<const decltype(type)*>(head.hidden) + first * d;
+      parallel(head.threads, [&](int t) {
+        const int64_t end = blocks() * (t + 1) / head.threads;
+        for (int64_t b = blocks() * t / head.threads; b < end; ++b) {
+          pack_columns(from, b);
+          if (backward) pack_rows(from, b);
+        }
+      });
+    });
+  }
+
+ private:
+  Scratch<T> columns_, rows_;
+
+  template <class From>
+  void pack_columns(const From* from, int64_t block) {
+    T* to = const_cast<T*>(columns(block));
+    const int64_t w = width(block);
+    for (int64_t i = 0; i < w; ++i) {
+      const int64_t token = block * kBlock + i;
+      for (int64_t k = 0; k < depth; ++k) {
+        const bool real = token < n && k < d;
+        narrow(real ? widen(from[token * d + k]) : 0.0f,
+               to[(k / kPair<T> * w + i) * kPair<T> + k % kPair<T>]);
+      }
+    }
+  }
+
+  template <class From>
+  void pack_rows(const From* from, int64_t block) {
+    const int64_t first = block * kBlock, end = first + width(block);
+    for (int64_t start = 0; start < d; start += kBlock) {
+      const int64_t w = std::min(kBlock, round_up(d, 16) - start);
+      T* to = const_cast<T*>(rows(start));
+      for (int64_t token = first; token < end; ++token)
+        for (int64_t k = 0; k < w; ++k) {
+          const bool real = token < n && start + k < d;
+          narrow(real ? widen(from[token * d + start + k]) : 0.0f,
+                 to[(token / kPair<T> * w + k) * kPair<T> + token % kPair<T>]);
+        }
+    }
+  }
+};
+
+// Rows [start, start + rows) of weight as T; where they lie in memory if they can be used there.
+template <class T>
+struct WeightTile {
+  WeightTile(const Head& head, int64_t rows)
+      : head(head), depth(round_up(head.d, kPair<T>)), in_place(usable(head)),
+        room_(in_place ? 0 : rows * depth) {}
+
+  const Head& head;
+  const int64_t depth;
+  const bool in_place;
+  const T* data;
+  int64_t stride;
+
+  void take(int64_t start, int64_t rows) {
+    if (in_place) {
+      data = static_cast<const T*>(head.weight) + start * head.weight_stride;
+      stride = head.weight_stride;
+      return;
+    }
+    T* to = room_.data.get();
+    with_dtype(head.weight_dtype, [&](auto type) {
+      auto from = static_cast<const decltype(type)*>(head.weight) + start * head.weight_stride;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < depth; ++k)
+          narrow(k < head.d ? widen(from[r * head.weight_stride + k]) : 0.0f, to[r * depth + k]);
+    });
+    data = to;
+    stride = depth;
+  }
+
+ private:
+  Scratch<T> room_;
+
+  static bool usable(const Head& head) {
+    const int32_t wanted = sizeof(T) == 2 ? kBFloat16 : kFloat32;
+    return head.weight_dtype == wanted && head.d % kPair<T> == 0;
+  }
+};
+
+// Z.T of a tile (rows, w), before the bias; targets' logits are kNever.
+template <class T>
+void write_logits(const Head& head, const Span<T>& span, const WeightTile<T>& weight, int64_t start,
+                  int64_t rows, int64_t block, float* z) {
+  const int64_t w = span.width(block);
+  gemm(rows, w, span.depth, weight.data, weight.stride, span.columns(block), w, z, w, false);
+  const int64_t first = span.start + block * kBlock;
+  const int64_t real = std::min(w, span.start + span.n - first);
+  for (int64_t i = 0; i < real; ++i) {
+    const int64_t row = head.targets[first + i] - start;
+    if (row >= 0 && row < rows) z[row * w + i] = kNever;
+  }
+}
+
+void copy_padded(const float* from, int64_t n, int64_t lanes, float pad, float* to) {
+  std::fill(std::copy_n(from, n, to), to + lanes, pad);
+}
+
+// What backward knows of each token of a span, padded so that dz is 0.
+struct Lane {
+  float base[kSpan], exponent[kSpan], c0[kSpan], c1[kSpan];
+
+  void take(const Head& head, const Gradients& g, int64_t start, int64_t n, int64_t lanes) {
+    copy_padded(head.base + start, n, lanes, 0, base);
+    copy_padded(head.exponent + start, n, lanes, 1, exponent);
+    copy_padded(g.c0 + start, n, lanes, 0, c0);
+    copy_padded(g.c1 + start, n, lanes, 0, c1);
+  }
+};
+
+float bias_of(const Head& head, int64_t row) {
+  return head.bias ? std::max(head.bias[row], kNever) : 0.0f;
+}
+
+// Running sums over the vocabulary, per token: sum exp((z - base) / T), and the same times z - base.
+// base starts at the target's logit, so that nothing cancels as p_y -> 1, and moves up where a tile
+// dwarfs all before it, so that the terms which matter are exponentials of small numbers.
+struct Sums {
+  double *other, *moment;
+  float *base, *exponent;
+
+  Sums at(int64_t i) const { return {other + i, moment + i, base + i, exponent + i}; }
+
+  void move(int64_t i, float to) {
+    const double step = double(base[i]) - to, scale = std::exp2(step * exponent[i]);
+    moment[i] = scale * (moment[i] + step * other[i]);
+    other[i] *= scale;
+    base[i] = to;
+  }
+
+  void add(int64_t i, double more_other, double more_moment) {
+    other[i] += more_other;
+    moment[i] += more_moment;
+  }
+};
+
+// Adds a tile's part, of one block's lanes.
+void add_exponentials(const Head& head, const float* z, int64_t start, int64_t rows, int64_t w,
+                      Sums to) {
+  for (int64_t i = 0; i < w; i += kLanes) {
+    const Power power(load<Lanes>(to.exponent + i));
+    Lanes sum, product, largest;
+    auto sweep = [&] {
+      const Lanes base = load<Lanes>(to.base + i);
+      sum = product = Lanes{};
+      largest = broadcast(kNever);
+      for (int64_t r = 0; r < rows; ++r) {
+        Lanes x = load<Lanes>(z + r * w + i) - base;
+        if (head.bias) x += bias_of(head, start + r);
+        const Lanes e = power(x);
+        sum += e;
+        product += e * x;
+        largest = x > largest ? x : largest;
+      }
+    };
+    sweep();
+    bool moved = false;
+    for (int64_t j = 0; j < kLanes; ++j)
+      if (sum[j] > 50 * (to.other[i + j] + 1)) {
+        to.move(i + j, to.base[i + j] + largest[j]);
+        moved = true;
+      }
+    if (moved) sweep();
+    for (int64_t j = 0; j < kLanes; ++j) to.add(i + j, sum[j], product[j]);
+  }
+}
+
+template <class T>
+void forward(const Head& head, double* other, double* moment, float* base) {
+  Span<T> span(head, false);
+  const int64_t tiles = (head.v + kForward - 1) / kForward;
+  const int64_t lanes = round_up(head.n, 16), all = head.threads * lanes;
+  Scratch<double> doubles(2 * all);
+  Scratch<float> floats(2 * all), logits(head.threads * kForward * kBlock);
+  const Sums sums{&doubles.data[0], &doubles.data[all], &floats.data[0], &floats.data[all]};
+  std::fill_n(sums.other, 2 * all, 0.0);
+  for (int t = 0; t < head.threads; ++t) {
+    copy_padded(head.base, head.n, lanes, 0, sums.base + t * lanes);
+    copy_padded(head.exponent, head.n, lanes, 1, sums.exponent + t * lanes);
+  }
+  for (int64_t first = 0; first < head.n; first += kSpan) {
+    span.take(head, first, false);
+    parallel(head.threads, [&](int t) {
+      WeightTile<T> weight(head, kForward);
+      float* z = &logits.data[t * kForward * kBlock];
+      const int64_t end = tiles * (t + 1) / head.threads;
+      for (int64_t tile = tiles * t / head.threads; tile < end; ++tile) {
+        const int64_t start = tile * kForward, rows = std::min(kForward, head.v - start);
+        weight.take(start, rows);
+        for (int64_t b = 0; b < span.blocks(); ++b) {
+          write_logits(head, span, weight, start, rows, b, z);
+          add_exponentials(head, z, start, rows, span.width(b),
+                           sums.at(t * lanes + first + b * kBlock));
+        }
+      }
+      gemm_done();
+    });
+  }
+  for (int64_t i = 0; i < head.n; ++i) {
+    Sums total{other, moment, base, const_cast<float*>(head.exponent)};
+    base[i] = kNever;
+    for (int t = 0; t < head.threads; ++t) base[i] = std::max(base[i], sums.base[t * lanes + i]);
+    other[i] = moment[i] = 0;
+    for (int t = 0; t < head.threads; ++t) {
+      Sums part = sums.at(t * lanes);
+      part.move(i, base[i]);
+      total.add(i, part.other[i], part.moment[i]);
+    }
+  }
+}
+
+// One thread's part of backward.
+template <class T>
+class Backward {
+ public:
+  Backward(const Head& head, const Gradients& g, const Span<T>& span, const Lane& lane)
+      : head(head), g(g), span(span), lane(lane), weight(head, kBackward),
+        z(kBackward * kBlock), dz(kBackward * kStride), pairs(kBackward * kBlock),
+        turned(g.d_hidden ? head.d * kTurned : 0), d_hidden(g.d_hidden ? kSpan * head.d : 0) {}
+
+  void begin() { if (g.d_hidden) std::fill_n(d_hidden.data.get(), span.lanes * head.d, 0.0f); }
+
+  void tile(int64_t first, int64_t count) {
+    start = first;
+    rows = count;
+    weight.take(start, rows);
+    if (g.d_hidden) turn_weight();
+    if (g.d_bias) std::fill_n(bias_sum, rows, Lanes{});
+    for (int64_t b = 0; b < span.blocks(); ++b) {
+      write_logits(head, span, weight, start, rows, b, z.data.get());
+      write_dz(b);
+      set_targets(b);
+      if (g.d_hidden) add_d_hidden(b);
+    }
+    if (g.d_weight) with_gradient_dtype(g.d_weight_dtype, [&](auto type) { write_d_weight(type); });
+    if (g.d_bias) write_d_bias();
+  }
+
+  // (d, width) of a block
+  const float* d_hidden_of(int64_t block) const {
+    return d_hidden.data.get() + block * kBlock * head.d;
+  }
+
+ private:
+  static constexpr int64_t kStride = kSpan + kPad, kTurned = kBackward + kPad;
+  const Head& head;
+  const Gradients& g;
+  const Span<T>& span;
+  const Lane& lane;
+  WeightTile<T> weight;
+  Scratch<float> z;         // (rows, w) logits
+  Scratch<T> dz;            // (rows, lanes) with kStride
+  Scratch<T> pairs;         // (rows, w) of the block, rows interleaved as a product wants them
+  Scratch<T> turned;        // (d, rows) with kTurned: weight.T
+  Scratch<float> d_hidden;  // (blocks, d, w)
+  Lanes bias_sum[kBackward];
+  int64_t start, rows;
+
+  int64_t depth() const { return round_up(rows, kPair<T>); }
+
+  void turn_weight() {
+    for (int64_t r0 = 0; r0 < depth(); r0 += 16)
+      for (int64_t k0 = 0; k0 < head.d; k0 += 16)
+        for (int64_t k = k0; k < std::min(k0 + 16, head.d); ++k)
+          for (int64_t r = r0; r < std::min(r0 + 16, depth()); ++r)
+            turned.data[k * kTurned + r] = r < rows ? weight.data[r * weight.stride + k] : T{};
+  }
+
+  void write_dz(int64_t block) {
+    const int64_t w = span.width(block), at = block * kBlock;
+    for (int64_t i = 0; i < w; i += kLanes) {
+      const Lanes base = load<Lanes>(lane.base + at + i);
+      const Power power(load<Lanes>(lane.exponent + at + i));
+      const Lanes c0 = load<Lanes>(lane.c0 + at + i), c1 = load<Lanes>(lane.c1 + at + i);
+      auto value = [&](int64_t r) {
+        if (r >= rows) return Lanes{};
+        Lanes x = load<Lanes>(&z.data[r * w + i]) - base;
+        if (head.bias) x += bias_of(head, start + r);
+        const Lanes d = power(x) * (c0 + c1 * x);
+        if (g.d_bias) bias_sum[r] += d;
+        return d;
+      };
+      T* to = &dz.data[at + i];
+      for (int64_t r = 0; r < rows; r += kPair<T>) {
+        const Lanes even = value(r);
+        if constexpr (kPair<T> == 1) {
+          store(to + r * kStride, even);
+        } else {
+          const BitLanes low = rounded_to_bf16(even) >> 16, high = rounded_to_bf16(value(r + 1));
+          store(to + r * kStride, __builtin_convertvector(low, ShortLanes));
+          store(to + (r + 1) * kStride, __builtin_convertvector(high >> 16, ShortLanes));
+          store(&pairs.data[r * w + 2 * i], low | high);
+        }
+      }
+    }
+  }
+
+  void set_targets(int64_t block) {
+    const int64_t w = span.width(block), at = block * kBlock;
+    for (int64_t i = 0; i < std::min(w, span.n - at); ++i) {
+      const int64_t token = span.start + at + i, row = head.targets[token] - start;
+      if (row < 0 || row >= rows) continue;
+      narrow(g.at_target[token], dz.data[row * kStride + at + i]);
+      if constexpr (kPair<T> == 2)
+        pairs.data[row / 2 * 2 * w + 2 * i + row % 2] = dz.data[row * kStride + at + i];
+      if (g.d_bias) bias_sum[row][0] += g.at_target[token];
+    }
+  }
+
+  void add_d_hidden(int64_t block) {
+    const int64_t w = span.width(block), at = block * kBlock;
+    const T* b = kPair<T> == 2 ? pairs.data.get() : dz.data.get() + at;
+    float* to = d_hidden.data.get() + at * head.d;
+    gemm(head.d, w, depth(), turned.data.get(), kTurned, b, kPair<T> == 2 ? w : kStride, to, w,
+         true);
+  }
+
+  template <class To>
+  void write_d_weight(To) {
+    for (int64_t k0 = 0; k0 < head.d; k0 += kBlock) {
+      const int64_t w = std::min(kBlock, round_up(head.d, 16) - k0);
+      const int64_t real = std::min(w, head.d - k0);
+      gemm(rows, w, span.lanes, dz.data.get(), kStride, span.rows(k0), w, z.data.get(), w, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        To* to = static_cast<To*>(g.d_weight) + (start + r) * head.d + k0;
+        const float* from = z.data.get() + r * w;
+        if constexpr (sizeof(To) == 4)
+          for (int64_t k = 0; k < real; ++k) to[k] = span.start ? to[k] + from[k] : from[k];
+        else
+          for (int64_t k = 0; k < real; ++k) narrow(from[k], to[k]);
+      }
+    }
+  }
+
+  void write_d_bias() {
+    for (int64_t r = 0; r < rows; ++r) {
+      float sum = 0;
+      for (int j = 0; j < kLanes; ++j) sum += bias_sum[r][j];
+      g.d_bias[start + r] = span.start ? g.d_bias[start + r] + sum : sum;
+    }
+  }
+};
+
+// Adds up the threads' parts of d_hidden for one block's tokens.
+template <class T, class To>
+void write_d_hidden(const Span<T>& span, int64_t block,
+                    const std::unique_ptr<Backward<T>>* parts, int n_parts, To* out) {
+  const int64_t w = span.width(block), real = std::min(w, span.n - block * kBlock);
+  To* to = out + (span.start + block * kBlock) * span.d;
+  for (int64_t k = 0; k < span.d; ++k)
+    for (int64_t i = 0; i < real; ++i) {
+      float sum = 0;
+      for (int t = 0; t < n_parts; ++t) sum += parts[t]->d_hidden_of(block)[k * w + i];
+      narrow(sum, to[i * span.d + k]);
+    }
+}
+
+template <class T>
+void backward(const Head& head, const Gradients& g) {
+  Span<T> span(head, true);
+  auto lane = std::make_unique<Lane>();
+  const int64_t size = std::min(kBackward, round_up((head.v + head.threads - 1) / head.threads, 16));
+  const int64_t tiles = (head.v + size - 1) / size;
+  auto parts = std::make_unique<std::unique_ptr<Backward<T>>[]>(head.threads);
+  for (int t = 0; t < head.threads; ++t)
+    parts[t] = std::make_unique<Backward<T>>(head, g, span, *lane);
+  for (int64_t first = 0; first < head.n; first += kSpan) {
+    span.take(head, first, true);
+    lane->take(head, g, first, span.n, span.lanes);
+    parallel(head.threads, [&](int t) {
+      parts[t]->begin();
+      const int64_t end = tiles * (t + 1) / head.threads;
+      for (int64_t tile = tiles * t / head.threads; tile < end; ++tile)
+        parts[t]->tile(tile * size, std::min(size, head.v - tile * size));
+      gemm_done();
+    });
+    if (!g.d_hidden) continue;
+    parallel(head.threads, [&](int t) {
+      const int64_t end = span.blocks() * (t + 1) / head.threads;
+      for (int64_t b = span.blocks() * t / head.threads; b < end; ++b)
+        with_gradient_dtype(g.d_hidden_dtype, [&](auto type) {
+          write_d_hidden(span, b, parts.get(), head.threads,
+                         static_cast<decltype(type)*>(g.d_hidden));
+        });
+    });
+  }
+}
+
+template <class F>
+int32_t with_product(const Head& head, F f) {
+  try {
+#ifdef EXPO_FAST_BF16
+    if (head.hidden_dtype == kBFloat16 && head.weight_dtype == kBFloat16) return f(bf16{}), 0;
+#endif
+    return f(float{}), 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Logit of each row's target, (N,), summed in fp64.
+int32_t expo_fast_anchor(const Head* head, float* out) {
+  parallel(head->threads, [&](int t) {
+    const int64_t end = head->n * (t + 1) / head->threads;
+    with_dtype(head->hidden_dtype, [&](auto x) {
+      with_dtype(head->weight_dtype, [&](auto y) {
+        for (int64_t i = head->n * t / head->threads; i < end; ++i) {
+          const int64_t row = head->targets[i];
+          auto a = static_cast<const decltype(x)*>(head->hidden) + i * head->d;
+          auto b = static_cast<const decltype(y)*>(head->weight) + row * head->weight_stride;
+          double sum = bias_of(*head, row);
+          for (int64_t k = 0; k < head->d; ++k) sum += double(widen(a[k])) * widen(b[k]);
+          out[i] = sum;
+        }
+      });
+    });
+  });
+  return 0;
+}
+
+// other and moment, (N,) fp64, are relative to base, (N,): not the given one where p_y is small.
+int32_t expo_fast_forward(const Head* head, double* other, double* moment, float* base) {
+  return with_product(*head, [&](auto type) {
+    forward<decltype(type)>(*head, other, moment, base);
+  });
+}
+
+int32_t expo_fast_backward(const Head* head, const Gradients* g) {
+  return with_product(*head, [&](auto type) { backward<decltype(type)>(*head, *g); });
+}
+
+}  // extern "C"

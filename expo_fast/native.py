@@ -1,0 +1,245 @@
+"""The CPU kernels of csrc/: compiled on first use, then called with torch's own memory.
+
+They need a C++ compiler and nothing else. One library per source, torch version and instruction set
+is kept in $XDG_CACHE_HOME/expo_fast/native (~/.cache). EXPO_FAST_ISA names a set of FLAGS other
+than the best.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expo_fast.kernels.reference import (
+    Gradients,
+    Head,
+    LogProb,
+    Needs,
+    Slopes,
+    from_sums,
+    logit_slopes,
+    of_live_rows,
+)
+
+SOURCES = Path(__file__).parent / "csrc"
+COMMON = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
+WIDE = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+FLAGS = {  # best first
+    "amx": [*WIDE, "-DEXPO_FAST_AMX"],  # through oneDNN, which torch brings
+    "avx512_bf16": [*WIDE, "-mavx512bf16"],
+    "avx512": WIDE,
+    "avx2": ["-mavx2", "-mfma"],
+    "portable": [],
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SPAN = 1024  # csrc's kSpan, tokens: the weight gradient of more is summed in fp32 memory
+
+
+class Unavailable(RuntimeError):
+    """The kernels cannot be had here; says why, and what to do."""
+
+
+def supports(head: Head) -> bool:
+    on_cpu = head.hidden.device.type == head.weight.device.type == "cpu"
+    return on_cpu and {head.hidden.dtype, head.weight.dtype} <= set(DTYPES)
+
+
+def log_probs(head: Head) -> LogProb:
+    """Forward only: one GEMM. In fp64, for `gradients` to start from. Raises Unavailable."""
+    head = _ready(head)
+    anchor, base = torch.empty(2, len(head.targets))
+    other, moment = torch.empty(2, len(head.targets), dtype=torch.float64)
+    _run("anchor", head, anchor, out=[anchor])
+    _run("forward", head, anchor, out=[other, moment, base])
+    t = head.temperature
+    shift = (base.double() - anchor) / t
+    return from_sums(anchor.double() / t, other, moment / t, shift)[0]
+
+
+def log_probs_and_gradients(
+    head: Head,
+    slopes: Callable[[slice, Tensor], Slopes],  # of (rows, their logp)
+    needs: Needs,
+) -> tuple[LogProb, Gradients]:
+    """Four GEMMs, for nothing of size (N, V) is kept; but only one for a row without slope."""
+    results = log_probs(head)
+    logp = results.logp.to(head.dtype)
+    return results, gradients(head, results, slopes(slice(0, len(logp)), logp), needs)
+
+
+def gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
+    """From a forward's results: one GEMM recomputes the logits, and one a gradient follows."""
+    return of_live_rows(_gradients, head, results, slopes, needs)
+
+
+def _gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
+    head = _ready(head)
+    base, c0, c1, at_target = _coefficients(results, slopes, head.temperature)
+    grads = _empty_gradients(head, needs)
+    out = _Gradients(*map(_address, (c0, c1, at_target, *grads)))
+    out.d_hidden_dtype, out.d_weight_dtype = (
+        0 if g is None else DTYPES[g.dtype] for g in (grads.hidden, grads.weight)
+    )
+    _run("backward", head, base, out=[out])
+    return grads
+
+
+def _coefficients(
+    results: LogProb, slopes: Slopes, temperature: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) fp32 each: base, c0, c1, dz_y as in csrc
+    c0, c1, at_target = logit_slopes(results, slopes, temperature)
+    c1 = c1 / temperature  # csrc's logits are before temperature
+    exact = results.lse * temperature
+    base = exact.float()
+    rest = exact - base  # rounding lse would scale all of a row's probabilities
+    scale = (-rest / temperature).exp()
+    c0, c1 = scale * (c0 - rest * c1), scale * c1
+    return base, c0.float(), c1.float(), at_target.float()
+
+
+def _empty_gradients(head: Head, needs: Needs) -> Gradients:
+    n, make = len(head.targets), torch.empty if len(head.targets) else torch.zeros
+
+    def like(x: Tensor, wide: bool) -> Tensor:
+        keeps = x.dtype == torch.bfloat16 and not wide
+        return make(x.shape, dtype=torch.bfloat16 if keeps else torch.float32)
+
+    return Gradients(
+        like(head.hidden, wide=False) if needs.hidden else None,
+        like(head.weight, wide=n > SPAN) if needs.weight else None,
+        make(len(head.weight)) if needs.bias else None,
+    )
+
+
+class _Head(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "targets")),
+        *((name, ctypes.c_void_p) for name in ("base", "exponent")),
+        *((name, ctypes.c_int64) for name in ("n", "v", "d", "weight_stride")),
+        *((name, ctypes.c_int32) for name in ("hidden_dtype", "weight_dtype", "threads")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("c0", "c1", "at_target")),
+        *((name, ctypes.c_void_p) for name in ("d_hidden", "d_weight", "d_bias")),
+        *((name, ctypes.c_int32) for name in ("d_hidden_dtype", "d_weight_dtype")),
+    ]
+
+
+def _ready(head: Head) -> Head:
+    """As csrc reads it: contiguous rows, and fp32 for all but hidden and weight."""
+    weight, t = head.weight, head.temperature
+    t = t.float() if isinstance(t, Tensor) else torch.full(head.targets.shape, t)
+    return Head(
+        head.hidden.contiguous(),
+        weight if weight.stride(1) == 1 else weight.contiguous(),
+        None if head.bias is None else head.bias.float().contiguous(),
+        head.targets.contiguous(),
+        t.contiguous(),
+    )
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _run(name: str, head: Head, base: Tensor, out: Sequence[Tensor | _Gradients]) -> None:
+    assert isinstance(head.temperature, Tensor)
+    exponent = math.log2(math.e) / head.temperature
+    tensors = (head.hidden, head.weight, head.bias, head.targets, base.contiguous(), exponent)
+    given = _Head(
+        *map(_address, tensors),
+        *(*head.hidden.shape[:1], *head.weight.shape, head.weight.stride(0)),
+        *(DTYPES[head.hidden.dtype], DTYPES[head.weight.dtype], torch.get_num_threads()),
+    )
+    results = (
+        ctypes.byref(x) if isinstance(x, _Gradients) else ctypes.c_void_p(x.data_ptr()) for x in out
+    )
+    if getattr(library(isa()), f"expo_fast_{name}")(ctypes.byref(given), *results):
+        raise MemoryError(f"no memory for the work space of {name}")
+
+
+def isa() -> str:
+    """The instruction set that the kernels are compiled for: a key of FLAGS."""
+    wanted = os.environ.get("EXPO_FAST_ISA")
+    if wanted is None:
+        return next(name for name in FLAGS if _has(name))
+    if wanted not in FLAGS:
+        raise ValueError(f"EXPO_FAST_ISA={wanted!r}: must be one of {', '.join(FLAGS)}")
+    return wanted
+
+
+def _has(name: str) -> bool:
+    c = torch.cpu
+    if platform.machine() not in ("x86_64", "AMD64") or name == "portable":
+        return name == "portable"
+    if name == "amx":
+        return c._is_amx_tile_supported() and bool(torch.backends.mkldnn.enabled)
+    return {
+        "avx512_bf16": c._is_avx512_bf16_supported,
+        "avx512": c._is_avx512_supported,
+        "avx2": c._is_avx2_supported,
+    }[name]()
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """The library of an instruction set, compiled where it is not there yet. Raises Unavailable."""
+    command = [*COMMON, *FLAGS[name]]
+    if name == "amx":
+        root = Path(torch.__file__).parent
+        command += [f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
+    files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
+    key = hashlib.sha256(b"\0".join(path.read_bytes() for path in files))
+    key.update(f"{torch.__version__} {command}".encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = home / "expo_fast" / "native" / f"{name}-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile([*map(str, SOURCES.glob("*.cpp")), *command], path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(arguments: Sequence[str], path: Path) -> None:
+    wanted = os.environ.get("CXX")
+    compiler = shlex.split(wanted) if wanted else _first("c++", "g++", "clang++")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks, one compiles
+            if path.exists():
+                return
+            aside = path.with_suffix(".part")
+            done = subprocess.run(
+                [*compiler, *arguments, "-o", str(aside)], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise Unavailable(
+                    f"{shlex.join(compiler)} cannot compile csrc for {path.stem}:"
+                    f" {done.stderr.strip()[-2000:]}"
+                )
+            aside.rename(path)
+    except OSError as error:
+        raise Unavailable(
+            f"the CPU kernels cannot be compiled into {path.parent}: {error}"
+        ) from error
+
+
+def _first(*names: str) -> list[str]:
+    for name in names:
+        if found := shutil.which(name):
+            return [found]
+    raise Unavailable(f"no C++ compiler for the CPU kernels: install one of {', '.join(names)}")

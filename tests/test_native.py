@@ -1,0 +1,290 @@
+"""The CPU kernels on every instruction set of this machine, against fp64 and plain PyTorch."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from expo_fast import backends, native
+from expo_fast.kernels import reference
+from expo_fast.kernels.reference import Head, Needs, Slopes
+from expo_fast.ops import linear_logprob
+
+HERE = [name for name in native.FLAGS if native._has(name)]
+BOTH = (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)
+MIXED = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16,) * 2
+
+
+@pytest.fixture(params=HERE)
+def isa(request, monkeypatch) -> str:
+    monkeypatch.setenv("EXPO_FAST_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make_head(n, d, v, dtypes, *, spread=1.0) -> Head:
+    g = torch.Generator().manual_seed(n + d + v)
+    hidden = (torch.randn(n, d, generator=g) * spread).to(dtypes[0])
+    weight = torch.randn(v, d, generator=g).to(dtypes[1])
+    bias, temperature = torch.randn(v, generator=g), torch.rand(n, generator=g) + 0.5
+    return Head(hidden, weight, bias, torch.randint(v, (n,), generator=g), temperature)
+
+
+def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """logp, entropy, lse, and the gradients of hidden, weight and bias, computed in `dtype`."""
+    assert head.bias is not None and isinstance(head.temperature, Tensor)
+    inputs = [x.to(dtype).requires_grad_() for x in (head.hidden, head.weight, head.bias)]
+    hidden, weight, bias = inputs
+    results = reference.linear_logprob(
+        hidden, weight, head.targets, bias, head.temperature.to(dtype)
+    )
+    return [*results, *torch.autograd.grad(results, inputs, tuple(upstream.to(dtype)))]
+
+
+def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
+    results = native.log_probs(head)
+    slopes = Slopes(upstream[0], upstream[1], upstream[2])
+    grads = native.gradients(head, results, slopes, Needs(True, True, True))
+    return [x for x in (*results.to(torch.float32), *grads) if x is not None]
+
+
+def worst(got: Tensor, truth: Tensor) -> float:
+    return (got.double() - truth.double()).abs().max().item()
+
+
+def off(got: Tensor, truth: Tensor) -> float:
+    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+SHAPES = [(1, 1, 2), (5, 7, 3), (63, 33, 1000), (130, 64, 509), (1100, 30, 77), (17, 130, 1531)]
+
+
+@pytest.mark.parametrize("dtypes", [*BOTH, *MIXED], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_twice_that_of_plain_pytorch(isa, shape, dtypes):
+    """Of fp32 arithmetic on the same values; gradients come back in bf16 where inputs are."""
+    n, d, v = shape
+    head = make_head(n, d, v, dtypes)
+    upstream = torch.randn(3, n, generator=torch.Generator().manual_seed(1))
+    truth = by_definition(head, upstream, torch.float64)
+    plain, ours = by_definition(head, upstream, torch.float32), by_kernels(head, upstream)
+    for t, p, o in zip(truth[:3], plain[:3], ours[:3], strict=True):
+        assert worst(o, t) <= 2 * worst(p, t) + 1e-6
+    rounded = torch.bfloat16 in dtypes
+    for t, p, o in zip(truth[3:], plain[3:], ours[3:], strict=True):
+        assert off(o, t) <= 2 * off(p, t) + (4e-3 if rounded else 1e-6)
+
+
+def test_bf16_is_no_worse_than_plain_bf16(isa):
+    head = make_head(300, 64, 1000, BOTH[1])
+    head = Head(head.hidden, head.weight, None, head.targets, 1.0)
+    truth = reference.linear_logprob(head.hidden.double(), head.weight.double(), head.targets)
+    plain = reference.linear_logprob(head.hidden, head.weight, head.targets)
+    for t, p, o in zip(truth, plain, native.log_probs(head), strict=True):
+        assert worst(o, t) < 0.01 * worst(p, t)
+
+
+@pytest.mark.parametrize("dtypes", BOTH, ids=str)
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_any_number_of_threads(isa, threads, count, dtypes):
+    head, upstream = make_head(1100, 24, 700, dtypes), torch.ones(3, 1100)
+    truth = by_definition(head, upstream, torch.float64)
+    threads(count)
+    first, again = by_kernels(head, upstream), by_kernels(head, upstream)
+    for t, a, b in zip(truth, first, again, strict=True):
+        assert torch.equal(a, b)  # same threads, same bits
+        assert off(a, t) < (4e-3 if dtypes == BOTH[1] else 2e-6)
+
+
+def test_weight_gradient_of_many_spans_is_summed_in_fp32(isa):
+    n = 5 * native.SPAN + 3
+    head = make_head(n, 16, 40, BOTH[1])
+    grads = by_kernels(head, torch.ones(3, n))[3:]
+    truth = by_definition(head, torch.ones(3, n), torch.float64)[3:]
+    assert grads[1].dtype == torch.float32
+    assert off(grads[1], truth[1]) < 2e-3  # dz is rounded to bf16, its sums are not
+
+
+@pytest.mark.parametrize("rest", [10.0**-k for k in range(2, 9)])
+def test_relative_accuracy_as_the_probability_goes_to_one(isa, rest):
+    """Peers that compute z_y - lse lose every digit there; here the logits are exact."""
+    v = 1000
+    weight = torch.full((v, 1), math.log(rest / (v - 1)))
+    weight[777] = 0
+    got = native.log_probs(Head(torch.ones(1, 1), weight, None, torch.tensor([777]), 1.0))
+    others = weight.double()[0, 0].exp() * (v - 1)
+    assert abs(got.logp.item() / -torch.log1p(others).item() - 1) < 5e-6
+
+
+@pytest.mark.parametrize("gap", [50.0, 94.0, 1000.0, 1e5])
+def test_unlikely_targets_do_not_overflow(isa, gap):
+    hidden, weight = torch.ones(40, 1), torch.zeros(900, 1)
+    weight[3], weight[800] = -gap, gap / 3  # the largest is in another tile and thread
+    head = Head(hidden, weight, torch.zeros(900), torch.full((40,), 3), torch.ones(40))
+    truth = by_definition(head, torch.ones(3, 40), torch.float64)
+    for t, o in zip(truth, by_kernels(head, torch.ones(3, 40)), strict=True):
+        assert worst(o, t) <= 1e-5 * max(1.0, t.abs().max().item())
+
+
+def test_phantom_columns_never_enter(isa):
+    """verl #2656: rows beyond a ragged vocabulary counted as logits of 0."""
+    for v in (1000, 997, 129):
+        weight = torch.full((v, 1), -30.0)
+        got = native.log_probs(
+            Head(torch.ones(3, 1), weight, None, torch.tensor([0, 1, v - 1]), 1.0)
+        )
+        torch.testing.assert_close(
+            got.logp, torch.full((3,), -math.log(v)).double(), atol=1e-5, rtol=0
+        )
+
+
+def test_a_row_of_nan_poisons_its_own_results_alone(isa):
+    head = make_head(40, 8, 300, BOTH[0])
+    head.hidden[7] = math.nan
+    got = native.log_probs(head)
+    clean = torch.arange(40) != 7
+    for x in got:
+        assert x[7].isnan() and x[clean].isfinite().all()
+
+
+def test_forbidden_tokens_get_no_gradient(isa):
+    head = make_head(50, 8, 300, BOTH[0])
+    assert head.bias is not None
+    head.bias[100:] = -math.inf
+    head = Head(head.hidden, head.weight, head.bias, head.targets % 100, head.temperature)
+    *_, d_weight, d_bias = by_kernels(head, torch.ones(3, 50))
+    assert not d_weight[100:].count_nonzero() and not d_bias[100:].count_nonzero()
+    assert d_weight[:100].isfinite().all() and d_weight[:100].count_nonzero()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_frozen_inputs_get_no_gradient(isa, wanted):
+    head = make_head(70, 8, 300, BOTH[1])
+    results = native.log_probs(head)
+    whole = native.gradients(head, results, Slopes(torch.ones(70)), Needs(True, True, False))
+    needs = Needs(wanted[0], wanted[1], False)
+    some = native.gradients(head, results, Slopes(torch.ones(70)), needs)
+    for want, a, b in zip(needs, some, whole, strict=True):
+        assert (a is not None) is want
+        assert a is None or (b is not None and torch.equal(a, b))
+
+
+def test_weights_may_be_rows_of_something_wider_and_inputs_any_view():
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(300, 20, generator=g)
+    hidden = torch.randn(8, 50, generator=g).T
+    targets = torch.randint(300, (50,), generator=g)
+    for weight in (wide[:, :8], wide[:, 5:13], wide.T[:8].T, wide.T.contiguous()[:8].T):
+        got = linear_logprob(hidden, weight, targets, backend="native")
+        truth = reference.linear_logprob(hidden.double(), weight.double(), targets)
+        for a, t in zip(got, truth, strict=True):
+            assert a.dtype == torch.float32 and worst(a, t) < 1e-5
+
+
+def test_nothing_of_rows_times_vocabulary_is_held():
+    """Peak resident memory, of a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=300
+    )
+    peak, square, gradients = map(float, done.stdout.split())
+    assert peak < 0.05 * square + gradients + 8e6  # the last: two threads' tiles
+
+
+PEAK = """
+import torch
+from expo_fast.ops import linear_logprob
+
+def peak():
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(2)
+n, d, v = 1024, 64, 100_000
+hidden, weight = (torch.randn(s, d, dtype=torch.bfloat16, requires_grad=True) for s in (n, v))
+targets = torch.randint(v, (n,))
+linear_logprob(hidden[:2], weight[:50], targets[:2] % 50, backend="native").logp.sum().backward()
+hidden.grad = weight.grad = None
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")  # the peak counts from here
+before = peak()
+got = linear_logprob(hidden, weight, targets, backend="native")
+(got.logp.sum() + got.entropy.sum()).backward()
+print(peak() - before, 2 * n * v, 2 * (n + v) * d)
+"""
+
+
+# the library
+
+
+def run(environment: dict[str, str], program: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+SCORE = """
+import torch
+from expo_fast.ops import linear_logprob
+print(linear_logprob(torch.ones(1, 2), torch.eye(2), torch.tensor([0]){}).logp.item())
+"""
+
+
+def test_without_a_compiler_plain_pytorch_is_used_and_says_so(tmp_path):
+    alone = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    alone["CXX"] = ""
+    done = run(alone, SCORE.format(""))
+    assert float(done.stdout) == pytest.approx(-math.log(2))
+    assert done.stderr.count("using plain PyTorch, which is slower: no C++ compiler") == 1
+    done = run(alone, SCORE.format(', backend="native"'))
+    assert "Unavailable: no C++ compiler for the CPU kernels: install one of" in done.stderr
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_no_library(tmp_path):
+    done = run({"XDG_CACHE_HOME": str(tmp_path), "CXX": "false"}, SCORE.format(""))
+    assert "false cannot compile csrc" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_processes_that_start_together_compile_once(tmp_path):
+    log = tmp_path / "log"
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f'#!/bin/sh\necho one >> {log}\nexec {native._first("c++", "g++", "clang++")[0]} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
+    environment["EXPO_FAST_ISA"] = "portable"
+    command = [sys.executable, "-c", SCORE.format(', backend="native"')]
+    several = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [float(p.communicate(timeout=300)[0]) for p in several] == pytest.approx(
+        [-math.log(2)] * 3
+    )
+    assert log.read_text().split() == ["one"]
+    assert len(list(Path(tmp_path).rglob("*.so"))) == 1
+
+
+def test_names_are_checked(monkeypatch):
+    head = make_head(3, 2, 5, (torch.float64,) * 2)
+    with pytest.raises(ValueError, match=r"not torch\.float64 hidden states on cpu"):
+        backends.choose("native", head)
+    monkeypatch.setenv("EXPO_FAST_ISA", "avx9")
+    with pytest.raises(ValueError, match="EXPO_FAST_ISA='avx9': must be one of amx"):
+        native.isa()
