@@ -7,7 +7,9 @@ a cut), and it gives Qwen's and Llama 3's vocabularies no normalizer and no `ign
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,10 +44,21 @@ WORDS = (
 )
 
 
-def read_gguf(path: Path) -> tuple[Any, Iterator[tuple[str, Tensor]], Any]:
-    """(config, tensors under Hugging Face names in fp32 one at a time, tokenizer).
+@contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """Around a library's call, which may raise anything and name no file: ValueError, one line."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{shorten(str(error), 300)}") from error
 
-    ValueError: no GGUF file, an architecture, a RoPE scaling or a pre-tokenizer that is not ours.
+
+def read_gguf(path: Path) -> tuple[Any, Iterator[tuple[str, Tensor, Path]], Any]:
+    """(config, (Hugging Face name, fp32 tensor, path) one at a time, tokenizer).
+
+    ValueError: no GGUF file, a damaged one, an architecture, a RoPE scaling or a pre-tokenizer that
+    is not ours.
     """
     from transformers import AutoConfig
 
@@ -56,11 +69,12 @@ def read_gguf(path: Path) -> tuple[Any, Iterator[tuple[str, Tensor]], Any]:
             f"{path}: GGUF architecture {kind!r} is not supported, need {', '.join(ARCHITECTURES)}"
         )
     _refuse_rope_scaling(path, reader, kind)
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with reading(path):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config.name_or_path = ""  # transformers puts the model's title there
     if head_dim := _field(reader, f"{kind}.attention.key_length"):
         config.head_dim = head_dim
-    return config, _tensors(reader, config, kind), _tokenizer(path, reader, config)
+    return config, _tensors(path, reader, config, kind), _tokenizer(path, reader, config)
 
 
 def _open(path: Path) -> "GGUFReader":
@@ -69,10 +83,8 @@ def _open(path: Path) -> "GGUFReader":
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file")
-    try:
+    with reading(f"{path} is damaged or cut short"):
         return GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from error
 
 
 def _field(reader: "GGUFReader", name: str) -> Any:
@@ -91,16 +103,19 @@ def _refuse_rope_scaling(path: Path, reader: "GGUFReader", kind: str) -> None:
         )
 
 
-def _tensors(reader: "GGUFReader", config: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    path: Path, reader: "GGUFReader", config: Any, kind: str
+) -> Iterator[tuple[str, Tensor, Path]]:
     from gguf.quants import dequantize
 
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     for stored in reader.tensors:
-        tensor = torch.tensor(dequantize(stored.data, stored.tensor_type))
-        rotated = re.search(r"\.attn_([qk])\.", stored.name)
-        if rotated and kind == "llama":
-            tensor = halve_pairs(tensor, heads[rotated[1]])
-        yield hugging_face_name(stored.name), tensor
+        with reading(f"{path}: {stored.name}"):
+            tensor = torch.tensor(dequantize(stored.data, stored.tensor_type))
+            rotated = re.search(r"\.attn_([qk])\.", stored.name)
+            if rotated and kind == "llama":
+                tensor = halve_pairs(tensor, heads[rotated[1]])
+        yield hugging_face_name(stored.name), tensor, path
 
 
 def halve_pairs(rows: Tensor, heads: int) -> Tensor:
@@ -120,7 +135,8 @@ def hugging_face_name(name: str) -> str:
 def _tokenizer(path: Path, reader: "GGUFReader", config: Any) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if _field(reader, "tokenizer.ggml.model") == "gpt2":
         try:
             mend_splitting(tokenizer.backend_tokenizer, _field(reader, "tokenizer.ggml.pre"))

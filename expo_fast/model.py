@@ -6,7 +6,7 @@ sampling run the same code and differ in the attention that is passed in: over a
 (`PackedAttention`) or over the generator's key-value cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expo_fast.attention import Layer, PackedAttention
+from expo_fast.gguf import reading
 
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]  # q, k, v (N, heads, Dh) -> (N, H, Dh)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # SmolLM2 is a llama
+# Those whose config may ask for it; transformers ignores the same key in the config of another.
+ATTENTION_BIAS = ("llama", "qwen3", "smollm3")
+MLP_BIAS = ("llama", "smollm3")
+LAYER_TYPES = ("qwen2", "qwen3", "smollm3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+SIZES += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Shape:
 
 
 def read_shape(config: Any) -> Shape:
-    """Shape of a transformers config; ValueError where the architecture is none of ours."""
+    """Shape of a transformers config; ValueError where it is none of ours, or makes no sense."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise ValueError(
@@ -53,10 +62,11 @@ def read_shape(config: Any) -> Shape:
         )
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, need 'silu'")
+    check_sizes(vars(config))
     n_layers, heads = config.num_hidden_layers, config.num_attention_heads
-    bias = bool(getattr(config, "attention_bias", False))
+    bias = kind in ATTENTION_BIAS and config.attention_bias
     rope = getattr(config, "no_rope_layers", None) if kind == "smollm3" else None
-    return Shape(
+    shape = Shape(
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -66,33 +76,69 @@ def read_shape(config: Any) -> Shape:
         norm_eps=config.rms_norm_eps,
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        mlp_bias=kind in MLP_BIAS and config.mlp_bias,
         qk_norm=kind == "qwen3",
         tied=config.tie_word_embeddings,
         context=config.max_position_embeddings,
         windows=_windows(config, n_layers),
         rope=tuple(map(bool, rope)) if rope is not None else (True,) * n_layers,
     )
+    _check_shape(shape)
+    return shape
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """ValueError where a size that the config states is no positive integer."""
+    for key in SIZES:
+        size = config.get(key)  # None: whether there is a default is up to transformers
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{key} is {size!r}, need a positive integer")
+
+
+def _check_shape(shape: Shape) -> None:
+    if shape.head_dim % 2:
+        raise ValueError(f"head_dim is {shape.head_dim}, RoPE needs an even one")
+    if shape.heads % shape.kv_heads:
+        raise ValueError(
+            f"num_key_value_heads is {shape.kv_heads}, need a divisor of the {shape.heads} heads"
+        )
+    if not shape.norm_eps >= 0:
+        raise ValueError(f"rms_norm_eps is {shape.norm_eps}, need a number >= 0")
+    for window in shape.windows:
+        if window is not None and window < 1:
+            raise ValueError(f"sliding_window is {window}, need at least one token")
 
 
 def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     if config.model_type == "mistral":  # all layers alike, and no switch
         return (window,) * n_layers
-    types = getattr(config, "layer_types", None) or ["full_attention"] * n_layers
+    if config.model_type not in LAYER_TYPES:
+        return (None,) * n_layers
+    types = config.layer_types
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def rope_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     """(Dh/2,) fp32 radians a token, and the factor on cos and sin that YaRN asks for."""
     rope = config.rope_parameters
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(
+            f"rope_type {rope['rope_type']!r} is not supported, need {', '.join(ROPE_TYPES)}"
+        )
+    with reading(f"rope_parameters {rope}"):
+        frequencies, scale = _rope(config, head_dim)
+        usable = len(frequencies) == head_dim // 2 and (frequencies * scale).isfinite().all()
+    if not usable:
+        raise ValueError(f"rope_parameters {rope} give no {head_dim // 2} finite frequencies")
+    return frequencies, scale
+
+
+def _rope(config: Any, head_dim: int) -> tuple[Tensor, float]:
+    rope = config.rope_parameters
     if rope["rope_type"] == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
-    if rope["rope_type"] not in ("linear", "llama3", "yarn"):
-        raise ValueError(
-            f"rope_type {rope['rope_type']!r} is not supported, need default, linear, llama3, yarn"
-        )
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     with torch.device("cpu"):  # it makes helper tensors on the default device, even on meta
@@ -208,10 +254,26 @@ class Decoder(nn.Module):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a completion, as the checkpoint says."""
-        ids = getattr(self.generation_config, "eos_token_id", None)
-        ids = self.config.eos_token_id if ids is None else ids
-        return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+        """Token ids that end a completion, as the checkpoint says: () where it names none."""
+        for config in (self.generation_config, self.config):
+            ids = getattr(config, "eos_token_id", None)
+            if ids not in (None, [], ()):
+                return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+        return ()
+
+    def settle_eos(self, tokenizer: Any) -> None:
+        """Where the checkpoint names no end, take the tokenizer's: without one no sample stops.
+
+        ValueError where an end is no token of the model's.
+        """
+        if not self.eos_ids and tokenizer is not None:
+            self.config.eos_token_id = tokenizer.eos_token_id
+        for token in self.eos_ids:
+            if type(token) is not int or not 0 <= token < self.shape.vocabulary:
+                raise ValueError(
+                    f"eos_token_id is {token!r}, need an integer in [0, {self.shape.vocabulary}): "
+                    "set it in generation_config.json or config.json"
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
         """`.to`, `.bfloat16` and such leave the frequencies in fp32: bf16 is off by up to 1/512 of

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from textwrap import shorten
 from typing import Any
 
 from expo_fast.tasks import Problem
@@ -18,8 +19,14 @@ EXPLAIN = "{question} (The answer is {answer}.)"  # stands where SOLVE has the q
 PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template
 PLAIN_STOP = "\nQuestion:"
 # Templates that state the day (Llama 3, SmolLM3) state this one, or a run resumed tomorrow and an
-# evaluation next week would ask something else.
+# evaluation next week would ask something else. A macro, as newer transformers let no function in.
 TODAY = datetime(2026, 1, 1)
+DATE_CODES = [f"%{code}" for code in "aAbBdejmyYHIMSp"] + ["%-d", "%-m"]
+STRFTIME_NOW = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
+    + " }}{% endmacro %}\n"
+)
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,15 @@ class Prompter:
         return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
 
     def _fill(self, turns: list[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
         try:
+            template = STRFTIME_NOW + self.tokenizer.get_chat_template()
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime
+                turns, chat_template=template, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             roles = ", ".join(turn["role"] for turn in turns)
-            raise ValueError(f"the chat template refuses the turns ({roles}): {error}") from error
+            reason = shorten(f"{type(error).__name__}: {error}", 300)
+            raise ValueError(f"the chat template refuses the turns ({roles}): {reason}") from error
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

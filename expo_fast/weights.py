@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast.model import ARCHITECTURES, Decoder
+from expo_fast.gguf import read_gguf, reading
+from expo_fast.model import ARCHITECTURES, Decoder, check_sizes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PT = {"format": "pt"}  # transformers refuses a file that does not say so
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -54,28 +56,17 @@ def load_model(
     path = find_model(source)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(device)
+    with reading(f"device {str(device)!r} can't be used here"):
+        torch.empty(0, device=device)
     if path.suffix == ".gguf":
-        from expo_fast.gguf import read_gguf
-
-        config, tensors, tokenizer = read_gguf(path)
-        stored = ((key, tensor, path) for key, tensor in tensors)
+        config, stored, tokenizer = read_gguf(path)
     else:
         config, stored, tokenizer = _read_config(path), _read_tensors(path), _read_tokenizer(path)
     model = _build(config, stored, path, dtype=dtype, device=device, checkpointing=checkpointing)
-    if (path / "generation_config.json").exists():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = _read_generation_config(path)
+    with reading(path):
+        model.settle_eos(tokenizer)
     return model, tokenizer
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
 
 
 def save_model(
@@ -142,13 +133,26 @@ def _read_config(folder: Path) -> Any:
         )
     if "quantization_config" in values:
         raise ValueError(f"{file}: quantized weights are not supported, load the original model")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    with reading(file):
+        check_sizes(values)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _read_generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return None
+    _read_json(file)
+    with reading(file):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and Unicode's errors both are
+    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are the former
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}, need a JSON object")
@@ -157,15 +161,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
     """(key, tensor on the CPU, its file), views of the mapped files, shard by shard."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for file in _tensor_files(folder):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118, no dict
-                    yield key, shard.get_tensor(key), file
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short: {error}") from error
+        file.open("rb").close()  # safetensors calls a file that it may not read absent
+        with reading(f"{file} is damaged or cut short"), safe_open(file, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118, no dict
+                yield key, shard.get_tensor(key), file
 
 
 def _tensor_files(folder: Path) -> list[Path]:
@@ -193,12 +195,17 @@ def _tensor_files(folder: Path) -> list[Path]:
 def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    present = [n for n in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS) if (folder / n).exists()]
+    if not set(TOKENIZER_FILES).intersection(present):
         return None
+    for name in present:
+        if name.endswith(".json"):
+            _read_json(folder / name)
     # transformers 5 rebuilds some classes from the vocabulary alone and so loses, for one, the
     # Digits step of SmolLM2's tokenizer.json; this class takes that file as it is.
-    whole = (folder / "tokenizer.json").exists()
-    return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
+    kind = PreTrainedTokenizerFast if "tokenizer.json" in present else AutoTokenizer
+    with reading(f"{folder}: tokenizer ({', '.join(present)})"):
+        return kind.from_pretrained(folder)
 
 
 def _build(
@@ -211,7 +218,7 @@ def _build(
     checkpointing: bool,
 ) -> Decoder:
     """A decoder holding the stored tensors, each copied once, straight to its dtype and device."""
-    with torch.device("meta"):
+    with reading(path if path.is_file() else path / "config.json"), torch.device("meta"):
         model = Decoder(config, checkpointing=checkpointing)
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     expected = set(shapes)

@@ -1,5 +1,6 @@
 """The decoder against transformers' models, and against itself one sequence at a time."""
 
+import re
 from itertools import accumulate
 from typing import Any
 
@@ -7,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from expo_fast.generate import Generator, Request
 from expo_fast.model import Decoder
-from tiny import LINEAR_ROPE, VARIANTS, tiny_config, tiny_model, transformers_twin
+from tiny import (
+    LINEAR_ROPE,
+    VARIANTS,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    transformers_twin,
+)
 
 LENGTHS = (19, 1, 30)  # tokens; beyond every window of the variants
 CLOSE = 1e-4  # fp32, ours against transformers
@@ -209,4 +218,43 @@ def test_eos_ids_come_from_the_generation_config_first():
     assert model.eos_ids == (1,)
     model.generation_config = GenerationConfig(eos_token_id=[1, 2])
     assert model.eos_ids == (1, 2)
+    model.generation_config = GenerationConfig(eos_token_id=[])
+    assert model.eos_ids == (1,)
     assert tiny_model(eos_token_id=None).eos_ids == ()
+
+
+def test_an_end_that_the_checkpoint_does_not_name_is_the_tokenizers():
+    model, unnamed = tiny_model(eos_token_id=2), tiny_model(eos_token_id=None)
+    for one in (model, unnamed):
+        one.settle_eos(None)
+    assert (model.eos_ids, unnamed.eos_ids) == ((2,), ())
+    for one in (model, unnamed):
+        one.settle_eos(tiny_tokenizer())
+    assert (model.eos_ids, unnamed.eos_ids) == ((2,), (1,))
+    prompt = tiny_tokenizer()("1 + 1").input_ids
+    with torch.no_grad():
+        unnamed.head_weight[1] = 9 * alone(unnamed, torch.tensor(prompt))[-1]  # it likes to end
+    (completion,) = Generator(unnamed).sample([Request(prompt, 20, temperature=0.0)])
+    assert (completion.token_ids, completion.finish_reason) == ([1], "stop")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 0}, "head_dim is 0, need a positive integer"),
+        ({"hidden_size": -48}, "hidden_size is -48, need a positive integer"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4, need a divisor of the 6 heads"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, need a number >= 0"),
+        ({"rope_parameters": LINEAR_ROPE | {"factor": 0}}, "'factor': 0} give no 4 finite"),
+        ({"rope_parameters": LINEAR_ROPE | {"factor": "x"}}, "'factor': 'x'}: TypeError"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "give no 4 finite"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Decoder(tiny_config("llama", **changes))
+
+
+def test_a_window_that_shows_nothing_is_refused():
+    with pytest.raises(ValueError, match="sliding_window is 0, need at least one token"):
+        tiny_model("mistral-window", sliding_window=0)

@@ -29,6 +29,31 @@ def test_a_template_that_states_the_day_says_the_same_every_day():
     assert tokenizer.decode(Prompter(tokenizer).solve(ASKED)).startswith("01 Jan 2026 ")
 
 
+@pytest.mark.parametrize("beginning", ["\n", "  ", "\n  {% if true %}\n{% endif %}x"])
+def test_the_fixed_day_leaves_the_rest_of_a_template_alone(beginning: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = beginning + tokenizer.chat_template
+    turns = [{"role": "user", "content": "hi"}]
+    theirs = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert Prompter(tokenizer)._fill(turns) == theirs
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ raise_exception('no\n such role') }}", "TemplateError: no such role"),
+        ("{% if %}", "TemplateSyntaxError: Expected an expression"),
+    ],
+)
+def test_a_template_that_fails_is_refused_in_one_sentence(template: str, message: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"^the chat template refuses .*\(user\): {message}.*$"):
+        Prompter(tokenizer).solve(ASKED)
+
+
 def test_worked_examples_are_earlier_turns_with_the_answer_boxed():
     text = tiny_tokenizer().decode(Prompter(tiny_tokenizer(), (SHOT,), "Be brief.").solve(ASKED))
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")

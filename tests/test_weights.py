@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -54,7 +56,8 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 def edit_config(folder: Path, **changes: object) -> None:
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
 
 
 @pytest.fixture
@@ -208,6 +211,98 @@ def test_folders_without_a_model_are_refused_in_one_sentence(folder: Path):
         load_model(folder)
 
 
+YARN_WITHOUT_FACTOR = {"rope_type": "yarn", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({"hidden_size": "x"}, "'x'"),
+        ({"hidden_size": 50}, "50"),
+        ({"hidden_size": -4}, "-4"),
+        ({"hidden_size": ...}, "4096"),  # what transformers takes instead
+        ({"num_attention_heads": 5}, "5"),
+        ({"num_attention_heads": 0}, "0"),
+        ({"num_key_value_heads": 10**30}, "10000"),
+        ({"max_position_embeddings": None}, "None"),
+        ({"rms_norm_eps": "a"}, "'a'"),
+        ({"head_dim": 7}, "7"),
+        ({"eos_token_id": "x"}, "'x'"),
+        ({"dtype": "x"}, "'x'"),
+        ({"layer_types": 5}, "int"),
+        ({"rope_parameters": YARN_WITHOUT_FACTOR}, "factor"),
+        ({"rope_parameters": YARN_WITHOUT_FACTOR | {"rope_type": "llama3"}}, "factor"),
+        ({"rope_parameters": YARN_WITHOUT_FACTOR | {"rope_type": "linear"}}, "factor"),
+        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "x"}}, "'x'"),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_is_one_sentence(
+    folder: Path, changes: dict[str, Any], value: str
+):
+    edit_config(folder, **changes)
+    assert value in refusal(folder, "config.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"a": ', "[" * 100_000, "{}", '{"model": 5}'])
+@pytest.mark.parametrize("name", ["generation_config.json", *weights.TOKENIZER_FILES[:2]])
+def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, text: str):
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    (tmp_path / name).write_text(text)
+    if text.endswith("}") and name != "tokenizer.json":  # nothing wrong with these
+        load_model(tmp_path)
+    else:
+        refusal(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", TENSORS])
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, name: str):
+    """A folder in its place, as root may read every file."""
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=name):
+        load_model(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_not_called_absent(folder: Path):
+    (folder / TENSORS).chmod(0)
+    with pytest.raises(PermissionError, match=TENSORS):
+        load_model(folder)
+
+
+def refusal(path: Path, name: str) -> str:
+    """The one sentence, naming the file, with which the model is refused."""
+    with pytest.raises((ValueError, OSError), match=re.escape(name)) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("named", [None, []])
+def test_an_end_that_only_the_tokenizer_names_ends_samples_and_is_saved(
+    tmp_path: Path, named: list[int] | None
+):
+    model = tiny_model(eos_token_id=None)
+    model.generation_config = GenerationConfig(eos_token_id=named)
+    save_model(model, None, tmp_path)
+    assert load_model(tmp_path)[0].eos_ids == ()
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded, tokenizer = load_model(tmp_path)
+    assert loaded.eos_ids == (1,)
+    save_model(loaded, tokenizer, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == 1
+
+
+@pytest.mark.parametrize("end", ["x", -1, 117, [1, 10**30], True, 1.5, {}])
+def test_an_end_that_is_no_token_is_refused(folder: Path, end: object):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    wrong = end[1] if isinstance(end, list) else end
+    expected = f"eos_token_id is {wrong!r}, need an integer in [0, 117)"
+    assert expected in refusal(folder, "generation_config.json")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -253,15 +348,26 @@ def byte_level_tokens() -> list[str]:
     return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), *merged]
 
 
-def write_gguf(file: Path, kind: str = "llama", *, pre: str = "smollm", **fields: object) -> None:
-    """A random model as llama.cpp would write it: Q4_1 and Q8_0 matrices, fp32 vectors."""
+def write_gguf(
+    file: Path,
+    kind: str = "llama",
+    *,
+    pre: str = "smollm",
+    merges: tuple[str, ...] = ("Ġ Ġ", "Ċ Ċ", "1 2"),
+    stated_heads: int = 4,
+    **fields: object,
+) -> None:
+    """A random model as llama.cpp would write it: Q4_1 and Q8_0 matrices, fp32 vectors.
+
+    stated_heads: what its header says of the 4; fields: those of its RoPE scaling.
+    """
     V, D, F, heads, kv_heads, Dh = len(byte_level_tokens()), 64, 96, 4, 2, 16
     writer = GGUFWriter(file, kind)
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(D)
     writer.add_feed_forward_length(F)
-    writer.add_head_count(heads)
+    writer.add_head_count(stated_heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(Dh)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -272,7 +378,7 @@ def write_gguf(file: Path, kind: str = "llama", *, pre: str = "smollm", **fields
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(byte_level_tokens())
     writer.add_token_types([3] * 3 + [1] * (V - 3))
-    writer.add_token_merges(["Ġ Ġ", "Ċ Ċ", "1 2"])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, value in fields.items():
@@ -375,6 +481,18 @@ def test_gguf_files_that_would_be_misread_are_refused(tmp_path: Path):
     file.write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match="is not a GGUF file"):
         load_model(file)
+
+
+def test_damaged_gguf_files_are_refused_in_one_sentence(tmp_path: Path):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, merges=("x y",))
+    assert "Token `xy` out of vocabulary" in refusal(file, "tiny.gguf: ")
+    write_gguf(file, merges=())
+    refusal(file, "tiny.gguf: ")
+    write_gguf(file, stated_heads=0)
+    refusal(file, "tiny.gguf: ")
+    write_gguf(file, stated_heads=64)
+    assert "[64, -1, 2]" in refusal(file, "tiny.gguf: blk.0.attn_q.weight: ")
 
 
 def test_gguf_names_cover_every_parameter_once():

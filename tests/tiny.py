@@ -33,6 +33,8 @@ YARN_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
+STRAY_BIASES = {"attention_bias": True, "mlp_bias": True}  # a stray key belongs to another kind
+
 # every architecture, and every flag in at least one of them
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -42,15 +44,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-yarn-rope": ("llama", {"rope_parameters": YARN_ROPE}),
     "llama-linear-rope": ("llama", {"rope_parameters": LINEAR_ROPE, "num_key_value_heads": 1}),
+    "llama-stray": ("llama", {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 7, "head_dim": 16}),
+    "mistral-stray": ("mistral", {"sliding_window": None} | STRAY_BIASES),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-stray": ("qwen2", STRAY_BIASES),
     "qwen2-windows": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     ),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3-biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-stray": ("qwen3", {"head_dim": 16, "mlp_bias": True}),
     "smollm3": ("smollm3", {"tie_word_embeddings": True}),
     "smollm3-windows": (
         "smollm3",
