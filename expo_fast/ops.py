@@ -255,8 +255,8 @@ def linear_preference_loss(
     """sum_p pair_weight_p * objective_p, differentiable once; rows in any order.
 
     h = (chosen - its ref) - (rejected - its ref). P is half of ref_logp's length, or pair_weight's,
-    or follows from the largest id. 4 GEMM equivalents. Raises ValueError for shapes that do not fit,
-    a target outside [0, V) and an id outside [0, 2P).
+    or follows from the largest id. 4 GEMM equivalents. Raises ValueError for shapes that do not
+    fit, a target outside [0, V) and an id outside [0, 2P).
     """
     _check_same_shape(targets, sequence_ids=sequence_ids)
     head, keep = _head(hidden, weight, targets, temperature)
