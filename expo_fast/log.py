@@ -364,7 +364,9 @@ def _number(value: Any) -> str:
 
 
 def _shown(metrics: Row) -> str:
-    return "  ".join(f"{key.rpartition('/')[2]} {_number(v)}" for key, v in metrics.items())
+    return "  ".join(
+        f"{key.removesuffix('/max').rpartition('/')[2]} {_number(v)}" for key, v in metrics.items()
+    )
 
 
 def _printable(text: str, stream: TextIO) -> str:
