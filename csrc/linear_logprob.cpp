@@ -12,8 +12,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <memory>
+#include <vector>
 
 #include "gemm.h"
 
@@ -78,10 +80,20 @@ struct Scratch {
   std::unique_ptr<T[], Free> data;
 };
 
+// An exception may not leave an OpenMP region: the first one is thrown behind it.
 template <class F>
 void parallel(int threads, F f) {
+  std::vector<std::exception_ptr> failed(threads);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int t = 0; t < threads; ++t) f(t);
+  for (int t = 0; t < threads; ++t) {
+    try {
+      f(t);
+    } catch (...) {
+      failed[t] = std::current_exception();
+    }
+  }
+  for (auto& error : failed)
+    if (error) std::rethrow_exception(error);
 }
 
 // Some tokens, packed for both products that they enter.
@@ -212,7 +224,7 @@ struct Lane {
   float base[kSpan], exponent[kSpan], c0[kSpan], c1[kSpan];
 
   void take(const Head& head, const Gradients& g, int64_t start, int64_t n, int64_t lanes) {
-    copy_padded(head.base + start, n, lanes, 0, base);
+    copy_padded(head.base + start, n, lanes, -kNever, base);
     copy_padded(head.exponent + start, n, lanes, 1, exponent);
     copy_padded(g.c0 + start, n, lanes, 0, c0);
     copy_padded(g.c1 + start, n, lanes, 0, c1);
@@ -286,7 +298,7 @@ void forward(const Head& head, double* other, double* moment, float* base) {
   const Sums sums{&doubles.data[0], &doubles.data[all], &floats.data[0], &floats.data[all]};
   std::fill_n(sums.other, 2 * all, 0.0);
   for (int t = 0; t < head.threads; ++t) {
-    copy_padded(head.base, head.n, lanes, 0, sums.base + t * lanes);
+    copy_padded(head.base, head.n, lanes, -kNever, sums.base + t * lanes);
     copy_padded(head.exponent, head.n, lanes, 1, sums.exponent + t * lanes);
   }
   for (int64_t first = 0; first < head.n; first += kSpan) {
@@ -387,6 +399,7 @@ class Backward {
         if (r >= rows) return Lanes{};
         Lanes x = load<Lanes>(&z.data[r * w + i]) - base;
         if (head.bias) x += bias_of(head, start + r);
+        x = x < power.low ? power.low : x;  // or a large c1 would make inf of kNever
         const Lanes d = power(x) * (c0 + c1 * x);
         if (g.d_bias) bias_sum[r] += d;
         return d;
@@ -497,6 +510,9 @@ void backward(const Head& head, const Gradients& g) {
   }
 }
 
+thread_local char last_error[1024];
+
+// 0, or 1 with the reason in last_error.
 template <class F>
 int32_t with_product(const Head& head, F f) {
   try {
@@ -504,7 +520,8 @@ int32_t with_product(const Head& head, F f) {
     if (head.hidden_dtype == kBFloat16 && head.weight_dtype == kBFloat16) return f(bf16{}), 0;
 #endif
     return f(float{}), 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception& error) {
+    std::strncpy(last_error, error.what(), sizeof last_error - 1);
     return 1;
   }
 }
@@ -512,6 +529,17 @@ int32_t with_product(const Head& head, F f) {
 }  // namespace
 
 extern "C" {
+
+const char* expo_fast_error() { return last_error; }
+
+// Whether oneDNN has AMX to multiply with: the CPU may, and ONEDNN_MAX_CPU_ISA forbid it.
+int32_t expo_fast_has_amx() {
+#if defined(EXPO_FAST_AMX)
+  return at::native::cpublas::could_pack(at::kBFloat16);
+#else
+  return 0;
+#endif
+}
 
 // Logit of each row's target, (N,), summed in fp64.
 int32_t expo_fast_anchor(const Head* head, float* out) {

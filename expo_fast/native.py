@@ -58,9 +58,9 @@ def supports(head: Head) -> bool:
 
 def log_probs(head: Head) -> LogProb:
     """Forward only: one GEMM. In fp64, for `gradients` to start from. Raises Unavailable."""
-    head = _ready(head)
-    anchor, base = torch.empty(2, len(head.targets))
-    other, moment = torch.empty(2, len(head.targets), dtype=torch.float64)
+    head, n = _ready(head), len(head.targets)
+    anchor, base = _room((2, n), torch.float32)
+    other, moment = _room((2, n), torch.float64)
     _run("anchor", head, anchor, out=[anchor])
     _run("forward", head, anchor, out=[other, moment, base])
     t = head.temperature
@@ -110,17 +110,23 @@ def _coefficients(
 
 
 def _empty_gradients(head: Head, needs: Needs) -> Gradients:
-    n, make = len(head.targets), torch.empty if len(head.targets) else torch.zeros
+    n = len(head.targets)
 
     def like(x: Tensor, wide: bool) -> Tensor:
         keeps = x.dtype == torch.bfloat16 and not wide
-        return make(x.shape, dtype=torch.bfloat16 if keeps else torch.float32)
+        room = _room(x.shape, torch.bfloat16 if keeps else torch.float32)
+        return room if n else room.zero_()
 
     return Gradients(
         like(head.hidden, wide=False) if needs.hidden else None,
         like(head.weight, wide=n > SPAN) if needs.weight else None,
-        make(len(head.weight)) if needs.bias else None,
+        like(head.weight[:, 0], wide=True) if needs.bias else None,
     )
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for csrc to write, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class _Head(ctypes.Structure):
@@ -143,7 +149,7 @@ class _Gradients(ctypes.Structure):
 def _ready(head: Head) -> Head:
     """As csrc reads it: contiguous rows, and fp32 for all but hidden and weight."""
     weight, t = head.weight, head.temperature
-    t = t.float() if isinstance(t, Tensor) else torch.full(head.targets.shape, t)
+    t = t.float() if isinstance(t, Tensor) else _room(head.targets.shape, torch.float32).fill_(t)
     return Head(
         head.hidden.contiguous(),
         weight if weight.stride(1) == 1 else weight.contiguous(),
@@ -169,8 +175,10 @@ def _run(name: str, head: Head, base: Tensor, out: Sequence[Tensor | _Gradients]
     results = (
         ctypes.byref(x) if isinstance(x, _Gradients) else ctypes.c_void_p(x.data_ptr()) for x in out
     )
-    if getattr(library(isa()), f"expo_fast_{name}")(ctypes.byref(given), *results):
-        raise MemoryError(f"no memory for the work space of {name}")
+    kernels = library(isa())
+    if getattr(kernels, f"expo_fast_{name}")(ctypes.byref(given), *results):
+        kernels.expo_fast_error.restype = ctypes.c_char_p
+        raise RuntimeError(f"the CPU kernel {name} failed: {kernels.expo_fast_error().decode()}")
 
 
 def isa() -> str:
@@ -188,7 +196,8 @@ def _has(name: str) -> bool:
     if platform.machine() not in ("x86_64", "AMD64") or name == "portable":
         return name == "portable"
     if name == "amx":
-        return c._is_amx_tile_supported() and bool(torch.backends.mkldnn.enabled)
+        enabled = c._is_amx_tile_supported() and torch.backends.mkldnn.enabled
+        return bool(enabled and library(name).expo_fast_has_amx())
     return {
         "avx512_bf16": c._is_avx512_bf16_supported,
         "avx512": c._is_avx512_supported,
@@ -206,40 +215,45 @@ def library(name: str) -> ctypes.CDLL:
     files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
     key = hashlib.sha256(b"\0".join(path.read_bytes() for path in files))
     key.update(f"{torch.__version__} {command}".encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = home / "expo_fast" / "native" / f"{name}-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        _compile([*map(str, SOURCES.glob("*.cpp")), *command], path)
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = home / "expo_fast" / "native" / f"{name}-{key.hexdigest()[:16]}.so"
+        return _load([*map(str, SOURCES.glob("*.cpp")), *command], path)
+    except (OSError, RuntimeError) as error:  # no home, no right to write, no right to run
+        raise Unavailable(f"the CPU kernels cannot be had: {error}") from error
+
+
+def _load(arguments: Sequence[str], path: Path) -> ctypes.CDLL:
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut short, or of another C++ library: make it again
+            path.unlink()
+    _compile(arguments, path)
     return ctypes.CDLL(str(path))
 
 
 def _compile(arguments: Sequence[str], path: Path) -> None:
     wanted = os.environ.get("CXX")
     compiler = shlex.split(wanted) if wanted else _first("c++", "g++", "clang++")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks, one compiles
-            if path.exists():
-                return
-            aside = path.with_suffix(".part")
-            done = subprocess.run(
-                [*compiler, *arguments, "-o", str(aside)], capture_output=True, text=True
-            )
-            if done.returncode:
-                raise Unavailable(
-                    f"{shlex.join(compiler)} cannot compile csrc for {path.stem}:"
-                    f" {done.stderr.strip()[-2000:]}"
-                )
-            aside.rename(path)
-    except OSError as error:
-        raise Unavailable(
-            f"the CPU kernels cannot be compiled into {path.parent}: {error}"
-        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks, one compiles
+        if path.exists():
+            return
+        aside = path.with_suffix(".part")
+        command = [*compiler, *arguments, "-o", str(aside)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip()[-2000:]
+            raise RuntimeError(f"{shlex.join(compiler)} cannot compile csrc: {reason}")
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        aside.rename(path)
 
 
 def _first(*names: str) -> list[str]:
     for name in names:
         if found := shutil.which(name):
             return [found]
-    raise Unavailable(f"no C++ compiler for the CPU kernels: install one of {', '.join(names)}")
+    raise RuntimeError(f"no C++ compiler: install one of {', '.join(names)}")

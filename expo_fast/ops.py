@@ -70,8 +70,9 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         head = r.Head(hidden, weight, bias, targets, temperature)
         results = kernels.log_probs(head)
-        ctx.save_for_backward(hidden, weight, bias, targets, *results)
-        ctx.temperature, ctx.kernels = temperature, kernels
+        per_row = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(hidden, weight, bias, targets, per_row, *results)
+        ctx.temperature, ctx.kernels = None if per_row is not None else temperature, kernels
         return tuple(x.to(head.dtype, copy=True) for x in results)
 
     @staticmethod
@@ -79,8 +80,10 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, *slopes):
         if all(g is None for g in slopes):
             return (None,) * 6
-        hidden, weight, bias, targets, *results = ctx.saved_tensors
-        head = r.Head(hidden, weight, bias, targets, ctx.temperature)
+        hidden, weight, bias, targets, per_row, *results = ctx.saved_tensors
+        head = r.Head(
+            hidden, weight, bias, targets, ctx.temperature if per_row is None else per_row
+        )
         needs = r.Needs(*ctx.needs_input_grad[:3])
         grads = ctx.kernels.gradients(head, r.LogProb(*results), r.Slopes(*slopes), needs)
         d_hidden, d_weight, d_bias = (
@@ -222,11 +225,14 @@ class _StoredGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream):
-        plain = not upstream.is_cuda and float(upstream) == 1  # a look would stall a GPU
-        d_hidden, d_weight = (
-            g if g is None else (g if plain else upstream * g).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
+        d_hidden, d_weight = ctx.saved_tensors
+        dtype, weight_dtype = ctx.dtypes
+        if d_hidden is not None:
+            d_hidden = (upstream * d_hidden).to(dtype)
+        # (V, D) is not copied for a factor of 1; to look at the factor would stall a GPU
+        if d_weight is not None and (upstream.is_cuda or float(upstream) != 1):
+            d_weight = upstream * d_weight
+        d_weight = d_weight if d_weight is None else d_weight.to(weight_dtype)
         return d_hidden, d_weight, None, None, None
 
 
@@ -260,9 +266,9 @@ def linear_preference_loss(
     """
     _check_same_shape(targets, sequence_ids=sequence_ids)
     head, keep = _head(hidden, weight, targets, temperature)
-    n_pairs = _count_pairs(sequence_ids, ref_logp, pair_weight)
+    n_pairs = o.count_pairs(sequence_ids, ref_logp, pair_weight)
     ids = _take(sequence_ids.reshape(-1).long(), keep)
-    _check_ids(ids, n_pairs)
+    o.check_pair_ids(ids, n_pairs)
     kernels, needs = choose(backend, head), _needs(hidden, weight)
     with torch.no_grad():
         exact = kernels.log_probs(head)
@@ -276,26 +282,6 @@ def linear_preference_loss(
     loss = _StoredGradient.apply(head.hidden, weight, total, *grads[:2])
     margin, accuracy = h.sum() * share, (h > 0).sum() * share
     return PreferenceLoss(loss, pairs.chosen, pairs.rejected, margin, accuracy)
-
-
-def _count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None) -> int:
-    n = int(ids.max()) // 2 + 1 if ids.numel() else 0
-    if ref_logp is not None:
-        n = len(ref_logp) // 2
-    elif pair_weight is not None:
-        n = len(pair_weight)
-    for name, x, size in (("ref_logp", ref_logp, 2 * n), ("pair_weight", pair_weight, n)):
-        if x is not None and x.shape != (size,):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, {n} pairs need ({size},)")
-    return n
-
-
-def _check_ids(ids: Tensor, n_pairs: int) -> None:
-    wrong = ids[(ids < 0) | (ids >= 2 * n_pairs)]
-    if len(wrong):
-        raise ValueError(
-            f"sequence_ids holds {int(wrong[0])}: {n_pairs} pairs have ids 0 to {2 * n_pairs - 1}"
-        )
 
 
 def group_advantage(
@@ -335,7 +321,8 @@ def _head(
     keep = mask.nonzero()[:, 0]
     keep = None if len(keep) == len(mask) else keep
     if isinstance(temperature, Tensor):
-        t = temperature = temperature.detach().reshape(-1)[slice(None) if keep is None else keep]
+        t = _take(temperature.detach().reshape(-1), keep)
+        t = temperature = t.to(torch.promote_types(t.dtype, torch.float32))
         if not t.is_cuda and not (t > 0).all():
             raise ValueError(f"temperature holds {float(t.min())}: must be positive")
     rows, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()

@@ -253,6 +253,26 @@ class Pairs(NamedTuple):
         return (self.chosen - self.chosen_ref) - (self.rejected - self.rejected_ref)
 
 
+def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None) -> int:
+    n = int(ids.max()) // 2 + 1 if ids.numel() else 0
+    if ref_logp is not None:
+        n = len(ref_logp) // 2
+    elif pair_weight is not None:
+        n = len(pair_weight)
+    for name, x, size in (("ref_logp", ref_logp, 2 * n), ("pair_weight", pair_weight, n)):
+        if x is not None and x.shape != (size,):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, {n} pairs need ({size},)")
+    return n
+
+
+def check_pair_ids(ids: Tensor, n_pairs: int) -> None:
+    wrong = ids[(ids < 0) | (ids >= 2 * n_pairs)]
+    if len(wrong):
+        raise ValueError(
+            f"sequence_ids holds {int(wrong[0])}: {n_pairs} pairs have ids 0 to {2 * n_pairs - 1}"
+        )
+
+
 def sum_pairs(
     logp: Tensor,  # (N,) nats
     ids: Tensor,  # (N,) int64 in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1

@@ -168,6 +168,54 @@ def test_forbidden_tokens_get_no_gradient(isa):
     assert d_weight[:100].isfinite().all() and d_weight[:100].count_nonzero()
 
 
+def test_a_large_bias_stays_out_of_the_padding(isa):
+    """Rows up to the next 16 see the bias as their whole logit; 2^bias may be inf."""
+    head = make_head(3, 8, 40, BOTH[0])
+    assert head.bias is not None
+    head.bias[2] = 300.0
+    truth = by_definition(head, torch.ones(3, 3), torch.float64)
+    for t, o in zip(truth, by_kernels(head, torch.ones(3, 3)), strict=True):
+        assert worst(o, t) <= 1e-4 * max(1.0, t.abs().max().item())
+
+
+def test_a_large_slope_of_entropy_makes_no_nan_of_a_forbidden_token(isa):
+    head = make_head(20, 8, 40, BOTH[0])
+    assert head.bias is not None
+    head.bias[7] = -math.inf
+    head = Head(head.hidden, head.weight, head.bias, head.targets % 7, 0.05)
+    slopes = Slopes(None, torch.full((20,), 1e9))
+    grads = native.gradients(head, native.log_probs(head), slopes, Needs(True, True, True))
+    assert all(g is not None and g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torch_defaults_change_nothing(default):
+    head, upstream = make_head(64, 8, 300, BOTH[0]), torch.ones(3, 64)
+    before = by_kernels(head, upstream)
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"):
+            after = by_kernels(head, upstream)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_kernel_that_fails_raises(monkeypatch):
+    """An exception in a thread would end the process."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("oneDNN has no bf16 products here")
+    program = """
+import torch
+from expo_fast.ops import linear_logprob
+x = torch.ones(20, 4, dtype=torch.bfloat16)
+linear_logprob(x, x, torch.zeros(20, dtype=torch.int64), backend="native")
+"""
+    done = run({"EXPO_FAST_ISA": "amx", "ONEDNN_MAX_CPU_ISA": "AVX2"}, program)
+    assert "RuntimeError: the CPU kernel forward failed" in done.stderr
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_frozen_inputs_get_no_gradient(isa, wanted):
     head = make_head(70, 8, 300, BOTH[1])
@@ -249,9 +297,26 @@ def test_without_a_compiler_plain_pytorch_is_used_and_says_so(tmp_path):
     alone["CXX"] = ""
     done = run(alone, SCORE.format(""))
     assert float(done.stdout) == pytest.approx(-math.log(2))
-    assert done.stderr.count("using plain PyTorch, which is slower: no C++ compiler") == 1
+    assert done.stderr.count("using plain PyTorch, which is slower: ") == 1
     done = run(alone, SCORE.format(', backend="native"'))
-    assert "Unavailable: no C++ compiler for the CPU kernels: install one of" in done.stderr
+    assert "Unavailable: the CPU kernels cannot be had: no C++ compiler: install" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_a_library_cut_short_is_made_again(tmp_path, content):
+    where = {"XDG_CACHE_HOME": str(tmp_path), "EXPO_FAST_ISA": "portable"}
+    native_only = SCORE.format(', backend="native"')
+    run(where, native_only)
+    (library,) = tmp_path.rglob("*.so")
+    library.write_bytes(content)
+    assert float(run(where, native_only).stdout) == pytest.approx(-math.log(2))
+
+
+def test_a_cache_that_cannot_be_used_is_no_reason_to_fail(tmp_path):
+    (tmp_path / "expo_fast").write_text("a file where a folder must be")
+    done = run({"XDG_CACHE_HOME": str(tmp_path)}, SCORE.format(""))
+    assert float(done.stdout) == pytest.approx(-math.log(2))
+    assert "using plain PyTorch, which is slower: the CPU kernels cannot be had" in done.stderr
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_no_library(tmp_path):

@@ -234,6 +234,25 @@ def test_backward_twice_scales_with_the_upstream_gradient():
             assert worst(-3 * a, b) < 1e-12
 
 
+def test_gradients_may_be_accumulated_many_times():
+    case, w = make_head().to(torch.float32), torch.ones(61)
+    hidden, weight = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
+    loss = linear_policy_loss(hidden, weight, case.targets, w, w).loss
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for x, g in zip((hidden, weight), once, strict=True):
+        assert x.grad is not None and worst(x.grad, 3 * g) < 1e-5
+
+
+def test_a_temperature_changed_before_backward_is_noticed():
+    case, t = make_head().to(torch.float64), torch.full((61,), 0.7, dtype=torch.float64)
+    logp = linear_logprob(*case[:2], case.targets, temperature=t).logp
+    t.fill_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(logp.sum(), case.hidden)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
