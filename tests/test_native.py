@@ -127,6 +127,16 @@ def test_relative_accuracy_as_the_probability_goes_to_one(isa, rest):
     assert abs(got.logp.item() / -torch.log1p(others).item() - 1) < 5e-6
 
 
+def test_large_logits_cost_the_gradient_no_digits(isa):
+    """An lse rounded at 4096 would scale a row's probabilities by up to 1 + 2e-4."""
+    weight = 4096 + torch.arange(200.0).remainder(4)[:, None]  # exact in fp32, and so are logits
+    hidden, targets = torch.ones(20, 1), torch.arange(20)
+    head = Head(hidden, weight, torch.zeros(200), targets, torch.ones(20))
+    slopes = torch.stack([torch.ones(20), torch.full((20,), 0.3), torch.full((20,), 0.2)])
+    truth = by_definition(head, slopes, torch.float64)[-1]
+    assert off(by_kernels(head, slopes)[-1], truth) < 1e-6
+
+
 @pytest.mark.parametrize("gap", [50.0, 94.0, 1000.0, 1e5])
 def test_unlikely_targets_do_not_overflow(isa, gap):
     hidden, weight = torch.ones(40, 1), torch.zeros(900, 1)
@@ -201,7 +211,7 @@ def test_torch_defaults_change_nothing(default):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_kernel_that_fails_raises(monkeypatch):
+def test_a_kernel_that_fails_raises():
     """An exception in a thread would end the process."""
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("oneDNN has no bf16 products here")
