@@ -14,6 +14,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	echo $$p && break; done)
 ARGS ?=
 
+# the oldest triton that is supported, and a numpy whose arrays its interpreter can take: for tests
+OLDEST := triton==3.6.0 numpy==2.3.5
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -47,6 +49,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt setuptools
 	@echo '$(TORCH)' | xargs $(PIP) install --no-deps
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@$(PIP) install --no-deps --target $(VENV)/triton-3.6 --upgrade $(OLDEST)
 	@printf '%s' '$(TORCH)' > $@
 
 clean:

@@ -1,28 +1,29 @@
 """Which kernels run an op: plain PyTorch, C++ on a CPU, or Triton."""
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
-from torch import Tensor
+import torch
 
 from expo_fast import native
-from expo_fast.kernels import reference
-from expo_fast.kernels.reference import Gradients, Head, LogProb, Needs, Slopes
+from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Needs, Slopes, SlopesOf
+from expo_fast.kernels.reference import PLAIN
 
 
 class Kernels(Protocol):
-    """What a backend is: a module with these. Results may be wider than the logits."""
+    """What a backend is: a module or an object with these."""
 
-    def log_probs(self, head: Head) -> LogProb: ...
+    def log_probs(self, head: Head, needs: Needs) -> Forward:
+        """`needs` is what a backward may ask for; where none is, nothing is kept for it."""
+        ...
 
     def gradients(
-        self, head: Head, results: LogProb, slopes: Slopes, needs: Needs
+        self, head: Head, forward: Forward, slopes: Slopes, needs: Needs
     ) -> Gradients: ...
 
     def log_probs_and_gradients(
-        self, head: Head, slopes: Callable[[slice, Tensor], Slopes], needs: Needs
+        self, head: Head, slopes: SlopesOf, needs: Needs
     ) -> tuple[LogProb, Gradients]: ...
 
 
@@ -31,19 +32,46 @@ def choose(name: str | None, head: Head) -> Kernels:
 
     Raises ValueError for an unknown name and for a head that the named kernels do not run.
     """
-    if name == "triton":
-        raise ValueError("backend='triton' is not built yet: use None, 'torch' or 'native'")
-    if name not in (None, "torch", "native"):
+    if name not in (None, *RUNS):
         raise ValueError(f"backend={name!r}: must be None, 'torch', 'native' or 'triton'")
-    supported = native.supports(head)
-    if name == "native" and not supported:
+    if name is not None and not runs(name, head):
+        hidden, weight = head.hidden, head.weight
         raise ValueError(
-            f"backend='native' runs fp32, bf16 and fp16 on a CPU, not {head.hidden.dtype} hidden"
-            f" states on {head.hidden.device} with {head.weight.dtype} weights"
+            f"backend={name!r} runs {RUNS[name]}, not {hidden.dtype} hidden states on"
+            f" {hidden.device} with {weight.dtype} weights on {weight.device}"
         )
-    if name == "torch" or not supported or (name is None and not _compiles()):
-        return reference
-    return native
+    if name == "native" or (name is None and runs("native", head) and _compiles()):
+        return native
+    if name == "triton" or (name is None and head.hidden.is_cuda and runs("triton", head)):
+        return _triton_kernels(head)
+    return PLAIN
+
+
+RUNS = {
+    "torch": "anything",
+    "native": "fp32, bf16 and fp16 on a CPU",
+    "triton": "fp32, bf16 and fp16 on a GPU for which triton is installed",
+}
+
+
+def runs(name: str, head: Head) -> bool:
+    """Triton's also on a CPU, in its interpreter, where TRITON_INTERPRET=1 was set before it."""
+    if name != "triton":
+        return name == "torch" or native.supports(head)
+    if head.dtype != torch.float32 or head.hidden.device != head.weight.device:
+        return False
+    try:
+        from expo_fast.kernels import logprob
+    except ImportError:
+        return False
+    return head.hidden.is_cuda or logprob.INTERPRETED
+
+
+def _triton_kernels(head: Head) -> Kernels:
+    from expo_fast import fused
+    from expo_fast.kernels import logprob, rowwise
+
+    return fused if logprob.supports(head) else rowwise.ROWWISE
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.attention import Layer, causal_attention
-from expo_fast.kernels.reference import wide_product, widened
+from expo_fast.kernels.products import wide_product, widened
 from expo_fast.model import Decoder
 from expo_fast.pack import common_prefix
 from expo_fast.sampling import Truncation, draw, uniform

@@ -14,23 +14,25 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from expo_fast.kernels.reference import (
+from expo_fast.kernels.head import (
+    NOTHING,
+    Forward,
     Gradients,
     Head,
     LogProb,
     Needs,
     Slopes,
+    SlopesOf,
     from_sums,
-    logit_slopes,
     of_live_rows,
+    slopes_about_lse,
 )
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -56,7 +58,7 @@ def supports(head: Head) -> bool:
     return on_cpu and {head.hidden.dtype, head.weight.dtype} <= set(DTYPES)
 
 
-def log_probs(head: Head) -> LogProb:
+def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     """Forward only: one GEMM. In fp64, for `gradients` to start from. Raises Unavailable."""
     head, n = _ready(head), len(head.targets)
     anchor, base = _room((2, n), torch.float32)
@@ -65,28 +67,29 @@ def log_probs(head: Head) -> LogProb:
     _run("forward", head, anchor, out=[other, moment, base])
     t = head.temperature
     shift = (base.double() - anchor) / t
-    return from_sums(anchor.double() / t, other, moment / t, shift)[0]
+    return Forward(from_sums(anchor.double() / t, other, moment / t, shift)[0])
 
 
 def log_probs_and_gradients(
-    head: Head,
-    slopes: Callable[[slice, Tensor], Slopes],  # of (rows, their logp)
-    needs: Needs,
+    head: Head, slopes: SlopesOf, needs: Needs
 ) -> tuple[LogProb, Gradients]:
     """Four GEMMs, for nothing of size (N, V) is kept; but only one for a row without slope."""
-    results = log_probs(head)
-    logp = results.logp.to(head.dtype)
-    return results, gradients(head, results, slopes(slice(0, len(logp)), logp), needs)
+    forward = log_probs(head)
+    logp = forward.results.logp.to(head.dtype)
+    grads = gradients(head, forward, slopes(slice(0, len(logp)), logp), needs)
+    return forward.results, grads
 
 
-def gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
+def gradients(head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
     """From a forward's results: one GEMM recomputes the logits, and one a gradient follows."""
-    return of_live_rows(_gradients, head, results, slopes, needs)
+    return of_live_rows(_gradients, head, forward.results, slopes, needs)
 
 
 def _gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
     head = _ready(head)
-    base, c0, c1, at_target = _coefficients(results, slopes, head.temperature)
+    t = head.temperature
+    # csrc's logits are before temperature
+    base, c0, c1, at_target = slopes_about_lse(results, slopes, t, per_nat=t)
     grads = _empty_gradients(head, needs)
     out = _Gradients(*map(_address, (c0, c1, at_target, *grads)))
     out.d_hidden_dtype, out.d_weight_dtype = (
@@ -94,19 +97,6 @@ def _gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gr
     )
     _run("backward", head, base, out=[out])
     return grads
-
-
-def _coefficients(
-    results: LogProb, slopes: Slopes, temperature: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) fp32 each: base, c0, c1, dz_y as in csrc
-    c0, c1, at_target = logit_slopes(results, slopes, temperature)
-    c1 = c1 / temperature  # csrc's logits are before temperature
-    exact = results.lse * temperature
-    base = exact.float()
-    rest = exact - base  # rounding lse would scale all of a row's probabilities
-    scale = (-rest / temperature).exp()
-    c0, c1 = scale * (c0 - rest * c1), scale * c1
-    return base, c0.float(), c1.float(), at_target.float()
 
 
 def _empty_gradients(head: Head, needs: Needs) -> Gradients:

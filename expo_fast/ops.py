@@ -19,22 +19,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expo_fast.backends import Kernels, choose
-from expo_fast.kernels import advantage
+from expo_fast.kernels import advantage, preferences
+from expo_fast.kernels import head as r
 from expo_fast.kernels import objectives as o
-from expo_fast.kernels import reference as r
-from expo_fast.kernels.objectives import Cispo, Clipped, Dpo, Ipo, SequenceClipped, SoftAdaptive
-from expo_fast.kernels.reference import IGNORE, LogProb
+from expo_fast.kernels.head import IGNORE, LogProb
+from expo_fast.kernels.objectives import Cispo, Clipped, SequenceClipped, SoftAdaptive
+from expo_fast.kernels.preferences import Cpo, Dpo, DpoPositive, Hinge, Ipo, Orpo, RDpo, SimPo
 
 __all__ = [
     "IGNORE",
     "Cispo",
     "Clipped",
+    "Cpo",
     "Dpo",
+    "DpoPositive",
+    "Hinge",
     "Ipo",
     "LogProb",
+    "Orpo",
     "PolicyLoss",
     "PreferenceLoss",
+    "RDpo",
     "SequenceClipped",
+    "SimPo",
     "SoftAdaptive",
     "group_advantage",
     "linear_logprob",
@@ -60,18 +67,21 @@ def linear_logprob(
     """
     head, keep = _head(hidden, weight, targets, temperature, bias)
     k = choose(backend, head)
-    results = _LinearLogprob.apply(head.hidden, weight, bias, head.targets, head.temperature, k)
+    needs = _needs(head.hidden, weight, bias)
+    results = _LinearLogprob.apply(
+        head.hidden, weight, bias, head.targets, head.temperature, k, needs
+    )
     return LogProb(*(_spread(x, keep, targets) for x in results))
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, temperature, kernels):
+    def forward(ctx: Any, hidden, weight, bias, targets, temperature, kernels, needs):
         ctx.set_materialize_grads(False)
         head = r.Head(hidden, weight, bias, targets, temperature)
-        results = kernels.log_probs(head)
+        results, kept = kernels.log_probs(head, needs)
         per_row = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(hidden, weight, bias, targets, per_row, *results)
+        ctx.save_for_backward(hidden, weight, bias, targets, per_row, *results, *kept)
         ctx.temperature, ctx.kernels = None if per_row is not None else temperature, kernels
         return tuple(x.to(head.dtype, copy=True) for x in results)
 
@@ -79,18 +89,19 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *slopes):
         if all(g is None for g in slopes):
-            return (None,) * 6
-        hidden, weight, bias, targets, per_row, *results = ctx.saved_tensors
+            return (None,) * 7
+        hidden, weight, bias, targets, per_row, *saved = ctx.saved_tensors
+        forward = r.Forward(r.LogProb(*saved[:3]), tuple(saved[3:]))
         head = r.Head(
             hidden, weight, bias, targets, ctx.temperature if per_row is None else per_row
         )
         needs = r.Needs(*ctx.needs_input_grad[:3])
-        grads = ctx.kernels.gradients(head, r.LogProb(*results), r.Slopes(*slopes), needs)
+        grads = ctx.kernels.gradients(head, forward, r.Slopes(*slopes), needs)
         d_hidden, d_weight, d_bias = (
             g if g is None else g.to(x.dtype)
             for g, x in zip(grads, (hidden, weight, bias), strict=True)
         )
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 class PolicyLoss(NamedTuple):
@@ -178,9 +189,9 @@ def _policy_sweep(
             head, lambda span, logp: slopes(known.take(span), logp), needs
         )
         return results.to(head.dtype), grads
-    exact = kernels.log_probs(head)
-    results = exact.to(head.dtype)
-    return results, kernels.gradients(head, exact, slopes(known, results.logp), needs)
+    forward = kernels.log_probs(head, needs)
+    results = forward.results.to(head.dtype)
+    return results, kernels.gradients(head, forward, slopes(known, results.logp), needs)
 
 
 def _policy_rows(
@@ -252,7 +263,7 @@ def linear_preference_loss(
     targets: Tensor,  # (N,) int32 or int64 in [0, V), or -100: no target
     sequence_ids: Tensor,  # (N,) int in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1
     *,
-    objective: o.PreferenceObjective = Dpo(beta=0.1),  # noqa: B008 (frozen)
+    objective: preferences.PreferenceObjective = Dpo(beta=0.1),  # noqa: B008 (frozen)
     ref_logp: Tensor | None = None,  # (2P,) summed, nats; None: a uniform reference, 0
     pair_weight: Tensor | None = None,  # (P,); None: 1/P
     temperature: float | Tensor = 1.0,  # scalar or (N,)
@@ -266,18 +277,18 @@ def linear_preference_loss(
     """
     _check_same_shape(targets, sequence_ids=sequence_ids)
     head, keep = _head(hidden, weight, targets, temperature)
-    n_pairs = o.count_pairs(sequence_ids, ref_logp, pair_weight)
+    n_pairs = preferences.count_pairs(sequence_ids, ref_logp, pair_weight)
     ids = _take(sequence_ids.reshape(-1).long(), keep)
-    o.check_pair_ids(ids, n_pairs)
+    preferences.check_pair_ids(ids, n_pairs)
     kernels, needs = choose(backend, head), _needs(hidden, weight)
     with torch.no_grad():
-        exact = kernels.log_probs(head)
-        pairs = o.sum_pairs(exact.logp.to(head.dtype), ids, n_pairs, ref_logp)
+        forward = kernels.log_probs(head, needs)
+        pairs = preferences.sum_pairs(forward.results.logp.to(head.dtype), ids, n_pairs, ref_logp)
         value, *slopes = objective(pairs)
         share = 1 / max(1, n_pairs)
         w = torch.full_like(value, share) if pair_weight is None else pair_weight.to(value)
         slope = (w * torch.stack(slopes)).T.reshape(-1)  # (2P,)
-        grads = kernels.gradients(head, exact, r.Slopes(slope[ids]), needs)
+        grads = kernels.gradients(head, forward, r.Slopes(slope[ids]), needs)
         total, h = (w * value).sum(), pairs.log_ratio
     loss = _StoredGradient.apply(head.hidden, weight, total, *grads[:2])
     margin, accuracy = h.sum() * share, (h > 0).sum() * share
@@ -372,9 +383,9 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, needs {tuple(like.shape)}")
 
 
-def _needs(hidden: Tensor, weight: Tensor) -> r.Needs:
+def _needs(*inputs: Tensor | None) -> r.Needs:  # hidden, weight, bias
     on = torch.is_grad_enabled()
-    return r.Needs(on and hidden.requires_grad, on and weight.requires_grad, False)
+    return r.Needs(*(on and x is not None and x.requires_grad for x in (*inputs, None)[:3]))
 
 
 def _take(x: Any, keep: Tensor | None) -> Any:

@@ -6,7 +6,7 @@ A few thousand numbers a step, so in fp64 on the CPU, whose sums have a fixed or
 import torch
 from torch import Tensor
 
-from expo_fast.kernels.reference import segment_sum
+from expo_fast.kernels.products import segment_sum
 
 SAME_REWARD = 1e-6  # of max(1, |reward|): a smaller spread within a group is float noise
 

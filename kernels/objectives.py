@@ -1,9 +1,8 @@
-"""What a row or a pair of sequences contributes to the loss, and its derivative in their log-probs.
+"""What a row contributes to the policy loss, and its derivative in the row's log-prob.
 
-    policy:     loss = sum_t w_t (objective_t + kl_coef k3_t - entropy_coef H_t)
-                k3 = exp(x) - x - 1, x = ref_logp - logp;  dk3/dlogp = 1 - exp(x)
-                rows on policy: -A_t logp_t alone
-    preference: loss = sum_p w_p objective_p
+    loss = sum_t w_t (objective_t + kl_coef k3_t - entropy_coef H_t)
+    k3 = exp(x) - x - 1, x = ref_logp - logp;  dk3/dlogp = 1 - exp(x)
+    rows on policy: -A_t logp_t alone
 
 Every exp(log-ratio) is capped at exp(MAX_LOG_RATIO), in values and derivatives alike: beyond it a
 batch is broken anyway, and fp32 would overflow at 88.
@@ -13,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from expo_fast.kernels.reference import segment_sum
+from expo_fast.kernels.products import segment_sum
 
 MAX_LOG_RATIO = 20.0  # nats
 
@@ -235,112 +233,3 @@ def _segment_mean(x: Tensor, rows: PolicyRows) -> Tensor:  # (N,) each row its s
     n = int(segments.max()) + 1 if len(segments) else 1
     count = segment_sum(torch.ones_like(x), segments, n)
     return (segment_sum(x, segments, n) / count.clamp(min=1))[segments]
-
-
-class Pairs(NamedTuple):
-    """Sums over the targets of each chosen and rejected sequence, (P,) each."""
-
-    chosen: Tensor  # log-prob, nats
-    rejected: Tensor
-    chosen_ref: Tensor  # the same under the reference
-    rejected_ref: Tensor
-    chosen_length: Tensor  # targets
-    rejected_length: Tensor
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """How much more the policy prefers the chosen sequence than the reference does, nats."""
-        return (self.chosen - self.chosen_ref) - (self.rejected - self.rejected_ref)
-
-
-def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None) -> int:
-    n = int(ids.max()) // 2 + 1 if ids.numel() else 0
-    if ref_logp is not None:
-        n = len(ref_logp) // 2
-    elif pair_weight is not None:
-        n = len(pair_weight)
-    for name, x, size in (("ref_logp", ref_logp, 2 * n), ("pair_weight", pair_weight, n)):
-        if x is not None and x.shape != (size,):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, {n} pairs need ({size},)")
-    return n
-
-
-def check_pair_ids(ids: Tensor, n_pairs: int) -> None:
-    wrong = ids[(ids < 0) | (ids >= 2 * n_pairs)]
-    if len(wrong):
-        raise ValueError(
-            f"sequence_ids holds {int(wrong[0])}: {n_pairs} pairs have ids 0 to {2 * n_pairs - 1}"
-        )
-
-
-def sum_pairs(
-    logp: Tensor,  # (N,) nats
-    ids: Tensor,  # (N,) int64 in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1
-    n_pairs: int,
-    ref_logp: Tensor | None,  # (2P,) summed; None: 0
-) -> Pairs:
-    sums = segment_sum(logp, ids, 2 * n_pairs).view(-1, 2)
-    ref = torch.zeros_like(sums) if ref_logp is None else ref_logp.detach().to(sums).view(-1, 2)
-    length = segment_sum(torch.ones_like(logp), ids, 2 * n_pairs).view(-1, 2)
-    return Pairs(*(x[:, side] for x in (sums, ref, length) for side in (0, 1)))
-
-
-class PairLoss(NamedTuple):
-    value: Tensor  # (P,)
-    slope_chosen: Tensor  # (P,) dvalue/dchosen
-    slope_rejected: Tensor  # (P,) dvalue/drejected
-
-
-class PreferenceObjective(Protocol):
-    def __call__(self, pairs: Pairs) -> PairLoss: ...
-
-
-@dataclass(frozen=True)
-class Dpo:
-    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h the pair's log-ratio.
-
-    arXiv:2305.18290, eq. 7; the label smoothing e is conservative DPO's chance of a flipped label.
-    """
-
-    beta: float = 0.1  # per nat
-    label_smoothing: float = 0.0
-
-    def __post_init__(self):
-        _check_beta(self)
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"Dpo(label_smoothing={self.label_smoothing}): must lie in [0, 0.5)")
-
-    def __call__(self, pairs: Pairs) -> PairLoss:
-        s, flipped = self.beta * pairs.log_ratio, self.label_smoothing
-        value = -(1 - flipped) * F.logsigmoid(s) - flipped * F.logsigmoid(-s)
-        slope = self.beta * (flipped * torch.sigmoid(s) - (1 - flipped) * torch.sigmoid(-s))
-        return PairLoss(value, slope, -slope)
-
-
-@dataclass(frozen=True)
-class Ipo:
-    """(h - 1 / (2 beta))^2, h the pair's log-ratio (arXiv:2310.12036, eq. 17).
-
-    `average` divides each sequence's log-ratio by its targets first, as TRL does.
-    """
-
-    beta: float = 0.1
-    average: bool = False
-
-    def __post_init__(self):
-        _check_beta(self)
-
-    def __call__(self, pairs: Pairs) -> PairLoss:
-        per_chosen, per_rejected = torch.ones_like(pairs.chosen), torch.ones_like(pairs.rejected)
-        if self.average:
-            per_chosen = 1 / pairs.chosen_length.clamp(min=1)
-            per_rejected = 1 / pairs.rejected_length.clamp(min=1)
-        chosen = (pairs.chosen - pairs.chosen_ref) * per_chosen
-        rejected = (pairs.rejected - pairs.rejected_ref) * per_rejected
-        gap = chosen - rejected - 1 / (2 * self.beta)
-        return PairLoss(gap**2, 2 * gap * per_chosen, -2 * gap * per_rejected)
-
-
-def _check_beta(objective: Dpo | Ipo) -> None:
-    if not objective.beta > 0:
-        raise ValueError(f"{type(objective).__name__}(beta={objective.beta}): must be positive")

@@ -7,7 +7,10 @@ import signal
 import pytest
 import torch
 
-from expo_fast import backends, native, ops
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on a CPU; must come before triton
+
+from expo_fast import backends, ops
 
 
 def pytest_configure() -> None:
@@ -23,12 +26,16 @@ def same_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["torch", "native"])
+@pytest.fixture(params=["torch", "native", "triton"])
 def each_backend(request, monkeypatch) -> str:
-    """Ops that are asked for no backend get this one, but for dtypes that it does not run."""
+    """Ops that are asked for no backend get this one, but where it does not run."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
 
     def choose(name, head):
-        return backends.choose(name or (request.param if native.supports(head) else None), head)
+        if name is None and backends.runs(request.param, head):
+            name = request.param
+        return backends.choose(name, head)
 
     monkeypatch.setattr(ops, "choose", choose)
     return request.param

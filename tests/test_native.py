@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expo_fast import backends, native
 from expo_fast.kernels import reference
-from expo_fast.kernels.reference import Head, Needs, Slopes
+from expo_fast.kernels.head import Head, Needs, Slopes
 from expo_fast.ops import linear_logprob
 
 HERE = [name for name in native.FLAGS if native._has(name)]
@@ -53,10 +53,10 @@ def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tens
 
 
 def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
-    results = native.log_probs(head)
+    forward = native.log_probs(head)
     slopes = Slopes(upstream[0], upstream[1], upstream[2])
-    grads = native.gradients(head, results, slopes, Needs(True, True, True))
-    return [x for x in (*results.to(torch.float32), *grads) if x is not None]
+    grads = native.gradients(head, forward, slopes, Needs(True, True, True))
+    return [x for x in (*forward.results.to(torch.float32), *grads) if x is not None]
 
 
 def worst(got: Tensor, truth: Tensor) -> float:
@@ -91,7 +91,7 @@ def test_bf16_is_no_worse_than_plain_bf16(isa):
     head = Head(head.hidden, head.weight, None, head.targets, 1.0)
     truth = reference.linear_logprob(head.hidden.double(), head.weight.double(), head.targets)
     plain = reference.linear_logprob(head.hidden, head.weight, head.targets)
-    for t, p, o in zip(truth, plain, native.log_probs(head), strict=True):
+    for t, p, o in zip(truth, plain, native.log_probs(head).results, strict=True):
         assert worst(o, t) < 0.01 * worst(p, t)
 
 
@@ -122,7 +122,7 @@ def test_relative_accuracy_as_the_probability_goes_to_one(isa, rest):
     v = 1000
     weight = torch.full((v, 1), math.log(rest / (v - 1)))
     weight[777] = 0
-    got = native.log_probs(Head(torch.ones(1, 1), weight, None, torch.tensor([777]), 1.0))
+    got = native.log_probs(Head(torch.ones(1, 1), weight, None, torch.tensor([777]), 1.0)).results
     others = weight.double()[0, 0].exp() * (v - 1)
     assert abs(got.logp.item() / -torch.log1p(others).item() - 1) < 5e-6
 
@@ -153,7 +153,7 @@ def test_phantom_columns_never_enter(isa):
         weight = torch.full((v, 1), -30.0)
         got = native.log_probs(
             Head(torch.ones(3, 1), weight, None, torch.tensor([0, 1, v - 1]), 1.0)
-        )
+        ).results
         torch.testing.assert_close(
             got.logp, torch.full((3,), -math.log(v)).double(), atol=1e-5, rtol=0
         )
@@ -162,7 +162,7 @@ def test_phantom_columns_never_enter(isa):
 def test_a_row_of_nan_poisons_its_own_results_alone(isa):
     head = make_head(40, 8, 300, BOTH[0])
     head.hidden[7] = math.nan
-    got = native.log_probs(head)
+    got = native.log_probs(head).results
     clean = torch.arange(40) != 7
     for x in got:
         assert x[7].isnan() and x[clean].isfinite().all()
@@ -229,10 +229,10 @@ linear_logprob(x, x, torch.zeros(20, dtype=torch.int64), backend="native")
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_frozen_inputs_get_no_gradient(isa, wanted):
     head = make_head(70, 8, 300, BOTH[1])
-    results = native.log_probs(head)
-    whole = native.gradients(head, results, Slopes(torch.ones(70)), Needs(True, True, False))
+    forward = native.log_probs(head)
+    whole = native.gradients(head, forward, Slopes(torch.ones(70)), Needs(True, True, False))
     needs = Needs(wanted[0], wanted[1], False)
-    some = native.gradients(head, results, Slopes(torch.ones(70)), needs)
+    some = native.gradients(head, forward, Slopes(torch.ones(70)), needs)
     for want, a, b in zip(needs, some, whole, strict=True):
         assert (a is not None) is want
         assert a is None or (b is not None and torch.equal(a, b))

@@ -1,0 +1,108 @@
+"""Compiles every Triton kernel for a Hopper GPU, on any machine, and reads the machine code.
+
+    python -m benchmarks.aot
+
+Prints, for each kernel in each form that is launched: registers and stack bytes a thread (a stack
+means spills), shared memory a block (an H200 has 232448 bytes), and how many instructions multiply
+matrices (HGMMA), load and store tiles (UTMALDG, UTMASTG) and spill (LDL, STL). One JSON object last.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from expo_fast.kernels import logprob as k
+from expo_fast.kernels import rowwise
+
+COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL")
+TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "stride"), "i32") | {
+    "targets": "*i64",
+    "again": "*i1",
+}
+
+
+def launched() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(kernel, types of arguments that are not fp32 pointers, constants, options)."""
+    tile = vars(k.GEMM)
+    options = {name: tile[name] for name in ("num_warps", "num_stages")}
+    tile = {name: x for name, x in tile.items() if name not in options}
+    tile |= {"PROGRAMS": 132, "WIDE": False}
+    rows, columns = f"[{k.GEMM.BN}, {k.GEMM.BD}]", f"[{k.GEMM.BV}, {k.GEMM.BD}]"
+    stored = f"tensordesc<bf16[{k.GEMM.BN}, {k.GEMM.BV}]>"
+    given = {"x": f"tensordesc<bf16{rows}>", "w": f"tensordesc<bf16{columns}>"}
+    given |= {"e": stored, "dz": stored}
+    for bias in ({"BIAS": False, "bias": None}, {"BIAS": True}):
+        for store in ({"STORE": False, "e": None}, {"STORE": True}):
+            for mode in ({"again": None, "LARGEST": False}, {"LARGEST": True}, {"LARGEST": False}):
+                yield k.softmax_sums, given, tile | bias | store | mode, options
+        yield k.logit_gradients, given, tile | bias, options
+        pointers = {"x": "*bf16", "w": "*bf16"}
+        yield k.target_logits, pointers, {"BLOCK": k.ELEMENTS} | bias, {}
+    elements = {"BLOCK": k.ELEMENTS, "WIDE": False}
+    yield k.scale_stored, {"e": "*bf16", "dz": "*bf16"}, elements, {}
+    block, options = {"BLOCK": rowwise.BLOCK}, {"num_warps": rowwise.WARPS}
+    yield rowwise.row_sums, {}, block | {"SAFE_SUM": rowwise.SAFE_SUM}, options
+    for narrow, dz in ((False, "*fp32"), (True, "*bf16")):
+        constants = block | {"NARROW": narrow, "INTERPRETED": False}
+        yield rowwise.row_gradients, {"dz": dz}, constants, options
+
+
+def compile_for_hopper(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]
+) -> dict[str, Any]:
+    names = kernel.arg_names
+    kind = {name: "constexpr" if name in constants else None for name in names}
+    kind |= {n: (TYPES | types).get(n, "*fp32") for n in names if kind[n] is None}
+    values = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    # what a launch finds out by itself: torch's memory is aligned, and so are depths and strides
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if kind[name][0] == "*" or (kind[name] == "i32" and name not in ("N", "V"))
+    }
+    source = ASTSource(kernel, kind, values, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    shown = {name: constants[name] for name in ("STORE", "BIAS", "LARGEST") if name in constants}
+    code = read(made.asm["cubin"])
+    return {"kernel": kernel.__name__, **shown, "shared": made.metadata.shared, **code}
+
+
+def read(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(what: str) -> str:
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = dump("--dump-resource-usage"), dump("-sass")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}
+    return {"registers": int(found[1]), "stack": int(found[2]), **counts}
+
+
+def main() -> None:
+    rows = [compile_for_hopper(*x) for x in launched()]
+    print(f"triton {triton.__version__}, sm_90")
+    print(f"{'':52s}{'registers':>10s}{'stack':>6s}{'shared':>8s}", *COUNTED)
+    for row in rows:
+        form = " ".join(f"{n}={row[n]:d}" for n in ("STORE", "BIAS", "LARGEST") if n in row)
+        counts = " ".join(f"{row[name]:{len(name)}d}" for name in COUNTED)
+        name = f"{row['kernel']} {form}"
+        print(f"{name:52s}{row['registers']:10d}{row['stack']:6d}{row['shared']:8d} {counts}")
+    print(json.dumps({"triton": triton.__version__, "kernels": rows}))
+
+
+if __name__ == "__main__":
+    main()

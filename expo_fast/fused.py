@@ -1,0 +1,212 @@
+"""The Triton backend: what of E (kernels/logprob.py) is kept, and the GEMMs between the kernels.
+
+forward alone      1 GEMM, nothing of size (N, V)
+one pass           3 GEMMs, over chunks of rows whose E shares one buffer
+forward, backward  3 GEMMs for the rows whose E fits into a share of free memory, 4 for the
+                   others: their backward recomputes slices of the vocabulary
+frozen head        2 GEMMs: each row's gradient per unit of slope is made with the forward
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from expo_fast.kernels import logprob as k
+from expo_fast.kernels.head import (
+    NOTHING,
+    Forward,
+    Gradients,
+    Head,
+    LogProb,
+    Needs,
+    Slopes,
+    SlopesOf,
+    logit_slopes,
+)
+from expo_fast.kernels.products import matmul
+
+KEPT_SHARE = 0.25  # of free memory, for the E that a forward leaves its backward
+CHUNK_SHARE = 0.125  # for E or dz that is done with at once
+INTERPRETED_BYTES = 4 << 30  # what counts as free memory on a CPU
+# More rows a chunk: fewer passes over the fp32 weight gradient, and fuller waves of hidden's GEMM,
+# which for 16384 rows of D 896 is 128 x 7 tiles on 132 SMs.
+MOST_ROWS = 16384
+MOST_COLUMNS = 32768  # of recomputed dz
+FEW = 0.8  # share of live rows below which to gather their E costs less than to multiply all
+
+
+def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
+    """Kept are (E, log_total) of the rows that fit, or a frozen head's (dlogp/dhidden,)."""
+    n, d = head.hidden.shape
+    results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
+    if needs.weight or needs.bias:
+        fit = min(n, _rows(KEPT_SHARE, head))
+        e = k.room_for_e(head, fit)
+        log_total = _forward(head, slice(0, fit), results, e)
+        _forward(head, slice(fit, n), results)
+        return Forward(results, (e, log_total))
+    if not needs.hidden:
+        _forward(head, slice(0, n), results)
+        return Forward(results)
+    unit, one = head.hidden.new_empty(n, d, dtype=torch.float32), torch.ones_like(results.logp)
+    for span, e in _chunks(head):
+        rows, log_total = head.take(span), _forward(head, span, results, e)
+        at = results.take(span)
+        _add(rows, e, log_total, at, Slopes(one[span]), Gradients(unit[span], None, None), e)
+    return Forward(results, (unit,))
+
+
+def log_probs_and_gradients(
+    head: Head, slopes: SlopesOf, needs: Needs
+) -> tuple[LogProb, Gradients]:
+    """One pass: a row's slope is known as soon as its chunk's log-probs are."""
+    n = len(head.targets)
+    results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
+    chunks = list(_chunks(head))
+    grads = _room(head, needs, several=len(chunks) != 1)
+    for span, e in chunks:
+        rows, log_total = head.take(span), _forward(head, span, results, e)
+        at = results.take(span)
+        slope = slopes(span, at.logp.to(head.dtype))
+        _add(rows, e, log_total, at, slope, grads.at(span), e, span.start > 0)
+    return results, grads
+
+
+def gradients(head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
+    """From what `log_probs` kept; the logits of other rows are recomputed."""
+    results, kept = forward
+    if len(kept) == 1 and slopes.entropy is None and slopes.lse is None and needs.hidden:
+        assert slopes.logp is not None
+        d_hidden = kept[0] * slopes.logp.float()[:, None]
+        return Gradients(d_hidden.to(head.hidden.dtype), None, None)
+    n, fit = len(head.targets), len(kept[0]) if len(kept) == 2 else 0
+    grads = _room(head, needs, several=fit > 0 or n == 0)
+    if fit:
+        e, log_total = kept[0], kept[1]
+        for span, spare in _chunks(head.take(slice(fit))):
+            rows, at, slope = head.take(span), results.take(span), slopes.take(span)
+            part = e[span], log_total[span]
+            _add(rows, *part, at, slope, grads.at(span), spare, span.start > 0)
+    rest = slice(fit, n)
+    if fit < n and any(needs):
+        rows, at, slope = head.take(rest), results.take(rest), slopes.take(rest)
+        _add_recomputed(rows, at, slope, grads.at(rest), fit > 0)
+    return grads
+
+
+def _forward(head: Head, span: slice, results: LogProb, e: Tensor | None = None) -> Tensor:
+    """Fills a span's results, and its E; returns its log_total."""
+    if span.start == span.stop:
+        return results.logp[:0]
+    some, log_total = k.forward(head.take(span), e)
+    for whole, part in zip(results, some, strict=True):
+        whole[span] = part
+    return log_total
+
+
+def _add(
+    head: Head,  # C rows
+    e: Tensor,  # (C, V)
+    log_total: Tensor,  # (C,)
+    results: LogProb,
+    slopes: Slopes,
+    grads: Gradients,
+    spare: Tensor,  # (C, V) to be overwritten; may be e
+    accumulate: bool = False,
+) -> None:
+    live = slopes.live()
+    if live is not None and len(live) >= FEW * len(e):
+        live = None
+    if live is not None:
+        head, results, slopes = head.take(live), results.take(live), slopes.take(live)
+        e, log_total = e[live], log_total[live]
+        spare = e = k.room_for_e(head, len(live)).copy_(e)
+    factor = None
+    if slopes.entropy is None and slopes.lse is None:
+        factor = logit_slopes(results, slopes, head.temperature, log_total)[0].float()[:, None]
+    elif len(e):
+        k.from_stored(head, e, log_total, results, slopes, spare)
+        e = spare
+    if grads.hidden is not None:
+        wide = head.hidden.new_empty(head.hidden.shape, dtype=torch.float32)
+        matmul(e, head.weight, wide, narrow=True)
+        _write(grads.hidden, live, wide if factor is None else wide.mul_(factor))
+    hidden = head.hidden if factor is None else (factor * head.hidden).to(head.hidden.dtype)
+    _add_to_weights(e, hidden, factor, grads, accumulate)
+
+
+def _add_to_weights(
+    dz: Tensor, hidden: Tensor, factor: Tensor | None, grads: Gradients, accumulate: bool
+) -> None:
+    """dz.T @ hidden, and dz's sums over rows, of which each is to be multiplied by its factor."""
+    if grads.weight is not None:
+        narrow = grads.weight.dtype == torch.float32
+        matmul(dz.T, hidden, grads.weight, narrow=narrow, accumulate=accumulate)
+    if grads.bias is not None:
+        factor = torch.ones_like(dz[:, :1]) if factor is None else factor
+        matmul(factor.T, dz, grads.bias[None], narrow=True, accumulate=accumulate)
+
+
+def _add_recomputed(
+    head: Head, results: LogProb, slopes: Slopes, grads: Gradients, accumulate: bool
+) -> None:
+    live = slopes.live()
+    if live is not None:
+        head, results, slopes = head.take(live), results.take(live), slopes.take(live)
+    n, (v, d) = len(head.targets), head.weight.shape
+    fit = _rows(CHUNK_SHARE, head) * v // max(1, n)
+    width = max(128, min(MOST_COLUMNS, fit, v) // 128 * 128)
+    wide = head.hidden.new_zeros(n, d, dtype=torch.float32)
+    room = head.hidden.new_empty(n, width)
+    for first in range(0, v, width):
+        columns = slice(first, min(first + width, v))
+        dz = room[:, : columns.stop - first]
+        if n:
+            k.recomputed(head, results, slopes, first, dz)
+        if grads.hidden is not None:
+            matmul(dz, head.weight[columns], wide, narrow=True, accumulate=True)
+        part = Gradients(None, *(g if g is None else g[columns] for g in grads[1:]))
+        _add_to_weights(dz, head.hidden, None, part, accumulate)
+    if grads.hidden is not None:
+        _write(grads.hidden, live, wide)
+
+
+def _write(out: Tensor, live: Tensor | None, rows: Tensor) -> None:
+    if live is None:
+        out.copy_(rows)
+    else:
+        out.zero_().index_copy_(0, live, rows.to(out.dtype))
+
+
+def _room(head: Head, needs: Needs, *, several: bool) -> Gradients:
+    """Zeros where there is no row; a weight gradient of several sums is fp32."""
+    hidden, weight = head.hidden, head.weight
+    dtype = torch.float32 if several else weight.dtype
+    make = torch.empty if len(head.targets) else torch.zeros
+    return Gradients(
+        make(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs.hidden else None,
+        make(weight.shape, dtype=dtype, device=weight.device) if needs.weight else None,
+        make(len(weight), dtype=torch.float32, device=weight.device) if needs.bias else None,
+    )
+
+
+def _chunks(head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """Equal spans of rows, and room for the E of each; it is the same memory for all."""
+    n = len(head.targets)
+    count = -(-n // max(1, min(MOST_ROWS, _rows(CHUNK_SHARE, head))))
+    size = -(-n // max(1, count))
+    e = k.room_for_e(head, size)
+    for start in range(0, n, max(1, size)):
+        span = slice(start, min(start + size, n))
+        yield span, e[: span.stop - start]
+
+
+def _rows(share: float, head: Head) -> int:
+    """Of E, in that share of free memory."""
+    device = head.hidden.device
+    free = INTERPRETED_BYTES
+    if head.hidden.is_cuda:
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    return int(share * free) // (2 * len(head.weight))

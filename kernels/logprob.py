@@ -1,0 +1,323 @@
+"""Triton: a linear head's log-probs, and what its gradients need, with logits only in registers.
+
+Rows i of N, columns j of V, u_ij = z_ij - z_iy in nats, y the target:
+
+    e_ij = exp(u_ij), 0 at the target    other_i = sum_j e_ij    moment_i = sum_j e_ij u_ij
+
+Anchored at the target there is no running maximum: tiles of columns write partial sums, which are
+added in a fixed order. Rows of which a sum passes SAFE_SUM are done again from their largest logit.
+
+    dz_ij = e_ij (c0_i + c1_i u_ij)    dz_iy given by its own formula    (head.logit_slopes)
+
+c1 = 0 in every loss without an entropy term. There E is dz up to a factor a row, once E_iy is
+patched to dz_iy / c0_i = expm1(logp) exp(log_total); so the gradients are two plain GEMMs on it:
+
+    d_hidden = diag(c0) (E @ weight)      d_weight = E.T @ (diag(c0) hidden)
+
+2NVD FLOPs forward. Bytes: weight and hidden once for GROUP row tiles, 2NV of E where it is stored,
+16 NV / BV of partial sums: D FLOPs a byte of E, and an H200 does 184 while it moves a byte.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (of Triton's functions, which it takes for Python's)
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from expo_fast.kernels.head import Head, LogProb, Slopes, from_sums, logit_slopes, slopes_about_lse
+from expo_fast.kernels.rowwise import INTERPRETED, to_bf16
+
+SAFE_SUM = 2.0**60  # a target 41 nats from the others: squares of it still fit bf16's exponent
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of a GEMM kernel: BN rows, BV columns, BD of the depth at a time."""
+
+    BN: int
+    BV: int
+    BD: int
+    num_warps: int
+    num_stages: int
+    GROUP: int = 1  # row tiles that share a pass over the weight: 4096 rows of D 2048 stay in L2
+
+
+# 256 x 128: as few bytes a FLOP as 128 x 256, whose epilogue spills in triton 3.9
+GEMM = Config(256, 128, 64, num_warps=8, num_stages=3, GROUP=16)
+ELEMENTS = 2048  # of a row, to a program that works element by element
+
+
+@triton.jit
+def _place(index, N, V, BN: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile. Neighbours in time share weights; a group shares its rows."""
+    tiles_n, tiles_v = tl.cdiv(N, BN), tl.cdiv(V, BV)
+    first = index // (GROUP * tiles_v) * GROUP
+    size = min(tiles_n - first, GROUP)
+    inside = index % (GROUP * tiles_v)
+    return (first + inside % size) * BN, inside // size * BV
+
+
+@triton.jit
+def _logits(
+    x, w, bias, n, v, V, D,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(BN, BV) fp32, before temperature; beyond V and N they are 0."""
+    z = tl.zeros([BN, BV], tl.float32)
+    for d in range(0, D, BD):
+        a, b = x.load([n, d]), w.load([v, d])
+        if WIDE:  # the interpreter multiplies bf16 wrongly
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        z = tl.dot(a, b.T, z)
+    if BIAS:
+        column = v + tl.arange(0, BV)
+        z += tl.load(bias + column, column < V, 0.0)[None, :]
+    return z
+
+
+@triton.jit
+def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+    """out (N,): each row's logit of its target, before temperature. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row)
+    total = tl.zeros([BLOCK], tl.float32)
+    for d in range(0, D, BLOCK):
+        k = d + tl.arange(0, BLOCK)
+        a = tl.load(x + row * sx + k, k < D, 0.0).to(tl.float32)
+        total += a * tl.load(w + y * sw + k, k < D, 0.0).to(tl.float32)
+    z = tl.sum(total, 0)
+    if BIAS:
+        z += tl.load(bias + y)
+    tl.store(out + row, z)
+
+
+@triton.jit(do_not_specialize=["N"])
+def softmax_sums(
+    x, w, e, bias,  # descriptors (N, D), (V, D), (N, V) out or None; (V,) or None
+    targets, base, scale,  # (N,) int64; anchor, bits; log2(e) / temperature
+    again,  # (1 + row tiles,) bool: whether any is to be done, and which; or None: all
+    other, moment,  # (column tiles, N) out, moment in bits
+    N, V, D,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    LARGEST: tl.constexpr = False,
+):  # fmt: skip
+    """`other` and `moment` tile by tile, and E; or, of LARGEST, in `other` each row's largest u."""
+    tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
+    if again is not None:
+        tiles *= tl.load(again).to(tl.int32)
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=again is None):
+        n, v = _place(index, N, V, BN, BV, GROUP)
+        if again is None or tl.load(again + 1 + n // BN):
+            z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
+            row, column = n + tl.arange(0, BN), tl.arange(0, BV)
+            inside = row < N
+            y = tl.load(targets + row, inside, 0).to(tl.int32) - v
+            s, b = tl.load(scale + row, inside, 0.0), tl.load(base + row, inside, 0.0)
+            u = z * s[:, None] - b[:, None]
+            at = (v // BV).to(tl.int64) * N + row
+            if LARGEST:
+                u = tl.where((column >= V - v)[None, :], -float("inf"), u)
+                tl.store(other + at, tl.max(u, 1), inside)
+            else:
+                # masked here and not after exp2, which would keep two tiles in registers
+                skip = (column[None, :] == y[:, None]) | (column >= V - v)[None, :]
+                u = tl.where(skip, -1000.0, u)
+                p = tl.exp2(u)
+                tl.store(moment + at, tl.sum(p * u, 1), inside)
+                tl.store(other + at, tl.sum(p, 1), inside)
+                if STORE:
+                    e.store([n, v], to_bf16(p, WIDE))
+
+
+@triton.jit(do_not_specialize=["N"])
+def logit_gradients(
+    x, w, dz, bias,  # descriptors (N, D), (V, D), (N, V) out; (V,) or None
+    targets, scale, base, c0, c1, at_target,  # (N,); base and u in bits
+    N, V, D,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dz of some columns, from a forward's results: base is lse, so exp(u_j) is p_j."""
+    tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        n, v = _place(index, N, V, BN, BV, GROUP)
+        z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
+        row, column = n + tl.arange(0, BN), tl.arange(0, BV)
+        inside = row < N
+        y = tl.load(targets + row, inside, -1).to(tl.int32) - v
+        s, b = tl.load(scale + row, inside, 0.0), tl.load(base + row, inside, 0.0)
+        a0, a1 = tl.load(c0 + row, inside, 0.0), tl.load(c1 + row, inside, 0.0)
+        own = tl.load(at_target + row, inside, 0.0)
+        u = z * s[:, None] - b[:, None]
+        g = tl.exp2(u) * (a0[:, None] + a1[:, None] * u)
+        g = tl.where(column[None, :] == y[:, None], own[:, None], g)
+        dz.store([n, v], to_bf16(g, WIDE))
+
+
+@triton.jit
+def scale_stored(e, dz, targets, c0, c1, at_target, V, se, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """dz = e (c0 + c1 log e), for losses with an entropy or lse term. dz may be e."""
+    row = (tl.program_id(0) // tl.cdiv(V, BLOCK)).to(tl.int64)
+    column = tl.program_id(0) % tl.cdiv(V, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.load(e + row * se + column, column < V, 0.0).to(tl.float32)
+    y, a0, a1 = tl.load(targets + row), tl.load(c0 + row), tl.load(c1 + row)
+    u = tl.log2(tl.where(p > 0, p, 1.0))  # log2: c1 is per bit
+    g = tl.where(column == y, tl.load(at_target + row), p * (a0 + a1 * u))
+    tl.store(dz + row * se + column, to_bf16(g, WIDE), column < V)
+
+
+def supports(head: Head) -> bool:
+    """bf16 whose rows TMA can address, on Hopper or later, or anywhere in the interpreter."""
+    hidden, weight = head.hidden, head.weight
+    bf16 = hidden.dtype == weight.dtype == torch.bfloat16
+    aligned = weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.data_ptr() % 16 == 0
+    if not bf16 or not aligned or weight.shape[1] % 8 or hidden.device != weight.device:
+        return False
+    return INTERPRETED or torch.cuda.get_device_capability(hidden.device)[0] >= 9
+
+
+def room_for_e(head: Head, rows: int) -> Tensor:  # (rows, V) bf16, rows padded to 16 bytes
+    v = len(head.weight)
+    return head.hidden.new_empty(rows, -(-v // 8) * 8, dtype=torch.bfloat16)[:, :v]
+
+
+def forward(head: Head, e: Tensor | None = None) -> tuple[LogProb, Tensor]:
+    """Results and log_total, (N,) fp64 each; fills `e` (N, V), patched as the gradients want it."""
+    call = _Call.of(head)
+    z = call.target_logits()
+    other, moment, base = call.safe_sums(z * call.scale, e)
+    anchor = z * call.scale.double()
+    shift = base - anchor  # that base is rounded to fp32 is part of it
+    results, log_total = from_sums(anchor / LOG2_E, other, moment / LOG2_E, shift / LOG2_E)
+    if e is not None:
+        patch = results.logp.expm1() * log_total.exp()
+        e.scatter_(1, head.targets[:, None], patch[:, None].to(e.dtype))
+    return results, log_total
+
+
+def recomputed(head: Head, results: LogProb, slopes: Slopes, first: int, dz: Tensor) -> None:
+    """dz (N, S) bf16 from a forward's results, of the S columns from `first` on."""
+    call, columns = _Call.of(head), slice(first, first + dz.shape[1])
+    given = slopes_about_lse(results, slopes, head.temperature, per_nat=LOG2_E)
+    sizes = call.n, dz.shape[1], call.d
+    with call.device:
+        logit_gradients[(call.programs(),)](
+            *call.operands(dz, columns), call.targets - first, call.scale, *given,
+            *sizes, **call.meta(),
+        )  # fmt: skip
+
+
+def from_stored(
+    head: Head, e: Tensor, log_total: Tensor, results: LogProb, slopes: Slopes, dz: Tensor
+) -> None:
+    """dz (N, V) bf16, which may be `e`, where a slope in entropy or lse bends the rows of E."""
+    call = _Call.of(head)
+    c0, c1, at_target = logit_slopes(results, slopes, head.temperature, log_total)
+    given = map(_fp32, (c0, c1 / LOG2_E, at_target))
+    with call.device:
+        scale_stored[(call.n * triton.cdiv(call.v, ELEMENTS),)](
+            e, dz, call.targets, *given, call.v, e.stride(0), ELEMENTS, INTERPRETED
+        )
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A head as the kernels read it."""
+
+    hidden: Tensor  # (N, D) contiguous, 16-byte aligned
+    weight: Tensor
+    bias: Tensor | None  # (V,) fp32
+    targets: Tensor  # (N,) int64
+    scale: Tensor  # (N,) fp32, log2(e) / temperature
+
+    @classmethod
+    def of(cls, head: Head) -> "_Call":
+        hidden, t = head.hidden.contiguous(), head.temperature
+        hidden = hidden.clone() if hidden.data_ptr() % 16 else hidden
+        # a bias of -inf forbids a token: there p u must be 0, not 0 * inf
+        bias = None if head.bias is None else _fp32(head.bias).clamp(min=-1e30)
+        scale = hidden.new_full((len(hidden),), LOG2_E, dtype=torch.float32) / t
+        return cls(hidden, head.weight, bias, head.targets.contiguous(), _fp32(scale))
+
+    @property
+    def n(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def v(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.hidden.shape[1]
+
+    @property
+    def device(self) -> AbstractContextManager:
+        return torch.cuda.device(self.hidden.device) if self.hidden.is_cuda else nullcontext()
+
+    def programs(self) -> int:
+        """As many as run at once."""
+        if not self.hidden.is_cuda:
+            return 4
+        return torch.cuda.get_device_properties(self.hidden.device).multi_processor_count
+
+    def operands(self, out: Tensor | None, columns: slice = slice(None)) -> tuple:
+        """Descriptors of hidden, of the weights' columns and of an (N, V) output, and the bias."""
+        return (
+            TensorDescriptor.from_tensor(self.hidden, [GEMM.BN, GEMM.BD]),
+            TensorDescriptor.from_tensor(self.weight[columns], [GEMM.BV, GEMM.BD]),
+            out if out is None else TensorDescriptor.from_tensor(out, [GEMM.BN, GEMM.BV]),
+            self.bias if self.bias is None else self.bias[columns],
+        )
+
+    def meta(self) -> dict[str, Any]:
+        known = {"PROGRAMS": self.programs(), "BIAS": self.bias is not None}
+        return vars(GEMM) | known | {"WIDE": INTERPRETED}
+
+    def target_logits(self) -> Tensor:  # (N,) fp32, before temperature
+        out, bias, x, w = torch.empty_like(self.scale), self.bias, self.hidden, self.weight
+        sizes = self.d, x.stride(0), w.stride(0), ELEMENTS
+        with self.device:
+            target_logits[(self.n,)](x, w, bias, self.targets, out, *sizes, bias is not None)
+        return out
+
+    def safe_sums(self, base: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """other, moment and the anchor that they are from, (N,) fp64; the last two in bits.
+
+        No look at the values stalls the GPU: the second and third pass find little to do there.
+        """
+        operands, sizes, meta = self.operands(e), (self.n, self.v, self.d), self.meta()
+        room = base.new_empty(2, triton.cdiv(self.v, GEMM.BV), self.n)
+
+        def run(base: Tensor, again: Tensor | None, **mode: bool) -> Tensor:
+            with self.device:
+                softmax_sums[(self.programs(),)](
+                    *operands, self.targets, base, self.scale, again, *room, *sizes,
+                    STORE=e is not None, **mode, **meta,
+                )  # fmt: skip
+            return room
+
+        other, moment = run(base, None).sum(1, dtype=torch.float64)
+        wrong = ~(other < SAFE_SUM)
+        again = F.pad(wrong, (0, -self.n % GEMM.BN)).view(-1, GEMM.BN).any(1)
+        again = torch.cat([again.any()[None], again])
+        gap = run(base, again, LARGEST=True)[0].amax(0)
+        base = torch.where(wrong, base + gap, base)
+        redone = run(base, again).sum(1, dtype=torch.float64)
+        other, moment = (torch.where(wrong, *x) for x in zip(redone, (other, moment), strict=True))
+        return other, moment, base.double()

@@ -1,0 +1,222 @@
+"""The Triton kernels against fp64 and plain PyTorch: on a GPU, or in Triton's interpreter."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from expo_fast import backends, fused
+from expo_fast.kernels import reference, rowwise
+from expo_fast.kernels.head import Head, Needs, Slopes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALL = Needs(True, True, True)
+KERNELS = {"fused": fused, "rowwise": rowwise.ROWWISE}
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request) -> backends.Kernels:
+    return KERNELS[request.param]
+
+
+def make_head(n, d, v, dtype=torch.bfloat16, spread=1.0) -> Head:
+    g = torch.Generator().manual_seed(n + d + v)
+    hidden = (torch.randn(n, d, generator=g) * spread).to(dtype)
+    weight = torch.randn(v, d, generator=g).to(dtype)
+    bias, temperature = torch.randn(v, generator=g), torch.rand(n, generator=g) + 0.5
+    targets = torch.randint(v, (n,), generator=g)
+    return Head(*(x.to(DEVICE) for x in (hidden, weight, bias, targets, temperature)))
+
+
+def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """logp, entropy, lse, and the gradients of hidden, weight and bias, computed in `dtype`."""
+    assert head.bias is not None and isinstance(head.temperature, Tensor)
+    inputs = [x.to(dtype).requires_grad_() for x in (head.hidden, head.weight, head.bias)]
+    hidden, weight, bias = inputs
+    temperature = head.temperature.to(dtype)
+    results = reference.linear_logprob(hidden, weight, head.targets, bias, temperature)
+    return [*results, *torch.autograd.grad(results, inputs, tuple(upstream.to(dtype)))]
+
+
+def by_kernels(kernels, head: Head, upstream, needs=ALL) -> list:
+    forward = kernels.log_probs(head, needs)
+    grads = kernels.gradients(head, forward, Slopes(*upstream), needs)
+    return [*forward.results, *grads]
+
+
+def off(got: Tensor, truth: Tensor) -> float:
+    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def worst(got: Tensor, truth: Tensor) -> float:
+    return (got.double() - truth.double()).abs().max().item()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2), (5, 16, 3), (63, 40, 1000), (300, 64, 509)], ids=str)
+def test_error_is_at_most_twice_that_of_plain_pytorch(kernels, shape):
+    head = make_head(*shape)
+    upstream = torch.randn(3, shape[0], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    truth = by_definition(head, upstream, torch.float64)
+    plain, ours = by_definition(head, upstream, torch.float32), by_kernels(kernels, head, upstream)
+    for t, p, o in zip(truth[:3], plain[:3], ours[:3], strict=True):
+        assert worst(o, t) <= 2 * worst(p, t) + 5e-6  # plain bf16 logits: 1e-2
+    for t, o in zip(truth[3:], ours[3:], strict=True):
+        assert off(o, t) <= 8e-3
+
+
+def head_with(rest: float, v: int = 1000) -> Head:
+    """One row whose target has probability 1 - rest / (1 + rest), in logits that bf16 holds."""
+    gap = torch.tensor(math.log(rest / (v - 1))).bfloat16()
+    weight = torch.zeros(v, 8)
+    weight[:, 0] = gap
+    weight[3] = 0
+    hidden = torch.zeros(1, 8)
+    hidden[0, 0] = 1
+    hidden, weight = (x.bfloat16().to(DEVICE) for x in (hidden, weight))
+    return Head(hidden, weight, None, torch.tensor([3], device=DEVICE), 1.0)
+
+
+@pytest.mark.parametrize("rest", [10.0**-k for k in range(2, 9)])
+def test_relative_accuracy_as_the_probability_goes_to_one(kernels, rest):
+    head = head_with(rest)
+    others = head.weight.double()[0, 0].exp() * 999
+    one = torch.ones(1, device=DEVICE)
+    logp, *_, d_weight, _ = by_kernels(kernels, head, (one,), Needs(True, True, False))
+    assert abs(logp.item() / -torch.log1p(others).item() - 1) < 1e-5
+    truth = (others / (1 + others)).item()
+    assert abs(d_weight[3, 0].item() / truth - 1) < 2**-8  # a bf16 rounding, not a cancellation
+
+
+@pytest.mark.parametrize("gap", [30.0, 50.0, 94.0, 1000.0])
+@pytest.mark.parametrize("needs", [ALL, Needs(True, False, False), Needs(False, False, False)])
+def test_unlikely_targets_do_not_overflow(kernels, gap, needs):
+    head = make_head(300, 16, 700)
+    weight = head.weight.clone()
+    weight[5] = -(head.hidden[7] * gap / head.hidden[7].float().square().sum()).bfloat16()
+    targets = head.targets.clone()
+    targets[7] = 5
+    head = Head(head.hidden, weight, None, targets, 1.0)
+    upstream = torch.ones(3, 300, device=DEVICE)
+    inputs = [x.double().requires_grad_() for x in (head.hidden, weight)]
+    truth = reference.linear_logprob(inputs[0], inputs[1], targets)
+    assert truth.logp[7] < -gap
+    true_grads = torch.autograd.grad(truth, inputs, tuple(upstream.double()))
+    needs = needs._replace(bias=False)
+    *results, d_hidden, d_weight, _ = by_kernels(kernels, head, upstream, needs)
+    for got, t in zip(results, truth, strict=True):
+        assert worst(got, t) < 1e-5 + 1e-6 * gap
+    for got, t in zip((d_hidden, d_weight), true_grads, strict=True):
+        if got is not None:
+            assert off(got, t) < 8e-3
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 300])
+@pytest.mark.parametrize("chunk", [64, 300])
+def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, chunk):
+    """Rows beyond the budget are recomputed; both kinds, in chunks, and with rows of no slope."""
+    head = make_head(300, 16, 700)
+    fits = {fused.KEPT_SHARE: kept, fused.CHUNK_SHARE: chunk}
+    monkeypatch.setattr(fused, "_rows", lambda share, _: fits[share])
+    upstream = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    upstream[:, ::3] = 0
+    upstream[:, 100:200] = 0  # few enough that the kept E of the others is gathered
+    for given in (upstream, upstream[:1]):
+        whole = torch.cat([given, torch.zeros(3 - len(given), 300, device=DEVICE)])
+        truth = by_definition(head, whole, torch.float64)
+        for t, o in zip(truth[3:], by_kernels(fused, head, given)[3:], strict=True):
+            assert off(o, t) < 8e-3
+            assert (o[100:200] == 0).all() or len(o) != 300
+
+    def slopes(rows, logp):
+        return Slopes(upstream[0, rows], upstream[1, rows])
+
+    truth = by_definition(head, torch.cat([upstream[:2], upstream[:1] * 0]), torch.float64)
+    results, grads = fused.log_probs_and_gradients(head, slopes, ALL)
+    for t, o in zip(truth, (*results, *grads), strict=True):
+        assert off(o, t) < 8e-3
+
+
+def test_a_frozen_head_multiplies_only_in_the_forward(monkeypatch):
+    head, needs = make_head(300, 16, 700), Needs(True, False, False)
+    forward = fused.log_probs(head, needs)
+    upstream = torch.randn(2, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with_entropy = fused.gradients(head, forward, Slopes(*upstream), needs).hidden
+    monkeypatch.delattr(fused, "matmul")
+    of_logp = fused.gradients(head, forward, Slopes(upstream[0]), needs).hidden
+    zero = torch.zeros_like(upstream[:1])
+    for got, g in ((of_logp, (upstream[:1], zero, zero)), (with_entropy, (upstream, zero))):
+        truth = by_definition(head, torch.cat(g), torch.float64)[3]
+        assert got is not None and off(got, truth) < 8e-3
+
+
+def test_a_row_of_nan_stays_alone(kernels):
+    head = make_head(40, 16, 300)
+    head.hidden[7] = math.nan
+    clean = torch.arange(40) != 7
+    for x in kernels.log_probs(head, Needs(False, False, False)).results:
+        assert x[7].isnan() and x[clean].isfinite().all()
+
+
+def test_equal_calls_give_equal_bits(kernels):
+    head, upstream = make_head(300, 16, 700), torch.ones(3, 300, device=DEVICE)
+    for a, b in zip(*(by_kernels(kernels, head, upstream) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_odd_depths_and_strides_take_the_row_kernels():
+    kinds = {16: fused, 12: rowwise.ROWWISE}
+    for d, expected in kinds.items():
+        assert backends.choose("triton", make_head(3, d, 9)) is expected
+    assert backends.choose("triton", make_head(3, 16, 9, torch.float32)) is rowwise.ROWWISE
+    head = make_head(3, 32, 9)
+    columns = Head(head.hidden[:, :16], head.weight[:, 4:20], None, head.targets, 1.0)
+    assert backends.choose("triton", columns) is rowwise.ROWWISE
+    assert backends.choose("triton", Head(*vars(columns).values())) is rowwise.ROWWISE
+
+
+# offline evidence: what a Hopper GPU would run, and the oldest triton that is supported
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST = Path(sys.prefix) / "triton-3.6"  # the Makefile puts it there
+
+
+@pytest.fixture(params=["installed", "oldest"])
+def environment(request) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if request.param == "installed":
+        return environment
+    if not OLDEST.exists():
+        pytest.skip(f"no triton 3.6 in {OLDEST}")
+    return environment | {"PYTHONPATH": str(OLDEST)}
+
+
+def test_kernels_compile_for_hopper_without_spilling(environment):
+    command = [sys.executable, "-m", "benchmarks.aot"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads(done.stdout.splitlines()[-1])
+    assert made["triton"].startswith("3.6.") == (environment.get("PYTHONPATH") == str(OLDEST))
+    multiply = {"softmax_sums", "logit_gradients"}
+    rest = {"target_logits", "scale_stored", "row_sums", "row_gradients"}
+    assert {row["kernel"] for row in made["kernels"]} == multiply | rest
+    for row in made["kernels"]:
+        assert row["stack"] == row["LDL"] == row["STL"] == 0, row
+        assert row["shared"] <= 232448, row
+        assert (row["HGMMA"] > 0) == (row["UTMALDG"] > 0) == (row["kernel"] in multiply), row
+
+
+def test_the_oldest_triton_computes_the_same(environment):
+    if "PYTHONPATH" not in environment:
+        return
+    environment |= {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "plain or kept", "tests/test_triton.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
