@@ -37,24 +37,27 @@ FEW = 0.8  # share of live rows below which to gather their E costs less than to
 
 
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
-    """Kept are (E, log_total) of the rows that fit, or a frozen head's (dlogp/dhidden,)."""
+    """Keeps E of the rows that fit, or where the head is frozen dlogp/dhidden."""
     n, d = head.hidden.shape
     results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
     if needs.weight or needs.bias:
         fit = min(n, _rows(KEPT_SHARE, head))
         e = k.room_for_e(head, fit)
-        log_total = _forward(head, slice(0, fit), results, e)
+        log_total = _forward(head, slice(0, fit), results, e[:, : len(head.weight)])
         _forward(head, slice(fit, n), results)
-        return Forward(results, (e, log_total))
+        return Forward(results, e, log_total)
     if not needs.hidden:
         _forward(head, slice(0, n), results)
         return Forward(results)
     unit, one = head.hidden.new_empty(n, d, dtype=torch.float32), torch.ones_like(results.logp)
-    for span, e in _chunks(head):
-        rows, log_total = head.take(span), _forward(head, span, results, e)
-        at = results.take(span)
-        _add(rows, e, log_total, at, Slopes(one[span]), Gradients(unit[span], None, None), e)
-    return Forward(results, (unit,))
+    spans = list(_spans(head))
+    room = k.room_for_e(head, spans[0].stop if spans else 0)
+    for span in spans:
+        e = room[: span.stop - span.start, : len(head.weight)]
+        log_total = _forward(head, span, results, e)
+        out = Gradients(unit[span], None, None)
+        _add(head.take(span), e, log_total, results.take(span), Slopes(one[span]), out)
+    return Forward(results, unit)
 
 
 def log_probs_and_gradients(
@@ -63,31 +66,32 @@ def log_probs_and_gradients(
     """One pass: a row's slope is known as soon as its chunk's log-probs are."""
     n = len(head.targets)
     results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
-    chunks = list(_chunks(head))
-    grads = _room(head, needs, several=len(chunks) != 1)
-    for span, e in chunks:
-        rows, log_total = head.take(span), _forward(head, span, results, e)
-        at = results.take(span)
+    spans = list(_spans(head))
+    grads = _room(head, needs, several=len(spans) != 1)
+    room = k.room_for_e(head, spans[0].stop if spans else 0)
+    for span in spans:
+        e = room[: span.stop - span.start, : len(head.weight)]
+        log_total = _forward(head, span, results, e)
+        rows, at = head.take(span), results.take(span)
         slope = slopes(span, at.logp.to(head.dtype))
-        _add(rows, e, log_total, at, slope, grads.at(span), e, span.start > 0)
+        _add(rows, e, log_total, at, slope, grads.at(span), span.start > 0, spare=e)
     return results, grads
 
 
 def gradients(head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
     """From what `log_probs` kept; the logits of other rows are recomputed."""
-    results, kept = forward
-    if len(kept) == 1 and slopes.entropy is None and slopes.lse is None and needs.hidden:
+    results, kept, log_total = forward
+    if kept is not None and log_total is None and slopes.entropy is None and slopes.lse is None:
         assert slopes.logp is not None
-        d_hidden = kept[0] * slopes.logp.float()[:, None]
+        d_hidden = kept * slopes.logp.float()[:, None]
         return Gradients(d_hidden.to(head.hidden.dtype), None, None)
-    n, fit = len(head.targets), len(kept[0]) if len(kept) == 2 else 0
+    n, fit = len(head.targets), 0 if log_total is None else len(log_total)
     grads = _room(head, needs, several=fit > 0 or n == 0)
-    if fit:
-        e, log_total = kept[0], kept[1]
-        for span, spare in _chunks(head.take(slice(fit))):
+    if fit and kept is not None and log_total is not None:
+        for span in _spans(head.take(slice(fit))):
             rows, at, slope = head.take(span), results.take(span), slopes.take(span)
-            part = e[span], log_total[span]
-            _add(rows, *part, at, slope, grads.at(span), spare, span.start > 0)
+            e = kept[span, : len(head.weight)]
+            _add(rows, e, log_total[span], at, slope, grads.at(span), span.start > 0)
     rest = slice(fit, n)
     if fit < n and any(needs):
         rows, at, slope = head.take(rest), results.take(rest), slopes.take(rest)
@@ -112,22 +116,23 @@ def _add(
     results: LogProb,
     slopes: Slopes,
     grads: Gradients,
-    spare: Tensor,  # (C, V) to be overwritten; may be e
     accumulate: bool = False,
+    spare: Tensor | None = None,  # (C, V) to be overwritten; may be e
 ) -> None:
     live = slopes.live()
     if live is not None and len(live) >= FEW * len(e):
         live = None
     if live is not None:
         head, results, slopes = head.take(live), results.take(live), slopes.take(live)
-        e, log_total = e[live], log_total[live]
-        spare = e = k.room_for_e(head, len(live)).copy_(e)
+        log_total, room = log_total[live], k.room_for_e(head, len(live))[:, : e.shape[1]]
+        spare = e = torch.index_select(e, 0, live, out=room)
     factor = None
     if slopes.entropy is None and slopes.lse is None:
         factor = logit_slopes(results, slopes, head.temperature, log_total)[0].float()[:, None]
     elif len(e):
-        k.from_stored(head, e, log_total, results, slopes, spare)
-        e = spare
+        dz = k.room_for_e(head, len(e))[:, : e.shape[1]] if spare is None else spare
+        k.from_stored(head, e, log_total, results, slopes, dz)
+        e = dz
     if grads.hidden is not None:
         wide = head.hidden.new_empty(head.hidden.shape, dtype=torch.float32)
         matmul(e, head.weight, wide, narrow=True)
@@ -191,15 +196,12 @@ def _room(head: Head, needs: Needs, *, several: bool) -> Gradients:
     )
 
 
-def _chunks(head: Head) -> Iterator[tuple[slice, Tensor]]:
-    """Equal spans of rows, and room for the E of each; it is the same memory for all."""
+def _spans(head: Head) -> Iterator[slice]:
+    """Of as many rows as there may be in a chunk, and about equal."""
     n = len(head.targets)
     count = -(-n // max(1, min(MOST_ROWS, _rows(CHUNK_SHARE, head))))
     size = -(-n // max(1, count))
-    e = k.room_for_e(head, size)
-    for start in range(0, n, max(1, size)):
-        span = slice(start, min(start + size, n))
-        yield span, e[: span.stop - start]
+    return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
 
 
 def _rows(share: float, head: Head) -> int:

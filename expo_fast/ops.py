@@ -7,21 +7,19 @@
 
 Hidden states of rows without a target or weight are never read. Whatever the inputs' dtype,
 logits, results and the weight gradient's sums are fp32 (fp64 where an input is fp64); each gradient
-comes back in its input's dtype. On a CPU they run C++, compiled on first use (native.py).
+comes back in its input's dtype, to be differentiated no further. On a CPU they run C++, compiled on
+first use (native.py), on a GPU Triton (fused.py). Under autocast hidden states and weights are cast
+as a linear layer's are. torch.compile keeps each op whole (library.py).
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from expo_fast.backends import Kernels, choose
-from expo_fast.kernels import advantage, preferences
-from expo_fast.kernels import head as r
+from expo_fast import library
 from expo_fast.kernels import objectives as o
+from expo_fast.kernels import preferences as p
 from expo_fast.kernels.head import IGNORE, LogProb
 from expo_fast.kernels.objectives import Cispo, Clipped, SequenceClipped, SoftAdaptive
 from expo_fast.kernels.preferences import Cpo, Dpo, DpoPositive, Hinge, Ipo, Orpo, RDpo, SimPo
@@ -65,43 +63,12 @@ def linear_logprob(
     logits chunk by chunk. Relative accuracy of logp holds as the probability goes to 1.
     Raises ValueError for shapes that do not fit, a target outside [0, V), and a backend not built.
     """
-    head, keep = _head(hidden, weight, targets, temperature, bias)
-    k = choose(backend, head)
-    needs = _needs(head.hidden, weight, bias)
-    results = _LinearLogprob.apply(
-        head.hidden, weight, bias, head.targets, head.temperature, k, needs
-    )
-    return LogProb(*(_spread(x, keep, targets) for x in results))
-
-
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, temperature, kernels, needs):
-        ctx.set_materialize_grads(False)
-        head = r.Head(hidden, weight, bias, targets, temperature)
-        results, kept = kernels.log_probs(head, needs)
-        per_row = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(hidden, weight, bias, targets, per_row, *results, *kept)
-        ctx.temperature, ctx.kernels = None if per_row is not None else temperature, kernels
-        return tuple(x.to(head.dtype, copy=True) for x in results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *slopes):
-        if all(g is None for g in slopes):
-            return (None,) * 7
-        hidden, weight, bias, targets, per_row, *saved = ctx.saved_tensors
-        forward = r.Forward(r.LogProb(*saved[:3]), tuple(saved[3:]))
-        head = r.Head(
-            hidden, weight, bias, targets, ctx.temperature if per_row is None else per_row
-        )
-        needs = r.Needs(*ctx.needs_input_grad[:3])
-        grads = ctx.kernels.gradients(head, forward, r.Slopes(*slopes), needs)
-        d_hidden, d_weight, d_bias = (
-            g if g is None else g.to(x.dtype)
-            for g, x in zip(grads, (hidden, weight, bias), strict=True)
-        )
-        return d_hidden, d_weight, d_bias, None, None, None, None
+    _check_head(hidden, weight, targets, temperature, bias)
+    (hidden, weight, bias), needs = _inputs(hidden, weight, bias)
+    rows, d = hidden.reshape(-1, hidden.shape[-1]), targets.shape
+    given = targets.reshape(-1), *_temperatures(temperature), backend, needs
+    logp, entropy, lse, *_ = library.logprob(rows, weight, bias, *given)
+    return LogProb(logp.view(d), entropy.view(d), lse.view(d))
 
 
 class PolicyLoss(NamedTuple):
@@ -149,102 +116,20 @@ def linear_policy_loss(
     Raises ValueError for shapes that do not fit, a target outside [0, V), a kl_coef without
     ref_logp, and SequenceClipped without whole sequences.
     """
+    _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, advantage=advantage, row_weight=row_weight, old_logp=old_logp)
     _check_same_shape(targets, ref_logp=ref_logp, on_policy=on_policy, sequence_ids=sequence_ids)
     if kl_coef and ref_logp is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp, the reference's log-probs")
-    head, keep = _head(hidden, weight, targets, temperature, wanted=row_weight != 0)
-    known = _policy_rows(head, keep, advantage, row_weight, old_logp, ref_logp, on_policy=on_policy)
-    if isinstance(objective, SequenceClipped):
-        known = replace(known, segments=_whole_sequences(sequence_ids, targets, keep))
-
-    def terms(known: o.PolicyRows, logp: Tensor) -> o.PolicyTerms:
-        return o.policy_terms(objective, known, logp, kl_coef, entropy_coef)
-
-    kernels, needs = choose(backend, head), _needs(hidden, weight)
-    results, grads = _policy_sweep(kernels, head, known, terms, needs)
-    final = terms(known, results.logp)
-    loss = final.value + kl_coef * final.k3
-    if entropy_coef:
-        loss = loss - entropy_coef * torch.where(known.on_policy, 0, results.entropy)
-    loss = _StoredGradient.apply(head.hidden, weight, (known.weight * loss).sum(), *grads[:2])
-    logp, entropy = (_spread(x, keep, targets) for x in results[:2])
-    return PolicyLoss(loss, logp, entropy, *o.policy_statistics(known, final, results.entropy))
-
-
-@torch.no_grad()
-def _policy_sweep(
-    kernels: Kernels,
-    head: r.Head,
-    known: o.PolicyRows,
-    terms: Callable[[o.PolicyRows, Tensor], o.PolicyTerms],
-    needs: r.Needs,
-) -> tuple[LogProb, r.Gradients]:
-    def slopes(known: o.PolicyRows, logp: Tensor) -> r.Slopes:
-        row = terms(known, logp)
-        return r.Slopes(row.slope_logp, row.slope_entropy)
-
-    if known.segments is None and any(needs):
-        results, grads = kernels.log_probs_and_gradients(
-            head, lambda span, logp: slopes(known.take(span), logp), needs
-        )
-        return results.to(head.dtype), grads
-    forward = kernels.log_probs(head, needs)
-    results = forward.results.to(head.dtype)
-    return results, kernels.gradients(head, forward, slopes(known, results.logp), needs)
-
-
-def _policy_rows(
-    head: r.Head,
-    keep: Tensor | None,
-    *floats: Tensor | None,  # advantage, row_weight, old_logp, ref_logp
-    on_policy: Tensor | None,
-) -> o.PolicyRows:
-    def kept(x: Tensor | None) -> Any:
-        return x if x is None else _take(x.detach().reshape(-1), keep).to(head.dtype)
-
-    on = torch.zeros_like(head.targets) if on_policy is None else kept(on_policy)
-    return o.PolicyRows(*map(kept, floats), on_policy=on.bool(), segments=None)
-
-
-def _whole_sequences(ids: Tensor | None, targets: Tensor, keep: Tensor | None) -> Tensor:
-    """The kept rows' sequences numbered from 0; a sequence is kept whole or not at all."""
-    if ids is None:
-        raise ValueError("SequenceClipped needs sequence_ids, the sequence of each row")
-    ids = ids.reshape(-1)
-    kept_ids = _take(ids, keep)
-    if keep is not None:
-        dropped = (targets.reshape(-1) != IGNORE).index_fill(0, keep, False)
-        torn = ids[dropped & torch.isin(ids, kept_ids)]
-        if len(torn):
-            raise ValueError(
-                f"sequence {int(torn[0])} has targets with and without row_weight:"
-                " SequenceClipped needs whole sequences"
-            )
-    return kept_ids.unique(return_inverse=True)[1]
-
-
-class _StoredGradient(torch.autograd.Function):
-    """A loss whose gradients were computed beside it: backward only scales them."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden, weight, loss, d_hidden, d_weight):
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream):
-        d_hidden, d_weight = ctx.saved_tensors
-        dtype, weight_dtype = ctx.dtypes
-        if d_hidden is not None:
-            d_hidden = (upstream * d_hidden).to(dtype)
-        # (V, D) is not copied for a factor of 1; to look at the factor would stall a GPU
-        if d_weight is not None and (upstream.is_cuda or float(upstream) != 1):
-            d_weight = upstream * d_weight
-        d_weight = d_weight if d_weight is None else d_weight.to(weight_dtype)
-        return d_hidden, d_weight, None, None, None
+    (hidden, weight), needs = _inputs(hidden, weight)
+    floats = (_flat(x) for x in (targets, advantage, row_weight, old_logp, ref_logp, on_policy))
+    loss, logp, entropy, statistics, *_ = library.policy_loss(
+        hidden.reshape(-1, hidden.shape[-1]), weight, *floats, _flat(sequence_ids),
+        *_temperatures(temperature), backend, needs,
+        library.name_of(objective), kl_coef, entropy_coef,
+    )  # fmt: skip
+    logp, entropy = logp.detach().view(targets.shape), entropy.detach().view(targets.shape)
+    return PolicyLoss(loss, logp, entropy, *statistics.detach().unbind())
 
 
 class PreferenceLoss(NamedTuple):
@@ -263,7 +148,7 @@ def linear_preference_loss(
     targets: Tensor,  # (N,) int32 or int64 in [0, V), or -100: no target
     sequence_ids: Tensor,  # (N,) int in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1
     *,
-    objective: preferences.PreferenceObjective = Dpo(beta=0.1),  # noqa: B008 (frozen)
+    objective: p.PreferenceObjective = Dpo(beta=0.1),  # noqa: B008 (frozen)
     ref_logp: Tensor | None = None,  # (2P,) summed, nats; None: a uniform reference, 0
     pair_weight: Tensor | None = None,  # (P,); None: 1/P
     temperature: float | Tensor = 1.0,  # scalar or (N,)
@@ -275,24 +160,15 @@ def linear_preference_loss(
     or follows from the largest id. 4 GEMM equivalents. Raises ValueError for shapes that do not
     fit, a target outside [0, V) and an id outside [0, 2P).
     """
+    _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, sequence_ids=sequence_ids)
-    head, keep = _head(hidden, weight, targets, temperature)
-    n_pairs = preferences.count_pairs(sequence_ids, ref_logp, pair_weight)
-    ids = _take(sequence_ids.reshape(-1).long(), keep)
-    preferences.check_pair_ids(ids, n_pairs)
-    kernels, needs = choose(backend, head), _needs(hidden, weight)
-    with torch.no_grad():
-        forward = kernels.log_probs(head, needs)
-        pairs = preferences.sum_pairs(forward.results.logp.to(head.dtype), ids, n_pairs, ref_logp)
-        value, *slopes = objective(pairs)
-        share = 1 / max(1, n_pairs)
-        w = torch.full_like(value, share) if pair_weight is None else pair_weight.to(value)
-        slope = (w * torch.stack(slopes)).T.reshape(-1)  # (2P,)
-        grads = kernels.gradients(head, forward, r.Slopes(slope[ids]), needs)
-        total, h = (w * value).sum(), pairs.log_ratio
-    loss = _StoredGradient.apply(head.hidden, weight, total, *grads[:2])
-    margin, accuracy = h.sum() * share, (h > 0).sum() * share
-    return PreferenceLoss(loss, pairs.chosen, pairs.rejected, margin, accuracy)
+    (hidden, weight), needs = _inputs(hidden, weight)
+    loss, *rest = library.preference_loss(
+        hidden.reshape(-1, hidden.shape[-1]), weight, _flat(targets), _flat(sequence_ids),
+        _detached(ref_logp), _detached(pair_weight), *_temperatures(temperature), backend, needs,
+        library.name_of(objective),
+    )  # fmt: skip
+    return PreferenceLoss(loss, *(x.detach() for x in rest[:4]))
 
 
 def group_advantage(
@@ -312,32 +188,7 @@ def group_advantage(
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
     _check_same_shape(rewards, group_ids=group_ids)
-    if rewards.isinf().any():
-        raise ValueError(f"rewards[{int(rewards.isinf().nonzero()[0])}] is infinite")
-    return advantage.group_advantage(rewards.detach(), group_ids, scale, eps)
-
-
-def _head(
-    hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (...)
-    temperature: float | Tensor,
-    bias: Tensor | None = None,  # (V,)
-    wanted: Tensor | None = None,  # (...) bool, None: all
-) -> tuple[r.Head, Tensor | None]:
-    """The rows that have a target and are wanted, and their indices: None where that is all."""
-    _check_head(hidden, weight, targets, temperature, bias)
-    has_target = targets != IGNORE
-    mask = (has_target if wanted is None else has_target & wanted).reshape(-1)
-    keep = mask.nonzero()[:, 0]
-    keep = None if len(keep) == len(mask) else keep
-    if isinstance(temperature, Tensor):
-        t = _take(temperature.detach().reshape(-1), keep)
-        t = temperature = t.to(torch.promote_types(t.dtype, torch.float32))
-        if not t.is_cuda and not (t > 0).all():
-            raise ValueError(f"temperature holds {float(t.min())}: must be positive")
-    rows, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    return r.Head(_take(rows, keep), weight, bias, _take(y, keep), temperature), keep
+    return library.group_advantage(rewards.detach(), group_ids, scale, eps)
 
 
 def _check_head(
@@ -345,7 +196,7 @@ def _check_head(
     weight: Tensor,
     targets: Tensor,
     temperature: float | Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
 ) -> None:
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
@@ -359,22 +210,16 @@ def _check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, weight needs ({len(weight)},)")
-    _check_targets(targets.reshape(-1), len(weight))
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if hasattr(x, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor, a share of a tensor: pass {name}.full_tensor(), which"
+                " gathers it, and its gradient goes back to the shards"
+            )
     if isinstance(temperature, Tensor):
         _check_same_shape(targets, temperature=temperature)
     elif not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: must be positive and finite")
-
-
-def _check_targets(y: Tensor, vocabulary: int) -> None:
-    if y.is_cuda:  # a look at the values would stall the GPU; there an index assertion fires
-        return
-    wrong = (y != IGNORE) & ((y < 0) | (y >= vocabulary))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"targets[{row}] is {int(y[row])}: must lie in [0, {vocabulary}), or be {IGNORE}"
-        )
 
 
 def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
@@ -383,16 +228,25 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, needs {tuple(like.shape)}")
 
 
-def _needs(*inputs: Tensor | None) -> r.Needs:  # hidden, weight, bias
+def _inputs(*inputs: Tensor | None) -> tuple[list, list[bool]]:
+    """Cast as autocast has it, and which of them need a gradient."""
+    device = inputs[0].device.type if inputs[0] is not None else "cpu"
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        inputs = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in inputs)
     on = torch.is_grad_enabled()
-    return r.Needs(*(on and x is not None and x.requires_grad for x in (*inputs, None)[:3]))
+    return list(inputs), [on and x is not None and x.requires_grad for x in inputs]
 
 
-def _take(x: Any, keep: Tensor | None) -> Any:
-    return x[keep] if isinstance(x, Tensor) and keep is not None else x
+def _temperatures(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    if isinstance(temperature, Tensor):
+        return temperature.detach().reshape(-1), 1.0
+    return None, float(temperature)
 
 
-def _spread(x: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:  # like's shape, 0 if dropped
-    if keep is not None:
-        x = x.new_zeros(like.numel()).index_put((keep,), x)
-    return x.view(like.shape)
+def _flat(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.detach().reshape(-1)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.detach()

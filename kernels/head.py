@@ -37,8 +37,10 @@ class LogProb(NamedTuple):
 class Forward(NamedTuple):
     """What a forward leaves for its backward."""
 
-    results: LogProb  # may be wider than the logits
-    kept: tuple[Tensor, ...] = ()  # a backend's own, whatever saves it work in backward
+    results: LogProb  # (N,) each; may be wider than the logits
+    # E of the first K rows, (K, V padded) bf16, or dlogp/dhidden (N, D) fp32; None: recompute
+    kept: Tensor | None = None
+    log_total: Tensor | None = None  # (K,), with E
 
 
 @dataclass(frozen=True)

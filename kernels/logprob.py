@@ -187,9 +187,8 @@ def supports(head: Head) -> bool:
     return INTERPRETED or torch.cuda.get_device_capability(hidden.device)[0] >= 9
 
 
-def room_for_e(head: Head, rows: int) -> Tensor:  # (rows, V) bf16, rows padded to 16 bytes
-    v = len(head.weight)
-    return head.hidden.new_empty(rows, -(-v // 8) * 8, dtype=torch.bfloat16)[:, :v]
+def room_for_e(head: Head, rows: int) -> Tensor:  # (rows, V padded to 16 bytes) bf16
+    return head.hidden.new_empty(rows, -(-len(head.weight) // 8) * 8, dtype=torch.bfloat16)
 
 
 def forward(head: Head, e: Tensor | None = None) -> tuple[LogProb, Tensor]:

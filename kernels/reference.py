@@ -148,6 +148,7 @@ class Tile:
     @classmethod
     def known(cls, head: Head, results: LogProb, z: Tensor, e: Tensor) -> "Tile":
         """Anchored at lse, so that exp(u_j) is p_j."""
+        results = results.to(z.dtype)
         u = z.sub_(results.lse[:, None])
         torch.exp(u, out=e).scatter_(1, head.targets[:, None], 0)
         return cls(results, e, u.mul_(e), torch.zeros_like(results.lse))

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on a CPU; must come before triton
 
-from expo_fast import backends, ops
+from expo_fast import backends, library
 
 
 def pytest_configure() -> None:
@@ -37,5 +37,5 @@ def each_backend(request, monkeypatch) -> str:
             name = request.param
         return backends.choose(name, head)
 
-    monkeypatch.setattr(ops, "choose", choose)
+    monkeypatch.setattr(library, "choose", choose)
     return request.param

@@ -1,0 +1,363 @@
+"""The ops as torch's dispatcher has them: whole under torch.compile, with fakes and gradients.
+
+Rows that have no target or no weight are dropped before any product; their results and gradients
+are 0. ops.py checks shapes; values are checked here, for while a program is traced there are none.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expo_fast.backends import choose
+from expo_fast.kernels import advantage
+from expo_fast.kernels import objectives as o
+from expo_fast.kernels import preferences as p
+from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, Slopes
+
+_NAMES: dict[Callable, str] = {}
+_OBJECTIVES: dict[str, Callable] = {}
+
+
+@torch.compiler.assume_constant_result
+def name_of(objective: Callable) -> str:
+    """What an objective is called in a graph, which holds no objects."""
+    if objective not in _NAMES:
+        _NAMES[objective] = f"{len(_NAMES)}: {objective}"
+        _OBJECTIVES[_NAMES[objective]] = objective
+    return _NAMES[objective]
+
+
+# linear_logprob
+
+
+@torch.library.custom_op("expo_fast::linear_logprob", mutates_args=())
+def logprob(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    temperatures: Tensor | None,  # (N,)
+    temperature: float,  # where there are none
+    backend: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse), and for backward the same and log_total in fp64, and Forward.kept."""
+    head, keep = _head(hidden, weight, bias, targets, temperatures, temperature)
+    results, kept, log_total = choose(backend, head).log_probs(head, Needs(*needs))
+    zero = torch.zeros_like(results.logp)
+    if log_total is not None:
+        zero[: len(log_total)] = log_total
+    exact = torch.stack([*results, zero]).double()
+    logp, entropy, lse = (_spread(x.to(head.dtype), keep, targets) for x in results)
+    room = hidden.new_empty(0, dtype=_kept_dtype(needs)) if kept is None else kept.view(-1)
+    return logp, entropy, lse, _spread(exact.T, keep, targets), room
+
+
+def _kept_dtype(needs: list[bool]) -> torch.dtype:
+    return torch.bfloat16 if any(needs[1:]) else torch.float32
+
+
+@logprob.register_fake
+def _(hidden, weight, bias, targets, temperatures, temperature, backend, needs):
+    dtype = Head(hidden, weight, bias, targets, temperature).dtype
+    results = (hidden.new_empty(len(targets), dtype=dtype) for _ in range(3))
+    exact = hidden.new_empty(len(targets), 4, dtype=torch.float64)
+    keeps = any(needs) and (hidden.is_cuda or backend == "triton")
+    size = torch.library.get_ctx().new_dynamic_size() if keeps else 0
+    return *results, exact, hidden.new_empty(size, dtype=_kept_dtype(needs))
+
+
+def _save_logprob(ctx: Any, inputs, output) -> None:
+    *tensors, ctx.temperature, ctx.backend, ctx.needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[3:])
+
+
+@once_differentiable
+def _logprob_backward(ctx: Any, *upstream):
+    nothing = (None,) * 8
+    if all(g is None for g in upstream[:3]):
+        return nothing
+    given = ctx.temperature, ctx.backend, ctx.needs
+    grads = logprob_backward(*ctx.saved_tensors, *upstream[:3], *given)
+    wanted = (g if needed else None for g, needed in zip(grads, ctx.needs, strict=True))
+    return *wanted, *nothing[3:]
+
+
+logprob.register_autograd(_logprob_backward, setup_context=_save_logprob)
+
+
+@torch.library.custom_op("expo_fast::linear_logprob_backward", mutates_args=())
+def logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    exact: Tensor,  # (N, 4)
+    kept: Tensor,
+    d_logp: Tensor | None,  # (N,)
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
+    temperature: float,
+    backend: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # empty where not needed
+    head, keep = _head(hidden, weight, bias, targets, temperatures, temperature)
+    *results, log_total = _take(exact, keep).T
+    forward = Forward(LogProb(*results))
+    if kept.numel() and any(needs[1:]):
+        e = kept.view(-1, -(-len(weight) // 8) * 8)
+        forward = Forward(LogProb(*results), e, log_total[: len(e)])
+    elif kept.numel():
+        forward = Forward(LogProb(*results), kept.view(-1, hidden.shape[1]))
+    slopes = Slopes(*(_take(g, keep) for g in (d_logp, d_entropy, d_lse)))
+    grads = choose(backend, head).gradients(head, forward, slopes, Needs(*needs))
+    return _whole(grads, keep, (hidden, weight, bias))
+
+
+@logprob_backward.register_fake
+def _(hidden, weight, bias, *given):
+    return tuple(
+        hidden.new_empty(0) if x is None or not needed else torch.empty_like(x)
+        for x, needed in zip((hidden, weight, bias), given[-1], strict=True)
+    )
+
+
+def _whole(
+    grads: Gradients, keep: Tensor | None, inputs: tuple[Tensor, Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the inputs' dtypes, dropped rows included; empty where there are none."""
+    if grads.hidden is not None:
+        grads = grads._replace(hidden=_spread(grads.hidden, keep, inputs[0]))
+    d_hidden, d_weight, d_bias = (
+        inputs[0].new_empty(0) if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(grads, inputs, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
+
+
+# losses, whose gradients come with them
+
+
+@torch.library.custom_op("expo_fast::linear_policy_loss", mutates_args=())
+def policy_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,), like all that follow
+    advantage: Tensor,
+    row_weight: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    on_policy: Tensor | None,
+    sequence_ids: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    backend: str | None,
+    needs: list[bool],
+    objective: str,
+    kl_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss; logp and entropy (N,); statistics (8,); gradients of hidden and weight."""
+    given = targets, temperatures, temperature
+    head, keep = _head(hidden, weight, None, *given, wanted=row_weight != 0)
+
+    def kept(x: Tensor | None) -> Any:
+        return x if x is None else _take(x, keep).to(head.dtype)
+
+    on = torch.zeros_like(head.targets) if on_policy is None else kept(on_policy)
+    floats = map(kept, (advantage, row_weight, old_logp, ref_logp))
+    known = o.PolicyRows(*floats, on_policy=on.bool(), segments=None)
+    if isinstance(_OBJECTIVES[objective], o.SequenceClipped):
+        known = replace(known, segments=_whole_sequences(sequence_ids, targets, keep))
+
+    def terms(known: o.PolicyRows, logp: Tensor) -> o.PolicyTerms:
+        return o.policy_terms(_OBJECTIVES[objective], known, logp, kl_coef, entropy_coef)
+
+    def slopes(known: o.PolicyRows, logp: Tensor) -> Slopes:
+        row = terms(known, logp)
+        return Slopes(row.slope_logp, row.slope_entropy)
+
+    kernels, wanted = choose(backend, head), Needs(*needs, False)
+    if known.segments is None and any(needs):
+        results, grads = kernels.log_probs_and_gradients(
+            head, lambda span, logp: slopes(known.take(span), logp), wanted
+        )
+        results = results.to(head.dtype)
+    else:
+        forward = kernels.log_probs(head, wanted)
+        results = forward.results.to(head.dtype)
+        grads = kernels.gradients(head, forward, slopes(known, results.logp), wanted)
+    final = terms(known, results.logp)
+    loss = final.value + kl_coef * final.k3
+    if entropy_coef:
+        loss = loss - entropy_coef * torch.where(known.on_policy, 0, results.entropy)
+    logp, entropy = (_spread(x, keep, targets) for x in results[:2])
+    statistics = torch.stack(o.policy_statistics(known, final, results.entropy))
+    d_hidden, d_weight, _ = _whole(grads, keep, (hidden, weight, None))
+    return (known.weight * loss).sum(), logp, entropy, statistics, d_hidden, d_weight
+
+
+@policy_loss.register_fake
+def _(hidden, weight, targets, *given):
+    x = hidden.new_empty((), dtype=Head(hidden, weight, None, targets, 1.0).dtype)
+    rows = x.new_empty(len(targets)), x.new_empty(len(targets))
+    return x, *rows, x.new_empty(8), *_fake_gradients(hidden, weight, given[9])
+
+
+def _whole_sequences(ids: Tensor | None, targets: Tensor, keep: Tensor | None) -> Tensor:
+    """The kept rows' sequences numbered from 0; a sequence is kept whole or not at all."""
+    if ids is None:
+        raise ValueError("SequenceClipped needs sequence_ids, the sequence of each row")
+    kept_ids = _take(ids, keep)
+    if keep is not None:
+        dropped = (targets != IGNORE).index_fill(0, keep, False)
+        torn = ids[dropped & torch.isin(ids, kept_ids)]
+        if len(torn):
+            raise ValueError(
+                f"sequence {int(torn[0])} has targets with and without row_weight:"
+                " SequenceClipped needs whole sequences"
+            )
+    return kept_ids.unique(return_inverse=True)[1]
+
+
+@torch.library.custom_op("expo_fast::linear_preference_loss", mutates_args=())
+def preference_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    sequence_ids: Tensor,  # (N,)
+    ref_logp: Tensor | None,  # (2P,)
+    pair_weight: Tensor | None,  # (P,)
+    temperatures: Tensor | None,  # (N,)
+    temperature: float,
+    backend: str | None,
+    needs: list[bool],
+    objective: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss; summed log-probs of chosen and rejected (P,); margin; accuracy; gradients."""
+    head, keep = _head(hidden, weight, None, targets, temperatures, temperature)
+    n_pairs = p.count_pairs(sequence_ids, ref_logp, pair_weight)
+    ids = _take(sequence_ids.long(), keep)
+    p.check_pair_ids(ids, n_pairs)
+    kernels, wanted = choose(backend, head), Needs(*needs, False)
+    forward = kernels.log_probs(head, wanted)
+    pairs = p.sum_pairs(forward.results.logp.to(head.dtype), ids, n_pairs, ref_logp)
+    value, *slopes = _OBJECTIVES[objective](pairs)
+    share = 1 / max(1, n_pairs)
+    w = torch.full_like(value, share) if pair_weight is None else pair_weight.to(value)
+    slope = (w * torch.stack(slopes)).T.reshape(-1)  # (2P,)
+    grads = kernels.gradients(head, forward, Slopes(slope[ids]), wanted)
+    h = pairs.log_ratio
+    summed = (w * value).sum(), pairs.chosen.clone(), pairs.rejected.clone()
+    d_hidden, d_weight, _ = _whole(grads, keep, (hidden, weight, None))
+    return *summed, h.sum() * share, (h > 0).sum() * share, d_hidden, d_weight
+
+
+@preference_loss.register_fake
+def _(hidden, weight, targets, sequence_ids, ref_logp, pair_weight, *given):
+    if ref_logp is not None:
+        n_pairs = len(ref_logp) // 2
+    elif pair_weight is not None:
+        n_pairs = len(pair_weight)
+    else:
+        n_pairs = torch.library.get_ctx().new_dynamic_size()
+    x = hidden.new_empty(0, dtype=Head(hidden, weight, None, targets, 1.0).dtype)
+    pairs = x.new_empty(n_pairs), x.new_empty(n_pairs)
+    numbers = x.new_empty(()), x.new_empty(())
+    return x.new_empty(()), *pairs, *numbers, *_fake_gradients(hidden, weight, given[3])
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    d_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
+    return d_hidden, torch.empty_like(weight) if needs[1] else hidden.new_empty(0)
+
+
+def _save_gradients(ctx: Any, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needs, ctx.others = next(x for x in inputs if isinstance(x, list)), len(inputs) - 2
+    ctx.save_for_backward(*output[-2:])
+
+
+@once_differentiable
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_):
+    """Into new memory, for a leaf's grad may be that, and be added to."""
+    grads = (
+        (upstream * g).to(g.dtype) if upstream is not None and needed else None
+        for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return *grads, *(None,) * ctx.others
+
+
+for loss in (policy_loss, preference_loss):
+    loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+# advantages, which have no gradient
+
+
+@torch.library.custom_op("expo_fast::group_advantage", mutates_args=())
+def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) -> Tensor:
+    if not rewards.is_cuda and rewards.isinf().any():
+        raise ValueError(f"rewards[{int(rewards.isinf().nonzero()[0])}] is infinite")
+    return advantage.group_advantage(rewards, group_ids, scale, eps)
+
+
+@group_advantage.register_fake
+def _(rewards, group_ids, scale, eps):
+    return rewards.new_empty(rewards.shape, dtype=torch.float32)
+
+
+# rows
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    wanted: Tensor | None = None,  # (N,) bool
+) -> tuple[Head, Tensor | None]:
+    """The head of the rows that count, and their indices; None: all of them."""
+    _check_targets(targets, len(weight))
+    has_target = targets != IGNORE
+    mask = has_target if wanted is None else has_target & wanted
+    keep = mask.nonzero()[:, 0]
+    keep = None if len(keep) == len(mask) else keep
+    t: float | Tensor = temperature
+    if temperatures is not None:
+        dtype = torch.promote_types(temperatures.dtype, torch.float32)
+        t = temperatures = _take(temperatures, keep).to(dtype)
+        if not temperatures.is_cuda and not (temperatures > 0).all():
+            lowest = float(temperatures.min())
+            raise ValueError(f"temperature holds {lowest}: must be positive")
+    return Head(_take(hidden, keep), weight, bias, _take(targets, keep).long(), t), keep
+
+
+def _check_targets(y: Tensor, vocabulary: int) -> None:
+    if y.is_cuda:  # a look at the values would stall the GPU; there an index assertion fires
+        return
+    wrong = (y != IGNORE) & ((y < 0) | (y >= vocabulary))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets[{row}] is {int(y[row])}: must lie in [0, {vocabulary}), or be {IGNORE}"
+        )
+
+
+def _take(x: Any, keep: Tensor | None) -> Any:
+    return x[keep] if isinstance(x, Tensor) and keep is not None else x
+
+
+def _spread(x: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:  # (len(like), ...), 0 dropped
+    """A tensor of its own, as an op's outputs must be."""
+    if keep is None:
+        return x.clone() if x._base is not None else x
+    return x.new_zeros(len(like), *x.shape[1:]).index_copy_(0, keep, x)
