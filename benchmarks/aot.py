@@ -4,7 +4,7 @@
 
 Prints, for each kernel in each form that is launched: registers and stack bytes a thread (a stack
 means spills), shared memory a block (an H200 has 232448 bytes), and how many instructions multiply
-matrices (HGMMA), load and store tiles (UTMALDG, UTMASTG) and spill (LDL, STL). One JSON object last.
+matrices (HGMMA), load and store tiles (UTMALDG, UTMASTG) and spill (LDL, STL). Prints JSON last.
 """
 
 import json
@@ -19,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from expo_fast.kernels import groups, rowwise
 from expo_fast.kernels import logprob as k
-from expo_fast.kernels import rowwise
+from expo_fast.kernels.advantage import SAME_REWARD
 
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL")
 TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "stride"), "i32") | {
@@ -54,6 +55,11 @@ def launched() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, 
         constants = block | {"NARROW": narrow, "INTERPRETED": False}
         yield rowwise.row_gradients, {"dz": dz}, constants, options
 
+    for scale in ({"GROUP": True, "BATCH": False}, {"GROUP": False, "BATCH": True}):
+        sizes = {"rewards": "*fp64", "ids": "*i64", "M": "i32", "eps": "fp32"}
+        constants = scale | {"SAME_REWARD": SAME_REWARD, "BLOCK": groups.BLOCK}
+        yield groups.centre_and_scale, sizes, constants, {}
+
 
 def compile_for_hopper(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]
@@ -66,7 +72,7 @@ def compile_for_hopper(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if kind[name][0] == "*" or (kind[name] == "i32" and name not in ("N", "V"))
+        if kind[name][0] == "*" or (kind[name] == "i32" and name not in ("N", "V", "M"))
     }
     source = ASTSource(kernel, kind, values, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -1,12 +1,15 @@
 """Which kernels run an op: plain PyTorch, C++ on a CPU, or Triton."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from expo_fast import native
+from expo_fast.kernels import advantage
 from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Needs, Slopes, SlopesOf
 from expo_fast.kernels.reference import PLAIN
 
@@ -45,6 +48,17 @@ def choose(name: str | None, head: Head) -> Kernels:
     if name == "triton" or (name is None and head.hidden.is_cuda and runs("triton", head)):
         return _triton_kernels(head)
     return PLAIN
+
+
+def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
+    """The kernel for `group_advantage`. Without triton, a GPU's rewards visit the CPU."""
+    if rewards.is_cuda:
+        try:
+            from expo_fast.kernels import groups
+        except ImportError:
+            return advantage.group_advantage
+        return groups.group_advantage
+    return advantage.group_advantage
 
 
 RUNS = {

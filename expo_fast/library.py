@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expo_fast.backends import choose
-from expo_fast.kernels import advantage
+from expo_fast.backends import advantages, choose
 from expo_fast.kernels import objectives as o
 from expo_fast.kernels import preferences as p
 from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, Slopes
@@ -22,13 +21,16 @@ _NAMES: dict[Callable, str] = {}
 _OBJECTIVES: dict[str, Callable] = {}
 
 
-@torch.compiler.assume_constant_result
 def name_of(objective: Callable) -> str:
     """What an objective is called in a graph, which holds no objects."""
     if objective not in _NAMES:
         _NAMES[objective] = f"{len(_NAMES)}: {objective}"
         _OBJECTIVES[_NAMES[objective]] = objective
     return _NAMES[objective]
+
+
+# torch.compiler.assume_constant_result, which would import the compiler for everybody
+vars(name_of)["_dynamo_marked_constant"] = True
 
 
 # linear_logprob
@@ -183,7 +185,7 @@ def policy_loss(
         row = terms(known, logp)
         return Slopes(row.slope_logp, row.slope_entropy)
 
-    kernels, wanted = choose(backend, head), Needs(*needs, False)
+    kernels, wanted = choose(backend, head), Needs(needs[0], needs[1], False)
     if known.segments is None and any(needs):
         results, grads = kernels.log_probs_and_gradients(
             head, lambda span, logp: slopes(known.take(span), logp), wanted
@@ -245,7 +247,7 @@ def preference_loss(
     n_pairs = p.count_pairs(sequence_ids, ref_logp, pair_weight)
     ids = _take(sequence_ids.long(), keep)
     p.check_pair_ids(ids, n_pairs)
-    kernels, wanted = choose(backend, head), Needs(*needs, False)
+    kernels, wanted = choose(backend, head), Needs(needs[0], needs[1], False)
     forward = kernels.log_probs(head, wanted)
     pairs = p.sum_pairs(forward.results.logp.to(head.dtype), ids, n_pairs, ref_logp)
     value, *slopes = _OBJECTIVES[objective](pairs)
@@ -305,7 +307,7 @@ for loss in (policy_loss, preference_loss):
 def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) -> Tensor:
     if not rewards.is_cuda and rewards.isinf().any():
         raise ValueError(f"rewards[{int(rewards.isinf().nonzero()[0])}] is infinite")
-    return advantage.group_advantage(rewards, group_ids, scale, eps)
+    return advantages(rewards)(rewards, group_ids, scale, eps)
 
 
 @group_advantage.register_fake
@@ -334,10 +336,9 @@ def _head(
     t: float | Tensor = temperature
     if temperatures is not None:
         dtype = torch.promote_types(temperatures.dtype, torch.float32)
-        t = temperatures = _take(temperatures, keep).to(dtype)
-        if not temperatures.is_cuda and not (temperatures > 0).all():
-            lowest = float(temperatures.min())
-            raise ValueError(f"temperature holds {lowest}: must be positive")
+        t = per_row = _take(temperatures, keep).to(dtype)
+        if not per_row.is_cuda and not (per_row > 0).all():
+            raise ValueError(f"temperature holds {float(per_row.min())}: must be positive")
     return Head(_take(hidden, keep), weight, bias, _take(targets, keep).long(), t), keep
 
 
