@@ -72,7 +72,7 @@ def compile_for_hopper(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if kind[name][0] == "*" or (kind[name] == "i32" and name not in ("N", "V", "M"))
+        if name not in ("N", "V", "M") and str(kind[name])[0] in "*i"
     }
     source = ASTSource(kernel, kind, values, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

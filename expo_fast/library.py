@@ -280,24 +280,39 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[
     return d_hidden, torch.empty_like(weight) if needs[1] else hidden.new_empty(0)
 
 
-def _save_gradients(ctx: Any, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.needs, ctx.others = next(x for x in inputs if isinstance(x, list)), len(inputs) - 2
-    ctx.save_for_backward(*output[-2:])
+def _comes_with_gradients(op: Any) -> None:
+    """Backward of an op whose last outputs are the gradients of its first inputs: to scale them.
+
+    They are given away, for (V, D) is not to be held twice; a second backward makes them again.
+    """
+
+    def save(ctx: Any, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+        ctx.needs = next(x for x in inputs if isinstance(x, list))
+        ctx.grads = [g.detach() for g in output[-2:]]
+
+    @once_differentiable
+    def scale(ctx: Any, upstream: Tensor | None, *_):
+        nothing = (None,) * len(ctx.others)
+        if upstream is None:
+            return nothing
+        if ctx.grads is None:
+            tensors = iter(ctx.saved_tensors)
+            ctx.grads = op(*(next(tensors) if x is None else x[0] for x in ctx.others))[-2:]
+        grads, ctx.grads = ctx.grads, None
+        looks = not upstream.is_cuda and not torch.compiler.is_compiling()  # a GPU it would stall
+        if not (looks and float(upstream) == 1):
+            grads = [g.mul_(upstream) for g in grads]
+        wanted = (g if needed else None for g, needed in zip(grads, ctx.needs, strict=True))
+        return *wanted, *nothing[2:]
+
+    op.register_autograd(scale, setup_context=save)
 
 
-@once_differentiable
-def _scale_gradients(ctx: Any, upstream: Tensor | None, *_):
-    """Into new memory, for a leaf's grad may be that, and be added to."""
-    grads = (
-        (upstream * g).to(g.dtype) if upstream is not None and needed else None
-        for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    )
-    return *grads, *(None,) * ctx.others
-
-
-for loss in (policy_loss, preference_loss):
-    loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+_comes_with_gradients(policy_loss)
+_comes_with_gradients(preference_loss)
 
 
 # advantages, which have no gradient

@@ -1,0 +1,333 @@
+"""What the benchmarks run: shapes, inputs, and each op's contestants."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expo_fast.ops import (
+    IGNORE,
+    Clipped,
+    Dpo,
+    linear_logprob,
+    linear_policy_loss,
+    linear_preference_loss,
+)
+
+SHAPES = {  # (V, D) of the head
+    "smollm2-135m": (49152, 576),
+    "qwen2.5-0.5b": (151936, 896),
+    "qwen2.5-1.5b": (151936, 1536),
+    "llama-3.2-1b": (128256, 2048),
+    "qwen2.5-3b": (151936, 2048),
+    "llama-3.2-3b": (128256, 3072),
+}
+ROWS = (1024, 4096, 16384)
+SEQUENCE = 256  # rows of a sequence
+CLIP, BETA = 0.2, 0.1
+OURS = "expo_fast"
+
+
+@dataclass(frozen=True)
+class Case:
+    """B sequences of one length, one after the other; of pairs, all chosen before all rejected."""
+
+    hidden: Tensor  # (N, D) bf16
+    ref_hidden: Tensor  # (N, D) bf16, of a reference model with the same head
+    weight: Tensor  # (V, D) bf16
+    targets: Tensor  # (N,), IGNORE in a zero row
+    upstream: Tensor  # (N,) dloss/dlogp, 0 in a zero row
+    row_weight: Tensor  # (N,) of the policy loss: each sequence's mean, and the mean of those
+    old_logp: Tensor  # (N,) nats
+    advantage: Tensor  # (B,)
+    pair_ids: Tensor  # (N,) as linear_preference_loss takes them
+
+    @property
+    def shape(self) -> tuple[int, int]:  # (B, rows of a sequence)
+        return len(self.advantage), len(self.targets) // len(self.advantage)
+
+    @property
+    def live(self) -> Tensor:  # (N,) bool
+        return self.targets != IGNORE
+
+    def with_zero_rows(self) -> "Case":
+        """Two rows of five dropped, as prompts and groups without advantage are."""
+        zero = torch.arange(len(self.targets), device=self.targets.device) % 5 >= 3
+        targets = self.targets.masked_fill(zero, IGNORE)
+        weight = _mean_of_means(targets.view(self.shape))
+        upstream = self.upstream.masked_fill(zero, 0)
+        return replace(self, targets=targets, upstream=upstream, row_weight=weight)
+
+
+@lru_cache(maxsize=1)
+def make_case(model: str, rows: int, device: str) -> Case:
+    (v, d), b = SHAPES[model], max(4, rows // SEQUENCE)
+    if rows % b:
+        raise ValueError(f"rows={rows}: must divide into {b} sequences")
+    g = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, generator=g, device=device)
+    weight = (normal(v, d) * (2 / d**0.5)).bfloat16()
+    targets = torch.randint(v, (rows,), generator=g, device=device)
+    # targets are likely, as sampled tokens are: the probability is 1e-2 to 1
+    lean = torch.empty(rows, 1, device=device).uniform_(2.5, 5.5, generator=g)
+    hidden = (normal(rows, d) + lean * weight[targets]).bfloat16()
+    logp = linear_logprob(hidden, weight, targets, backend="torch").logp
+    pairs = torch.arange(b, device=device).view(2, -1)
+    return Case(
+        ref_hidden=(hidden + 0.1 * normal(rows, d)).bfloat16(),
+        hidden=hidden.requires_grad_(),
+        weight=weight.requires_grad_(),
+        targets=targets,
+        upstream=normal(rows),
+        row_weight=_mean_of_means(targets.view(b, -1)),
+        old_logp=logp + 0.1 * normal(rows),  # some ratios leave the clip range
+        advantage=normal(b),
+        pair_ids=(2 * (pairs % (b // 2)) + pairs // (b // 2)).repeat_interleave(rows // b),
+    )
+
+
+def _mean_of_means(targets: Tensor) -> Tensor:  # (B, T) -> (B * T,)
+    live = (targets != IGNORE).float()
+    return (live / live.sum(1, keepdim=True).clamp(min=1) / len(live)).reshape(-1)
+
+
+# The losses by their formulas. `reference` is the log-probs under the reference model.
+
+
+def weighted_sum(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
+    return (logp * case.upstream).sum()
+
+
+def clipped(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
+    ratio = (logp - case.old_logp).exp()
+    advantage = case.advantage.repeat_interleave(case.shape[1])
+    bounded = ratio.clamp(1 - CLIP, 1 + CLIP) * advantage
+    return -(case.row_weight * torch.minimum(ratio * advantage, bounded)).sum()
+
+
+def dpo(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
+    assert reference is not None
+    gain = ((logp - reference) * case.live).view(2, -1, case.shape[1]).sum(-1)  # (2, P)
+    return -F.logsigmoid(BETA * (gain[0] - gain[1])).mean()
+
+
+# The contestants. Those of an op may come and go with what is installed.
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets -> log-probs (N,)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    run: Callable[[Case], Tensor]  # log-probs (N,), 0 in zero rows, or a loss
+    cost: float  # its time over its op's limit on a CPU (1 Zen 5 core): plans alone rest on it
+    logit_bytes: int = 0  # of memory at the peak, for each of the N * V logits
+
+
+class Op(NamedTuple):
+    loss: Callable[[Case, Tensor, Tensor | None], Tensor]
+    contestants: Callable[[str], Iterator[tuple[str, Contestant]]]  # of a device
+    backward: bool = True
+    head: bool = False  # contestants return log-probs, not the loss
+    reference: bool = False  # the loss needs a reference model's log-probs
+
+    def run(self, contestant: Contestant, case: Case) -> Tensor:
+        """What is timed; gradients stay in the case's tensors."""
+        with torch.set_grad_enabled(self.backward):
+            value = contestant.run(case)
+            if self.backward:
+                (self.loss(case, value, None) if self.head else value).backward()
+        return value.detach()
+
+
+def heads(device: str, backward: bool) -> Iterator[tuple[str, Contestant]]:
+    def contestant(head: Head, cost: float, logit_bytes: int = 0) -> Contestant:
+        return Contestant(
+            lambda case: head(case.hidden, case.weight, case.targets), cost, logit_bytes
+        )
+
+    kept = 16 if backward else 8
+    for backend, name in backends(device):
+        yield name, contestant(partial(_ours, backend=backend), 1.5)
+    yield "eager", contestant(eager, 4, kept)
+    if device != "cpu":
+        compiled = torch.compile(eager, dynamic=True)
+        yield "eager, torch.compile", contestant(compiled, 2, kept)
+    if hasattr(F, "linear_cross_entropy"):
+        torchs = partial(F.linear_cross_entropy, reduction="none", options=None)
+        yield "torch F.linear_cross_entropy", contestant(_negative(torchs), 2, 5)
+    with suppress(ImportError):
+        from cut_cross_entropy import (  # pyright: ignore[reportMissingImports]
+            linear_cross_entropy,
+        )
+
+        impl = "torch_compile" if device == "cpu" else "cce"
+        cce = partial(linear_cross_entropy, reduction="none", impl=impl)
+        yield f"cut_cross_entropy {impl}", contestant(_negative(cce), 1.5, 2 * (device == "cpu"))
+    with suppress(ImportError):
+        from liger_kernel.ops import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearScaledCrossEntropyFunction as Scaled,
+        )
+
+        yield "Liger scaled cross entropy", contestant(_negative(Scaled.apply), 5)
+    with suppress(ImportError):
+        from trl.trainer.utils import (  # pyright: ignore[reportMissingImports]
+            selective_log_softmax,
+        )
+
+        trl = partial(_trl, selective_log_softmax)
+        yield "TRL selective_log_softmax", contestant(trl, 4, kept)
+
+
+def backends(device: str) -> Iterator[tuple[str | None, str]]:
+    yield None, OURS
+    if device != "cpu":
+        yield from ((backend, f"{OURS} {backend}") for backend in ("torch", "triton"))
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    logp = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
+    return torch.where(targets == IGNORE, 0, logp)
+
+
+def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str | None) -> Tensor:
+    return linear_logprob(hidden, weight, targets, backend=backend).logp
+
+
+def _negative(head: Head) -> Head:
+    return lambda hidden, weight, targets: -head(hidden, weight, targets).float()
+
+
+def _trl(selective_log_softmax: Callable, *head: Tensor) -> Tensor:
+    hidden, weight, targets = head
+    logits = (hidden @ weight.T).view(-1, min(SEQUENCE, len(hidden)), len(weight))
+    index = targets.clamp(min=0).view(logits.shape[:2])
+    logp = selective_log_softmax(logits, index).reshape(-1)
+    return torch.where(targets == IGNORE, 0, logp.float())
+
+
+def policy(device: str) -> Iterator[tuple[str, Contestant]]:
+    for backend, name in backends(device):
+        yield name, Contestant(partial(_policy, backend=backend), 1.5)
+    yield "eager", Contestant(lambda case: clipped(case, _eager(case), None), 4, 16)
+    with suppress(ImportError):
+        from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearGRPOLoss,
+        )
+
+        yield "LigerFusedLinearGRPOLoss", Contestant(partial(_grpo, LigerFusedLinearGRPOLoss), 5)
+
+
+def _eager(case: Case) -> Tensor:
+    return eager(case.hidden, case.weight, case.targets)
+
+
+def _policy(case: Case, backend: str | None) -> Tensor:
+    return linear_policy_loss(
+        case.hidden,
+        case.weight,
+        case.targets,
+        case.advantage.repeat_interleave(case.shape[1]),
+        case.row_weight,
+        objective=Clipped(CLIP, CLIP),
+        old_logp=case.old_logp,
+        backend=backend,
+    ).loss
+
+
+def _grpo(liger: Callable, case: Case) -> Tensor:
+    loss = liger(
+        beta=0.0, use_ref_model=False, loss_type="grpo", epsilon_low=CLIP, epsilon_high=CLIP
+    )
+    return loss(
+        case.hidden.view(*case.shape, -1),
+        case.weight,
+        case.targets.clamp(min=0).view(case.shape),
+        case.live.float().view(case.shape),
+        case.advantage,
+        old_per_token_logps=case.old_logp.view(case.shape),
+    )[0]
+
+
+def preference(device: str) -> Iterator[tuple[str, Contestant]]:
+    for backend, name in backends(device):
+        yield name, Contestant(partial(_preference, backend=backend), 1.5)
+    yield "eager", Contestant(_eager_dpo, 4, 16)
+    with suppress(ImportError):
+        from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearDPOLoss,
+        )
+
+        yield "LigerFusedLinearDPOLoss", Contestant(partial(_liger_dpo, LigerFusedLinearDPOLoss), 2)
+
+
+def _preference(case: Case, backend: str | None) -> Tensor:
+    head = (case.weight, case.targets)
+    with torch.no_grad():
+        logp = linear_logprob(case.ref_hidden, *head, backend=backend).logp
+        reference = logp.view(2, -1, case.shape[1]).sum(-1).T.reshape(-1)
+    return linear_preference_loss(
+        case.hidden,
+        *head,
+        case.pair_ids,
+        objective=Dpo(BETA),
+        ref_logp=reference,
+        backend=backend,
+    ).loss
+
+
+def _eager_dpo(case: Case) -> Tensor:
+    with torch.no_grad():
+        reference = eager(case.ref_hidden, case.weight, case.targets)
+    return dpo(case, _eager(case), reference)
+
+
+def _liger_dpo(liger: Callable, case: Case) -> Tensor:
+    return liger(beta=BETA, compute_nll_loss=False)(
+        case.weight,
+        case.hidden.view(*case.shape, -1),
+        case.targets.view(case.shape),
+        ref_input=case.ref_hidden.view(*case.shape, -1),
+        ref_weight=case.weight.detach(),
+    )[0]
+
+
+OPS = {
+    "logprob forward": Op(weighted_sum, partial(heads, backward=False), backward=False, head=True),
+    "logprob forward+backward": Op(weighted_sum, partial(heads, backward=True), head=True),
+    "policy loss": Op(clipped, policy),
+    "preference loss": Op(dpo, preference, reference=True),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contestants that are timed against each other."""
+
+    op: str
+    model: str
+    rows: int
+    zeros: bool  # 40% of the rows are zero
+
+    def __str__(self) -> str:
+        zeros = ", 40% zero" if self.zeros else ""
+        return f"{self.op}, {self.model}, {self.rows} rows{zeros}"
+
+    def case(self, device: str) -> Case:
+        case = make_case(self.model, self.rows, device)
+        return case.with_zero_rows() if self.zeros else case
+
+
+def groups(
+    models: list[str] | None = None,
+    rows: list[int] | None = None,
+    ops: list[str] | None = None,
+) -> list[Group]:
+    every = product(rows or ROWS, models or SHAPES, (False, True), ops or OPS)
+    return [Group(op, model, n, zeros) for n, model, zeros, op in every]

@@ -1,0 +1,156 @@
+"""Tests, ceilings and ops on a CUDA machine, from a checkout and torch, triton and pytest alone.
+
+    PYTHONPATH=. python benchmarks/gpu.py --output gpu.json
+
+What is done is in the file after each stage and each group of contestants, so a kill loses little.
+A smoke test without a GPU: --device cpu --models smollm2-135m --rows 64 --repeats 1
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import OPS, OURS, SHAPES, Group, groups
+from benchmarks.measure import Stopwatch, measure
+from benchmarks.summary import machine, ms, show
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/test_ops*.py", "tests/test_triton*.py")
+STAGES = ("tests", "ceilings", "ops")
+TESTS_SHARE = 0.45  # of the time, at most
+
+
+@dataclass
+class Run:
+    output: Path
+    deadline: float  # of time.monotonic()
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def left(self) -> float:  # seconds
+        return self.deadline - time.monotonic()
+
+    def save(self, **stage: Any) -> None:
+        self.report |= stage
+        aside = self.output.with_suffix(".part")
+        aside.write_text(json.dumps(self.report))
+        aside.replace(self.output)
+
+
+def run_tests(run: Run) -> dict[str, Any]:
+    """Their output goes to a file beside the report's; its end is printed."""
+    files = [str(path) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *files]
+    log, limit = run.output.with_suffix(".tests.txt"), TESTS_SHARE * run.left()
+    with log.open("w") as out:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=limit
+            )
+            outcome = f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit:.0f} s"
+    ending = log.read_text().splitlines()[-12:]
+    print(*ending, f"tests: {outcome}", sep="\n", flush=True)
+    return {"outcome": outcome, "ending": ending, "log": str(log)}
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """The device's own best: a copy and square products, of random data."""
+    gpu = device != "cpu"
+    side = 8192 if gpu else 1024
+    bits = torch.empty((4 << 30) if gpu else (64 << 20), dtype=torch.int8, device=device)
+    twin = torch.empty_like(bits)
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    works = {"copy": partial(twin.copy_, bits), "mm bf16": partial(torch.mm, a, b)}
+    if gpu:
+        works["mm bf16, fp32 out"] = partial(torch.mm, a, b, out_dtype=torch.float32)
+    stopwatch = Stopwatch(device)
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(11):
+        for name, work in works.items():
+            stopwatch.start()
+            work()
+            best[name] = min(best[name], stopwatch.stop()[0])
+    found = {"copy GB/s": 2 * bits.nbytes / best.pop("copy") / 1e9}
+    found |= {f"{name} TFLOP/s": 2 * side**3 / s / 1e12 for name, s in best.items()}
+    print(*(f"{name} {x:.1f}" for name, x in found.items()), sep="\n")
+    return found
+
+
+def run_ops(run: Run, wanted: list[Group], device: str, repeats: int) -> None:
+    results, failed = [], {}
+    for i, group in enumerate(wanted):
+        if run.left() < 0:
+            run.save(not_reached=[str(group) for group in wanted[i:]])
+            print(f"\nout of time: {len(wanted) - i} of {len(wanted)} groups not reached")
+            return
+        try:
+            results.append(measure(group, device, repeats))
+            show(results[-1])
+        except Exception as e:  # the next group may still tell something
+            failed[str(group)] = f"{type(e).__name__}: {e}"
+            print(f"\n{group}: {failed[str(group)]}", flush=True)
+        run.save(results=results, failed=failed)
+
+
+def digest(report: dict[str, Any]) -> None:
+    """A line a group."""
+    print(f"\n{'':58s}{'ms':>9s}{'of limit':>10s}{'extra MB':>10s}  x ours, fastest peer")
+    for result in report.get("results", []):
+        name = str(Group(*(result[field] for field in Group.__dataclass_fields__)))
+        ours, line = result["contestants"][OURS], ""
+        peers = {n: c for n, c in result["contestants"].items() if not n.startswith(OURS)}
+        if peers:
+            best = min(peers, key=lambda n: peers[n]["median_s"])
+            line = f"{peers[best]['times_ours']:8.2f} {best}"
+        print(
+            f"{name:58s}{ms(ours['median_s']):>9s}{ours['of_limit']:10.0%}"
+            f"{ours['extra_bytes'] / 1e6:10.0f}{line}"
+        )
+        for other, why in result["left_out"].items():
+            if other.startswith(OURS):
+                print(f"    {other}: {why}")
+    for name, why in report.get("failed", {}).items():
+        print(f"{name:58s} FAILED {why}")
+    print("tests:", report.get("tests", {}).get("outcome", "not run"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--seconds", type=float, default=540, help="for all of it")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--models", nargs="+", choices=SHAPES)
+    # the middle first: the time may run out
+    parser.add_argument("--rows", nargs="+", type=int, default=[4096, 16384, 1024])
+    parser.add_argument("--ops", nargs="+", choices=OPS)
+    parser.add_argument("--repeats", type=int, default=11)
+    a = parser.parse_args()
+    if not a.device and not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device; --device cpu makes a smoke test")
+    device = a.device or "cuda"
+    run = Run(a.output.resolve(), time.monotonic() + a.seconds)
+    run.save(machine=machine())
+    print(*(f"{name}: {x}" for name, x in run.report["machine"].items()), sep="\n", flush=True)
+    if "tests" in a.stages:
+        run.save(tests=run_tests(run))
+    if "ceilings" in a.stages:
+        run.save(ceilings=ceilings(device))
+    if "ops" in a.stages:
+        run_ops(run, groups(a.models, a.rows, a.ops), device, a.repeats)
+    digest(run.report)
+
+
+if __name__ == "__main__":
+    main()
