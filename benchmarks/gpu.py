@@ -1,4 +1,4 @@
-"""Tests, ceilings and ops on a CUDA machine, from a checkout and torch, triton and pytest alone.
+"""Tests, ceilings, parts and ops on a CUDA machine, from a checkout, torch, triton and pytest.
 
     PYTHONPATH=. python benchmarks/gpu.py --output gpu.json
 
@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,15 @@ import torch
 
 from benchmarks.cases import OPS, OURS, SHAPES, Group, groups
 from benchmarks.measure import Stopwatch, measure
+from benchmarks.parts import parts
 from benchmarks.summary import machine, ms, show
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/test_ops*.py", "tests/test_triton*.py")
-STAGES = ("tests", "ceilings", "ops")
+STAGES = ("tests", "ceilings", "parts", "ops")
 TESTS_SHARE = 0.45  # of the time, at most
+PARTS_OF = ("qwen2.5-3b", "qwen2.5-0.5b")
+PARTS_SECONDS = 60  # left, or a model's parts are not timed
 
 
 @dataclass
@@ -83,6 +87,15 @@ def ceilings(device: str) -> dict[str, float]:
     found |= {f"{name} TFLOP/s": 2 * side**3 / s / 1e12 for name, s in best.items()}
     print(*(f"{name} {x:.1f}" for name, x in found.items()), sep="\n")
     return found
+
+
+def run_parts(run: Run, models: Sequence[str], device: str, repeats: int) -> None:
+    """Of one number of rows: 16384 on a GPU."""
+    found = []
+    for model in models:
+        if run.left() > PARTS_SECONDS:
+            found.append(parts(model, 64 if device == "cpu" else 16384, device, repeats))
+            run.save(parts=found)
 
 
 def run_ops(run: Run, wanted: list[Group], device: str, repeats: int) -> None:
@@ -147,6 +160,8 @@ def main() -> None:
         run.save(tests=run_tests(run))
     if "ceilings" in a.stages:
         run.save(ceilings=ceilings(device))
+    if "parts" in a.stages:
+        run_parts(run, a.models or PARTS_OF, device, a.repeats)
     if "ops" in a.stages:
         run_ops(run, groups(a.models, a.rows, a.ops), device, a.repeats)
     digest(run.report)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on a CPU; must come before triton
 
 from expo_fast import backends, library
+from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Slopes
 
 
 def pytest_configure() -> None:
@@ -26,16 +28,56 @@ def same_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["torch", "native", "triton"])
+BACKENDS = ["torch", "native", "triton", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=BACKENDS)
 def each_backend(request, monkeypatch) -> str:
     """Ops that are asked for no backend get this one, but where it does not run."""
     if request.param == "triton":
         pytest.importorskip("triton")
 
     def choose(name, head):
+        if name is None and request.param == "cuda":
+            return Elsewhere("cuda")
         if name is None and backends.runs(request.param, head):
             name = request.param
         return backends.choose(name, head)
 
     monkeypatch.setattr(library, "choose", choose)
     return request.param
+
+
+class Elsewhere(backends.Kernels):
+    """The fastest kernels of a device, for heads that lie on a CPU."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def log_probs(self, head, needs):
+        there = self.move(head)
+        return self.back(backends.choose(None, there).log_probs(there, needs))
+
+    def gradients(self, head, forward, slopes, needs):
+        there = self.move(head)
+        kernels, given = backends.choose(None, there), (self.move(forward), self.move(slopes))
+        return self.back(kernels.gradients(there, *given, needs))
+
+    def log_probs_and_gradients(self, head, slopes, needs):
+        there = self.move(head)
+        results, grads = backends.choose(None, there).log_probs_and_gradients(
+            there, lambda span, logp: self.move(slopes(span, logp.cpu())), needs
+        )
+        return self.back(results), self.back(grads)
+
+    def move(self, x: Any, to: str | None = None) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.to(to or self.device)
+        if isinstance(x, Head):
+            return Head(*(self.move(y, to) for y in vars(x).values()))
+        if isinstance(x, Forward | Gradients | LogProb | Slopes):
+            return type(x)(*(self.move(y, to) for y in x))
+        return x
+
+    def back(self, x: Any) -> Any:
+        return self.move(x, "cpu")
