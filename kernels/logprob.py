@@ -86,10 +86,15 @@ def _logits(
 
 
 @triton.jit
-def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr):
-    """out (N,): each row's logit of its target, before temperature. One program a row."""
+def target_logits(x, w, bias, targets, out, V, D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+    """out (N,): each row's logit of its target, before temperature. One program a row.
+
+    NaN for a target that no column has: nobody looked at its value, which would stall the GPU.
+    """
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row)
+    exists = (y >= 0) & (y < V)
+    y = tl.where(exists, y, 0)
     total = tl.zeros([BLOCK], tl.float32)
     for d in range(0, D, BLOCK):
         k = d + tl.arange(0, BLOCK)
@@ -98,7 +103,7 @@ def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS
     z = tl.sum(total, 0)
     if BIAS:
         z += tl.load(bias + y)
-    tl.store(out + row, z)
+    tl.store(out + row, tl.where(exists, z, float("nan")))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -290,7 +295,7 @@ class _Call:
 
     def target_logits(self) -> Tensor:  # (N,) fp32, before temperature
         out, bias, x, w = torch.empty_like(self.scale), self.bias, self.hidden, self.weight
-        sizes = self.d, x.stride(0), w.stride(0), ELEMENTS
+        sizes = self.v, self.d, x.stride(0), w.stride(0), ELEMENTS
         with self.device:
             target_logits[(self.n,)](x, w, bias, self.targets, out, *sizes, bias is not None)
         return out

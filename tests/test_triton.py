@@ -165,6 +165,13 @@ def test_a_row_of_nan_stays_alone(kernels):
         assert x[7].isnan() and x[clean].isfinite().all()
 
 
+def test_a_target_outside_the_vocabulary_gives_nan_and_reads_nothing():
+    head = make_head(5, 16, 300)
+    head.targets[1], head.targets[3] = 10**9, -5
+    got = fused.log_probs(head).results.logp
+    assert got.isnan().tolist() == [False, True, False, True, False]
+
+
 def test_equal_calls_give_equal_bits(kernels):
     head, upstream = make_head(300, 16, 700), torch.ones(3, 300, device=DEVICE)
     for a, b in zip(*(by_kernels(kernels, head, upstream) for _ in range(2)), strict=True):
