@@ -74,6 +74,24 @@ inline BitLanes rounded_to_bf16(Lanes x) {
   return x != x ? nan : rounded;
 }
 
+// 4 x 4 values to their transpose, four 16-bit values to a word: rows of `from` to rows of `to`.
+inline void transpose4(const bf16* from, int64_t from_stride, bf16* to, int64_t to_stride) {
+  const uint64_t even = 0x0000ffff0000ffff, low = 0x00000000ffffffff;
+  uint64_t a = load<uint64_t>(from), b = load<uint64_t>(from + from_stride);
+  uint64_t c = load<uint64_t>(from + 2 * from_stride), d = load<uint64_t>(from + 3 * from_stride);
+  const uint64_t ab = (a & even) | (b & even) << 16, cd = (c & even) | (d & even) << 16;
+  const uint64_t ba = (a >> 16 & even) | (b & ~even), dc = (c >> 16 & even) | (d & ~even);
+  store(to, (ab & low) | cd << 32);
+  store(to + to_stride, (ba & low) | dc << 32);
+  store(to + 2 * to_stride, ab >> 32 | (cd & ~low));
+  store(to + 3 * to_stride, ba >> 32 | (dc & ~low));
+}
+
+inline void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int k = 0; k < 4; ++k)
+    for (int r = 0; r < 4; ++r) to[k * to_stride + r] = from[r * from_stride + k];
+}
+
 inline float widen(float x) { return x; }
 
 inline float widen(bf16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
@@ -90,4 +108,13 @@ inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, bf16& to) {
   uint32_t b = bits_as<uint32_t>(x);
   to.bits = x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+}
+
+inline void narrow(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof *to); }
+
+inline void narrow(const float* from, int64_t n, bf16* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(to + i, __builtin_convertvector(rounded_to_bf16(load<Lanes>(from + i)) >> 16, ShortLanes));
+  for (; i < n; ++i) narrow(from[i], to[i]);
 }

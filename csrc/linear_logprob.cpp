@@ -382,11 +382,17 @@ class Backward {
   int64_t depth() const { return round_up(rows, kPair<T>); }
 
   void turn_weight() {
-    for (int64_t r0 = 0; r0 < depth(); r0 += 16)
-      for (int64_t k0 = 0; k0 < head.d; k0 += 16)
-        for (int64_t k = k0; k < std::min(k0 + 16, head.d); ++k)
-          for (int64_t r = r0; r < std::min(r0 + 16, depth()); ++r)
-            turned.data[k * kTurned + r] = r < rows ? weight.data[r * weight.stride + k] : T{};
+    const int64_t whole_rows = rows / 4 * 4, whole_d = head.d / 4 * 4;
+    auto turn = [&](int64_t r, int64_t k) {
+      turned.data[k * kTurned + r] = r < rows ? weight.data[r * weight.stride + k] : T{};
+    };
+    for (int64_t r0 = 0; r0 < whole_rows; r0 += 32)  // a line of each of turned's rows
+      for (int64_t k = 0; k < whole_d; k += 4)
+        for (int64_t r = r0; r < std::min(r0 + 32, whole_rows); r += 4)
+          transpose4(weight.data + r * weight.stride + k, weight.stride,
+                     turned.data.get() + k * kTurned + r, kTurned);
+    for (int64_t k = 0; k < head.d; ++k)
+      for (int64_t r = k < whole_d ? whole_rows : 0; r < depth(); ++r) turn(r, k);
   }
 
   void write_dz(int64_t block) {
@@ -448,10 +454,10 @@ class Backward {
       for (int64_t r = 0; r < rows; ++r) {
         To* to = static_cast<To*>(g.d_weight) + (start + r) * head.d + k0;
         const float* from = z.data.get() + r * w;
-        if constexpr (sizeof(To) == 4)
-          for (int64_t k = 0; k < real; ++k) to[k] = span.start ? to[k] + from[k] : from[k];
+        if (sizeof(To) == 4 && span.start)
+          for (int64_t k = 0; k < real; ++k) narrow(widen(to[k]) + from[k], to[k]);
         else
-          for (int64_t k = 0; k < real; ++k) narrow(from[k], to[k]);
+          narrow(from, real, to);
       }
     }
   }
