@@ -119,7 +119,12 @@ def logprob_backward(
         forward = Forward(LogProb(*results), kept.view(-1, hidden.shape[1]))
     slopes = Slopes(*(_take(g, keep) for g in (d_logp, d_entropy, d_lse)))
     grads = choose(backend, head).gradients(head, forward, slopes, Needs(*needs))
-    return _whole(grads, keep, (hidden, weight, bias))
+    inputs = hidden, weight, bias
+    d_hidden, d_weight, d_bias = (
+        g if x is None else g.to(x.dtype)
+        for g, x in zip(_whole(grads, keep, hidden), inputs, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
 
 
 @logprob_backward.register_fake
@@ -130,17 +135,17 @@ def _(hidden, weight, bias, *given):
     )
 
 
-def _whole(
-    grads: Gradients, keep: Tensor | None, inputs: tuple[Tensor, Tensor, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in the inputs' dtypes, dropped rows included; empty where there are none."""
+def _whole(grads: Gradients, keep: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dropped rows included; empty where there are none."""
     if grads.hidden is not None:
-        grads = grads._replace(hidden=_spread(grads.hidden, keep, inputs[0]))
-    d_hidden, d_weight, d_bias = (
-        inputs[0].new_empty(0) if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(grads, inputs, strict=True)
-    )
+        grads = grads._replace(hidden=_spread(grads.hidden, keep, hidden))
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in grads)
     return d_hidden, d_weight, d_bias
+
+
+def _before_scaling(x: Tensor) -> torch.dtype:
+    """Of a gradient that waits for its upstream factor: fp16 could not hold it yet."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 # losses, whose gradients come with them
@@ -201,8 +206,9 @@ def policy_loss(
         loss = loss - entropy_coef * torch.where(known.on_policy, 0, results.entropy)
     logp, entropy = (_spread(x, keep, targets) for x in results[:2])
     statistics = torch.stack(o.policy_statistics(known, final, results.entropy))
-    d_hidden, d_weight, _ = _whole(grads, keep, (hidden, weight, None))
-    return (known.weight * loss).sum(), logp, entropy, statistics, d_hidden, d_weight
+    d_hidden, d_weight, _ = _whole(grads, keep, hidden)
+    gradients = d_hidden.to(_before_scaling(hidden)), d_weight.to(_before_scaling(weight))
+    return (known.weight * loss).sum(), logp, entropy, statistics, *gradients
 
 
 @policy_loss.register_fake
@@ -257,8 +263,9 @@ def preference_loss(
     grads = kernels.gradients(head, forward, Slopes(slope[ids]), wanted)
     h = pairs.log_ratio
     summed = (w * value).sum(), pairs.chosen.clone(), pairs.rejected.clone()
-    d_hidden, d_weight, _ = _whole(grads, keep, (hidden, weight, None))
-    return *summed, h.sum() * share, (h > 0).sum() * share, d_hidden, d_weight
+    d_hidden, d_weight, _ = _whole(grads, keep, hidden)
+    gradients = d_hidden.to(_before_scaling(hidden)), d_weight.to(_before_scaling(weight))
+    return *summed, h.sum() * share, (h > 0).sum() * share, *gradients
 
 
 @preference_loss.register_fake
@@ -276,8 +283,11 @@ def _(hidden, weight, targets, sequence_ids, ref_logp, pair_weight, *given):
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    d_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
-    return d_hidden, torch.empty_like(weight) if needs[1] else hidden.new_empty(0)
+    d_hidden, d_weight = (
+        x.new_empty(x.shape if needed else (0,), dtype=_before_scaling(x))
+        for x, needed in zip((hidden, weight), needs, strict=True)
+    )
+    return d_hidden, d_weight
 
 
 def _comes_with_gradients(op: Any) -> None:
@@ -291,7 +301,7 @@ def _comes_with_gradients(op: Any) -> None:
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
         ctx.needs = next(x for x in inputs if isinstance(x, list))
-        ctx.grads = [g.detach() for g in output[-2:]]
+        ctx.grads, ctx.dtypes = [g.detach() for g in output[-2:]], [x.dtype for x in inputs[:2]]
 
     @once_differentiable
     def scale(ctx: Any, upstream: Tensor | None, *_):
@@ -305,8 +315,8 @@ def _comes_with_gradients(op: Any) -> None:
         looks = not upstream.is_cuda and not torch.compiler.is_compiling()  # a GPU it would stall
         if not (looks and float(upstream) == 1):
             grads = [g.mul_(upstream) for g in grads]
-        wanted = (g if needed else None for g, needed in zip(grads, ctx.needs, strict=True))
-        return *wanted, *nothing[2:]
+        wanted = zip(grads, ctx.dtypes, ctx.needs, strict=True)
+        return *(g.to(dtype) if needed else None for g, dtype, needed in wanted), *nothing[2:]
 
     op.register_autograd(scale, setup_context=save)
 

@@ -328,3 +328,18 @@ def test_bf16_policy_gradient_error_is_at_most_twice_that_of_plain_pytorch():
     ours = run(lambda h, wt: linear_policy_loss(h, wt, y, a, w, old_logp=old).loss, torch.bfloat16)
     for t, p, o in zip(truth, theirs, ours, strict=True):
         assert worst(o, t) <= 2 * worst(p, t)
+
+
+def test_a_loss_scale_saves_gradients_that_fp16_cannot_hold():
+    """1e-9 is 0 in fp16, and 1e-9 * 2^24 is not."""
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, 16, generator=g).half().requires_grad_() for n in (40, 100)]
+    targets, one = torch.randint(100, (40,), generator=g), torch.ones(40)
+    loss = linear_policy_loss(*inputs, targets, one, one * 1e-9).loss
+    got = torch.autograd.grad(loss * 2**24, inputs)
+    hidden, weight = (x.detach().double().requires_grad_() for x in inputs)
+    logp = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
+    truth = torch.autograd.grad(-1e-9 * 2**24 * logp.sum(), (hidden, weight))
+    for a, b in zip(got, truth, strict=True):
+        assert a.dtype == torch.float16
+        assert ((a.double() - b).norm() / b.norm()).item() < 1e-3
