@@ -268,19 +268,19 @@ void add_exponentials(const Head& head, const float* z, int64_t start, int64_t r
       sum = product = Lanes{};
       largest = broadcast(kNever);
       for (int64_t r = 0; r < rows; ++r) {
-        Lanes x = load<Lanes>(z + r * w + i) - base;
-        if (head.bias) x += bias_of(head, start + r);
-        const Lanes e = power(x);
+        Lanes logit = load<Lanes>(z + r * w + i);
+        if (head.bias) logit += bias_of(head, start + r);
+        const Lanes x = logit - base, e = power(x);
         sum += e;
         product += e * x;
-        largest = x > largest ? x : largest;
+        largest = logit > largest ? logit : largest;
       }
     };
     sweep();
     bool moved = false;
     for (int64_t j = 0; j < kLanes; ++j)
       if (sum[j] > 50 * (to.other[i + j] + 1)) {
-        to.move(i + j, to.base[i + j] + largest[j]);
+        to.move(i + j, largest[j]);
         moved = true;
       }
     if (moved) sweep();

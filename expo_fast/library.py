@@ -4,33 +4,61 @@ Rows that have no target or no weight are dropped before any product; their resu
 are 0. ops.py checks shapes; values are checked here, for while a program is traced there are none.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expo_fast.backends import advantages, choose
 from expo_fast.kernels import objectives as o
 from expo_fast.kernels import preferences as p
 from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, Slopes
 
-_NAMES: dict[Callable, str] = {}
-_OBJECTIVES: dict[str, Callable] = {}
+_POLICY = o.Clipped, o.SequenceClipped, o.Cispo, o.SoftAdaptive
+_PAIRS = p.Dpo, p.Ipo, p.Hinge, p.SimPo, p.Cpo, p.Orpo, p.RDpo, p.DpoPositive
+_BUILT_IN: dict[str, type] = {c.__name__: c for c in (*_POLICY, *_PAIRS)}
+_FIELDS = {name: tuple((f.name, f.type) for f in fields(c)) for name, c in _BUILT_IN.items()}
+_CUSTOM: dict[str, Callable] = {}
 
 
-def name_of(objective: Callable) -> str:
-    """What an objective is called in a graph, which holds no objects."""
-    if objective not in _NAMES:
-        _NAMES[objective] = f"{len(_NAMES)}: {objective}"
-        _OBJECTIVES[_NAMES[objective]] = objective
-    return _NAMES[objective]
+def described(objective: Callable) -> tuple[str, list[float]]:
+    """An objective as a graph holds it, which has no objects: name and fields, None as NaN."""
+    name = type(objective).__name__
+    if _BUILT_IN.get(name) is type(objective):
+        values = [getattr(objective, field) for field, _ in _FIELDS[name]]
+        return name, [math.nan if x is None else float(x) for x in values]
+    if torch.compiler.is_compiling():
+        raise ValueError(f"objective={objective}: torch.compile takes the built-in objectives only")
+    name = f"{name} at {id(objective)}"
+    _CUSTOM[name] = objective  # and so keeps its id
+    return name, []
 
 
-# torch.compiler.assume_constant_result, which would import the compiler for everybody
-vars(name_of)["_dynamo_marked_constant"] = True
+def _objective(name: str, values: list[float]) -> Any:
+    if name in _CUSTOM:
+        return _CUSTOM[name]
+    known = zip(_FIELDS[name], values, strict=True)
+    return _BUILT_IN[name](
+        *(None if x != x else bool(x) if kind is bool else x for (_, kind), x in known)
+    )
+
+
+def _once(backward: Callable) -> Callable:
+    """A derivative of what it returns raises, and is not silently 0."""
+
+    def checked(ctx: Any, *upstream):
+        again = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not again:
+            return grads
+        refuse = torch._C._functions.DelayedError(b"expo_fast's ops are differentiable once", 1)
+        return tuple(g if g is None else refuse(g.requires_grad_()) for g in grads)
+
+    return checked
 
 
 # linear_logprob
@@ -66,8 +94,8 @@ def _kept_dtype(needs: list[bool]) -> torch.dtype:
 @logprob.register_fake
 def _(hidden, weight, bias, targets, temperatures, temperature, backend, needs):
     dtype = Head(hidden, weight, bias, targets, temperature).dtype
-    results = (hidden.new_empty(len(targets), dtype=dtype) for _ in range(3))
-    exact = hidden.new_empty(len(targets), 4, dtype=torch.float64)
+    results = (targets.new_empty(targets.shape, dtype=dtype) for _ in range(3))
+    exact = targets.new_empty(*targets.shape, 4, dtype=torch.float64)
     keeps = any(needs) and (hidden.is_cuda or backend == "triton")
     size = torch.library.get_ctx().new_dynamic_size() if keeps else 0
     return *results, exact, hidden.new_empty(size, dtype=_kept_dtype(needs))
@@ -79,7 +107,7 @@ def _save_logprob(ctx: Any, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output[3:])
 
 
-@once_differentiable
+@_once
 def _logprob_backward(ctx: Any, *upstream):
     nothing = (None,) * 8
     if all(g is None for g in upstream[:3]):
@@ -130,7 +158,7 @@ def logprob_backward(
 @logprob_backward.register_fake
 def _(hidden, weight, bias, *given):
     return tuple(
-        hidden.new_empty(0) if x is None or not needed else torch.empty_like(x)
+        hidden.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
         for x, needed in zip((hidden, weight, bias), given[-1], strict=True)
     )
 
@@ -167,6 +195,7 @@ def policy_loss(
     backend: str | None,
     needs: list[bool],
     objective: str,
+    fields: list[float],
     kl_coef: float,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -180,11 +209,12 @@ def policy_loss(
     on = torch.zeros_like(head.targets) if on_policy is None else kept(on_policy)
     floats = map(kept, (advantage, row_weight, old_logp, ref_logp))
     known = o.PolicyRows(*floats, on_policy=on.bool(), segments=None)
-    if isinstance(_OBJECTIVES[objective], o.SequenceClipped):
+    objective_of = _objective(objective, fields)
+    if isinstance(objective_of, o.SequenceClipped):
         known = replace(known, segments=_whole_sequences(sequence_ids, targets, keep))
 
     def terms(known: o.PolicyRows, logp: Tensor) -> o.PolicyTerms:
-        return o.policy_terms(_OBJECTIVES[objective], known, logp, kl_coef, entropy_coef)
+        return o.policy_terms(objective_of, known, logp, kl_coef, entropy_coef)
 
     def slopes(known: o.PolicyRows, logp: Tensor) -> Slopes:
         row = terms(known, logp)
@@ -214,7 +244,7 @@ def policy_loss(
 @policy_loss.register_fake
 def _(hidden, weight, targets, *given):
     x = hidden.new_empty((), dtype=Head(hidden, weight, None, targets, 1.0).dtype)
-    rows = x.new_empty(len(targets)), x.new_empty(len(targets))
+    rows = x.new_empty(targets.shape), x.new_empty(targets.shape)
     return x, *rows, x.new_empty(8), *_fake_gradients(hidden, weight, given[9])
 
 
@@ -247,6 +277,7 @@ def preference_loss(
     backend: str | None,
     needs: list[bool],
     objective: str,
+    fields: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss; summed log-probs of chosen and rejected (P,); margin; accuracy; gradients."""
     head, keep = _head(hidden, weight, None, targets, temperatures, temperature)
@@ -256,7 +287,7 @@ def preference_loss(
     kernels, wanted = choose(backend, head), Needs(needs[0], needs[1], False)
     forward = kernels.log_probs(head, wanted)
     pairs = p.sum_pairs(forward.results.logp.to(head.dtype), ids, n_pairs, ref_logp)
-    value, *slopes = _OBJECTIVES[objective](pairs)
+    value, *slopes = _objective(objective, fields)(pairs)
     share = 1 / max(1, n_pairs)
     w = torch.full_like(value, share) if pair_weight is None else pair_weight.to(value)
     slope = (w * torch.stack(slopes)).T.reshape(-1)  # (2P,)
@@ -265,15 +296,15 @@ def preference_loss(
     summed = (w * value).sum(), pairs.chosen.clone(), pairs.rejected.clone()
     d_hidden, d_weight, _ = _whole(grads, keep, hidden)
     gradients = d_hidden.to(_before_scaling(hidden)), d_weight.to(_before_scaling(weight))
-    return *summed, h.sum() * share, (h > 0).sum() * share, *gradients
+    return *summed, h.sum() * share, (h > 0).to(h.dtype).sum() * share, *gradients
 
 
 @preference_loss.register_fake
 def _(hidden, weight, targets, sequence_ids, ref_logp, pair_weight, *given):
     if ref_logp is not None:
-        n_pairs = len(ref_logp) // 2
+        n_pairs = ref_logp.shape[0] // 2
     elif pair_weight is not None:
-        n_pairs = len(pair_weight)
+        n_pairs = pair_weight.shape[0]
     else:
         n_pairs = torch.library.get_ctx().new_dynamic_size()
     x = hidden.new_empty(0, dtype=Head(hidden, weight, None, targets, 1.0).dtype)
@@ -303,7 +334,7 @@ def _comes_with_gradients(op: Any) -> None:
         ctx.needs = next(x for x in inputs if isinstance(x, list))
         ctx.grads, ctx.dtypes = [g.detach() for g in output[-2:]], [x.dtype for x in inputs[:2]]
 
-    @once_differentiable
+    @_once
     def scale(ctx: Any, upstream: Tensor | None, *_):
         nothing = (None,) * len(ctx.others)
         if upstream is None:
@@ -312,7 +343,8 @@ def _comes_with_gradients(op: Any) -> None:
             tensors = iter(ctx.saved_tensors)
             ctx.grads = op(*(next(tensors) if x is None else x[0] for x in ctx.others))[-2:]
         grads, ctx.grads = ctx.grads, None
-        looks = not upstream.is_cuda and not torch.compiler.is_compiling()  # a GPU it would stall
+        # on a GPU a look would stall it, and a tensor that is traced has no value
+        looks = type(upstream) is Tensor and not upstream.is_cuda
         if not (looks and float(upstream) == 1):
             grads = [g.mul_(upstream) for g in grads]
         wanted = zip(grads, ctx.dtypes, ctx.needs, strict=True)
@@ -364,7 +396,8 @@ def _head(
         t = per_row = _take(temperatures, keep).to(dtype)
         if not per_row.is_cuda and not (per_row > 0).all():
             raise ValueError(f"temperature holds {float(per_row.min())}: must be positive")
-    return Head(_take(hidden, keep), weight, bias, _take(targets, keep).long(), t), keep
+    y = _take(targets, keep).long().contiguous()
+    return Head(_take(hidden, keep), weight, bias, y, t), keep
 
 
 def _check_targets(y: Tensor, vocabulary: int) -> None:
@@ -383,7 +416,8 @@ def _take(x: Any, keep: Tensor | None) -> Any:
 
 
 def _spread(x: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:  # (len(like), ...), 0 dropped
-    """A tensor of its own, as an op's outputs must be."""
+    """A tensor of its own and contiguous, as an op's outputs must be, and their fakes are."""
     if keep is None:
-        return x.clone() if x._base is not None else x
+        own = x._base is None and x.is_contiguous()
+        return x if own else x.clone(memory_format=torch.contiguous_format)
     return x.new_zeros(len(like), *x.shape[1:]).index_copy_(0, keep, x)

@@ -67,7 +67,7 @@ def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     _run("forward", head, anchor, out=[other, moment, base])
     t = head.temperature
     shift = (base.double() - anchor) / t
-    return Forward(from_sums(anchor.double() / t, other, moment / t, shift)[0])
+    return Forward(from_sums(base.double() / t, other, moment / t, shift)[0])
 
 
 def log_probs_and_gradients(

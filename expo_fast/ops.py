@@ -126,7 +126,7 @@ def linear_policy_loss(
     loss, logp, entropy, statistics, *_ = library.policy_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, *floats, _flat(sequence_ids),
         *_temperatures(temperature), backend, needs,
-        library.name_of(objective), kl_coef, entropy_coef,
+        *library.described(objective), kl_coef, entropy_coef,
     )  # fmt: skip
     logp, entropy = logp.detach().view(targets.shape), entropy.detach().view(targets.shape)
     return PolicyLoss(loss, logp, entropy, *statistics.detach().unbind())
@@ -166,7 +166,7 @@ def linear_preference_loss(
     loss, *rest = library.preference_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, _flat(targets), _flat(sequence_ids),
         _detached(ref_logp), _detached(pair_weight), *_temperatures(temperature), backend, needs,
-        library.name_of(objective),
+        *library.described(objective),
     )  # fmt: skip
     return PreferenceLoss(loss, *(x.detach() for x in rest[:4]))
 
@@ -198,6 +198,17 @@ def _check_head(
     temperature: float | Tensor,
     bias: Tensor | None = None,
 ) -> None:
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{name} is a {type(x).__name__}: must be a tensor, such as its weight"
+            )
+        if hasattr(x, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor, a share of a tensor: gather it with"
+                f" {name}.full_tensor(grad_placements=[Partial()]), whose gradient is the sum of"
+                " what the ranks' rows give (Replicate() where all ranks have the same rows)"
+            )
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}:"
@@ -210,11 +221,10 @@ def _check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, weight needs ({len(weight)},)")
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if hasattr(x, "full_tensor"):
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
             raise ValueError(
-                f"{name} is a DTensor, a share of a tensor: pass {name}.full_tensor(), which"
-                " gathers it, and its gradient goes back to the shards"
+                f"{name} is on {x.device}, hidden on {hidden.device}: move one of them"
             )
     if isinstance(temperature, Tensor):
         _check_same_shape(targets, temperature=temperature)
@@ -224,8 +234,12 @@ def _check_head(
 
 def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
     for name, x in given.items():
-        if x is not None and x.shape != like.shape:
+        if x is None:
+            continue
+        if x.shape != like.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, needs {tuple(like.shape)}")
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}: must be on {like.device}")
 
 
 def _inputs(*inputs: Tensor | None) -> tuple[list, list[bool]]:

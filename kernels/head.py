@@ -2,7 +2,8 @@
 
     z = (hidden @ weight.T + bias) / temperature      y the target, u_j = z_j - z_y - shift
     other = sum_{j != y} exp(u_j)    moment = sum_{j != y} exp(u_j) u_j    own = exp(-shift)
-    log_total = log1p(other + expm1(-shift))    logp = -shift - log_total    lse = z_y - logp
+    log_total = log1p(other + expm1(-shift))    logp = -shift - log_total
+    lse = z_y + shift + log_total
     H = log_total - (moment - own shift) / (own + other)
     dz_j = p_j (g_lse - g_logp - g_H (z_j - lse + H))    p_j = exp(z_j - lse)    for j != y
     dz_y = -g_logp expm1(logp) + p_y (g_lse - g_H (logp + H))
@@ -131,17 +132,17 @@ def of_live_rows(
 
 
 def from_sums(
-    anchor: Tensor,  # (N,) the target's logit over temperature
+    base: Tensor,  # (N,) what the sums are relative to, over temperature
     other: Tensor,  # (N,)
     moment: Tensor | None,  # (N,); None: entropy is not asked for, and 0
-    shift: Tensor,  # (N,)
+    shift: Tensor,  # (N,) base less the target's logit over temperature
 ) -> tuple[LogProb, Tensor]:  # and log_total
     own = (-shift).exp()
     log_total = torch.log1p(other + torch.expm1(-shift))
     logp, h = -shift - log_total, torch.zeros_like(log_total)
     if moment is not None:
         h = log_total - (moment - own * shift) / (own + other)
-    return LogProb(logp, h, anchor - logp), log_total
+    return LogProb(logp, h, base + log_total), log_total
 
 
 def logit_slopes(
@@ -154,7 +155,8 @@ def logit_slopes(
     logp, entropy, _ = results
     zero = torch.zeros_like(logp)
     g_logp, g_entropy, g_lse = (zero if g is None else g for g in slopes)
-    per_z = (zero + 1 / temperature).to(logp.dtype)  # a temperature in fp64 widens nothing else
+    t = temperature.to(zero) if isinstance(temperature, Tensor) else temperature
+    per_z = zero + 1 / t
     at_target = -g_logp * logp.expm1() + logp.exp() * (g_lse - g_entropy * (logp + entropy))
     c0 = g_lse - g_logp + g_entropy * (log_total - entropy)
     per_e = per_z * (zero - log_total).exp()
@@ -166,17 +168,18 @@ def slopes_about_lse(
     slopes: Slopes,
     temperature: float | Tensor,
     per_nat: float | Tensor = 1.0,  # scalar or (N,): the unit that base and u are measured in
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) fp32 each
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) of dtype each
     """(base, c0, c1, dz_y), with dz_j = exp(u_j) (c0 + c1 u_j) and u_j = z_j - base.
 
-    base is lse rounded to fp32. The rest would scale all of a row's probabilities, so it is put
+    base is lse rounded to dtype. The rest would scale all of a row's probabilities, so it is put
     into c0 and c1.
     """
     c0, c1, at_target = logit_slopes(results, slopes, temperature)
     exact = results.lse * per_nat
-    base = exact.float()
+    base = exact.to(dtype)
     rest = (exact - base) / per_nat
     scale = (-rest).exp()
     given = base, scale * (c0 - rest * c1), scale * c1 / per_nat, at_target
-    base, c0, c1, at_target = (x.float().contiguous() for x in given)
+    base, c0, c1, at_target = (x.to(dtype).contiguous() for x in given)
     return base, c0, c1, at_target

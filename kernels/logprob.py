@@ -117,7 +117,7 @@ def softmax_sums(
     PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
     LARGEST: tl.constexpr = False,
 ):  # fmt: skip
-    """`other` and `moment` tile by tile, and E; or, of LARGEST, in `other` each row's largest u."""
+    """`other` and `moment` tile by tile, and E; or, if LARGEST, each row's largest z in `other`."""
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
     if again is not None:
         tiles *= tl.load(again).to(tl.int32)
@@ -129,12 +129,12 @@ def softmax_sums(
             inside = row < N
             y = tl.load(targets + row, inside, 0).to(tl.int32) - v
             s, b = tl.load(scale + row, inside, 0.0), tl.load(base + row, inside, 0.0)
-            u = z * s[:, None] - b[:, None]
             at = (v // BV).to(tl.int64) * N + row
             if LARGEST:
-                u = tl.where((column >= V - v)[None, :], -float("inf"), u)
-                tl.store(other + at, tl.max(u, 1), inside)
+                z = tl.where((column >= V - v)[None, :], -float("inf"), z * s[:, None])
+                tl.store(other + at, tl.max(z, 1), inside)
             else:
+                u = z * s[:, None] - b[:, None]
                 # masked here and not after exp2, which would keep two tiles in registers
                 skip = (column[None, :] == y[:, None]) | (column >= V - v)[None, :]
                 u = tl.where(skip, -1000.0, u)
@@ -193,7 +193,10 @@ def supports(head: Head) -> bool:
 
 
 def room_for_e(head: Head, rows: int) -> Tensor:  # (rows, V padded to 16 bytes) bf16
-    return head.hidden.new_empty(rows, -(-len(head.weight) // 8) * 8, dtype=torch.bfloat16)
+    v = len(head.weight)
+    e = head.hidden.new_empty(rows, -(-v // 8) * 8, dtype=torch.bfloat16)
+    e[:, v:] = 0
+    return e
 
 
 def forward(head: Head, e: Tensor | None = None) -> tuple[LogProb, Tensor]:
@@ -203,7 +206,7 @@ def forward(head: Head, e: Tensor | None = None) -> tuple[LogProb, Tensor]:
     other, moment, base = call.safe_sums(z * call.scale, e)
     anchor = z * call.scale.double()
     shift = base - anchor  # that base is rounded to fp32 is part of it
-    results, log_total = from_sums(anchor / LOG2_E, other, moment / LOG2_E, shift / LOG2_E)
+    results, log_total = from_sums(base / LOG2_E, other, moment / LOG2_E, shift / LOG2_E)
     if e is not None:
         patch = results.logp.expm1() * log_total.exp()
         e.scatter_(1, head.targets[:, None], patch[:, None].to(e.dtype))
@@ -320,8 +323,7 @@ class _Call:
         wrong = ~(other < SAFE_SUM)
         again = F.pad(wrong, (0, -self.n % GEMM.BN)).view(-1, GEMM.BN).any(1)
         again = torch.cat([again.any()[None], again])
-        gap = run(base, again, LARGEST=True)[0].amax(0)
-        base = torch.where(wrong, base + gap, base)
+        base = torch.where(wrong, run(base, again, LARGEST=True)[0].amax(0), base)
         redone = run(base, again).sum(1, dtype=torch.float64)
         other, moment = (torch.where(wrong, *x) for x in zip(redone, (other, moment), strict=True))
         return other, moment, base.double()

@@ -1,12 +1,15 @@
 """Matrix products of bf16 factors summed in fp32, and sums by segment, on either kind of device."""
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, narrow: bool = False, accumulate: bool = False):
@@ -28,12 +31,13 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, narrow: bool = False, accumulat
 def _bf16_products() -> Iterator[None]:
     """oneDNN multiplies fp32 matrices as bf16 inside, sums in fp32; process-wide, so kept short."""
     mkldnn: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = mkldnn.fp32_precision
-    mkldnn.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        mkldnn.fp32_precision = before
+    with _ONE_AT_A_TIME:  # or one thread would restore what another had set
+        before = mkldnn.fp32_precision
+        mkldnn.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            mkldnn.fp32_precision = before
 
 
 def widened(weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Chunk of C rows: two (C, V) buffers, 1 GEMM forward, 2 more for the gradients of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from expo_fast.kernels.head import (
     from_sums,
     logit_slopes,
     of_live_rows,
+    slopes_about_lse,
 )
 from expo_fast.kernels.products import bf16_in, matmul
 
-SAFE_GAP = 60.0  # nats; V * exp(60) is far from fp32's exp(88) for any vocabulary
+SAFE_GAP = 14.0  # nats; beyond, rounding u shows in the entropy, and at 88 exp(u) overflows
 # Logits of a chunk. Each chunk reads and writes all of dW, whose GEMM ran at 380 GFLOP/s with
 # 128 MiB and 230 with 64 (bf16, D 576, V 49152, 2 Zen 5 cores).
 CHUNK_BYTES = 128 << 20
@@ -58,26 +60,24 @@ class Chunked:
 
     def log_probs(self, head: Head, needs: Needs) -> Forward:
         """Forward only: 1 GEMM, and nothing kept."""
-        return Forward(self._sweep(head, True, None, NOTHING)[0])
+        return Forward(self._sweep(head, None, NOTHING)[0])
 
     def log_probs_and_gradients(
         self, head: Head, slopes: SlopesOf, needs: Needs
     ) -> tuple[LogProb, Gradients]:
         """One pass, 3 GEMMs: for losses whose slope in a row depends on that row alone."""
-        return self._sweep(head, True, slopes, needs)
+        return self._sweep(head, slopes, needs)
 
     def gradients(self, head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
         """From a forward's results: its logits are recomputed, its sums are not."""
         return of_live_rows(self._gradients, head, forward.results, slopes, needs)
 
     def _gradients(self, head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
-        entropy = slopes.entropy is not None
-        return self._sweep(head, entropy, lambda rows, _: slopes.take(rows), needs, results)[1]
+        return self._sweep(head, lambda rows, _: slopes.take(rows), needs, results)[1]
 
     def _sweep(
         self,
         head: Head,
-        entropy: bool,
         slopes: SlopesOf | None,
         needs: Needs,
         known: LogProb | None = None,
@@ -86,7 +86,7 @@ class Chunked:
         grads, parts = _zero_gradients(head, needs), list[LogProb]()
         spans = list(_chunks(n, vocabulary * head.dtype.itemsize, head.hidden.is_cuda))
         if not spans:
-            return LogProb(*head.hidden.new_zeros(3, 0, dtype=head.dtype)), grads
+            return LogProb(*head.hidden.new_zeros(3, 0, dtype=torch.float64)), grads
         buffers = head.hidden.new_empty(2, spans[0].stop, vocabulary, dtype=head.dtype)
         # bf16 products on a CPU take operands already widened: once here, not once a chunk
         widen = head.dtype if head.hidden.device.type == "cpu" else head.weight.dtype
@@ -99,7 +99,7 @@ class Chunked:
             if known:
                 tile = self.tile.known(rows, known.take(span), z, spare)
             else:
-                tile = self.tile.softmax(rows, z, spare, entropy)
+                tile = self.tile.softmax(rows, z, spare)
             parts.append(tile.results)
             if slopes:
                 slope = slopes(span, tile.results.logp.to(head.dtype))
@@ -115,47 +115,48 @@ def _chunks(n: int, row_bytes: int, cuda: bool) -> Iterator[slice]:
 
 
 def _zero_gradients(head: Head, needs: Needs) -> Gradients:
+    zeros = partial(torch.zeros, device=head.hidden.device)
     hidden_dtype = torch.bfloat16 if head.narrow else head.dtype  # rows are written once
-    wide = {"dtype": head.dtype, "device": head.hidden.device}
     return Gradients(
-        torch.zeros_like(head.hidden, dtype=hidden_dtype) if needs.hidden else None,
-        torch.zeros(head.weight.shape, **wide) if needs.weight else None,
-        torch.zeros(head.weight.shape[0], **wide) if needs.bias else None,
+        zeros(head.hidden.shape, dtype=hidden_dtype) if needs.hidden else None,
+        zeros(head.weight.shape, dtype=head.dtype) if needs.weight else None,
+        zeros(head.weight.shape[0], dtype=head.dtype) if needs.bias else None,
     )
 
 
 @dataclass(frozen=True)
 class Tile:
-    """C rows between forward and backward, named as in the module's docstring."""
+    """C rows between forward and backward, named as in head.py."""
 
-    results: LogProb  # (C,) each
+    results: LogProb  # (C,) fp64 each
     e: Tensor  # (C, V) exp(u_j), 0 at the target
-    eu: Tensor  # (C, V) exp(u_j) u_j where entropy was asked for, else scratch
-    log_total: Tensor  # (C,)
+    eu: Tensor  # (C, V) exp(u_j) u_j
+    log_total: Tensor | None  # (C,) fp64; None: anchored at lse, so that exp(u_j) is p_j
 
     @classmethod
-    def softmax(cls, head: Head, z: Tensor, e: Tensor, entropy: bool) -> "Tile":
-        target = head.targets[:, None]
-        anchor = z.gather(1, target)[:, 0]
-        gap = z.amax(1) - anchor
-        shift = torch.where(gap > SAFE_GAP, gap, 0)
-        u = z.sub_((anchor + shift)[:, None])
+    def softmax(cls, head: Head, z: Tensor, e: Tensor) -> "Tile":
+        target, anchor = head.targets[:, None], z.gather(1, head.targets[:, None])
+        top = z.amax(1, keepdim=True)
+        base = torch.where(top - anchor > SAFE_GAP, top, anchor)
+        u = z.sub_(base)
         torch.exp(u, out=e).scatter_(1, target, 0)
-        other, moment = e.sum(1), u.mul_(e).sum(1) if entropy else None
-        results, log_total = from_sums(anchor, other, moment, shift)
+        sums = base[:, 0], e.sum(1), u.mul_(e).sum(1), (base.double() - anchor)[:, 0]
+        results, log_total = from_sums(*(x.double() for x in sums))
         return cls(results, e, u, log_total)
 
     @classmethod
     def known(cls, head: Head, results: LogProb, z: Tensor, e: Tensor) -> "Tile":
-        """Anchored at lse, so that exp(u_j) is p_j."""
-        results = results.to(z.dtype)
-        u = z.sub_(results.lse[:, None])
+        u = z.sub_(results.lse.to(z.dtype)[:, None])
         torch.exp(u, out=e).scatter_(1, head.targets[:, None], 0)
-        return cls(results, e, u.mul_(e), torch.zeros_like(results.lse))
+        return cls(results, e, u.mul_(e), None)
 
     def logit_gradients(self, head: Head, slopes: Slopes) -> tuple[Tensor, Tensor]:
         """(C, V) of them, and as much memory that is free now; the tile is used up."""
-        c0, c1, at_target = logit_slopes(self.results, slopes, head.temperature, self.log_total)
+        given, dtype = (self.results, slopes, head.temperature), self.e.dtype
+        if self.log_total is None:
+            _, c0, c1, at_target = slopes_about_lse(*given, dtype=dtype)
+        else:
+            c0, c1, at_target = (x.to(dtype) for x in logit_slopes(*given, self.log_total))
         dz = self.e.mul_(c0[:, None])
         if slopes.entropy is not None:
             dz.addcmul_(self.eu, c1[:, None])

@@ -13,7 +13,6 @@ read by the GEMMs for the gradients. Runs every dtype on any GPU that Triton kno
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,7 +55,7 @@ def _sums(z, base, y, V, BLOCK: tl.constexpr):  # of exp(z - base) over all but 
 @triton.jit
 def row_sums(
     z, targets,  # (C, V), (C,) int64
-    other, moment, shift,  # (C,) out
+    other, moment, anchor,  # (C,) out
     V, stride,
     SAFE_SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -65,18 +64,16 @@ def row_sums(
     y = tl.load(targets + row)
     base = tl.load(z + y)
     s, m = _sums(z, base, y, V, BLOCK)
-    if s < SAFE_SUM:
-        gap = s * 0
-    else:  # NaN too
+    if not s < SAFE_SUM:  # NaN too
         top = tl.full([BLOCK], -float("inf"), z.dtype.element_ty)
         for v in range(0, V, BLOCK):
             column = v + tl.arange(0, BLOCK)
             top = tl.maximum(top, tl.load(z + column, column < V, -float("inf")))
-        gap = tl.max(top, 0) - base
-        s, m = _sums(z, base + gap, y, V, BLOCK)
+        base = tl.max(top, 0)
+        s, m = _sums(z, base, y, V, BLOCK)
     tl.store(other + row, s)
     tl.store(moment + row, m)
-    tl.store(shift + row, gap)
+    tl.store(anchor + row, base)
 
 
 @triton.jit
@@ -103,19 +100,19 @@ class RowTile(Tile):
     """`eu` is the logits, and `e` room for their gradients."""
 
     @classmethod
-    def softmax(cls, head: Head, z: Tensor, e: Tensor, entropy: bool) -> "RowTile":
+    def softmax(cls, head: Head, z: Tensor, e: Tensor) -> "RowTile":
         n, v = z.shape
-        other, moment, shift = z.new_empty(3, n).unbind()
+        other, moment, base = z.new_empty(3, n).unbind()
         row_sums[(n,)](
-            z, head.targets, other, moment, shift, v, z.stride(0), SAFE_SUM, BLOCK, num_warps=WARPS
+            z, head.targets, other, moment, base, v, z.stride(0), SAFE_SUM, BLOCK, num_warps=WARPS
         )
-        anchor = z.gather(1, head.targets[:, None])[:, 0]
-        results, log_total = from_sums(*(x.double() for x in (anchor, other, moment, shift)))
-        return cls(results, e, z, log_total)
+        shift = base.double() - z.gather(1, head.targets[:, None])[:, 0]
+        results, _ = from_sums(base.double(), other.double(), moment.double(), shift)
+        return cls(results, e, z, None)
 
     @classmethod
     def known(cls, head: Head, results: LogProb, z: Tensor, e: Tensor) -> "RowTile":
-        return cls(results, e, z, torch.zeros_like(results.lse))
+        return cls(results, e, z, None)
 
     def logit_gradients(self, head: Head, slopes: Slopes) -> tuple[Tensor, Tensor]:
         z, dz, results = self.eu, self.e, self.results
