@@ -2,7 +2,7 @@
 
 forward alone      1 GEMM, nothing of size (N, V)
 one pass           3 GEMMs, over chunks of rows whose E shares one buffer
-forward, backward  3 GEMMs for the rows whose E fits into a share of free memory, 4 for the
+forward, backward  3 GEMMs for the rows whose E fits into a share of memory, 4 for the
                    others: their backward recomputes slices of the vocabulary
 frozen head        2 GEMMs: each row's gradient per unit of slope is made with the forward
 """
@@ -26,9 +26,10 @@ from expo_fast.kernels.head import (
 )
 from expo_fast.kernels.products import matmul
 
-KEPT_SHARE = 0.25  # of free memory, for the E that a forward leaves its backward
-CHUNK_SHARE = 0.125  # for E or dz that is done with at once
-INTERPRETED_BYTES = 4 << 30  # what counts as free memory on a CPU
+# Shares of the GPU's memory, and not of what is free of it: same input, same bits.
+KEPT_SHARE = 0.125  # for the E that a forward leaves its backward
+CHUNK_SHARE = 0.0625  # for E or dz that is done with at once
+INTERPRETED_BYTES = 4 << 30  # of a CPU
 # More rows a chunk: fewer passes over the fp32 weight gradient, and fuller waves of hidden's GEMM,
 # which for 16384 rows of D 896 is 128 x 7 tiles on 132 SMs.
 MOST_ROWS = 16384
@@ -41,7 +42,8 @@ def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     n, d = head.hidden.shape
     results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
     if needs.weight or needs.bias:
-        fit = min(n, _rows(KEPT_SHARE, head))
+        fit = _rows(KEPT_SHARE, head)
+        fit = n if fit >= n else fit // k.GEMM.BN * k.GEMM.BN
         e = k.room_for_e(head, fit)
         log_total = _forward(head, slice(0, fit), results, e[:, : len(head.weight)])
         _forward(head, slice(fit, n), results)
@@ -86,9 +88,10 @@ def gradients(head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gra
         d_hidden = kept * slopes.logp.float()[:, None]
         return Gradients(d_hidden.to(head.hidden.dtype), None, None)
     n, fit = len(head.targets), 0 if log_total is None else len(log_total)
-    grads = _room(head, needs, several=fit > 0 or n == 0)
-    if fit and kept is not None and log_total is not None:
-        for span in _spans(head.take(slice(fit))):
+    spans = list(_spans(head.take(slice(fit))))
+    grads = _room(head, needs, several=len(spans) + (fit < n) != 1)
+    if kept is not None and log_total is not None:
+        for span in spans:
             rows, at, slope = head.take(span), results.take(span), slopes.take(span)
             e = kept[span, : len(head.weight)]
             _add(rows, e, log_total[span], at, slope, grads.at(span), span.start > 0)
@@ -197,18 +200,17 @@ def _room(head: Head, needs: Needs, *, several: bool) -> Gradients:
 
 
 def _spans(head: Head) -> Iterator[slice]:
-    """Of as many rows as there may be in a chunk, and about equal."""
+    """Of as many rows as there may be in a chunk, about equal, in whole tiles."""
     n = len(head.targets)
     count = -(-n // max(1, min(MOST_ROWS, _rows(CHUNK_SHARE, head))))
     size = -(-n // max(1, count))
+    size = size if count == 1 else -(-size // k.GEMM.BN) * k.GEMM.BN
     return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
 
 
 def _rows(share: float, head: Head) -> int:
-    """Of E, in that share of free memory."""
-    device = head.hidden.device
-    free = INTERPRETED_BYTES
+    """Of E, in that share of the device's memory."""
+    memory = INTERPRETED_BYTES
     if head.hidden.is_cuda:
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
-    return int(share * free) // (2 * len(head.weight))
+        memory = torch.cuda.get_device_properties(head.hidden.device).total_memory
+    return int(share * memory) // (2 * len(head.weight))

@@ -187,7 +187,10 @@ def _has(name: str) -> bool:
         return name == "portable"
     if name == "amx":
         enabled = c._is_amx_tile_supported() and torch.backends.mkldnn.enabled
-        return bool(enabled and library(name).expo_fast_has_amx())
+        try:
+            return bool(enabled and library(name).expo_fast_has_amx())
+        except Unavailable:  # torch came without its headers; the rest needs none
+            return False
     return {
         "avx512_bf16": c._is_avx512_bf16_supported,
         "avx512": c._is_avx512_supported,

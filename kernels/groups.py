@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expo_fast.kernels.advantage import SAME_REWARD
+from expo_fast.kernels.rowwise import launch_device
 
 BLOCK = 32
 
@@ -67,5 +68,6 @@ def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) 
     programs = triton.cdiv(len(out), BLOCK)
     if programs:
         how = {"GROUP": scale == "group", "BATCH": scale == "batch", "BLOCK": BLOCK}
-        centre_and_scale[(programs,)](*given, SAME_REWARD, **how)
+        with launch_device(rewards):
+            centre_and_scale[(programs,)](*given, SAME_REWARD, **how)
     return out

@@ -22,7 +22,7 @@ patched to dz_iy / c0_i = expm1(logp) exp(log_total); so the gradients are two p
 # (of Triton's functions, which it takes for Python's)
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expo_fast.kernels.head import Head, LogProb, Slopes, from_sums, logit_slopes, slopes_about_lse
-from expo_fast.kernels.rowwise import INTERPRETED, to_bf16
+from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
 SAFE_SUM = 2.0**60  # a target 41 nats from the others: squares of it still fit bf16's exponent
 LOG2_E = math.log2(math.e)
@@ -86,15 +86,10 @@ def _logits(
 
 
 @triton.jit
-def target_logits(x, w, bias, targets, out, V, D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr):
-    """out (N,): each row's logit of its target, before temperature. One program a row.
-
-    NaN for a target that no column has: nobody looked at its value, which would stall the GPU.
-    """
+def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+    """out (N,): each row's logit of its target, before temperature. One program a row."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row)
-    exists = (y >= 0) & (y < V)
-    y = tl.where(exists, y, 0)
     total = tl.zeros([BLOCK], tl.float32)
     for d in range(0, D, BLOCK):
         k = d + tl.arange(0, BLOCK)
@@ -103,7 +98,7 @@ def target_logits(x, w, bias, targets, out, V, D, sx, sw, BLOCK: tl.constexpr, B
     z = tl.sum(total, 0)
     if BIAS:
         z += tl.load(bias + y)
-    tl.store(out + row, tl.where(exists, z, float("nan")))
+    tl.store(out + row, z)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -275,7 +270,7 @@ class _Call:
 
     @property
     def device(self) -> AbstractContextManager:
-        return torch.cuda.device(self.hidden.device) if self.hidden.is_cuda else nullcontext()
+        return launch_device(self.hidden)
 
     def programs(self) -> int:
         """As many as run at once."""
@@ -298,7 +293,7 @@ class _Call:
 
     def target_logits(self) -> Tensor:  # (N,) fp32, before temperature
         out, bias, x, w = torch.empty_like(self.scale), self.bias, self.hidden, self.weight
-        sizes = self.v, self.d, x.stride(0), w.stride(0), ELEMENTS
+        sizes = self.d, x.stride(0), w.stride(0), ELEMENTS
         with self.device:
             target_logits[(self.n,)](x, w, bias, self.targets, out, *sizes, bias is not None)
         return out

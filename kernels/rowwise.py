@@ -12,7 +12,9 @@ read by the GEMMs for the gradients. Runs every dtype on any GPU that Triton kno
 # (of Triton's functions, which it takes for Python's)
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,6 +35,11 @@ def to_bf16(x, INTERPRETED: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(tl.bfloat16)
+
+
+def launch_device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 INTERPRETED = not isinstance(to_bf16, triton.JITFunction)  # TRITON_INTERPRET=1: on a CPU
@@ -103,9 +110,9 @@ class RowTile(Tile):
     def softmax(cls, head: Head, z: Tensor, e: Tensor) -> "RowTile":
         n, v = z.shape
         other, moment, base = z.new_empty(3, n).unbind()
-        row_sums[(n,)](
-            z, head.targets, other, moment, base, v, z.stride(0), SAFE_SUM, BLOCK, num_warps=WARPS
-        )
+        given = z, head.targets, other, moment, base, v, z.stride(0)
+        with launch_device(z):
+            row_sums[(n,)](*given, SAFE_SUM, BLOCK, num_warps=WARPS)
         shift = base.double() - z.gather(1, head.targets[:, None])[:, 0]
         results, _ = from_sums(base.double(), other.double(), moment.double(), shift)
         return cls(results, e, z, None)
@@ -119,10 +126,9 @@ class RowTile(Tile):
         if head.narrow:
             dz = bf16_in(dz, z.shape)
         given = slopes_about_lse(results, slopes, head.temperature)
-        row_gradients[(len(z),)](
-            z, head.targets, *given, dz, z.shape[1], z.stride(0),
-            BLOCK, head.narrow, INTERPRETED, num_warps=WARPS,
-        )  # fmt: skip
+        given = z, head.targets, *given, dz, z.shape[1], z.stride(0)
+        with launch_device(z):
+            row_gradients[(len(z),)](*given, BLOCK, head.narrow, INTERPRETED, num_warps=WARPS)
         return dz, bf16_in(z, z.shape) if head.narrow else z
 
 

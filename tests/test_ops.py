@@ -25,6 +25,7 @@ from expo_fast.ops import (
 def several_chunks(each_backend, monkeypatch):
     """Small chunks, so that every test crosses their borders."""
     monkeypatch.setattr(reference, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(reference, "CUDA_CHUNK_BYTES", 1 << 14)
 
 
 class Head(NamedTuple):

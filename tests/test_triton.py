@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from expo_fast import backends, fused
-from expo_fast.kernels import advantage, groups, reference, rowwise
+from expo_fast.kernels import advantage, groups, logprob, reference, rowwise
 from expo_fast.kernels.head import Head, Needs, Slopes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,11 +119,12 @@ def test_unlikely_targets_do_not_overflow(kernels, gap, needs):
             assert off(got, t) < 8e-3
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 300])
+@pytest.mark.parametrize("kept", [0, 128, 300])
 @pytest.mark.parametrize("chunk", [64, 300])
 def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, chunk):
     """Rows beyond the budget are recomputed; both kinds, in chunks, and with rows of no slope."""
     head = make_head(300, 16, 700)
+    monkeypatch.setattr(logprob, "GEMM", replace(logprob.GEMM, BN=64))
     fits = {fused.KEPT_SHARE: kept, fused.CHUNK_SHARE: chunk}
     monkeypatch.setattr(fused, "_rows", lambda share, _: fits[share])
     upstream = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -163,13 +165,6 @@ def test_a_row_of_nan_stays_alone(kernels):
     clean = torch.arange(40) != 7
     for x in kernels.log_probs(head, Needs(False, False, False)).results:
         assert x[7].isnan() and x[clean].isfinite().all()
-
-
-def test_a_target_outside_the_vocabulary_gives_nan_and_reads_nothing():
-    head = make_head(5, 16, 300)
-    head.targets[1], head.targets[3] = 10**9, -5
-    got = fused.log_probs(head).results.logp
-    assert got.isnan().tolist() == [False, True, False, True, False]
 
 
 def test_equal_calls_give_equal_bits(kernels):
@@ -233,9 +228,8 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
         assert (row["HGMMA"] > 0) == (row["UTMALDG"] > 0) == (row["kernel"] in multiply), row
 
 
+@pytest.mark.parametrize("environment", ["oldest"], indirect=True)
 def test_the_oldest_triton_computes_the_same(environment):
-    if "PYTHONPATH" not in environment:
-        return
     environment |= {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
     command = [sys.executable, "-m", "pytest", "-q", "-k", "plain or kept", "tests/test_triton.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
