@@ -346,9 +346,9 @@ def _comes_with_gradients(op: Any) -> None:
             tensors = iter(ctx.saved_tensors)
             ctx.grads = op(*(next(tensors) if x is None else x[0] for x in ctx.others))[-2:]
         grads, ctx.grads = ctx.grads, None
-        # on a GPU a look would stall it, and a tensor that is traced has no value
-        looks = type(upstream) is Tensor and not upstream.is_cuda
-        if not (looks and float(upstream) == 1):
+        if type(upstream) is not Tensor:  # traced: it has no value, and a graph owns its outputs
+            grads = [g * upstream for g in grads]
+        elif upstream.is_cuda or float(upstream) != 1:  # to look at it would stall a GPU
             grads = [g.mul_(upstream) for g in grads]
         wanted = zip(grads, ctx.dtypes, ctx.needs, strict=True)
         return *(g.to(dtype) if needed else None for g, dtype, needed in wanted), *nothing[2:]

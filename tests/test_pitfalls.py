@@ -1,0 +1,661 @@
+"""Bugs that other implementations of these ops had, one section each: may none of them be ours.
+
+Numbers 12 to 16 and 22, on what torch does around the ops, are in test_pitfalls_torch.py.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from expo_fast.generate import Generator, Request
+from expo_fast.kernels import reference
+from expo_fast.kernels.head import Head, Slopes
+from expo_fast.ops import (
+    Cispo,
+    Clipped,
+    Dpo,
+    Ipo,
+    SequenceClipped,
+    SimPo,
+    linear_logprob,
+    linear_policy_loss,
+    linear_preference_loss,
+)
+from expo_fast.pack import Sample, pack
+from tiny import tiny_model
+
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FP32, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+ROUNDED = {FP32: 2e-5, BF16: 8e-3}  # how far a gradient may be off, relative
+
+
+class Case(NamedTuple):
+    """What an op is given, on the CPU: it is called where its backend runs."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (N,)
+    backend: str
+
+    def __call__(self, op: Callable, *given: Any, **named: Any) -> Any:
+        def move(x: Tensor) -> Tensor:
+            return x.to(GPU if self.backend == "triton" else "cpu")
+
+        given, named = tree_map_only(Tensor, move, ((*self[:3], *given), named))
+        return tree_map_only(Tensor, Tensor.cpu, op(*given, backend=self.backend, **named))
+
+    def run(self, loss: Callable) -> list[Tensor]:
+        """loss(op), op called as this case is, and its gradients."""
+        hidden, weight = inputs = [x.detach().requires_grad_() for x in self[:2]]
+        value = loss(self._replace(hidden=hidden, weight=weight))
+        return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+    def truth(self, loss: Callable) -> list[Tensor]:
+        """loss(logp, entropy, lse) of the definition in fp64, and its gradients."""
+        hidden, weight = inputs = [x.detach().double().requires_grad_() for x in self[:2]]
+        value = loss(*by_definition(hidden, weight, self.targets))
+        return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+    def exactly(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp, entropy, lse) in fp64."""
+        return by_definition(self.hidden.double(), self.weight.double(), self.targets)
+
+    def rows(self, rows: Any) -> "Case":
+        return self._replace(hidden=self.hidden[rows], targets=self.targets[rows])
+
+
+def by_definition(hidden: Tensor, weight: Tensor, targets: Tensor):
+    """(logp, entropy, lse) of (N, V) logits, 0 for rows without target."""
+    logits = hidden @ weight.T
+    logp, lse = logits.log_softmax(-1), logits.logsumexp(-1)
+    own = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    has = targets != -100
+    entropy = -(logp.exp() * logp).sum(-1)
+    return torch.where(has, own, 0), torch.where(has, entropy, 0), torch.where(has, lse, 0)
+
+
+@pytest.fixture(params=["torch", "native", "triton"])
+def backend(request) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture(params=[FP32, BF16], ids=["fp32", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+def make_case(backend="torch", dtype=FP32, n=24, d=16, v=300) -> Case:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(s, d, generator=g).to(dtype) for s in (n, v))
+    return Case(hidden, weight, torch.randint(v, (n,), generator=g), backend)
+
+
+def worst(got: Tensor, truth: Tensor) -> float:
+    return (got.double() - truth.double()).abs().max().item()
+
+
+def off(got: Tensor, truth: Tensor) -> float:
+    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def close(got: list[Tensor], truth: list[Tensor], tolerance: float) -> bool:
+    return all(off(a, t) < tolerance for a, t in zip(got, truth, strict=True))
+
+
+# 1. 32-bit offsets, at 14135 rows of 151936 logits (Liger #1248, #1296)
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """Copies rows to 2^30 elements from each other, on pages that cost memory once written."""
+    if GPU.type == "cuda":
+        pytest.skip("a GPU's memory is taken when it is asked for")
+    rooms = []
+
+    def place(x: Tensor) -> Tensor:
+        rooms.append(tmp_path / str(len(rooms)))
+        size = 2**32 + 4096  # where an int32 offset would wrap around to is in it too
+        room = torch.from_file(str(rooms[-1]), shared=True, size=size, dtype=x.dtype)
+        return room.as_strided(x.shape, (2**30 + 8, 1), 2**31).copy_(x)
+
+    yield place
+    assert sum(os.stat(room).st_blocks for room in rooms) * 512 < 1e6
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, HALF])
+def test_offsets_beyond_2_to_the_31_in_the_weight(backend, dtype, far_apart):
+    near = make_case(backend, dtype, 3, 16, 3)
+    near.targets[:] = torch.arange(3)
+    far = near._replace(weight=far_apart(near.weight))
+    a, b = (case.run(lambda op: torch.stack(op(linear_logprob)).sum()) for case in (near, far))
+    assert all(map(torch.equal, a, b))
+    assert all(map(torch.equal, near(linear_logprob), far(linear_logprob)))
+
+
+def test_offsets_beyond_2_to_the_31_in_what_the_kernels_store(far_apart):
+    pytest.importorskip("triton")
+    from expo_fast.kernels import logprob, rowwise
+
+    case = make_case("triton", BF16, 3, 16, 200)
+    head = Head(*case[:2], None, case.targets, 1.0)
+    call = logprob._Call.of(head)
+    far = replace(call, hidden=far_apart(head.hidden))
+    assert torch.equal(call.target_logits(), far.target_logits())
+    near = logprob.room_for_e(head, 3)[:, :200]
+    far = far_apart(near.zero_())
+    results, log_total = logprob.forward(head, near)
+    logprob.forward(head, far)
+    assert torch.equal(near, far) and near.count_nonzero() == near.numel()
+    slopes = Slopes(torch.randn(3), torch.randn(3))
+    for e in (near, far):
+        logprob.from_stored(head, e, log_total, results, slopes, e)
+    assert torch.equal(near, far)
+    for dz in (near.zero_(), far.zero_()):
+        logprob.recomputed(head, results, slopes, 0, dz)
+    assert torch.equal(near, far) and near.count_nonzero() == near.numel()
+
+    head = Head(case.hidden.float(), case.weight.float(), None, case.targets, 1.0)
+    near = head.hidden @ head.weight.T
+    far = far_apart(near)
+    tiles = [rowwise.RowTile.softmax(head, z, z) for z in (near, far)]
+    assert all(map(torch.equal, *(t.results for t in tiles)))
+    assert torch.equal(*(t.logit_gradients(head, slopes)[0] for t in tiles))
+
+
+@pytest.mark.skipif(GPU.type != "cuda", reason="needs 5 GB of E on a GPU")
+def test_last_rows_of_16384_by_151936_are_right():
+    case = make_case("triton", BF16, 16384, 64, 151936)
+    last = case.rows(slice(-64, None))
+    _, d_hidden, _ = case.run(lambda op: op(linear_logprob).logp.sum())
+    assert worst(case(linear_logprob).logp[-64:], last.exactly()[0]) < 2e-5
+    assert off(d_hidden[-64:], last.truth(lambda logp, *_: logp.sum())[1]) < ROUNDED[BF16]
+
+
+# 2. A grid's y and z end at 65535: so does triton_grpo_loss, at 65536 tokens
+
+
+def test_70000_rows(backend):
+    if backend == "triton" and GPU.type != "cuda":
+        pytest.skip("minutes in the interpreter; the grids are checked below")
+    case = make_case(backend, BF16, 70_000, 8, 5)
+    g = torch.linspace(-1, 1, 70_000)
+    got = case.run(lambda op: (op(linear_logprob).logp * g).sum())
+    assert close(got, case.truth(lambda logp, *_: (logp * g).sum()), ROUNDED[BF16])
+
+
+def test_every_kernel_is_launched_on_a_grid_of_one_dimension(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.runtime.jit import KernelInterface
+
+    grids, launch = {}, KernelInterface.__getitem__
+
+    def note(kernel, grid):
+        grids[kernel.__name__] = grid
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", note)
+    for dtype, fit in ((FP32, 8), (BF16, 8), (BF16, 3)):  # fewer than 5: recomputed
+        monkeypatch.setattr("expo_fast.fused._rows", lambda *_, fit=fit: fit)
+        case = make_case("triton", dtype, 5)
+        case.run(lambda op: torch.stack(op(linear_logprob)).sum())
+    expected = {"target_logits", "softmax_sums", "logit_gradients", "scale_stored"}
+    assert grids.keys() >= expected | {"row_sums", "row_gradients"}
+    assert {len(grid) for grid in grids.values()} == {1}
+
+
+# 3. A vocabulary that no tile divides, and its phantom tokens of logit 0 (verl #2656, #2899)
+
+
+@pytest.mark.parametrize("v", [1000, 50257, 129920, 151936])
+def test_vocabulary_not_a_multiple_of_the_tile_adds_no_phantom_tokens(
+    backend, dtype, v, monkeypatch
+):
+    if backend == "triton" and GPU.type != "cuda":
+        from expo_fast.kernels import logprob
+
+        width = 128 if v < 5000 else 2048  # the interpreter's time goes by tiles and their rows
+        monkeypatch.setattr(logprob, "GEMM", replace(logprob.GEMM, BN=16, BV=width, BD=16))
+    case = make_case(backend, dtype, 3, 8, v)
+    case.hidden[:, 0], case.weight[:, 0] = 1, -30
+    case.weight[:, 1:] *= 0.25
+    case.targets[-1] = v - 1
+    got = case(linear_logprob)
+    assert (got.logp <= 0).all()
+    assert max(map(worst, got, case.exactly())) < 2e-5
+
+
+# 4. p -> 1: z_y - lse keeps no digit of 1 - p (Liger #1329)
+
+SURE = [10.0**-k for k in range(1, 9)]  # 1 - p of each row, about
+TIGHT = {FP32: 2e-5, BF16: 3 * 2.0**-8}  # of one value: E, its factor and the sum are rounded
+
+
+def sure_case(backend, dtype, v=1000) -> tuple[Case, Tensor, Tensor]:
+    """Row i is unit vector i, so that weight's gradient is dz.T; and the rows' logp and 1 - p."""
+    gaps = torch.tensor([math.log(rest / (v - 1)) for rest in SURE]).to(dtype)
+    weight, targets = gaps.repeat(v, 1), torch.arange(8) + 400
+    weight[targets, torch.arange(8)] = 0
+    others = gaps.double().exp() * (v - 1)
+    case = Case(torch.eye(8, dtype=dtype), weight, targets, backend)
+    return case, -torch.log1p(others), others / (1 + others)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_relative_accuracy_of_a_policy_loss_as_the_probability_goes_to_one(backend, dtype, on):
+    case, logp, rest = sure_case(backend, dtype)
+    a, w = torch.tensor([1.0, -0.5, 2.0, 1.0, -1.0, 0.3, 1.0, -2.0]), torch.linspace(0.1, 1, 8)
+    for i in range(8):  # one row's weight at a time: the loss is that of the row alone
+        alone = torch.where(torch.arange(8) == i, w, 0)
+        given = {"objective": Cispo(), "on_policy": torch.full((8,), on)}
+        policy = partial(linear_policy_loss, **given)
+        loss, _, d_weight = case.run(lambda op, f=policy, x=alone: op(f, a, x).loss)
+        scale = -(w * a)[i].item()
+        assert loss.item() == pytest.approx(scale * logp[i].item(), rel=2e-5)
+        dz = d_weight[400 + i, i].item()
+        assert dz == pytest.approx(scale * rest[i].item(), rel=TIGHT[dtype])
+
+
+def test_relative_accuracy_of_a_preference_loss_as_the_probability_goes_to_one(backend, dtype):
+    case, logp, rest = sure_case(backend, dtype)
+    dpo = partial(linear_preference_loss, objective=Dpo(beta=0.3))
+    _, _, d_weight = case.run(lambda op: op(dpo, torch.arange(8)).loss)
+    chosen, rejected = logp.view(4, 2).T
+    slope = -0.3 * torch.sigmoid(-0.3 * (chosen - rejected)) / 4
+    truth = torch.stack([slope, -slope], 1).view(-1) * rest
+    dz = d_weight[case.targets, torch.arange(8)].double()
+    assert (dz / truth - 1).abs().max() < TIGHT[dtype]
+
+
+# 5. exp(z_j - z_y) overflows fp32 where logp < -88: the price of an anchor at the target
+
+
+class Known(NamedTuple):
+    """What the losses below know of 16 rows: four sequences, two pairs."""
+
+    old: Tensor
+    ref: Tensor
+    a: Tensor = torch.linspace(-1, 1, 16)
+    w: Tensor = torch.linspace(0.5, 1, 16)
+    ids: Tensor = torch.arange(16) // 4
+
+    def sums(self, x: Tensor) -> Tensor:
+        return x.new_zeros(4).index_add(0, self.ids, x)
+
+
+PAIRS = {"dpo": Dpo(), "ipo": Ipo(average=True), "simpo": SimPo()}
+
+
+def our_loss(name: str, k: Known, op: Callable, **named) -> Tensor:
+    if name == "logprob":
+        got = op(linear_logprob, **named)
+        return (k.a * got.logp + got.entropy - k.w * got.lse).sum()
+    if name in PAIRS:
+        named |= {"objective": PAIRS[name], "ref_logp": k.sums(k.ref)}
+        return op(linear_preference_loss, k.ids, **named).loss
+    named |= {"objective": {"policy": Clipped, "sequence": SequenceClipped}[name](0.5, 0.5)}
+    named |= {"old_logp": k.old, "ref_logp": k.ref, "kl_coef": 0.1, "sequence_ids": k.ids}
+    return op(linear_policy_loss, k.a, k.w, **named).loss
+
+
+def true_loss(name: str, k: Known, logp: Tensor, entropy: Tensor, lse: Tensor) -> Tensor:
+    if name == "logprob":
+        return (k.a * logp + entropy - k.w * lse).sum()
+    if name in PAIRS:
+        h = k.sums(logp if name == "simpo" else logp - k.ref)
+        h = h[::2] - h[1::2]
+        if name == "dpo":
+            return -F.logsigmoid(0.1 * h).mean()
+        return ((h / 4 - 5) ** 2 if name == "ipo" else -F.logsigmoid(2 * h / 4 - 1)).mean()
+    log_ratio, x = logp - k.old, k.ref - logp
+    ratio = (log_ratio if name == "policy" else k.sums(log_ratio)[k.ids] / 4).exp()
+    value = -torch.minimum(ratio * k.a, ratio.clamp(0.5, 1.5) * k.a)
+    return (k.w * (value + 0.1 * (x.exp() - x - 1))).sum()
+
+
+@pytest.mark.parametrize("gap", [90.0, 1000.0])
+@pytest.mark.parametrize("name", ["logprob", "policy", "sequence", *PAIRS])
+def test_every_loss_stays_right_where_targets_have_no_probability(backend, dtype, name, gap):
+    case = make_case(backend, dtype, 16)
+    rows = case.hidden[2::5].float()
+    unlikely = -gap * rows / rows.square().sum(1, keepdim=True)
+    case.weight[:3], case.targets[2::5] = unlikely.to(dtype), torch.arange(3)
+    logp = case.exactly()[0]
+    assert logp.min() < -gap
+    known = Known(*((logp + 0.2 * torch.sin(torch.arange(16) + i)).float() for i in (0, 1)))
+    got = case.run(partial(our_loss, name, known))
+    exact = case.truth(partial(true_loss, name, known))
+    assert got[0].item() == pytest.approx(exact[0].item(), rel=1e-5 * gap**0.5)
+    assert close(got[1:], exact[1:], max(2e-6 * gap, ROUNDED[dtype]))
+
+
+# 6. A weight gradient that is rounded to bf16 after every chunk (Liger #1472, torch, FLSCE)
+
+
+def test_weight_gradient_of_64_chunks_is_as_accurate_as_of_one(backend, monkeypatch):
+    n = 65536 if backend != "triton" or GPU.type == "cuda" else 256
+    case, one = make_case(backend, BF16, n, 16, 40), torch.ones(n)
+    case.targets[:] = 3  # sums of one sign lose the most
+    truth = case.truth(lambda logp, *_: -logp.sum())[2]
+
+    def error(case: Case) -> float:
+        return off(case.run(lambda op: op(linear_policy_loss, one, one).loss)[2], truth)
+
+    once = error(case if backend != "native" else case._replace(backend="torch"))
+    monkeypatch.setattr(reference, "CHUNK_BYTES", n * 40 * 4 // 64)
+    monkeypatch.setattr(reference, "CUDA_CHUNK_BYTES", n * 40 * 4 // 64)
+    if backend == "triton":
+        monkeypatch.setattr("expo_fast.fused._rows", lambda *_: n // 64)
+    assert error(case) <= 2 * once + 1e-5  # csrc's SPAN makes 64 chunks by itself
+
+
+# 7. One upstream gradient for all rows: that of the first (Liger #1298)
+
+
+@pytest.mark.parametrize("result", range(3))
+def test_one_upstream_gradient_per_row_not_the_first_rows(backend, dtype, result):
+    case = make_case(backend, dtype)
+    g = torch.logspace(-6, 3, 24) * torch.tensor([0.0, -1.0, 1.0, -1.0]).repeat(6)
+    g = g[torch.randperm(24)]
+    got = case.run(lambda op: (op(linear_logprob)[result] * g).sum())
+    truth = case.truth(lambda *results: (results[result] * g).sum())
+    for row in range(24):
+        if g[row] == 0:
+            assert not got[1][row].count_nonzero()
+        else:
+            assert off(got[1][row], truth[1][row]) < 3 * ROUNDED[dtype]  # entropy's u is log E
+    assert off(got[2], truth[2]) < ROUNDED[dtype]
+
+
+def test_one_advantage_and_weight_per_row_over_nine_decades(backend, dtype):
+    case, a, w = make_case(backend, dtype), torch.randn(24), torch.logspace(-6, 3, 24)
+    w, a[::5] = w[torch.randperm(24)], 0
+    got = case.run(lambda op: op(linear_policy_loss, a, w).loss)[1]
+    truth = case.truth(lambda logp, *_: (-w * a * logp).sum())[1]
+    assert ((got.double() - truth).norm(dim=1) <= ROUNDED[dtype] * truth.norm(dim=1)).all()
+
+
+# 8. Nothing to learn from: NaN, None, or a graph that is cut (NeMo-Automodel #3796; a mean of none)
+
+NOTHING = {"no row": 0, "no target": 5, "no weight": 5, "no advantage": 5}
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_nothing_to_learn_gives_zero_gradients_that_are_there(backend, dtype, what):
+    n = NOTHING[what]
+    case = make_case(backend, dtype, n)
+    if what == "no target":
+        case.targets[:] = -100
+    a, w, ids = torch.ones(n), torch.ones(n), torch.zeros(n, dtype=torch.int64)
+    {"no advantage": a, "no weight": w}.get(what, w[:0]).zero_()
+    for objective in (Clipped(), SequenceClipped()):
+        known = {"objective": objective, "old_logp": w - 3, "sequence_ids": ids}
+        policy = partial(linear_policy_loss, **known)
+        loss, *grads = case.run(lambda op, f=policy: op(f, a, w).loss)
+        assert loss == 0 and not any(g.count_nonzero() for g in grads)
+    statistics = case(linear_policy_loss, a, w, kl_coef=0.1, ref_logp=w)
+    assert all(x.isfinite().all() for x in statistics)
+    if what in ("no row", "no target"):
+        ref = torch.zeros(4)
+        loss, *grads = case.run(lambda op: op(linear_preference_loss, ids, ref_logp=ref).loss)
+        assert loss.item() == pytest.approx(math.log(2))  # two pairs that are not told apart
+        assert not any(g.count_nonzero() for g in grads)
+
+
+def test_a_single_token_among_masked_rows(backend, dtype):
+    case = make_case(backend, dtype)
+    case.targets[torch.arange(24) != 17] = -100
+    got = case.run(lambda op: torch.stack(op(linear_logprob)).sum())
+    assert close(got, case.truth(lambda *results: torch.stack(results).sum()), ROUNDED[dtype])
+
+
+# 9. Trainer, old, reference and sampler log-probs at different temperatures (TRL #4159, MLX #832)
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.8}, {"top_k": 5}])  # TRL #6789
+def test_ratio_of_trainer_to_sampler_is_one_at_every_temperature(backend, truncation):
+    model = tiny_model("qwen3")
+    asked = [
+        Request((20, 21, 30 + i), 12, temperature=t, seed=i, stop_ids=(), **truncation)
+        for i, t in enumerate((0.6, 0.6, 1.3))
+    ]
+    done = Generator(model).sample(asked)
+    samples = [
+        Sample(tuple(r.prompt_ids), tuple(c.token_ids), 1.0, 1.0, old_logp=c.logp)
+        for r, c in zip(asked, done, strict=True)
+    ]
+    (p,) = pack(samples, 1000)
+    hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows].detach()
+    hot = torch.tensor([r.temperature for r in asked])[p.sequence_ids]
+    case = Case(hidden, model.head_weight.detach(), p.targets, backend)
+    assert p.old_logp is not None
+    assert worst((case(linear_logprob, temperature=hot).logp - p.old_logp).exp(), hot / hot) < 1e-3
+    policy = partial(linear_policy_loss, old_logp=p.old_logp, temperature=hot)
+    got = case(policy, p.advantage, p.row_weight)
+    assert got.ratio_max.item() == pytest.approx(1, abs=1e-3)
+    assert got.ratio_mean.item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("name", ["logprob", "policy", "dpo"])
+def test_a_temperature_is_a_division_of_hidden_states_in_every_gradient_too(backend, name, per_row):
+    case = make_case(backend, n=16)
+    t = torch.linspace(0.5, 2, 16) if per_row else torch.full((16,), 0.6)
+    divided = case._replace(hidden=case.hidden / t[:, None])
+    known = Known(*(divided(linear_logprob).logp + 0.1 * torch.randn(2, 16)))
+    given = t if per_row else 0.6
+    got = case.run(lambda op: our_loss(name, known, op, temperature=given))
+    loss, d_hidden, d_weight = divided.run(partial(our_loss, name, known))
+    assert close(got, [loss, d_hidden / t[:, None], d_weight], 1e-5)
+
+
+# 10. Log-probs rounded to the inputs' bf16, off by 4e-3 (torch, verl)
+
+
+@pytest.mark.parametrize("default", [FP32, BF16])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (HALF, HALF), (BF16, FP32), (FP32, BF16)])
+def test_results_are_fp32_and_exact_whatever_the_inputs_are(backend, dtypes, default):
+    case = make_case(backend)
+    case = case._replace(hidden=case.hidden.to(dtypes[0]), weight=case.weight.to(dtypes[1]))
+    truth, one, ids = case.exactly(), torch.ones(24), torch.arange(24) // 6
+    try:
+        torch.set_default_dtype(default)
+        got = case(linear_logprob)
+        policy = case(linear_policy_loss, one, one, old_logp=one, ref_logp=one, kl_coef=0.1)
+        pairs = case(linear_preference_loss, ids)
+    finally:
+        torch.set_default_dtype(FP32)
+    assert {x.dtype for x in (*got, *policy, *pairs)} == {FP32}
+    assert max(map(worst, (*got, policy.logp), (*truth, truth[0]))) < 2e-5
+    assert worst(pairs.chosen_logp, truth[0].view(4, 6).sum(1)[::2]) < 1e-4
+
+
+# 11. Tied embeddings: one of the two gradients lost, or the tie itself (NeMo-RL #227)
+
+
+def test_gradients_of_a_tied_weight_as_embedding_and_as_head_add_up(backend):
+    tokens, mix, one = torch.randint(50, (24,)), torch.randn(16, 16), torch.ones(24)
+    case = make_case(backend, v=50)
+    tied, exact = case.weight.clone().requires_grad_(), case.weight.double().requires_grad_()
+    hidden = F.embedding(tokens, exact) @ mix.double()
+    (-by_definition(hidden, exact, case.targets)[0].mean()).backward()
+    assert exact.grad is not None
+    for steps in (1, 2):  # grad is added to
+        hidden = F.embedding(tokens, tied) @ mix
+        case._replace(hidden=hidden, weight=tied)(linear_policy_loss, one, one / 24).loss.backward()
+        assert tied.grad is not None and off(tied.grad, steps * exact.grad) < 1e-5
+
+
+def test_a_tied_model_is_one_parameter_that_a_step_moves_once():
+    model = tiny_model("llama-tied")
+    assert model.head_weight is model.model.embed_tokens.weight
+    assert sum(p is model.head_weight for p in model.parameters()) == 1
+    tokens, borders = torch.arange(20, 30), torch.tensor([0, 10], dtype=torch.int32)
+    hidden = model.hidden(tokens, torch.arange(10), borders)
+    linear_logprob(hidden, model.head_weight, tokens).logp.sum().backward()
+    before, grad = model.head_weight.detach().clone(), model.head_weight.grad
+    assert grad is not None
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert worst(model.head_weight, before - 0.1 * grad) < 1e-6
+
+
+# 17. Atomics and locks: another sum, and another gradient, in every run
+
+
+@pytest.mark.parametrize("name", ["logprob", "policy", "sequence", "dpo"])
+def test_equal_calls_give_equal_bits(backend, dtype, name):
+    case, known = make_case(backend, dtype, 16), Known(*torch.randn(2, 16) - 6)
+    first, again = (case.run(partial(our_loss, name, known)) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_a_rows_log_prob_depends_on_its_batch_by_rounding_alone(backend, dtype):
+    case = make_case(backend, dtype)
+    whole = case(linear_logprob).logp[3]
+    for rows in (slice(3, 4), slice(3, 8), torch.tensor([3, 20, 5, 11, 3])):
+        assert worst(case.rows(rows)(linear_logprob).logp[0], whole) < 2e-6
+
+
+# 18. A target out of range reads whatever lies there, or stalls the GPU to look (Liger FLSCE)
+
+
+@pytest.mark.parametrize("wrong", [300, -1, -101, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_a_target_outside_the_vocabulary_is_named_by_every_op(wrong, kind):
+    case, one = make_case(), torch.ones(24)
+    targets = case.targets.to(kind)
+    targets[[4, 9]] = torch.tensor([-100, wrong], dtype=kind)
+    case, w = case._replace(targets=targets), torch.where(torch.arange(24) == 9, 0, one)
+    for op, *given in (
+        (linear_logprob,),
+        (linear_policy_loss, one, w),  # the row itself has no weight
+        (linear_preference_loss, torch.arange(24) // 6),
+    ):
+        with pytest.raises(ValueError, match=rf"targets\[9\] is {wrong}: must lie in \[0, 300\)"):
+            case(op, *given)
+
+
+# 19. Packing: labels rolled across a border of sequences, for which NeMo-RL forbids it
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_sequences_equal_each_sequence_alone(backend, seed):
+    g = torch.Generator().manual_seed(seed)
+    model, samples, truth = tiny_model("mistral-window"), list[Sample](), torch.zeros(())
+    for i, n in enumerate(torch.randint(2, 14, (5,), generator=g).tolist()):
+        text = torch.randint(20, 80, (n,), generator=g)
+        cut = int(torch.randint(1, n, (1,), generator=g))
+        prompt, completion = tuple(text[:cut].tolist()), tuple(text[cut:].tolist())
+        samples.append(Sample(prompt, completion, 1.0, 1 / (i + 1)))
+        hidden = model.hidden(text, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+        logp = by_definition(hidden[cut - 1 : -1], model.head_weight, text[cut:])[0]
+        truth = truth - logp.sum() / (i + 1)
+    parameters = list(model.parameters())
+    exact = torch.autograd.grad(truth, parameters)
+    for budget in (1, 20, 1000):
+        for x in parameters:
+            x.grad = None
+        for p in pack(samples, budget):
+            hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
+            case = Case(hidden, model.head_weight, p.targets, backend)
+            case(linear_policy_loss, p.advantage, p.row_weight).loss.backward()
+        assert close([x.grad for x in parameters if x.grad is not None], list(exact), 1e-4)
+
+
+# 20. Normalisers under gradient accumulation, and what the ratio, clip and length apply to
+
+
+def test_a_micro_batch_without_targets_takes_nothing_from_the_others(backend, dtype):
+    """Liger #1082: each micro-batch divided by its own number of targets."""
+    case, a = make_case(backend, dtype), torch.randn(24)
+    case.targets[8:16] = -100
+    w = (case.targets != -100).float() / 16
+    parts = [slice(i, i + 8) for i in (0, 8, 16)]
+    split = [
+        case.rows(s).run(lambda op, s=s: op(linear_policy_loss, a[s], w[s]).loss) for s in parts
+    ]
+    loss, d_hidden, d_weight = zip(*split, strict=True)
+    truth = case.truth(lambda logp, *_: (-w * a * logp).sum())[1:]
+    assert torch.stack(loss).sum().item() == pytest.approx(-(w * a).sum().item(), abs=1e-5)
+    got = [torch.cat(d_hidden), torch.stack(d_weight).double().sum(0)]
+    assert close(got, truth, ROUNDED[dtype])
+
+
+@pytest.mark.parametrize("objective", [Clipped(), Clipped(cap=1.5), Cispo(), SequenceClipped()])
+def test_a_kl_term_is_not_multiplied_by_the_ratio_nor_clipped(backend, objective):
+    case = make_case(backend)
+    logp = case(linear_logprob).logp
+    ref, known = logp + 0.5 * torch.randn(24), {"objective": objective, "kl_coef": 0.3}
+    known |= {"ref_logp": ref, "old_logp": logp - torch.linspace(-2, 2, 24)}
+    known |= {"sequence_ids": torch.arange(24) // 6}
+    policy = partial(linear_policy_loss, **known)
+    got = case.run(lambda op: op(policy, torch.zeros(24), torch.ones(24)).loss)
+
+    def k3(logp, *_):
+        return 0.3 * ((ref - logp).exp() - (ref - logp) - 1).sum()
+
+    assert close(got, case.truth(k3), 1e-5)
+
+
+def test_a_sequences_length_is_that_of_its_targets(backend):
+    """Rows of the prompt in the denominator would pull the sequence's ratio to 1."""
+    case, ids = make_case(backend), torch.arange(24) // 6
+    old, a = case(linear_logprob).logp - 0.3 * torch.randn(24), torch.randn(4)[ids]
+    policy = partial(linear_policy_loss, objective=SequenceClipped(0.1, 0.1))
+
+    def run(more: Tensor) -> list[Tensor]:
+        """With so many rows that are no targets behind each."""
+        at = torch.arange(24).repeat_interleave(1 + more)
+        first = torch.cat([torch.tensor([True]), at[1:] != at[:-1]])
+        long = case.rows(at)
+        long.targets[~first] = -100
+        known = {"old_logp": old[at], "sequence_ids": ids[at]}
+        loss, d_hidden, d_weight = long.run(lambda op: op(policy, a[at], a[at] ** 2, **known).loss)
+        assert not d_hidden[~first].count_nonzero()
+        return [loss, d_hidden[first], d_weight]
+
+    prompts = (torch.arange(24) % 6 < ids).long()
+    assert close(run(prompts), run(0 * prompts), 1e-5)
+
+
+# 21. 0 * NaN: a masked row that poisons the weight's gradient; certainty without advantage
+
+
+def test_nan_in_masked_rows_poisons_nothing(backend, dtype):
+    case, (a, old, ref) = make_case(backend, dtype), torch.randn(3, 24)
+    masked = torch.arange(24) % 3 == 0
+    case.targets[::6] = -100  # half of them have no target, the other half no weight
+    w = torch.where(masked, 0, 1 / 16)
+
+    def run(x: float) -> list[Tensor]:
+        dirty = case._replace(hidden=case.hidden.masked_fill(masked[:, None], x))
+        b, old_, ref_ = (y.masked_fill(masked, x) for y in (a, old - 6, ref - 6))
+        known = {"old_logp": old_, "ref_logp": ref_, "kl_coef": 0.1, "entropy_coef": 0.01}
+        return dirty.run(lambda op: op(linear_policy_loss, b, w, **known).loss)
+
+    clean = run(0.0)
+    assert all(x.isfinite().all() for x in clean)
+    for x in (math.nan, math.inf):
+        assert all(map(torch.equal, run(x), clean))
+
+
+def test_certain_rows_without_advantage_have_no_gradient(backend, dtype):
+    case, one = make_case(backend, dtype), torch.ones(24)
+    case.targets[::2] = torch.arange(12)
+    case.weight[:12] = 40 * case.hidden[::2]  # of probability 1
+    a = (torch.arange(24) % 2).float()
+    for known in ({}, {"old_logp": case(linear_logprob).logp - 100}, {"on_policy": one.bool()}):
+        policy = partial(linear_policy_loss, **known)
+        loss, d_hidden, d_weight = case.run(lambda op, f=policy: op(f, a, one).loss)
+        assert loss.isfinite() and d_weight.isfinite().all()
+        assert not d_hidden[::2].count_nonzero()

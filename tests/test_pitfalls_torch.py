@@ -1,0 +1,559 @@
+"""Bugs that other implementations had where torch meets the ops: numbers 12 to 16, and 22."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_inductor_cache as fresh_cache
+from torch.utils.checkpoint import checkpoint
+
+from expo_fast import library
+from expo_fast.ops import (
+    Clipped,
+    SequenceClipped,
+    group_advantage,
+    linear_logprob,
+    linear_policy_loss,
+    linear_preference_loss,
+)
+
+N, D, V = 12, 16, 301
+known_bug = partial(pytest.mark.xfail, strict=True)
+Loss = Callable[..., Tensor]
+
+
+@pytest.fixture(params=["torch", "native", "triton"])
+def backend(request) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter is off where there is a GPU")
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+def make_inputs(dtype=torch.float32, n=N, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(s, D, generator=g).to(dtype).requires_grad_() for s in (n, V))
+    return hidden, weight, torch.randint(V, (n,), generator=g)
+
+
+def ramp(like: Tensor) -> Tensor:
+    return torch.arange(like.numel()).view(like.shape) / like.numel() - 0.4  # linspace fixes N
+
+
+def logprob(hidden, weight, targets, **given: Any) -> Tensor:
+    got = linear_logprob(hidden, weight, targets, **given)
+    g = ramp(targets)
+    return (g * got.logp + 0.1 * got.entropy - got.lse).sum()
+
+
+def policy(hidden, weight, targets, **given: Any) -> Tensor:
+    a = ramp(targets)
+    given.setdefault("entropy_coef", 0.1)
+    return linear_policy_loss(hidden, weight, targets, a, a.abs() + 0.1, **given).loss
+
+
+def preference(hidden, weight, targets, **given: Any) -> Tensor:
+    ids = torch.arange(targets.numel()).view(targets.shape) * 4 // targets.numel()
+    return linear_preference_loss(hidden, weight, targets, ids, **given).loss
+
+
+LOSSES: dict[str, Loss] = {"logprob": logprob, "policy": policy, "preference": preference}
+
+
+@pytest.fixture(params=LOSSES)
+def loss_of(request) -> Loss:
+    return LOSSES[request.param]
+
+
+def gradients(loss_of: Loss, *inputs: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    loss = loss_of(*inputs, **given)
+    return loss.detach(), *torch.autograd.grad(loss, inputs[:2])
+
+
+def same(got, truth, tolerance=0.0) -> None:
+    for a, t in zip(got, truth, strict=True):
+        assert a.dtype == t.dtype and a.shape == t.shape
+        assert (a.double() - t.double()).norm() <= tolerance * t.double().norm()
+
+
+# 12. A weight that is a share of itself, flattened, or no tensor: DTensor, FSDP, ZeRO-3, PEFT
+
+
+@pytest.mark.parametrize("shape", [(0,), (V * D,), (0, D), (V, 0), (D, V)], ids=str)
+def test_a_weight_that_is_not_gathered_is_refused(loss_of, backend, shape):
+    """Liger #332 and CCE #31 read beyond it."""
+    hidden, _, targets = make_inputs()
+    with pytest.raises(ValueError, match=r"weight|must lie in"):
+        loss_of(hidden, torch.zeros(shape), targets, backend=backend)
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["hidden", "weight"])
+def test_a_module_is_refused_by_its_argument_name(rank):
+    """PEFT wraps lm_head in a module, whose adapter a bare .weight would leave out."""
+    given: list[Any] = [*make_inputs()]
+    given[rank] = torch.nn.Linear(D, V)
+    with pytest.raises((TypeError, ValueError), match=["hidden", "weight"][rank]):
+        linear_logprob(*given)
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from expo_fast.ops import linear_logprob
+
+def rank_of_two(rank, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 8, generator=g), torch.randn(10, 8, generator=g)
+    targets, exact = torch.tensor([1, 9, 4, 0]), weight.clone().requires_grad_()
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    mine = slice(2 * rank, 2 * rank + 2)  # each rank has rows of its own
+    try:
+        linear_logprob(hidden[mine], sharded, targets[mine])
+    except ValueError as error:
+        refused = str(error)
+    gathered = sharded.full_tensor(grad_placements=[Partial()])
+    linear_logprob(hidden[mine], gathered, targets[mine]).logp.sum().backward()
+    (hidden @ exact.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    torch.testing.assert_close(sharded.grad.full_tensor(), exact.grad)
+    assert len(sharded.grad.to_local()) == 5
+    if rank == 0:
+        print(refused)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(rank_of_two, (sys.argv[1],), 2, start_method="fork")
+"""
+
+
+def test_a_sharded_weight_is_refused_and_the_advice_adds_up_the_ranks_gradients(tmp_path):
+    """full_tensor() alone keeps each rank's own gradient, and drops what the others' rows give."""
+    program = tmp_path / "program.py"
+    program.write_text(SHARDED)
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "store"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "weight is a DTensor" in done.stdout
+    assert "weight.full_tensor(grad_placements=[Partial()])" in done.stdout
+
+
+# 13. What is saved for backward, and what happens to it before
+
+
+def test_backward_twice_and_an_upstream_gradient_other_than_one(loss_of, backend, dtype):
+    """torch's chunked loss raises the second time; Liger #931 forgot the upstream gradient."""
+    hidden, weight, targets = make_inputs(dtype)
+    loss = loss_of(hidden, weight, targets, backend=backend)
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    same(torch.autograd.grad(loss, (hidden, weight), retain_graph=True), once)
+    tripled = torch.autograd.grad(loss, (hidden, weight), torch.tensor(-3.0))
+    same(tripled, [-3 * g for g in once], 2e-6 if dtype == torch.float32 else 8e-3)
+
+
+def test_second_derivatives_are_refused_not_wrong(loss_of, backend):
+    hidden, weight, targets = make_inputs()
+    scale = torch.ones((), requires_grad=True)
+    loss = loss_of(hidden, weight, targets, backend=backend) * scale
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        grad.sum().backward()
+
+
+def test_a_gradient_penalty_beside_another_loss_is_not_dropped_in_silence(loss_of):
+    hidden, weight, targets = make_inputs()
+    (grad,) = torch.autograd.grad(loss_of(hidden, weight, targets), hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        (grad.square().sum() + hidden.sum()).backward()
+
+
+@pytest.mark.parametrize("which", ["hidden", "rows of hidden", "weight", "targets", "temperature"])
+def test_an_input_changed_before_backward_is_noticed(backend, which):
+    hidden, weight, targets = make_inputs()
+    hidden, weight, t = hidden * 1, weight * 1, torch.full((N,), 0.7)
+    loss = logprob(hidden, weight, targets, temperature=t, backend=backend)
+    named = {"hidden": hidden, "rows of hidden": hidden[3:5], "weight": weight}
+    (named | {"targets": targets, "temperature": t})[which].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["policy", "preference"])
+def test_an_input_changed_before_backward_changes_no_gradient_of_a_loss(name, backend):
+    """It came with the loss. One that is to be made again is refused."""
+    leaves = make_inputs()
+    _, *truth = gradients(LOSSES[name], *leaves, backend=backend)
+    changed = [x * 1 for x in leaves]
+    loss = LOSSES[name](*changed, backend=backend)
+    for x in changed:
+        x.zero_()
+    same(torch.autograd.grad(loss, leaves[:2], retain_graph=True), truth)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaves[:2])
+
+
+def test_a_gradient_that_was_given_away_is_not_written_again(loss_of, backend):
+    """Accumulation adds to the first backward's memory; the second's must be another."""
+    hidden, weight, targets = make_inputs()
+    loss = loss_of(hidden, weight, targets, backend=backend)
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [g.clone() for g in once]
+    for g in torch.autograd.grad(loss, (hidden, weight), torch.tensor(5.0), retain_graph=True):
+        g.zero_()
+    same(once, kept)
+    for steps in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        same((hidden.grad, weight.grad), [steps * g for g in kept], 1e-6)
+
+
+def test_views_and_results_written_in_place_keep_the_graph_right(loss_of, backend):
+    """Liger #48."""
+    leaf, weight, targets = make_inputs()
+
+    def by_view(x, w, y, backend):
+        base = x.new_zeros(2 * N, D)
+        view = base[::2]
+        view.copy_(x)
+        view.mul_(0.5)
+        return loss_of(view, w, y, backend=backend)
+
+    def plainly(x, w, y, backend):
+        return loss_of(0.5 * x, w, y, backend=backend)
+
+    truth = gradients(plainly, leaf, weight, targets, backend=backend)
+    same(gradients(by_view, leaf, weight, targets, backend=backend), truth)
+    got = linear_logprob(leaf, weight, targets, backend=backend)
+    got.logp.mul_(2)[:4] = 0
+    (grad,) = torch.autograd.grad(got.logp.sum(), leaf)
+    logp = linear_logprob(leaf, weight, targets, backend=backend).logp
+    same([grad], torch.autograd.grad(2 * logp[4:].sum(), leaf), 1e-6)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_only_what_requires_a_gradient_gets_one(loss_of, backend, dtype, frozen):
+    """Liger #1157."""
+    inputs = make_inputs(dtype)
+    _, *truth = gradients(loss_of, *inputs, backend=backend)
+    one = [x.detach() if i == frozen else x for i, x in enumerate(inputs)]
+    loss = loss_of(*one, backend=backend)
+    loss.backward()
+    alone = one[1 - frozen].grad
+    assert alone is not None and one[frozen].grad is None
+    same([alone], [truth[1 - frozen]], 2e-6 if dtype == torch.float32 else 8e-3)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            value = loss_of(*inputs, backend=backend)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, loss.detach(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(loss_of, reentrant):
+    inputs = make_inputs()
+    truth = gradients(loss_of, *inputs)
+    loss = checkpoint(loss_of, *inputs, use_reentrant=reentrant)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    same([loss.detach(), *(x.grad for x in inputs[:2])], truth)
+
+
+# 14. Autocast, in which addmm(out_dtype=) and custom functions take no part (Liger #1283)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_casts_both_inputs_and_gives_fp32_gradients(loss_of, backend, low):
+    masters = make_inputs()
+    with torch.autocast("cpu", low):
+        loss = loss_of(*masters, backend=backend)
+    got = loss.detach(), *torch.autograd.grad(loss, masters[:2])  # backward is outside of it
+    cast = [x.detach().to(low).requires_grad_() for x in masters[:2]]
+    loss, *grads = gradients(loss_of, *cast, masters[2], backend=backend)
+    same(got, (loss, *(g.float() for g in grads)))
+    with torch.autocast("cpu", low):
+        again = gradients(loss_of, *masters, backend=backend)
+    same(again, got)
+
+
+def test_autocast_leaves_fp64_and_what_it_is_off_for_alone(loss_of):
+    exact = [x.detach().double().requires_grad_() for x in make_inputs()[:2]]
+    truth = gradients(loss_of, *exact, make_inputs()[2])
+    with torch.autocast("cpu", torch.bfloat16):
+        same(gradients(loss_of, *exact, make_inputs()[2]), truth)
+        with torch.autocast("cpu", enabled=False):
+            inside = gradients(loss_of, *make_inputs())
+    same(inside, gradients(loss_of, *make_inputs()))
+
+
+def test_master_weights_in_fp32_with_hidden_states_in_bf16(loss_of, backend):
+    hidden, weight, targets = make_inputs()
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    got = gradients(loss_of, narrow, weight, targets, backend=backend)
+    assert [x.dtype for x in got] == [torch.float32, torch.bfloat16, torch.float32]
+    wide = narrow.detach().float().requires_grad_()
+    truth = gradients(loss_of, wide, weight, targets, backend=backend)
+    for a, t in zip(got, truth, strict=True):
+        assert (a.float() - t).norm() <= 4e-3 * t.norm()
+
+
+# 15. Memory that is not laid out as a kernel expects
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.T.contiguous().T,
+    "columns of a wider one": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "off the 16-byte grid": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_what_a_contiguous_one_does(loss_of, backend, dtype, layout):
+    hidden, weight, targets = make_inputs(dtype)
+    odd = [LAYOUTS[layout](x.detach()).requires_grad_() for x in (hidden, weight)]
+    got = gradients(loss_of, *odd, targets, backend=backend)
+    truth = gradients(loss_of, hidden, weight, targets, backend=backend)
+    same(got, truth, 2e-6 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_targets_may_be_any_column_of_anything(loss_of, backend, dtype, kind):
+    """CCE pads targets to 16 bytes."""
+    hidden, weight, targets = make_inputs(dtype)
+    column = torch.stack([targets.flip(0), targets, targets.flip(0)], 1).to(kind)[:, 1]
+    got = gradients(loss_of, hidden, weight, column, backend=backend)
+    same(got, gradients(loss_of, hidden, weight, targets, backend=backend))
+
+
+def test_shifted_hidden_states_and_labels_need_no_copy(loss_of, backend, dtype):
+    hidden, weight, _ = make_inputs(dtype, 2 * 7)
+    labels = torch.randint(V, (2, 7))
+    whole = hidden.detach().view(2, 7, D).requires_grad_()
+    loss = loss_of(whole[:, :-1], weight, labels[:, 1:], backend=backend)
+    got = torch.autograd.grad(loss, (whole, weight))
+    rows = whole.detach()[:, :-1].reshape(N, D).requires_grad_()
+    _, *truth = gradients(loss_of, rows, weight, labels[:, 1:].reshape(N), backend=backend)
+    assert not got[0][:, -1].count_nonzero()
+    same([got[0][:, :-1].reshape(N, D), got[1]], truth, 2e-6)
+
+
+def test_vectors_of_one_repeated_number_may_have_stride_0(backend):
+    hidden, weight, targets = make_inputs()
+    one, ids = torch.ones(1), torch.arange(2).repeat_interleave(6)
+    odd, even = (one.expand(N), ids.repeat_interleave(2)[::2]), (torch.ones(N), ids)
+
+    def loss(one, ids):
+        known = {"old_logp": -5 * one, "ref_logp": -5.1 * one, "temperature": 0.7 * one}
+        return linear_policy_loss(
+            hidden, weight, targets, one, one, objective=SequenceClipped(), kl_coef=0.1,
+            sequence_ids=ids, backend=backend, **known,
+        ).loss  # fmt: skip
+
+    got, truth = (torch.autograd.grad(loss(*x), (hidden, weight)) for x in (odd, even))
+    same(got, truth)
+
+
+def test_a_padded_vocabulary_is_cut_off_by_a_slice(loss_of, backend, dtype):
+    """Megatron and Qwen pad it: rows beyond the true V hold anything, and get no gradient."""
+    hidden, weight, targets = make_inputs(dtype)
+    padded = torch.cat([weight.detach(), torch.full((83, D), float("nan"), dtype=dtype)])
+    padded.requires_grad_()
+    loss = loss_of(hidden, padded[:V], targets, backend=backend)
+    d_hidden, d_padded = torch.autograd.grad(loss, (hidden, padded))
+    assert not d_padded[V:].count_nonzero()
+    truth = gradients(loss_of, hidden, weight, targets, backend=backend)
+    same([loss.detach(), d_hidden, d_padded[:V]], truth)
+
+
+# 16. torch.compile: graph breaks, another result, a graph for every batch
+
+
+def counted(f) -> tuple[Callable, CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(f, fullgraph=True, backend=counter), counter
+
+
+def test_inductor_gets_the_strides_that_a_fake_promised_it():
+    hidden, weight, targets = make_inputs()
+    torch._dynamo.reset()
+
+    def logp(hidden, weight, targets) -> Tensor:
+        return linear_logprob(hidden, weight, targets).logp
+
+    compiled = torch.compile(logp, fullgraph=True)
+    with fresh_cache():  # the cache of graphs knows nothing of a fake that was changed
+        got = gradients(lambda *x: compiled(*x).sum(), hidden, weight, targets)
+    same(got, gradients(lambda *x: logp(*x).sum(), hidden, weight, targets), 1e-6)
+
+
+def test_no_op_breaks_the_graph_on_any_backend(loss_of, backend):
+    inputs = make_inputs(torch.bfloat16)
+    compiled, counter = counted(partial(loss_of, backend=backend))
+    same(gradients(compiled, *inputs), gradients(loss_of, *inputs, backend=backend), 1e-6)
+    assert counter.frame_count == 1
+
+
+NUMBERS = ["temperature", "kl_coef", "entropy_coef"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_compiled_loss_sees_a_number_that_changes(name):
+    """#1350 of Liger: annealed coefficients."""
+    compiled, _ = counted(policy)
+    inputs, ref = make_inputs(), torch.full((N,), -6.0)
+    for x in (0.5, 1, 0.25):
+        given = {"ref_logp": ref, name: x}
+        same(gradients(compiled, *inputs, **given), gradients(policy, *inputs, **given), 1e-6)
+
+
+@known_bug(reason="an op's float argument is a constant of its graph")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_changes_costs_no_graph_each_time(name):
+    compiled, counter = counted(policy)
+    for x in (0.5, 0.75, 0.25, 2.0, 0.4):
+        compiled(*make_inputs(), ref_logp=torch.full((N,), -6.0), **{name: x})
+    assert counter.frame_count <= 3
+
+
+def test_a_compiled_loss_sees_another_objective():
+    compiled, _ = counted(lambda *x, objective: policy(*x, objective=objective, old_logp=old))
+    inputs, old = make_inputs(), torch.full((N,), -6.0)
+    for objective in (Clipped(0.2, 0.2), Clipped(0.01, 0.01), Clipped(0.2, 0.2, cap=3.0)):
+        truth = policy(*inputs, objective=objective, old_logp=old)
+        same([compiled(*inputs, objective=objective)], [truth], 1e-6)
+
+
+def test_a_compiled_loss_sees_an_objective_made_from_a_number_that_changes():
+    def loss(*x, low):
+        return policy(*x, objective=Clipped(low, 0.2), old_logp=old)
+
+    inputs, old = make_inputs(), torch.full((N,), -6.0)
+    compiled, _ = counted(loss)
+    for low in (0.2, 0.01, 0.1):
+        same([compiled(*inputs, low=low)], [loss(*inputs, low=low)], 1e-6)
+
+
+def advantage(hidden, weight, targets) -> Tensor:
+    return group_advantage(hidden.detach()[:, 0], targets // 100).sum()
+
+
+def referenced(hidden, weight, targets) -> Tensor:
+    ids = torch.arange(len(targets)) // 4
+    return linear_preference_loss(hidden, weight, targets, ids, ref_logp=-ids[::4] * 1.0).loss
+
+
+VARYING = LOSSES | {"advantage": advantage, "referenced": referenced}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_batches_of_any_size_share_a_graph(name):
+    compiled, counter = counted(VARYING[name])
+    for n in (24, 16, 48, 8, 96):
+        inputs = make_inputs(n=n)
+        same([compiled(*inputs)], [VARYING[name](*inputs)], 1e-6)
+    assert counter.frame_count <= 3
+
+
+def opcheck(monkeypatch, name: str, which: Sequence[str], call: Callable[[], Any]) -> None:
+    """What torch.library's own checks find, on the arguments that a call gives the op."""
+    op, seen = getattr(library, name), []
+    with monkeypatch.context() as patch:
+        patch.setattr(library, name, lambda *given: seen.append(given) or op(*given))
+        call()
+    torch.library.opcheck(op, seen[0], test_utils=which)
+
+
+OPS: dict[str, Callable] = {
+    "logprob": logprob,
+    "logprob_backward": partial(gradients, logprob),
+    "policy_loss": policy,
+    "preference_loss": preference,
+}
+
+
+@pytest.mark.parametrize("layout", ["plain", "masked", "transposed", "fp64"])
+@pytest.mark.parametrize("name", OPS)
+def test_fakes_have_the_shapes_strides_and_dtypes_of_the_real_thing(
+    name, backend, layout, monkeypatch
+):
+    hidden, weight, targets = make_inputs(torch.bfloat16)
+    if layout == "masked":
+        targets[::3] = -100
+    if layout == "transposed":
+        hidden, weight = (LAYOUTS[layout](x.detach()).requires_grad_() for x in (hidden, weight))
+    if layout == "fp64":
+        hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+        backend = "torch"
+    which = "test_schema", "test_autograd_registration", "test_faketensor"
+    opcheck(monkeypatch, name, which, lambda: OPS[name](hidden, weight, targets, backend=backend))
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "logprob_backward"])
+def test_forward_and_backward_can_be_traced_with_any_size(name, backend, monkeypatch, request):
+    if name == "policy_loss":  # and nobody sees that output but opcheck
+        reason = "backward scales in place what the op has returned too"
+        request.applymarker(known_bug(reason=reason))
+    inputs, f = make_inputs(torch.bfloat16), OPS[name]
+    which = ["test_aot_dispatch_dynamic"]
+    opcheck(monkeypatch, name, which, lambda: f(*inputs, backend=backend))
+
+
+def test_group_advantage_passes_every_check(monkeypatch):
+    every = "test_schema", "test_autograd_registration", "test_faketensor"
+    call = partial(advantage, *make_inputs())
+    opcheck(monkeypatch, "group_advantage", [*every, "test_aot_dispatch_dynamic"], call)
+
+
+def test_a_compiled_op_still_names_a_bad_target():
+    hidden, weight, targets = make_inputs()
+    targets[3] = V
+    with pytest.raises(ValueError, match=rf"targets\[3\] is {V}"):
+        counted(logprob)[0](hidden, weight, targets)
+
+
+# 22. Tensors on several devices, and a device that is not the current one
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["weight", "targets"])
+def test_tensors_on_several_devices_are_refused(loss_of, which):
+    """A weight that accelerate or FSDP left on meta, say."""
+    given = [x.detach() for x in make_inputs()]
+    given[which] = given[which].to("meta")
+    with pytest.raises(ValueError, match="meta"):
+        loss_of(*given)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_weight_on_another_device_than_hidden_is_refused():
+    hidden, weight, targets = make_inputs()
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        linear_logprob(hidden, weight.cuda(), targets)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_run_on_the_device_of_their_tensors_not_on_the_current_one(dtype):
+    assert torch.cuda.current_device() == 0
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        hidden, weight, targets = (x.detach().to(device) for x in make_inputs(dtype))
+        inputs = hidden.requires_grad_(), weight.requires_grad_()
+        got = linear_logprob(hidden, weight, targets)
+        grads = torch.autograd.grad((got.logp + got.entropy).sum(), inputs)
+        found.append([x.detach().cpu() for x in (*got, *grads)])
+    same(found[1], found[0])
