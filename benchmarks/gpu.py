@@ -8,6 +8,8 @@ A smoke test without a GPU: --device cpu --models smollm2-135m --rows 64 --repea
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,17 +53,20 @@ class Run:
 def run_tests(run: Run) -> dict[str, Any]:
     """Their output goes to a file beside the report's; its end is printed."""
     files = [str(path) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *files]
+    command += ["-k", "not hopper and not oldest"]  # which need no GPU, and time
     log, limit = run.output.with_suffix(".tests.txt"), TESTS_SHARE * run.left()
     with log.open("w") as out:
+        tests = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=limit
-            )
-            outcome = f"exit code {done.returncode}"
+            outcome = f"exit code {tests.wait(limit)}"
         except subprocess.TimeoutExpired:
+            os.killpg(tests.pid, signal.SIGKILL)  # with all that it started, or it would be timed
             outcome = f"stopped after {limit:.0f} s"
-    ending = log.read_text().splitlines()[-12:]
+    lines = log.read_text().splitlines()
+    ending = [line for line in lines if "FAILED" in line or "ERROR" in line][:20] + lines[-3:]
     print(*ending, f"tests: {outcome}", sep="\n", flush=True)
     return {"outcome": outcome, "ending": ending, "log": str(log)}
 
