@@ -61,7 +61,8 @@ def linear_logprob(
 
     Differentiable in hidden, weight and bias through all three results. Forward is one GEMM; a
     backward two more and, for rows whose exponentials were not kept, one to recompute their logits:
-    on a CPU all, on a GPU those beyond a share of its memory (fused.py). Relative accuracy of logp holds as the probability goes to 1.
+    in C++ all, in Triton those beyond a share of the GPU's memory. Relative accuracy of logp holds
+    as the probability goes to 1.
     Raises ValueError for shapes that do not fit, a target outside [0, V), and a backend not built.
     """
     _check_head(hidden, weight, targets, temperature, bias)
@@ -112,8 +113,9 @@ def linear_policy_loss(
 
     k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html). Gradients come
     with the loss: 3 GEMM equivalents, or 4 in C++, which keeps no logits, and where SequenceClipped
-    couples rows that do not fit into a GPU's budget. Its ratio is that of the sequence's rows of non-zero weight,
-    on-policy rows left out, so only whole sequences may be dropped. Ratios stop growing at exp(20).
+    couples rows that do not fit into a GPU's budget. Its ratio is that of the sequence's rows of
+    non-zero weight, on-policy rows left out, so only whole sequences may be dropped. Ratios stop
+    growing at exp(20).
     Raises ValueError for shapes that do not fit, a target outside [0, V), a kl_coef without
     ref_logp, and SequenceClipped without whole sequences.
     """
@@ -158,8 +160,8 @@ def linear_preference_loss(
     """sum_p pair_weight_p * objective_p, differentiable once; rows in any order.
 
     h = (chosen - its ref) - (rejected - its ref). P is half of ref_logp's length, or pair_weight's,
-    or follows from the largest id. 3 to 4 GEMM equivalents, as in linear_logprob. Raises ValueError for shapes that do not
-    fit, a target outside [0, V) and an id outside [0, 2P).
+    or follows from the largest id. 3 to 4 GEMM equivalents, as in linear_logprob. Raises ValueError
+    for shapes that do not fit, a target outside [0, V) and an id outside [0, 2P).
     """
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, sequence_ids=sequence_ids)
