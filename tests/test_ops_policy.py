@@ -335,7 +335,7 @@ def test_a_loss_scale_saves_gradients_that_fp16_cannot_hold():
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, 16, generator=g).half().requires_grad_() for n in (40, 100)]
     targets, one = torch.randint(100, (40,), generator=g), torch.ones(40)
-    loss = linear_policy_loss(*inputs, targets, one, one * 1e-9).loss
+    loss = linear_policy_loss(inputs[0], inputs[1], targets, one, one * 1e-9).loss
     got = torch.autograd.grad(loss * 2**24, inputs)
     hidden, weight = (x.detach().double().requires_grad_() for x in inputs)
     logp = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
