@@ -4,46 +4,18 @@ Rows that have no target or no weight are dropped before any product; their resu
 are 0. ops.py checks shapes; values are checked here, for while a program is traced there are none.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from expo_fast.backends import advantages, choose
+from expo_fast.described import objective_of
 from expo_fast.kernels import objectives as o
 from expo_fast.kernels import preferences as p
 from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, Slopes
-
-_POLICY = o.Clipped, o.SequenceClipped, o.Cispo, o.SoftAdaptive
-_PAIRS = p.Dpo, p.Ipo, p.Hinge, p.SimPo, p.Cpo, p.Orpo, p.RDpo, p.DpoPositive
-_BUILT_IN: dict[str, type] = {c.__name__: c for c in (*_POLICY, *_PAIRS)}
-_FIELDS = {name: tuple((f.name, f.type) for f in fields(c)) for name, c in _BUILT_IN.items()}
-_CUSTOM: dict[str, Callable] = {}
-
-
-def described(objective: Callable) -> tuple[str, list[float]]:
-    """An objective as a graph holds it, which has no objects: name and fields, None as NaN."""
-    name = type(objective).__name__
-    if _BUILT_IN.get(name) is type(objective):
-        values = [getattr(objective, field) for field, _ in _FIELDS[name]]
-        return name, [math.nan if x is None else float(x) for x in values]
-    if torch.compiler.is_compiling():
-        raise ValueError(f"objective={objective}: torch.compile takes the built-in objectives only")
-    name = f"{name} at {id(objective)}"
-    _CUSTOM[name] = objective  # and so keeps its id
-    return name, []
-
-
-def _objective(name: str, values: list[float]) -> Any:
-    if name in _CUSTOM:
-        return _CUSTOM[name]
-    known = zip(_FIELDS[name], values, strict=True)
-    return _BUILT_IN[name](
-        *(None if x != x else bool(x) if kind is bool else x for (_, kind), x in known)
-    )
 
 
 def _once(backward: Callable) -> Callable:
@@ -210,12 +182,12 @@ def policy_loss(
     on = torch.zeros_like(head.targets) if on_policy is None else kept(on_policy)
     floats = map(kept, (advantage, row_weight, old_logp, ref_logp))
     known = o.PolicyRows(*floats, on_policy=on.bool(), segments=None)
-    objective_of = _objective(objective, fields)
-    if isinstance(objective_of, o.SequenceClipped):
+    chosen = objective_of(objective, fields)
+    if isinstance(chosen, o.SequenceClipped):
         known = replace(known, segments=_whole_sequences(sequence_ids, targets, keep))
 
     def terms(known: o.PolicyRows, logp: Tensor) -> o.PolicyTerms:
-        return o.policy_terms(objective_of, known, logp, kl_coef, entropy_coef)
+        return o.policy_terms(chosen, known, logp, kl_coef, entropy_coef)
 
     def slopes(known: o.PolicyRows, logp: Tensor) -> Slopes:
         row = terms(known, logp)
@@ -232,9 +204,7 @@ def policy_loss(
         results = forward.results.to(head.dtype)
         grads = kernels.gradients(head, forward, slopes(known, results.logp), wanted)
     final = terms(known, results.logp)
-    loss = final.value
-    if kl_coef:
-        loss = loss + kl_coef * final.k3
+    loss = final.value + kl_coef * final.k3 if kl_coef else final.value
     if entropy_coef:
         loss = loss - entropy_coef * torch.where(known.on_policy, 0, results.entropy)
     logp, entropy = (_spread(x, keep, targets) for x in results[:2])
@@ -290,7 +260,7 @@ def preference_loss(
     kernels, wanted = choose(backend, head), Needs(needs[0], needs[1], False)
     forward = kernels.log_probs(head, wanted)
     pairs = p.sum_pairs(forward.results.logp.to(head.dtype), ids, n_pairs, ref_logp)
-    value, *slopes = _objective(objective, fields)(pairs)
+    value, *slopes = objective_of(objective, fields)(pairs)
     share = 1 / max(1, n_pairs)
     w = torch.full_like(value, share) if pair_weight is None else pair_weight.to(value)
     slope = (w * torch.stack(slopes)).T.reshape(-1)  # (2P,)
@@ -397,8 +367,9 @@ def _head(
     if temperatures is not None:
         dtype = torch.promote_types(temperatures.dtype, torch.float32)
         t = per_row = _take(temperatures, keep).to(dtype)
-        if not (per_row > 0).all():
-            raise ValueError(f"temperature holds {float(per_row.min())}: must be positive")
+        wrong = per_row[~((per_row > 0) & per_row.isfinite())]
+        if len(wrong):
+            raise ValueError(f"temperature holds {float(wrong[0])}: must be positive and finite")
     y = _take(targets, keep).long().contiguous()
     return Head(_take(hidden, keep), weight, bias, y, t), keep
 

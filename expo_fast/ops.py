@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from expo_fast import library
+from expo_fast.described import described
 from expo_fast.kernels import objectives as o
 from expo_fast.kernels import preferences as p
 from expo_fast.kernels.head import IGNORE, LogProb
@@ -129,7 +130,7 @@ def linear_policy_loss(
     loss, logp, entropy, statistics, *_ = library.policy_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, *floats, _flat(sequence_ids),
         *_temperatures(temperature), backend, needs,
-        *library.described(objective), kl_coef, entropy_coef,
+        *described(objective), kl_coef, entropy_coef,
     )  # fmt: skip
     logp, entropy = logp.detach().view(targets.shape), entropy.detach().view(targets.shape)
     return PolicyLoss(loss, logp, entropy, *statistics.detach().unbind())
@@ -169,7 +170,7 @@ def linear_preference_loss(
     loss, *rest = library.preference_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, _flat(targets), _flat(sequence_ids),
         _detached(ref_logp), _detached(pair_weight), *_temperatures(temperature), backend, needs,
-        *library.described(objective),
+        *described(objective),
     )  # fmt: skip
     return PreferenceLoss(loss, *(x.detach() for x in rest[:4]))
 
@@ -247,8 +248,9 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
 
 def _inputs(*inputs: Tensor | None) -> tuple[list, list[bool]]:
     """Cast as autocast has it, and which of them need a gradient."""
-    device = inputs[0].device.type if inputs[0] is not None else "cpu"
-    if torch.is_autocast_enabled(device):
+    assert inputs[0] is not None
+    device = inputs[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         inputs = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in inputs)
     on = torch.is_grad_enabled()

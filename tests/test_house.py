@@ -19,7 +19,7 @@ PYTHON = [*OURS, *TESTS, *sorted(ROOT.glob("benchmarks/*.py"))]
 # A module imports from the rows above its own, or from its own; the leaves import only leaves.
 ROWS = [
     {"kernels"},
-    {"native", "fused", "backends", "library", "ops"},
+    {"native", "fused", "backends", "described", "library", "ops"},
     LEAVES := {"config", "tasks", "arithmetic", "checkpoint", "log", "gguf", "answer"},
     {"attention", "model", "optim", "pack", "sampling"},
     {"weights", "prompts", "generate", "reward", "explain", "diagnose"},

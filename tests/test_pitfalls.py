@@ -523,7 +523,7 @@ def test_a_rows_log_prob_depends_on_its_batch_by_rounding_alone(backend, dtype):
     case = make_case(backend, dtype)
     whole = case(linear_logprob).logp[3]
     for rows in (slice(3, 4), slice(3, 8), torch.tensor([3, 20, 5, 11, 3])):
-        assert worst(case.rows(rows)(linear_logprob).logp[0], whole) < 2e-6
+        assert worst(case.rows(rows)(linear_logprob).logp[0], whole) < 1e-5
 
 
 # 18. A target out of range reads whatever lies there, or stalls the GPU to look (Liger FLSCE)
