@@ -8,12 +8,13 @@
 
 #if defined(EXPO_FAST_AMX)
 #include <ATen/native/CPUBlas.h>
-#elif defined(__AVX512BF16__)
+#endif
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 #if defined(EXPO_FAST_AMX) || defined(__AVX512BF16__)
-#define EXPO_FAST_BF16  // products of bf16 values; without, they are widened
+#define EXPO_FAST_BF16  // products of bf16 values are faster than of their fp32 copies
 #endif
 
 // How many neighbouring rows of B, or values of a row of A, go into one step along K.
@@ -26,6 +27,12 @@ inline Lanes multiply_add(Lanes sum, const float* a, Lanes b) { return sum + *a 
 inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
   const __m512 pair = _mm512_castsi512_ps(_mm512_set1_epi32(load<int32_t>(a)));
   return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)b);
+}
+#else
+inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
+  const BitLanes pair = bits_as<BitLanes>(b);
+  sum += widen(a[0]) * bits_as<Lanes>(pair << 16);
+  return sum + widen(a[1]) * bits_as<Lanes>(pair & 0xffff0000u);
 }
 #endif
 
@@ -53,26 +60,29 @@ inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64
     }
 }
 
-constexpr int kTileRows = 6;  // R of all but the last rows of a product
+constexpr int kTileRows = 6;
+#if defined(EXPO_FAST_AMX)
+constexpr int64_t kTall = 128;  // rows of a tile whose C of 64 columns stays in L1 ...
+#else
+constexpr int64_t kTall = 126;  // ... and leaves no remainder of kTileRows
+#endif
 
-template <int J, class T>
+constexpr int fewer(int rows) { return rows > kTileRows ? rows / 2 : rows - 1; }
+
+// R rows at a time, then what is left in one block of at most kTileRows after another.
+template <int R, int J, class T>
 inline void gemm_columns(int64_t m, int64_t steps, const T* a, int64_t lda, const T* b,
                          int64_t ldb, float* c, int64_t ldc, bool add) {
-  auto rows = [&](auto r) {
-    gemm_block<r, J>(steps, a, lda, b, ldb, c, ldc, add);
-    a += r * lda;
-    c += r * ldc;
-  };
-  for (; m >= kTileRows; m -= kTileRows) rows(std::integral_constant<int, kTileRows>{});
-  if (m & 4) rows(std::integral_constant<int, 4>{});
-  if (m & 2) rows(std::integral_constant<int, 2>{});
-  if (m & 1) rows(std::integral_constant<int, 1>{});
+  for (; m >= R; m -= R, a += R * lda, c += R * ldc)
+    gemm_block<R, J>(steps, a, lda, b, ldb, c, ldc, add);
+  if constexpr (R > 1)
+    if (m) gemm_columns<fewer(R), J>(m, steps, a, lda, b, ldb, c, ldc, add);
 }
 
 template <class T>
 inline void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                  float* c, int64_t ldc, bool add) {
-  constexpr int J = kLanes == 16 ? 4 : 2;
+  constexpr int J = kLanes == 16 ? 4 : 2, R = kTileRows;
   // Of K at a time: a panel of B stays in cache, and fp32's sums are short. bf16 has lost more than
   // they could to rounding its factors, and runs 4% faster over long rows of A (Zen 5).
   constexpr int64_t kDepth = kPair<T> == 2 ? 1024 : 256;
@@ -80,10 +90,13 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
     const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kPair<T>;
     const T *a0 = a + k0, *b0 = b + k0 * ldb;
     int64_t j = 0;
-    for (; j + J * kLanes <= n; j += J * kLanes)
-      gemm_columns<J>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
-    for (; j < n; j += kLanes)
-      gemm_columns<1>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
+    auto columns = [&](auto rows, auto width) {  // as many sums are under way in each shape
+      for (; j + width * kLanes <= n; j += width * kLanes)
+        gemm_columns<rows, width>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
+    };
+    columns(std::integral_constant<int, R>{}, std::integral_constant<int, J>{});
+    columns(std::integral_constant<int, R * J / 2>{}, std::integral_constant<int, 2>{});
+    columns(std::integral_constant<int, R * J>{}, std::integral_constant<int, 1>{});
   }
 }
 

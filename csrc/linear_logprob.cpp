@@ -15,24 +15,16 @@
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <vector>
 
+#include "common.h"
 #include "gemm.h"
 
 namespace {
 
-constexpr int64_t kBlock = 64;     // tokens of a tile
 constexpr int64_t kSpan = 1024;    // tokens that pass over weight together: both packings stay in L3
-#if defined(EXPO_FAST_AMX)
-constexpr int64_t kForward = 128;  // vocabulary rows of a tile: its logits stay in L1
-#else
-constexpr int64_t kForward = 126;  // a multiple of kTileRows
-#endif
+constexpr int64_t kForward = kTall;          // vocabulary rows of a tile: its logits stay in L1
 constexpr int64_t kBackward = 4 * kForward;  // ... its weight, dz and logits stay in L2 or near
 constexpr int64_t kPad = 32;       // elements that keep rows from sharing cache sets
-constexpr float kNever = -1e30f;   // logit whose exp is 0, and so is its product with the logit
-
-enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 }  // namespace
 
@@ -57,43 +49,11 @@ struct Gradients {
 
 namespace {
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-template <class F>
-void with_dtype(int32_t dtype, F f) {
-  if (dtype == kFloat32) f(float{});
-  if (dtype == kBFloat16) f(bf16{});
-  if (dtype == kFloat16) f(fp16{});
-}
-
 // Gradients are written as fp32 or bf16.
 template <class F>
 void with_gradient_dtype(int32_t dtype, F f) {
   if (dtype == kFloat32) f(float{});
   if (dtype == kBFloat16) f(bf16{});
-}
-
-template <class T>
-struct Scratch {
-  explicit Scratch(int64_t size) : data(new (std::align_val_t{64}) T[size]) {}
-  struct Free { void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); } };
-  std::unique_ptr<T[], Free> data;
-};
-
-// An exception may not leave an OpenMP region: the first one is thrown behind it.
-template <class F>
-void parallel(int threads, F f) {
-  std::vector<std::exception_ptr> failed(threads);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int t = 0; t < threads; ++t) {
-    try {
-      f(t);
-    } catch (...) {
-      failed[t] = std::current_exception();
-    }
-  }
-  for (auto& error : failed)
-    if (error) std::rethrow_exception(error);
 }
 
 // Some tokens, packed for both products that they enter.
@@ -120,8 +80,8 @@ struct Span {
     with_dtype(head.hidden_dtype, [&](auto type) {
       auto from = static_cast<const decltype(type)*>(head.hidden) + first * d;
       parallel(head.threads, [&](int t) {
-        const int64_t end = blocks() * (t + 1) / head.threads;
-        for (int64_t b = blocks() * t / head.threads; b < end; ++b) {
+        const Share mine(blocks(), t, head.threads);
+        for (int64_t b = mine.begin; b < mine.end; ++b) {
           pack_columns(from, b);
           if (backward) pack_rows(from, b);
         }
@@ -306,8 +266,8 @@ void forward(const Head& head, double* other, double* moment, float* base) {
     parallel(head.threads, [&](int t) {
       WeightTile<T> weight(head, kForward);
       float* z = &logits.data[t * kForward * kBlock];
-      const int64_t end = tiles * (t + 1) / head.threads;
-      for (int64_t tile = tiles * t / head.threads; tile < end; ++tile) {
+      const Share mine(tiles, t, head.threads);
+      for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
         const int64_t start = tile * kForward, rows = std::min(kForward, head.v - start);
         weight.take(start, rows);
         for (int64_t b = 0; b < span.blocks(); ++b) {
@@ -499,15 +459,15 @@ void backward(const Head& head, const Gradients& g) {
     lane->take(head, g, first, span.n, span.lanes);
     parallel(head.threads, [&](int t) {
       parts[t]->begin();
-      const int64_t end = tiles * (t + 1) / head.threads;
-      for (int64_t tile = tiles * t / head.threads; tile < end; ++tile)
+      const Share mine(tiles, t, head.threads);
+      for (int64_t tile = mine.begin; tile < mine.end; ++tile)
         parts[t]->tile(tile * size, std::min(size, head.v - tile * size));
       gemm_done();
     });
     if (!g.d_hidden) continue;
     parallel(head.threads, [&](int t) {
-      const int64_t end = span.blocks() * (t + 1) / head.threads;
-      for (int64_t b = span.blocks() * t / head.threads; b < end; ++b)
+      const Share mine(span.blocks(), t, head.threads);
+      for (int64_t b = mine.begin; b < mine.end; ++b)
         with_gradient_dtype(g.d_hidden_dtype, [&](auto type) {
           write_d_hidden(span, b, parts.get(), head.threads,
                          static_cast<decltype(type)*>(g.d_hidden));
@@ -550,10 +510,10 @@ int32_t expo_fast_has_amx() {
 // Logit of each row's target, (N,), summed in fp64.
 int32_t expo_fast_anchor(const Head* head, float* out) {
   parallel(head->threads, [&](int t) {
-    const int64_t end = head->n * (t + 1) / head->threads;
+    const Share mine(head->n, t, head->threads);
     with_dtype(head->hidden_dtype, [&](auto x) {
       with_dtype(head->weight_dtype, [&](auto y) {
-        for (int64_t i = head->n * t / head->threads; i < end; ++i) {
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
           const int64_t row = head->targets[i];
           auto a = static_cast<const decltype(x)*>(head->hidden) + i * head->d;
           auto b = static_cast<const decltype(y)*>(head->weight) + row * head->weight_stride;

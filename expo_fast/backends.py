@@ -43,7 +43,7 @@ def choose(name: str | None, head: Head) -> Kernels:
             f"backend={name!r} runs {RUNS[name]}, not {hidden.dtype} hidden states on"
             f" {hidden.device} with {weight.dtype} weights on {weight.device}"
         )
-    if name == "native" or (name is None and runs("native", head) and _compiles()):
+    if name == "native" or (name is None and runs("native", head) and compiles()):
         return native
     if name == "triton" or (name is None and head.hidden.is_cuda and runs("triton", head)):
         return _triton_kernels(head)
@@ -89,7 +89,7 @@ def _triton_kernels(head: Head) -> Kernels:
 
 
 @cache
-def _compiles() -> bool:
+def compiles() -> bool:
     """Whether there are CPU kernels; without, says once that the slower path is taken."""
     try:
         native.library(native.isa())

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expo_fast import native_engine
 from expo_fast.config import Train
 from expo_fast.diagnose import Subject, diagnose, mean
 from expo_fast.explain import (
@@ -80,7 +81,14 @@ class Trainer:
 
     def __post_init__(self):
         c = self.config
-        self.generator = Generator(self.model, tokenizer=self.prompter.tokenizer)
+        self.generator = Generator(
+            self.model,
+            tokenizer=self.prompter.tokenizer,
+            batch_invariant=c.batch_invariant,
+            backend="native" if c.batch_invariant else None,
+        )
+        if c.batch_invariant:
+            self.model.exact = native_engine.hidden
         self.optimizer = Optimizer(
             self.model.named_parameters(), betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )

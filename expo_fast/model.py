@@ -218,14 +218,29 @@ class Body(nn.Module):
         self.norm = RMSNorm(shape.hidden, shape.norm_eps)
 
 
+class _WithGradientOf(torch.autograd.Function):
+    """The value of `exact` with the gradient of `rounded`, which differ by rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, rounded: Tensor, exact: Tensor) -> Tensor:
+        return exact
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 class Decoder(nn.Module):
     """A causal language model up to its last norm; the head is `head_weight`, left to the ops.
 
     config: the transformers config it was read from, kept for saving.
     checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    exact: computes what `hidden` returns, where that must not depend, to the bit, on how tokens are
+    packed; gradients stay PyTorch's.
     """
 
     inv_freq: Tensor
+    exact: Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def __init__(self, config: Any, *, checkpointing: bool = False):
         super().__init__()
@@ -291,7 +306,13 @@ class Decoder(nn.Module):
         parents: Tensor | None = None,  # (S,) int, see `PackedAttention`
     ) -> Tensor:  # (N, D), after the final norm
         """Packed forward: each segment sees itself and, where it has parents, those."""
-        return self.run(tokens, positions, PackedAttention(cu_seqlens, parents))
+        if self.exact is None:
+            return self.run(tokens, positions, PackedAttention(cu_seqlens, parents))
+        exact = self.exact(self, tokens, positions, cu_seqlens, parents)
+        if not torch.is_grad_enabled():
+            return exact
+        rounded = self.run(tokens, positions, PackedAttention(cu_seqlens, parents))
+        return _WithGradientOf.apply(rounded, exact)  # pyright: ignore[reportReturnType]
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(N,) tokens -> (N, D), with any attention."""

@@ -1,0 +1,103 @@
+// What every kernel here needs: dtypes, memory, threads.
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "lanes.h"
+
+constexpr int64_t kBlock = 64;    // tokens of a tile
+constexpr float kNever = -1e30f;  // logit whose exp is 0, and so is its product with the logit
+
+// Mirrored by native.py.
+enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// The part of n pieces of work that thread t of `threads` does: [begin, end).
+struct Share {
+  int64_t begin, end;
+
+  Share(int64_t n, int t, int threads) : begin(n * t / threads), end(n * (t + 1) / threads) {}
+};
+
+template <class F>
+void with_dtype(int32_t dtype, F f) {
+  if (dtype == kFloat32) f(float{});
+  if (dtype == kBFloat16) f(bf16{});
+  if (dtype == kFloat16) f(fp16{});
+}
+
+template <class T>
+struct Scratch {
+  explicit Scratch(int64_t size) : data(new (std::align_val_t{64}) T[size]) {}
+  struct Free { void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); } };
+  std::unique_ptr<T[], Free> data;
+};
+
+// An exception may not leave an OpenMP region: the first one is thrown behind it.
+template <class F>
+void parallel(int threads, F f) {
+  std::vector<std::exception_ptr> failed(threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t) {
+    try {
+      f(t);
+    } catch (...) {
+      failed[t] = std::current_exception();
+    }
+  }
+  for (auto& error : failed)
+    if (error) std::rethrow_exception(error);
+}
+
+// Threads that go through the same phases together.
+class Team {
+ public:
+  // Runs f(team, t) on each of the threads that OpenMP gives, t = 0, 1, ...
+  template <class F>
+  static void run(int threads, F f) {
+    Team team;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+      team.size = omp_get_num_threads();
+      f(team, omp_get_thread_num());
+    }
+  }
+
+  // One phase: f(0) ... f(n - 1), each by whoever is free, and nobody goes on before all are done.
+  template <class F>
+  void each(int64_t n, F f) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+    wait();
+  }
+
+ private:
+  int size = 0;
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int> waiting{0};
+  alignas(64) std::atomic<int> phase{0};
+
+  // Where threads outnumber free cores, one that only spins keeps the one it waits for from running:
+  // OpenMP's own barrier then makes decoding 13 times slower.
+  void wait() {
+    const int now = phase.load(std::memory_order_relaxed);
+    if (waiting.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      waiting.store(0, std::memory_order_relaxed);
+      next.store(0, std::memory_order_relaxed);
+      phase.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase.load(std::memory_order_acquire) == now; ++spins)
+      if (spins > 1000) sched_yield();
+  }
+};

@@ -1,0 +1,228 @@
+"""csrc's decoder: prompts, new tokens and draws on a CPU, straight from the model's parameters.
+
+Its numbers depend on a sequence alone: not on its companions, nor on how its tokens came into the
+cache. What it computes for a token is the same, bit for bit, in sampling and in scoring.
+"""
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from expo_fast import native
+from expo_fast.cache import Pages, Table
+from expo_fast.engine import Engine, Sampling, Segment, Tokens, prefill
+from expo_fast.model import MLP, Attention, Block, Body, Decoder, RMSNorm
+from expo_fast.ops import linear_logprob
+from expo_fast.sampling import draw, uniform
+
+PLAIN = (Decoder, Body, Block, Attention, MLP, RMSNorm)
+PLAIN += (nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)
+ROTATIONS = 1024  # positions whose cos and sin are computed at once: always the same bits
+
+
+def supports(model: Decoder) -> bool:
+    """Plain modules alone: what adapters and hooks compute is not known to csrc."""
+    if any(
+        type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    ):
+        return False
+    shape = model.shape
+    even = (shape.hidden * shape.intermediate) % 2 == 0 or model.dtype == torch.float32
+    return (
+        even
+        and all(
+            p.device.type == "cpu" and p.dtype == model.dtype and p.is_contiguous()
+            for p in model.parameters()
+        )
+        and model.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+class NativeEngine(Engine):
+    """Of a model that `supports` accepts. exact: log-probs bit for bit as the ops compute them."""
+
+    page = 32  # csrc's kPage
+
+    def __init__(self, model: Decoder, *, exact: bool = False):
+        self.model, self.exact = model, exact
+        self.csrc = native.library(native.isa())
+        for name in ("page", "workspace", "draw"):
+            getattr(self.csrc, f"expo_fast_{name}_bytes").restype = ctypes.c_int64
+        self.room = torch.empty(0, dtype=torch.uint8)
+
+    def page_bytes(self) -> int:
+        return self.csrc.expo_fast_page_bytes(ctypes.byref(self._decoder()))
+
+    def open(self, n_pages: int, n_positions: int) -> None:
+        self.decoder = self._decoder()
+        self.pages = torch.empty(n_pages, self.page_bytes(), dtype=torch.uint8)
+        self.cos, self.sin = self._rotations(n_positions)
+
+    def close(self) -> None:
+        del self.pages
+        self.room = torch.empty(0, dtype=torch.uint8)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.pages[target] = self.pages[source]
+
+    def run(self, tokens: Tokens) -> Tensor:
+        n, threads = len(tokens.ids), torch.get_num_threads()
+        decoder = ctypes.byref(self.decoder)
+        size = self.csrc.expo_fast_workspace_bytes(decoder, ctypes.c_int64(n), threads)
+        hidden = torch.empty(n, self.model.shape.hidden, dtype=self.model.dtype)
+        rows = _Rows(
+            *map(_pointer, (tokens.ids, tokens.positions, tokens.tables, self.cos, self.sin)),
+            *map(_pointer, (self.pages, self._workspace(size), hidden)),
+            *(n, tokens.tables.stride(0), threads),
+        )
+        self.csrc.expo_fast_decoder(decoder, ctypes.byref(rows))
+        return hidden
+
+    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        cut = sampling.truncation.active() & (sampling.temperature > 0)
+        truncated = bool(cut.any())
+        tokens, logp, logits = self._draw(hidden, positions, sampling, truncated)
+        if truncated:
+            rows = sampling[cut]
+            u = uniform(rows.seeds, positions[cut])
+            found = draw(logits[cut], rows.temperature, rows.truncation, u)
+            tokens[cut], logp[cut] = found
+        if self.exact:
+            t, weight = sampling.temperature, self.model.head_weight.detach()
+            t = torch.where(t > 0, t, 1.0)
+            scored = linear_logprob(hidden, weight, tokens, temperature=t, backend="native")
+            logp = torch.where(logp.isnan(), logp, scored.logp)
+        return tokens, logp
+
+    def _draw(
+        self, hidden: Tensor, positions: Tensor, sampling: Sampling, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight = self.model.head_weight
+        (n, D), V = hidden.shape, len(weight)
+        tokens, logp = torch.empty(n, dtype=torch.int64), torch.empty(n)
+        logits = torch.empty(n if keep else 0, V)
+        given = _Draw(
+            *map(_pointer, (hidden, weight, sampling.temperature, sampling.seeds, positions)),
+            *map(_pointer, (tokens, logp)),
+            *(_pointer(logits) if keep else None, None),
+            *(n, V, D, native.DTYPES[weight.dtype], torch.get_num_threads()),
+        )
+        size = self.csrc.expo_fast_draw_bytes(ctypes.byref(given))
+        given.workspace = _pointer(self._workspace(size))
+        self.csrc.expo_fast_draw(ctypes.byref(given))
+        return tokens, logp, logits
+
+    def _workspace(self, size: int) -> Tensor:
+        if self.room.numel() < size:
+            self.room = torch.empty(size, dtype=torch.uint8)
+        return self.room
+
+    def _decoder(self) -> "_Decoder":
+        model, shape = self.model, self.model.shape
+        layers = (_Layer * len(shape.windows))(*map(_layer, model.model.layers))
+        sizes = (len(layers), shape.hidden, shape.intermediate)
+        sizes += (shape.heads, shape.kv_heads, shape.head_dim)
+        embedding, norm = model.model.embed_tokens.weight, model.model.norm.weight
+        scale = model.model.layers[0].self_attn.layer.scale
+        return _Decoder(
+            *(layers, _pointer(embedding), _pointer(norm)),
+            *(*sizes, shape.norm_eps, scale, native.DTYPES[model.dtype]),
+        )
+
+    def _rotations(self, n: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (at least n, Dh/2) fp32, rounded as the model rounds them."""
+        parts = torch.arange(-(-n // ROTATIONS) * ROTATIONS).split(ROTATIONS)
+        pairs = [self.model._rotation(part) for part in parts]
+        cos, sin = (torch.cat(x).squeeze(1).float() for x in zip(*pairs, strict=True))
+        return cos, sin
+
+
+@torch.no_grad()
+def hidden(
+    model: Decoder, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, parents: Tensor | None
+) -> Tensor:
+    """`Decoder.hidden` with the bits of sampling: what a token sees is all that it depends on."""
+    borders = cu_seqlens.tolist()
+    above = [-1] * (len(borders) - 1) if parents is None else parents.tolist()
+    starts = [int(positions[at]) for at in borders[:-1]]
+    ends = [start + b - a for start, (a, b) in zip(starts, pairwise(borders), strict=True)]
+    pages = Pages(1 + sum(-(-end // NativeEngine.page) for end in ends), NativeEngine.page)
+    engine = NativeEngine(model)
+    engine.open(len(pages), max(ends))
+    depths: list[int] = []
+    waves: dict[int, list[int]] = {}
+    for s, parent in enumerate(above):
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        waves.setdefault(depths[s], []).append(s)
+    tables: dict[int, Table] = {-1: []}
+    found: dict[int, Tensor] = {}
+    for wave in waves.values():  # a level of the tree after another
+        for s in wave:
+            tables[s], copies = pages.fork(tables[above[s]], starts[s], ends[s])
+            for source, target in copies:
+                engine.copy_page(source, target)
+        segments = [
+            Segment(tokens[borders[s] : borders[s + 1]], starts[s], tables[s]) for s in wave
+        ]
+        found |= zip(wave, prefill(engine, segments), strict=True)
+    return torch.cat([found[s] for s in range(len(above))])
+
+
+def _layer(block: Block) -> "_Layer":
+    a, mlp = block.self_attn, block.mlp
+    norms = (block.input_layernorm, block.post_attention_layernorm, a.q_norm, a.k_norm)
+    projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj)
+    projections += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return _Layer(
+        *(_pointer(getattr(norm, "weight", None)) for norm in norms),
+        *(_pointer(p.weight) for p in projections),
+        *(_pointer(p.bias) for p in projections),
+        *(a.layer.window or 0, a.rope),
+    )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _fields(kind: type, names: str) -> Iterable[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Layer(ctypes.Structure):
+    _fields_: Sequence = [
+        *_fields(ctypes.c_void_p, "input_norm post_norm q_norm k_norm"),
+        *_fields(ctypes.c_void_p, "q k v o gate up down"),
+        *_fields(ctypes.c_void_p, "q_bias k_bias v_bias o_bias gate_bias up_bias down_bias"),
+        *(("window", ctypes.c_int64), ("rope", ctypes.c_int32)),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_: Sequence = [
+        ("layers", ctypes.POINTER(_Layer)),
+        *_fields(ctypes.c_void_p, "embedding norm"),
+        *_fields(ctypes.c_int64, "n_layers hidden intermediate heads kv_heads head_dim"),
+        *_fields(ctypes.c_float, "eps scale"),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_: Sequence = [
+        *_fields(ctypes.c_void_p, "tokens positions tables cos sin pages workspace out"),
+        *_fields(ctypes.c_int64, "n table_stride"),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class _Draw(ctypes.Structure):
+    _fields_: Sequence = [
+        *_fields(ctypes.c_void_p, "hidden weight temperature seeds positions"),
+        *_fields(ctypes.c_void_p, "token logp logits workspace"),
+        *_fields(ctypes.c_int64, "n v d"),
+        *_fields(ctypes.c_int32, "dtype threads"),
+    ]
