@@ -106,7 +106,7 @@ def transformers_generate(subject: Subject, cache: str | None) -> Sampler:
 
 def transformers_continuous(subject: Subject) -> Sampler:
     from transformers import GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     model = _transformers(subject)
 
@@ -128,7 +128,7 @@ def transformers_continuous(subject: Subject) -> Sampler:
 def _transformers(subject: Subject) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         subject.folder, dtype=subject.model.dtype, attn_implementation="sdpa"
     )
     return model.to(subject.device).eval()
@@ -141,9 +141,9 @@ def _plain(new_tokens: int) -> dict[str, Any]:
 
 
 def llama_cpp(subject: Subject) -> Sampler:
-    from benchmarks.llama_cpp import sampler
+    from benchmarks.llama import Llama
 
-    return sampler(subject.folder, torch.get_num_threads())
+    return Llama(subject.folder, torch.get_num_threads())
 
 
 def vllm(subject: Subject) -> Sampler:
@@ -338,7 +338,7 @@ def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
     began = time.perf_counter()
     generator.sample(requests(prompts, load.samples, 1))
     race = Race(subject, {}, {}, {}, time.perf_counter() - began, ceilings(subject.device))
-    for name in [*(set(SAMPLERS) - set(PEERS)), *peers]:
+    for name in [name for name in SAMPLERS if name not in PEERS or name in peers]:
         try:
             sampler = SAMPLERS[name](subject)
             completions = sampler(prompts, load.samples, load.new_tokens)

@@ -6,7 +6,7 @@ llama_decode a step over all sequences. Keys and values are kept in fp16, its de
 
 import ctypes
 import json
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,89 +27,79 @@ NAMES = {
 }
 
 
-def sampler(folder: Path, threads: int) -> Callable[[list[list[int]], int, int], list[list[int]]]:
+class Llama:
     """Raises ImportError where llama-cpp-python or gguf is not installed."""
-    import llama_cpp as api  # pyright: ignore[reportMissingImports]
 
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
-    api.llama_backend_init()
-    path = folder / "bf16.gguf"
-    write_gguf(folder, path)
-    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
-    if not model:
-        raise RuntimeError(f"llama.cpp cannot load {path}")
-    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    def __init__(self, folder: Path, threads: int):
+        self.api: Any = import_module("llama_cpp")
+        self.quiet = self.api.llama_log_callback(lambda *_: None)  # C keeps no reference
+        self.api.llama_log_set(self.quiet, ctypes.c_void_p(0))
+        self.api.llama_backend_init()
+        path, self.threads = folder / "bf16.gguf", threads
+        write_gguf(folder, path)
+        given = self.api.llama_model_default_params()
+        self.model = self.api.llama_model_load_from_file(str(path).encode(), given)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        self.vocabulary = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
 
-    def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        n, context = len(prompts) * samples, _context(api, model, prompts, samples, new_tokens)
-        batch = api.llama_batch_init(max(n, sum(map(len, prompts))), 0, 1)
+    def __call__(self, prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
+        n = len(prompts) * samples
+        self.context = self._context(n, len(prompts[0]) + new_tokens, sum(map(len, prompts)))
+        self.batch = self.api.llama_batch_init(max(n, sum(map(len, prompts))), 0, 1)
         try:
-            return _sample(api, context, batch, vocabulary, prompts, samples, new_tokens)
+            return self._sample(prompts, samples, new_tokens)
         finally:
-            api.llama_batch_free(batch)
-            api.llama_free(context)
+            self.api.llama_batch_free(self.batch)
+            self.api.llama_free(self.context)
 
-    def _context(api: Any, model: Any, prompts: list, samples: int, new_tokens: int) -> Any:
-        given, n = api.llama_context_default_params(), len(prompts) * samples
-        given.n_ctx = n * -(-(len(prompts[0]) + new_tokens) // 256) * 256  # it pads a sequence's
-        given.n_seq_max, given.n_batch = n, max(n, sum(map(len, prompts)))
-        given.n_threads = given.n_threads_batch = threads
+    def _context(self, n: int, length: int, n_prompts: int) -> Any:
+        given = self.api.llama_context_default_params()
+        given.n_ctx = n * -(-length // 256) * 256  # it pads each sequence's
+        given.n_seq_max, given.n_batch = n, max(n, n_prompts)
+        given.n_threads = given.n_threads_batch = self.threads
         given.kv_unified, given.no_perf = False, True
-        context = api.llama_init_from_model(model, given)
+        context = self.api.llama_init_from_model(self.model, given)
         if not context:
-            raise RuntimeError("llama.cpp gives no context of that size")
-        run.quiet = quiet  # pyright: ignore[reportFunctionMemberAccess]  (C holds it)
+            raise RuntimeError(f"llama.cpp gives no context for {n} sequences of {length} tokens")
         return context
 
-    return run
+    def _sample(self, prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
+        n, i = len(prompts) * samples, 0
+        for p, prompt in enumerate(prompts):
+            for position, token in enumerate(prompt):
+                self._put(i, token, position, p * samples, position == len(prompt) - 1)
+                i += 1
+        self.batch.n_tokens = i
+        logits = np.repeat(self._step(len(prompts)), samples, 0)
+        memory = self.api.llama_get_memory(self.context)
+        for s in range(n):
+            if s % samples:
+                self.api.llama_memory_seq_cp(memory, s - s % samples, s, -1, -1)
+        drawn = [_draw(logits)]
+        self.batch.n_tokens = n
+        while len(drawn) < new_tokens:
+            for s, token in enumerate(drawn[-1]):
+                self._put(s, token, len(prompts[s // samples]) + len(drawn) - 1, s, True)
+            drawn.append(_draw(self._step(n)))
+        return np.stack(drawn, 1).tolist()
 
-
-def _sample(
-    api: Any,
-    context: Any,
-    batch: Any,
-    vocabulary: int,
-    prompts: list[list[int]],
-    samples: int,
-    new_tokens: int,
-) -> list[list[int]]:
-    random, n = np.random.default_rng(0), len(prompts) * samples
-
-    def put(i: int, token: int, position: int, sequence: int, wanted: bool) -> None:
+    def _put(self, i: int, token: int, position: int, sequence: int, wanted: bool) -> None:
+        batch = self.batch
         batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
 
-    def step(rows: int) -> np.ndarray:
+    def _step(self, rows: int) -> np.ndarray:
         """(rows, V) logits of the tokens for which they are wanted."""
-        if api.llama_decode(context, batch):
+        if self.api.llama_decode(self.context, self.batch):
             raise RuntimeError("llama_decode failed")
-        return np.ctypeslib.as_array(api.llama_get_logits(context), (rows, vocabulary))
-
-    i = 0
-    for p, prompt in enumerate(prompts):
-        for position, token in enumerate(prompt):
-            put(i, token, position, p * samples, position == len(prompt) - 1)
-            i += 1
-    batch.n_tokens = i
-    logits = np.repeat(step(len(prompts)), samples, 0)
-    memory = api.llama_get_memory(context)
-    for s in range(n):
-        if s % samples:
-            api.llama_memory_seq_cp(memory, s - s % samples, s, -1, -1)
-    drawn = [_draw(logits, random)]
-    batch.n_tokens = n
-    while len(drawn) < new_tokens:
-        for s, token in enumerate(drawn[-1]):
-            put(s, token, len(prompts[s // samples]) + len(drawn) - 1, s, True)
-        drawn.append(_draw(step(n), random))
-    return np.stack(drawn, 1).tolist()
+        found = self.api.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(found, (rows, self.vocabulary))
 
 
-def _draw(logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _draw(logits: np.ndarray) -> np.ndarray:
     """A token a row; faster than llama.cpp's own samplers at so many rows."""
-    weights = torch.from_numpy(logits).softmax(-1)
-    return torch.multinomial(weights, 1).squeeze(1).numpy()
+    return torch.multinomial(torch.from_numpy(logits).softmax(-1), 1).squeeze(1).numpy()
 
 
 def write_gguf(folder: Path, path: Path) -> None:
