@@ -28,13 +28,14 @@ from torch import Tensor
 
 from benchmarks.measure import Stopwatch, Wrong, gemm_rate
 from benchmarks.summary import default_device, machine, ms
-from expo_fast.generate import Completion, Generator, Request
+from expo_fast.generate import Generator, Request
 from expo_fast.model import Decoder
 from expo_fast.ops import linear_logprob
 from expo_fast.weights import load_model, save_model
 
 OURS = "expo_fast"
 SIGMAS = 5  # by which a sampler's mean log-prob may be off ours
+SEQUENCES = 32  # that ours is known from, at least
 GAP = 0.05  # nats, mean, between our generator's log-probs and a full forward's, in bf16
 
 Sampler = Callable[[list[list[int]], int, int], list[list[int]]]  # prompts, samples, new tokens
@@ -200,33 +201,42 @@ def logps(model: Decoder, prompts: list[list[int]], completions: list[list[int]]
     return found
 
 
-def judge(subject: Subject, completions: list[list[int]], truth: tuple[float, float]) -> float:
-    """Mean log-prob of the tokens. Raises Wrong where sampling would not give it.
+@dataclass(frozen=True)
+class Truth:
+    """Mean log-probs of sequences that were sampled right: their mean, spread and number."""
 
-    truth: mean log-prob of our tokens, and its standard error over the sequences.
-    """
-    load = subject.load
-    lengths = {len(ids) for ids in completions}
-    if len(completions) != load.prompts * load.samples or lengths != {load.new_tokens}:
-        raise Wrong(f"{len(completions)} completions of {sorted(lengths)} tokens for {load}")
-    prompts = load.ids(subject.model.shape.vocabulary)
-    mean = float(torch.cat(logps(subject.model, prompts, completions)).mean())
-    off, allowed = abs(mean - truth[0]), SIGMAS * 2**0.5 * truth[1]
-    if off > allowed:
-        raise Wrong(f"mean log-prob {mean:.4f}, {off:.4f} off ours: more than {allowed:.4f}")
-    return mean
+    mean: float
+    stdev: float
+    n: int
 
 
-def truth(subject: Subject, done: list[Completion]) -> tuple[float, float]:
+def truth(subject: Subject) -> Truth:
     """Of our own tokens; raises Wrong where our log-probs are not those of a full forward."""
-    prompts = subject.load.ids(subject.model.shape.vocabulary)
+    load = subject.load
+    prompts = load.ids(subject.model.shape.vocabulary)
+    asked = requests(prompts, max(load.samples, -(-SEQUENCES // load.prompts)), load.new_tokens)
+    done = Generator(subject.model).sample(asked)
     exact = logps(subject.model, prompts, [c.token_ids for c in done])
     pairs = zip(done, exact, strict=True)
     gap = float(torch.cat([(c.logp - logp).abs() for c, logp in pairs]).mean())
     if not gap < GAP:
         raise Wrong(f"our log-probs are {gap:.4f} nats off a full forward's on average")
     means = [float(x.mean()) for x in exact]
-    return statistics.fmean(means), statistics.stdev(means) / len(means) ** 0.5
+    return Truth(statistics.fmean(means), statistics.stdev(means), len(means))
+
+
+def judge(subject: Subject, completions: list[list[int]], truth: Truth) -> float:
+    """Mean log-prob of the tokens. Raises Wrong where sampling would not give it."""
+    load = subject.load
+    lengths = {len(ids) for ids in completions}
+    if len(completions) != load.prompts * load.samples or lengths != {load.new_tokens}:
+        raise Wrong(f"{len(completions)} completions of {sorted(lengths)} tokens for {load}")
+    prompts = load.ids(subject.model.shape.vocabulary)
+    mean = float(torch.cat(logps(subject.model, prompts, completions)).mean())
+    allowed = SIGMAS * truth.stdev * (1 / truth.n + 1 / len(completions)) ** 0.5
+    if abs(mean - truth.mean) > allowed:
+        raise Wrong(f"mean log-prob {mean:.3f}, ours {truth.mean:.3f}: more than {allowed:.3f} off")
+    return mean
 
 
 @dataclass(frozen=True)
@@ -334,7 +344,7 @@ def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
     """Runs and judges each sampler once. Raises Wrong if ours is off, and whatever it raises."""
     load, generator = subject.load, Generator(subject.model)
     prompts = load.ids(subject.model.shape.vocabulary)
-    expected = truth(subject, generator.sample(requests(prompts, load.samples, load.new_tokens)))
+    expected = truth(subject)
     began = time.perf_counter()
     generator.sample(requests(prompts, load.samples, 1))
     race = Race(subject, {}, {}, {}, time.perf_counter() - began, ceilings(subject.device))

@@ -1,4 +1,4 @@
-"""pytest benchmarks: the generator beside the samplers that are installed, in pytest-benchmark's table.
+"""pytest benchmarks: the generator beside the samplers that are installed, in the same table.
 
 A round times the peers first, then ours; their figures are in the JSON's extra_info, and printed.
 """
