@@ -5,7 +5,8 @@ A round times the peers first, then ours; their figures are in the JSON's extra_
 
 import pytest
 
-from benchmarks.decode import OURS, PEERS, Load, show, subject, warm_up
+from benchmarks.decode import show, subject, warm_up
+from benchmarks.samplers import OURS, PEERS, Load
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
