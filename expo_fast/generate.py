@@ -189,13 +189,10 @@ class _Run:
 
     def step(self) -> list[tuple[int, Completion]]:
         """One token more for every running slot, or the first for newly admitted ones."""
-        n_free = self.n_slots - len(self.slots)
-        if self.waiting and n_free >= min(len(self.waiting), max(1, self.n_slots // 8)):
-            new = self._admit(n_free)
-            if new:
-                rows, hidden = self._rows(new), torch.stack([slot.hidden for slot in new])
-                drawn = self.engine.draw(hidden, rows.positions, rows.sampling)
-                return self._extend(new, *(x[None] for x in drawn))
+        if new := self._admit(self.n_slots - len(self.slots)):
+            rows, hidden = self._rows(new), torch.stack([slot.hidden for slot in new])
+            drawn = self.engine.draw(hidden, rows.positions, rows.sampling)
+            return self._extend(new, *(x[None] for x in drawn))
         if not self.loaded:
             self.engine.load(self._rows(self.slots))
             self.loaded = True
@@ -221,6 +218,8 @@ class _Run:
             new.append(self.waiting.pop())
             slot.table, copied = self.pages.fork(prompt.table, tokens, slot.n_cached)
             copies += copied
+        if not new:
+            return []
         self._prefill(fresh)
         self._copy(copies)
         for slot in new:
