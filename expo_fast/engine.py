@@ -193,11 +193,12 @@ class TorchEngine(Engine):
 def _filled_up(tokens: Tokens, n: int) -> Tokens:
     """With rows that nobody reads, on the page that is nobody's."""
     idle = n - len(tokens.ids)
-    filled = [
-        torch.cat([x, x.new_zeros(idle, *x.shape[1:])])
-        for x in (tokens.ids, tokens.positions, tokens.tables)
-    ]
-    return Tokens(*filled, [1] * n)
+
+    def filled(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(idle, *x.shape[1:])])
+
+    ids, positions, tables = filled(tokens.ids), filled(tokens.positions), filled(tokens.tables)
+    return Tokens(ids, positions, tables, [1] * n)
 
 
 class _Attention:

@@ -9,7 +9,7 @@ parameter, against 2 B FLOPs; at B = 64 a CPU is bound by its GEMM, no longer by
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,13 +104,8 @@ class Generator:
 
     def engine(self) -> Engine:
         """What the next call runs on: it is chosen anew, for adapters and hooks come and go."""
-        fits = native_engine.supports(self.model)
-        if self.backend == "native" and not fits:
-            raise ValueError(
-                "backend='native' runs plain fp32 and bf16 decoders on a CPU, without adapters or "
-                f"hooks, not this one of {self.model.dtype} on {self.model.device}"
-            )
-        if self.backend == "native" or (self.backend is None and fits and backends.compiles()):
+        fits = self.backend is None and native_engine.supports(self.model) and backends.compiles()
+        if fits or self.backend == "native":
             return native_engine.NativeEngine(self.model, exact=self.batch_invariant)
         return TorchEngine(self.model)
 
@@ -282,9 +277,7 @@ class _Run:
             last=torch.tensor([s.tokens[-1] if s.tokens else 0 for s in slots]),
             positions=torch.tensor([s.n_tokens - bool(s.tokens) for s in slots]),
             tables=padded([s.table for s in slots]),
-            sampling=Sampling(
-                column("seed", torch.int64), column("temperature", torch.float32), cut
-            ),
+            sampling=Sampling(seeds, temperature, cut),
         )
 
 
@@ -295,7 +288,7 @@ class _Prompt:
     ids: tuple[int, ...]
     table: Table
     begun: int  # tokens that another had put there
-    hidden: Tensor | None = None  # (D,) of its last token
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # (D,) of its last token
 
 
 class _Slot:
@@ -308,7 +301,7 @@ class _Slot:
         self.logps: list[float] = []
         self.finish_reason = ""
         self.table: Table = []
-        self.hidden: Tensor | None = None  # of the prompt's last token, for the first draw
+        self.hidden = torch.empty(0)  # (D,) of the prompt's last token, for the first draw
 
     @property
     def n_tokens(self) -> int:
@@ -320,7 +313,7 @@ class _Slot:
         return len(self.prompt) + self.request.max_new_tokens - 1
 
     def extend(self, token: int, logp: float, ends: "_Ends") -> None:
-        self.hidden = None
+        self.hidden = torch.empty(0)
         if logp != logp:  # NaN: the logits were not finite
             self.finish_reason = "error"
             return

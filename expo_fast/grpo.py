@@ -81,14 +81,9 @@ class Trainer:
 
     def __post_init__(self):
         c = self.config
-        self.generator = Generator(
-            self.model,
-            tokenizer=self.prompter.tokenizer,
-            batch_invariant=c.batch_invariant,
-            backend="native" if c.batch_invariant else None,
-        )
-        if c.batch_invariant:
-            self.model.exact = native_engine.hidden
+        tokenizer, exact = self.prompter.tokenizer, c.batch_invariant
+        self.generator = Generator(self.model, tokenizer=tokenizer, batch_invariant=exact)
+        self.model.exact = native_engine.hidden if exact else None
         self.optimizer = Optimizer(
             self.model.named_parameters(), betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )
@@ -328,9 +323,7 @@ def sampled_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
         "reward_std": mean(stds),
         "frac_reward_zero_std": mean([std == 0 for std in stds]),
         "frac_all_fail": mean([r.all_fail for r in rollouts]),
-        "entropy": mean(
-            torch.cat([torch.empty(0), *surprise]).tolist()
-        ),  # unbiased: sampled tokens
+        "entropy": mean([x for each in surprise for x in each.tolist()]),  # unbiased
         "own/nll": mean([float(x.mean()) for x in surprise]),
         "completions/mean_length": mean(lengths),
         "completions/clipped_ratio": mean([end == "length" for end in ends]),

@@ -7,6 +7,7 @@ cache. What it computes for a token is the same, bit for bit, in sampling and in
 import ctypes
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +26,32 @@ ROTATIONS = 1024  # positions whose cos and sin are computed at once: always the
 
 def supports(model: Decoder) -> bool:
     """Plain modules alone: what adapters and hooks compute is not known to csrc."""
-    if any(
-        type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks for m in model.modules()
-    ):
+    if model.dtype not in (torch.float32, torch.bfloat16):
         return False
+    for m in model.modules():
+        if type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks:
+            return False
+    for p in model.parameters():
+        if p.device.type != "cpu" or p.dtype != model.dtype or not p.is_contiguous():
+            return False
     shape = model.shape
-    even = (shape.hidden * shape.intermediate) % 2 == 0 or model.dtype == torch.float32
-    return (
-        even
-        and all(
-            p.device.type == "cpu" and p.dtype == model.dtype and p.is_contiguous()
-            for p in model.parameters()
-        )
-        and model.dtype in (torch.float32, torch.bfloat16)
-    )
+    return shape.hidden % 2 == 0 and shape.intermediate % 2 == 0  # bf16 is multiplied in pairs
 
 
 class NativeEngine(Engine):
-    """Of a model that `supports` accepts. exact: log-probs bit for bit as the ops compute them."""
+    """Of a model that `supports` accepts; ValueError for another.
+
+    exact: log-probs are those of `linear_logprob`, bit for bit.
+    """
 
     page = 32  # csrc's kPage
 
     def __init__(self, model: Decoder, *, exact: bool = False):
+        if not supports(model):
+            raise ValueError(
+                "the native engine runs plain fp32 and bf16 decoders on a CPU, without adapters or "
+                f"hooks, not this one of {model.dtype} on {model.device}"
+            )
         self.model, self.exact = model, exact
         self.csrc = native.library(native.isa())
         for name in ("page", "workspace", "draw"):
@@ -126,10 +131,9 @@ class NativeEngine(Engine):
         sizes = (len(layers), shape.hidden, shape.intermediate)
         sizes += (shape.heads, shape.kv_heads, shape.head_dim)
         embedding, norm = model.model.embed_tokens.weight, model.model.norm.weight
-        scale = model.model.layers[0].self_attn.layer.scale
         return _Decoder(
             *(layers, _pointer(embedding), _pointer(norm)),
-            *(*sizes, shape.norm_eps, scale, native.DTYPES[model.dtype]),
+            *(*sizes, shape.norm_eps, shape.head_dim**-0.5, native.DTYPES[model.dtype]),
         )
 
     def _rotations(self, n: int) -> tuple[Tensor, Tensor]:
@@ -164,14 +168,13 @@ def hidden(
             tables[s], copies = pages.fork(tables[above[s]], starts[s], ends[s])
             for source, target in copies:
                 engine.copy_page(source, target)
-        segments = [
-            Segment(tokens[borders[s] : borders[s + 1]], starts[s], tables[s]) for s in wave
-        ]
+        own = [tokens[borders[s] : borders[s + 1]] for s in wave]
+        segments = [Segment(x, starts[s], tables[s]) for s, x in zip(wave, own, strict=True)]
         found |= zip(wave, prefill(engine, segments), strict=True)
     return torch.cat([found[s] for s in range(len(above))])
 
 
-def _layer(block: Block) -> "_Layer":
+def _layer(block: Any) -> "_Layer":
     a, mlp = block.self_attn, block.mlp
     norms = (block.input_layernorm, block.post_attention_layernorm, a.q_norm, a.k_norm)
     projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj)

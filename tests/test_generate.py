@@ -1,23 +1,34 @@
 """The generator serves what it is asked, with the trainer's own log-probs."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from expo_fast import generate
+from expo_fast import generate, native_engine
+from expo_fast.engine import TorchEngine
+from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.model import Decoder
-from tiny import tiny_model, tiny_tokenizer
+from expo_fast.native_engine import NativeEngine
+from expo_fast.pack import Sample
+from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 SHARED = (20, 21, 22, 23, 24, 25, 26)
+SEVERAL_PAGES = tuple(20 + i % 60 for i in range(75))
 
 
-def requests(n: int = 24, **changes) -> list[Request]:
+@pytest.fixture(params=["torch", "native"])
+def backend(request) -> str:
+    return request.param
+
+
+def requests(n: int = 24, shared: tuple[int, ...] = SHARED, **changes) -> list[Request]:
     """Groups of three on prompts of several lengths, with a common beginning."""
     asked = [
-        Request((*SHARED, *range(30, 31 + i // 3)), 4 + i % 9, temperature=0.8, seed=i)
+        Request((*shared, *range(30, 31 + i // 3)), 4 + i % 9, temperature=0.8, seed=i)
         for i in range(n)
     ]
     return [replace(r, **changes) for r in asked]
@@ -36,18 +47,35 @@ def tokens(completions: list[Completion]) -> list[list[int]]:
     return [done.token_ids for done in completions]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral-window", "smollm3-windows"])
+def same(a: list[Completion], b: list[Completion]) -> bool:
+    bits = all(torch.equal(x.logp, y.logp) for x, y in zip(a, b, strict=True))
+    return tokens(a) == tokens(b) and bits
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
 @pytest.mark.parametrize("slots", [1, 5, 64])
-def test_log_probs_are_those_of_a_full_forward(kind: str, slots: int, monkeypatch):
+def test_log_probs_are_those_of_a_full_forward(kind: str, slots: int, backend: str, monkeypatch):
     monkeypatch.setattr(generate, "MAX_SLOTS", slots)
-    model, asked = tiny_model(kind), requests()
-    for request, done in zip(asked, Generator(model).sample(asked), strict=True):
-        expected = trainer_logp(model, request, done)
-        torch.testing.assert_close(done.logp, expected, rtol=0, atol=1e-4)
+    model = tiny_model(kind)
+    asked = requests(12) + requests(12, SEVERAL_PAGES, max_new_tokens=40)
+    done = Generator(model, backend=backend).sample(asked)
+    with torch.no_grad():
+        for request, completion in zip(asked, done, strict=True):
+            expected = trainer_logp(model, request, completion)
+            torch.testing.assert_close(completion.logp, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefill", [1, 7, 512])
+def test_long_prompts_may_be_computed_in_pieces(prefill: int, backend: str, monkeypatch):
+    asked = requests(6, SEVERAL_PAGES)
+    whole = Generator(tiny_model(), backend=backend).sample(asked)
+    monkeypatch.setattr("expo_fast.engine.PREFILL", prefill)
+    for a, b in zip(Generator(tiny_model(), backend=backend).sample(asked), whole, strict=True):
+        torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-5)
 
 
 def test_refill_and_prefix_sharing_change_no_token(monkeypatch):
-    model, asked = tiny_model(dtype=torch.float64), requests()
+    model, asked = tiny_model(dtype=torch.float64), requests() + requests(6, SEVERAL_PAGES)
     alone = [Generator(model).sample([request])[0] for request in asked]
     for slots in (1, 3, 7, 64):
         monkeypatch.setattr(generate, "MAX_SLOTS", slots)
@@ -57,28 +85,79 @@ def test_refill_and_prefix_sharing_change_no_token(monkeypatch):
             torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-6)
 
 
-def test_a_repeated_call_gives_the_same_tokens_and_log_probs():
+def test_a_repeated_call_gives_the_same_tokens_and_log_probs(backend: str):
     model, asked = tiny_model(), requests()
-    generator = Generator(model)
-    first, again = generator.sample(asked), generator.sample(asked)
-    fresh = Generator(model).sample(asked)
-    for other in (again, fresh):
-        assert tokens(first) == tokens(other)
-        assert all(torch.equal(a.logp, b.logp) for a, b in zip(first, other, strict=True))
+    generator = Generator(model, backend=backend)
+    first = generator.sample(asked)
+    assert same(first, generator.sample(asked))
+    assert same(first, Generator(model, backend=backend).sample(asked))
 
 
-def test_batch_invariant_mode_gives_the_same_bits_in_any_company():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True])
+def test_company_order_and_refill_change_no_bit(dtype, exact: bool, monkeypatch):
+    model = tiny_model("qwen3", dtype=dtype)
+    asked = requests() + requests(9, SEVERAL_PAGES, temperature=1.3, top_p=0.9)
+    generator = Generator(model, backend="native", batch_invariant=exact)
+    together = generator.sample(asked)
+    for slots in (1, 3, 20):
+        monkeypatch.setattr(generate, "MAX_SLOTS", slots)
+        assert same(generator.sample(asked), together)
+        half = generator.sample(asked[1::2][::-1])[::-1]
+        assert same(half, together[1::2])
+    assert same([generator.sample([r])[0] for r in asked], together)
+    torch.set_num_threads(before := torch.get_num_threads())
+    try:
+        torch.set_num_threads(3)
+        three = generator.sample(asked)
+    finally:
+        torch.set_num_threads(before)
+    assert tokens(three) == tokens(together)
+
+
+def test_without_csrc_the_batch_invariant_mode_samples_one_by_one():
     model, asked = tiny_model(), requests()
-    generator = Generator(model, batch_invariant=True)
+    generator = Generator(model, batch_invariant=True, backend="torch")
     together, half = generator.sample(asked), generator.sample(asked[1::2][::-1])[::-1]
-    for a, b in zip(together[1::2], half, strict=True):
-        assert a.token_ids == b.token_ids
-        assert torch.equal(a.logp, b.logp)
+    assert same(half, together[1::2])
 
 
-def test_weights_changed_in_place_are_seen_at_once():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "smollm3-windows"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_trainer_recomputes_the_very_bits_in_the_invariant_mode(kind, dtype, temperature):
+    model = tiny_model(kind, dtype=dtype)
+    asked = requests(temperature=temperature) + requests(6, SEVERAL_PAGES, temperature=temperature)
+    done = Generator(model, batch_invariant=True).sample(asked)
+    samples = [
+        Sample(tuple(r.prompt_ids), tuple(c.token_ids)) for r, c in zip(asked, done, strict=True)
+    ]
+
+    def gap(pack_tokens: int) -> float:
+        scored = score_tokens(model, samples, temperature, pack_tokens)
+        return max(float((a - c.logp).abs().max()) for a, c in zip(scored, done, strict=True))
+
+    assert gap(4096) > 0
+    model.exact = native_engine.hidden
+    for pack_tokens in (4096, 100):
+        assert gap(pack_tokens) == 0
+
+
+def test_exact_hidden_states_have_the_gradient_of_the_rounded_ones():
+    model = tiny_model()
+    given = (torch.arange(20, 32), torch.arange(12), torch.tensor([0, 12], dtype=torch.int32))
+    upstream = torch.randn(12, 48)
+    weights = list(model.parameters())[:-1]  # the last is the head, not used here
+    expected = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
+    model.exact = native_engine.hidden
+    found = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_changed_in_place_are_seen_at_once(backend: str):
     model, asked = tiny_model(), requests(3)
-    generator = Generator(model)
+    generator = Generator(model, backend=backend)
     before = generator.sample(asked)
     with torch.no_grad():
         for p in model.parameters():
@@ -89,56 +168,139 @@ def test_weights_changed_in_place_are_seen_at_once():
     torch.testing.assert_close(after[0].logp, expected, rtol=0, atol=1e-4)
 
 
-def test_length_limit_and_stop_tokens_end_a_completion():
+def test_length_limit_and_stop_tokens_end_a_completion(backend: str):
     model = tiny_model()
     asked = requests(stop_ids=(), max_new_tokens=9)
-    done = Generator(model).sample(asked)
+    done = Generator(model, backend=backend).sample(asked)
     assert {(c.finish_reason, len(c.token_ids)) for c in done} == {("length", 9)}
     stop = done[0].token_ids[4]
-    stopped = Generator(model).sample([replace(asked[0], stop_ids=(stop,))])[0]
+    stopped = Generator(model, backend=backend).sample([replace(asked[0], stop_ids=(stop,))])[0]
     end = done[0].token_ids.index(stop) + 1  # the stop token is included
     assert stopped.token_ids == done[0].token_ids[:end]
     assert stopped.finish_reason == "stop"
     assert len(stopped.logp) == end
 
 
-def test_the_models_own_eos_is_the_default_stop():
+def test_the_models_own_eos_is_the_default_stop(backend: str):
     model = tiny_model(eos_token_id=[1, 50])
     asked = requests(200, max_new_tokens=40, temperature=1.5)
-    done = Generator(model).sample(asked)
+    done = Generator(model, backend=backend).sample(asked)
     stopped = [c for c in done if c.finish_reason == "stop"]
     assert stopped
     assert all(c.token_ids[-1] in (1, 50) for c in stopped)
     assert not any({1, 50} & set(c.token_ids[:-1]) for c in done)
 
 
-def test_stop_string_across_token_borders():
+def test_stop_string_across_token_borders(backend: str):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    free = Generator(model).sample(requests(1, max_new_tokens=12, stop_ids=()))[0]
+    free = Generator(model, backend=backend).sample(requests(1, max_new_tokens=12, stop_ids=()))[0]
     text = tokenizer.decode(free.token_ids)
     stop = text[3:6]  # three characters, and so up to three tokens
     asked = requests(1, max_new_tokens=12, stop_ids=(), stop_strings=(stop,))
-    done = Generator(model, tokenizer=tokenizer).sample(asked)[0]
+    done = Generator(model, tokenizer=tokenizer, backend=backend).sample(asked)[0]
     assert done.finish_reason == "stop"
     assert stop in tokenizer.decode(done.token_ids)
     assert stop not in tokenizer.decode(done.token_ids[:-1])
 
 
-def test_budget_bounds_the_cache_and_changes_no_token():
-    model, asked = tiny_model(dtype=torch.float64), requests()
-    token = generate.Cache.bytes_per_token(model)
-    generator = Generator(model, kv_cache_bytes=50 * token)
-    assert tokens(generator.sample(asked)) == tokens(Generator(model).sample(asked))
-    assert generator._cache is not None
-    slab = generator._cache.slab
-    assert slab.numel() * slab.element_size() <= 50 * token
-    with pytest.raises(ValueError, match=f"kv_cache_bytes={token} holds no sequence"):
-        Generator(model, kv_cache_bytes=token).sample(asked)
+def test_budget_bounds_the_cache_and_changes_no_token(backend: str, monkeypatch):
+    model, asked = tiny_model(), requests() + requests(6, SEVERAL_PAGES)
+    generator = Generator(model, backend=backend)
+    engine, opened = type(generator.engine()), []
+    page = generator.engine().page_bytes()
+
+    def open_(self, n_pages, n_positions, open=engine.open):
+        opened.append(n_pages * page)
+        open(self, n_pages, n_positions)
+
+    monkeypatch.setattr(engine, "open", open_)
+    free = generator.sample(asked)
+    for pages in (20, 8, 6):
+        generator.kv_cache_bytes = pages * page
+        bound = generator.sample(asked)
+        assert tokens(bound) == tokens(free)
+        assert page < opened[-1] <= pages * page < opened[0]
+    generator.kv_cache_bytes = 2 * page
+    with pytest.raises(
+        ValueError, match=f"kv_cache_bytes={2 * page} holds no sequence of 85 tokens"
+    ):
+        generator.sample(asked)
 
 
-def test_a_nan_ends_its_request_and_leaves_no_trace():
+def test_memory_is_returned_after_sampling_and_after_an_interruption(monkeypatch):
+    model, asked = tiny_model(), requests()
+    slabs: list[weakref.ref] = []
+
+    class Spy(NativeEngine):
+        calls = 0
+
+        def open(self, *sizes):
+            super().open(*sizes)
+            slabs.append(weakref.ref(self.pages))
+
+        def run(self, tokens):
+            Spy.calls += 1
+            if Spy.calls == 8:
+                raise KeyboardInterrupt
+            return super().run(tokens)
+
+    monkeypatch.setattr(native_engine, "NativeEngine", Spy)
+    generator = Generator(model, backend="native")
+    with pytest.raises(KeyboardInterrupt):
+        generator.sample(asked)
+    again = generator.sample(asked)
+    assert len(slabs) == 2 and all(slab() is None for slab in slabs)
+    monkeypatch.undo()
+    assert same(again, Generator(model, backend="native").sample(asked))
+
+
+def test_what_may_run_longest_starts_first_and_completions_come_as_they_finish(monkeypatch):
+    monkeypatch.setattr(generate, "MAX_SLOTS", 1)
+    asked = [Request((20, 21, i), n, stop_ids=()) for i, n in ((30, 3), (31, 9), (32, 6))]
+    stream = Generator(tiny_model()).stream(asked)
+    assert [i for i, _ in stream] == [1, 2, 0]
+
+
+class Adapter(torch.nn.Module):
+    """What LoRA puts in a projection's place."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base, self.extra = base, torch.nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.extra(x)
+
+
+def test_sampling_goes_through_adapters_and_hooks():
+    asked, model = requests(6), tiny_model()
+    assert isinstance(Generator(model).engine(), NativeEngine)
+    hook = model.model.norm.register_forward_hook(lambda *_: _[2] * 2)
+    doubled = Generator(model).sample(asked)
+    with torch.no_grad():
+        expected = trainer_logp(model, asked[0], doubled[0])
+    torch.testing.assert_close(doubled[0].logp, expected, rtol=0, atol=1e-4)
+    hook.remove()
+    attention = model.model.layers[1].self_attn
+    assert isinstance(attention, torch.nn.Module)
+    attention.v_proj = Adapter(attention.v_proj)  # pyright: ignore[reportArgumentType]
+    assert isinstance(Generator(model).engine(), TorchEngine)
+    with torch.no_grad():
+        for request, done in zip(asked, Generator(model).sample(asked), strict=True):
+            expected = trainer_logp(model, request, done)
+            torch.testing.assert_close(done.logp, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="the native engine runs plain fp32 and bf16 decoders"):
+        Generator(model, backend="native").sample(asked)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend='vllm'"):
+        Generator(tiny_model(), backend="vllm")
+
+
+def test_a_nan_ends_its_request_and_leaves_no_trace(backend: str):
     model, asked = tiny_model(), requests(3)
-    generator = Generator(model)
+    generator = Generator(model, backend=backend)
     sampled = {t for done in generator.sample(asked) for t in done.token_ids}
     bad = next(t for t in range(40, 100) if t not in sampled)
     asked += [replace(r, prompt_ids=(*SHARED, 30, bad)) for r in asked]

@@ -92,6 +92,15 @@ def test_a_run_leaves_a_complete_record_and_a_loadable_model(folder: Path, tmp_p
     assert not torch.equal(before["model.norm.weight"], ours["model.norm.weight"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generator_and_trainer_agree_to_the_bit_in_the_invariant_mode(folder, tmp_path, dtype: str):
+    given = flags(folder, tmp_path, method="grpo", dtype=dtype, updates_per_batch=2, steps=2)
+    train.main([*given, "--batch-invariant"])
+    for row in rows(tmp_path):
+        assert row["logp_gap/max"] == 0
+        assert row["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("method", ["grpo", "expert-grpo", "expo-grpo"])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     folder: Path, tmp_path: Path, method: str
