@@ -27,7 +27,7 @@ from benchmarks.parts import parts
 from benchmarks.summary import machine, ms, show
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_ops*.py", "tests/test_triton*.py")
+TESTS = ("tests/test_ops*.py", "tests/test_triton*.py", "tests/test_decode.py")
 STAGES = ("tests", "ceilings", "parts", "ops")
 TESTS_SHARE = 0.45  # of the time, at most
 PARTS_OF = ("qwen2.5-3b", "qwen2.5-0.5b")

@@ -50,7 +50,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def draw(
     logits: Tensor,  # (B, V) fp32, overwritten
     temperature: Tensor,  # (B,) fp32; 0 takes the likeliest token, scored at temperature 1
-    truncation: Truncation,
+    truncation: Truncation | None,  # None: of no row; then nothing here makes a GPU's host wait
     u: Tensor,  # (B,) fp64 in [0, 1)
 ) -> tuple[Tensor, Tensor]:  # (B,) int64; (B,) fp32 nats at the temperature, before any truncation
     """Sample a token a row. A row that holds a NaN or only -inf gets a NaN log-probability."""
@@ -61,9 +61,10 @@ def draw(
     blocks = _block_sums(weights)
     totals = blocks.sum(-1)
     token = torch.where(greedy, best, _inverse_cdf(weights, blocks, u))
-    cut = (truncation.active() & ~greedy).nonzero().squeeze(-1)
-    if len(cut):
-        token[cut] = _draw_truncated(weights[cut], totals[cut], truncation[cut], u[cut])
+    if truncation is not None:
+        cut = (truncation.active() & ~greedy).nonzero().squeeze(-1)
+        if len(cut):
+            token[cut] = _draw_truncated(weights[cut], totals[cut], truncation[cut], u[cut])
     chosen = weights.gather(1, token[:, None]).squeeze(1)
     return token, (chosen.double().log() - totals.log()).float()
 

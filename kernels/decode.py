@@ -23,6 +23,7 @@ Without the cascade the prompts alone would be 67 and 134 MB a layer.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (of Triton's functions, which it takes for Python's)
 
 import math
@@ -102,7 +103,7 @@ def rows_together(heads: int, kv_heads: int) -> int:
 
 
 @triton.jit
-def append_kernel(
+def append_tokens(
     k, v, address, tables, positions,  # (B, Hkv, Dh) twice, (1,), (B, W), (B,)
     layer, W,
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
@@ -111,7 +112,8 @@ def append_kernel(
     row = tl.program_id(0).to(tl.int64)
     slab = tl.multiple_of(tl.load(address).to(k.dtype), 16)
     position = tl.load(positions + row)
-    page = tl.load(tables + row * W + position // PAGE).to(tl.int64)
+    column = tl.minimum(position // PAGE, W - 1)  # of a row that goes on after its end: page 0
+    page = tl.load(tables + row * W + column).to(tl.int64)
     key = slab + page * STRIDE + layer + position % PAGE * (HKV * DH)
     i = tl.arange(0, BLOCK)
     inside = i < HKV * DH
@@ -179,7 +181,7 @@ def _attend(
 
 
 @triton.jit
-def items_kernel(
+def attend_items(
     q, address, tables, positions, items,  # (B, H, Dh), (1,), (B, W), (B,), (N, FIELDS)
     top, total, values,  # (B, SLOTS, H) twice, (B, SLOTS, H, Dh), out
     layer, scale, window, W, SLOTS,  # scale times log2(e)
@@ -204,7 +206,7 @@ def items_kernel(
 
 
 @triton.jit
-def slots_kernel(
+def add_slots(
     top, total, values, used, out,  # as above; (B,) int32; (B, H, Dh) out
     SLOTS, DH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +242,7 @@ def append(
     k, v, block = k.contiguous(), v.contiguous(), triton.next_power_of_2(k[0].numel())
     sizes = cache.layer(layer), tables.stride(0)
     with launch_device(k):
-        append_kernel[(len(k),)](
+        append_tokens[(len(k),)](
             k, v, cache.address, tables, positions, *sizes, **cache.constants, BLOCK=block
         )
 
@@ -262,14 +264,14 @@ def attend(
     group = triton.next_power_of_2(heads // cache.kv_heads)
     bits, reach = scale * math.log2(math.e), EVERYTHING if window is None else window
     with launch_device(q):
-        items_kernel[(len(work.items), cache.kv_heads)](
+        attend_items[(len(work.items), cache.kv_heads)](
             q, cache.address, tables, positions, work.items, *found,
             cache.layer(layer), bits, reach, tables.stride(0), slots,
             **cache.constants, H=heads, FEW=max(FEW, group), MANY=max(MANY, group),
             BN=TOKENS, BD=block, FIELDS=FIELDS, WIDE=INTERPRETED,
             num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
-        slots_kernel[(n, heads)](
+        add_slots[(n, heads)](
             *found, work.used, out, slots,
             DH=dim, BS=triton.next_power_of_2(slots), BD=block, WIDE=INTERPRETED,
         )  # fmt: skip

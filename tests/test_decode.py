@@ -1,6 +1,7 @@
 """Decoding on a GPU: the attention kernel against fp64, and the engine against the other two."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from expo_fast import cuda_engine, generate
+from expo_fast.attention import causal_attention
+from expo_fast.cuda_engine import CudaEngine
+from expo_fast.generate import Completion, Generator, Request
 from expo_fast.kernels import decode
 from expo_fast.kernels.cascade import Sizes, plan
+from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 32
@@ -186,3 +192,139 @@ def test_any_tables_fit_the_plan():
         pages_read(tables, Sizes(70, width), 5)
     stairs = torch.ones(40, 40, dtype=torch.int32).tril(-1) + torch.arange(1, 41)[:, None].int()
     pages_read(stairs.int(), Sizes(40, 40), 8)
+
+
+# the engine: in Triton's interpreter, without graphs, or on a GPU with them
+
+SHARED = tuple(20 + i % 60 for i in range(70))  # more than two pages
+
+
+def requests(**changes) -> list[Request]:
+    """Two prompts that begin alike and two samples of each; their ends lie inside bursts."""
+    prompts = (*SHARED, 80), (*SHARED, *range(81, 99))
+    asked = [
+        Request(prompts[i // 2], 3 + 2 * i % 5, temperature=0.8, seed=i, stop_ids=())
+        for i in range(4)
+    ]
+    return [replace(request, **changes) for request in asked]
+
+
+def assert_same(ours: list[Completion], theirs: list[Completion]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The interpreter runs one program after another."""
+    monkeypatch.setattr(cuda_engine, "BUCKETS", (4, 8))
+    monkeypatch.setattr(cuda_engine, "LEAST_WIDTH", 4)
+    monkeypatch.setattr(CudaEngine, "burst", 4)
+
+
+def sample(model, asked, backend, slots=64) -> list[Completion]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MAX_SLOTS", "CUDA_SLOTS"):
+            patch.setattr(generate, name, slots)
+        return Generator(model, backend=backend).sample(asked)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama-biases", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows"]
+)
+def test_the_engine_samples_what_the_others_sample(kind):
+    model, asked = tiny_model(kind).to(DEVICE), requests()
+    assert set(model.shape.windows) != {None} or "window" not in kind
+    ours = sample(model, asked, "triton")
+    assert_same(ours, sample(model, asked, "torch"))
+    assert_same(ours, sample(model.cpu(), asked, "native"))
+
+
+def test_refill_and_ends_inside_a_burst():
+    model, asked = shallow(), requests(max_new_tokens=7)
+    free = sample(model, asked, "torch")
+    asked = [replace(r, stop_ids=(d.token_ids[3],)) for r, d in zip(asked, free, strict=True)]
+    done = sample(model, asked, "triton", slots=3)
+    assert_same(done, sample(model, asked, "torch"))
+    assert {d.finish_reason for d in done} == {"stop"}
+
+
+def test_some_rows_truncate_and_some_take_the_likeliest():
+    rules = [{"top_p": 0.7}, {"top_k": 3, "min_p": 0.1}, {"temperature": 0.0}, {}]
+    asked = [replace(r, **rule) for r, rule in zip(requests(), rules, strict=True)]
+    model = shallow()
+    assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))
+
+
+def test_sixteen_bits_and_a_nan():
+    model, asked = shallow(dtype=torch.bfloat16), requests()
+    clean = sample(model, asked, "triton")
+    for request, done in zip(asked, clean, strict=True):
+        whole = torch.tensor([*request.prompt_ids, *done.token_ids])
+        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+        with torch.no_grad():
+            hidden = model.hidden(whole, torch.arange(len(whole)), borders)
+        logits = (
+            hidden[-len(done.logp) - 1 : -1].float()
+            @ model.head_weight.detach().cpu().float().T
+            / request.temperature
+        )
+        expected = logits.log_softmax(-1).gather(1, whole[-len(done.logp) :, None]).squeeze(1)
+        torch.testing.assert_close(done.logp, expected, rtol=0, atol=0.1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[85] = math.nan  # of one prompt
+    got = sample(model, asked, "triton")
+    assert [d.finish_reason for d in got] == ["length"] * 2 + ["error"] * 2
+    assert_same(got[:2], clean[:2])
+
+
+def test_steps_outlive_the_slab_and_not_the_model_that_they_were_made_of():
+    model, asked = shallow(), requests()[:2]
+    generator = Generator(model, backend="triton")
+    generator.sample(asked)
+    engine = generator.engine()
+    assert isinstance(engine, CudaEngine) and not hasattr(engine, "slab")
+    kept = dict(engine.steps)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert_same(generator.sample(asked), sample(model, asked, "torch"))
+    assert kept and engine.steps == kept
+    for change in (rebound, hooked):
+        change(model)
+        assert_same(generator.sample(asked), sample(model, asked, "torch"))
+        assert not set(engine.steps.values()) & set(kept.values())
+        kept = dict(engine.steps)
+    assert not kept  # for nobody knows what a hook will do next time
+
+
+def shallow(**changes):
+    return tiny_model(num_hidden_layers=2, **changes).to(DEVICE)
+
+
+def rebound(model) -> None:
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.detach() * 1.1)
+
+
+def hooked(model) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, args, out: out * 0.9)
+
+
+def test_a_gpu_computes_prompts_in_one_call_a_layer(monkeypatch):
+    """torch's varlen attention has no CPU kernel: each sequence's, by the other function."""
+
+    def varlen(layer, q, k, v, cu_queries, cu_keys, max_queries, max_keys):
+        queries, keys, values = (
+            x.split(borders.diff().tolist())
+            for x, borders in ((q, cu_queries), (k, cu_keys), (v, cu_keys))
+        )
+        assert (max(map(len, queries)), max(map(len, keys))) == (max_queries, max_keys)
+        each = zip(queries, keys, values, strict=True)
+        return torch.cat([causal_attention(layer, *of_one) for of_one in each])
+
+    monkeypatch.setattr(cuda_engine, "varlen_attention", varlen)
+    monkeypatch.setattr(CudaEngine, "attention", lambda self, x: cuda_engine.Varlen(self.slab, x))
+    model, asked = tiny_model("mistral-window").to(DEVICE), requests(max_new_tokens=1)
+    assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))
