@@ -1,0 +1,194 @@
+"""The engines draw from the model's distribution, and csrc's computes what PyTorch's does."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from expo_fast import native
+from expo_fast.cache import Pages
+from expo_fast.engine import Sampling, Segment, TorchEngine, prefill
+from expo_fast.generate import Generator, Request
+from expo_fast.native_engine import NativeEngine
+from expo_fast.sampling import Truncation
+from expo_fast.weights import load_model
+from tiny import VARIANTS, tiny_model
+
+V, DRAWS = 700, 20_000  # several of csrc's tiles, the last one ragged
+ISAS = [name for name in native.FLAGS if native._has(name)]
+
+
+def sampling(
+    n: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Sampling:
+    cut = Truncation(torch.full((n,), top_k), torch.full((n,), top_p), torch.full((n,), min_p))
+    return Sampling(torch.arange(n), torch.full((n,), temperature), cut)
+
+
+def truncated(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """From the definitions: top-k, then top-p of what is left, then min-p."""
+    order = p.argsort(descending=True)[: top_k or V]
+    mass = p[order] / p[order].sum()
+    order = order[: int((mass.cumsum(0) - mass < top_p).sum())]
+    order = order[p[order] >= min_p * p.max()]
+    kept = torch.zeros_like(p).index_copy(0, order, p[order])
+    return kept / kept.sum()
+
+
+def opened(engine):
+    engine.open(2, 8)
+    return engine
+
+
+@pytest.mark.parametrize("kind", [TorchEngine, NativeEngine])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (1.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.8, 0.0),
+        (1.0, 0, 1.0, 0.2),
+        (0.8, 40, 0.9, 0.05),
+    ],
+)
+def test_frequencies_match_the_distribution(kind, dtype, temperature, top_k, top_p, min_p):
+    model = tiny_model(vocab_size=V, dtype=dtype)
+    engine, hidden = opened(kind(model)), (torch.randn(48) / 2).to(dtype)
+    logits = model.head_weight.detach().double() @ hidden.double() / temperature
+    expected = DRAWS * truncated(logits.softmax(-1), top_k, top_p, min_p)
+    counts, logp = torch.zeros(V), logits.log_softmax(-1)
+    asked = sampling(DRAWS, temperature, top_k, top_p, min_p)
+    for rows in torch.arange(DRAWS).split(2000):
+        drawn = engine.draw(hidden.expand(len(rows), -1).contiguous(), rows * 0 + 7, asked[rows])
+        counts += torch.bincount(drawn[0], minlength=V)
+        torch.testing.assert_close(drawn[1].double(), logp[drawn[0]], rtol=0, atol=5e-6)
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 10  # pooled: chi-square wants cells of some size
+    cells = [*zip(counts[~rare], expected[~rare], strict=True)]
+    if expected[rare].sum() >= 10:
+        cells.append((counts[rare].sum(), expected[rare].sum()))
+    chi2 = float(sum((c - e) ** 2 / e for c, e in cells))
+    degrees = len(cells) - 1
+    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # 4 sigma; the draws are fixed
+
+
+def test_both_engines_draw_the_same_tokens():
+    model, n = tiny_model(vocab_size=V), 500
+    hidden, positions, asked = torch.randn(n, 48), torch.arange(n), sampling(n)
+    asked.temperature[:50] = 0
+    asked.truncation.top_p[25:100] = 0.7
+    engines = [opened(kind(model)) for kind in (TorchEngine, NativeEngine)]
+    a, b = (engine.draw(hidden, positions, asked) for engine in engines)
+    assert int((a[0] != b[0]).sum()) <= 1  # a uniform number may fall between two roundings
+    alike = a[0] == b[0]
+    torch.testing.assert_close(a[1][alike], b[1][alike], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_reported_and_spare_their_neighbours(bad: float):
+    model, hidden = tiny_model(vocab_size=V), torch.randn(3, 48)
+    engine, asked = opened(NativeEngine(model)), sampling(3)
+    clean = engine.draw(hidden, torch.arange(3), asked)
+    hidden[1, 5] = bad
+    tokens, logp = engine.draw(hidden, torch.arange(3), asked)
+    assert logp.isnan().tolist() == [False, True, False]
+    assert torch.equal(tokens[::2], clean[0][::2])
+    assert torch.equal(logp[::2], clean[1][::2])
+
+
+def hidden_states(engine, lengths: list[int]) -> list[Tensor]:
+    """Of sequences of those lengths, each page of which was garbage before."""
+    pages = Pages(1 + sum(-(-n // engine.page) for n in lengths), engine.page)
+    engine.open(len(pages), max(lengths))
+    slab = engine.slab if isinstance(engine, TorchEngine) else engine.pages
+    slab.view(torch.uint8).fill_(255)  # NaN in any dtype
+    random = torch.Generator().manual_seed(1)
+    segments = [
+        Segment(torch.randint(4, 90, (n,), generator=random), 0, pages.fork([], 0, n)[0])
+        for n in lengths
+    ]
+    return prefill(engine, segments)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_errors_are_at_most_twice_plain_pytorchs(kind: str, dtype, isa: str, monkeypatch):
+    monkeypatch.setenv("EXPO_FAST_ISA", isa)
+    lengths = [1, 16, 33, 70, 31]
+    model = tiny_model(kind, dtype=dtype)
+    exact = hidden_states(TorchEngine(tiny_model(kind, dtype=dtype).double()), lengths)
+    plain = hidden_states(TorchEngine(model), lengths)
+    ours = hidden_states(NativeEngine(model), lengths)
+
+    def error(found: list[Tensor]) -> float:
+        return float((torch.cat(found).double() - torch.cat(exact)).norm())
+
+    assert error(ours) <= 2 * error(plain)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_instruction_set_and_number_of_threads_samples_alike(isa, threads, monkeypatch):
+    model = tiny_model("qwen3", vocab_size=V)
+    asked = [Request((20, 21, 30 + i % 4), 12, seed=i, stop_ids=()) for i in range(20)]
+    expected = Generator(model, backend="torch").sample(asked)
+    monkeypatch.setenv("EXPO_FAST_ISA", isa)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = Generator(model, backend="native").sample(asked)
+    finally:
+        torch.set_num_threads(before)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+@pytest.mark.parametrize("sizes", [{"head_dim": 80}, {"head_dim": 24, "num_key_value_heads": 6}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_sizes(sizes, dtype):
+    model = tiny_model(dtype=dtype, intermediate_size=86, hidden_size=42, **sizes)
+    exact = hidden_states(TorchEngine(model.double()), [40, 3])
+    model = model.to(dtype)
+    plain, ours = (hidden_states(kind(model), [40, 3]) for kind in (TorchEngine, NativeEngine))
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert float((a - c).norm()) <= 2 * float((b - c).norm())
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return load_model("smollm2-135m")
+
+
+@torch.no_grad()
+def test_in_bf16_the_gap_to_the_trainer_is_no_larger_than_transformers_to_itself(smollm, tmp_path):
+    """Between a cached decode and a full forward of the same tokens, in one process."""
+    from transformers import AutoModelForCausalLM
+
+    from expo_fast.weights import save_model
+
+    model, tokenizer = smollm
+    save_model(model, tokenizer, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    prompt = tokenizer("Anna has 12 apples and buys 5 more. How many does she have?").input_ids
+    asked = [Request(prompt, 48, seed=i, stop_ids=()) for i in range(16)]
+    done = Generator(model).sample(asked)
+    n, ours, own = len(prompt), [], []
+    for completion in done:
+        whole = torch.tensor([*prompt, *completion.token_ids])
+        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+        hidden = model.hidden(whole, torch.arange(len(whole)), borders)
+        full = (hidden @ model.head_weight.T).float().log_softmax(-1)
+        targets = whole[n:, None]
+        ours.append(full[n - 1 : -1].gather(1, targets).squeeze(1) - completion.logp)
+        full = theirs(whole[None]).logits[0].float().log_softmax(-1)
+        cache, steps = theirs(whole[None, :n], use_cache=True), []
+        for token in whole[n:]:
+            steps.append(cache.logits[0, -1].float().log_softmax(-1))
+            cache = theirs(token[None, None], past_key_values=cache.past_key_values, use_cache=True)
+        own.append((full[n - 1 : -1] - torch.stack(steps)).gather(1, targets).squeeze(1))
+    gap, allowed = (torch.cat(x).abs() for x in (ours, own))
+    assert float(gap.mean()) <= 1.2 * float(allowed.mean())
+    assert float(gap.square().mean()) <= 1.2**2 * float(allowed.square().mean())
