@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expo_fast.kernels import decode, groups, rowwise
+from expo_fast.kernels import blocks, decode, groups, layer, rowwise
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
 
@@ -70,27 +70,31 @@ DECODERS = ((24, 14, 2, 64), (28, 12, 2, 128), (36, 16, 2, 128), (32, 32, 32, 96
 
 
 def decoding() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    types = dict.fromkeys(("layer", "window", "W", "SLOTS"), "i32") | {"scale": "fp32"}
+    types = dict.fromkeys(("layer", "window", "W", "SLOTS", "n", "H"), "i32")
+    types |= dict.fromkeys(("scale", "eps"), "fp32")
     types |= dict.fromkeys(("tables", "items", "used"), "*i32")
     types |= dict.fromkeys(("address", "positions"), "*i64")
-    types |= dict.fromkeys(("q", "k", "v", "out"), "*bf16")
+    types |= dict.fromkeys(("q", "k", "v", "out", "q_norm", "k_norm", "cos", "sin"), "*bf16")
+    types |= dict.fromkeys(("x", "d", "w", "total", "gate", "up"), "*bf16")
     tiles = {"FEW": decode.FEW, "MANY": decode.MANY, "BN": decode.TOKENS}
     tiles |= {"FIELDS": decode.FIELDS, "WIDE": False}
     options = {"num_warps": decode.WARPS, "num_stages": decode.STAGES}
     for layers, heads, kv_heads, dim in DECODERS:
-        cache, block = (
-            decode.Paged(torch.empty(1), layers, 32, kv_heads, dim).constants,
-            {"BD": 64 if dim == 64 else 128},
-        )
+        cache = decode.Paged(torch.empty(1), layers, 32, kv_heads, dim).constants
+        block = {"BD": 64 if dim == 64 else 128}
         yield decode.attend_items, types, cache | tiles | block | {"H": heads}, options
         slots = {"DH": dim, "BS": 4, "WIDE": False} | block
         yield decode.add_slots, types, slots, {}
-        yield (
-            decode.append_tokens,
-            types,
-            cache | {"BLOCK": 1 << (kv_heads * dim - 1).bit_length()},
-            {},
-        )
+        new = {"BLOCK": 1 << (kv_heads * dim - 1).bit_length()}
+        yield decode.append_tokens, types, cache | new, {}
+        for norm in (False, True):
+            turned = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
+            yield layer.place_heads, types, cache | turned, {"num_warps": 1}
+    for nothing in ({"d": None, "total": None}, {}):
+        yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
+    yield blocks.block_sums, {"BLOCKS": "i32"}, {"BLOCK": 256, "TOGETHER": blocks.TOGETHER}, {}
+    elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
+    yield layer.swiglu_elements, types, elements, {}
 
 
 def compile_for_hopper(
@@ -104,7 +108,8 @@ def compile_for_hopper(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name not in ("N", "V", "M", "window", "SLOTS") and str(kind[name])[0] in "*i"
+        if name not in ("N", "V", "M", "window", "SLOTS", "H", "BLOCKS")
+        and str(kind[name])[0] in "*i"
     }
     source = ASTSource(kernel, kind, values, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

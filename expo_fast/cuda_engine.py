@@ -23,9 +23,9 @@ from expo_fast.attention import Layer, varlen_attention
 from expo_fast.engine import PagedAttention, Rows, Tokens, TorchEngine
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import wide_product
-from expo_fast.model import Decoder
+from expo_fast.model import Attend, Block, Decoder, RMSNorm
 from expo_fast.native_engine import PLAIN
-from expo_fast.sampling import Truncation, draw, uniform
+from expo_fast.sampling import BLOCK, Truncation, draw, draw_from_blocks, uniform
 
 BUCKETS = (8, 16, 32, 64, 128, 256)  # rows; more are rounded up to a multiple of the last
 CUDA_PREFILL = 8192  # tokens of prompts computed together: some 25 ms of launches, if eager
@@ -160,10 +160,11 @@ class Step:
     """The next token of up to `size` rows. What it reads and writes stays where it is."""
 
     def __init__(self, engine: CudaEngine, size: int, width: int, truncated: bool):
-        from expo_fast.kernels import decode
+        from expo_fast.kernels import decode, layer
 
         model, shape, device = engine.model, engine.model.shape, engine.model.device
-        self.engine, self.truncated, self.decode = engine, truncated, decode
+        self.engine, self.truncated = engine, truncated
+        self.decode, self.layer = decode, layer
         self.sizes = Sizes(size, width)
         self.inputs = _Inputs.idle(size, width, device)
         self.cut: Truncation | None = None
@@ -198,27 +199,60 @@ class Step:
 
     def launch(self) -> None:
         """All of the step, but a draw that truncates: how far it sorts is for the host to see."""
-        given, model = self.inputs, self.engine.model
-        self.hidden.copy_(model.run(given.last, given.positions, self.attend))
+        given = self.inputs
+        run = self.engine.model.run if self.engine.state is None else self.fused
+        self.hidden.copy_(run(given.last, given.positions, self.attend))
         given.positions += 1
         if not self.truncated:
             self.draw()
 
     def draw(self) -> None:
+        from expo_fast.kernels.blocks import blocks_of
+
         given = self.inputs
         logits = wide_product(self.hidden, self.engine.head)
         u = uniform(given.seeds, given.positions)
-        token, logp = draw(logits, given.temperature, self.cut, u)
+        if self.cut is None:
+            found = blocks_of(logits, given.temperature, BLOCK)
+            token, logp = draw_from_blocks(logits, *found, given.temperature, u)
+        else:
+            token, logp = draw(logits, given.temperature, self.cut, u)
         given.last.copy_(token)
         self.drawn.index_copy_(0, self.turn, torch.stack([token.double(), logp.double()])[None])
         self.turn.add_(1).remainder_(len(self.drawn))
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        given = self.inputs.tables, self.inputs.positions
-        self.decode.append(self.cache, layer.index, k, v, *given)
-        return self.decode.attend(
-            self.cache, layer.index, q, *given, self.work, layer.scale, layer.window
-        )
+        self.decode.append(self.cache, layer.index, k, v, self.inputs.tables, self.inputs.positions)
+        return self.attended(layer, q)
+
+    def attended(self, layer: Layer, q: Tensor) -> Tensor:
+        given = self.inputs.tables, self.inputs.positions, self.work
+        return self.decode.attend(self.cache, layer.index, q, *given, layer.scale, layer.window)
+
+    def fused(self, tokens: Tensor, positions: Tensor, _attend: Attend) -> Tensor:
+        """`Decoder.run` of our own modules, with one launch between two products."""
+        model, d = self.engine.model, None
+        x, rotation = model.model.embed_tokens(tokens), model._rotation(positions)
+        for block in model.model.layers:
+            x, d = self.fused_block(block, x, d, rotation)
+        return self.layer.add_norm(x, d, model.model.norm.weight, model.model.norm.eps)[1]
+
+    def fused_block(
+        self, block: Block, x: Tensor, d: Tensor | None, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x + d is what comes in, and what the two results add up to what goes out."""
+        a, mlp, n = block.self_attn, block.mlp, len(x)
+        before, after, norms = block.input_layernorm, block.post_attention_layernorm, None
+        if isinstance(a.q_norm, RMSNorm) and isinstance(a.k_norm, RMSNorm):
+            norms = a.q_norm.weight, a.k_norm.weight, a.q_norm.eps
+        x, h = self.layer.add_norm(x, d, before.weight, before.eps)
+        heads = [p(h).view(n, -1, a.head_dim) for p in (a.q_proj, a.k_proj, a.v_proj)]
+        turn = rotation if a.rope else None
+        where = self.inputs.tables, self.inputs.positions
+        q = self.layer.place(self.cache, a.layer.index, *heads, norms, turn, *where)
+        o = a.o_proj(self.attended(a.layer, q).view(n, -1))
+        x, h = self.layer.add_norm(x, o, after.weight, after.eps)
+        return x, mlp.down_proj(self.layer.swiglu(mlp.gate_proj(h), mlp.up_proj(h)))
 
 
 class Varlen(PagedAttention):

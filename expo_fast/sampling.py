@@ -50,7 +50,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def draw(
     logits: Tensor,  # (B, V) fp32, overwritten
     temperature: Tensor,  # (B,) fp32; 0 takes the likeliest token, scored at temperature 1
-    truncation: Truncation | None,  # None: of no row; then nothing here makes a GPU's host wait
+    truncation: Truncation,
     u: Tensor,  # (B,) fp64 in [0, 1)
 ) -> tuple[Tensor, Tensor]:  # (B,) int64; (B,) fp32 nats at the temperature, before any truncation
     """Sample a token a row. A row that holds a NaN or only -inf gets a NaN log-probability."""
@@ -61,12 +61,33 @@ def draw(
     blocks = _block_sums(weights)
     totals = blocks.sum(-1)
     token = torch.where(greedy, best, _inverse_cdf(weights, blocks, u))
-    if truncation is not None:
-        cut = (truncation.active() & ~greedy).nonzero().squeeze(-1)
-        if len(cut):
-            token[cut] = _draw_truncated(weights[cut], totals[cut], truncation[cut], u[cut])
+    cut = (truncation.active() & ~greedy).nonzero().squeeze(-1)
+    if len(cut):
+        token[cut] = _draw_truncated(weights[cut], totals[cut], truncation[cut], u[cut])
     chosen = weights.gather(1, token[:, None]).squeeze(1)
     return token, (chosen.double().log() - totals.log()).float()
+
+
+def draw_from_blocks(
+    logits: Tensor,  # (B, V) fp32
+    top: Tensor,  # (B, blocks) fp32, largest logit over temperature of each BLOCK columns
+    total: Tensor,  # (B, blocks) fp32, sums of exp(logit / temperature - top)
+    temperature: Tensor,  # (B,) fp32
+    u: Tensor,  # (B,) fp64 in [0, 1)
+) -> tuple[Tensor, Tensor]:
+    """`draw` without truncation: reads one block of a row, and no GPU's host waits."""
+    greedy, last = temperature == 0, logits.shape[1] - 1
+    highest = top.max(-1).values
+    weights = total.double() * (top - highest[:, None]).double().exp()
+    block, rest = _search(weights, u * weights.sum(-1))
+    block = torch.where(greedy, top.argmax(-1), block)
+    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=u.device)
+    inside = logits.gather(1, columns.clamp_max(last))
+    inside = inside / torch.where(greedy, 1.0, temperature)[:, None] - highest[:, None]
+    inside = inside.masked_fill(columns > last, -torch.inf).double()
+    column = torch.where(greedy, inside.argmax(-1), _search(inside.exp(), rest)[0])
+    chosen = inside.gather(1, column[:, None]).squeeze(1)
+    return block * BLOCK + column, (chosen - weights.sum(-1).log()).float()
 
 
 def _block_sums(weights: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from expo_fast import cuda_engine, generate
+from expo_fast import cuda_engine, generate, sampling
 from expo_fast.attention import causal_attention
 from expo_fast.cuda_engine import CudaEngine
 from expo_fast.generate import Completion, Generator, Request
-from expo_fast.kernels import decode
+from expo_fast.kernels import blocks, decode, layer
 from expo_fast.kernels.cascade import Sizes, plan
+from expo_fast.model import RMSNorm, rotate
+from expo_fast.sampling import Truncation
 from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,6 +155,65 @@ def test_new_keys_and_values_land_on_their_pages():
     given = scene.tables.to(DEVICE), scene.positions.to(DEVICE)
     decode.append(scene.cache, 1, k.to(DEVICE), v.to(DEVICE), *given)
     assert torch.equal(scene.slab.nan_to_num(), expected.nan_to_num())
+
+
+def test_what_lies_between_products_is_what_the_model_computes():
+    norm = RMSNorm(48, 1e-6).bfloat16().to(DEVICE)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    x, d, gate, up = torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x, d, gate, up = (y.to(DEVICE) for y in (x, d, gate, up))
+    for other in (None, d):
+        total, normed = layer.add_norm(x, other, norm.weight.detach(), norm.eps)
+        assert torch.equal(total, x if other is None else x + d)
+        torch.testing.assert_close(normed, norm(total).detach(), rtol=2**-7, atol=0)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(layer.swiglu(gate, up), expected, rtol=2**-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rope", [False, True])
+def test_heads_are_turned_and_placed(norm: bool, rope: bool):
+    scene, g = Scene(LENGTHS, 64, 4, dim=80), torch.Generator().manual_seed(1)
+    n = len(LENGTHS)
+    q, k, v = (torch.randn(n, h, 80, generator=g).bfloat16().to(DEVICE) for h in (6, 2, 2))
+    norms = [RMSNorm(80, 1e-6).bfloat16().to(DEVICE) for _ in range(2)]
+    for each in norms:
+        torch.nn.init.normal_(each.weight, 1, 0.3, generator=g if DEVICE == "cpu" else None)
+    angles = torch.rand(n, 1, 40, generator=g).to(DEVICE) * 6
+    rotation = angles.cos().bfloat16(), angles.sin().bfloat16()
+    given = scene.tables.to(DEVICE), scene.positions.to(DEVICE)
+    weights = (norms[0].weight.detach(), norms[1].weight.detach(), 1e-6) if norm else None
+    turn = rotation if rope else None
+    got = layer.place(scene.cache, 1, q, k, v, weights, turn, *given)
+    if norm:
+        q, k = norms[0](q), norms[1](k)
+    if rope:
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+    torch.testing.assert_close(got, q, rtol=2**-6, atol=2**-6)
+    for row, position in enumerate(scene.positions.tolist()):
+        kept = scene.slab[int(scene.tables[row, position // PAGE]), 1, :, position % PAGE]
+        torch.testing.assert_close(kept[0], k[row], rtol=2**-6, atol=2**-6)
+        assert torch.equal(kept[1], v[row])
+
+
+def test_draws_from_blocks_are_draws():
+    logits = 3 * torch.randn(40, 700, generator=torch.Generator().manual_seed(0))
+    logits[3, 500:] = -math.inf
+    logits[4] = -math.inf
+    logits[5, 600] = math.nan
+    temperature = torch.linspace(0.4, 1.6, 40)
+    temperature[7:10] = 0
+    u = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    cut = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
+    tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
+    logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
+    found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
+    got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
+    assert (got >= 0).all() and (got < 700).all()
+    alive = ~logps.isnan()
+    assert alive.sum() == 38
+    assert torch.equal(got.cpu()[alive], tokens[alive])
+    torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6, equal_nan=True)
 
 
 def pages_read(tables: Tensor, sizes: Sizes, together: int) -> int:
