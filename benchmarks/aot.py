@@ -70,7 +70,7 @@ DECODERS = ((24, 14, 2, 64), (28, 12, 2, 128), (36, 16, 2, 128), (32, 32, 32, 96
 
 
 def decoding() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    types = dict.fromkeys(("layer", "window", "W", "SLOTS", "n", "H"), "i32")
+    types: dict[str, str] = dict.fromkeys(("layer", "window", "W", "SLOTS", "n", "H"), "i32")
     types |= dict.fromkeys(("scale", "eps"), "fp32")
     types |= dict.fromkeys(("tables", "items", "used"), "*i32")
     types |= dict.fromkeys(("address", "positions"), "*i64")

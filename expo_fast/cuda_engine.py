@@ -34,15 +34,16 @@ LEAST_WIDTH = 16  # pages of a table, doubled until they are enough
 
 def supports(model: Decoder) -> bool:
     """16-bit models on a GPU for which triton is installed."""
-    return model.device.type == "cuda" and model.dtype.itemsize == 2 and has_triton()
+    return model.device.type == "cuda" and model.dtype.itemsize == 2 and has_triton(model.device)
 
 
-def has_triton() -> bool:
+def has_triton(device: torch.device) -> bool:
+    """On a CPU: its interpreter."""
     try:
-        from expo_fast.kernels import decode  # noqa: F401
+        from expo_fast.kernels.rowwise import INTERPRETED
     except ImportError:
         return False
-    return True
+    return INTERPRETED or device.type == "cuda"
 
 
 class CudaEngine(TorchEngine):
@@ -52,6 +53,11 @@ class CudaEngine(TorchEngine):
     burst = 8
 
     def __init__(self, model: Decoder, *, graphs: bool | None = None):
+        if not has_triton(model.device):
+            raise ValueError(
+                "backend='triton' runs on a GPU for which triton is installed, or in triton's "
+                f"interpreter (TRITON_INTERPRET=1), not on {model.device} as it is"
+            )
         super().__init__(model)
         self.wants_graphs = model.device.type == "cuda" if graphs is None else graphs
         self.address = torch.zeros(1, dtype=torch.int64, device=model.device)
@@ -125,7 +131,7 @@ class CudaEngine(TorchEngine):
             with torch.cuda.graph(graph, pool=self.pool, stream=side):
                 step.launch()
         except RuntimeError as why:
-            self.graphs = False
+            self.graphs, self.state = False, None  # so the next call tries again
             line = str(why).splitlines()[0]
             warnings.warn(f"decoding without CUDA graphs, which is slower: {line}", stacklevel=5)
             return None
@@ -177,11 +183,11 @@ class Step:
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
         self.hidden = torch.empty(size, shape.hidden, dtype=model.dtype, device=device)
         self.graph = engine.captured(self) if engine.graphs else None
-        self.turn.zero_()  # it was run to warm up
 
     def load(self, rows: Rows) -> None:
         self.inputs.load(rows)
         self.work.load(*plan(rows.tables, self.sizes, self.together))
+        self.turn.zero_()  # where a burst was interrupted, it is not 0
         if self.truncated:
             idle = self.sizes.rows - len(rows.last)
             filled = [
@@ -234,6 +240,7 @@ class Step:
         model, d = self.engine.model, None
         x, rotation = model.model.embed_tokens(tokens), model._rotation(positions)
         for block in model.model.layers:
+            assert isinstance(block, Block)
             x, d = self.fused_block(block, x, d, rotation)
         return self.layer.add_norm(x, d, model.model.norm.weight, model.model.norm.eps)[1]
 

@@ -364,6 +364,12 @@ def shallow(**changes):
     return tiny_model(num_hidden_layers=2, **changes).to(DEVICE)
 
 
+def test_where_triton_cannot_run_it_is_refused(monkeypatch):
+    monkeypatch.setattr(cuda_engine, "has_triton", lambda device: False)
+    with pytest.raises(ValueError, match="backend='triton' runs on a GPU .* not on c"):
+        Generator(shallow(), backend="triton").sample(requests())
+
+
 def rebound(model) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.detach() * 1.1)
