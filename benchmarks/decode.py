@@ -17,9 +17,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,162 +26,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Stopwatch, Wrong, gemm_rate
+from benchmarks.samplers import OURS, PEERS, SAMPLERS, Load, Sampler, Subject, requests
 from benchmarks.summary import default_device, machine, ms
-from expo_fast.generate import Completion, Generator, Request
+from expo_fast.generate import Generator
 from expo_fast.model import Decoder
 from expo_fast.ops import linear_logprob
 from expo_fast.weights import load_model, save_model
 
-OURS = "expo_fast"
 SIGMAS = 5  # by which a sampler's mean log-prob may be off ours
+SEQUENCES = 32  # that ours is known from, at least
 GAP = 0.05  # nats, mean, between our generator's log-probs and a full forward's, in bf16
-
-Sampler = Callable[[list[list[int]], int, int], list[list[int]]]  # prompts, samples, new tokens
-
-
-@dataclass(frozen=True)
-class Load:
-    """P prompts, G samples of each, all of the same lengths."""
-
-    prompts: int = 8
-    samples: int = 8
-    prompt_tokens: int = 128
-    new_tokens: int = 128
-
-    def __str__(self) -> str:
-        return (
-            f"{self.prompts} prompts of {self.prompt_tokens} x {self.samples} samples of "
-            f"{self.new_tokens} tokens"
-        )
-
-    @property
-    def tokens(self) -> int:
-        return self.prompts * self.samples * self.new_tokens
-
-    def ids(self, vocabulary: int) -> list[list[int]]:
-        random = torch.Generator().manual_seed(0)
-        size = (self.prompts, self.prompt_tokens)
-        return torch.randint(3, vocabulary, size, generator=random).tolist()
-
-
-@dataclass(frozen=True)
-class Subject:
-    model: Decoder
-    folder: Path  # the same model as transformers saves it
-    load: Load
-    device: str
-
-
-def ours(subject: Subject, **options: Any) -> Sampler:
-    generator = Generator(subject.model, **options)
-
-    def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        return [c.token_ids for c in generator.sample(requests(prompts, samples, new_tokens))]
-
-    return run
-
-
-def requests(prompts: list[list[int]], samples: int, new_tokens: int) -> list[Request]:
-    return [
-        Request(prompt, new_tokens, seed=i * samples + j, stop_ids=())
-        for i, prompt in enumerate(prompts)
-        for j in range(samples)
-    ]
-
-
-def transformers_generate(subject: Subject, cache: str | None) -> Sampler:
-    from transformers import GenerationConfig
-
-    model = _transformers(subject)
-
-    def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts, device=subject.device).repeat_interleave(samples, 0)
-        config = GenerationConfig(**_plain(new_tokens), cache_implementation=cache)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return out[:, ids.shape[1] :].tolist()
-
-    return run
-
-
-def transformers_continuous(subject: Subject) -> Sampler:
-    from transformers import GenerationConfig
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-    model = _transformers(subject)
-
-    def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        n = len(prompts) * samples
-        options: dict[str, Any] = {}
-        if subject.device == "cpu":  # it cannot find these out by itself there
-            pages = -(-(len(prompts[0]) + new_tokens) // 32) + 1
-            options = {"page_size": 32, "num_blocks": n * pages, "max_batch_tokens": max(512, n)}
-        config = GenerationConfig(**_plain(new_tokens), num_return_sequences=samples)
-        out = model.generate_batch(
-            prompts, config, continuous_batching_config=ContinuousBatchingConfig(**options)
-        )
-        return [done.generated_tokens for done in out.values()]
-
-    return run
-
-
-def _transformers(subject: Subject) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        subject.folder, dtype=subject.model.dtype, attn_implementation="sdpa"
-    )
-    return model.to(subject.device).eval()
-
-
-def _plain(new_tokens: int) -> dict[str, Any]:
-    """No end, for no token has id -1; no truncation."""
-    ends = {"max_new_tokens": new_tokens, "eos_token_id": -1, "pad_token_id": 0}
-    return ends | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-
-
-def llama_cpp(subject: Subject) -> Sampler:
-    from benchmarks.llama import Llama
-
-    return Llama(subject.folder, torch.get_num_threads())
-
-
-def vllm(subject: Subject) -> Sampler:
-    """In this process, on all its cores."""
-    import os
-
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
-
-    load = subject.load
-    engine = LLM(
-        str(subject.folder),
-        dtype="bfloat16",
-        max_model_len=load.prompt_tokens + load.new_tokens,
-        max_num_seqs=load.prompts * load.samples,
-        skip_tokenizer_init=True,
-    )
-
-    def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        engine.reset_prefix_cache()  # or the prompts of the last lap would be there
-        given = SamplingParams(n=samples, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        done = engine.generate(asked, given, use_tqdm=False)
-        return [list(output.token_ids) for each in done for output in each.outputs]
-
-    return run
-
-
-PEERS: dict[str, Callable[[Subject], Sampler]] = {
-    "transformers generate": partial(transformers_generate, cache=None),
-    "... static cache": partial(transformers_generate, cache="static"),
-    "transformers generate_batch": transformers_continuous,
-    "llama.cpp": llama_cpp,
-    "vllm": vllm,
-}
-SAMPLERS = {
-    OURS: ours,
-    "... batch_invariant": partial(ours, batch_invariant=True),
-} | PEERS
 
 
 @torch.no_grad()
@@ -200,33 +53,42 @@ def logps(model: Decoder, prompts: list[list[int]], completions: list[list[int]]
     return found
 
 
-def judge(subject: Subject, completions: list[list[int]], truth: tuple[float, float]) -> float:
-    """Mean log-prob of the tokens. Raises Wrong where sampling would not give it.
+@dataclass(frozen=True)
+class Truth:
+    """Mean log-probs of sequences that were sampled right: their mean, spread and number."""
 
-    truth: mean log-prob of our tokens, and its standard error over the sequences.
-    """
-    load = subject.load
-    lengths = {len(ids) for ids in completions}
-    if len(completions) != load.prompts * load.samples or lengths != {load.new_tokens}:
-        raise Wrong(f"{len(completions)} completions of {sorted(lengths)} tokens for {load}")
-    prompts = load.ids(subject.model.shape.vocabulary)
-    mean = float(torch.cat(logps(subject.model, prompts, completions)).mean())
-    off, allowed = abs(mean - truth[0]), SIGMAS * 2**0.5 * truth[1]
-    if off > allowed:
-        raise Wrong(f"mean log-prob {mean:.4f}, {off:.4f} off ours: more than {allowed:.4f}")
-    return mean
+    mean: float
+    stdev: float
+    n: int
 
 
-def truth(subject: Subject, done: list[Completion]) -> tuple[float, float]:
+def truth(subject: Subject) -> Truth:
     """Of our own tokens; raises Wrong where our log-probs are not those of a full forward."""
-    prompts = subject.load.ids(subject.model.shape.vocabulary)
+    load = subject.load
+    prompts = load.ids(subject.model.shape.vocabulary)
+    asked = requests(prompts, max(load.samples, -(-SEQUENCES // load.prompts)), load.new_tokens)
+    done = Generator(subject.model).sample(asked)
     exact = logps(subject.model, prompts, [c.token_ids for c in done])
     pairs = zip(done, exact, strict=True)
     gap = float(torch.cat([(c.logp - logp).abs() for c, logp in pairs]).mean())
     if not gap < GAP:
         raise Wrong(f"our log-probs are {gap:.4f} nats off a full forward's on average")
     means = [float(x.mean()) for x in exact]
-    return statistics.fmean(means), statistics.stdev(means) / len(means) ** 0.5
+    return Truth(statistics.fmean(means), statistics.stdev(means), len(means))
+
+
+def judge(subject: Subject, completions: list[list[int]], truth: Truth) -> float:
+    """Mean log-prob of the tokens. Raises Wrong where sampling would not give it."""
+    load = subject.load
+    lengths = {len(ids) for ids in completions}
+    if len(completions) != load.prompts * load.samples or lengths != {load.new_tokens}:
+        raise Wrong(f"{len(completions)} completions of {sorted(lengths)} tokens for {load}")
+    prompts = load.ids(subject.model.shape.vocabulary)
+    mean = float(torch.cat(logps(subject.model, prompts, completions)).mean())
+    allowed = SIGMAS * truth.stdev * (1 / truth.n + 1 / len(completions)) ** 0.5
+    if abs(mean - truth.mean) > allowed:
+        raise Wrong(f"mean log-prob {mean:.3f}, ours {truth.mean:.3f}: more than {allowed:.3f} off")
+    return mean
 
 
 @dataclass(frozen=True)
@@ -334,7 +196,7 @@ def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
     """Runs and judges each sampler once. Raises Wrong if ours is off, and whatever it raises."""
     load, generator = subject.load, Generator(subject.model)
     prompts = load.ids(subject.model.shape.vocabulary)
-    expected = truth(subject, generator.sample(requests(prompts, load.samples, load.new_tokens)))
+    expected = truth(subject)
     began = time.perf_counter()
     generator.sample(requests(prompts, load.samples, 1))
     race = Race(subject, {}, {}, {}, time.perf_counter() - began, ceilings(subject.device))

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks import decode as racing
-from benchmarks.decode import OURS, PEERS, Ceilings, Load, Race, Subject, limit, requests
+from benchmarks.decode import Ceilings, Race, limit
 from benchmarks.measure import Stopwatch
+from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
 from expo_fast.cuda_engine import CudaEngine
 from expo_fast.generate import Generator
 from expo_fast.model import Decoder
@@ -98,11 +99,8 @@ def measure(name: str, device: str, best: Ceilings, peer: bool) -> dict[str, Any
 
 def contest(subject: Subject, best: Ceilings, peer: bool) -> Race:
     """Ours and, if asked for, transformers' own, both judged."""
-    load, generator = subject.load, Generator(subject.model)
-    prompts = load.ids(subject.model.shape.vocabulary)
-    done = generator.sample(requests(prompts, load.samples, load.new_tokens))
-    expected = racing.truth(subject, done)
-    race = Race(subject, {OURS: racing.ours(subject)}, {}, {OURS: expected[0]}, 0.0, best)
+    load, expected = subject.load, racing.truth(subject)
+    race = Race(subject, {OURS: ours(subject)}, {}, {OURS: expected.mean}, 0.0, best)
     race.work(OURS)  # its graphs are made
     if not peer:
         return race
@@ -111,6 +109,7 @@ def contest(subject: Subject, best: Ceilings, peer: bool) -> Race:
 
         save_model(subject.model, None, subject.folder)
         sampler = PEERS[PEER](subject)
+        prompts = load.ids(subject.model.shape.vocabulary)
         completions = sampler(prompts, load.samples, load.new_tokens)
         race.mean_logp[PEER] = racing.judge(subject, completions, expected)
         race.samplers[PEER] = sampler

@@ -1,11 +1,12 @@
-"""pytest benchmarks: the generator beside the samplers that are installed, in pytest-benchmark's table.
+"""pytest benchmarks: the generator beside the samplers that are installed, in the same table.
 
 A round times the peers first, then ours; their figures are in the JSON's extra_info, and printed.
 """
 
 import pytest
 
-from benchmarks.decode import OURS, PEERS, Load, show, subject, warm_up
+from benchmarks.decode import show, subject, warm_up
+from benchmarks.samplers import OURS, PEERS, Load
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")

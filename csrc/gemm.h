@@ -9,9 +9,6 @@
 #if defined(EXPO_FAST_AMX)
 #include <ATen/native/CPUBlas.h>
 #endif
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #if defined(EXPO_FAST_AMX) || defined(__AVX512BF16__)
 #define EXPO_FAST_BF16  // products of bf16 values are faster than of their fp32 copies
@@ -49,6 +46,7 @@ inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64
       for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * lda + k * kPair<T>);
     Lanes row[J];
     for (int j = 0; j < J; ++j) row[j] = load<Lanes>(b + (k * ldb + j * kLanes) * kPair<T>);
+#pragma GCC unroll 12  // or the sums of many rows would not stay in registers
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j)
         sum[r][j] = multiply_add(sum[r][j], a + r * lda + k * kPair<T>, row[j]);
@@ -96,7 +94,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
     };
     columns(std::integral_constant<int, R>{}, std::integral_constant<int, J>{});
     columns(std::integral_constant<int, R * J / 2>{}, std::integral_constant<int, 2>{});
-    columns(std::integral_constant<int, R * J>{}, std::integral_constant<int, 1>{});
+    columns(std::integral_constant<int, R * J / 2>{}, std::integral_constant<int, 1>{});
   }
 }
 

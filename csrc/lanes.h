@@ -6,6 +6,10 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -68,10 +72,15 @@ struct Power {
 
 // To bf16 in the upper half of each lane, to nearest, ties to even.
 inline BitLanes rounded_to_bf16(Lanes x) {
+#if defined(__AVX512BF16__)
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  return (BitLanes)_mm512_cvtepu16_epi32(half) << 16;
+#else
   BitLanes b = bits_as<BitLanes>(x);
   BitLanes rounded = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
   BitLanes nan = BitLanes{} + 0x7fc00000u;
   return x != x ? nan : rounded;
+#endif
 }
 
 // 4 x 4 values to their transpose, four 16-bit values to a word: rows of `from` to rows of `to`.

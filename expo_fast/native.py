@@ -45,6 +45,7 @@ FLAGS = {  # best first
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
+PARTS = {"ops": ["linear_logprob"], "engine": ["decoder", "sampling"]}  # of csrc
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPAN = 1024  # csrc's kSpan, tokens: the weight gradient of more is summed in fp32 memory
 
@@ -199,19 +200,20 @@ def _has(name: str) -> bool:
 
 
 @cache
-def library(name: str) -> ctypes.CDLL:
-    """The library of an instruction set, compiled where it is not there yet. Raises Unavailable."""
+def library(name: str, part: str = "ops") -> ctypes.CDLL:
+    """A part for an instruction set, compiled where it is not there yet. Raises Unavailable."""
     command = [*COMMON, *FLAGS[name]]
     if name == "amx":
         root = Path(torch.__file__).parent
         command += [f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
-    files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
+    sources = [SOURCES / f"{source}.cpp" for source in PARTS[part]]
+    files = sorted([*SOURCES.glob("*.h"), *sources])
     key = hashlib.sha256(b"\0".join(path.read_bytes() for path in files))
     key.update(f"{torch.__version__} {command}".encode())
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = home / "expo_fast" / "native" / f"{name}-{key.hexdigest()[:16]}.so"
-        return _load([*map(str, SOURCES.glob("*.cpp")), *command], path)
+        path = home / "expo_fast" / "native" / f"{part}-{name}-{key.hexdigest()[:16]}.so"
+        return _load([*map(str, sources), *command], path)
     except (OSError, RuntimeError) as error:  # no home, no right to write, no right to run
         raise Unavailable(f"the CPU kernels cannot be had: {error}") from error
 

@@ -53,7 +53,7 @@ class NativeEngine(Engine):
                 f"hooks, not this one of {model.dtype} on {model.device}"
             )
         self.model, self.exact = model, exact
-        self.csrc = native.library(native.isa())
+        self.csrc = native.library(native.isa(), "engine")
         for name in ("page", "workspace", "draw"):
             getattr(self.csrc, f"expo_fast_{name}_bytes").restype = ctypes.c_int64
         self.room = torch.empty(0, dtype=torch.uint8)
