@@ -4,7 +4,8 @@
 
 Prints, for each kernel in each form that is launched: registers and stack bytes a thread (a stack
 means spills), shared memory a block (an H200 has 232448 bytes), and how many instructions multiply
-matrices (HGMMA), load and store tiles (UTMALDG, UTMASTG) and spill (LDL, STL). Prints JSON last.
+matrices (HGMMA of 64 rows, HMMA of 16), load and store tiles (UTMALDG, UTMASTG), load ahead
+(LDGSTS) and spill (LDL, STL). Prints JSON last.
 """
 
 import json
@@ -15,15 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expo_fast.kernels import groups, rowwise
+from expo_fast.kernels import blocks, decode, groups, layer, rowwise
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
 
-COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL")
+SHOWN = ("STORE", "BIAS", "LARGEST", "H", "DH")  # constants that tell forms apart
+COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "stride"), "i32") | {
     "targets": "*i64",
     "again": "*i1",
@@ -59,6 +62,39 @@ def launched() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, 
         sizes = {"rewards": "*fp64", "ids": "*i64", "M": "i32", "eps": "fp32"}
         constants = scale | {"SAME_REWARD": SAME_REWARD, "BLOCK": groups.BLOCK}
         yield groups.centre_and_scale, sizes, constants, {}
+    yield from decoding()
+
+
+# of Qwen2.5 0.5B, 1.5B and 3B, and of Phi-3, whose heads are no power of two
+DECODERS = ((24, 14, 2, 64), (28, 12, 2, 128), (36, 16, 2, 128), (32, 32, 32, 96))
+
+
+def decoding() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    types: dict[str, str] = dict.fromkeys(("layer", "window", "W", "SLOTS", "n", "H"), "i32")
+    types |= dict.fromkeys(("scale", "eps"), "fp32")
+    types |= dict.fromkeys(("tables", "items", "used"), "*i32")
+    types |= dict.fromkeys(("address", "positions"), "*i64")
+    types |= dict.fromkeys(("q", "k", "v", "out", "q_norm", "k_norm", "cos", "sin"), "*bf16")
+    types |= dict.fromkeys(("x", "d", "w", "total", "gate", "up"), "*bf16")
+    tiles = {"FEW": decode.FEW, "MANY": decode.MANY, "BN": decode.TOKENS}
+    tiles |= {"FIELDS": decode.FIELDS, "WIDE": False}
+    options = {"num_warps": decode.WARPS, "num_stages": decode.STAGES}
+    for layers, heads, kv_heads, dim in DECODERS:
+        cache = decode.Paged(torch.empty(1), layers, 32, kv_heads, dim).constants
+        block = {"BD": 64 if dim == 64 else 128}
+        yield decode.attend_items, types, cache | tiles | block | {"H": heads}, options
+        slots = {"DH": dim, "BS": 4, "WIDE": False} | block
+        yield decode.add_slots, types, slots, {}
+        new = {"BLOCK": 1 << (kv_heads * dim - 1).bit_length()}
+        yield decode.append_tokens, types, cache | new, {}
+        for norm in (False, True):
+            turned = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
+            yield layer.place_heads, types, cache | turned, {"num_warps": 1}
+    for nothing in ({"d": None, "total": None}, {}):
+        yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
+    yield blocks.block_sums, {"BLOCKS": "i32"}, {"BLOCK": 256, "TOGETHER": blocks.TOGETHER}, {}
+    elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
+    yield layer.swiglu_elements, types, elements, {}
 
 
 def compile_for_hopper(
@@ -72,11 +108,12 @@ def compile_for_hopper(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name not in ("N", "V", "M") and str(kind[name])[0] in "*i"
+        if name not in ("N", "V", "M", "window", "SLOTS", "H", "BLOCKS")
+        and str(kind[name])[0] in "*i"
     }
     source = ASTSource(kernel, kind, values, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    shown = {name: constants[name] for name in ("STORE", "BIAS", "LARGEST") if name in constants}
+    shown = {name: constants[name] for name in SHOWN if name in constants}
     code = read(made.asm["cubin"])
     return {"kernel": kernel.__name__, **shown, "shared": made.metadata.shared, **code}
 
@@ -103,7 +140,7 @@ def main() -> None:
     print(f"triton {triton.__version__}, sm_90")
     print(f"{'':52s}{'registers':>10s}{'stack':>6s}{'shared':>8s}", *COUNTED)
     for row in rows:
-        form = " ".join(f"{n}={row[n]:d}" for n in ("STORE", "BIAS", "LARGEST") if n in row)
+        form = " ".join(f"{n}={row[n]:d}" for n in SHOWN if n in row)
         counts = " ".join(f"{row[name]:{len(name)}d}" for name in COUNTED)
         name = f"{row['kernel']} {form}"
         print(f"{name:52s}{row['registers']:10d}{row['stack']:6d}{row['shared']:8d} {counts}")

@@ -1,4 +1,5 @@
-"""Tests, ceilings, parts and ops on a CUDA machine, from a checkout, torch, triton and pytest.
+"""Tests, ceilings, decoding, parts and ops on a CUDA machine, from a checkout, with torch, triton
+and pytest alone.
 
     PYTHONPATH=. python benchmarks/gpu.py --output gpu.json
 
@@ -21,15 +22,19 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_decode
 from benchmarks.cases import OPS, OURS, SHAPES, Group, groups
+from benchmarks.decode import ceilings as decode_ceilings
 from benchmarks.measure import Stopwatch, measure
 from benchmarks.parts import parts
 from benchmarks.summary import machine, ms, show
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_ops*.py", "tests/test_triton*.py")
-STAGES = ("tests", "ceilings", "parts", "ops")
+TESTS = ("tests/test_ops*.py", "tests/test_triton*.py", "tests/test_decode.py")
+STAGES = ("tests", "ceilings", "decode", "parts", "ops")
 TESTS_SHARE = 0.45  # of the time, at most
+DECODE_SECONDS = 45  # left, or a model's decoding is not timed
+DECODE_PEER_SECONDS = 240  # left, or it is not timed beside transformers'
 PARTS_OF = ("qwen2.5-3b", "qwen2.5-0.5b")
 PARTS_SECONDS = 60  # left, or a model's parts are not timed
 
@@ -94,6 +99,22 @@ def ceilings(device: str) -> dict[str, float]:
     return found
 
 
+def run_decode(run: Run, models: Sequence[str] | None, device: str) -> None:
+    """Batch 256; on a CPU the generator's native path, of a tiny model."""
+    best, found, failed = decode_ceilings(device), [], {}
+    for name in [name for name in gpu_decode.MODELS if not models or name in models]:
+        if run.left() < DECODE_SECONDS:
+            failed[name] = "out of time"
+            continue
+        try:
+            peer = run.left() > DECODE_PEER_SECONDS
+            found.append(gpu_decode.measure(name, device, best, peer))
+        except Exception as e:  # the next model, or stage, may still tell something
+            failed[name] = f"{type(e).__name__}: {e}"
+            print(f"decode, {name}: {failed[name]}", flush=True)
+        run.save(decode=found, decode_failed=failed)
+
+
 def run_parts(run: Run, models: Sequence[str], device: str, repeats: int) -> None:
     """Of one number of rows: 16384 on a GPU."""
     found = []
@@ -138,6 +159,12 @@ def digest(report: dict[str, Any]) -> None:
                 print(f"    {other}: {why}")
     for name, why in report.get("failed", {}).items():
         print(f"{name:58s} FAILED {why}")
+    for result in report.get("decode", []):
+        for name, c in result["contestants"].items():
+            speed = f"{c['tokens_per_second']:.0f} tokens/s, {c['of_limit']:.0%} of the limit"
+            print(f"decode, {result['model']}, {name}: {speed}")
+    for name, why in report.get("decode_failed", {}).items():
+        print(f"decode, {name} FAILED {why}")
     print("tests:", report.get("tests", {}).get("outcome", "not run"))
 
 
@@ -165,6 +192,8 @@ def main() -> None:
         run.save(tests=run_tests(run))
     if "ceilings" in a.stages:
         run.save(ceilings=ceilings(device))
+    if "decode" in a.stages:
+        run_decode(run, a.models, device)
     if "parts" in a.stages:
         run_parts(run, a.models or PARTS_OF, device, a.repeats)
     if "ops" in a.stages:

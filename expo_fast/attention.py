@@ -58,30 +58,9 @@ class PackedAttention:
         )
 
     def _varlen(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """flash-attn where installed, else torch's varlen_attn; both align at the last key."""
         keys = self._keys
-        k, v = k[keys.rows], v[keys.rows]
         lengths = (self.cu_seqlens, keys.cu_seqlens, keys.max_queries, keys.max_keys)
-        left = -1 if layer.window is None else layer.window - 1
-        if _has_flash_attn():
-            from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-            exact = torch.are_deterministic_algorithms_enabled()
-            window = (left, 0 if layer.window else -1)
-            return flash_attn_varlen_func(
-                *(q, k, v, *lengths),
-                softmax_scale=layer.scale,
-                causal=True,
-                window_size=window,
-                deterministic=exact,
-            )
-        from torch.nn.attention.varlen import varlen_attn
-
-        group = q.shape[1] // k.shape[1]  # torch 2.11 has no enable_gqa
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out = varlen_attn(q, k, v, *lengths, scale=layer.scale, window_size=(left, 0))
-        assert isinstance(out, Tensor)
-        return out
+        return varlen_attention(layer, q, k[keys.rows], v[keys.rows], *lengths)
 
     @cached_property
     def _keys(self) -> "_Keys":
@@ -102,6 +81,41 @@ class _Keys:
     cu_seqlens: Tensor  # (S+1,) int32, borders of the segments in `rows`
     max_queries: int
     max_keys: int
+
+
+def varlen_attention(
+    layer: Layer,
+    q: Tensor,  # (Nq, H, Dh) 16-bit, on a GPU
+    k: Tensor,  # (Nk, Hkv, Dh)
+    v: Tensor,  # (Nk, Hkv, Dh)
+    cu_queries: Tensor,  # (S+1,) int32
+    cu_keys: Tensor,  # (S+1,) int32
+    max_queries: int,
+    max_keys: int,
+) -> Tensor:  # (Nq, H, Dh)
+    """flash-attn where installed, else torch's varlen_attn; a sequence's last query sees its last
+    key."""
+    lengths = (cu_queries, cu_keys, max_queries, max_keys)
+    left = -1 if layer.window is None else layer.window - 1
+    if _has_flash_attn():
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        exact = torch.are_deterministic_algorithms_enabled()
+        window = (left, 0 if layer.window else -1)
+        return flash_attn_varlen_func(
+            *(q, k, v, *lengths),
+            softmax_scale=layer.scale,
+            causal=True,
+            window_size=window,
+            deterministic=exact,
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    group = q.shape[1] // k.shape[1]  # torch 2.11 has no enable_gqa
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = varlen_attn(q, k, v, *lengths, scale=layer.scale, window_size=(left, 0))
+    assert isinstance(out, Tensor)
+    return out
 
 
 @cache

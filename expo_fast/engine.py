@@ -76,6 +76,10 @@ class Engine:
     def copy_page(self, source: int, target: int) -> None:
         raise NotImplementedError
 
+    def prefill_tokens(self) -> int:
+        """Of prompts, computed together."""
+        return PREFILL
+
     def run(self, tokens: Tokens) -> Tensor:
         """(N, D) after the last norm; the tokens' keys and values go to their pages."""
         raise NotImplementedError
@@ -115,14 +119,15 @@ class Segment:
 
 
 def prefill(engine: Engine, segments: Sequence[Segment]) -> list[Tensor]:
-    """(T, D) hidden states of each segment, computed at most PREFILL tokens at a time."""
-    pieces = [(i, piece) for i, s in enumerate(segments) for piece in s.split(PREFILL)]
+    """(T, D) hidden states of each segment, so many tokens at a time as the engine likes."""
+    most = engine.prefill_tokens()
+    pieces = [(i, piece) for i, s in enumerate(segments) for piece in s.split(most)]
     found: list[list[Tensor]] = [[] for _ in segments]
     batch: list[tuple[int, Segment]] = []
     for n, (i, piece) in enumerate(pieces):
         batch.append((i, piece))
-        following = len(pieces[n + 1][1].ids) if n + 1 < len(pieces) else PREFILL
-        if sum(len(p.ids) for _, p in batch) + following > PREFILL:
+        following = len(pieces[n + 1][1].ids) if n + 1 < len(pieces) else most
+        if sum(len(p.ids) for _, p in batch) + following > most:
             hidden = _run(engine, [p for _, p in batch])
             for (j, _), part in zip(batch, hidden, strict=True):
                 found[j].append(part)
@@ -166,7 +171,11 @@ class TorchEngine(Engine):
         shape, model = self.model.shape, self.model
         size = (len(shape.windows), 2, n_pages, self.page, shape.kv_heads, shape.head_dim)
         self.slab = torch.empty(size, dtype=model.dtype, device=model.device)
-        self.head = widened(model.head_weight.detach()).T
+        self.head = self.widened_head()
+
+    def widened_head(self) -> Tensor:
+        """(D, V), the model's own memory on a GPU."""
+        return widened(self.model.head_weight.detach()).T
 
     def close(self) -> None:
         del self.slab, self.head
@@ -180,7 +189,10 @@ class TorchEngine(Engine):
         if len(tokens.lengths) == n:
             tokens = _filled_up(tokens, -(-n // ROW_BUCKET) * ROW_BUCKET)
         ids, positions = (x.to(self.model.device) for x in (tokens.ids, tokens.positions))
-        return self.model.run(ids, positions, _Attention(self.slab, tokens))[:n]
+        return self.model.run(ids, positions, self.attention(tokens))[:n]
+
+    def attention(self, tokens: Tokens) -> "PagedAttention":
+        return PagedAttention(self.slab, tokens)
 
     @torch.no_grad()
     def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -201,7 +213,7 @@ def _filled_up(tokens: Tokens, n: int) -> Tokens:
     return Tokens(ids, positions, tables, [1] * n)
 
 
-class _Attention:
+class PagedAttention:
     """Over the pages, for one call's tokens; called once a layer."""
 
     def __init__(self, slab: Tensor, tokens: Tokens):
@@ -218,6 +230,10 @@ class _Attention:
         keys[self.pages, self.places], values[self.pages, self.places] = k, v
         if len(self.lengths) == len(q):
             return self._single(layer, q, keys, values)
+        return self.several(layer, q, keys, values)
+
+    def several(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Several tokens of some sequences."""
         out, end = [], 0
         for length in self.lengths:
             end += length

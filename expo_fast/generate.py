@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast import backends, native_engine
+from expo_fast import backends, cuda_engine, native_engine
 from expo_fast.cache import Pages, Table
 from expo_fast.engine import Engine, Rows, Sampling, Segment, TorchEngine, padded, prefill
 from expo_fast.model import Decoder
@@ -23,7 +23,9 @@ from expo_fast.pack import common_prefix
 from expo_fast.sampling import Truncation
 
 MAX_SLOTS = 128  # rows decoded together; a CPU's bf16 GEMM gains little beyond
+CUDA_SLOTS = 256  # an H200 is bound by memory below some 200, where a weight read does 2 B FLOPs
 KV_CACHE_BYTES = 2 << 30  # unless the caller says otherwise
+CUDA_KV_SHARE = 0.2  # of a GPU's memory: 28 GB of an H200's hold 256 rows of 3000 tokens of a 3B
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Generator:
     batch_invariant: tokens and log-probs of a request do not depend, to the bit, on its companions,
     and are those of `score`. Where csrc runs the first holds in any case; elsewhere every request
     runs alone, slower by about the batch size, and the second is not promised.
-    backend: "native" (csrc) or "torch"; None picks.
+    backend: "native" (csrc), "triton" (CUDA graphs of our kernels; on a CPU, where
+    TRITON_INTERPRET=1 was set before, in Triton's interpreter) or "torch"; None picks.
     """
 
     def __init__(
@@ -68,13 +71,14 @@ class Generator:
         batch_invariant: bool = False,
         backend: str | None = None,
     ):
-        if backend not in (None, "native", "torch"):
-            raise ValueError(f"backend={backend!r}: must be None, 'native' or 'torch'")
+        if backend not in (None, "native", "torch", "triton"):
+            raise ValueError(f"backend={backend!r}: must be None, 'native', 'torch' or 'triton'")
         self.model = model
         self.tokenizer = tokenizer
-        self.kv_cache_bytes = KV_CACHE_BYTES if kv_cache_bytes is None else kv_cache_bytes
+        self.kv_cache_bytes = _kv_bytes(model.device) if kv_cache_bytes is None else kv_cache_bytes
         self.batch_invariant = batch_invariant
         self.backend = backend
+        self._cuda: cuda_engine.CudaEngine | None = None  # its graphs serve later calls too
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """Completions in the requests' order. ValueError on a request that can't be served."""
@@ -107,6 +111,10 @@ class Generator:
         fits = self.backend is None and native_engine.supports(self.model) and backends.compiles()
         if fits or self.backend == "native":
             return native_engine.NativeEngine(self.model, exact=self.batch_invariant)
+        fits = self.backend is None and cuda_engine.supports(self.model)
+        if fits or self.backend == "triton":
+            self._cuda = self._cuda or cuda_engine.CudaEngine(self.model)
+            return self._cuda
         return TorchEngine(self.model)
 
     def _check(self, i: int, request: Request) -> None:
@@ -139,6 +147,12 @@ class Generator:
             raise ValueError(f"request {i} has stop strings: give Generator a tokenizer for them")
 
 
+def _kv_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return KV_CACHE_BYTES
+    return int(CUDA_KV_SHARE * torch.cuda.get_device_properties(device).total_memory)
+
+
 class _Run:
     """The state of one call: requests waiting, and those running."""
 
@@ -158,7 +172,8 @@ class _Run:
         self.slots: list[_Slot] = []
         self.loaded = False  # the engine knows the slots
         self.prompts: dict[tuple[int, ...], _Prompt] = {}
-        self.n_slots = min(len(requests), MAX_SLOTS)
+        most = CUDA_SLOTS if generator.model.device.type == "cuda" else MAX_SLOTS
+        self.n_slots = min(len(requests), most)
         self.pages = Pages(self._n_pages(generator.kv_cache_bytes), engine.page)
 
     def begin(self) -> None:

@@ -68,6 +68,28 @@ def draw(
     return token, (chosen.double().log() - totals.log()).float()
 
 
+def draw_from_blocks(
+    logits: Tensor,  # (B, V) fp32
+    top: Tensor,  # (B, blocks) fp32, largest logit over temperature of each BLOCK columns
+    total: Tensor,  # (B, blocks) fp32, sums of exp(logit / temperature - top)
+    temperature: Tensor,  # (B,) fp32
+    u: Tensor,  # (B,) fp64 in [0, 1)
+) -> tuple[Tensor, Tensor]:
+    """`draw` without truncation: reads one block of a row, and no GPU's host waits."""
+    greedy, last = temperature == 0, logits.shape[1] - 1
+    highest = top.max(-1).values
+    weights = total.double() * (top - highest[:, None]).double().exp()
+    block, rest = _search(weights, u * weights.sum(-1))
+    block = torch.where(greedy, top.argmax(-1), block)
+    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=u.device)
+    inside = logits.gather(1, columns.clamp_max(last))
+    inside = inside / torch.where(greedy, 1.0, temperature)[:, None] - highest[:, None]
+    inside = inside.masked_fill(columns > last, -torch.inf).double()
+    column = torch.where(greedy, inside.argmax(-1), _search(inside.exp(), rest)[0])
+    chosen = inside.gather(1, column[:, None]).squeeze(1)
+    return block * BLOCK + column, (chosen - weights.sum(-1).log()).float()
+
+
 def _block_sums(weights: Tensor) -> Tensor:
     """(B, V) -> (B, ceil(V / BLOCK)) fp64."""
     B, V = weights.shape

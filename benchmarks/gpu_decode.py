@@ -1,0 +1,195 @@
+"""The generator on a GPU: batch 256, random weights of Qwen2.5's shapes, and its attention alone.
+
+A model's row says how many tokens a second `Generator.sample` gives and what share that is of the
+limit of `benchmarks.decode`; `decoding` is the same without the prompts and the first tokens, from
+the difference to a call that samples one token each.
+"""
+
+import statistics
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks import decode as racing
+from benchmarks.decode import Ceilings, Race, limit
+from benchmarks.measure import Stopwatch
+from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
+from expo_fast.cuda_engine import CudaEngine
+from expo_fast.generate import Generator
+from expo_fast.model import Decoder
+
+LOAD = Load(prompts=32, samples=8, prompt_tokens=512, new_tokens=128)
+SMOKE = Load(prompts=2, samples=2, prompt_tokens=40, new_tokens=4)  # on a CPU
+PEER = "transformers generate_batch"
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 151936
+
+
+MODELS = {
+    "qwen2.5-0.5b": Sizes(24, 896, 4864, 14, 2),
+    "qwen2.5-3b": Sizes(36, 2048, 11008, 16, 2),
+    "qwen2.5-1.5b": Sizes(28, 1536, 8960, 12, 2),
+}
+TINY = Sizes(2, 64, 96, 4, 2, 500)
+
+
+def config_of(sizes: Sizes) -> Any:
+    """transformers' where it is installed; ours reads the same names of anything."""
+    known = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "layer_types": ["full_attention"] * sizes.layers,
+    }
+    try:
+        from transformers import Qwen2Config
+    except ImportError:
+        return SimpleNamespace(**known, model_type="qwen2", hidden_act="silu")
+    return Qwen2Config(**known)
+
+
+def random_model(sizes: Sizes, device: str) -> Decoder:
+    with torch.device(device):
+        model = Decoder(config_of(sizes)).bfloat16()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" not in name:
+                p.normal_(0, 0.02)
+    return model.to(device)
+
+
+def measure(name: str, device: str, best: Ceilings, peer: bool) -> dict[str, Any]:
+    """Plain data. Raises Wrong where our log-probs are not those of a full forward."""
+    gpu = device != "cpu"
+    model, load = random_model(MODELS[name] if gpu else TINY, device), LOAD if gpu else SMOKE
+    with TemporaryDirectory() as folder:
+        subject = Subject(model, Path(folder), load, device)
+        race = contest(subject, best, peer)
+        for _ in range(REPEATS):
+            race.lap()
+    race.first_token = statistics.median(first_tokens(subject) for _ in range(REPEATS))
+    result = race.result() | {"model": name, "decoding": decoding(race)}
+    racing.show(name, result)
+    print(*(f"decoding: {what} {x:.3g}" for what, x in result["decoding"].items()), sep="\n")
+    if gpu:
+        result["attention"] = attention(model, load, best)
+    return result
+
+
+def contest(subject: Subject, best: Ceilings, peer: bool) -> Race:
+    """Ours and, if asked for, transformers' own, both judged."""
+    load, expected = subject.load, racing.truth(subject)
+    race = Race(subject, {OURS: ours(subject)}, {}, {OURS: expected.mean}, 0.0, best)
+    race.work(OURS)  # its graphs are made
+    if not peer:
+        return race
+    try:
+        from expo_fast.weights import save_model
+
+        save_model(subject.model, None, subject.folder)
+        sampler = PEERS[PEER](subject)
+        prompts = load.ids(subject.model.shape.vocabulary)
+        completions = sampler(prompts, load.samples, load.new_tokens)
+        race.mean_logp[PEER] = racing.judge(subject, completions, expected)
+        race.samplers[PEER] = sampler
+    except Exception as e:  # it may not be installed, or not run here
+        race.left_out[PEER] = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+    return race
+
+
+def first_tokens(subject: Subject) -> float:
+    """Seconds until each sequence has its first token."""
+    load, stopwatch = subject.load, Stopwatch(subject.device)
+    asked = requests(load.ids(subject.model.shape.vocabulary), load.samples, 1)
+    generator = Generator(subject.model)
+    stopwatch.start()
+    generator.sample(asked)
+    return stopwatch.stop()[0]
+
+
+def decoding(race: Race) -> dict[str, float]:
+    s, load = race.subject, race.subject.load
+    seconds = statistics.median(race.seconds[OURS]) - race.first_token
+    prompts = limit(s.model, replace(load, new_tokens=1), race.ceilings)
+    tokens = load.tokens - load.prompts * load.samples
+    least = limit(s.model, load, race.ceilings) - prompts
+    return {"tokens/s": tokens / seconds, "of limit": least / seconds}
+
+
+@torch.no_grad()
+def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
+    """One layer's attention in the middle of the load, in some configurations, beside its floor."""
+    from expo_fast.kernels import cascade, decode
+
+    shape, page, device = model.shape, CudaEngine.page, model.device
+    rows, seen = load.prompts * load.samples, load.prompt_tokens + load.new_tokens // 2
+    whole, own = load.prompt_tokens // page, -(-load.new_tokens // page)
+    prompts = 1 + torch.arange(load.prompts * whole).view(load.prompts, whole)
+    tails = 1 + load.prompts * whole + torch.arange(rows * own).view(rows, own)
+    tables = torch.cat([prompts.repeat_interleave(load.samples, 0), tails], 1).int()
+    size = (1 + int(tables.max()), 1, 2, page, shape.kv_heads, shape.head_dim)
+    slab = torch.randn(size, device=device).bfloat16()
+    address = torch.tensor([slab.data_ptr()], device=device)
+    cache = decode.Paged(address, 1, page, shape.kv_heads, shape.head_dim)
+    sizes = cascade.Sizes(rows, tables.shape[1])
+    work = decode.Work.room(sizes, shape.heads, shape.head_dim, device)
+    q = torch.randn(rows, shape.heads, shape.head_dim, device=device).bfloat16()
+    given = tables.to(device), torch.full((rows,), seen - 1, device=device)
+    tokens = load.prompts * load.prompt_tokens + rows * load.new_tokens // 2
+    moved = tokens * slab[0, 0, :, 0].nbytes + 2 * q.nbytes  # keys and values of a token
+    run = partial(decode.attend, cache, 0, q, *given, work, shape.head_dim**-0.5, None)
+    found = {}
+    shipped = decode.TOKENS, decode.WARPS, decode.STAGES
+    together = decode.rows_together(shape.heads, shape.kv_heads)
+    for alone, *config in [(False, *shipped), (True, *shipped)] + [
+        (False, tokens, warps, stages)
+        for tokens, warps, stages in ((64, 4, 2), (64, 4, 4), (128, 4, 2), (32, 4, 4), (64, 8, 3))
+    ]:
+        work.load(*cascade.plan(tables, sizes, 1 if alone else together))
+        decode.TOKENS, decode.WARPS, decode.STAGES = config
+        name = f"{'no cascade, ' if alone else ''}{tuple(config)}"
+        try:
+            found[name] = best_of(run, str(device))
+        except Exception as e:  # too large for shared memory
+            found[name] = f"{type(e).__name__}: {e}".splitlines()[0]
+    decode.TOKENS, decode.WARPS, decode.STAGES = shipped
+    floor = moved / best.bytes
+    print(f"attention of a layer: floor {floor * 1e6:.1f} us, (tokens, warps, stages):")
+    for name, s in found.items():
+        shown = (
+            s if isinstance(s, str) else f"{s * 1e6:.1f} us, {floor / s:.0%} of the floor's rate"
+        )
+        print(f"    {name}: {shown}")
+    return {"floor_seconds": floor, "bytes": moved, "seconds": found}
+
+
+def best_of(work: Any, device: str, n: int = 20) -> float:
+    """Seconds of one of n launches in a row, which hide the host's."""
+    stopwatch, seconds = Stopwatch(device), []
+    for _ in range(4):
+        stopwatch.start()
+        for _ in range(n):
+            work()
+        seconds.append(stopwatch.stop()[0] / n)
+    return min(seconds)

@@ -1,0 +1,397 @@
+"""Decoding on a GPU: the attention kernel against fp64, and the engine against the other two."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from expo_fast import cuda_engine, generate, sampling
+from expo_fast.attention import causal_attention
+from expo_fast.cuda_engine import CudaEngine
+from expo_fast.generate import Completion, Generator, Request
+from expo_fast.kernels import blocks, decode, layer
+from expo_fast.kernels.cascade import Sizes, plan
+from expo_fast.model import RMSNorm, rotate
+from expo_fast.sampling import Truncation
+from tiny import tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAGE = 32
+
+
+def by_definition(q, keys, values, positions, scale, window) -> Tensor:
+    """q (B, H, Dh); keys and values (B, tokens, Hkv, Dh), each row's own; in their dtype."""
+    group = q.shape[1] // keys.shape[2]
+    k, v = (x.repeat_interleave(group, 2) for x in (keys, values))
+    scores = torch.einsum("bhd,bthd->bht", q, k) * scale
+    ahead = positions[:, None] - torch.arange(keys.shape[1], device=q.device)
+    seen = (ahead >= 0) & (ahead < (window or len(ahead[0])))
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bht,bthd->bhd", weights, v.masked_fill(~seen[:, :, None, None], 0))
+
+
+class Scene:
+    """Rows in groups that begin alike, on shuffled pages of a slab that is NaN where unwritten."""
+
+    def __init__(self, lengths, shared, group, *, heads=(6, 2), dim=64, dtype=torch.bfloat16):
+        g = torch.Generator().manual_seed(len(lengths) + dim)
+        n_pages = [-(-n // PAGE) + 1 for n in lengths]  # one more than they need now
+        free = (torch.randperm(sum(n_pages) + 1, generator=g) + 1).tolist()
+        self.width = max(n_pages) + 1
+        self.tables = torch.zeros(len(lengths), self.width, dtype=torch.int32)
+        for row, n in enumerate(n_pages):
+            common = min(shared // PAGE, lengths[row] // PAGE) if row % group else 0
+            table = self.tables[row - 1, :common].tolist() if common else []
+            table += [free.pop() for _ in range(n - len(table))]
+            self.tables[row, :n] = torch.tensor(table)
+        self.positions = torch.tensor(lengths) - 1
+        self.dim, (self.heads, self.kv_heads) = dim, heads
+        slab = torch.randn(sum(n_pages) + 2, 2, 2, PAGE, heads[1], dim, generator=g).to(dtype)
+        written = torch.zeros(len(slab), PAGE, dtype=torch.bool)
+        for row, n in enumerate(lengths):
+            for t in range(n):
+                written[self.tables[row, t // PAGE], t % PAGE] = True
+        slab.permute(0, 3, 1, 2, 4, 5)[~written] = math.nan
+        self.slab = slab.to(DEVICE)
+        self.q = torch.randn(len(lengths), heads[0], dim, generator=g).to(dtype).to(DEVICE)
+        self.scale = dim**-0.5
+
+    @property
+    def cache(self) -> decode.Paged:
+        address = torch.tensor([self.slab.data_ptr()], device=DEVICE)
+        return decode.Paged(address, 2, PAGE, self.kv_heads, self.dim)
+
+    def ours(self, window=None, layer=1, sizes=None) -> Tensor:
+        sizes = sizes or Sizes(len(self.q), self.width)
+        work = decode.Work.room(sizes, self.heads, self.dim, self.q.device)
+        for x in (work.top, work.total, work.values):
+            x.fill_(math.nan)  # of whoever ran before
+        work.load(*plan(self.tables, sizes, decode.rows_together(self.heads, self.kv_heads)))
+        given = self.tables.to(DEVICE), self.positions.to(DEVICE)
+        return decode.attend(self.cache, layer, self.q, *given, work, self.scale, window)
+
+    def theirs(self, dtype, window=None, layer=1) -> Tensor:
+        own = self.slab[self.tables.long().to(DEVICE), layer].transpose(2, 3)  # B, W, page, 2, ...
+        keys, values = own.flatten(1, 2).to(dtype).unbind(2)
+        positions = self.positions.to(DEVICE)
+        return by_definition(self.q.to(dtype), keys, values, positions, self.scale, window)
+
+    def check(self, window=None, **how) -> None:
+        truth, got = self.theirs(torch.float64, window), self.ours(window, **how)
+        plain = self.theirs(torch.float32, window).to(self.q.dtype)
+        assert got.dtype == self.q.dtype
+        worst, allowed = ((x.double() - truth).abs().max().item() for x in (got, plain))
+        off, plain_off = ((x.double() - truth).norm().item() for x in (got, plain))
+        assert off <= 2 * plain_off + 1e-6 and worst <= 2 * allowed + 1e-6
+
+
+LENGTHS = [33, 40, 64, 65, 1, 32, 31, 97, 200, 190, 170, 180, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 100])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, window):
+    Scene(LENGTHS, 64, 4, dtype=dtype).check(window)
+
+
+@pytest.mark.parametrize(
+    "heads", [(2, 2), (4, 2), (3, 1), (8, 2), (14, 2), (8, 1), (20, 1)], ids=str
+)
+def test_any_number_of_heads_shares_a_key(heads):
+    Scene(LENGTHS[:-4], 32, 4, heads=heads, dim=16).check()
+
+
+@pytest.mark.parametrize("dim", [8, 80, 96, 128])
+def test_any_head_size(dim):
+    Scene(LENGTHS, 64, 4, dim=dim).check(50)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 66])
+def test_long_prompts_are_read_once_for_many_rows(rows):
+    scene = Scene([300 + 3 * i for i in range(rows)], 290, 33, heads=(4, 2), dim=16)
+    scene.check(200)
+
+
+def test_rows_without_pages_get_zeros_and_a_larger_batch_changes_nothing():
+    scene = Scene(LENGTHS, 64, 4)
+    alone = scene.ours()
+    wide = Scene(LENGTHS, 64, 4)
+    idle = len(LENGTHS), 3
+    wide.tables = torch.cat([scene.tables, scene.tables.new_zeros(idle[1], scene.width)])
+    wide.positions = torch.cat([scene.positions, scene.positions.new_zeros(idle[1])])
+    wide.q = torch.cat([scene.q, scene.q[: idle[1]]])
+    assert torch.equal(wide.ours()[: idle[0]], alone)
+    assert (wide.ours()[idle[0] :] == 0).all()
+
+
+def test_equal_calls_give_equal_bits_wherever_the_slab_lies():
+    scene = Scene(LENGTHS, 64, 4)
+    first, again = scene.ours(), scene.ours()
+    scene.slab = scene.slab.clone()
+    assert torch.equal(first, again) and torch.equal(first, scene.ours())
+
+
+def test_a_nan_of_one_row_spares_the_others():
+    scene = Scene(LENGTHS, 64, 4)
+    clean, row = scene.ours(), LENGTHS.index(190)
+    scene.slab[int(scene.tables[row, 4])] = math.nan  # that page is the row's alone
+    got = scene.ours()
+    assert got[row].isnan().all()
+    rest = torch.arange(len(LENGTHS)) != row
+    assert torch.equal(got[rest], clean[rest])
+
+
+def test_new_keys_and_values_land_on_their_pages():
+    scene, g = Scene(LENGTHS, 64, 4), torch.Generator().manual_seed(1)
+    k, v = torch.randn(2, len(LENGTHS), 2, 64, generator=g).bfloat16()
+    expected = scene.slab.clone()
+    for row, position in enumerate(scene.positions.tolist()):
+        page = int(scene.tables[row, position // PAGE])
+        expected[page, 1, :, position % PAGE] = torch.stack([k[row], v[row]]).to(DEVICE)
+    given = scene.tables.to(DEVICE), scene.positions.to(DEVICE)
+    decode.append(scene.cache, 1, k.to(DEVICE), v.to(DEVICE), *given)
+    assert torch.equal(scene.slab.nan_to_num(), expected.nan_to_num())
+
+
+def test_what_lies_between_products_is_what_the_model_computes():
+    norm = RMSNorm(48, 1e-6).bfloat16().to(DEVICE)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    x, d, gate, up = torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x, d, gate, up = (y.to(DEVICE) for y in (x, d, gate, up))
+    for other in (None, d):
+        total, normed = layer.add_norm(x, other, norm.weight.detach(), norm.eps)
+        assert torch.equal(total, x if other is None else x + d)
+        torch.testing.assert_close(normed, norm(total).detach(), rtol=2**-7, atol=0)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(layer.swiglu(gate, up), expected, rtol=2**-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rope", [False, True])
+def test_heads_are_turned_and_placed(norm: bool, rope: bool):
+    scene, g = Scene(LENGTHS, 64, 4, dim=80), torch.Generator().manual_seed(1)
+    n = len(LENGTHS)
+    q, k, v = (torch.randn(n, h, 80, generator=g).bfloat16().to(DEVICE) for h in (6, 2, 2))
+    norms = [RMSNorm(80, 1e-6).bfloat16().to(DEVICE) for _ in range(2)]
+    for each in norms:
+        torch.nn.init.normal_(each.weight, 1, 0.3, generator=g if DEVICE == "cpu" else None)
+    angles = torch.rand(n, 1, 40, generator=g).to(DEVICE) * 6
+    rotation = angles.cos().bfloat16(), angles.sin().bfloat16()
+    given = scene.tables.to(DEVICE), scene.positions.to(DEVICE)
+    weights = (norms[0].weight.detach(), norms[1].weight.detach(), 1e-6) if norm else None
+    turn = rotation if rope else None
+    got = layer.place(scene.cache, 1, q, k, v, weights, turn, *given)
+    if norm:
+        q, k = norms[0](q), norms[1](k)
+    if rope:
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+    torch.testing.assert_close(got, q, rtol=2**-6, atol=2**-6)
+    for row, position in enumerate(scene.positions.tolist()):
+        kept = scene.slab[int(scene.tables[row, position // PAGE]), 1, :, position % PAGE]
+        torch.testing.assert_close(kept[0], k[row], rtol=2**-6, atol=2**-6)
+        assert torch.equal(kept[1], v[row])
+
+
+def test_draws_from_blocks_are_draws():
+    logits = 3 * torch.randn(40, 700, generator=torch.Generator().manual_seed(0))
+    logits[3, 500:] = -math.inf
+    logits[4] = -math.inf
+    logits[5, 600] = math.nan
+    temperature = torch.linspace(0.4, 1.6, 40)
+    temperature[7:10] = 0
+    u = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    cut = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
+    tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
+    logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
+    found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
+    got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
+    assert (got >= 0).all() and (got < 700).all()
+    alive = ~logps.isnan()
+    assert alive.sum() == 38
+    assert torch.equal(got.cpu()[alive], tokens[alive])
+    torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6, equal_nan=True)
+
+
+def pages_read(tables: Tensor, sizes: Sizes, together: int) -> int:
+    """Pages of all items; each row's slots together cover its pages once and in order."""
+    items, used = plan(tables, sizes, together)
+    assert len(items) <= sizes.items and used.max() <= sizes.slots
+    for row, table in enumerate(tables.tolist()):
+        own = sorted([i for i in items.tolist() if i[0] <= row < i[0] + i[1]], key=lambda i: i[4])
+        assert [i[4] for i in own] == list(range(used[row]))
+        for first, n, begin, end, _ in own:
+            assert 1 <= n <= together and 0 < end - begin <= sizes.piece
+            assert tables[first, begin:end].tolist() == table[begin:end]
+        covered = [page for i in own for page in range(i[2], i[3])]
+        assert covered == list(range(sum(page > 0 for page in table)))
+    return sum(end - begin for _, _, begin, end, _ in items.tolist())
+
+
+def test_shared_pages_are_planned_once():
+    prompts = [
+        [1, 2, *range(100 * p, 100 * p + 6)] for p in range(1, 5)
+    ]  # two pages are everyone's
+    rows = [[*prompts[i // 8], 1000 + i, 0] for i in range(32)]
+    tables = torch.tensor(rows, dtype=torch.int32)
+    assert pages_read(tables, Sizes(32, 10), 8) == 4 * 2 + 4 * 6 + 32
+    assert pages_read(tables, Sizes(32, 10), 32) == 2 + 4 * 6 + 32
+    assert pages_read(tables[:, :8], Sizes(32, 8), 32) == 2 + 4 * 6
+    assert pages_read(torch.zeros(3, 5, dtype=torch.int32), Sizes(3, 5), 4) == 0
+
+
+def test_any_tables_fit_the_plan():
+    random = torch.Generator().manual_seed(0)
+    for width in (1, 2, 9, 40, 300):
+        tables = torch.randint(1, 3, (70, width), generator=random, dtype=torch.int32).sort(0)[0]
+        ends = torch.randint(width + 1, (70, 1), generator=random)
+        tables[torch.arange(width) >= ends] = 0
+        tables[:, : width // 2] = 7
+        pages_read(tables, Sizes(70, width), 5)
+    stairs = torch.ones(40, 40, dtype=torch.int32).tril(-1) + torch.arange(1, 41)[:, None].int()
+    pages_read(stairs.int(), Sizes(40, 40), 8)
+
+
+# the engine: in Triton's interpreter, without graphs, or on a GPU with them
+
+SHARED = tuple(20 + i % 60 for i in range(70))  # more than two pages
+
+
+def requests(**changes) -> list[Request]:
+    """Two prompts that begin alike and two samples of each; their ends lie inside bursts."""
+    prompts = (*SHARED, 80), (*SHARED, *range(81, 99))
+    asked = [
+        Request(prompts[i // 2], 3 + 2 * i % 5, temperature=0.8, seed=i, stop_ids=())
+        for i in range(4)
+    ]
+    return [replace(request, **changes) for request in asked]
+
+
+def assert_same(ours: list[Completion], theirs: list[Completion]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The interpreter runs one program after another."""
+    monkeypatch.setattr(cuda_engine, "BUCKETS", (4, 8))
+    monkeypatch.setattr(cuda_engine, "LEAST_WIDTH", 4)
+    monkeypatch.setattr(CudaEngine, "burst", 4)
+
+
+def sample(model, asked, backend, slots=64) -> list[Completion]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MAX_SLOTS", "CUDA_SLOTS"):
+            patch.setattr(generate, name, slots)
+        return Generator(model, backend=backend).sample(asked)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama-biases", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows"]
+)
+def test_the_engine_samples_what_the_others_sample(kind):
+    model, asked = tiny_model(kind).to(DEVICE), requests()
+    assert set(model.shape.windows) != {None} or "window" not in kind
+    ours = sample(model, asked, "triton")
+    assert_same(ours, sample(model, asked, "torch"))
+    assert_same(ours, sample(model.cpu(), asked, "native"))
+
+
+def test_refill_and_ends_inside_a_burst():
+    model, asked = shallow(), requests(max_new_tokens=7)
+    free = sample(model, asked, "torch")
+    asked = [replace(r, stop_ids=(d.token_ids[3],)) for r, d in zip(asked, free, strict=True)]
+    done = sample(model, asked, "triton", slots=3)
+    assert_same(done, sample(model, asked, "torch"))
+    assert {d.finish_reason for d in done} == {"stop"}
+
+
+def test_some_rows_truncate_and_some_take_the_likeliest():
+    rules = [{"top_p": 0.7}, {"top_k": 3, "min_p": 0.1}, {"temperature": 0.0}, {}]
+    asked = [replace(r, **rule) for r, rule in zip(requests(), rules, strict=True)]
+    model = shallow()
+    assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))
+
+
+def test_sixteen_bits_and_a_nan():
+    model, asked = shallow(dtype=torch.bfloat16), requests()
+    clean = sample(model, asked, "triton")
+    for request, done in zip(asked, clean, strict=True):
+        whole = torch.tensor([*request.prompt_ids, *done.token_ids])
+        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+        with torch.no_grad():
+            hidden = model.hidden(whole, torch.arange(len(whole)), borders)
+        logits = (
+            hidden[-len(done.logp) - 1 : -1].float()
+            @ model.head_weight.detach().cpu().float().T
+            / request.temperature
+        )
+        expected = logits.log_softmax(-1).gather(1, whole[-len(done.logp) :, None]).squeeze(1)
+        torch.testing.assert_close(done.logp, expected, rtol=0, atol=0.1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[85] = math.nan  # of one prompt
+    got = sample(model, asked, "triton")
+    assert [d.finish_reason for d in got] == ["length"] * 2 + ["error"] * 2
+    assert_same(got[:2], clean[:2])
+
+
+def test_steps_outlive_the_slab_and_not_the_model_that_they_were_made_of():
+    model, asked = shallow(), requests()[:2]
+    generator = Generator(model, backend="triton")
+    generator.sample(asked)
+    engine = generator.engine()
+    assert isinstance(engine, CudaEngine) and not hasattr(engine, "slab")
+    kept = dict(engine.steps)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert_same(generator.sample(asked), sample(model, asked, "torch"))
+    assert kept and engine.steps == kept
+    for change in (rebound, hooked):
+        change(model)
+        assert_same(generator.sample(asked), sample(model, asked, "torch"))
+        assert not set(engine.steps.values()) & set(kept.values())
+        kept = dict(engine.steps)
+    assert not kept  # for nobody knows what a hook will do next time
+
+
+def shallow(**changes):
+    return tiny_model(num_hidden_layers=2, **changes).to(DEVICE)
+
+
+def test_where_triton_cannot_run_it_is_refused(monkeypatch):
+    monkeypatch.setattr(cuda_engine, "has_triton", lambda device: False)
+    with pytest.raises(ValueError, match="backend='triton' runs on a GPU .* not on c"):
+        Generator(shallow(), backend="triton").sample(requests())
+
+
+def rebound(model) -> None:
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.detach() * 1.1)
+
+
+def hooked(model) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, args, out: out * 0.9)
+
+
+def test_a_gpu_computes_prompts_in_one_call_a_layer(monkeypatch):
+    """torch's varlen attention has no CPU kernel: each sequence's, by the other function."""
+
+    def varlen(layer, q, k, v, cu_queries, cu_keys, max_queries, max_keys):
+        queries, keys, values = (
+            x.split(borders.diff().tolist())
+            for x, borders in ((q, cu_queries), (k, cu_keys), (v, cu_keys))
+        )
+        assert (max(map(len, queries)), max(map(len, keys))) == (max_queries, max_keys)
+        each = zip(queries, keys, values, strict=True)
+        return torch.cat([causal_attention(layer, *of_one) for of_one in each])
+
+    monkeypatch.setattr(cuda_engine, "varlen_attention", varlen)
+    monkeypatch.setattr(CudaEngine, "attention", lambda self, x: cuda_engine.Varlen(self.slab, x))
+    model, asked = tiny_model("mistral-window").to(DEVICE), requests(max_new_tokens=1)
+    assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))
