@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast import native_engine
 from expo_fast.config import Train
 from expo_fast.diagnose import Subject, diagnose, mean
 from expo_fast.explain import (
@@ -34,6 +33,7 @@ from expo_fast.explain import (
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.log import Phases
 from expo_fast.model import Decoder
+from expo_fast.native_engine import exact_hidden
 from expo_fast.ops import Clipped, group_advantage, linear_policy_loss
 from expo_fast.optim import Optimizer, learning_rate
 from expo_fast.pack import Sample, pack
@@ -83,7 +83,7 @@ class Trainer:
         c = self.config
         tokenizer, exact = self.prompter.tokenizer, c.batch_invariant
         self.generator = Generator(self.model, tokenizer=tokenizer, batch_invariant=exact)
-        self.model.exact = native_engine.hidden if exact else None
+        self.model.exact = exact_hidden(self.model) if exact else None
         self.optimizer = Optimizer(
             self.model.named_parameters(), betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from expo_fast.attention import Layer, PackedAttention
 from expo_fast.gguf import reading
 
+Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `hidden`
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]  # q, k, v (N, heads, Dh) -> (N, H, Dh)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # SmolLM2 is a llama
@@ -240,7 +241,7 @@ class Decoder(nn.Module):
     """
 
     inv_freq: Tensor
-    exact: Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    exact: "Exact | None" = None
 
     def __init__(self, config: Any, *, checkpointing: bool = False):
         super().__init__()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from expo_fast import native
 from expo_fast.cache import Pages, Table
 from expo_fast.engine import Engine, Sampling, Segment, Tokens, prefill
-from expo_fast.model import MLP, Attention, Block, Body, Decoder, RMSNorm
+from expo_fast.model import MLP, Attention, Block, Body, Decoder, Exact, RMSNorm
 from expo_fast.ops import linear_logprob
 from expo_fast.sampling import draw, uniform
 
@@ -142,6 +142,12 @@ class NativeEngine(Engine):
         pairs = [self.model._rotation(part) for part in parts]
         cos, sin = (torch.cat(x).squeeze(1).float() for x in zip(*pairs, strict=True))
         return cos, sin
+
+
+def exact_hidden(model: Decoder) -> Exact:
+    """For `model.exact`: hidden states as sampling computes them. ValueError where csrc can't."""
+    NativeEngine(model)
+    return hidden
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from expo_fast.engine import TorchEngine
 from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.model import Decoder
-from expo_fast.native_engine import NativeEngine
+from expo_fast.native_engine import NativeEngine, exact_hidden
 from expo_fast.pack import Sample
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
@@ -138,7 +138,7 @@ def test_the_trainer_recomputes_the_very_bits_in_the_invariant_mode(kind, dtype,
         return max(float((a - c.logp).abs().max()) for a, c in zip(scored, done, strict=True))
 
     assert gap(4096) > 0
-    model.exact = native_engine.hidden
+    model.exact = exact_hidden(model)
     for pack_tokens in (4096, 100):
         assert gap(pack_tokens) == 0
 
@@ -149,7 +149,7 @@ def test_exact_hidden_states_have_the_gradient_of_the_rounded_ones():
     upstream = torch.randn(12, 48)
     weights = list(model.parameters())[:-1]  # the last is the head, not used here
     expected = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
-    model.exact = native_engine.hidden
+    model.exact = exact_hidden(model)
     found = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -291,6 +291,11 @@ def test_sampling_goes_through_adapters_and_hooks():
             torch.testing.assert_close(done.logp, expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="the native engine runs plain fp32 and bf16 decoders"):
         Generator(model, backend="native").sample(asked)
+
+
+def test_the_invariant_mode_is_refused_where_csrc_cannot_run_the_model():
+    with pytest.raises(ValueError, match=r"not this one of torch\.float64 on cpu"):
+        exact_hidden(tiny_model(dtype=torch.float64))
 
 
 def test_an_unknown_backend_is_refused():
