@@ -366,7 +366,7 @@ def shallow(**changes):
 
 def test_where_triton_cannot_run_it_is_refused(monkeypatch):
     monkeypatch.setattr(cuda_engine, "has_triton", lambda device: False)
-    with pytest.raises(ValueError, match="backend='triton' runs on a GPU for which triton"):
+    with pytest.raises(ValueError, match=r"backend='triton' runs on a GPU .* not on c"):
         Generator(shallow(), backend="triton").sample(requests())
 
 
