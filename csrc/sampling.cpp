@@ -174,9 +174,9 @@ class Sampler {
     for (int64_t r = 0; r < rows(tile); ++r) {
       const float logit = z[r * kVectors];
       const double part = std::exp2((logit - most) * k);
-      if (likeliest ? logit == most : part > 0) chosen = r;
+      if (likeliest ? logit > z[chosen * kVectors] : part > 0) chosen = r;
       running += part;
-      if (likeliest ? logit == most : running > rest) break;
+      if (!likeliest && running > rest) break;
     }
     draw.token[i] = tile * kTall + chosen;
     draw.logp[i] = (z[chosen * kVectors] - most) * k * M_LN2 - std::log(sum);

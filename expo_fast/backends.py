@@ -89,10 +89,10 @@ def _triton_kernels(head: Head) -> Kernels:
 
 
 @cache
-def compiles() -> bool:
+def compiles(part: str = "ops") -> bool:
     """Whether there are CPU kernels; without, says once that the slower path is taken."""
     try:
-        native.library(native.isa())
+        native.library(native.isa(), part)
     except native.Unavailable as why:
         warnings.warn(f"using plain PyTorch, which is slower: {why}", stacklevel=5)
         return False

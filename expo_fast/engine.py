@@ -137,12 +137,12 @@ def prefill(engine: Engine, segments: Sequence[Segment]) -> list[Tensor]:
 
 def _run(engine: Engine, segments: list[Segment]) -> Sequence[Tensor]:
     lengths = [len(s.ids) for s in segments]
-    positions = [torch.arange(s.start, s.start + n) for s, n in zip(segments, lengths, strict=True)]
+    places = [range(s.start, s.start + n) for s, n in zip(segments, lengths, strict=True)]
     tables = padded([s.table for s in segments])
     tokens = Tokens(
         torch.cat([s.ids for s in segments]),
-        torch.cat(positions),
-        tables.repeat_interleave(torch.tensor(lengths), 0),
+        int64([place for each in places for place in each]),
+        tables.repeat_interleave(int64(lengths), 0),
         lengths,
     )
     return engine.run(tokens).split(lengths)
@@ -151,9 +151,13 @@ def _run(engine: Engine, segments: list[Segment]) -> Sequence[Tensor]:
 def padded(tables: Sequence[Table]) -> Tensor:
     """(B, P) int32; page 0 where a table ends earlier."""
     width = max(map(len, tables))
-    return torch.tensor(
-        [[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32
-    )
+    filled = [[*table, *[0] * (width - len(table))] for table in tables]
+    return torch.tensor(filled, dtype=torch.int32, device="cpu")
+
+
+def int64(values: Sequence[int]) -> Tensor:
+    """On the CPU, whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 class TorchEngine(Engine):
@@ -161,6 +165,7 @@ class TorchEngine(Engine):
 
     def __init__(self, model: Decoder):
         self.model = model
+        self.slab = self.head = torch.empty(0)
 
     def page_bytes(self) -> int:
         shape = self.model.shape
@@ -178,7 +183,7 @@ class TorchEngine(Engine):
         return widened(self.model.head_weight.detach()).T
 
     def close(self) -> None:
-        del self.slab, self.head
+        self.slab = self.head = torch.empty(0)
 
     def copy_page(self, source: int, target: int) -> None:
         self.slab[:, :, target] = self.slab[:, :, source]

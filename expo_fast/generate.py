@@ -9,7 +9,8 @@ parameter, against 2 B FLOPs; at B = 64 a CPU is bound by its GEMM, no longer by
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import index as index_of
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from expo_fast import backends, cuda_engine, native_engine
 from expo_fast.cache import Pages, Table
-from expo_fast.engine import Engine, Rows, Sampling, Segment, TorchEngine, padded, prefill
+from expo_fast.engine import Engine, Rows, Sampling, Segment, TorchEngine, int64, padded, prefill
 from expo_fast.model import Decoder
 from expo_fast.pack import common_prefix
 from expo_fast.sampling import Truncation
@@ -26,6 +27,8 @@ MAX_SLOTS = 128  # rows decoded together; a CPU's bf16 GEMM gains little beyond
 CUDA_SLOTS = 256  # an H200 is bound by memory below some 200, where a weight read does 2 B FLOPs
 KV_CACHE_BYTES = 2 << 30  # unless the caller says otherwise
 CUDA_KV_SHARE = 0.2  # of a GPU's memory: 28 GB of an H200's hold 256 rows of 3000 tokens of a 3B
+
+NOTHING = torch.empty(0, device="cpu")  # where there is no hidden state yet
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class Generator:
         engine = self.engine()
         alone = self.batch_invariant and isinstance(engine, TorchEngine)
         everyone = list(range(len(requests)))
-        for batch in [[i] for i in everyone] if alone else [everyone]:
-            run = _Run(self, engine, {i: requests[i] for i in batch})
+        batches = [[i] for i in everyone] if alone else [everyone]
+        runs = [_Run(self, engine, {i: requests[i] for i in batch}) for batch in batches]
+        for run in runs:  # none began before all were found possible
             try:
                 run.begin()
                 while run.slots or run.waiting:
@@ -108,7 +112,8 @@ class Generator:
 
     def engine(self) -> Engine:
         """What the next call runs on: it is chosen anew, for adapters and hooks come and go."""
-        fits = self.backend is None and native_engine.supports(self.model) and backends.compiles()
+        fits = self.backend is None and native_engine.supports(self.model)
+        fits = fits and backends.compiles("engine")
         if fits or self.backend == "native":
             return native_engine.NativeEngine(self.model, exact=self.batch_invariant)
         fits = self.backend is None and cuda_engine.supports(self.model)
@@ -118,7 +123,16 @@ class Generator:
         return TorchEngine(self.model)
 
     def _check(self, i: int, request: Request) -> None:
-        shape, n_prompt, n_new = self.model.shape, len(request.prompt_ids), request.max_new_tokens
+        shape, whole = self.model.shape, 2**63
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(request, name)
+            if not _is_whole(value) or not -whole <= value < whole:
+                raise ValueError(f"request {i} has {name}={value!r}: need an integer of 64 bits")
+        for name in ("prompt_ids", "stop_ids"):
+            ids = getattr(request, name)
+            if ids is not None and not (_is_sequence(ids) and all(map(_is_whole, ids))):
+                raise ValueError(f"request {i} has {name}={ids!r}: need a sequence of integers")
+        n_prompt, n_new = len(request.prompt_ids), request.max_new_tokens
         if not n_prompt:
             raise ValueError(f"request {i} has an empty prompt, need at least one token")
         if n_new < 1:
@@ -128,8 +142,11 @@ class Generator:
                 f"request {i} needs {n_prompt} prompt + {n_new} new tokens, "
                 f"the model's context holds {shape.context}"
             )
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < shape.vocabulary:
-            raise ValueError(f"request {i} has a token id outside [0, {shape.vocabulary})")
+        for token in (min(request.prompt_ids), max(request.prompt_ids)):
+            if not 0 <= token < shape.vocabulary:
+                raise ValueError(
+                    f"request {i} has the token id {token} outside [0, {shape.vocabulary})"
+                )
         t = request.temperature
         if not (t == 0 or 1e-30 <= t <= 1e30):  # logits over it are finite, and not all 0, in fp32
             raise ValueError(f"request {i} has temperature={t}: need 0, or from 1e-30 to 1e30")
@@ -138,13 +155,19 @@ class Generator:
                 f"request {i} has top_p={request.top_p}, top_k={request.top_k}, "
                 f"min_p={request.min_p}: need 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1"
             )
-        if not -(2**63) <= request.seed < 2**63:
-            raise ValueError(f"request {i} has seed={request.seed}: it must fit 64 bits")
-        if isinstance(request.stop_strings, str) or "" in request.stop_strings:
-            given = request.stop_strings
-            raise ValueError(f"request {i} has stop_strings={given!r}: need non-empty strings")
-        if request.stop_strings and self.tokenizer is None:
+        strings = request.stop_strings
+        if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
+            raise ValueError(f"request {i} has stop_strings={strings!r}: need non-empty strings")
+        if strings and self.tokenizer is None:
             raise ValueError(f"request {i} has stop strings: give Generator a tokenizer for them")
+
+
+def _is_sequence(x: Any) -> bool:
+    return hasattr(x, "__len__") and hasattr(x, "__iter__")
+
+
+def _is_whole(x: Any) -> bool:
+    return hasattr(x, "__index__")  # of tensors only those of integers pass `operator.index`
 
 
 def _kv_bytes(device: torch.device) -> int:
@@ -159,9 +182,9 @@ class _Run:
     def __init__(self, generator: Generator, engine: Engine, requests: dict[int, Request]):
         self.engine = engine
         self.ends = _Ends(generator.model.eos_ids, generator.tokenizer)
-        prompts = [tuple(r.prompt_ids) for r in requests.values()]
-        self.prefix = prompts[0][: common_prefix(prompts)]
         self.waiting = [_Slot(i, r) for i, r in requests.items()]
+        prompts = [slot.prompt for slot in self.waiting]
+        self.prefix = prompts[0][: common_prefix(prompts)]
         longest: dict[tuple[int, ...], int] = {}
         for slot in self.waiting:
             longest[slot.prompt] = max(slot.n_cached, longest.get(slot.prompt, 0))
@@ -195,10 +218,11 @@ class _Run:
         each = self.engine.page_bytes()
         fit = budget // each - fixed
         if fit < needs[-1]:
+            largest = max(self.waiting, key=needed)
             raise ValueError(
-                f"kv_cache_bytes={budget} holds no sequence of "
-                f"{max(slot.n_cached for slot in self.waiting)} tokens, which needs "
-                f"{(fixed + needs[-1]) * each}: raise it, or shorten prompts or completions"
+                f"kv_cache_bytes={budget} cannot hold request {largest.index} of "
+                f"{largest.n_cached} tokens, which needs {(fixed + needs[-1]) * each}: "
+                "raise it, or shorten prompts or completions"
             )
         return fixed + min(fit, sum(needs[-self.n_slots :]))
 
@@ -257,7 +281,7 @@ class _Run:
 
     def _prefill(self, prompts: list["_Prompt"]) -> None:
         """Compute prompts; each keeps the hidden state of its last token."""
-        segments = [Segment(torch.tensor(p.ids[p.begun :]), p.begun, p.table) for p in prompts]
+        segments = [Segment(int64(p.ids[p.begun :]), p.begun, p.table) for p in prompts]
         for prompt, hidden in zip(prompts, prefill(self.engine, segments), strict=True):
             prompt.hidden = hidden[-1].clone()
 
@@ -279,7 +303,9 @@ class _Run:
 
     def _rows(self, slots: list["_Slot"]) -> Rows:
         def column(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([getattr(s.request, name) for s in slots], dtype=dtype)
+            return torch.tensor(
+                [getattr(s.request, name) for s in slots], dtype=dtype, device="cpu"
+            )
 
         cut = Truncation(
             column("top_k", torch.int64),
@@ -288,8 +314,8 @@ class _Run:
         )
         seeds, temperature = column("seed", torch.int64), column("temperature", torch.float32)
         return Rows(
-            last=torch.tensor([s.tokens[-1] if s.tokens else 0 for s in slots]),
-            positions=torch.tensor([s.n_tokens - bool(s.tokens) for s in slots]),
+            last=int64([s.tokens[-1] if s.tokens else 0 for s in slots]),
+            positions=int64([s.n_tokens - bool(s.tokens) for s in slots]),
             tables=padded([s.table for s in slots]),
             sampling=Sampling(seeds, temperature, cut),
         )
@@ -302,7 +328,7 @@ class _Prompt:
     ids: tuple[int, ...]
     table: Table
     begun: int  # tokens that another had put there
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # (D,) of its last token
+    hidden: Tensor = NOTHING  # (D,) of its last token
 
 
 class _Slot:
@@ -310,12 +336,12 @@ class _Slot:
 
     def __init__(self, index: int, request: Request):
         self.index, self.request = index, request
-        self.prompt = tuple(request.prompt_ids)
+        self.prompt = tuple(map(index_of, request.prompt_ids))
         self.tokens: list[int] = []
         self.logps: list[float] = []
         self.finish_reason = ""
         self.table: Table = []
-        self.hidden = torch.empty(0)  # (D,) of the prompt's last token, for the first draw
+        self.hidden = NOTHING  # (D,) of the prompt's last token, for the first draw
 
     @property
     def n_tokens(self) -> int:
@@ -327,7 +353,7 @@ class _Slot:
         return len(self.prompt) + self.request.max_new_tokens - 1
 
     def extend(self, token: int, logp: float, ends: "_Ends") -> None:
-        self.hidden = torch.empty(0)
+        self.hidden = NOTHING
         if logp != logp:  # NaN: the logits were not finite
             self.finish_reason = "error"
             return
@@ -339,7 +365,7 @@ class _Slot:
             self.finish_reason = "length"
 
     def completion(self) -> Completion:
-        logp = torch.tensor(self.logps, dtype=torch.float32)
+        logp = torch.tensor(self.logps, dtype=torch.float32, device="cpu")
         return Completion(self.tokens, logp, self.finish_reason)
 
 

@@ -6,11 +6,13 @@ cache. What it computes for a token is the same, bit for bit, in sampling and in
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as anywhere
 
 from expo_fast import native
 from expo_fast.cache import Pages, Table
@@ -28,11 +30,15 @@ def supports(model: Decoder) -> bool:
     """Plain modules alone: what adapters and hooks compute is not known to csrc."""
     if model.dtype not in (torch.float32, torch.bfloat16):
         return False
+    if anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks:
+        return False
     for m in model.modules():
-        if type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks:
+        hooks = m._forward_hooks or m._forward_pre_hooks
+        if type(m) not in PLAIN or hooks or "forward" in vars(m):
             return False
     for p in model.parameters():
-        if p.device.type != "cpu" or p.dtype != model.dtype or not p.is_contiguous():
+        plain = type(p) is nn.Parameter and p.device.type == "cpu" and p.is_contiguous()
+        if not plain or p.dtype != model.dtype:
             return False
     shape = model.shape
     return shape.hidden % 2 == 0 and shape.intermediate % 2 == 0  # bf16 is multiplied in pairs
@@ -56,28 +62,29 @@ class NativeEngine(Engine):
         self.csrc = native.library(native.isa(), "engine")
         for name in ("page", "workspace", "draw"):
             getattr(self.csrc, f"expo_fast_{name}_bytes").restype = ctypes.c_int64
-        self.room = torch.empty(0, dtype=torch.uint8)
+        self.pages = self.workspace = room(0, dtype=torch.uint8)
 
     def page_bytes(self) -> int:
         return self.csrc.expo_fast_page_bytes(ctypes.byref(self._decoder()))
 
     def open(self, n_pages: int, n_positions: int) -> None:
-        self.decoder = self._decoder()
-        self.pages = torch.empty(n_pages, self.page_bytes(), dtype=torch.uint8)
+        self.decoder, self.places = self._decoder(), self._places()
+        self.pages = room(n_pages, self.page_bytes(), dtype=torch.uint8)
         self.cos, self.sin = self._rotations(n_positions)
 
     def close(self) -> None:
-        del self.pages
-        self.room = torch.empty(0, dtype=torch.uint8)
+        self.pages = self.workspace = room(0, dtype=torch.uint8)
 
     def copy_page(self, source: int, target: int) -> None:
         self.pages[target] = self.pages[source]
 
     def run(self, tokens: Tokens) -> Tensor:
+        if self._places() != self.places:
+            raise RuntimeError("the model's parameters were moved while it sampled: start again")
         n, threads = len(tokens.ids), torch.get_num_threads()
         decoder = ctypes.byref(self.decoder)
         size = self.csrc.expo_fast_workspace_bytes(decoder, ctypes.c_int64(n), threads)
-        hidden = torch.empty(n, self.model.shape.hidden, dtype=self.model.dtype)
+        hidden = room(n, self.model.shape.hidden, dtype=self.model.dtype)
         rows = _Rows(
             *map(_pointer, (tokens.ids, tokens.positions, tokens.tables, self.cos, self.sin)),
             *map(_pointer, (self.pages, self._workspace(size), hidden)),
@@ -107,8 +114,8 @@ class NativeEngine(Engine):
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.model.head_weight
         (n, D), V = hidden.shape, len(weight)
-        tokens, logp = torch.empty(n, dtype=torch.int64), torch.empty(n)
-        logits = torch.empty(n if keep else 0, V)
+        tokens, logp = room(n, dtype=torch.int64), room(n, dtype=torch.float32)
+        logits = room(n if keep else 0, V, dtype=torch.float32)
         given = _Draw(
             *map(_pointer, (hidden, weight, sampling.temperature, sampling.seeds, positions)),
             *map(_pointer, (tokens, logp)),
@@ -121,9 +128,12 @@ class NativeEngine(Engine):
         return tokens, logp, logits
 
     def _workspace(self, size: int) -> Tensor:
-        if self.room.numel() < size:
-            self.room = torch.empty(size, dtype=torch.uint8)
-        return self.room
+        if self.workspace.numel() < size:
+            self.workspace = room(size, dtype=torch.uint8)
+        return self.workspace
+
+    def _places(self) -> list[int]:
+        return [p.data_ptr() for p in self.model.parameters()]
 
     def _decoder(self) -> "_Decoder":
         model, shape = self.model, self.model.shape
@@ -138,7 +148,7 @@ class NativeEngine(Engine):
 
     def _rotations(self, n: int) -> tuple[Tensor, Tensor]:
         """cos and sin (at least n, Dh/2) fp32, rounded as the model rounds them."""
-        parts = torch.arange(-(-n // ROTATIONS) * ROTATIONS).split(ROTATIONS)
+        parts = torch.arange(-(-n // ROTATIONS) * ROTATIONS, device="cpu").split(ROTATIONS)
         pairs = [self.model._rotation(part) for part in parts]
         cos, sin = (torch.cat(x).squeeze(1).float() for x in zip(*pairs, strict=True))
         return cos, sin
@@ -155,7 +165,7 @@ def hidden(
     model: Decoder, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, parents: Tensor | None
 ) -> Tensor:
     """`Decoder.hidden` with the bits of sampling: what a token sees is all that it depends on."""
-    borders = cu_seqlens.tolist()
+    tokens, borders = tokens.long(), cu_seqlens.tolist()
     above = [-1] * (len(borders) - 1) if parents is None else parents.tolist()
     starts = [int(positions[at]) for at in borders[:-1]]
     ends = [start + b - a for start, (a, b) in zip(starts, pairwise(borders), strict=True)]
@@ -191,6 +201,9 @@ def _layer(block: Any) -> "_Layer":
         *(_pointer(p.bias) for p in projections),
         *(a.layer.window or 0, a.rope),
     )
+
+
+room = partial(torch.empty, device="cpu")  # whatever torch's default device is
 
 
 def _pointer(x: Tensor | None) -> int | None:

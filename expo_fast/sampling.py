@@ -122,15 +122,31 @@ def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw_truncated(weights: Tensor, totals: Tensor, cut: Truncation, u: Tensor) -> Tensor:
-    for size in (min(HEAD, weights.shape[1]), weights.shape[1]):
-        kept, columns = weights.topk(size)
-        allowed = _allowed(kept, totals, cut)
-        # every rule cuts a tail, and each tail begins in here
-        if not allowed[:, -1].any() and bool((cut.top_k <= size).all()):
-            break
+    token, sure = _draw_among(HEAD, weights, totals, cut, u)
+    rest = (~sure).nonzero().squeeze(-1)
+    if len(rest):
+        given = weights[rest], totals[rest], cut[rest], u[rest]
+        token[rest] = _draw_among(weights.shape[1], *given)[0]
+    return token
+
+
+def _draw_among(
+    size: int, weights: Tensor, totals: Tensor, cut: Truncation, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens from the `size` largest weights, and for which rows the others cannot matter.
+
+    Equal weights are taken in the order of their columns, whatever the size.
+    """
+    size = min(size, weights.shape[1])
+    columns = weights.topk(size).indices.sort().values
+    kept, order = weights.gather(1, columns).sort(descending=True, stable=True)
+    columns, allowed = columns.gather(1, order), _allowed(kept, totals, cut)
     inside = (kept * allowed).double()
     rank, _ = _search(inside, u * inside.sum(-1))
-    return columns.gather(1, rank[:, None]).squeeze(1)
+    # every rule cuts a tail, which begins in here unless one as light as the last is allowed
+    tail = (allowed & (kept <= kept[:, -1:])).any(-1) | (cut.top_k > size)
+    sure = ~tail if size < weights.shape[1] else torch.ones_like(tail)
+    return columns.gather(1, rank[:, None]).squeeze(1), sure
 
 
 def _allowed(kept: Tensor, totals: Tensor, cut: Truncation) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from expo_fast import native
 from expo_fast.cache import Pages
 from expo_fast.engine import Sampling, Segment, TorchEngine, prefill
-from expo_fast.generate import Generator, Request
+from expo_fast.generate import Generator, Request, _Ends
 from expo_fast.native_engine import NativeEngine
 from expo_fast.sampling import Truncation
 from expo_fast.weights import load_model
@@ -160,6 +160,17 @@ def test_odd_sizes(sizes, dtype):
 @pytest.fixture(scope="module")
 def smollm():
     return load_model("smollm2-135m")
+
+
+@pytest.mark.parametrize("stop", ["\U0001f642", "né", "two  ", "Question:", " "])
+def test_stop_strings_of_several_tokens_to_a_character(stop: str, smollm):
+    _, tokenizer = smollm
+    text = f"one {stop}three"
+    ids, ends = tokenizer(text).input_ids, _Ends((), tokenizer)
+    request = Request((5,), 50, stop_strings=(stop,))
+    reached = [n for n in range(1, len(ids) + 1) if ends.reached(request, ids[:n])]
+    expected = [n for n in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:n])]
+    assert reached and reached[0] == expected[0]
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from expo_fast import generate, native_engine
+from expo_fast import backends, generate, native, native_engine
 from expo_fast.engine import TorchEngine
 from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion, Generator, Request
@@ -222,7 +223,7 @@ def test_budget_bounds_the_cache_and_changes_no_token(backend: str, monkeypatch)
         assert page < opened[-1] <= pages * page < opened[0]
     generator.kv_cache_bytes = 2 * page
     with pytest.raises(
-        ValueError, match=f"kv_cache_bytes={2 * page} holds no sequence of 85 tokens"
+        ValueError, match=f"kv_cache_bytes={2 * page} cannot hold request 24 of 79 tokens"
     ):
         generator.sample(asked)
 
@@ -293,6 +294,113 @@ def test_sampling_goes_through_adapters_and_hooks():
         Generator(model, backend="native").sample(asked)
 
 
+def test_a_forward_put_in_a_modules_place_is_gone_through():
+    model = tiny_model()
+    own = model.model.norm.forward
+    model.model.norm.forward = lambda x: 2 * own(x)
+    assert isinstance(Generator(model).engine(), TorchEngine)
+
+
+def test_parameters_that_move_while_sampling_are_noticed():
+    model = tiny_model()
+    stream = Generator(model, backend="native").stream(requests())
+    next(stream)
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match="parameters were moved while it sampled"):
+        list(stream)
+
+
+def test_training_in_place_while_sampling_changes_what_is_sampled():
+    model = tiny_model()
+    before = Generator(model).sample(requests())
+    stream = Generator(model).stream(requests())
+    done = dict([next(stream)])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    done |= dict(stream)
+    assert tokens([done[i] for i in range(24)]) != tokens(before)
+
+
+def test_where_the_engine_cannot_be_compiled_pytorch_samples_and_says_so(monkeypatch):
+    def library(name: str, part: str = "ops"):
+        raise native.Unavailable(f"no compiler for {part}")
+
+    monkeypatch.setattr(native, "library", library)
+    monkeypatch.setattr(native, "isa", lambda: "portable")
+    backends.compiles.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="slower: no compiler for engine"):
+            assert isinstance(Generator(tiny_model()).engine(), TorchEngine)
+    finally:
+        backends.compiles.cache_clear()
+
+
+def test_a_failure_to_get_memory_is_what_is_raised(monkeypatch):
+    def fail(self, n_pages, n_positions):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(NativeEngine, "open", fail)
+    with pytest.raises(MemoryError, match="none left"):
+        Generator(tiny_model(), backend="native").sample(requests())
+
+
+def test_a_request_too_large_is_refused_before_any_other_is_served():
+    model = tiny_model()
+    generator = Generator(model, batch_invariant=True, backend="torch")
+    generator.kv_cache_bytes = 5 * generator.engine().page_bytes()
+    with pytest.raises(ValueError, match="cannot hold request 1 of 139 tokens"):
+        next(generator.stream([Request((20, 21), 4), Request(tuple(range(20, 60)), 100)]))
+
+
+def test_torchs_defaults_change_nothing(backend: str):
+    model, asked = tiny_model(), requests()
+    expected = Generator(model, backend=backend).sample(asked)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = Generator(model, backend=backend).sample(asked)
+    finally:
+        torch.set_default_dtype(before)
+    assert same(found, expected)
+    if backend == "native":
+        with torch.device("meta"):
+            assert same(Generator(model, backend=backend).sample(asked), expected)
+
+
+def test_token_ids_may_be_any_integers(backend: str):
+    model, (asked,) = tiny_model(), requests(1)
+    for ids in (np.array(asked.prompt_ids, np.int32), torch.tensor(asked.prompt_ids).int()):
+        other = replace(asked, prompt_ids=ids)
+        generator = Generator(model, backend=backend)
+        assert same(generator.sample([other]), generator.sample([asked]))
+
+
+def test_what_prompts_share_is_computed_once(monkeypatch):
+    seen: list[int] = []
+
+    def run(self, asked, run=NativeEngine.run):
+        seen.append(len(asked.ids))
+        return run(self, asked)
+
+    monkeypatch.setattr(NativeEngine, "run", run)
+    Generator(tiny_model(), backend="native").sample(requests(12, max_new_tokens=1))
+    own = [1 + i // 3 for i in range(0, 12, 3)]  # tokens behind SHARED; the first is shared too
+    assert sum(seen) == len(SHARED) + sum(own)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_likeliest_tokens_are_scored_at_temperature_one(exact: bool, backend: str):
+    if exact and backend == "torch":
+        pytest.skip("only csrc's log-probs are the ops'")
+    model, asked = tiny_model(), requests(6, temperature=0.0)
+    done = Generator(model, backend=backend, batch_invariant=exact).sample(asked)
+    with torch.no_grad():
+        for request, completion in zip(asked, done, strict=True):
+            expected = trainer_logp(model, request, completion)
+            torch.testing.assert_close(completion.logp, expected, rtol=0, atol=1e-4)
+
+
 def test_the_invariant_mode_is_refused_where_csrc_cannot_run_the_model():
     with pytest.raises(ValueError, match=r"not this one of torch\.float64 on cpu"):
         exact_hidden(tiny_model(dtype=torch.float64))
@@ -328,7 +436,13 @@ def test_a_nan_ends_its_request_and_leaves_no_trace(backend: str):
         ({"prompt_ids": ()}, "request 0 has an empty prompt"),
         ({"max_new_tokens": 0}, "max_new_tokens=0, need at least 1"),
         ({"max_new_tokens": 250}, "8 prompt . 250 new tokens, the model's context holds 256"),
-        ({"prompt_ids": (5, 100_000)}, "token id outside"),
+        ({"prompt_ids": (5, 100_000)}, "the token id 100000 outside"),
+        ({"prompt_ids": (20.5, 21.0)}, "prompt_ids=.20.5, 21.0.: need a sequence of integers"),
+        ({"max_new_tokens": 5.5}, "max_new_tokens=5.5: need an integer"),
+        ({"top_k": 2**70}, "top_k=1180591620717411303424: need an integer"),
+        ({"seed": "a"}, "seed='a': need an integer"),
+        ({"stop_ids": 5}, "stop_ids=5: need a sequence of integers"),
+        ({"stop_strings": (5,)}, "need non-empty strings"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": 1e-40}, "temperature=1e-40"),
         ({"seed": 2**63}, "seed=9223372036854775808"),

@@ -74,6 +74,19 @@ def test_log_prob_is_at_the_temperature_and_before_truncation():
     torch.testing.assert_close(logp.double(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.7}, {"top_k": 50}, {"top_k": 600}])
+def test_ties_are_broken_alike_in_any_company(cut: dict):
+    logits = torch.randn(9, V)
+    logits[:, 300:] = logits[:, 300:301]  # 400 equal weights, of which rules allow some
+    alone = truncation(9, **cut)
+    beside = Truncation(*(x.clone() for x in vars(alone).values()))
+    beside.top_p[8], beside.top_k[8] = 0.9999, 0  # needs all columns
+    u = torch.linspace(0, 0.999, 9, dtype=torch.float64)
+    a, _ = draw(logits[:8].clone(), torch.ones(8), alone[:8], u[:8])
+    b, _ = draw(logits.clone(), torch.ones(9), beside, u)
+    assert a.tolist() == b[:8].tolist()
+
+
 def test_temperature_zero_takes_the_likeliest_scored_at_one():
     logits = torch.randn(8, V)
     u = torch.full((8,), 0.999, dtype=torch.float64)
