@@ -120,7 +120,7 @@ class Train(Prompting):
     """Tokens in one forward and backward at most: the memory knob. It never changes the result."""
     gradient_checkpointing: bool = False
     batch_invariant: bool = False
-    """Sampled and recomputed log-probs agree to the bit, for one forward more in the update."""
+    """Sampled and recomputed log-probs agree to the bit, for one forward more; on a CPU."""
 
     eval_every: int = 100
     """Evaluate before the first step, after every N and after the last; 0: never."""

@@ -58,9 +58,10 @@ class Generator:
 
     tokenizer: needed for stop strings only.
     kv_cache_bytes: bound on the key-value cache; fewer sequences run at once to respect it.
-    batch_invariant: tokens and log-probs of a request do not depend, to the bit, on its companions,
-    and are those of `score`. Where csrc runs the first holds in any case; elsewhere every request
-    runs alone, slower by about the batch size, and the second is not promised.
+    batch_invariant: tokens and log-probs of a request do not depend, to the bit, on its companions
+    (where csrc runs they never do, for a number of threads; elsewhere every request runs alone,
+    slower by about the batch size), and where csrc runs the log-probs are those that the ops
+    compute of `native_engine.exact_hidden`.
     backend: "native" (csrc), "triton" (CUDA graphs of our kernels; on a CPU, where
     TRITON_INTERPRET=1 was set before, in Triton's interpreter) or "torch"; None picks.
     """
