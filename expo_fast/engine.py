@@ -4,6 +4,7 @@ The definition that the C++ engine is tested against, and what runs where that o
 without a compiler, in other dtypes, through adapters and hooks.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,40 +57,44 @@ class Rows:
     sampling: Sampling
 
 
-class Engine:
+class Engine(ABC):
     """A decoder, a draw and the pages that its sequences live on."""
 
     page: int  # tokens
     burst = 1  # tokens that `decode` samples before anyone looks at them
 
-    def page_bytes(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def page_bytes(self) -> int: ...
 
+    @abstractmethod
     def open(self, n_pages: int, n_positions: int) -> None:
         """Get ready for sequences of up to n_positions tokens on n_pages pages."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Give the memory back."""
-        raise NotImplementedError
+        ...
 
-    def copy_page(self, source: int, target: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def copy_page(self, source: int, target: int) -> None: ...
 
     def prefill_tokens(self) -> int:
         """Of prompts, computed together."""
         return PREFILL
 
+    @abstractmethod
     def run(self, tokens: Tokens) -> Tensor:
         """(N, D) after the last norm; the tokens' keys and values go to their pages."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """(B, D) -> tokens (B,) int64 for these positions, and their log-probs (B,) fp32 nats.
 
         At the temperature, before any truncation; NaN where the logits are not finite.
         """
-        raise NotImplementedError
+        ...
 
     def load(self, rows: Rows) -> None:
         """What `decode` goes on with, from now on."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distribution import allowed, assert_drawn_from
 from expo_fast import native
 from expo_fast.cache import Pages
 from expo_fast.engine import Sampling, Segment, TorchEngine, prefill
@@ -24,16 +25,6 @@ def sampling(
 ) -> Sampling:
     cut = Truncation(torch.full((n,), top_k), torch.full((n,), top_p), torch.full((n,), min_p))
     return Sampling(torch.arange(n), torch.full((n,), temperature), cut)
-
-
-def truncated(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """From the definitions: top-k, then top-p of what is left, then min-p."""
-    order = p.argsort(descending=True)[: top_k or V]
-    mass = p[order] / p[order].sum()
-    order = order[: int((mass.cumsum(0) - mass < top_p).sum())]
-    order = order[p[order] >= min_p * p.max()]
-    kept = torch.zeros_like(p).index_copy(0, order, p[order])
-    return kept / kept.sum()
 
 
 def opened(engine):
@@ -58,21 +49,14 @@ def test_frequencies_match_the_distribution(kind, dtype, temperature, top_k, top
     model = tiny_model(vocab_size=V, dtype=dtype)
     engine, hidden = opened(kind(model)), (torch.randn(48) / 2).to(dtype)
     logits = model.head_weight.detach().double() @ hidden.double() / temperature
-    expected = DRAWS * truncated(logits.softmax(-1), top_k, top_p, min_p)
+    expected = DRAWS * allowed(logits.softmax(-1), top_k, top_p, min_p)
     counts, logp = torch.zeros(V), logits.log_softmax(-1)
     asked = sampling(DRAWS, temperature, top_k, top_p, min_p)
     for rows in torch.arange(DRAWS).split(2000):
         drawn = engine.draw(hidden.expand(len(rows), -1).contiguous(), rows * 0 + 7, asked[rows])
         counts += torch.bincount(drawn[0], minlength=V)
         torch.testing.assert_close(drawn[1].double(), logp[drawn[0]], rtol=0, atol=5e-6)
-    assert counts[expected == 0].sum() == 0
-    rare = expected < 10  # pooled: chi-square wants cells of some size
-    cells = [*zip(counts[~rare], expected[~rare], strict=True)]
-    if expected[rare].sum() >= 10:
-        cells.append((counts[rare].sum(), expected[rare].sum()))
-    chi2 = float(sum((c - e) ** 2 / e for c, e in cells))
-    degrees = len(cells) - 1
-    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # 4 sigma; the draws are fixed
+    assert_drawn_from(counts, expected)
 
 
 def test_both_engines_draw_the_same_tokens():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distribution import allowed, assert_drawn_from
 from expo_fast.sampling import Truncation, draw, uniform
 
 V, DRAWS = 700, 40_000  # more than two blocks of columns, and a ragged last one
@@ -25,18 +26,6 @@ def frequencies(logits: Tensor, temperature: float, cut: Truncation) -> Tensor:
     return counts
 
 
-def allowed(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """From the definitions: top-k, then top-p of what is left, then min-p."""
-    order = p.argsort(descending=True)
-    keep = order[: top_k or V]
-    mass = p[keep] / p[keep].sum()
-    keep = keep[: int((mass.cumsum(0) - mass < top_p).sum())]
-    keep = keep[p[keep] >= min_p * p.max()]
-    q = torch.zeros_like(p)
-    q[keep] = p[keep]
-    return q / q.sum()
-
-
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
     [
@@ -54,14 +43,7 @@ def test_frequencies_match_the_distribution(temperature, top_k, top_p, min_p):
     p = (logits.double() / temperature).softmax(-1)
     expected = DRAWS * allowed(p, top_k, top_p, min_p)
     counts = frequencies(logits, temperature, truncation(DRAWS, top_k, top_p, min_p))
-    assert counts[expected == 0].sum() == 0
-    rare = expected < 10  # pooled: chi-square wants cells of some size
-    cells = [*zip(counts[~rare], expected[~rare], strict=True)]
-    if expected[rare].sum() >= 10:
-        cells.append((counts[rare].sum(), expected[rare].sum()))
-    chi2 = float(sum((c - e) ** 2 / e for c, e in cells))
-    degrees = len(cells) - 1
-    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # 4 sigma; the draws are fixed
+    assert_drawn_from(counts, expected)
 
 
 def test_log_prob_is_at_the_temperature_and_before_truncation():
