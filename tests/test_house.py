@@ -23,15 +23,16 @@ ROWS = [
     LEAVES := {"config", "tasks", "arithmetic", "checkpoint", "log", "gguf", "answer"},
     {"attention", "cache", "model", "optim", "pack", "sampling"},
     {"engine", "native_engine", "cuda_engine"},
-    {"weights", "prompts", "generate", "reward", "explain", "diagnose"},
-    {"grpo", "dpo"},
-    {"train", "evaluate", "report", "check", "setup", "command"},
+    {"weights", "adapters", "prompts", "generate", "reward", "explain", "diagnose"},
+    {"rollout", "learner"},
+    {"grpo", "dpo", "sft"},
+    {"train", "evaluate", "report", "figures", "check", "setup", "command"},
 ]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 
 # missing from a bare GPU image, where ops, model, generator and benchmarks must still run
 OPTIONAL = {"datasets", "flash_attn", "gguf", "liger_kernel", "math_verify", "rich", "tensorboard"}
-OPTIONAL |= {"sympy", "tyro"}
+OPTIONAL |= {"sympy", "tyro", "peft", "matplotlib"}
 
 
 def module_of(path: Path) -> str:
