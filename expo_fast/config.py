@@ -21,7 +21,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 ADJUSTABLE = ("output_dir", "resume", "dry_run", "steps", "eval_every", "checkpoint_every")
 ADJUSTABLE += ("keep_checkpoints", "diagnose")
 
-Method = Literal["expo-grpo", "grpo", "expert-grpo"]
+Method = Literal["expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo", "dpo", "sft"]
+GROUPS = ("expo-grpo", "grpo", "expert-grpo", "star")  # the methods of grpo.py
+PAIRS = ("expo-dpo", "expert-dpo", "dpo")  # of dpo.py
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,12 @@ class Prompting:
     """Folder, .gguf file, hub id, or smollm2-135m."""
     shots: int = 2
     """Worked examples shown as earlier turns of every prompt."""
+    shots_data: str | None = None
+    """Where they come from; None: the data itself (of built-in data the train split)."""
     system_prompt: str | None = None
     """None: what the chat template does by itself."""
+    instruction: str = INSTRUCTION
+    """Put behind each question; empty: nothing."""
     levels: tuple[int, ...] = ()
     """Use only problems of these levels; empty: all."""
     max_completion_length: int = 64
@@ -55,10 +62,13 @@ class Prompting:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Prompting):
-    """Train a model with GRPO, ExP-GRPO (arXiv:2507.02834) or expert-GRPO."""
+    """Train a model with ExP-GRPO or ExP-DPO (arXiv:2507.02834), or what they are compared with."""
 
     method: Method = "expo-grpo"
-    """GRPO alone, or with SFT on self-explanations (expo) or the data's solutions (expert)."""
+    """grpo alone; with SFT on self-explanations (expo-grpo), or on the data's solutions
+    (expert-grpo); that SFT on self-explanations alone (star). Pairs of an own failed attempt below
+    a self-explanation (expo-dpo), below the data's solution (expert-dpo), or as the data have them
+    (dpo). sft on the data's solutions."""
     train_data: str = "builtin:arithmetic-2:train"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
     eval_data: str = "builtin:arithmetic-2:eval"
@@ -84,6 +94,17 @@ class Train(Prompting):
     reward: str | None = None
     """Dotted path of f(prompts, completions, completion_ids, **columns); None: the boxed answer."""
 
+    generation_budget: int = 0
+    """Completions sampled for a question in a step, explanations among them, whatever the method;
+    0: num_generations, and explanations_per_question more where the method explains."""
+    dynamic_sampling: int = 0
+    """Further batches, at most, to replace questions whose rewards are all equal (DAPO); grpo's."""
+    overlong_buffer: int = 0
+    """Tokens before the length limit over which the reward falls by 1 (DAPO, eq. 13); 0: none."""
+
+    objective: Literal["clipped", "gspo", "cispo", "sapo"] = "clipped"
+    """clipped: PPO's; gspo: the same on a sequence's ratio (arXiv:2507.18071); cispo: ratio capped
+    at 1 + clip_high (2506.13585); sapo: a soft gate in place of the clip (2511.20347)."""
     loss: Literal["grpo", "dapo", "dr-grpo"] = "grpo"
     """Divides the sum by N T_i (arXiv:2402.03300), T (2503.14476) or N L_max (2503.20783)."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
@@ -100,14 +121,42 @@ class Train(Prompting):
     exp_sft_coef: float = 0.04
     """Weight of the SFT term on explanations (best of the paper's Table 5)."""
     exp_sft_reduction: Literal["token_mean", "seq_sum"] = "token_mean"
-    exp_sft_on: Literal["all", "all-fail"] = "all"
-    """Questions that get the term: all (the paper's formula), or those whose G samples all fail."""
+    exp_sft_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the coefficient goes over the run: to 0 at its end, unless constant."""
+    exp_sft_max_accuracy: float = 1.0
+    """Questions get the term up to this share of right samples: 1 all (the paper's formula), 0
+    those whose samples all fail."""
     explanations_per_question: int = 8
+    """K, sampled with the answer shown."""
     keep_explanations: int = 2
-    """Of the accepted ones of a question, the likeliest under the plain question; 0: all."""
+    """Of the accepted ones of a question, the best by choose_explanations; 0: all."""
+    choose_explanations: Literal["likelihood", "lift", "first"] = "likelihood"
+    """Best is the likeliest under the plain question; what makes the answer likeliest, where it
+    does not state it; or the first."""
+    shuffle_explanations: bool = False
+    """A control: each question gets another's explanations."""
     explain_every: int = 1
     """Steps for which a question's accepted explanations are reused; 0: for the whole run."""
     explain_temperature: float = 0.8
+
+    pairs_every: int = 0
+    """Steps after which pairs are sampled anew (online); 0: once, before the first (offline)."""
+    refresh_reference: bool = False
+    """Online: the model that sampled a round of pairs is their reference, not the initial one."""
+    pairs_per_question: int = 2
+    """Failed attempts of a question that get a pair, at most."""
+    preference: Literal["dpo", "ipo", "hinge", "simpo", "cpo", "orpo", "dpop"] = "dpo"
+    """Loss of a pair (arXiv:2305.18290, 2310.12036, 2305.10425, 2405.14734, 2401.08417, 2403.07691,
+    2402.13228)."""
+    dpo_beta: float = 0.1
+    """Per nat. SimPO wants about 2."""
+    label_smoothing: float = 0.0
+    """Of dpo: the chance that a pair is the wrong way round."""
+
+    lora_rank: int = 0
+    """Train adapters of this rank on all projections, by PEFT, in place of the weights; 0: none."""
+    lora_alpha: float = 32.0
+    """The adapters' output is scaled by alpha / rank."""
 
     learning_rate: float = 5e-5
     warmup_steps: int = 2
@@ -143,22 +192,63 @@ class Train(Prompting):
         positive += ("learning_rate", "temperature", "eps", "max_grad_norm", "clip_low")
         for name in (*positive, "clip_high"):
             _require(self, name, getattr(self, name) > 0, "more than 0")
+        positive += ("pairs_per_question", "dpo_beta", "lora_alpha")
         natural = ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "diagnose")
+        natural += ("generation_budget", "dynamic_sampling", "overlong_buffer", "pairs_every")
+        natural += ("label_smoothing", "exp_sft_max_accuracy", "lora_rank")
         natural += ("explain_every", "keep_explanations", "warmup_steps", "weight_decay")
         for name in (*natural, "top_k", "min_p", "explain_temperature", "eval_temperature"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("top_p", "min_p", "clip_low"):
+        for name in ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy"):
             _require(self, name, getattr(self, name) <= 1, "at most 1")
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "each at least 0 and below 1")
         _require(self, "output_dir", self.output_dir != "", "a folder, or to be left out")
         _require(self, "resume", self.resume != "", "auto, never or a checkpoint's folder")
-        need = "at least 2: a group of one has no baseline"
-        _require(self, "num_generations", self.num_generations >= 2, need)
-        if self.prompts_per_step % self.updates_per_batch:
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.method in GROUPS:
+            _require(self, "num_generations", self.num_generations >= 2, "a group of at least 2")
+        _require(self, "num_generations", self.num_generations >= 1, "at least 1")
+        _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
+        short = self.overlong_buffer < self.max_completion_length
+        _require(self, "overlong_buffer", short, "less than max_completion_length")
+        if self.generation_budget:
+            least = self.n_explanations + (2 if self.method in GROUPS else 1)
+            need = f"at least {least}, {self.n_explanations} of them explanations"
+            _require(self, "generation_budget", self.generation_budget >= least, need)
+        U, P = self.updates_per_batch, self.prompts_per_step
+        need = f"a divisor of prompts_per_step={P}" if self.method in GROUPS else "1 but for GRPO"
+        fits = P % U == 0 if self.method in GROUPS else U == 1
+        _require(self, "updates_per_batch", fits, need)
+        if self.dynamic_sampling and self.method != "grpo":
             raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} does not divide into "
-                f"updates_per_batch={self.updates_per_batch} equal parts"
+                f"dynamic_sampling={self.dynamic_sampling} replaces the very questions that "
+                f"method={self.method} learns from: use it with grpo"
             )
+        if self.lora_rank and self.batch_invariant:
+            raise ValueError(
+                f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one"
+            )
+
+    @property
+    def explains(self) -> bool:
+        """Does the method sample explanations with the answer shown?"""
+        return self.method == "expo-dpo" or (
+            self.method in ("expo-grpo", "star") and self.exp_sft_coef > 0
+        )
+
+    @property
+    def n_explanations(self) -> int:
+        """Sampled for a question."""
+        return self.explanations_per_question if self.explains else 0
+
+    @property
+    def group_size(self) -> int:
+        """G, own attempts at a question."""
+        if not self.generation_budget:
+            return self.num_generations
+        return self.generation_budget - self.n_explanations
 
     @property
     def run_dir(self) -> Path:
@@ -173,23 +263,27 @@ class Train(Prompting):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Prompting):
-    """Measure pass@1 and pass@K of a model on a set of problems."""
+    """Measure pass@k and the majority vote of a model on a set of problems."""
 
     data: str = "builtin:arithmetic-2:eval"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
-    shots_data: str | None = None
-    """Where the worked examples come from; None: the data itself (its train split if built in)."""
     limit: int | None = None
     """Use only the first N problems."""
     samples: int = 4
     """K samples of each problem."""
+    k: tuple[int, ...] = ()
+    """k of pass@k, each at most --samples, beside 1 and --samples, which are always reported."""
     temperature: float = 0.7
+    output: str | None = None
+    """Write every completion and its verdict to this JSONL file."""
 
     def __post_init__(self):
         super().__post_init__()
         _require(self, "samples", self.samples >= 1, "at least 1")
         _require(self, "temperature", self.temperature >= 0, "at least 0")
         _require(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+        fits = all(1 <= k <= self.samples for k in self.k)
+        _require(self, "k", fits, f"each at least 1 and at most samples={self.samples}")
 
 
 def _require(config: Any, name: str, ok: bool, need: str) -> None:
@@ -197,13 +291,11 @@ def _require(config: Any, name: str, ok: bool, need: str) -> None:
         raise ValueError(f"{name}={getattr(config, name)!r}: need {need}")
 
 
-C = TypeVar("C", Train, Evaluate)
+C = TypeVar("C")  # a dataclass of fields that are flags
 
 
 def parse(kind: type[C], argv: Sequence[str]) -> C:
     """`--config FILE.toml`, overridden by flags. ValueError on an unknown key or a bad value."""
-    import tyro
-
     argv = [word for given in argv for word in _separate(given)]
     default = kind()
     if "--config" in argv:
@@ -213,10 +305,17 @@ def parse(kind: type[C], argv: Sequence[str]) -> C:
         default = from_toml(kind, Path(argv[at + 1]))
         del argv[at : at + 2]
     about = f"{kind.__doc__} --config FILE.toml gives defaults, which flags override."
-    said = io.StringIO()
+    return from_flags(kind, argv, about, {"default": default})
+
+
+def from_flags(kind: type[C], argv: Sequence[str], about: str, options: dict[str, Any]) -> C:
+    """A dataclass from flags; a field without a default is positional. ValueError as `parse`."""
+    import tyro
+
+    positional, said = tyro.conf.PositionalRequiredArgs, io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=argv, default=default, description=about)
+            return tyro.cli(kind, args=argv, description=about, config=(positional,), **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

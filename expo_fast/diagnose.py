@@ -3,20 +3,21 @@
     in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, own attempt, expert solution
     learning signal:  lift   = log pi(a* | q, c~) - log mean_i pi(a* | q, c_i),  c_i own attempts
 
-All under the plain question; diagnostics, not theorems. The first two nll fall out of the update
-and of sampling; here are the others, on a few questions.
+All under the plain question; diagnostics, not theorems. An explanation that states a* has its lift
+by copying (`exp/lift_stated`), so the one to look at has a* masked in c~ and c_i (`exp/lift`). The
+first two nll fall out of the update and of sampling; here are the others, on a few questions.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from expo_fast.explain import ScoreTokens, answer_behind
 from expo_fast.generate import Completion
 from expo_fast.pack import Sample
 from expo_fast.prompts import Prompter
-from expo_fast.reward import last_boxed_span
 from expo_fast.tasks import Problem
 
 OWN = 2  # own attempts measured per question
@@ -27,14 +28,14 @@ class Subject:
     """One question and the texts to compare."""
 
     problem: Problem
-    own: Sequence[Completion]  # with at least one token each
+    own: Sequence[Completion]  # with at least one token each; without log-probs it has no gap
     explanation: Sequence[int] | None  # token ids of an accepted one
 
 
 def diagnose(
     subjects: Sequence[Subject],
     prompter: Prompter,
-    score: Callable[[list[Sample]], list[Tensor]],  # log-probs of the completion's tokens, nats
+    score: ScoreTokens,
 ) -> dict[str, float | None]:
     """Means over the subjects; None where no text of the kind is at hand.
 
@@ -46,37 +47,25 @@ def diagnose(
         named += [(("own", i), Sample(prompt, tuple(c.token_ids))) for c in own]
         if s.problem.solution is not None:
             named.append((("expert", i), Sample(prompt, prompter.expert(s.problem))))
-        if s.explanation is not None:
-            named.append((("behind exp", i), _answer(s.problem, s.explanation, prompter)))
-            named += [(("behind own", i), _answer(s.problem, c.token_ids, prompter)) for c in own]
+        for mask in (True, False) if s.explanation is not None else ():
+            texts = [("exp", s.explanation), *(("own", c.token_ids) for c in own)]
+            for whose, ids in texts:
+                sample = answer_behind(s.problem, ids, prompter, mask=mask)
+                named.append(((f"{whose} {mask}", i), sample))
     found: dict[tuple[str, int], list[Tensor]] = {}
     logps = score([sample for _, sample in named])
     for (key, _), logp in zip(named, logps, strict=True):
         found.setdefault(key, []).append(logp)
     expert = [-float(x[0].mean()) for (name, _), x in found.items() if name == "expert"]
-    return {"expert/nll": mean(expert), "exp/lift": _mean_lift(found)} | _gap(subjects, found)
+    lifts = {"exp/lift": _mean_lift(found, True), "exp/lift_stated": _mean_lift(found, False)}
+    return {"expert/nll": mean(expert)} | lifts | _gap(subjects, found)
 
 
-def _answer(problem: Problem, completion_ids: Sequence[int], prompter: Prompter) -> Sample:
-    """The right answer in the box behind a chain of thought.
-
-    What the chain itself boxes is cut off; one that boxes nothing gets its box at the end.
-    """
-    tokenizer = prompter.tokenizer
-    ids = [t for t in completion_ids if t not in tokenizer.all_special_ids]
-    span = last_boxed_span(tokenizer.decode(ids))
-    while span is not None and ids and len(tokenizer.decode(ids)) > span[0]:
-        ids.pop()
-    box = tokenizer(" \\boxed{", add_special_tokens=False).input_ids
-    answer = tokenizer(problem.answer, add_special_tokens=False).input_ids  # "}." may be one token
-    return Sample((*prompter.solve(problem), *ids, *box), tuple(answer))
-
-
-def _mean_lift(found: dict[tuple[str, int], list[Tensor]]) -> float | None:
+def _mean_lift(found: dict[tuple[str, int], list[Tensor]], mask: bool) -> float | None:
     lifts = []
     for (name, i), (explained, *_) in found.items():
-        own = [float(x.sum()) for x in found.get(("behind own", i), [])]
-        if name == "behind exp" and own:
+        own = [float(x.sum()) for x in found.get((f"own {mask}", i), [])]
+        if name == f"exp {mask}" and own:
             top = max(own)
             log_mean = top + math.log(mean([math.exp(x - top) for x in own]) or 0.0)
             lifts.append(float(explained.sum()) - log_mean)
@@ -90,6 +79,7 @@ def _gap(
         (c.logp - logp).abs()
         for i, s in enumerate(subjects)
         for c, logp in zip(s.own[:OWN], found.get(("own", i), []), strict=True)
+        if len(c.logp)
     ]
     n = sum(map(len, gaps))
     return {

@@ -7,8 +7,9 @@ before it boxes it. What a question brings beyond the wanted number is cut by li
 plain question: the copied and the wrongly reasoned are what the policy would hardly write itself.
 """
 
+import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -26,6 +27,11 @@ from expo_fast.tasks import Problem, last_question
 
 Score = Callable[[list[str], list[str]], list[float | None]]  # (answers, texts) -> 1 | 0 | None
 
+# (problem, completion ids) of each candidate -> how good it is
+Ranking = Callable[[list[tuple[Problem, tuple[int, ...]]]], list[float]]
+ScoreTokens = Callable[[Sequence[Sample]], list[Tensor]]  # log-probs of completions' tokens, nats
+
+MASK = "?"  # stands for the answer where the lift is to come from the reasoning
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
 
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?")
@@ -77,7 +83,7 @@ def leaks(text: str) -> bool:
 def answer_first(text: str, answer: str, question: str) -> bool:
     """Is the answer among the first words, and neither an equation's result nor the question's?"""
     opening = " ".join(text.split()[:OPENING_WORDS])
-    before = [opening[:at].rstrip(" $:") for at in _stated(opening, answer)]
+    before = [opening[:at].rstrip(" $:") for at, _ in _stated(opening, answer)]
     if _stated(question, answer):
         early = any(b.endswith("answer is") for b in before)
     else:
@@ -94,14 +100,21 @@ def copied(text: str, answer: str) -> bool:
     return not _stated(reasoning, answer) and not reasoning.endswith("=")
 
 
-def _stated(text: str, answer: str) -> list[int]:
+def masked(text: str, answer: str) -> str:
+    """The text with MASK wherever it states the answer."""
+    for start, end in reversed(_stated(text, answer)):
+        text = text[:start] + MASK + text[end:]
+    return text
+
+
+def _stated(text: str, answer: str) -> list[tuple[int, int]]:
     """Where the text has the answer; of a number any spelling, and either sign: - is minus too."""
     number = _decimal(answer)
     if number is None:
         literal = rf"(?<![\w.,]){re.escape(answer)}(?!\w|[.,]\d)"
-        return [m.start() for m in re.finditer(literal, text)]
-    found = ((m.start(), _decimal(m[0])) for m in _NUMBER.finditer(text))
-    return [at for at, x in found if x and same_number(x, number)]
+        return [m.span() for m in re.finditer(literal, text)]
+    found = ((m.span(), _decimal(m[0])) for m in _NUMBER.finditer(text))
+    return [span for span, x in found if x and same_number(x, number)]
 
 
 def _decimal(text: str) -> tuple[Fraction, int | None] | None:
@@ -141,25 +154,76 @@ def explain(
     return found
 
 
-def keep_likeliest(
+def keep_best(
     accepted: dict[str, list[tuple[int, ...]]],
-    prompts: dict[str, tuple[int, ...]],  # the plain question of each problem id
-    keep: int,
-    score: Callable[[list[Sample]], list[Tensor]],  # log-probs of the completion's tokens, nats
+    problems: Mapping[str, Problem],
+    keep: int,  # of a question; 0: all, as sampled
+    rank: Ranking,
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Of each problem's explanations the `keep` of the highest mean log-prob, the likeliest first.
-
-    Of the accepted explanations of the default job's first steps a third had sound equations; these
-    ranked above the others in 94% of the pairs (benchmarks/RESULTS.md).
-    """
+    """Of each problem's explanations the `keep` that rank highest, the best first."""
+    if not keep:
+        return accepted
     named = [(key, ids) for key, each in accepted.items() for ids in each]
-    logps = score([Sample(prompts[key], ids) for key, ids in named])
-    ranked = sorted(zip(logps, named, strict=True), key=lambda row: -float(row[0].mean()))
+    ranks = rank([(problems[key], ids) for key, ids in named])
+    order = sorted(range(len(named)), key=lambda i: -ranks[i])
     kept: dict[str, list[tuple[int, ...]]] = {key: [] for key in accepted}
-    for _, (key, ids) in ranked:
+    for key, ids in (named[i] for i in order):
         if len(kept[key]) < keep:
             kept[key].append(ids)
     return kept
+
+
+def ranking(name: str, prompter: Prompter, score: ScoreTokens) -> Ranking:
+    """likelihood: mean log-prob under the plain question. lift: log-prob of the answer behind the
+    explanation with its statements of it masked. first: as sampled.
+
+    Of the accepted explanations of the default job's first steps a third had sound equations; these
+    ranked above the others by likelihood in 94% of the pairs (benchmarks/RESULTS.md).
+    """
+
+    def by_likelihood(candidates: list[tuple[Problem, tuple[int, ...]]]) -> list[float]:
+        samples = [Sample(prompter.solve(p), ids) for p, ids in candidates]
+        return [float(logp.mean()) for logp in score(samples)]
+
+    def by_lift(candidates: list[tuple[Problem, tuple[int, ...]]]) -> list[float]:
+        samples = [answer_behind(p, ids, prompter, mask=True) for p, ids in candidates]
+        return [float(logp.sum()) for logp in score(samples)]
+
+    def as_sampled(candidates: list[tuple[Problem, tuple[int, ...]]]) -> list[float]:
+        return [-float(i) for i in range(len(candidates))]
+
+    return {"likelihood": by_likelihood, "lift": by_lift, "first": as_sampled}[name]
+
+
+def answer_behind(
+    problem: Problem, completion_ids: Sequence[int], prompter: Prompter, *, mask: bool
+) -> Sample:
+    """The right answer in the box behind a chain of thought, under the plain question.
+
+    What the chain itself boxes is cut off; one that boxes nothing gets its box at the end.
+    """
+    tokenizer = prompter.tokenizer
+    ids = [t for t in completion_ids if t not in tokenizer.all_special_ids]
+    span = last_boxed_span(tokenizer.decode(ids))
+    while span is not None and ids and len(tokenizer.decode(ids)) > span[0]:
+        ids.pop()
+    text = tokenizer.decode(ids)
+    if mask and masked(text, problem.answer) != text:
+        hidden = masked(text, problem.answer)
+        ids = tokenizer(hidden, add_special_tokens=False).input_ids
+    box = tokenizer(" \\boxed{", add_special_tokens=False).input_ids
+    answer = tokenizer(problem.answer, add_special_tokens=False).input_ids  # "}." may be one token
+    return Sample((*prompter.solve(problem), *ids, *box), tuple(answer))
+
+
+def shuffled(
+    accepted: dict[str, list[tuple[int, ...]]], seed: int
+) -> dict[str, list[tuple[int, ...]]]:
+    """Each question gets another's explanations: the control for text that only looks right."""
+    keys = random.Random(seed).sample(sorted(accepted), len(accepted))
+    if len(keys) < 2:
+        return {}
+    return {key: accepted[other] for key, other in zip(keys, keys[1:] + keys[:1], strict=True)}
 
 
 def sft_samples(

@@ -57,8 +57,11 @@ class Pack:
         yield from zip(self.members, per_row.split(lengths.tolist()), strict=True)
 
 
-def pack(samples: Sequence[Sample], max_tokens: int) -> Iterator[Pack]:
-    """Packs of at most max_tokens tokens (a longer sample gets its own), prompts kept together."""
+def pack(samples: Sequence[Sample], max_tokens: int, *, together: int = 1) -> Iterator[Pack]:
+    """Packs of at most max_tokens tokens (a longer sample gets its own), prompts kept together.
+
+    together: so many samples after one another, of one prompt, go into one pack in their order.
+    """
     order: dict[tuple[int, ...], list[int]] = {}
     for i, sample in enumerate(samples):
         order.setdefault(sample.prompt_ids, []).append(i)
@@ -66,13 +69,14 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> Iterator[Pack]:
     members: list[int] = []
     size, last = root, None
     for prompt, group in order.items():
-        for i in group:
-            own = len(samples[i].completion_ids) - 1
+        for at in range(0, len(group), together):
+            unit = group[at : at + together]
+            own = sum(len(samples[i].completion_ids) - 1 for i in unit)
             new = own + (0 if prompt == last else len(prompt) - root)
             if members and size + new > max_tokens:
                 yield _build(samples, members)
                 members, size, new = [], root, own + len(prompt) - root
-            members.append(i)
+            members.extend(unit)
             size, last = size + new, prompt
     if members:
         yield _build(samples, members)

@@ -12,10 +12,10 @@ from datetime import datetime
 from textwrap import shorten
 from typing import Any
 
+from expo_fast.config import INSTRUCTION
 from expo_fast.tasks import Problem
 
-SOLVE = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-EXPLAIN = "{question} (The answer is {answer}.)"  # stands where SOLVE has the question
+EXPLAIN = "{question} (The answer is {answer}.)"  # stands where the question does
 PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template
 PLAIN_STOP = "\nQuestion:"
 # Templates that state the day (Llama 3, SmolLM3) state this one, or a run resumed tomorrow and an
@@ -36,6 +36,7 @@ class Prompter:
     tokenizer: Any
     shots: tuple[Problem, ...] = ()
     system: str | None = None  # None: what the chat template does by itself
+    instruction: str = INSTRUCTION  # behind each question; "": none
 
     def __post_init__(self):
         if self.tokenizer is None:
@@ -54,11 +55,18 @@ class Prompter:
         return self._render(problem, explain=True)
 
     def expert(self, problem: Problem) -> tuple[int, ...]:
-        """Completion ids of the expert's solution, its answer boxed, ended as the model ends."""
-        ids = self.tokenizer(
-            " " * (not self._chats) + expert_text(problem), add_special_tokens=False
-        )
-        return (*ids.input_ids, self.tokenizer.eos_token_id)
+        """Completion ids of the expert's solution, its answer boxed."""
+        return self.completion(expert_text(problem))
+
+    def target(self, problem: Problem) -> tuple[int, ...]:
+        """Completion ids of what the data prefer: a pair's chosen text, else the solution."""
+        return self.completion(problem.pair[0]) if problem.pair else self.expert(problem)
+
+    def completion(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text in the place of the model's own, ended as the model ends."""
+        text = " " * (not self._chats) + text
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return (*ids, self.tokenizer.eos_token_id)
 
     def text(self, completion_ids: Sequence[int]) -> str:
         """What the model wrote, without its end token."""
@@ -92,10 +100,10 @@ class Prompter:
 
     def _render(self, problem: Problem, *, explain: bool) -> tuple[int, ...]:
         turns = [{"role": "system", "content": self.system}] if self.system else []
-        asked = _question(problem, explain)
+        asked = self._question(problem, explain)
         turns += [turn for turn in asked if turn["role"] == "system"]
         for shot in self.shots:
-            turns += [turn for turn in _question(shot, explain) if turn["role"] != "system"]
+            turns += [turn for turn in self._question(shot, explain) if turn["role"] != "system"]
             turns.append({"role": "assistant", "content": expert_text(shot)})
         turns += [turn for turn in asked if turn["role"] != "system"]
         if self._chats:
@@ -103,6 +111,18 @@ class Prompter:
         else:
             text = (self.tokenizer.bos_token or "") + _plain(turns)
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _question(self, problem: Problem, explain: bool) -> list[dict[str, str]]:
+        *earlier, last = (
+            [{"role": "user", "content": problem.prompt}]
+            if isinstance(problem.prompt, str)
+            else list(problem.prompt)
+        )
+        question = last["content"]
+        if explain:
+            question = EXPLAIN.format(question=question, answer=problem.answer)
+        parts = [question, self.instruction] if self.instruction else [question]
+        return [*earlier, {**last, "content": "\n\n".join(parts)}]
 
 
 def check_length(problem: Problem, prompt: Sequence[int], *, new: int, context: int) -> None:
@@ -119,7 +139,7 @@ def expert_text(problem: Problem) -> str:
     if problem.solution is None:
         raise ValueError(
             f"problem {problem.id} has no expert solution: worked examples (--shots) and "
-            "--method expert-grpo need a 'solution' column"
+            "the methods expert-grpo, expert-dpo and sft need a 'solution' column"
         )
     if "\\boxed" in problem.solution:
         return problem.solution
@@ -134,18 +154,6 @@ def request_seed(*key: int | str) -> int:
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
-
-
-def _question(problem: Problem, explain: bool) -> list[dict[str, str]]:
-    *earlier, last = (
-        [{"role": "user", "content": problem.prompt}]
-        if isinstance(problem.prompt, str)
-        else list(problem.prompt)
-    )
-    question = last["content"]
-    if explain:
-        question = EXPLAIN.format(question=question, answer=problem.answer)
-    return [*earlier, {**last, "content": SOLVE.format(question=question)}]
 
 
 def _plain(turns: Sequence[dict[str, str]]) -> str:

@@ -1,6 +1,7 @@
 """Rewards: is the boxed answer right, however hostile its text; or a function of the user's."""
 
 import atexit
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Pipe, wait
 from numbers import Real
 from pathlib import Path
@@ -220,6 +222,16 @@ def score_answers(
     math-verify can't be loaded.
     """
     return shared_verifier().score(answers, completions, timeout_s=timeout_s)
+
+
+def grader_hash() -> str:
+    """Of what decides `score_answers`: results with equal hashes were graded alike."""
+    digest = hashlib.sha256()
+    for source in (__file__, answer.__file__):
+        digest.update(Path(source).read_bytes())
+    with suppress(PackageNotFoundError):  # then only answers that need it fail
+        digest.update(version("math-verify").encode())
+    return digest.hexdigest()[:16]
 
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, completion_ids, **columns)

@@ -44,10 +44,11 @@ Rows = Iterator[tuple[str, object]]  # (where, row); where is what errors name: 
 class Problem:
     id: str
     prompt: str | tuple[dict[str, str], ...]  # the question, or chat messages ending in a user turn
-    answer: str  # final answer only
+    answer: str  # final answer only; "" where the row has a pair instead
     solution: str | None = None  # the expert's chain of thought
     level: int | None = None
     columns: Mapping[str, object] = field(default_factory=dict)  # the row's other columns
+    pair: tuple[str, str] | None = None  # a chosen and a rejected answer, where the row has them
 
 
 def load_problems(
@@ -252,23 +253,47 @@ def _problem(where: str, row: object) -> Problem:
         raise ValueError(f"{where}: a row must be a JSON object, not {_shown(row)}")
     columns: dict[str, object] = dict(row)
     question = next((name for name in QUESTION_COLUMNS if name in columns), None)
-    if question is None or "answer" not in columns:
+    pair = _pair(where, columns)
+    if question is None or not (pair or "answer" in columns):
         raise ValueError(f"{where}: {_missing(question, columns)}")
     prompt = _prompt(f"{where}: {question}", columns.pop(question))
-    answer = _answer(f"{where}: answer", columns.pop("answer"))
+    answer = columns.pop("answer", "")
+    answer = _answer(f"{where}: answer", answer) if answer or not pair else ""
     solution = _solution(f"{where}: solution", columns.pop("solution", None))
     if solution is None and (match := GSM8K_ANSWER.fullmatch(answer)):
         solution = GSM8K_CALCULATOR.sub("", match["solution"]).strip() or None
         answer = _answer(f"{where}: answer", THOUSANDS.sub("", match["answer"]))
     level = _level(f"{where}: level", columns.pop("level", None))
-    return Problem(_id(where, columns.pop("id", None)), prompt, answer, solution, level, columns)
+    name = _id(where, columns.pop("id", None))
+    return Problem(name, prompt, answer, solution, level, columns, pair)
 
 
 def _missing(question: str | None, columns: Mapping[str, object]) -> str:
-    if "chosen" in columns and "rejected" in columns:
-        return "a preference pair (chosen, rejected) has no answer to train on"
     wanted = "'answer'" if question else " or ".join(map(repr, QUESTION_COLUMNS))
     return f"no column {wanted}; the row has {_listed(map(repr, columns))}"
+
+
+def _pair(where: str, columns: dict[str, object]) -> tuple[str, str] | None:
+    """A preference pair: texts, or lists of the one message that answers the prompt."""
+    if not {"chosen", "rejected"} <= columns.keys():
+        return None
+    chosen, rejected = (
+        _reply(f"{where}: {name}", columns.pop(name)) for name in ("chosen", "rejected")
+    )
+    if chosen == rejected:
+        raise ValueError(f"{where}: chosen and rejected are the same text: {_shown(chosen)}")
+    return chosen, rejected
+
+
+def _reply(what: str, value: object) -> str:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content")
+    if isinstance(value, str) and value.strip():
+        return value
+    raise ValueError(
+        f"{what} must be text that is not empty, or a list of one chat message that answers the "
+        f"prompt, not {_shown(value)}"
+    )
 
 
 def _prompt(what: str, value: object) -> str | tuple[dict[str, str], ...]:

@@ -14,25 +14,22 @@ from typing import Any
 import torch
 
 from expo_fast import checkpoint
+from expo_fast.adapters import attach, load_adapter, save_adapter
 from expo_fast.command import run
-from expo_fast.config import ADJUSTABLE, Train, dump_toml, from_toml, parse
+from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, Train, dump_toml, from_toml, parse
+from expo_fast.dpo import Preference
 from expo_fast.evaluate import evaluate
-from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
-from expo_fast.grpo import Reward, Rollout, Trainer
+from expo_fast.grpo import Grpo
+from expo_fast.learner import Learner
 from expo_fast.log import RunLog, replace_file
 from expo_fast.model import Decoder
 from expo_fast.prompts import Prompter, check_length, expert_text
 from expo_fast.reward import RewardFunction, call_reward, load_reward, score_answers
-from expo_fast.tasks import (
-    Problem,
-    fingerprint,
-    last_question,
-    load_problems,
-    overlap,
-    worked_examples,
-)
-from expo_fast.weights import load_model, save_model
+from expo_fast.rollout import Reward
+from expo_fast.sft import Sft
+from expo_fast.tasks import Problem, fingerprint, load_problems, overlap, worked_examples
+from expo_fast.weights import find_model, load_model, save_model
 
 MAX_BROKEN = 3  # steps in a row without finite logits or gradient: the run is past mending
 RESERVED = {"prompts", "completions", "completion_ids"}  # what a reward function gets from us
@@ -55,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
         log.note(f"run directory: {run_dir}")
         check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
         path, start = restored or restore(config, trainer)
+        trainer.begin(run_dir, start)
         begin(config, path, start, log)
         train(config, trainer, held_out, run_dir, log, start)
 
@@ -63,7 +61,10 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
     """Training problems, worked examples (not among them), and held-out problems."""
     c = config
     problems = load_problems(c.train_data, levels=c.levels)
-    shots, problems = worked_examples(problems, c.shots)
+    given = load_problems(c.shots_data, levels=c.levels) if c.shots_data else problems
+    shots, _ = worked_examples(given, c.shots)
+    shown = overlap(shots, problems)
+    problems = [p for p in problems if p not in shown]
     held_out = []
     if c.eval_every:
         held_out = load_problems(c.eval_data, levels=c.levels, limit=c.eval_limit)
@@ -72,9 +73,7 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
             f"{c.train_data} has {len(problems)} problems after {c.shots} worked examples, "
             f"a step takes prompts_per_step={c.prompts_per_step}"
         )
-    if c.method == "expert-grpo":
-        for problem in problems:
-            expert_text(problem)  # refuses one without a solution
+    check_columns(c, problems)
     if c.reward and (
         taken := RESERVED.intersection(chain.from_iterable(p.columns for p in problems))
     ):
@@ -91,8 +90,26 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
     return problems, shots, held_out
 
 
-def build(config: Train, problems: list[Problem], shots: tuple[Problem, ...]) -> Trainer:
-    """The trainer with its model, and a frozen second one where a KL penalty needs it."""
+def check_columns(config: Train, problems: Sequence[Problem]) -> None:
+    """Refuse problems that lack what the method trains on."""
+    method = config.method
+    for problem in problems:
+        if method in ("expert-grpo", "expert-dpo") or (method == "sft" and not problem.pair):
+            expert_text(problem)  # refuses one without a solution
+        if method == "dpo" and problem.pair is None:
+            raise ValueError(
+                f"problem {problem.id} has no 'chosen' and 'rejected' columns: --method dpo "
+                "trains on them; expo-dpo and expert-dpo sample what they compare"
+            )
+        if method not in ("dpo", "sft") and not problem.answer:
+            raise ValueError(
+                f"problem {problem.id} has a preference pair and no 'answer': --method {method} "
+                "needs one to judge attempts; --method dpo trains on pairs"
+            )
+
+
+def build(config: Train, problems: list[Problem], shots: tuple[Problem, ...]) -> Learner:
+    """The learner with its model, and a frozen second one where the reference has to be one."""
     reward = boxed_answer if config.reward is None else custom(load_reward(config.reward))
     dtype = getattr(torch, config.dtype)
     model, tokenizer = load_model(
@@ -101,23 +118,47 @@ def build(config: Train, problems: list[Problem], shots: tuple[Problem, ...]) ->
         device=config.device,
         checkpointing=config.gradient_checkpointing,
     )
-    reference = None
-    if config.kl_coef:
-        reference = load_model(config.model, dtype=dtype, device=config.device)[0]
-        reference.requires_grad_(False)
-    prompter = Prompter(tokenizer, shots, config.system_prompt)
-    return Trainer(config, model, reference, prompter, problems, reward, score_answers)
+    if config.lora_rank:
+        attach(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    frozen = None
+    if needs_frozen(config):
+        frozen = load_model(config.model, dtype=dtype, device=config.device)[0]
+        frozen.requires_grad_(False)
+    prompter = Prompter(tokenizer, shots, config.system_prompt, config.instruction)
+    kind = Grpo if config.method in GROUPS else Preference if config.method in PAIRS else Sft
+    return kind(config, model, frozen, prompter, problems, reward, score_answers)
 
 
-def check_prompts(trainer: Trainer, held_out: Sequence[Problem]) -> None:
+def needs_frozen(config: Train) -> bool:
+    """Is the initial policy asked for when the weights have moved on, and no adapter to take off?
+
+    Offline pairs get their reference's log-probs before the first step.
+    """
+    online = config.method in PAIRS and config.pairs_every and not config.refresh_reference
+    penalised = config.method in GROUPS and config.kl_coef
+    return bool(online or penalised) and not config.lora_rank
+
+
+def check_prompts(trainer: Learner, held_out: Sequence[Problem]) -> None:
     """Refuse, before any work, a question that does not fit the model's context."""
     c, prompter = trainer.config, trainer.prompter
-    render = prompter.explain if c.method == "expo-grpo" else prompter.solve
-    check = partial(check_length, new=c.max_completion_length, context=trainer.model.shape.context)
+    render = prompter.explain if c.explains else prompter.solve
+    context = trainer.model.shape.context
+    check = partial(check_length, new=c.max_completion_length, context=context)
     for problem in trainer.problems:
         check(problem, render(problem))
+        for text in given_texts(c, prompter, problem):
+            check_length(problem, prompter.solve(problem) + text, new=0, context=context)
     for problem in held_out:
         check(problem, prompter.solve(problem))
+
+
+def given_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[tuple[int, ...]]:
+    """Token ids of what the data give and the method trains on."""
+    if config.method in ("expert-grpo", "expert-dpo", "sft"):
+        yield prompter.target(problem) if config.method == "sft" else prompter.expert(problem)
+    if config.method == "dpo" and problem.pair:
+        yield from map(prompter.completion, problem.pair)
 
 
 def boxed_answer(problems: list[Problem], texts: list[str], _: list[Completion]):
@@ -155,7 +196,7 @@ def check_run_dir(config: Train) -> None:
         check_same_run(config, record)
 
 
-def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
+def restore(config: Train, trainer: Learner) -> tuple[Path | None, int]:
     """Put the trainer where a checkpoint was: its path and step; None and 0 where there is none.
 
     That is the one which --resume names, or the newest valid one. No file is written.
@@ -169,9 +210,12 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
     for what, value in identify(trainer).items():
         if values["identity"][what] != value:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
-    saved, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
-    check_same_shape(config, trainer.model, saved, path)
-    trainer.model.load_state_dict(saved.state_dict())
+    if config.lora_rank:
+        load_adapter(trainer.model, path)
+    else:
+        saved, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
+        check_same_shape(config, trainer.model, saved, path)
+        trainer.model.load_state_dict(saved.state_dict())
     trainer.load_state(tensors, values["trainer"])
     return path, values["step"]
 
@@ -204,7 +248,7 @@ def begin(config: Train, path: Path | None, start: int, log: RunLog) -> None:
         )
 
 
-def identify(trainer: Trainer) -> dict[str, str]:
+def identify(trainer: Learner) -> dict[str, str]:
     """What a resumed run must share with the run it resumes."""
     return {
         "training data": fingerprint(trainer.problems),
@@ -224,7 +268,7 @@ def check_same_run(config: Train, record: Path) -> None:
 
 def train(
     config: Train,
-    trainer: Trainer,
+    trainer: Learner,
     held_out: Sequence[Problem],
     run_dir: Path,
     log: RunLog,
@@ -236,13 +280,13 @@ def train(
     for step in range(start, config.steps):
         done = step + 1
         try:
-            row, rollouts, found = trainer.step(step)
+            row, texts = trainer.step(step)
         except ValueError as error:  # no longer the door: whoever mends it needs the traceback
             raise RuntimeError(f"step {done} failed") from error
-        kind = "expert" if config.method == "expert-grpo" else "explanation"
-        log.write_completions(done, completion_rows(rollouts, found, trainer.prompter, kind))
+        log.write_completions(done, texts)
         log.write_step(row)
-        dead = row["completions/error_ratio"] == 1  # weights that say nothing are not worth keeping
+        # weights that say nothing are not worth keeping
+        dead = row.get("completions/error_ratio") == 1
         if trainer.broken:
             keep_broken(run_dir, done, trainer.broken, last=dead and done == config.steps)
         if is_due(done, config.eval_every, config.steps):
@@ -258,7 +302,7 @@ def is_due(done: int, every: int, last: int) -> bool:
 
 
 def measure_accuracy(
-    config: Train, trainer: Trainer, held_out: Sequence[Problem], log: RunLog, step: int
+    config: Train, trainer: Learner, held_out: Sequence[Problem], log: RunLog, step: int
 ) -> None:
     """Held-out accuracy; the same seeds at every step, so that a difference is the weights'."""
     result = evaluate(
@@ -272,22 +316,6 @@ def measure_accuracy(
         seed=config.seed,
     )
     log.write_evaluation({"step": step} | result.summary())
-
-
-def completion_rows(
-    rollouts: Sequence[Rollout], found: Explanations, prompter: Prompter, kind: str
-) -> list[dict[str, Any]]:
-    rows = []
-    for r in rollouts:
-        head = {"id": r.problem.id, "prompt": last_question(r.problem), "answer": r.problem.answer}
-        groups = zip(r.texts, r.completions, r.rewards, r.advantages, strict=True)
-        for text, done, reward, advantage in groups:
-            end = {"finish_reason": done.finish_reason, "advantage": advantage}
-            rows.append({**head, "kind": "own", "completion": text, "reward": reward, **end})
-        for ids in found.accepted.get(r.problem.id, ()):
-            text = prompter.text(ids)
-            rows.append({**head, "kind": kind, "completion": text, "reward": None})
-    return rows
 
 
 def keep_broken(run_dir: Path, step: int, in_a_row: int, *, last: bool) -> None:
@@ -304,12 +332,16 @@ def keep_broken(run_dir: Path, step: int, in_a_row: int, *, last: bool) -> None:
         )
 
 
-def save(config: Train, trainer: Trainer, run_dir: Path, step: int) -> None:
+def save(config: Train, trainer: Learner, run_dir: Path, step: int) -> None:
     tensors, values = trainer.state()
+    model, tokenizer = trainer.model, trainer.prompter.tokenizer
+    write = partial(save_model, model, tokenizer)
+    if config.lora_rank:
+        write = partial(save_adapter, model, tokenizer, base=str(find_model(config.model)))
     checkpoint.save(
         run_dir,
         step,
-        partial(save_model, trainer.model, trainer.prompter.tokenizer),
+        write,
         tensors,
         {"step": step, "identity": identify(trainer), "trainer": values},
         keep=config.keep_checkpoints,

@@ -1,44 +1,235 @@
-"""pass@k and its intervals, by hand."""
+"""pass@k, majority votes and their intervals by hand; what an evaluation writes and refuses."""
 
+import json
+from importlib.metadata import PackageNotFoundError
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
-from expo_fast.evaluate import Evaluation
+from expo_fast import answer, evaluate, reward
+from expo_fast.config import Evaluate, parse
+from expo_fast.evaluate import Evaluation, Graded, interval, pass_at, vote_is_right
+from expo_fast.reward import grader_hash
+from expo_fast.weights import save_model
+from tiny import tiny_model, tiny_tokenizer
 
 
-def evaluation(right: list[int], samples: int, levels: list[int | None]) -> Evaluation:
-    return Evaluation(right, levels, samples, 0, 10.0, 0.0, 1.0, 100, 1.0)
+def graded(texts: list[str], right: set[str], level: int | None = None) -> list[Graded]:
+    """The samples of one problem; those whose text is in `right` were found right."""
+    return [
+        Graded("p", i, level, text, float(text in right), "stop", 10)
+        for i, text in enumerate(texts)
+    ]
 
 
-@pytest.mark.parametrize("c", range(6))
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(c: int, k: int):
-    samples = [True] * c + [False] * (5 - c)
-    draws = list(combinations(samples, k))
-    truth = sum(any(draw) for draw in draws) / len(draws)
-    assert evaluation([c], 5, [None]).pass_at(k) == pytest.approx(truth)
+def evaluation(groups: list[list[Graded]], k: tuple[int, ...] = ()) -> Evaluation:
+    flat = [x for group in groups for x in group]
+    return Evaluation(flat, len(groups[0]), k, "template", "grader", 1.0)
 
 
-def test_levels_are_reported_apart():
-    result = evaluation([4, 0, 2, 0], 4, [1, 1, 2, None])
-    row = result.summary()
-    assert row["pass@1"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
-    assert row["pass@4"] == pytest.approx(0.5)
-    assert row["all_fail"] == 0.5
-    assert row["levels"] == [
-        {"level": 1, "problems": 2, "pass@1": 0.5, "pass@4": 0.5},
-        {"level": 2, "problems": 1, "pass@1": 0.5, "pass@4": 1.0},
+def boxes(*answers: str) -> list[str]:
+    return [f"So \\boxed{{{a}}}." for a in answers]
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(n: int):
+    for c in range(n + 1):
+        for k in range(1, n + 1):
+            draws = list(combinations([True] * c + [False] * (n - c), k))
+            truth = sum(any(draw) for draw in draws) / len(draws)
+            assert pass_at(k, n, c) == pytest.approx(truth)
+
+
+@pytest.mark.parametrize(
+    ("texts", "right", "wins"),
+    [
+        (boxes("3", "4", "4"), "4", True),
+        (boxes("3", "4", "4"), "3", False),
+        (boxes("3", "4", "4", "3"), "3", True),  # a tie: 3 was boxed first
+        (boxes("3", "4", "4", "3"), "4", False),
+        (["no box", *boxes("4", "3", "3", "4")], "4", True),
+        (boxes("1/2", "7", "0.5", "7", r"\frac{1}{2}"), "0.5", True),  # 3 votes, one found right
+        (boxes("1,000", "9", "9", "1000", r"\$1000."), "1000", True),
+        (boxes("50", "9", "9", "-50"), "9", True),
+        (boxes("Yes", "no", "no", "yes", "YES"), "yes", True),
+        (boxes("x+1", "9", "1+x"), "x+1", True),  # one vote each: math-verify is not asked
+        (boxes("9", "x+1", "1+x"), "x+1", False),
+        (["4", "4", *boxes("9")], "9", True),  # no box, no vote
+        (boxes("", "$ $", "9"), "9", True),  # nor for an empty one
+        (["4", "4", "4"], "4", False),
+        (["\\boxed{4} or \\boxed{3}", *boxes("4", "3")], "3", True),  # its last box is its vote
+        (boxes("4", "4", "4"), "5", False),
+    ],
+)
+def test_the_most_common_answer_wins_and_of_two_the_first_boxed(texts, right, wins):
+    found = set(boxes(right))
+    assert vote_is_right(graded(texts, found)) is wins
+
+
+def test_an_undecided_answer_does_not_win():
+    (x,) = graded(boxes("4"), set())
+    undecided = Graded(x.id, x.sample, x.level, x.completion, None, x.finish_reason, x.tokens)
+    assert not vote_is_right([undecided])
+    assert evaluation([[undecided]]).summary()["undecided"] == 1
+
+
+def test_the_summary_by_hand_with_levels_apart():
+    right, wrong = boxes("1", "2")
+    groups = [
+        graded([right] * 4, {right}, level=1),
+        graded([wrong] * 4, {right}, level=1),
+        graded([wrong, right, wrong, right], {right}, level=2),  # a tie that the wrong one wins
+        graded([right, wrong, wrong, "the given answer"], {right}),
+    ]
+    row = evaluation(groups, k=(2, 4)).summary()
+    assert row["problems"] == 4
+    assert row["samples"] == 4
+    assert row["pass@1"] == pytest.approx((1 + 0 + 0.5 + 0.25) / 4)
+    assert row["pass@2"] == pytest.approx((1 + 0 + 5 / 6 + 0.5) / 4)
+    assert row["pass@4"] == pytest.approx(0.75)
+    assert row["majority"] == 0.25
+    assert row["all_fail"] == 0.25
+    assert row["leak_rate"] == 1 / 16
+    assert row["boxed_ratio"] == 15 / 16
+    assert (row["template"], row["grader"]) == ("template", "grader")
+    for name in ("pass@1", "pass@2", "pass@4", "majority"):
+        low, high = row[f"{name}/interval"]
+        assert 0 <= low < row[name] < high <= 1
+    easy, hard = row["levels"]
+    assert (easy["level"], easy["problems"], easy["majority"]) == (1, 2, 0.5)
+    assert (easy["pass@1"], easy["pass@2"], easy["all_fail"]) == (0.5, 0.5, 0.5)
+    assert easy["majority/interval"] == [0, 1]
+    assert (hard["level"], hard["problems"], hard["majority"]) == (2, 1, 0)
+    assert (hard["pass@1"], hard["pass@4"]) == (0.5, 1)
+    assert hard["pass@2"] == pytest.approx(5 / 6)
+    assert hard["pass@2/interval"] == pytest.approx([5 / 6] * 2)  # one problem: no spread
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_pass_at_1_and_at_all_samples_are_there_unasked():
+    row = evaluation([graded(boxes("1", "2", "1"), set(boxes("1")))]).summary()
+    assert [key for key in row if key.startswith("pass@") and "/" not in key] == [
+        "pass@1",
+        "pass@3",
     ]
 
 
 def test_bootstrap_interval_covers_what_a_normal_one_does():
-    right = [0] * 150 + [1] * 50  # pass@1 of one sample each: 0.25
-    low, high = evaluation(right, 1, [None] * 200).interval(1)
+    low, high = interval([0.0] * 150 + [1.0] * 50)
     half = 1.96 * (0.25 * 0.75 / 200) ** 0.5
     assert low == pytest.approx(0.25 - half, abs=0.015)
     assert high == pytest.approx(0.25 + half, abs=0.015)
 
 
 def test_interval_of_certainty_is_a_point():
-    assert evaluation([0] * 20, 4, [None] * 20).interval(4) == (0.0, 0.0)
+    assert interval([0.0] * 20) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("k", [5, 0, -1])
+def test_k_beyond_the_samples_is_refused_with_both_values(k: int):
+    with pytest.raises(ValueError, match=rf"k=\(1, {k}\): .*samples=4"):
+        parse(Evaluate, ["--samples", "4", "--k", "1", str(k)])
+    assert Evaluate(samples=5, k=(1, 5)).k == (1, 5)
+
+
+@pytest.mark.parametrize("module", [answer, reward])
+def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch):
+    before = grader_hash()
+    assert grader_hash() == before
+    source = Path(module.__file__).read_text()
+    for text, same in ((source, True), (source.replace("1000", "1001"), False)):
+        copy = tmp_path / "copy.py"
+        copy.write_text(text)
+        monkeypatch.setattr(module, "__file__", str(copy))
+        assert (grader_hash() == before) is same
+
+
+def test_the_graders_hash_changes_with_math_verify_and_does_without(monkeypatch):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    hashes = [grader_hash()]
+    for version in (lambda name: "0.0.1", absent):
+        monkeypatch.setattr(reward, "version", version)
+        hashes.append(grader_hash())
+    assert len(set(hashes)) == 3
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """Flags for a tiny model and three problems, each sampled twice."""
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    rows = [{"id": f"q{n}", "question": f"{n}?", "answer": "1", "level": n} for n in (1, 2, 3)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--model {tmp_path}/model --data {tmp_path}/data.jsonl --shots 0 --samples 2"
+    return [*flags.split(), "--max-completion-length", "4", "--dtype", "float32"]
+
+
+def test_every_completion_is_written_with_its_verdict(given, tmp_path, monkeypatch, capsys):
+    verdicts = [1.0, 0.0, None, 0.0, 1.0, 1.0]
+    seen: list[str] = []
+
+    def score(answers: list[str], texts: list[str]) -> list[float | None]:
+        seen.extend(texts)
+        return verdicts
+
+    monkeypatch.setattr(evaluate, "score_answers", score)
+    output = tmp_path / "graded.jsonl"
+    output.write_text("of an earlier run")
+    evaluate.main([*given, "--output", str(output)])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["verdict"] for row in rows] == verdicts
+    assert [row["completion"] for row in rows] == seen
+    assert [(row["id"], row["sample"], row["level"]) for row in rows] == [
+        (f"q{n}", i, n) for n in (1, 2, 3) for i in (0, 1)
+    ]
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["pass@1"] == 0.5
+    assert summary["tokens"] == sum(row["tokens"] for row in rows)
+    assert [row["pass@2"] for row in summary["levels"]] == [1, 0, 1]
+
+
+def test_an_evaluation_that_fails_leaves_the_earlier_output(given, tmp_path, monkeypatch):
+    def score(answers: list[str], texts: list[str]) -> list[float | None]:
+        raise RuntimeError("no verifier")
+
+    monkeypatch.setattr(evaluate, "score_answers", score)
+    output = tmp_path / "graded.jsonl"
+    output.write_text("of an earlier run")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="no verifier"):
+        evaluate.main([*given, "--output", str(output)])
+    assert output.read_text() == "of an earlier run"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (".", "is there and no file"),
+        ("", "is there and no file"),
+        ("model", "is there and no file"),
+        ("/dev/null", "is there and no file"),
+        ("nowhere/graded.jsonl", "there is no folder nowhere"),
+    ],
+)
+def test_an_output_that_cannot_be_a_file_is_refused_first(
+    given, tmp_path, monkeypatch, output, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_model", None)  # what comes later is not reached
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([*given, "--output", output])
+
+
+def test_an_evaluation_says_how_it_asked_and_graded(given, capsys):
+    evaluate.main(given)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["grader"] == grader_hash()
+    assert len(row["template"]) == 16
+    evaluate.main([*given, "--system-prompt", "Be brief."])
+    other = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert other["grader"] == row["grader"]
+    assert other["template"] != row["template"]

@@ -9,10 +9,13 @@ from expo_fast.explain import (
     answer_first,
     copied,
     explain,
-    keep_likeliest,
+    keep_best,
     leaks,
+    masked,
+    ranking,
     score_tokens,
     sft_samples,
+    shuffled,
 )
 from expo_fast.generate import Completion, Request
 from expo_fast.pack import Sample
@@ -178,16 +181,81 @@ def test_answer_first_of_thousands_and_of_words():
 
 
 def test_the_likeliest_explanations_under_the_plain_question_are_kept():
-    model, prompts = tiny_model(dtype=torch.float64), {"a": (5, 6, 7), "b": (5, 8)}
+    model, problems, prompter = (
+        tiny_model(dtype=torch.float64),
+        pair_of_problems(),
+        plain_prompter(),
+    )
     accepted = {"a": [(9, 10, 11), (12, 13), (14,), (15, 16)], "b": [(17, 18)]}
 
     def score(samples: list[Sample]) -> list[torch.Tensor]:
-        return score_tokens(model, samples, 1.0, 100)
+        return score_tokens(model, samples, 1.0, 1000)
 
-    kept = keep_likeliest(accepted, prompts, 2, score)
-    means = {ids: float(score([Sample((5, 6, 7), ids)])[0].mean()) for ids in accepted["a"]}
+    kept = keep_best(accepted, problems, 2, ranking("likelihood", prompter, score))
+    prompt = prompter.solve(problems["a"])
+    means = {ids: float(score([Sample(prompt, ids)])[0].mean()) for ids in accepted["a"]}
     assert kept["a"] == sorted(means, key=lambda ids: -means[ids])[:2]
     assert kept["b"] == [(17, 18)]
+
+
+def test_explanations_are_kept_by_the_answer_that_they_lead_to_and_not_by_stating_it():
+    prompter, problems = plain_prompter(), pair_of_problems()
+    copied, derived = encode("It is 7319."), encode("7000 + 319 gives it.")
+    asked: list[str] = []
+
+    def score(samples: list[Sample]) -> list[torch.Tensor]:
+        texts = [prompter.tokenizer.decode(s.prompt_ids) for s in samples]
+        asked.extend(texts)
+        assert {prompter.tokenizer.decode(s.completion_ids) for s in samples} == {ANSWER}
+        return [torch.tensor([-1.0 if "7000" in text else -5.0]) for text in texts]
+
+    kept = keep_best({"a": [copied, derived]}, problems, 1, ranking("lift", prompter, score))
+    assert kept == {"a": [derived]}
+    assert all(ANSWER not in text for text in asked)
+    assert asked[0].endswith("It is ?. \\boxed{")
+
+
+def test_the_first_explanations_are_kept_as_sampled():
+    first = ranking("first", plain_prompter(), lambda samples: [])
+    accepted = {"a": [(9,), (10,), (11,)], "b": [(12,)]}
+    problems = pair_of_problems()
+    assert keep_best(accepted, problems, 2, first) == {"a": [(9,), (10,)], "b": [(12,)]}
+    assert keep_best(accepted, problems, 0, first) == accepted
+
+
+def pair_of_problems() -> dict[str, Problem]:
+    return {"a": PROBLEM, "b": Problem(id="b", prompt="And?", answer="1")}
+
+
+def plain_prompter() -> Prompter:
+    return Prompter(tiny_tokenizer())
+
+
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(tiny_tokenizer()(text).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "hidden"),
+    [
+        ("4 * 6 = 24, so 24 pens.", "24", "4 * 6 = ?, so ? pens."),
+        ("1,200 or 1200.0 but not 12000", "1200", "? or ? but not 12000"),
+        ("nothing of it", "24", "nothing of it"),
+        ("Sunday after Sundays", "Sunday", "? after Sundays"),
+    ],
+)
+def test_the_answer_is_masked_in_any_spelling(text: str, answer: str, hidden: str):
+    assert masked(text, answer) == hidden
+
+
+def test_shuffled_explanations_are_all_of_other_questions():
+    accepted = {key: [(n,)] for n, key in enumerate("abcdef")}
+    for seed in range(20):
+        got = shuffled(accepted, seed)
+        assert sorted(got.values()) == sorted(accepted.values())
+        assert all(got[key] != accepted[key] for key in accepted)
+    assert shuffled(accepted, 1) == shuffled(dict(reversed(accepted.items())), 1)
+    assert shuffled({"a": [(1,)]}, 0) == {}
 
 
 def test_an_answer_that_the_question_names_may_open_an_explanation():

@@ -5,6 +5,7 @@ ExP-SFT 2507.02834), in fp64, a sequence and a token at a time, through full log
 """
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from expo_fast.config import Train
 from expo_fast.explain import Explanations, sft_samples
 from expo_fast.generate import Completion
-from expo_fast.grpo import Rollout, Trainer, batch, explained_metrics, parts, policy_samples
-from expo_fast.grpo import sampled_metrics as measure
+from expo_fast.grpo import Grpo, exp_sft_coef, parts, policy_samples
+from expo_fast.learner import Learner, batch
 from expo_fast.model import Decoder
 from expo_fast.ops import group_advantage
 from expo_fast.pack import Sample
+from expo_fast.rollout import Rollout, explained_metrics, overlong
+from expo_fast.rollout import sampled_metrics as measure
 from expo_fast.tasks import Problem
 from tiny import tiny_model
 
@@ -109,8 +112,9 @@ def judge(model: Decoder, made: list[Rollout], c: Train, reference: Decoder | No
         old = done.logp.double() if c.updates_per_batch > 1 else logp.detach()
         for t in range(len(logp)):
             ratio = (logp[t] - old[t]).exp()
-            clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
-            loss = -torch.minimum(ratio * advantage, clipped * advantage)
+            if c.objective == "gspo":
+                ratio = (logp - old).mean().exp()
+            loss = surrogate(c, ratio, advantage, logp[t])
             if reference is not None:
                 x = full_logp(reference, r.prompt_ids, done.token_ids).detach()[t] - logp[t]
                 loss = loss + c.kl_coef * (x.exp() - x - 1)
@@ -119,11 +123,23 @@ def judge(model: Decoder, made: list[Rollout], c: Train, reference: Decoder | No
     return total
 
 
+def surrogate(c: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tensor:
+    """What one token adds: PPO's clip, GSPO's with a sequence's ratio, CISPO (arXiv:2506.13585, eq.
+    4) and SAPO (2511.20347)."""
+    if c.objective == "cispo":
+        return -ratio.detach().clamp(max=1 + c.clip_high) * advantage * logp
+    if c.objective == "sapo":
+        tau = 1.0 if advantage > 0 else 1.05
+        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+    clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
 def run(model: Decoder, c: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
     """The trainer's own backward over the packs."""
     model.zero_grad()
     trainer: Any = SimpleNamespace(config=c, model=model)
-    loss = Trainer.backward(trainer, samples)["loss"]
+    loss = Learner.policy_backward(trainer, samples)["loss"]
     return loss, {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
@@ -158,14 +174,30 @@ def test_policy_term_equals_the_formula(loss: str, off_policy: bool, pack_tokens
         assert value == pytest.approx(truth.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["gspo", "cispo", "sapo"])
+@pytest.mark.parametrize("pack_tokens", [1, 1000])
+def test_other_objectives_equal_their_formulas(objective: str, pack_tokens: int):
+    model = tiny_model(dtype=torch.float64)
+    c = config(objective=objective, pack_tokens=pack_tokens, updates_per_batch=P)
+    c = replace(c, clip_low=0.05, clip_high=0.05) if objective == "gspo" else c
+    made = with_old_logp(model, rollouts(REWARDS))
+    truth = judge(model, made, c, None)
+    expected = gradients(model, truth)
+    value, got = run(model, c, policy_samples(made, c))
+    assert_same(got, expected, 1e-6)
+    assert value == pytest.approx(truth.item(), rel=1e-6)
+
+
 def test_kl_reaches_sequences_without_advantage():
     model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, seed=1)
     c = config(kl_coef=0.1)
     made = rollouts(REWARDS)
     truth = judge(model, made, c, reference)
     expected = gradients(model, truth)
-    trainer: Any = SimpleNamespace(config=c, model=model, reference=reference)
-    samples = Trainer._with_reference(trainer, policy_samples(made, c))
+    trainer: Any = SimpleNamespace(config=c, model=model, frozen=reference)
+    trainer.reference_score = partial(Learner.reference_score, trainer)
+    trainer._score = partial(Learner._score, trainer)
+    samples = Grpo.with_reference(trainer, policy_samples(made, c))
     assert len(samples) == P * G - 1  # the one without a reward
     value, got = run(model, c, samples)
     assert_same(got, expected, 1e-6)
@@ -238,6 +270,90 @@ def test_batches_visit_every_problem_once_an_epoch_in_an_order_known_from_the_se
 def test_a_batch_splits_into_equal_shares():
     made = rollouts([*REWARDS, [0.0] * G])
     assert [[r.problem.id for r in part] for part in parts(made, 2)] == [["q0", "q1"], ["q2", "q3"]]
+
+
+def test_shares_differ_by_one_at_most_and_none_is_empty():
+    made = rollouts([*REWARDS, [0.0] * G, [1.0] * G])
+    assert [len(part) for part in parts(made, 3)] == [1, 2, 2]
+    assert [len(part) for part in parts(made[:2], 3)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.1, 0.1, 0.1, 0.1, 0.1]),
+        ("linear", [0.1, 0.075, 0.05, 0.025, 0.0]),
+        ("cosine", [0.1, 0.0853553, 0.05, 0.0146447, 0.0]),
+    ],
+)
+def test_the_coefficient_goes_to_zero_at_the_end_of_the_run(schedule: str, expected: list[float]):
+    c = config(exp_sft_coef=0.1, exp_sft_schedule=schedule, steps=4)
+    assert [exp_sft_coef(c, step) for step in range(5)] == pytest.approx(expected, abs=1e-7)
+
+
+class Sampled:
+    """Stands for the sampler: groups by the questions' names; what was asked to be explained."""
+
+    def __init__(self, made: dict[str, list[float | None]]):
+        self.made, self.asked, self.explained = made, [], []
+
+    def rollouts(self, questions: list[Problem], step: int, phases: Any) -> list[Rollout]:
+        self.asked.append([q.id for q in questions])
+        groups = rollouts([self.made[q.id] for q in questions])
+        return [replace(r, problem=q) for r, q in zip(groups, questions, strict=True)]
+
+    def explanations(self, questions: list[Problem], step: int) -> Explanations:
+        self.explained = [q.id for q in questions]
+        return Explanations()
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(1.0, "q0 q1 q2 q3"), (0.5, "q0 q1 q2"), (0.3, "q1"), (0.0, "q1")]
+)
+def test_questions_are_explained_up_to_an_accuracy(most: float, expected: str):
+    made = rollouts([*REWARDS, [None] * G])  # accuracies 1/2, 0, 1/3 and unknown
+    sampler = Sampled({})
+    trainer: Any = SimpleNamespace(config=config(exp_sft_max_accuracy=most), sampler=sampler)
+    Grpo.positives(trainer, made, 0)
+    assert " ".join(sampler.explained) == expected
+
+
+@pytest.mark.parametrize("again", [0, 1, 9])
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(again: int):
+    problems = [problem(q) for q in range(12)]
+    mixed: list[float | None] = [1, 0, 0, 0]
+    sampler = Sampled({p.id: mixed if n % 4 == 0 else [0.0] * G for n, p in enumerate(problems)})
+    c = config(method="grpo", dynamic_sampling=again)
+    trainer: Any = SimpleNamespace(config=c, problems=problems, sampler=sampler)
+    trainer.batch = partial(Learner.batch, trainer)
+    sampled, kept = Grpo.rollouts(trainer, 0, None)
+    asked = [q for round_ in sampler.asked for q in round_]
+    assert len(asked) == len(set(asked)) == len(sampled)
+    assert sampler.asked[0] == [q.id for q in batch(problems, 0, P, c.seed)]
+    if again == 0:
+        assert kept == sampled
+        assert len(kept) == P
+    if again == 9:
+        assert [r.problem.id for r in kept] == [q for q in asked if int(q[1:]) % 4 == 0]
+        assert len(kept) == P
+
+
+def test_overlong_completions_are_punished_softly():
+    c = config(max_completion_length=12, overlong_buffer=4)
+    lengths = {5: 0, 8: 0, 9: 0.25, 11: 0.75, 12: 1.0}
+    for n, punishment in lengths.items():
+        assert overlong(Completion([9] * n, torch.zeros(n), "stop"), c) == punishment
+        assert overlong(Completion([9] * n, torch.zeros(n), "stop"), config()) == 0
+
+
+def test_the_generation_budget_is_the_same_for_all_methods():
+    for method in ("expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo"):
+        c = config(method=method, generation_budget=12, explanations_per_question=8)
+        assert c.group_size + c.n_explanations == 12
+        assert c.n_explanations == (8 if method in ("expo-grpo", "star", "expo-dpo") else 0)
+    assert config(generation_budget=12, exp_sft_coef=0.0).group_size == 12  # nothing to explain for
+    with pytest.raises(ValueError, match=r"generation_budget=9: need at least 10, 8 of them"):
+        config(generation_budget=9, explanations_per_question=8)
 
 
 def test_sampled_metrics():

@@ -1,0 +1,286 @@
+"""Preference training: the loss is the formula's, the pairs are what they are said to be, and a run
+that was stopped goes on as if it had not been.
+
+The judge is eq. 7 of arXiv:2305.18290 in fp64, a pair and a token at a time, through full logits.
+"""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expo_fast import train
+from expo_fast.config import Train
+from expo_fast.dpo import Preference, pair_samples, preference_objective
+from expo_fast.explain import Explanations
+from expo_fast.generate import Completion
+from expo_fast.learner import Learner, summed
+from expo_fast.model import Decoder
+from expo_fast.pack import pack
+from expo_fast.pairs import Pair, PairStore, pair_up
+from expo_fast.prompts import Prompter
+from expo_fast.rollout import Rollout
+from expo_fast.tasks import Problem
+from tiny import tiny_model, tiny_tokenizer
+
+T, BETA = 0.7, 0.3
+SHOTS = (5, 6, 7)
+PAIRS = [  # ragged; two of one prompt, with a chosen answer in common
+    Pair("a", (*SHOTS, 30, 31), (50, 51, 52, 1), (60, 61), (-9.0, -8.0)),
+    Pair("b", (*SHOTS, 40), (70, 1), (80, 81, 82, 83, 1), (-3.0, -20.0)),
+    Pair("a", (*SHOTS, 30, 31), (50, 51, 52, 1), (62, 63, 1), (-9.0, -12.0)),
+]
+
+
+def config(**changes: Any) -> Train:
+    given = {"method": "expo-dpo", "dpo_beta": BETA, "temperature": T, "pack_tokens": 1000}
+    return Train(**(given | changes))
+
+
+def logp(model: Decoder, prompt: tuple[int, ...], ids: tuple[int, ...]) -> Tensor:
+    whole = torch.tensor([*prompt, *ids])
+    borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+    hidden = model.hidden(whole, torch.arange(len(whole)), borders)
+    logits = (hidden @ model.head_weight.T / T)[len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum()
+
+
+def judge(model: Decoder, pairs: list[Pair], value: Any) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for p in pairs:
+        chosen = logp(model, p.prompt_ids, p.chosen_ids) - p.ref_logp[0]
+        rejected = logp(model, p.prompt_ids, p.rejected_ids) - p.ref_logp[1]
+        total = total + value(chosen - rejected) / len(pairs)
+    return total
+
+
+def learner(model: Decoder, c: Train) -> Any:
+    return SimpleNamespace(config=c, model=model)
+
+
+VALUES = {
+    "dpo": lambda h: -F.logsigmoid(BETA * h),
+    "smoothed": lambda h: -0.8 * F.logsigmoid(BETA * h) - 0.2 * F.logsigmoid(-BETA * h),
+    "ipo": lambda h: (h - 1 / (2 * BETA)) ** 2,
+    "hinge": lambda h: (1 - BETA * h).clamp(min=0),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("pack_tokens", [1, 20, 1000])
+def test_gradient_equals_the_formula(name: str, pack_tokens: int):
+    model = tiny_model(dtype=torch.float64)
+    loss = judge(model, PAIRS, VALUES[name])
+    loss.backward()
+    truth = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    changes = {"label_smoothing": 0.2} if name == "smoothed" else {"preference": name}
+    c = config(pack_tokens=pack_tokens, **changes)
+    row = Preference.backward(learner(model, c), PAIRS)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for n, p in model.named_parameters():
+        assert p.grad is not None
+        assert float((p.grad - truth[n]).norm() / truth[n].norm()) < 1e-6, n
+
+
+def test_metrics_are_those_of_the_pairs_however_they_are_packed():
+    model = tiny_model(dtype=torch.float64)
+    ratios = [
+        (logp(model, p.prompt_ids, ids) - ref).item()
+        for p in PAIRS
+        for ids, ref in zip((p.chosen_ids, p.rejected_ids), p.ref_logp, strict=True)
+    ]
+    chosen, rejected = BETA * torch.tensor(ratios[::2]), BETA * torch.tensor(ratios[1::2])
+    for pack_tokens in (1, 1000):
+        row = Preference.backward(learner(model, config(pack_tokens=pack_tokens)), PAIRS)
+        assert row["pairs"] == 3
+        assert row["rewards/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
+        assert row["rewards/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-5)
+        assert row["rewards/margins"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-5)
+        shares = (chosen > rejected).float().mean().item()
+        assert row["rewards/accuracies"] == pytest.approx(shares)
+
+
+def test_no_pair_is_torn_apart():
+    samples = pair_samples(PAIRS)
+    packs = list(pack(samples, 1, together=2))
+    assert [p.members for p in packs] == [(0, 1), (4, 5), (2, 3)]
+    (whole,) = pack(samples, 1000, together=2)
+    assert whole.members == (0, 1, 4, 5, 2, 3)  # by prompt, the chosen one first
+
+
+def test_a_step_without_pairs_has_no_loss_and_moves_nothing():
+    row = Preference.backward(learner(tiny_model(), config()), [])
+    assert row["pairs"] == 0
+    assert row["loss"] is row["rewards/chosen"] is None
+
+
+@pytest.mark.parametrize("preference", ["dpo", "ipo", "hinge", "simpo", "cpo", "orpo", "dpop"])
+def test_every_objective_takes_its_coefficient(preference: str):
+    objective = preference_objective(config(preference=preference))
+    assert objective.beta == BETA
+    assert type(objective).__name__.lower().replace("positive", "p") == preference
+
+
+def rollout(rewards: list[float | None]) -> Rollout:
+    done = [Completion([50 + i, 1], torch.zeros(2), "stop") for i in range(len(rewards))]
+    problem = Problem(id="q", prompt="Q?", answer="1", solution="S")
+    n = len(rewards)
+    return Rollout(problem, (5, 6), done, [""] * n, rewards, [0.0] * n)
+
+
+def test_attempts_that_are_right_or_unjudged_are_never_rejected():
+    found = Explanations({"q": [(90, 1), (91, 1)]}, n_questions=1)
+    me: Any = SimpleNamespace(
+        config=config(pairs_per_question=9), prompter=Prompter(tiny_tokenizer())
+    )
+    pairs = Preference.paired(me, [rollout([0.0, 1.0, None, 0.0, -1.0])], found)
+    assert [p.rejected_ids for p in pairs] == [(50, 1), (53, 1), (54, 1)]
+    assert [p.chosen_ids for p in pairs] == [(90, 1), (91, 1), (90, 1)]
+    assert Preference.paired(me, [rollout([1.0, None])], found) == []
+    assert Preference.paired(me, [rollout([0.0])], Explanations()) == []
+
+
+def test_each_failed_attempt_stands_in_one_pair_at_most():
+    problem = Problem(id="q", prompt="Q?", answer="1")
+    pairs = pair_up(problem, Prompter(tiny_tokenizer()), [(9,)], [(10,), (11,), (12,)], 2)
+    assert [(p.chosen_ids, p.rejected_ids) for p in pairs] == [((9,), (10,)), ((9,), (11,))]
+
+
+def test_the_reference_is_the_initial_policy_or_with_refresh_the_one_that_sampled():
+    now, initial = tiny_model(), tiny_model(seed=1)
+    me: Any = SimpleNamespace(config=config(), model=now, frozen=initial)
+    me._score = partial(Learner._score, me)
+    me.score, me.reference_score = partial(Learner.score, me), partial(Learner.reference_score, me)
+
+    def got(policy_step: int) -> list[float]:
+        pairs = Preference.with_reference(me, PAIRS, policy_step)
+        return [x for p in pairs for x in p.ref_logp]
+
+    def under(model: Decoder) -> list[float]:
+        return summed(Learner._score(me, model, pair_samples(PAIRS))).tolist()
+
+    assert got(3) == under(initial) != under(now)
+    assert got(0) == under(now)  # where nothing was trained yet the policy is the initial one
+    me.config = replace(me.config, refresh_reference=True)
+    assert got(3) == under(now)
+
+
+def test_pairs_come_back_as_they_were_written(tmp_path: Path):
+    store = PairStore(tmp_path / "pairs", {"seed": 0})
+    store.begin(0)
+    store.write(0, {"policy_step": 0, "tokens": 7}, PAIRS, [{"prompt": "Q"}] * 3)
+    assert store.read(0) == ({"policy_step": 0, "tokens": 7}, PAIRS)
+    store.write(1, {"policy_step": 1, "tokens": 0}, [], [])
+    assert store.read(1)[1] == []
+    assert store.count() == 2
+    store.begin(0)  # the checkpoint is older than the weights that sampled step 1's
+    assert store.has(0)
+    assert not store.has(1)
+    with pytest.raises(ValueError, match=r"seed=0, this run has 1: choose another --output-dir"):
+        PairStore(tmp_path / "pairs", {"seed": 1}).begin(0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from expo_fast.weights import save_model
+
+    root = tmp_path_factory.mktemp("job")
+    save_model(tiny_model(), tiny_tokenizer(), root / "model")
+    rows = [
+        {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
+        for n in range(9)
+    ]
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return root
+
+
+def job(data: Path, run: Path, method: str, *more: object) -> list[str]:
+    source = "pairs" if method == "dpo" else "train"
+    given = f"--model {data}/model --train-data {data}/{source}.jsonl --shots 0 --eval-every 0 "
+    given += f"--method {method} --output-dir {run} --steps 4 --prompts-per-step 2 "
+    given += "--num-generations 2 --max-completion-length 8 --dtype float32 --checkpoint-every 1 "
+    return [*given.split(), "--learning-rate", "1e-3", *map(str, more)]
+
+
+def record(run: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("expert-dpo", ()),
+        ("expert-dpo", ("--pairs-every", 2)),
+        ("expert-dpo", ("--pairs-every", 3, "--refresh-reference")),
+        ("expert-dpo", ("--pairs-every", 2, "--lora-rank", 2)),
+        ("dpo", ("--instruction", "")),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_bit(data: Path, tmp_path: Path, method: str, more: tuple):
+    train.main(job(data, tmp_path / "whole", method, *more, "--schedule", "constant"))
+    expected = record(tmp_path / "whole")
+    assert all(row["pairs"] for row in expected)
+    for cut in (1, 3):
+        run = tmp_path / f"cut-{cut}"
+        given = job(data, run, method, *more, "--schedule", "constant")
+        stopping = stop_at(cut)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Preference, "learn", stopping)
+            train.main(given)
+        train.main(given)
+        assert record(run) == expected
+        for name in ("model.safetensors", "adapter_model.safetensors"):
+            whole = tmp_path / "whole/checkpoints/step-4" / name
+            if whole.exists():
+                assert whole.read_bytes() == (run / "checkpoints/step-4" / name).read_bytes()
+
+
+def stop_at(cut: int) -> Any:
+    usual = Preference.learn
+
+    def learn(self: Preference, step: int, phases: Any) -> Any:
+        found = usual(self, step, phases)
+        if step == cut:  # after its pairs are on disk, before its checkpoint
+            raise KeyboardInterrupt
+        return found
+
+    return learn
+
+
+def test_offline_pairs_are_all_of_the_initial_policy_and_are_data_for_dpo(data, tmp_path):
+    train.main(job(data, tmp_path / "run", "expert-dpo"))
+    heads = [
+        json.loads(p.read_text()) for p in sorted((tmp_path / "run/pairs").glob("step-*.json"))
+    ]
+    assert [head["policy_step"] for head in heads] == [0] * 4
+    assert record(tmp_path / "run")[0]["num_tokens"] == sum(head["tokens"] for head in heads)
+    rows = "".join(p.read_text() for p in (tmp_path / "run/pairs").glob("step-*.jsonl"))
+    (tmp_path / "all.jsonl").write_text(rows)
+    given = job(data, tmp_path / "again", "dpo", "--train-data", tmp_path / "all.jsonl")
+    train.main(given)
+    assert record(tmp_path / "again")[-1]["rewards/margins"] > 0
+
+
+def test_an_offline_run_without_its_pairs_is_refused(data: Path, tmp_path: Path):
+    train.main(job(data, tmp_path / "run", "expert-dpo", "--steps", 2))
+    path = tmp_path / "run/checkpoints/step-2"
+    with pytest.raises(ValueError, match=r"new/pairs holds no pairs: step 2 of an offline run"):
+        train.main(job(data, tmp_path / "new", "expert-dpo", "--resume", path))
+
+
+def test_an_offline_run_that_is_prolonged_begins_its_round_again(data: Path, tmp_path: Path):
+    train.main(job(data, tmp_path, "expert-dpo", "--steps", 2))
+    train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
+    assert not (tmp_path / "pairs/step-3.json").exists()
+    assert record(tmp_path)[2]["reward"] == record(tmp_path)[0]["reward"]

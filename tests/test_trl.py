@@ -1,0 +1,223 @@
+"""The preference losses agree with TRL's trainers on the same pairs: loss and all gradients.
+
+TRL runs transformers' model over padded rows, prompts repeated; ours runs the Decoder over a pack
+that holds each prompt once; both in fp32. TRL 1.16 has no DPOP and no R-DPO.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from expo_fast.model import Decoder
+from expo_fast.ops import Cpo, Dpo, Hinge, Ipo, Orpo, SimPo, linear_logprob, linear_preference_loss
+from expo_fast.pack import Sample, pack
+from tiny import tiny_model, tiny_tokenizer, transformers_twin
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of transformers
+
+TOLERANCE = 1e-5  # of the truth's norm
+KIND = "qwen2"  # tied embeddings, biases
+
+Pair = tuple[str, str, str]  # prompt, chosen, rejected
+RAGGED = [
+    ("3 + 4?", "7", "it may be 8, or 9"),
+    ("Name a prime below 9.", "5.", "9 = 3 * 3."),
+    ("3 + 4?", "three and four: seven", "34"),
+    ("So?", "yes", "no"),
+]
+EVEN = [  # one-token prompts, and chosen completions of one length
+    ("?", "three", "it may be 8, or 9"),
+    ("?", "seven", "34"),
+    ("!", "a cat", "no"),
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Tensor  # ()
+    grads: dict[str, Tensor]  # by parameter
+
+
+def differentiate(model: torch.nn.Module, loss: Tensor) -> Result:
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(parameters.values()))
+    return Result(loss.detach(), dict(zip(parameters, grads, strict=True)))
+
+
+def same(ours: Result, theirs: Result) -> None:
+    assert ours.grads.keys() == theirs.grads.keys()
+    assert (ours.loss - theirs.loss).abs() <= TOLERANCE * theirs.loss.abs()
+    for name, truth in theirs.grads.items():
+        assert truth.norm() > 0, name
+        gap = (ours.grads[name] - truth).norm() / truth.norm()
+        assert gap < TOLERANCE, (name, gap)
+
+
+def theirs(trainer: Any, *batches: slice) -> Result:
+    """TRL's loss, the mean over batches of its training set; all of it in one by default."""
+    total = torch.zeros(())
+    for batch in batches or (slice(None),):
+        rows = list(trainer.train_dataset)[batch]
+        total = total + trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    return differentiate(trainer.model, total / max(1, len(batches)))
+
+
+def make_trainer(kind: Any, config: Any, pairs: list[Pair], folder: Path, **settings: Any) -> Any:
+    arguments = config(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        **settings,
+    )
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    reference = {"ref_model": transformers_twin(reference_model())} if kind is DPOTrainer else {}
+    return kind(
+        model=transformers_twin(policy()),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+        **reference,
+    )
+
+
+def policy() -> Decoder:
+    return tiny_model(KIND)
+
+
+def reference_model() -> Decoder:
+    return tiny_model(KIND, seed=1)
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    return tuple(tiny_tokenizer()(text, add_special_tokens=False).input_ids)
+
+
+def samples(pairs: list[Pair]) -> list[Sample]:
+    """Pair p's chosen completion at 2p and its rejected one at 2p + 1, each ended as TRL does."""
+    end = (tiny_tokenizer().eos_token_id,)
+    return [
+        Sample(token_ids(prompt), token_ids(completion) + end)
+        for prompt, *both in pairs
+        for completion in both
+    ]
+
+
+def ours(model: Decoder, pairs: list[Pair], objective: Any, reference: bool = False) -> Tensor:
+    given = samples(pairs)
+    (p,) = pack(given, 10**6)
+    assert len(p.tokens) < sum(len(s.prompt_ids + s.completion_ids) - 1 for s in given)
+    ref = None
+    if reference:
+        ref = torch.stack([x.sum() for x in logp_of(reference_model(), given)])
+    return linear_preference_loss(
+        model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows],
+        model.head_weight,
+        p.targets,
+        torch.tensor(p.members)[p.sequence_ids],
+        objective=objective,
+        ref_logp=ref,
+    ).loss
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss_type"),
+    [
+        (Dpo(0.1), "sigmoid"),
+        (Hinge(0.5), "hinge"),  # two pairs have a gradient and two have none
+        (Ipo(0.1, average=True), "ipo"),
+    ],
+)
+def test_losses_with_a_reference(objective: Any, loss_type: str, tmp_path: Path):
+    trainer = make_trainer(
+        DPOTrainer, DPOConfig, RAGGED, tmp_path, loss_type=loss_type, beta=objective.beta
+    )
+    model = policy()
+    same(differentiate(model, ours(model, RAGGED, objective, reference=True)), theirs(trainer))
+
+
+def test_label_smoothing_with_a_reference(tmp_path: Path):
+    """TRL's aot loss is conservative DPO in batches of one pair, where there is nothing to sort;
+    its sigmoid loss, which once was conservative DPO, leaves label_smoothing unread.
+    """
+    settings = {"beta": 0.1, "label_smoothing": 0.2}
+    aot = make_trainer(DPOTrainer, DPOConfig, RAGGED, tmp_path, loss_type="aot", **settings)
+    model, one_by_one = policy(), [slice(i, i + 1) for i in range(len(RAGGED))]
+    loss = ours(model, RAGGED, Dpo(0.1, label_smoothing=0.2), reference=True)
+    same(differentiate(model, loss), theirs(aot, *one_by_one))
+    sigmoid = make_trainer(DPOTrainer, DPOConfig, RAGGED, tmp_path, **settings)
+    same(differentiate(model, ours(model, RAGGED, Dpo(0.1), reference=True)), theirs(sigmoid))
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        (Dpo(0.1, label_smoothing=0.2), {"loss_type": "sigmoid", "label_smoothing": 0.2}),
+        (Hinge(0.1), {"loss_type": "hinge"}),
+        (Cpo(0.1, nll_coef=0.0), {"loss_type": "sigmoid"}),
+        (SimPo(2.0, gamma=0.4), {"loss_type": "simpo", "simpo_gamma": 0.4}),
+    ],
+)
+def test_losses_without_a_reference(objective: Any, settings: dict[str, Any], tmp_path: Path):
+    settings = settings | {"beta": objective.beta, "cpo_alpha": 0.0}
+    trainer = make_trainer(CPOTrainer, CPOConfig, RAGGED, tmp_path, **settings)
+    model = policy()
+    same(differentiate(model, ours(model, RAGGED, objective)), theirs(trainer))
+
+
+def test_cpo_where_the_chosen_lengths_are_equal(tmp_path: Path):
+    settings = {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 0.7}
+    trainer = make_trainer(CPOTrainer, CPOConfig, EVEN, tmp_path, **settings)
+    model = policy()
+    same(differentiate(model, ours(model, EVEN, Cpo(0.1, nll_coef=0.7))), theirs(trainer))
+
+
+def test_cpo_differs_in_what_the_nll_is_a_mean_over(tmp_path: Path):
+    """Ours: the mean over a sequence's targets, then over pairs. TRL: over the batch's targets."""
+    settings = {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 0.7}
+    trainer = make_trainer(CPOTrainer, CPOConfig, RAGGED, tmp_path, **settings)
+    model = policy()
+    logps = logp_of(model, samples(RAGGED)[::2])
+    moved = ours(model, RAGGED, Cpo(0.1, nll_coef=0.7))
+    moved = moved + 0.7 * (mean_of_means(logps) - torch.cat(logps).mean())
+    same(differentiate(model, moved), theirs(trainer))
+
+
+def test_orpo_where_the_chosen_lengths_are_equal_and_a_prompt_is_one_token(tmp_path: Path):
+    trainer = make_trainer(ORPOTrainer, ORPOConfig, EVEN, tmp_path, beta=0.3)
+    model = policy()
+    same(differentiate(model, ours(model, EVEN, Orpo(0.3))), theirs(trainer))
+
+
+def test_orpo_differs_in_what_the_nll_is_a_mean_over(tmp_path: Path):
+    """Ours as in CPO. TRL: over the batch's chosen targets and all tokens of their prompts but the
+    first, which nothing predicts.
+    """
+    trainer = make_trainer(ORPOTrainer, ORPOConfig, RAGGED, tmp_path, beta=0.3)
+    model, chosen = policy(), samples(RAGGED)[::2]
+    whole = [Sample(s.prompt_ids[:1], s.prompt_ids[1:] + s.completion_ids) for s in chosen]
+    moved = ours(model, RAGGED, Orpo(0.3)) + mean_of_means(logp_of(model, chosen))
+    moved = moved - torch.cat(logp_of(model, whole)).mean()
+    same(differentiate(model, moved), theirs(trainer))
+
+
+def logp_of(model: Decoder, given: list[Sample]) -> list[Tensor]:
+    """(targets,) of each sample, nats, with their gradient."""
+    (p,) = pack(given, 10**6)
+    hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
+    logps = dict(p.split(linear_logprob(hidden, model.head_weight, p.targets).logp))
+    return [logps[i] for i in range(len(given))]
+
+
+def mean_of_means(values: list[Tensor]) -> Tensor:
+    return torch.stack([x.mean() for x in values]).mean()
