@@ -150,6 +150,7 @@ class Preference(Learner):
         """Add the pairs' gradients, pack after pack; the loss and its statistics over the pairs."""
         found: list[PreferenceLoss] = []
         refs: list[torch.Tensor] = []
+        lengths: list[torch.Tensor] = []  # tokens of each sequence
         samples, c = pair_samples(pairs), self.config
         ref_logp = torch.tensor([logp for pair in pairs for logp in pair.ref_logp])
         for p in pack(samples, c.pack_tokens, together=2):
@@ -169,7 +170,18 @@ class Preference(Learner):
             result.loss.backward()
             found.append(PreferenceLoss(*(x.detach().cpu() for x in result)))
             refs.append(ref.cpu())
-        return pair_metrics(found, refs, c.dpo_beta)
+            lengths.append(torch.bincount(p.sequence_ids, minlength=len(ref)).cpu())
+        return pair_metrics(found, refs, c.dpo_beta) | self.nll(found, lengths)
+
+    def nll(self, found: Sequence[PreferenceLoss], lengths: Sequence[torch.Tensor]) -> Metrics:
+        """Of either side, mean over its sequences of the mean over tokens, nats; names as ever."""
+        method = self.config.method
+        sides = ["exp/nll" if self.config.explains else "expert/nll", "own/nll"]
+        logps = [torch.stack([r.chosen_logp, r.rejected_logp], 1) for r in found]
+        pairs = [logp / n.view(-1, 2) for logp, n in zip(logps, lengths, strict=True)]
+        if method == "dpo" or not pairs:
+            return {}
+        return dict(zip(sides, (-torch.cat(pairs).mean(0)).tolist(), strict=True))
 
     def subjects(self, pairs: Sequence[Pair]) -> list[Subject]:
         """What is compared: the chosen explanation, if it is one, and the rejected attempts."""

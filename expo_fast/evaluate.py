@@ -21,8 +21,9 @@ import torch
 
 from expo_fast.answer import decide, tidy
 from expo_fast.command import run
-from expo_fast.config import Evaluate, parse
+from expo_fast.config import Evaluate
 from expo_fast.explain import Score, leaks
+from expo_fast.flags import parse
 from expo_fast.generate import Generator, Request
 from expo_fast.log import replace_file
 from expo_fast.prompts import Prompter, check_length, request_seed

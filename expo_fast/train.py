@@ -16,9 +16,10 @@ import torch
 from expo_fast import checkpoint
 from expo_fast.adapters import attach, load_adapter, save_adapter
 from expo_fast.command import run
-from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, Train, dump_toml, from_toml, parse
+from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, Train
 from expo_fast.dpo import Preference
 from expo_fast.evaluate import evaluate
+from expo_fast.flags import dump_toml, from_toml, parse
 from expo_fast.generate import Completion
 from expo_fast.grpo import Grpo
 from expo_fast.learner import Learner

@@ -62,7 +62,9 @@ def judge(model: Decoder, pairs: list[Pair], value: Any) -> Tensor:
 
 
 def learner(model: Decoder, c: Train) -> Any:
-    return SimpleNamespace(config=c, model=model)
+    me = SimpleNamespace(config=c, model=model)
+    me.nll = partial(Preference.nll, me)
+    return me
 
 
 VALUES = {
@@ -104,6 +106,8 @@ def test_metrics_are_those_of_the_pairs_however_they_are_packed():
         assert row["rewards/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
         assert row["rewards/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-5)
         assert row["rewards/margins"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-5)
+        nll = [-logp(model, p.prompt_ids, p.chosen_ids).item() / len(p.chosen_ids) for p in PAIRS]
+        assert row["exp/nll"] == pytest.approx(sum(nll) / 3, rel=1e-5)
         shares = (chosen > rejected).float().mean().item()
         assert row["rewards/accuracies"] == pytest.approx(shares)
 

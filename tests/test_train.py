@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from expo_fast import checkpoint, command, evaluate, explain, train
-from expo_fast.config import Train, from_toml, parse
+from expo_fast.config import Train
+from expo_fast.flags import from_toml, parse
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 

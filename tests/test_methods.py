@@ -1,0 +1,187 @@
+"""Every method and preset trains, by its name alone; what cannot train is refused by value."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expo_fast import command, train
+from expo_fast.config import Train
+from expo_fast.explain import sft_samples
+from expo_fast.flags import parse, presets
+from expo_fast.learner import Learner
+from expo_fast.prompts import Prompter
+from expo_fast.sft import Sft
+from expo_fast.tasks import Problem
+from expo_fast.weights import load_model, save_model
+from tiny import tiny_model, tiny_tokenizer
+
+METHODS = ["expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo", "dpo", "sft"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and problems of which some samples, by a reward of ours, are right."""
+    root = tmp_path_factory.mktemp("job")
+    save_model(tiny_model(), tiny_tokenizer(), root / "model")
+    rows = [
+        {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
+        | {"chosen": f"{n} + 1 = {n + 1}, {{{n + 1}}}", "rejected": "I can't."}
+        for n in range(12)
+    ]
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "rewards.py").write_text(
+        "def odd(prompts, completions, completion_ids, **columns):\n"
+        "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
+    )
+    return root
+
+
+def flags(folder: Path, run: Path, *more: object) -> list[str]:
+    given = f"--model {folder}/model --train-data {folder}/train.jsonl --output-dir {run} "
+    given += "--shots 0 --eval-every 0 --steps 2 --prompts-per-step 4 --dtype float32 "
+    given += f"--max-completion-length 20 --reward {folder}/rewards.py:odd --learning-rate 1e-3"
+    return [*given.split(), *map(str, more)]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verifier to which a random model's explanations are right, or none would be trained on."""
+    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
+    train.main(["--config", preset, *flags(folder, tmp_path)])
+    made = rows(tmp_path)
+    assert len(made) == 2
+    assert any(row["update_norm"] > 0 for row in made)
+    if preset.startswith(("expo", "star")):
+        assert all(row["exp/accepted"] > 0 for row in made)
+        assert all(row["exp/nll"] > 0 and row["exp/lift"] is not None for row in made)
+    if preset.startswith("expo-dpo"):
+        assert all(row["pairs"] > 0 for row in made)
+    _, tokenizer = load_model(tmp_path / "checkpoints/step-2", dtype=torch.float32)
+    assert tokenizer is not None
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--shuffle-explanations",
+        "--choose-explanations lift --exp-sft-schedule cosine",
+        "--choose-explanations first --exp-sft-max-accuracy 0.5 --exp-sft-reduction seq_sum",
+        "--method expo-dpo --pairs-every 1 --refresh-reference --preference simpo --dpo-beta 2",
+        "--method expo-dpo --shuffle-explanations --preference orpo",
+        "--method expo-grpo --kl-coef 0.1 --generation-budget 12",
+        "--method expo-grpo --kl-coef 0.1 --lora-rank 4 --updates-per-batch 2 --objective gspo",
+    ],
+)
+def test_options_train_and_change_the_result(folder: Path, tmp_path: Path, more: str):
+    kind = [] if "--method" in more else ["--method", "expo-grpo"]
+    train.main(flags(folder, tmp_path / "with", *kind, *more.split()))
+    method = more.split()[1] if "--method" in more else "expo-grpo"
+    train.main(flags(folder, tmp_path / "without", "--method", method))
+    with_, without = rows(tmp_path / "with"), rows(tmp_path / "without")
+    assert any(row["update_norm"] > 0 for row in with_)
+    assert [row["loss"] for row in with_] != [row["loss"] for row in without]
+
+
+def test_there_is_a_preset_for_every_method_and_each_says_what_it_is():
+    from expo_fast.flags import PRESETS
+
+    named = {parse(Train, ["--config", name]).method for name in presets()}
+    assert named == set(METHODS)
+    for name in presets():
+        assert (PRESETS / f"{name}.toml").read_text().startswith("# ")
+    assert {"dr-grpo", "dapo", "gspo", "cispo"} <= set(presets())
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_adapters_alone(folder: Path, tmp_path: Path, method: str):
+    more = ("--method", method, "--lora-rank", 2, "--num-generations", 2)
+    train.main(flags(folder, tmp_path, *more))
+    saved = tmp_path / "checkpoints/step-2"
+    assert (saved / "adapter_model.safetensors").exists()
+    assert not (saved / "model.safetensors").exists()
+    merged, _ = load_model(saved, dtype=torch.float32)
+    base = tiny_model()
+    assert torch.equal(merged.head_weight, base.head_weight)
+    changed = not torch.equal(
+        merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight
+    )
+    assert changed
+
+
+def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
+    model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
+    problems = [
+        Problem("a", "1 + 1?", "2", "1 + 1 = 2."),
+        Problem("b", "Who?", "", pair=("Me, of course.", "Nobody.")),
+    ]
+    total = torch.zeros((), dtype=torch.float64)
+    for p in problems:
+        prompt, ids = prompter.solve(p), prompter.target(p)
+        whole = torch.tensor([*prompt, *ids])
+        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+        hidden = model.hidden(whole, torch.arange(len(whole)), borders)
+        logp = (hidden @ model.head_weight.T).log_softmax(-1)[len(prompt) - 1 : -1]
+        total = total - logp.gather(1, torch.tensor(ids)[:, None]).mean() / len(problems)
+    total.backward()
+    truth = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    targets = [(p, [prompter.target(p)]) for p in problems]
+    samples = sft_samples(targets, prompter, coef=1.0, n_questions=2, reduction="token_mean")
+    me: Any = type("", (), {"config": Train(method="sft"), "model": model})
+    assert Sft.policy_backward(me, samples)["loss"] == pytest.approx(total.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert float((p.grad - truth[name]).norm() / truth[name].norm()) < 1e-6
+    assert Learner.policy_backward is Sft.policy_backward
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("--method dpo --train-data NOPAIRS", "has no 'chosen' and 'rejected' columns"),
+        ("--method grpo --train-data PAIRS", "needs one to judge attempts"),
+        ("--method expert-dpo --train-data UNSOLVED", "has no expert solution"),
+        ("--method sft --train-data UNSOLVED", "has no expert solution"),
+        ("--method expo-grpo --dynamic-sampling 2", "dynamic_sampling=2 replaces"),
+        ("--generation-budget 9", "generation_budget=9: need at least 10, 8 of them explanations"),
+        ("--method sft --updates-per-batch 2", "updates_per_batch=2: need 1 but for GRPO"),
+        ("--lora-rank 2 --batch-invariant", "batch_invariant needs plain weights"),
+        ("--lora-rank 99", "rank is 99"),
+        ("--overlong-buffer 20", "overlong_buffer=20"),
+        ("--label-smoothing 0.5", "label_smoothing=0.5"),
+        ("--exp-sft-max-accuracy 1.5", "exp_sft_max_accuracy=1.5"),
+        (
+            "--config no-such-preset",
+            "no file no-such-preset: --config needs a TOML file, or one of",
+        ),
+    ],
+)
+def test_what_cannot_train_is_refused_by_value(folder, tmp_path, capsys, more, sentence):
+    rows = {
+        "NOPAIRS": {"question": "Q?", "answer": "1", "solution": "S"},
+        "PAIRS": {"prompt": "Q?", "chosen": "a", "rejected": "b"},
+        "UNSOLVED": {"question": "Q?", "answer": "1"},
+    }
+    for name, row in rows.items():
+        lines = "".join(json.dumps(row | {"id": n}) + "\n" for n in range(4))
+        (tmp_path / name).write_text(lines)
+        more = more.replace(name, str(tmp_path / name)) if f" {name}" in more else more
+    assert command.run(train.main, flags(folder, tmp_path / "run", *more.split())) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert sentence in said[0]
+    assert not (tmp_path / "run").exists()
