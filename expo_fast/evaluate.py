@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from expo_fast.config import Evaluate
 from expo_fast.explain import Score, leaks
 from expo_fast.flags import parse
 from expo_fast.generate import Generator, Request
-from expo_fast.log import replace_file
+from expo_fast.log import output_file, replace_file
 from expo_fast.prompts import Prompter, check_length, request_seed
 from expo_fast.reward import grader_hash, last_boxed, score_answers
 from expo_fast.tasks import Problem, load_problems, overlap, worked_examples
@@ -194,16 +193,6 @@ def main(argv: Sequence[str]) -> None:
         rows = (json.dumps(asdict(x)) + "\n" for x in result.graded)
         replace_file(output, "".join(rows).encode())
     print(json.dumps({"model": c.model, "data": c.data} | result.summary()), flush=True)
-
-
-def output_file(name: str) -> Path:
-    """Refuse, before any work, what cannot become a file: a folder, or a device like /dev/null."""
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {name!r}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--output {name!r} is there and no file: name a file")
-    return path
 
 
 if __name__ == "__main__":

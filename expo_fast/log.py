@@ -343,6 +343,16 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
             continue  # torn by a kill: truncate_to drops it
 
 
+def output_file(name: str) -> Path:
+    """Refuse, before any work, what cannot become a file: a folder, or a device like /dev/null."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {name!r}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output {name!r} is there and no file: name a file")
+    return path
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write the file so that a kill leaves the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.tmp")

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expo_fast.adapters import Adapter, holds_adapter, is_attached, merge, read_adapter
 from expo_fast.gguf import read_gguf, reading
-from expo_fast.model import ARCHITECTURES, Decoder, check_sizes
+from expo_fast.layout import (
+    INDEX,
+    SINGLE,
+    read_config,
+    read_generation_config,
+    read_tensors,
+    read_tokenizer,
+    write_tensors,
+)
+from expo_fast.model import Decoder
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PT = {"format": "pt"}  # transformers refuses a file that does not say so
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -38,7 +42,7 @@ HUB_PATIENCE_S = 5.0
 
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*"]
 HUB_FILES += ["vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-HUB_FILES += ["chat_template*"]
+HUB_FILES += ["chat_template*", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def load_model(
@@ -50,10 +54,12 @@ def load_model(
 ) -> tuple[Decoder, Any]:  # the tokenizer is None where the folder has none
     """A decoder and its tokenizer from whatever `find_model` finds.
 
-    ValueError or OSError, one sentence: nothing there, an architecture that is not ours, pickles,
-    damaged files, missing, unexpected, misshapen or non-finite tensors.
+    The LoRA adapter of a PEFT folder is merged into the base model that it names, itself loaded in
+    `dtype`; the tokenizer is the adapter's where it has one. ValueError or OSError, one sentence:
+    nothing there, an architecture that is not ours, pickles, damaged files, missing, unexpected,
+    misshapen or non-finite tensors, adapters that are no plain LoRA.
     """
-    path = find_model(source)
+    adapters, path = _adapters_and_base(find_model(source))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"device {str(device)!r} can't be used here"):
@@ -61,12 +67,27 @@ def load_model(
     if path.suffix == ".gguf":
         config, stored, tokenizer = read_gguf(path)
     else:
-        config, stored, tokenizer = _read_config(path), _read_tensors(path), _read_tokenizer(path)
+        config, stored, tokenizer = read_config(path), read_tensors(path), read_tokenizer(path)
     model = _build(config, stored, path, dtype=dtype, device=device, checkpointing=checkpointing)
-    model.generation_config = _read_generation_config(path)
+    for adapter in adapters:
+        merge(model, adapter)
+        tokenizer = read_tokenizer(adapter.folder) or tokenizer
+    model.generation_config = read_generation_config(path)
     with reading(path):
         model.settle_eos(tokenizer)
     return model, tokenizer
+
+
+def _adapters_and_base(path: Path) -> tuple[list[Adapter], Path]:
+    """The base model of a folder, through adapters of adapters, and these, the innermost first."""
+    adapters: dict[Path, Adapter] = {}
+    while holds_adapter(path):
+        if path.resolve() in adapters:
+            raise ValueError(f"{path}: by way of its base model it is an adapter of itself")
+        adapters[path.resolve()] = adapter = read_adapter(path)
+        with reading(f"{path}: base_model_name_or_path"):
+            path = find_model(adapter.base)
+    return [*reversed(adapters.values())], path
 
 
 def save_model(
@@ -74,10 +95,13 @@ def save_model(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; tokenizer may be None.
 
-    The tensors keep their dtype, so that loading them again gives the same bits.
+    The tensors keep their dtype, so that loading them again gives the same bits. ValueError for a
+    model with adapters: those are `adapters.save_adapter`'s.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if is_attached(model):
+        raise ValueError(f"{path}: the model has adapters, save them with save_adapter")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
@@ -86,7 +110,7 @@ def save_model(
     config.save_pretrained(path)
     if model.generation_config is not None:  # save_pretrained refuses what some checkpoints hold
         model.generation_config.to_json_file(path / "generation_config.json")
-    _write_tensors(dict(model.named_parameters()), path, shard_bytes)
+    write_tensors(dict(model.named_parameters()), path, shard_bytes)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -116,96 +140,6 @@ def find_model(source: str | Path) -> Path:
         raise FileNotFoundError(
             f"no folder {source} here, and the Hugging Face hub does not give it: {reason}"
         ) from error
-
-
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    file = folder / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
-    values = _read_json(file)
-    kind = values.get("model_type")
-    if kind not in ARCHITECTURES:  # transformers may not even know it
-        raise ValueError(
-            f"{file}: model_type {kind!r} is not supported, expo_fast runs "
-            f"{', '.join(ARCHITECTURES)} (SmolLM2 counts as llama)"
-        )
-    if "quantization_config" in values:
-        raise ValueError(f"{file}: quantized weights are not supported, load the original model")
-    with reading(file):
-        check_sizes(values)
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-
-
-def _read_generation_config(folder: Path) -> Any:
-    from transformers import GenerationConfig
-
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return None
-    _read_json(file)
-    with reading(file):
-        return GenerationConfig.from_pretrained(folder)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are the former
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}, need a JSON object")
-    return values
-
-
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
-    """(key, tensor on the CPU, its file), views of the mapped files, shard by shard."""
-    from safetensors import safe_open
-
-    for file in _tensor_files(folder):
-        file.open("rb").close()  # safetensors calls a file that it may not read absent
-        with reading(f"{file} is damaged or cut short"), safe_open(file, framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118, no dict
-                yield key, shard.get_tensor(key), file
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    if not (folder / INDEX).exists():
-        pickles = next(folder.glob("*.bin"), None)
-        because = f"{pickles.name} is a pickle, which may run code: convert it" if pickles else ""
-        raise FileNotFoundError(
-            f"{folder} has no {SINGLE} and no {INDEX}" + (f" ({because})" if because else "")
-        )
-    index = folder / INDEX
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:  # the name, not what it resolves to: the hub's cache is made of links
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} points to {name!r}, need a .safetensors file beside it")
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{index} points to {name}, which is not there")
-    return [folder / name for name in names]
-
-
-def _read_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    present = [n for n in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS) if (folder / n).exists()]
-    if not set(TOKENIZER_FILES).intersection(present):
-        return None
-    for name in present:
-        if name.endswith(".json"):
-            _read_json(folder / name)
-    # transformers 5 rebuilds some classes from the vocabulary alone and so loses, for one, the
-    # Digits step of SmolLM2's tokenizer.json; this class takes that file as it is.
-    kind = PreTrainedTokenizerFast if "tokenizer.json" in present else AutoTokenizer
-    with reading(f"{folder}: tokenizer ({', '.join(present)})"):
-        return kind.from_pretrained(folder)
 
 
 def _build(
@@ -258,40 +192,6 @@ def _check_place(
         )
     if not tensor.is_floating_point():
         raise ValueError(f"{file}: {key} is {tensor.dtype}, need floating point")
-
-
-def _write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
-    shards = _shards(tensors, shard_bytes)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        save_file({key: t.detach().contiguous() for key, t in shard.items()}, folder / name, PT)
-    for stale in folder.glob("model*.safetensors"):  # a reader would prefer them
-        if stale.name not in names:
-            stale.unlink()
-    if len(shards) == 1:
-        (folder / INDEX).unlink(missing_ok=True)
-        return
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    total = sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
-    """In order, each of at most shard_bytes unless a single tensor is larger."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for key, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][key] = tensor
-        filled += tensor.nbytes
-    return shards
 
 
 def _from_hub(name: str, files: list[str], *, offline: bool = False, timeout_s: float = 10) -> Path:

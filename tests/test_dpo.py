@@ -62,7 +62,7 @@ def judge(model: Decoder, pairs: list[Pair], value: Any) -> Tensor:
 
 
 def learner(model: Decoder, c: Train) -> Any:
-    me = SimpleNamespace(config=c, model=model)
+    me: Any = SimpleNamespace(config=c, model=model)
     me.nll = partial(Preference.nll, me)
     return me
 

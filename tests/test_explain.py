@@ -1,5 +1,6 @@
 """Which explanations are kept, and what of them is trained on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -188,7 +189,7 @@ def test_the_likeliest_explanations_under_the_plain_question_are_kept():
     )
     accepted = {"a": [(9, 10, 11), (12, 13), (14,), (15, 16)], "b": [(17, 18)]}
 
-    def score(samples: list[Sample]) -> list[torch.Tensor]:
+    def score(samples: Sequence[Sample]) -> list[torch.Tensor]:
         return score_tokens(model, samples, 1.0, 1000)
 
     kept = keep_best(accepted, problems, 2, ranking("likelihood", prompter, score))
@@ -203,7 +204,7 @@ def test_explanations_are_kept_by_the_answer_that_they_lead_to_and_not_by_statin
     copied, derived = encode("It is 7319."), encode("7000 + 319 gives it.")
     asked: list[str] = []
 
-    def score(samples: list[Sample]) -> list[torch.Tensor]:
+    def score(samples: Sequence[Sample]) -> list[torch.Tensor]:
         texts = [prompter.tokenizer.decode(s.prompt_ids) for s in samples]
         asked.extend(texts)
         assert {prompter.tokenizer.decode(s.completion_ids) for s in samples} == {ANSWER}

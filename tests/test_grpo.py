@@ -18,6 +18,7 @@ from expo_fast.explain import Explanations, sft_samples
 from expo_fast.generate import Completion
 from expo_fast.grpo import Grpo, exp_sft_coef, parts, policy_samples
 from expo_fast.learner import Learner, batch
+from expo_fast.log import Phases
 from expo_fast.model import Decoder
 from expo_fast.ops import group_advantage
 from expo_fast.pack import Sample
@@ -326,7 +327,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(again: int):
     c = config(method="grpo", dynamic_sampling=again)
     trainer: Any = SimpleNamespace(config=c, problems=problems, sampler=sampler)
     trainer.batch = partial(Learner.batch, trainer)
-    sampled, kept = Grpo.rollouts(trainer, 0, None)
+    sampled, kept = Grpo.rollouts(trainer, 0, Phases())
     asked = [q for round_ in sampler.asked for q in round_]
     assert len(asked) == len(set(asked)) == len(sampled)
     assert sampler.asked[0] == [q.id for q in batch(problems, 0, P, c.seed)]

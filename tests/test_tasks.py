@@ -23,6 +23,7 @@ from expo_fast.tasks import (
 )
 
 ROW = {"problem": "What is 40 + 2?", "answer": "42"}
+TURN = {"role": "assistant", "content": "Well."}
 
 
 def lines(*rows: object) -> bytes:
@@ -114,6 +115,13 @@ def test_ids_left_out_come_from_the_file_and_line_not_the_folder(save):
     assert [p.id for p in problems] == ["data.jsonl:2", "data.jsonl:3"]
 
 
+def test_pairs_are_texts_or_the_message_that_answers_and_need_no_answer(save):
+    pair = {"prompt": "Q?", "chosen": [TURN], "rejected": "No."}
+    bare, judged = load_problems(save(lines(pair, {**pair, "answer": "7"})))
+    assert bare.pair == judged.pair == ("Well.", "No.")
+    assert (bare.answer, judged.answer) == ("", "7")
+
+
 # Rows that don't: {path} in a message stands for the file
 
 
@@ -131,7 +139,13 @@ def test_ids_left_out_come_from_the_file_and_line_not_the_folder(save):
             "{path}:1: no column 'prompt' or .*; the row has 'answer'",
         ),
         (lines({"prompt": "Q"}), "{path}:1: no column 'answer'; the row has 'prompt'"),
-        (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "{path}:1: .*preference pair"),
+        (lines({"prompt": "a", "chosen": "b"}), "{path}:1: no column 'answer'"),
+        (lines({"prompt": "a", "chosen": "b", "rejected": "b"}), "{path}:1: .*the same text"),
+        (lines({"prompt": "a", "chosen": " ", "rejected": "b"}), "{path}:1: chosen must be text"),
+        (
+            lines({"prompt": "a", "chosen": [TURN, TURN], "rejected": [TURN]}),
+            "{path}:1: chosen must be text .* a list of one chat message",
+        ),
         (lines({**ROW, "problem": 5}), "{path}:1: problem must be text .*, not 5"),
         (lines({**ROW, "problem": " "}), '{path}:1: problem must be text .*, not " "'),
         (lines({**ROW, "problem": []}), r"{path}:1: problem must be text .*, not \[\]"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from expo_fast import checkpoint, command, evaluate, explain, train
 from expo_fast.config import Train
 from expo_fast.flags import from_toml, parse
+from expo_fast.learner import Learner
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
@@ -183,7 +184,7 @@ def poison_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
             (p.sum() * float("nan")).backward()
         return dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "nll"), 0.0)
 
-    monkeypatch.setattr(train.Trainer, "backward", poisoned)
+    monkeypatch.setattr(Learner, "policy_backward", poisoned)
 
 
 def test_broken_steps_are_counted_across_a_resume(

@@ -24,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from expo_fast import weights
 from expo_fast.gguf import NAMES, mend_splitting
+from expo_fast.layout import INDEX, TOKENIZER_FILES
 from expo_fast.model import Decoder
 from expo_fast.weights import find_model, load_model, save_model
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
@@ -111,7 +112,7 @@ def test_shards_load_here_and_in_transformers_and_replace_what_was_there(tmp_pat
     assert len(names) > 2
     assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
     assert all((tmp_path / name).stat().st_size < 110_000 for name in names)
-    index = json.loads((tmp_path / weights.INDEX).read_text())
+    index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
     assert_same_bits(load_model(tmp_path, dtype=torch.float32)[0], model)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -245,7 +246,7 @@ def test_a_config_that_makes_no_sense_is_one_sentence(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"a": ', "[" * 100_000, "{}", '{"model": 5}'])
-@pytest.mark.parametrize("name", ["generation_config.json", *weights.TOKENIZER_FILES[:2]])
+@pytest.mark.parametrize("name", ["generation_config.json", *TOKENIZER_FILES[:2]])
 def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, text: str):
     save_model(tiny_model(), tiny_tokenizer(), tmp_path)
     (tmp_path / name).write_text(text)
@@ -315,7 +316,7 @@ def test_an_end_that_is_no_token_is_refused(folder: Path, end: object):
 def test_an_index_stays_inside_its_folder(folder: Path, name: str, message: str):
     save_file(load_file(folder / TENSORS), folder.parent / "stolen.safetensors")
     (folder / TENSORS).unlink()
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": {K_PROJ: name}}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {K_PROJ: name}}))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_model(folder)
 
@@ -325,7 +326,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path):
         save_file(load_file(folder / TENSORS), folder / name)
     (folder / TENSORS).unlink()
     weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=r"b\.safetensors: .* is there a second time"):
         load_model(folder)
 

@@ -1,0 +1,107 @@
+"""What is compared, and how much of it: an arm is `expo_fast.train` with flags of its own."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SEEDS = (0, 1, 2)
+COEFFICIENTS = (0.0, 0.01, 0.04, 0.1, 0.5)  # of the paper's Table 5; 0 is GRPO
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: the same model, questions, steps and completions sampled as the rest.
+
+    `mirrors` has the same flags and so is not run again.
+    """
+
+    name: str
+    flags: dict[str, object]
+    mirrors: str | None = None
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+
+
+PAIRS = {"learning-rate": 5e-6}  # a pair's gradient is a sum over tokens, with both signs
+
+ARMS = [
+    Arm("GRPO", {"method": "grpo"}),
+    Arm("GRPO + SFT on expert solutions", {"method": "expert-grpo"}),
+    Arm("ExP-GRPO", {"method": "expo-grpo"}),
+    Arm("ExP-GRPO, shuffled", {"method": "expo-grpo", "shuffle-explanations": True}),
+    Arm("SFT on explanations (STaR)", {"method": "star"}),
+    Arm("ExP-DPO, offline", {"method": "expo-dpo", **PAIRS}),
+    Arm("ExP-DPO, online", {"method": "expo-dpo", "pairs-every": 4, **PAIRS}),
+    Arm("DPO on expert solutions", {"method": "expert-dpo", **PAIRS}),
+]
+ABLATION = [
+    Arm("coefficient 0", {}, mirrors="GRPO"),
+    *(
+        Arm(f"coefficient {c}", {"method": "expo-grpo", "exp-sft-coef": c})
+        for c in COEFFICIENTS
+        if c not in (0.0, 0.04)
+    ),
+    Arm("coefficient 0.04", {}, mirrors="ExP-GRPO"),
+]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured. All arms share it."""
+
+    model: str
+    train_sources: tuple[str, ...]
+    eval_sources: tuple[str, ...]
+    shots_source: str
+    train_candidates: int  # questions of each source that the base model is tried on
+    eval_candidates: int
+    tries: int  # samples of each; a question is taken where all of them fail
+    flags: dict[str, object]
+
+
+SIZES = {
+    "tiny": Size(  # some four minutes a run on one CPU core
+        "smollm2-135m",
+        ("builtin:arithmetic-2:train",),
+        ("builtin:arithmetic-2:eval", "builtin:arithmetic-3:eval"),
+        shots_source="builtin:arithmetic-2:train",
+        train_candidates=192,
+        eval_candidates=40,
+        tries=8,
+        flags={
+            "steps": 16,
+            "prompts-per-step": 8,
+            "generation-budget": 12,
+            "max-completion-length": 64,
+            "eval-every": 8,
+            "eval-samples": 4,
+            "diagnose": 2,
+        },
+    ),
+    "full": Size(  # on a GPU
+        "HuggingFaceTB/SmolLM2-360M-Instruct",
+        ("hub:openai/gsm8k/main:train",),
+        ("hub:openai/gsm8k/main:test",),
+        shots_source="hub:openai/gsm8k/main:train",
+        train_candidates=4000,
+        eval_candidates=600,
+        tries=8,
+        flags={
+            "steps": 200,
+            "prompts-per-step": 32,
+            "generation-budget": 16,
+            "max-completion-length": 256,
+            "eval-every": 20,
+            "eval-samples": 16,
+        },
+    ),
+}
+
+
+def flags_of(arm: Arm, size: Size, seed: int) -> Iterator[str]:
+    for name, value in (size.flags | arm.flags | {"seed": seed}).items():
+        yield f"--{name}"
+        if value is not True:
+            yield str(value)

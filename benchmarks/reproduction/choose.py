@@ -1,0 +1,53 @@
+"""The questions: those of which the base model fails all of `tries` samples.
+
+Selection on failure regresses to the mean: among them are questions that it solves one time in
+eight. So nothing is measured with the samples that selected; "before" is fresh ones.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.reproduction.arms import Size
+from expo_fast.log import replace_file
+from expo_fast.tasks import Problem, load_problems
+
+SEED = 1000  # of the samples that select: no run's
+
+
+def choose(size: Size, folder: Path, split: str) -> Path:
+    """FOLDER/SPLIT.jsonl with the all-fail questions of the split; made once."""
+    chosen = folder / f"{split}.jsonl"
+    if chosen.exists():
+        return chosen
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = size.train_sources if split == "train" else size.eval_sources
+    n = size.train_candidates if split == "train" else size.eval_candidates
+    rows = [row for source in sources for row in failed(size, source, n, folder)]
+    replace_file(chosen, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return chosen
+
+
+def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, object]]:
+    graded = folder / f"graded-{source.replace(':', '-').replace('/', '-')}.jsonl"
+    command = [sys.executable, "-m", "expo_fast.evaluate", "--model", size.model, "--data", source]
+    command += ["--limit", str(n), "--samples", str(size.tries), "--seed", str(SEED)]
+    command += ["--shots-data", size.shots_source, "--output", str(graded)]
+    command += ["--max-completion-length", str(size.flags["max-completion-length"])]
+    subprocess.run(command, check=True)
+    verdicts: dict[str, list[float | None]] = {}
+    for row in map(json.loads, graded.read_text().splitlines()):
+        verdicts.setdefault(row["id"], []).append(row["verdict"])
+    lost = {key for key, each in verdicts.items() if 1.0 not in each}
+    return [as_row(p) for p in load_problems(source, limit=n) if p.id in lost]
+
+
+def as_row(p: Problem) -> dict[str, object]:
+    return {
+        "id": p.id,
+        "prompt": p.prompt,
+        "answer": p.answer,
+        "solution": p.solution,
+        "level": p.level,
+    }

@@ -1,0 +1,447 @@
+"""The report says what the records say, and no more; text of a model stays text."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expo_fast import command, figures, report, train
+from expo_fast.config import Train
+from expo_fast.flags import dump_toml
+from expo_fast.weights import save_model
+from tiny import tiny_model, tiny_tokenizer
+
+HOSTILE = "<script>alert('$x^{$')</script> & \x1b[2J \u202e \ud800 \u2028 &lt;b&gt;"
+
+
+def write_run(path: Path, *, rows: Any = None, evaluations: Any = (), **config: Any) -> str:
+    """A run directory; `rows` are steps 1, 2, ... or have a step of their own."""
+    path.mkdir(parents=True, exist_ok=True)
+    known = {k: v for k, v in config.items() if k in Train.__dataclass_fields__}
+    text = dump_toml(Train(**known))
+    text += "".join(f"{k} = {json.dumps(v)}\n" for k, v in config.items() if k not in known)
+    (path / "config.toml").write_text(text)
+    rows = [{"reward": 0.5}] if rows is None else rows
+    numbered = [{"step": i, **row} for i, row in enumerate(rows, 1)]
+    write_lines(path / "metrics.jsonl", numbered)
+    write_lines(path / "evaluations.jsonl", evaluations)
+    return str(path)
+
+
+def write_lines(path: Path, rows: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluation(step: int, right: float, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "problems": 64,
+        "samples": 4,
+        "pass@1": right,
+        "pass@1/interval": [right - 0.05, right + 0.07],
+        "pass@4": right + 0.1,
+        "pass@4/interval": None,
+        "all_fail": 0.9 - right,
+    } | more
+
+
+TAGS = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "h1",
+    "h2",
+    "h3",
+    "section",
+    "p",
+    "b",
+    "br",
+}
+TAGS |= {"ul", "li", "div", "table", "thead", "tr", "th", "td", "small", "dl", "dt", "dd", "pre"}
+TAGS |= {"figure", "svg", "g", "path", "defs", "use", "clippath", "rect", "text"}
+
+
+class Page(HTMLParser):
+    """The text of a page, its tags, and the cells of its tables, a space where a tag was."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self._in_style = self._in_cell = False
+        self.feed(source)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self._in_style = tag == "style"
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self._in_cell = True
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        self._in_style = False
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._in_style:
+            return
+        self.text += f" {data}"
+        if self._in_cell:
+            self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
+
+    def cells(self, first: str) -> list[str]:
+        """Of the first row that starts so, without its first cell."""
+        return next(row[1:] for row in self.rows if row and row[0].startswith(first))
+
+
+def source_of(tmp_path: Path, *runs: str) -> str:
+    report.main([*runs, "--output", str(tmp_path / "report.html")])
+    return (tmp_path / "report.html").read_text()
+
+
+def page_of(tmp_path: Path, *runs: str) -> Page:
+    return Page(source_of(tmp_path, *runs))
+
+
+def test_runs_that_differ_in_their_seed_are_one_configuration(tmp_path: Path):
+    runs = [
+        write_run(
+            tmp_path / f"s{seed}",
+            rows=[{"num_tokens": 1000, "time/generate": 30.0}, {"num_tokens": 2000 + 100 * seed}],
+            evaluations=[evaluation(0, 0.1), evaluation(2, right)],
+            seed=seed,
+            steps=2,
+            output_dir=f"s{seed}",
+            diagnose=seed + 1,
+        )
+        for seed, right in ((3, 0.2), (5, 0.4))
+    ]
+    page = page_of(tmp_path, *runs)
+    cells = page.cells("1. expo-grpo")
+    assert page.cells("configuration") == [
+        *("seeds", "steps", "pass@1", "pass@4", "all fail", "tokens", "time of steps"),
+    ]
+    assert cells[0] == "3, 5"
+    assert cells[1] == "2"
+    assert cells[2] == "0.100 \u2192 0.300 0.100 \u2026 0.100 \u2192 0.200 \u2026 0.400"
+    assert cells[4].startswith("80% \u2192 60% ")
+    assert cells[5:] == ["2,400", "0:00:30"]
+    assert "Runs: 2, configurations: 1." in page.text
+
+
+def test_a_single_run_shows_its_interval_over_questions(tmp_path: Path):
+    run = write_run(tmp_path / "a", evaluations=[evaluation(0, 0.1), evaluation(1, 0.2)], steps=1)
+    cells = page_of(tmp_path, run).cells("1. expo-grpo")
+    assert cells[2] == "0.100 \u2192 0.200 [0.050, 0.170] \u2192 [0.150, 0.270]"
+    assert cells[3] == "0.200 \u2192 0.300"  # its interval is null
+
+
+def test_only_fields_that_differ_are_shown(tmp_path: Path):
+    runs = [
+        write_run(tmp_path / "a", steps=1, eval_every=1),
+        write_run(tmp_path / "b", steps=1, learning_rate=3e-4),
+        write_run(tmp_path / "c", steps=1, method="grpo", of_a_later_version="new"),
+        write_run(tmp_path / "d", steps=2),
+    ]
+    page = page_of(tmp_path, *runs)
+    shown = [page.cells(f"{i}. ")[0] for i in (1, 2, 3, 4)]
+    assert shown[0] == "steps 1 learning_rate 5e-05 of_a_later_version unset"
+    assert shown[1] == "steps 1 learning_rate 0.0003 of_a_later_version unset"
+    assert shown[2] == "steps 1 learning_rate 5e-05 of_a_later_version new"
+    assert shown[3] == "steps 2 learning_rate 5e-05 of_a_later_version unset"
+    assert page.cells("3. grpo")
+
+
+def test_a_run_that_was_killed_says_so_and_counts_where_it_was_measured(tmp_path: Path):
+    whole = write_run(
+        tmp_path / "a",
+        rows=[{}] * 4,
+        evaluations=[evaluation(0, 0.1), evaluation(4, 0.3)],
+        steps=4,
+    )
+    torn = write_run(
+        tmp_path / "b", rows=[{}] * 3, evaluations=[evaluation(0, 0.5)], steps=4, seed=1
+    )
+    with open(Path(torn) / "metrics.jsonl", "a") as file:
+        file.write('null\n[1]\n{"reward": 1}\n{"step": 4, "rew')
+    cells = page_of(tmp_path, whole, torn).cells("1. expo-grpo")
+    assert cells[1] == "3\u20134 of 4"
+    assert cells[2] == "0.100 \u2192 0.300 [0.050, 0.170] \u2192 [0.250, 0.370] 1 of 2 runs"
+    assert page_of(tmp_path, torn).cells("1. ")[2].startswith("0.500 \u2192 \u2013")
+
+
+def test_a_last_evaluation_before_the_last_step_is_dated(tmp_path: Path):
+    rows = [evaluation(0, 0.1), evaluation(2, 0.2)]
+    run = write_run(tmp_path / "a", rows=[{}] * 3, evaluations=rows, steps=9)
+    assert page_of(tmp_path, run).cells("1. ")[1] == "3 of 9 evaluated after 2"
+
+
+def test_accuracy_by_level_is_there_where_there_are_levels(tmp_path: Path):
+    def at(step: int, *right: float) -> dict[str, Any]:
+        levels = [
+            {"level": i, "problems": 10 * i, "pass@1": x, "pass@1/interval": [0, 1], "all_fail": 0}
+            for i, x in enumerate(right, 1)
+        ]
+        return evaluation(step, 0.5, levels=levels)
+
+    one = write_run(tmp_path / "one", evaluations=[at(0, 0.1), at(1, 0.2)], steps=1)
+    assert "Accuracy by level" not in page_of(tmp_path, one).text
+    two = write_run(tmp_path / "two", evaluations=[at(0, 0.1, 0.3), at(1, 0.2, 0.6)], steps=1)
+    page = page_of(tmp_path, two)
+    assert page.cells("1. expo-grpo, pass@1") == [
+        "0.100 \u2192 0.200 [0.000, 1.000] \u2192 [0.000, 1.000]",
+        "0.300 \u2192 0.600 [0.000, 1.000] \u2192 [0.000, 1.000]",
+    ]
+    assert "level 2 20 questions" in page.text
+
+
+def test_accuracies_that_were_not_measured_alike_are_called_that(tmp_path: Path):
+    def run(name: str, **more: Any) -> str:
+        rows = [evaluation(0, 0.1, **more), evaluation(1, 0.2, **more)]
+        return write_run(tmp_path / name, evaluations=rows, steps=1, clip_low=0.1 * len(name))
+
+    a, b, c = run("a", grader="x"), run("bb", grader="y", problems=8), run("ccc", grader="x")
+    said = "evaluations differ in problems, grader."
+    assert said in page_of(tmp_path, a, b).text
+    assert "Not measured alike" not in page_of(tmp_path, a, c).text
+
+
+PROPERTY_ROWS = [
+    {"exp/nll": 0.1, "expert/nll": 0.6, "own/nll": 0.3, "exp/lift": 2.0, "exp/lift_stated": 9.0},
+    {"exp/nll": 0.3, "expert/nll": 0.8, "own/nll": 0.5, "exp/lift": -0.5, "exp/lift_stated": 7.0},
+    {"exp/nll": 0.8, "expert/nll": 0.4, "own/nll": None, "exp/lift": 0.0, "exp/lift_stated": None},
+    {"exp/nll": None, "expert/nll": 0.7, "own/nll": 0.2, "exp/lift": None},
+]
+
+
+def test_the_two_properties_get_a_verdict_in_numbers(tmp_path: Path):
+    text = page_of(tmp_path, write_run(tmp_path / "a", rows=PROPERTY_ROWS)).text
+    assert (
+        "In-distribution: holds in 2 of 3 measured steps: the explanation's NLL is below the "
+        "expert's. Mean 0.4 against 0.6 nats a token, own attempts 0.4."
+    ) in text
+    assert (
+        "Learning signal: fails in 2 of 3 measured steps: the lift is not above 0. "
+        "Mean 0.5 nats, lowest -0.5, highest 2; with the answer stated, mean 8."
+    ) in text
+
+
+def test_a_property_that_nobody_measured_gets_no_verdict(tmp_path: Path):
+    plain = write_run(tmp_path / "a", rows=[{"own/nll": 0.4}], method="grpo", steps=1)
+    text = page_of(tmp_path, plain).text
+    assert "In-distribution: not measured." in text
+    assert "Learning signal: not measured." in text
+    assert "holds" not in text
+    old = write_run(tmp_path / "b", rows=[{"exp/lift": 1.0}, {"exp/lift": 3.0}], steps=1)
+    assert (
+        "Learning signal, if the answer was masked, which the record does not say: holds in 2 of 2 "
+        "measured steps: the lift is above 0. Mean 2 nats, lowest 1, highest 3."
+    ) in page_of(tmp_path, old).text
+
+
+def test_sections_without_data_are_left_out(tmp_path: Path):
+    bare = page_of(tmp_path, write_run(tmp_path / "a", rows=[{"kl": None, "reward": None}]))
+    assert "svg" not in bare.tags
+    for title in (
+        *("Learning curves", "two properties", "updates the weights", "Preference pairs"),
+        *("Seconds by phase", "Completions", "by level", "norm of 0"),
+    ):
+        assert title not in bare.text
+    pairs = {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3}
+    pairs |= {"rewards/accuracies": 0.75, "logps/chosen": -9.0, "logps/rejected": -8.0}
+    full = page_of(tmp_path, write_run(tmp_path / "b", rows=[pairs, pairs]))
+    assert "Preference pairs" in full.text
+    for label in ("Rewards", "Margin", "Pairs ordered right", "Log-probability", "chosen"):
+        assert label in full.text
+    assert "Learning curves" not in full.text
+
+
+def test_norms_of_zero_are_counted_where_a_logarithm_cannot_show_them(tmp_path: Path):
+    rows = [{"grad_norm/policy": x, "grad_norm/exp_sft": 0.1} for x in (0.0, 0.01, 30.0, 0.0, None)]
+    run = write_run(tmp_path / "a", rows=rows)
+    groups = figures.grouped([figures.load_run(run)])
+    policy, sft = figures.curves(groups, figures.UPDATES[0])
+    assert (policy.steps, sft.steps) == ([2, 3], [1, 2, 3, 4, 5])
+    page = page_of(tmp_path, run)
+    assert "Steps with a norm of 0, not drawn: 1. expo-grpo: policy 2 of 4." in page.text
+    for label in ("Gradient norm", "0.01", "10"):  # plain numbers, no mathematics
+        assert label in page.text
+    assert "$" not in page.text
+
+
+def test_seconds_by_phase_are_means_of_a_step_with_shares(tmp_path: Path):
+    rows = [{"time/generate": 3.0, "time/forward_backward": 1.0}, {"time/generate": 5.0}]
+    page = page_of(tmp_path, write_run(tmp_path / "a", rows=rows))
+    assert ["configuration", "generate", "forward backward", "sum"] in page.rows
+    assert ["1. expo-grpo", "4 89%", "0.5 11%", "4.5"] in page.rows
+
+
+def test_curves_are_means_and_ranges_over_runs(tmp_path: Path):
+    def run(seed: int, *rewards: float | None, right: float = 0.5, steps: int = 2) -> figures.Run:
+        at = [evaluation(0, right), evaluation(steps, right + 0.1)]
+        path = write_run(
+            tmp_path / str(seed), rows=[{"reward": r} for r in rewards], evaluations=at, seed=seed
+        )
+        return figures.load_run(path)
+
+    held_out, training = figures.LEARNING
+    groups = figures.grouped([run(0, 0.0, None, 1.0), run(1, 0.5, None, 0.0, right=0.3, steps=3)])
+    (reward,) = figures.curves(groups, training)
+    assert (reward.metric, reward.steps, reward.middle) == ("reward", [1, 3], [0.25, 0.5])
+    assert (reward.low, reward.high) == ([0.0, 0.0], [0.5, 1.0])
+    (both,) = figures.curves(groups, held_out)
+    assert both.steps == [0, 2, 3]
+    assert both.low == pytest.approx([0.3, 0.6, 0.4])  # of one run of two: no interval
+    (alone,) = figures.curves(figures.grouped([run(0, 1.0)]), held_out)
+    assert alone.low == pytest.approx([0.45, 0.55])
+    assert alone.high == pytest.approx([0.57, 0.67])
+
+
+def test_text_of_models_and_configs_stays_text(tmp_path: Path):
+    hostile = write_run(tmp_path / "a", rows=PROPERTY_ROWS, steps=1)
+    config = Path(hostile) / "config.toml"
+    config.write_text(config.read_text().replace('"expo-grpo"', json.dumps(HOSTILE[:35])))
+    with open(config, "a") as file:
+        file.write(f'"<script>key" = {json.dumps("<img src=x onerror=alert(1)> $^{ ")}\n')
+    said = [
+        {"id": 1, "prompt": HOSTILE, "answer": HOSTILE, "kind": kind, "completion": HOSTILE}
+        for kind in ("own", "explanation", "</pre><script>", None)
+    ]
+    write_lines(Path(hostile) / "completions" / "step-1.jsonl", said)
+    other = write_run(tmp_path / "<script>b", rows=PROPERTY_ROWS, learning_rate=1e-3)
+    source = source_of(tmp_path, hostile, other)
+    page = Page(source)
+    assert page.tags <= TAGS
+    assert not any(name.startswith("on") or name in ("src", "href") for name in page.attributes)
+    assert "<script>alert('$x^{$')</script> & \\x1b[2J \\u202e \\ud800 &lt;b&gt;" in page.text
+    # in a figure's legend, where a $ could begin a formula and break the drawing
+    assert "1. &lt;script&gt;alert('$x^{$')&lt;/script&gt; &amp; \\x1b</text>" in source
+    for forbidden in ("\x1b", "\u202e", "\u2028", "<script"):
+        assert forbidden not in source
+
+
+def test_the_page_loads_nothing_and_is_the_same_twice(tmp_path: Path, monkeypatch):
+    run = write_run(tmp_path / "a", rows=PROPERTY_ROWS, evaluations=[evaluation(0, 0.2)])
+    first = source_of(tmp_path, run)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "path", "axes.grid": True}):
+        assert source_of(tmp_path, run) == first
+    assert "://" not in first
+    assert "@import" not in first
+    assert "default-src 'none'" in first
+    assert "currentColor" in first
+    assert "#010203" not in first
+    identifiers = [piece.split('"')[0] for piece in first.split(' id="')[1:]]
+    assert len(identifiers) == len(set(identifiers)) > 0
+
+
+def test_completions_of_the_first_and_last_step_are_shown(tmp_path: Path):
+    run = write_run(tmp_path / "a", rows=[{}] * 12)
+
+    def said(n: int, kind: str, completion: str, **more: Any) -> dict[str, Any]:
+        return {
+            "id": n,
+            "prompt": f"q{n}?",
+            "answer": n,
+            "kind": kind,
+            "completion": completion,
+        } | more
+
+    for step in (1, 2, 12):
+        rows = [
+            said(1, "own", "alone"),
+            said(2, "own", f"own at {step}", reward=0.5),
+            said(2, "own", "a second one"),
+            said(2, "explanation", "y" * 5000, reward=None),
+            said(3, "chosen", "better"),
+            said(3, "rejected", "worse"),
+        ]
+        write_lines(Path(run) / "completions" / f"step-{step}.jsonl", rows)
+    (Path(run) / "completions" / "step-x.jsonl").write_text("")
+    text = page_of(tmp_path, run).text
+    assert "question q2? answer 2 own attempt, reward 0.5 own at 1 accepted explanation yyy" in text
+    assert "yyy ... and 3800 characters more question q3?" in text
+    assert "chosen better rejected worse" in text
+    assert "own at 12" in text
+    assert "own at 2 " not in text
+    assert "a second one" not in text
+    assert "alone" not in text  # two questions are enough, and those with two kinds come first
+
+
+def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys):
+    good = write_run(tmp_path / "good")
+    unlogged = write_run(tmp_path / "unlogged", rows=[])
+    broken = write_run(tmp_path / "broken")
+    (Path(broken) / "config.toml").write_text("steps = ")
+    (tmp_path / "no_config").mkdir()
+    (tmp_path / "no_config" / "metrics.jsonl").write_text('{"step": 1}\n')
+    for given, said in (
+        ([], "need the folder of a run"),
+        ([str(tmp_path / "absent")], "absent' is no folder of a run: it has no config.toml"),
+        ([str(tmp_path / "no_config")], "no_config' is no folder of a run: it has no config.toml"),
+        ([unlogged], "unlogged' has no step logged"),
+        ([broken], "config.toml is not TOML"),
+        ([good, good + "/."], "one run is given twice"),
+        ([good, "--outptu", "x"], "--outptu"),
+        ([good, "--output", str(tmp_path / "none" / "r.html")], "r.html': there is no folder"),
+        ([good, "--output", str(tmp_path)], "is there and no file: name a file"),
+        ([good, "--output", str(tmp_path / ("x" * 300))], "File name too long"),
+    ):
+        assert command.run(report.main, given) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        assert said in lines[0]
+    assert command.run(report.main, [good, "--output", str(tmp_path / "r.html")]) == 0
+    assert capsys.readouterr().out == f"report: {tmp_path / 'r.html'}\n"
+
+
+def test_the_report_of_a_run_of_our_trainer(tmp_path: Path):
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    for name in ("train", "eval"):
+        rows = [
+            {"id": f"{name}-{n}", "question": f"{n} + {len(name)}?", "answer": str(n + len(name))}
+            | {"solution": f"It is {n + len(name)}.", "level": n % 2 + 1}
+            for n in range(4)
+        ]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    given = {
+        "model": tmp_path / "model",
+        "train-data": tmp_path / "train.jsonl",
+        "eval-data": tmp_path / "eval.jsonl",
+        "output-dir": tmp_path / "run",
+        "method": "expert-grpo",
+        "steps": 2,
+        "prompts-per-step": 2,
+        "num-generations": 2,
+        "max-completion-length": 6,
+        "shots": 0,
+        "eval-samples": 2,
+        "dtype": "float32",
+        "checkpoint-every": 0,
+    }
+    train.main([word for name, value in given.items() for word in (f"--{name}", str(value))])
+    page = page_of(tmp_path, str(tmp_path / "run"))
+    cells = page.cells("1. expert-grpo")
+    assert cells[:2] == ["0", "2"]
+    assert cells[2].startswith("0.000 \u2192 0.000")
+    for text in (
+        *("Held-out pass@1", "Accuracy by level", "level 2 2 questions", "Gradient norm"),
+        *("expert's solution", "own attempt, reward 0", "forward backward"),
+        *("In-distribution: not measured.", "Learning signal: not measured."),
+    ):
+        assert text in page.text
