@@ -35,6 +35,7 @@ MASK = "?"  # stands for the answer where the lift is to come from the reasoning
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
 
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_CLAIM = re.compile(r"\banswer(?: is|:)[^.\n=]*(?=\.(?!\d)|\n|$)", re.IGNORECASE)  # and no equation
 _LEAK = re.compile(
     r"\b(given|provided|stated|known|expected|desired|reference) (final )?answer\b"
     r"|\b(since|because|as) the (correct |right |final )?answer is\b"
@@ -92,11 +93,14 @@ def answer_first(text: str, answer: str, question: str) -> bool:
 
 
 def copied(text: str, answer: str) -> bool:
-    """Does it box a number that its reasoning never reached? Other answers have many spellings."""
+    """Does it box a number that its reasoning never reached? Other answers have many spellings.
+
+    "The answer is 7" is a claim, and reaches nothing.
+    """
     span = last_boxed_span(text)
     if span is None or _decimal(answer) is None:
         return False
-    reasoning = text[: span[0]].rstrip(" $")
+    reasoning = _CLAIM.sub(" ", text[: span[0]]).rstrip(" $")
     return not _stated(reasoning, answer) and not reasoning.endswith("=")
 
 

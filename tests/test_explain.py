@@ -168,6 +168,12 @@ def test_answer_first(text: str, first: bool):
         (r"7.00 is left. \boxed{7}", "7", False),
         ("3 - 10 = \N{MINUS SIGN}7, so \\boxed{-7}", "-7", False),
         (r"He pays 18 dollars. \boxed{$18.00}", "$18.00", False),
+        ("He has 9.\nThe answer is 7.\nThe answer is \\boxed{7}.", "7", True),
+        (r"The final answer is: $7$. So \boxed{7}", "7", True),
+        (r"The answer is 3 + 4 = 7. So \boxed{7}", "7", False),
+        (r"The answer is 7.50. So \boxed{7}", "7", True),
+        ("He has 7.\nThe answer is \\boxed{7}.", "7", False),
+        ("The answer is easy to find.\n3 + 4 makes 7. \\boxed{7}", "7", False),
     ],
 )
 def test_copied(text: str, answer: str, is_copied: bool):

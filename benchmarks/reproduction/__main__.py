@@ -10,12 +10,13 @@ was stopped goes on where it was; one that is done is not run again.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, SIZES, Arm, Size, flags_of
+from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, SIZES, Arm, Size, as_flags, flags_of
 from benchmarks.reproduction.choose import choose
 from benchmarks.reproduction.collect import collect
 
@@ -30,7 +31,7 @@ def main() -> None:
     flags.add_argument("--ablation-seeds", type=int, nargs="*", default=SEEDS[:1])
     flags.add_argument("--arms", nargs="*", help="names, or beginnings of names; default: all")
     flags.add_argument("--jobs", type=int, default=2, help="runs at once, sharing the cores")
-    flags.add_argument("--only", choices=("run", "collect"))
+    flags.add_argument("--only", choices=("plan", "run", "collect"), help="plan: print commands")
     given = flags.parse_args()
     size, folder = SIZES[given.size], given.folder / given.size
     wanted = [(arm, seed) for seed in given.seeds for arm in ARMS]
@@ -40,29 +41,44 @@ def main() -> None:
         for arm, seed in wanted
         if arm.mirrors is None and (not given.arms or arm.name.startswith(tuple(given.arms)))
     ]
+    commands = {
+        target(folder, arm, seed): train_flags(arm, size, seed, folder) for arm, seed in wanted
+    }
+    if given.only == "plan":
+        print("".join(f"{shlex.join(command)}\n" for command in commands.values()), end="")
+        return
     if given.only != "collect":
-        data = choose(size, folder, "train"), choose(size, folder, "eval")
+        choose(size, folder, "train")
+        choose(size, folder, "eval")
         with ThreadPoolExecutor(given.jobs) as pool:
-            jobs = [pool.submit(run, *job, size, folder, data, given.jobs) for job in wanted]
+            jobs = [pool.submit(run, *job, given.jobs) for job in commands.items()]
         for job in jobs:
             job.result()
     if given.only != "run":
         collect(size, folder, given.output / given.size)
 
 
-def run(arm: Arm, seed: int, size: Size, folder: Path, data: tuple[Path, Path], jobs: int) -> None:
-    """One training run, in a process of its own; its output goes to FOLDER/ARM-SEED.log."""
-    target = folder / f"{arm.slug}-{seed}"
-    command = [sys.executable, "-m", "expo_fast.train", *flags_of(arm, size, seed)]
-    command += ["--train-data", str(data[0]), "--eval-data", str(data[1]), "--eval-limit", "10000"]
-    command += ["--shots-data", size.shots_source, "--model", size.model]
-    command += ["--output-dir", str(target), "--keep-checkpoints", "1"]
+def target(folder: Path, arm: Arm, seed: int) -> Path:
+    return folder / f"{arm.slug}-{seed}"
+
+
+def train_flags(arm: Arm, size: Size, seed: int, folder: Path) -> list[str]:
+    paths = {"train-data": folder / "train.jsonl", "eval-data": folder / "eval.jsonl"}
+    paths |= {"output-dir": target(folder, arm, seed), "shots-data": size.shots_source}
+    rest = {"model": size.model, "eval-limit": 10000, "keep-checkpoints": 1}
+    return [*flags_of(arm, size, seed), *as_flags(paths | rest)]
+
+
+def run(output: Path, flags: list[str], jobs: int) -> None:
+    """One training run, in a process of its own; what it prints goes beside its folder."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    print(f"{target.name}: begins or goes on", flush=True)
-    with open(f"{target}.log", "a") as log:
+    command = [sys.executable, "-m", "expo_fast.train", *flags]
+    print(f"{output.name}: begins or goes on", flush=True)
+    with open(f"{output}.log", "a") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    print(f"{target.name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}")
+    said = "done" if done.returncode == 0 else f"failed, see {log.name}"
+    print(f"{output.name}: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is compared, and how much of it: an arm is `expo_fast.train` with flags of its own."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 SEEDS = (0, 1, 2)
@@ -64,11 +64,11 @@ class Size:
 SIZES = {
     "tiny": Size(  # some four minutes a run on one CPU core
         "smollm2-135m",
-        ("builtin:arithmetic-2:train",),
-        ("builtin:arithmetic-2:eval", "builtin:arithmetic-3:eval"),
-        shots_source="builtin:arithmetic-2:train",
-        train_candidates=192,
-        eval_candidates=40,
+        ("builtin:arithmetic-1:train",),
+        ("builtin:arithmetic-1:eval", "builtin:arithmetic-2:eval"),
+        shots_source="builtin:arithmetic-1:train",
+        train_candidates=256,
+        eval_candidates=64,
         tries=8,
         flags={
             "steps": 16,
@@ -101,7 +101,11 @@ SIZES = {
 
 
 def flags_of(arm: Arm, size: Size, seed: int) -> Iterator[str]:
-    for name, value in (size.flags | arm.flags | {"seed": seed}).items():
+    yield from as_flags(size.flags | arm.flags | {"seed": seed})
+
+
+def as_flags(values: Mapping[str, object]) -> Iterator[str]:
+    for name, value in values.items():
         yield f"--{name}"
         if value is not True:
             yield str(value)
