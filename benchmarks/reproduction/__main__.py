@@ -28,18 +28,18 @@ def main() -> None:
     results = Path(__file__).parent / "results"
     flags.add_argument("--output", type=Path, default=results, help="of what is collected")
     flags.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    flags.add_argument("--ablation-seeds", type=int, nargs="*", default=SEEDS[:1])
     flags.add_argument("--arms", nargs="*", help="names, or beginnings of names; default: all")
     flags.add_argument("--jobs", type=int, default=2, help="runs at once, sharing the cores")
     flags.add_argument("--only", choices=("plan", "run", "collect"), help="plan: print commands")
     given = flags.parse_args()
     size, folder = SIZES[given.size], given.folder / given.size
-    wanted = [(arm, seed) for seed in given.seeds for arm in ARMS]
-    wanted += [(arm, seed) for seed in given.ablation_seeds for arm in ABLATION]
+    begins = tuple(given.arms or [""])
     wanted = [
         (arm, seed)
-        for arm, seed in wanted
-        if arm.mirrors is None and (not given.arms or arm.name.startswith(tuple(given.arms)))
+        for arms in (ARMS, ABLATION)
+        for seed in given.seeds
+        for arm in arms
+        if seed in arm.seeds and arm.mirrors is None and arm.name.startswith(begins)
     ]
     commands = {
         target(folder, arm, seed): train_flags(arm, size, seed, folder) for arm, seed in wanted

@@ -10,14 +10,12 @@ COEFFICIENTS = (0.0, 0.01, 0.04, 0.1, 0.5)  # of the paper's Table 5; 0 is GRPO
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table: the same model, questions, steps and completions sampled as the rest.
-
-    `mirrors` has the same flags and so is not run again.
-    """
+    """One row of the table: the same model, questions, steps and completions sampled as the rest."""
 
     name: str
     flags: dict[str, object]
-    mirrors: str | None = None
+    seeds: tuple[int, ...] = SEEDS
+    mirrors: str | None = None  # an arm of the same flags, so that this one is not run
 
     @property
     def slug(self) -> str:
@@ -31,7 +29,7 @@ ARMS = [
     Arm("GRPO + SFT on expert solutions", {"method": "expert-grpo"}),
     Arm("ExP-GRPO", {"method": "expo-grpo"}),
     Arm("ExP-GRPO, shuffled", {"method": "expo-grpo", "shuffle-explanations": True}),
-    Arm("SFT on explanations (STaR)", {"method": "star"}),
+    Arm("SFT on explanations (STaR)", {"method": "star"}, SEEDS[:1]),
     Arm("ExP-DPO, offline", {"method": "expo-dpo", **PAIRS}),
     Arm("ExP-DPO, online", {"method": "expo-dpo", "pairs-every": 4, **PAIRS}),
     Arm("DPO on expert solutions", {"method": "expert-dpo", **PAIRS}),
@@ -39,7 +37,7 @@ ARMS = [
 ABLATION = [
     Arm("coefficient 0", {}, mirrors="GRPO"),
     *(
-        Arm(f"coefficient {c}", {"method": "expo-grpo", "exp-sft-coef": c})
+        Arm(f"coefficient {c}", {"method": "expo-grpo", "exp-sft-coef": c}, SEEDS[:1])
         for c in COEFFICIENTS
         if c not in (0.0, 0.04)
     ),
@@ -55,8 +53,8 @@ class Size:
     train_sources: tuple[str, ...]
     eval_sources: tuple[str, ...]
     shots_source: str
-    train_candidates: int  # questions of each source that the base model is tried on
-    eval_candidates: int
+    train_candidates: tuple[int, ...]  # questions of each source that the base model is tried on
+    eval_candidates: tuple[int, ...]
     tries: int  # samples of each; a question is taken where all of them fail
     flags: dict[str, object]
 
@@ -67,15 +65,15 @@ SIZES = {
         ("builtin:arithmetic-1:train",),
         ("builtin:arithmetic-1:eval", "builtin:arithmetic-2:eval"),
         shots_source="builtin:arithmetic-1:train",
-        train_candidates=256,
-        eval_candidates=64,
+        train_candidates=(256,),
+        eval_candidates=(128, 32),  # of level 2 nothing is trained: does it carry over?
         tries=8,
         flags={
-            "steps": 16,
+            "steps": 12,
             "prompts-per-step": 8,
             "generation-budget": 12,
             "max-completion-length": 64,
-            "eval-every": 8,
+            "eval-every": 4,
             "eval-samples": 4,
             "diagnose": 2,
         },
@@ -85,8 +83,8 @@ SIZES = {
         ("hub:openai/gsm8k/main:train",),
         ("hub:openai/gsm8k/main:test",),
         shots_source="hub:openai/gsm8k/main:train",
-        train_candidates=4000,
-        eval_candidates=600,
+        train_candidates=(4000,),
+        eval_candidates=(600,),
         tries=8,
         flags={
             "steps": 200,

@@ -23,8 +23,9 @@ def choose(size: Size, folder: Path, split: str) -> Path:
         return chosen
     folder.mkdir(parents=True, exist_ok=True)
     sources = size.train_sources if split == "train" else size.eval_sources
-    n = size.train_candidates if split == "train" else size.eval_candidates
-    rows = [row for source in sources for row in failed(size, source, n, folder)]
+    tried = size.train_candidates if split == "train" else size.eval_candidates
+    both = zip(sources, tried, strict=True)
+    rows = [row for source, n in both for row in failed(size, source, n, folder)]
     replace_file(chosen, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return chosen
 
