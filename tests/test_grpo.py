@@ -230,6 +230,36 @@ def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
     assert_same(got, expected, 1e-6)
 
 
+EXPLAINED = {"q0": [(50, 51, 52, 1), (60, 1)], "q2": [(70, 71, 1)]}  # two of three questions
+
+
+@pytest.mark.parametrize("method", ["grpo", "expo-grpo", "expert-grpo", "star"])
+def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
+    model, made = tiny_model(dtype=torch.float64), rollouts(REWARDS)
+    c = config(method=method, exp_sft_coef=0.3, exp_sft_schedule="linear", steps=10)
+    prompter: Any = Prompter(made)
+    positives = {} if method == "grpo" else EXPLAINED
+    policy = (
+        judge(model, made, c, None) if method != "star" else torch.zeros((), requires_grad=True)
+    )
+    sft = torch.zeros((), dtype=torch.float64)
+    for q, completions in positives.items():
+        for ids in completions:
+            logp = full_logp(model, prompter.prompts[q], list(ids)).mean()
+            sft = sft - 0.3 * 0.8 * logp / (P * len(completions))  # two of ten steps are done
+    expected = gradients(model, policy + sft)
+    model.zero_grad()
+    optimizer = SimpleNamespace(mark=lambda: None, norms_since_mark=lambda: (0.0, 0.0))
+    trainer: Any = SimpleNamespace(config=c, model=model, prompter=prompter, optimizer=optimizer)
+    trainer.policy_backward = partial(Learner.policy_backward, trainer)
+    trainer.with_reference = partial(Grpo.with_reference, trainer)
+    trainer.apply = lambda number, phases: {}
+    row = Grpo.update(trainer, made, Explanations(positives), 2, Phases())
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert_same(got, expected, 1e-6)
+    assert row["exp_sft_coef"] == pytest.approx(0.24)
+
+
 def test_fp32_gradient_does_not_depend_on_the_packing():
     model = tiny_model()
     made = rollouts(REWARDS)
@@ -364,6 +394,11 @@ def test_sampled_metrics():
     assert row["frac_reward_zero_std"] == pytest.approx(1 / 3)
     assert row["reward_std"] == pytest.approx((3**-0.5 + 0 + 3**-0.5) / 3)
     assert row["completions/clipped_ratio"] == row["completions/error_ratio"] == 0
+    assert row["own/leak_rate"] == 0
+    leaky = [
+        replace(r, texts=["The given answer is 5.", "3 + 4 = 7", "", ""]) for r in rollouts(REWARDS)
+    ]
+    assert measure(leaky)["own/leak_rate"] == 1 / 4
 
 
 def test_explained_metrics_are_null_where_nothing_was_explained():

@@ -10,7 +10,7 @@ COEFFICIENTS = (0.0, 0.01, 0.04, 0.1, 0.5)  # of the paper's Table 5; 0 is GRPO
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table: the same model, questions, steps and completions sampled as the rest."""
+    """A row of the table: the same model, questions, steps and completions sampled as the rest."""
 
     name: str
     flags: dict[str, object]

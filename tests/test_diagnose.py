@@ -1,0 +1,84 @@
+"""The two properties as they are logged are those of full forwards under the plain question."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from expo_fast.diagnose import Subject, diagnose
+from expo_fast.explain import score_tokens
+from expo_fast.generate import Completion
+from expo_fast.model import Decoder
+from expo_fast.pack import Sample
+from expo_fast.prompts import Prompter
+from expo_fast.tasks import Problem
+from tiny import tiny_model, tiny_tokenizer
+
+PROBLEM = Problem(id="a", prompt="3 + 4?", answer="7", solution="3 + 4 = 7.")
+OTHER = Problem(id="b", prompt="2 + 2?", answer="4")
+EXPLANATION = "3 + 4 = 7. The answer is \\boxed{7}."
+ATTEMPTS = ["It is 9, so \\boxed{9}.", "7 or 8"]
+
+
+def logp(model: Decoder, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+    whole = torch.tensor([*prompt, *ids])
+    borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+    hidden = model.hidden(whole, torch.arange(len(whole)), borders)
+    logits = (hidden @ model.head_weight.T)[len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1).detach()
+
+
+def ids(text: str) -> list[int]:
+    return tiny_tokenizer()(text).input_ids
+
+
+def attempt(text: str, drift: float = 0.0) -> Completion:
+    """With the log-probs of a sampler that is `drift` off."""
+    tokens = [*ids(text), 1]
+    prompter, model = Prompter(tiny_tokenizer()), tiny_model(dtype=torch.float64)
+    own = logp(model, prompter.solve(PROBLEM), tokens) if drift else torch.empty(0)
+    return Completion(tokens, (own + drift).float(), "stop")
+
+
+def measured(subjects: list[Subject]) -> dict[str, float | None]:
+    model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
+
+    def score(samples: Sequence[Sample]) -> list[torch.Tensor]:
+        return score_tokens(model, samples, 1.0, 10_000)
+
+    return diagnose(subjects, prompter, score)
+
+
+def behind(chain: str) -> float:
+    """log pi(7 | question, chain, box), summed over the answer's tokens."""
+    model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
+    prompt = [*prompter.solve(PROBLEM), *ids(chain), *ids(" \\boxed{")]
+    return float(logp(model, prompt, ids("7")).sum())
+
+
+def test_lift_compares_the_answer_behind_explanation_and_attempts():
+    subject = Subject(PROBLEM, [attempt(text) for text in ATTEMPTS], [*ids(EXPLANATION), 1])
+    row = measured([subject])
+    # what stands before the box; an answer that is stated is masked there
+    masked = ("3 + 4 = ?. The answer is ", "It is 9, so ", "? or 8")
+    stated = ("3 + 4 = 7. The answer is ", "It is 9, so ", "7 or 8")
+    for key, (explained, *own) in (("exp/lift", masked), ("exp/lift_stated", stated)):
+        expected = behind(explained) - math.log(sum(math.exp(behind(o)) for o in own) / 2)
+        assert row[key] == pytest.approx(expected, abs=1e-4)
+    assert row["exp/lift"] != pytest.approx(row["exp/lift_stated"], abs=1e-2)
+
+
+def test_the_experts_likelihood_is_a_mean_over_its_tokens():
+    model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
+    expected = -logp(model, prompter.solve(PROBLEM), prompter.expert(PROBLEM)).mean().item()
+    row = measured([Subject(PROBLEM, [], None), Subject(OTHER, [], None)])  # one has no solution
+    assert row["expert/nll"] == pytest.approx(expected, rel=1e-5)
+    assert row["exp/lift"] is row["logp_gap/max"] is None
+
+
+def test_the_gap_is_that_of_the_samplers_log_probs():
+    row = measured([Subject(PROBLEM, [attempt("1", 0.25), attempt("22", -0.5)], None)])
+    assert row["logp_gap/max"] == pytest.approx(0.5, abs=1e-5)
+    assert row["logp_gap/mean"] == pytest.approx((2 * 0.25 + 3 * 0.5) / 5, abs=1e-5)
+    assert measured([Subject(PROBLEM, [attempt("1")], None)])["logp_gap/max"] is None
