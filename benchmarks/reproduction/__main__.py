@@ -1,7 +1,6 @@
 """The paper's comparison on questions that the model always fails, with its controls.
 
-    python -m benchmarks.reproduction                 # minutes a run on two CPU cores
-    python -m benchmarks.reproduction --size full     # on a GPU
+    python -m benchmarks.reproduction                 # sized for this machine's CPU or GPU
     python -m benchmarks.reproduction --only collect  # tables and figures of what has run so far
 
 Every arm samples the same number of completions a question and step, with three seeds. A run that
@@ -14,16 +13,20 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, SIZES, Arm, Size, as_flags, flags_of
 from benchmarks.reproduction.choose import choose
-from benchmarks.reproduction.collect import collect
+from benchmarks.reproduction.collect import collect, done
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    flags.add_argument("--size", choices=SIZES, default="tiny")
+    here = "full" if torch.cuda.is_available() else "tiny"
+    flags.add_argument("--size", choices=SIZES, default=here, help="default: what this machine can")
     flags.add_argument("--folder", type=Path, default=Path("runs/reproduction"))
     results = Path(__file__).parent / "results"
     flags.add_argument("--output", type=Path, default=results, help="of what is collected")
@@ -31,8 +34,11 @@ def main() -> None:
     flags.add_argument("--arms", nargs="*", help="names, or beginnings of names; default: all")
     flags.add_argument("--jobs", type=int, default=2, help="runs at once, sharing the cores")
     flags.add_argument("--only", choices=("plan", "run", "collect"), help="plan: print commands")
+    flags.add_argument("--model", help="in place of the size's")
+    flags.add_argument("--train-data", help="in place of the size's, of which as many are tried")
+    flags.add_argument("--eval-data", help="the same for held-out questions")
     given = flags.parse_args()
-    size, folder = SIZES[given.size], given.folder / given.size
+    size, folder = given_size(given), given.folder / given.size
     begins = tuple(given.arms or [""])
     wanted = [
         (arm, seed)
@@ -58,6 +64,20 @@ def main() -> None:
         collect(size, folder, given.output / given.size)
 
 
+def given_size(given: argparse.Namespace) -> Size:
+    size = SIZES[given.size]
+    if given.model:
+        size = replace(size, model=given.model)
+    if given.train_data:
+        tried = size.train_candidates[:1]
+        size = replace(size, train_sources=(given.train_data,), train_candidates=tried)
+        size = replace(size, shots_source=given.train_data)
+    if given.eval_data:
+        tried = size.eval_candidates[:1]
+        size = replace(size, eval_sources=(given.eval_data,), eval_candidates=tried)
+    return size
+
+
 def target(folder: Path, arm: Arm, seed: int) -> Path:
     return folder / f"{arm.slug}-{seed}"
 
@@ -71,13 +91,16 @@ def train_flags(arm: Arm, size: Size, seed: int, folder: Path) -> list[str]:
 
 def run(output: Path, flags: list[str], jobs: int) -> None:
     """One training run, in a process of its own; what it prints goes beside its folder."""
+    if done(output):
+        print(f"{output.name}: is done", flush=True)
+        return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "expo_fast.train", *flags]
     print(f"{output.name}: begins or goes on", flush=True)
     with open(f"{output}.log", "a") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    said = "done" if done.returncode == 0 else f"failed, see {log.name}"
+        ended = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    said = "done" if ended.returncode == 0 else f"failed, see {log.name}"
     print(f"{output.name}: {said}", flush=True)
 
 

@@ -22,12 +22,12 @@ class Arm:
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
 
-PAIRS = {"learning-rate": 5e-6}  # a pair's gradient is a sum over tokens, with both signs
+PAIRS = {"learning-rate": 2e-5}  # a pair's gradient is a sum over tokens, with both signs
 
 ARMS = [
     Arm("GRPO", {"method": "grpo"}),
-    Arm("GRPO + SFT on expert solutions", {"method": "expert-grpo"}),
     Arm("ExP-GRPO", {"method": "expo-grpo"}),
+    Arm("GRPO + SFT on expert solutions", {"method": "expert-grpo"}),
     Arm("ExP-GRPO, shuffled", {"method": "expo-grpo", "shuffle-explanations": True}),
     Arm("SFT on explanations (STaR)", {"method": "star"}, SEEDS[:1]),
     Arm("ExP-DPO, offline", {"method": "expo-dpo", **PAIRS}),
@@ -55,7 +55,7 @@ class Size:
     shots_source: str
     train_candidates: tuple[int, ...]  # questions of each source that the base model is tried on
     eval_candidates: tuple[int, ...]
-    tries: int  # samples of each; a question is taken where all of them fail
+    tries: tuple[int, ...]  # samples of each, then of those that failed all; all must fail
     flags: dict[str, object]
 
 
@@ -65,15 +65,16 @@ SIZES = {
         ("builtin:arithmetic-1:train",),
         ("builtin:arithmetic-1:eval", "builtin:arithmetic-2:eval"),
         shots_source="builtin:arithmetic-1:train",
-        train_candidates=(256,),
-        eval_candidates=(128, 32),  # of level 2 nothing is trained: does it carry over?
-        tries=8,
+        train_candidates=(384,),
+        eval_candidates=(160, 24),  # of level 2 nothing is trained: does it carry over?
+        tries=(8, 24),
         flags={
             "steps": 12,
             "prompts-per-step": 8,
             "generation-budget": 12,
             "max-completion-length": 64,
-            "eval-every": 4,
+            "eval-every": 6,
+            "checkpoint-every": 0,
             "eval-samples": 4,
             "diagnose": 2,
         },
@@ -85,13 +86,14 @@ SIZES = {
         shots_source="hub:openai/gsm8k/main:train",
         train_candidates=(4000,),
         eval_candidates=(600,),
-        tries=8,
+        tries=(8, 56),
         flags={
             "steps": 200,
             "prompts-per-step": 32,
             "generation-budget": 16,
             "max-completion-length": 256,
             "eval-every": 20,
+            "checkpoint-every": 20,
             "eval-samples": 16,
         },
     ),

@@ -1,7 +1,7 @@
-"""The questions: those of which the base model fails all of `tries` samples.
+"""The questions: those of which the base model fails all samples, at the temperature of training.
 
-Selection on failure regresses to the mean: among them are questions that it solves one time in
-eight. So nothing is measured with the samples that selected; "before" is fresh ones.
+Selection on failure regresses to the mean: among what failed 8 times are questions that it solves
+one time in eight. So nothing is measured with the samples that selected; "before" is fresh ones.
 """
 
 import json
@@ -31,17 +31,23 @@ def choose(size: Size, folder: Path, split: str) -> Path:
 
 
 def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, object]]:
-    graded = folder / f"graded-{source.replace(':', '-').replace('/', '-')}.jsonl"
-    command = [sys.executable, "-m", "expo_fast.evaluate", "--model", size.model, "--data", source]
-    command += ["--limit", str(n), "--samples", str(size.tries), "--seed", str(SEED)]
-    command += ["--shots-data", size.shots_source, "--output", str(graded)]
-    command += ["--max-completion-length", str(size.flags["max-completion-length"])]
-    subprocess.run(command, check=True)
-    verdicts: dict[str, list[float | None]] = {}
-    for row in map(json.loads, graded.read_text().splitlines()):
-        verdicts.setdefault(row["id"], []).append(row["verdict"])
-    lost = {key for key, each in verdicts.items() if 1.0 not in each}
-    return [as_row(p) for p in load_problems(source, limit=n) if p.id in lost]
+    """Of n questions of the source those that fail in every round of tries."""
+    rows = [as_row(p) for p in load_problems(source, limit=n)]
+    asked, graded = folder / "asked.jsonl", folder / "graded.jsonl"
+    for number, tries in enumerate(size.tries):
+        replace_file(asked, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        command = [sys.executable, "-m", "expo_fast.evaluate", "--model", size.model]
+        command += ["--data", str(asked), "--samples", str(tries), "--seed", str(SEED + number)]
+        command += ["--temperature", "1", "--shots-data", size.shots_source]
+        command += ["--max-completion-length", str(size.flags["max-completion-length"])]
+        subprocess.run([*command, "--output", str(graded)], check=True)
+        verdicts: dict[str, list[float | None]] = {}
+        for row in map(json.loads, graded.read_text().splitlines()):
+            verdicts.setdefault(row["id"], []).append(row["verdict"])
+        lost = {key for key, each in verdicts.items() if 1.0 not in each}
+        rows = [row for row in rows if row["id"] in lost]
+        print(f"{source}: {len(rows)} of {n} fail {tries} more samples", flush=True)
+    return rows
 
 
 def as_row(p: Problem) -> dict[str, object]:

@@ -35,16 +35,18 @@ def collect(size: Size, folder: Path, output: Path) -> None:
 
 
 def finished(arm: Arm, folder: Path) -> list[Run]:
-    """The arm's runs by seed, those that reached their last step and its evaluation."""
-    found = []
+    """The arm's runs, by seed."""
     slug = next(a.slug for a in (*ARMS, *ABLATION) if a.name == (arm.mirrors or arm.name))
-    for path in sorted(folder.glob(f"{slug}-[0-9]*")):
-        if not (path / "evaluations.jsonl").exists() or not path.name[len(slug) + 1 :].isdecimal():
-            continue
-        run = load_run(str(path))
-        if run.evaluations and run.evaluations[-1]["step"] == run.config["steps"]:
-            found.append(run)
-    return found
+    return [run for seed in arm.seeds if (run := done(folder / f"{slug}-{seed}"))]
+
+
+def done(path: Path) -> Run | None:
+    """A run that has reached its last step and evaluated it."""
+    if not (path / "evaluations.jsonl").exists() or not (path / "metrics.jsonl").exists():
+        return None
+    run = load_run(str(path))
+    last = run.evaluations[-1]["step"] if run.evaluations else 0
+    return run if last == run.config["steps"] else None
 
 
 def record(name: str, run: Run) -> dict[str, Any]:
