@@ -18,6 +18,25 @@ ADJUSTABLE += ("keep_checkpoints", "diagnose")
 Method = Literal["expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo", "dpo", "sft"]
 GROUPS = ("expo-grpo", "grpo", "expert-grpo", "star")  # the methods of grpo.py
 PAIRS = ("expo-dpo", "expert-dpo", "dpo")  # of dpo.py
+EXPLAINING = ("expo-grpo", "star", "expo-dpo")
+POLICY = ("expo-grpo", "grpo", "expert-grpo")  # those with a policy-gradient term
+SUPERVISED = ("expo-grpo", "expert-grpo", "star")  # those with an SFT term beside it, or alone
+# options that only some methods read: set for another, they would be ignored without a word
+READERS: dict[str, tuple[str, ...]] = {
+    "dynamic_sampling": ("grpo",),  # it replaces the very questions that the others learn from
+    **dict.fromkeys(("kl_coef", "entropy_coef", "objective", "loss", "advantage_scale"), POLICY),
+    **dict.fromkeys(("clip_low", "clip_high", "overlong_buffer"), POLICY),
+    "updates_per_batch": GROUPS,
+    **dict.fromkeys(("exp_sft_coef", "exp_sft_schedule", "exp_sft_max_accuracy"), SUPERVISED),
+    "exp_sft_reduction": (*SUPERVISED, "sft"),
+    **dict.fromkeys(("explanations_per_question", "keep_explanations"), EXPLAINING),
+    **dict.fromkeys(("choose_explanations", "shuffle_explanations"), EXPLAINING),
+    "explain_temperature": EXPLAINING,
+    "explain_every": ("expo-grpo", "star"),  # expo-dpo has pairs_every
+    **dict.fromkeys(("pairs_every", "refresh_reference"), ("expo-dpo", "expert-dpo")),
+    "pairs_per_question": ("expo-dpo", "expert-dpo"),
+    **dict.fromkeys(("preference", "dpo_beta", "label_smoothing"), PAIRS),
+}
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -81,12 +100,14 @@ class Train(Prompting):
     """auto: from the newest valid checkpoint in output_dir, if any; never; or a path."""
 
     temperature: float = 1.0
-    """Of the G samples, and so of the policy whose log-probs the loss takes."""
+    """Of the G samples, and so of the policy whose log-probs any method's loss takes."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     reward: str | None = None
     """Dotted path of f(prompts, completions, completion_ids, **columns); None: the boxed answer."""
+    right_above: float = 0.0
+    """A sample whose reward is higher is right: for accuracies, and never on the rejected side."""
 
     generation_budget: int = 0
     """Completions sampled for a question in a step, explanations among them, whatever the method;
@@ -184,9 +205,9 @@ class Train(Prompting):
         positive = ("steps", "prompts_per_step", "updates_per_batch", "pack_tokens", "eval_limit")
         positive += ("eval_samples", "keep_checkpoints", "explanations_per_question", "top_p")
         positive += ("learning_rate", "temperature", "eps", "max_grad_norm", "clip_low")
+        positive += ("pairs_per_question", "dpo_beta", "lora_alpha")
         for name in (*positive, "clip_high"):
             _require(self, name, getattr(self, name) > 0, "more than 0")
-        positive += ("pairs_per_question", "dpo_beta", "lora_alpha")
         natural = ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "diagnose")
         natural += ("generation_budget", "dynamic_sampling", "overlong_buffer", "pairs_every")
         natural += ("label_smoothing", "exp_sft_max_accuracy", "lora_rank")
@@ -201,25 +222,36 @@ class Train(Prompting):
         self._check_method()
 
     def _check_method(self) -> None:
-        if self.method in GROUPS:
-            _require(self, "num_generations", self.num_generations >= 2, "a group of at least 2")
-        _require(self, "num_generations", self.num_generations >= 1, "at least 1")
+        least = 2 if self.method in GROUPS else 1  # a group of one has no baseline
+        _require(self, "num_generations", self.num_generations >= least, f"at least {least}")
         _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
         short = self.overlong_buffer < self.max_completion_length
         _require(self, "overlong_buffer", short, "less than max_completion_length")
         if self.generation_budget:
-            least = self.n_explanations + (2 if self.method in GROUPS else 1)
+            least += self.n_explanations
             need = f"at least {least}, {self.n_explanations} of them explanations"
             _require(self, "generation_budget", self.generation_budget >= least, need)
+            spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
+            need = "0 with explain_every or exp_sft_max_accuracy, which leave some of it unspent"
+            _require(self, "generation_budget", spent, need)
         U, P = self.updates_per_batch, self.prompts_per_step
-        need = f"a divisor of prompts_per_step={P}" if self.method in GROUPS else "1 but for GRPO"
-        fits = P % U == 0 if self.method in GROUPS else U == 1
-        _require(self, "updates_per_batch", fits, need)
-        if self.dynamic_sampling and self.method != "grpo":
-            raise ValueError(
-                f"dynamic_sampling={self.dynamic_sampling} replaces the very questions that "
-                f"method={self.method} learns from: use it with grpo"
-            )
+        _require(self, "updates_per_batch", P % U == 0, f"a divisor of prompts_per_step={P}")
+        for field in dataclasses.fields(self):
+            readers = READERS.get(field.name, (self.method,))
+            if self.method not in readers and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)!r} means nothing to "
+                    f"method={self.method}: it is for {', '.join(readers)}"
+                )
+        if self.method == "star":
+            _require(self, "exp_sft_coef", self.exp_sft_coef > 0, "more than 0: star has no more")
+        if self.refresh_reference:
+            _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
+        if self.label_smoothing:
+            _require(self, "preference", self.preference == "dpo", "dpo with label_smoothing")
+        if self.dynamic_sampling:
+            need = "group or none with dynamic_sampling, which has no whole batch"
+            _require(self, "advantage_scale", self.advantage_scale != "batch", need)
         if self.lora_rank and self.batch_invariant:
             raise ValueError(
                 f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one"

@@ -37,9 +37,11 @@ from expo_fast.ops import (
 )
 from expo_fast.pack import Sample, pack
 from expo_fast.pairs import Pair, PairStore, pair_up
+from expo_fast.reward import grader_hash
 from expo_fast.rollout import Rollout, explained_metrics, said, sampled_metrics
-from expo_fast.tasks import Problem, fingerprint, last_question
+from expo_fast.tasks import Problem, fingerprint
 
+REFERENCE_FREE = ("simpo", "cpo", "orpo")
 Objective = Dpo | Ipo | Hinge | SimPo | Cpo | Orpo | DpoPositive
 
 
@@ -47,30 +49,43 @@ class Preference(Learner):
     """expo-dpo, expert-dpo and dpo."""
 
     store: PairStore
+    by_id: dict[str, Problem]
+
+    def check(self, run_dir: Path, start: int) -> None:
+        c, store = self.config, PairStore(run_dir / "pairs", self.provenance())
+        amid = start % c.pairs_every if c.pairs_every else start
+        if amid and not store.has(start if c.pairs_every else 0):
+            raise ValueError(
+                f"{store.folder} does not hold the pairs of step {start + 1}, which were sampled "
+                "before it with other weights: resume the run in its own --output-dir"
+            )
+        store.check()
 
     def begin(self, run_dir: Path, start: int) -> None:
-        c = self.config
-        self.store = PairStore(
-            run_dir / "pairs",
-            {
-                "method": c.method,
-                "model": c.model,
-                "data": fingerprint(self.problems),
-                "template": self.prompter.template_hash,
-                "seed": c.seed,
-                "pairs_every": c.pairs_every,
-            },
-        )
+        self.by_id = {p.id: p for p in self.problems}
+        self.store = PairStore(run_dir / "pairs", self.provenance())
         self.store.begin(start)
-        if start and not c.pairs_every and not self.store.count():
-            raise ValueError(
-                f"{run_dir / 'pairs'} holds no pairs: step {start} of an offline run needs those "
-                "sampled before its first; resume it in its own --output-dir"
-            )
+
+    def provenance(self) -> dict[str, Any]:
+        """What the pairs were made from: JSON values."""
+        c = self.config
+        sampled = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "group_size")
+        sampled += (
+            "n_explanations",
+            "keep_explanations",
+            "choose_explanations",
+            "explain_temperature",
+        )
+        sampled += ("shuffle_explanations", "pairs_every", "pairs_per_question", "seed", "method")
+        made = {name: getattr(c, name) for name in (*sampled, "model", "dtype", "lora_rank")}
+        made |= {"weights": self.origin, "data": fingerprint(self.problems)}
+        return made | {"template": self.prompter.template_hash, "grader": grader_hash()}
 
     def learn(self, step: int, phases: Phases) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The step's pairs, made now where it begins a round; one update on them."""
         head, pairs = self.store.read(self.make_round(step, phases))
+        if self.config.method == "dpo":
+            self.read += sum(len(p.prompt_ids + p.chosen_ids + p.rejected_ids) for p in pairs)
         measured = self.diagnose(self.subjects(pairs), phases)
         with phases.phase("forward_backward"):
             row = self.backward(pairs)
@@ -81,21 +96,21 @@ class Preference(Learner):
 
         That is another one in an offline run prolonged beyond its round, which begins it again.
         """
-        every, last = self.config.pairs_every, self.config.steps
+        every = self.config.pairs_every
         if not every and step:
             return step % self.store.count()
         first = step - step % every if every else 0
-        for each in range(step, min(last, first + every) if every else last):
+        for each in range(step, first + (every or self.config.steps)):
             if not self.store.has(each):
                 self.make_pairs(each, policy_step=step, phases=phases)
             elif step == first:  # made before this process was stopped and started again
-                self.sampler.n_tokens += self.store.read(each)[0]["tokens"]
+                self.sampler.n_tokens += self.store.read(each)[0]["pairs/tokens"]
         return step
 
     def make_pairs(self, step: int, *, policy_step: int, phases: Phases) -> None:
         """Sample or read the pairs of one step, score them by the reference and keep them."""
         questions, before = self.batch(step), self.sampler.n_tokens
-        head: dict[str, Any] = {"policy_step": policy_step}
+        head: dict[str, Any] = {"pairs/policy_step": policy_step}
         if self.config.method == "dpo":
             pairs = [self.given(p) for p in questions]
         else:
@@ -103,18 +118,23 @@ class Preference(Learner):
             with phases.phase("explain"):
                 found = self.positives([r.problem for r in rollouts if r.failed], step)
             pairs = self.paired(rollouts, found)
-            head |= sampled_metrics(rollouts) | explained_metrics(found)
-        head["tokens"] = self.sampler.n_tokens - before
+            if self.config.explains:
+                head |= explained_metrics(found)
+            if policy_step == step:  # of older weights these would say nothing of the step's
+                head |= sampled_metrics(rollouts)
+        head["pairs/tokens"] = self.sampler.n_tokens - before
         with phases.phase("reference"):
             pairs = self.with_reference(pairs, policy_step)
-        texts = {p.id: {"prompt": last_question(p), "answer": p.answer} for p in questions}
-        shown = [
-            texts[p.problem_id]
-            | {"chosen": self.prompter.text(p.chosen_ids)}
-            | {"rejected": self.prompter.text(p.rejected_ids)}
-            for p in pairs
-        ]
-        self.store.write(step, head, pairs, shown)
+        self.store.write(step, head, pairs, [self.shown(pair) for pair in pairs])
+
+    def shown(self, pair: Pair) -> dict[str, Any]:
+        """What a reader of the pair wants to see."""
+        problem, text = self.by_id[pair.problem_id], self.prompter.text
+        both = {
+            "chosen": text(pair.chosen_ids).strip(),
+            "rejected": text(pair.rejected_ids).strip(),
+        }
+        return {"prompt": problem.prompt, "answer": problem.answer} | both
 
     def given(self, problem: Problem) -> Pair:
         """The data's own pair."""
@@ -131,14 +151,14 @@ class Preference(Learner):
         pairs = []
         for r in rollouts:
             chosen = found.accepted.get(r.problem.id, [])
-            rejected = [tuple(done.token_ids) for done in r.failed]
+            rejected = [self.prompter.ended(done) for done in r.failed]
             n = self.config.pairs_per_question
             pairs += pair_up(r.problem, self.prompter, chosen, rejected, n)
         return pairs
 
     def with_reference(self, pairs: list[Pair], policy_step: int) -> list[Pair]:
         """The pairs with the reference's log-probs; the initial policy is its own reference."""
-        if self.config.preference in ("simpo", "cpo", "orpo"):  # they have none
+        if self.config.preference in REFERENCE_FREE:
             return pairs
         own = policy_step == 0 or self.config.refresh_reference
         score = self.score if own else self.reference_score
@@ -171,7 +191,10 @@ class Preference(Learner):
             found.append(PreferenceLoss(*(x.detach().cpu() for x in result)))
             refs.append(ref.cpu())
             lengths.append(torch.bincount(p.sequence_ids, minlength=len(ref)).cpu())
-        return pair_metrics(found, refs, c.dpo_beta) | self.nll(found, lengths)
+        scale = [
+            c.dpo_beta / n if c.preference in ("simpo", "orpo") else c.dpo_beta for n in lengths
+        ]
+        return pair_metrics(found, refs, scale) | self.nll(found, lengths)
 
     def nll(self, found: Sequence[PreferenceLoss], lengths: Sequence[torch.Tensor]) -> Metrics:
         """Of either side, mean over its sequences of the mean over tokens, nats; names as ever."""
@@ -185,14 +208,13 @@ class Preference(Learner):
 
     def subjects(self, pairs: Sequence[Pair]) -> list[Subject]:
         """What is compared: the chosen explanation, if it is one, and the rejected attempts."""
-        problems = {p.id: p for p in self.problems}
         by_problem: dict[str, list[Pair]] = {}
         for pair in pairs if self.config.method != "dpo" else ():
             by_problem.setdefault(pair.problem_id, []).append(pair)
         none = torch.empty(0)
         return [
             Subject(
-                problems[key],
+                self.by_id[key],
                 [Completion(list(p.rejected_ids), none, "stop") for p in group],
                 group[0].chosen_ids if self.config.explains else None,
             )
@@ -201,9 +223,8 @@ class Preference(Learner):
 
     def rows(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         """What was compared, for completions/step-N.jsonl."""
-        problems = {p.id: p for p in self.problems}
         return [
-            said(problems[pair.problem_id], kind, self.prompter.text(ids))
+            said(self.by_id[pair.problem_id], kind, self.prompter.text(ids))
             for pair in pairs
             for kind, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids))
         ]
@@ -232,14 +253,14 @@ def pair_samples(pairs: Sequence[Pair]) -> list[Sample]:
 
 
 def pair_metrics(
-    found: Sequence[PreferenceLoss], refs: Sequence[torch.Tensor], beta: float
+    found: Sequence[PreferenceLoss],
+    refs: Sequence[torch.Tensor],  # (2P,) each: the reference's log-probs
+    scales: Sequence[torch.Tensor | float],  # what turns log-ratios into rewards; a tensor: (2P,)
 ) -> Metrics:
-    """Means over the pairs, named as TRL's: rewards are beta times log-ratios."""
-    chosen, rejected, ref = (
-        torch.cat([torch.empty(0), *parts])
-        for parts in ([r.chosen_logp for r in found], [r.rejected_logp for r in found], refs)
-    )
-    reward = beta * (torch.stack([chosen, rejected], 1) - ref.view(-1, 2))
+    """Means over the pairs, named as TRL's: rewards are beta times log-ratios or averages."""
+    logp = [torch.stack([r.chosen_logp, r.rejected_logp], 1).view(-1) for r in found]
+    rewards = [s * (x - ref) for x, ref, s in zip(logp, refs, scales, strict=True)]
+    reward, both = (torch.cat([torch.empty(0), *x]).view(-1, 2) for x in (rewards, logp))
     margins = reward[:, 0] - reward[:, 1]
     return {
         "loss": float(sum(r.loss for r in found)) if found else None,
@@ -248,6 +269,6 @@ def pair_metrics(
         "rewards/rejected": mean(reward[:, 1].tolist()),
         "rewards/margins": mean(margins.tolist()),
         "rewards/accuracies": mean((margins > 0).tolist()),
-        "logps/chosen": mean(chosen.tolist()),
-        "logps/rejected": mean(rejected.tolist()),
+        "logps/chosen": mean(both[:, 0].tolist()),
+        "logps/rejected": mean(both[:, 1].tolist()),
     }

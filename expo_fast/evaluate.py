@@ -162,11 +162,19 @@ def evaluate(
     return Evaluation(graded, samples, k, prompter.template_hash, grader, seconds)
 
 
+def check_answers(source: str, problems: Sequence[Problem]) -> None:
+    """ValueError where an attempt at a problem can't be judged."""
+    for p in problems:
+        if not p.answer:
+            raise ValueError(f"{source}: problem {p.id} has no 'answer' to judge attempts by")
+
+
 def main(argv: Sequence[str]) -> None:
     config = parse(Evaluate, argv)
     c = config
     output = None if c.output is None else output_file(c.output)
     problems = load_problems(c.data, levels=c.levels, limit=c.limit)
+    check_answers(c.data, problems)
     source = c.shots_data or re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", c.data)
     shots, _ = worked_examples(load_problems(source, levels=c.levels), c.shots)
     shown = overlap(shots, problems)

@@ -2,9 +2,10 @@
 
 c~ ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids are re-attached
 behind q's own prompt, and never re-tokenised. It is accepted only if it ends by itself, boxes the
-right answer at its end, does not speak of a given answer, does not start from it, and reaches it
-before it boxes it. What a question brings beyond the wanted number is cut by likelihood under the
-plain question: the copied and the wrongly reasoned are what the policy would hardly write itself.
+right answer last, does not speak of a given answer, does not start from it, reaches it before it
+boxes it, and calculates right on the way. What a question brings beyond the wanted number is cut by
+likelihood under the plain question: the copied and the wrongly reasoned are what the policy would
+hardly write itself.
 """
 
 import random
@@ -35,6 +36,15 @@ MASK = "?"  # stands for the answer where the lift is to come from the reasoning
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
 
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\\?\$")  # 1,200 and $12
+_EQUATION = re.compile(
+    r"""
+    (?<![\w.)]) (?<![-+*/=]) (?<![-+*/=x]\s)  # not amid a longer expression
+    (\d+(?:\.\d+)?) \s? ([-+*/x\u00d7\u00f7]) \s? (\d+(?:\.\d+)?) \s? = \s? (\d+(?:\.\d+)?)
+    (?! [\d%] | \.\d | \s?[-+*/x\u00d7\u00f7]\s?\d )
+    """,
+    re.VERBOSE,
+)
 _CLAIM = re.compile(r"\banswer(?: is|:)[^.\n=]*(?=\.(?!\d)|\n|$)", re.IGNORECASE)  # and no equation
 _LEAK = re.compile(
     r"\b(given|provided|stated|known|expected|desired|reference) (final )?answer\b"
@@ -42,6 +52,9 @@ _LEAK = re.compile(
     r"|\banswer (is|was|has been) (already )?(given|provided|stated|known)\b"
     r"|\b(given|told|know|knowing) that the (correct |final )?answer\b"
     r"|\bas (given|stated|provided)\b(?! (in|by) the (problem|question|text))"
+    r"|\(the answer is\b"  # the very words in which it was told
+    r"|\banswer (that (was|is) )?given\b"
+    r"|\banswer to (this|the) (problem|question) (is|was) given\b"
     r"|\bworking? backwards?\b"
     r"|\b(reach|get to|arrive at|match|obtain) the (given|stated|provided|known|correct answer)\b",
     re.IGNORECASE,
@@ -57,7 +70,7 @@ class Explanations:
     n_sampled: int = 0
     n_tokens: int = 0  # of prompts and completions sampled
     n_right: int = 0  # ended by themselves with the right box
-    n_leaked: int = 0  # of the right ones, those that `leaks`, `answer_first` or `copied` reject
+    n_leaked: int = 0  # of the right ones, those that `is_unfit` rejects
 
     @property
     def rate(self) -> float | None:
@@ -73,7 +86,7 @@ class Explanations:
 def is_unfit(text: str, problem: Problem) -> bool:
     """Right, and yet no explanation to learn from."""
     early = answer_first(text, problem.answer, last_question(problem))
-    return leaks(text) or early or copied(text, problem.answer)
+    return leaks(text) or early or copied(text, problem.answer) or miscalculates(text)
 
 
 def leaks(text: str) -> bool:
@@ -102,6 +115,25 @@ def copied(text: str, answer: str) -> bool:
         return False
     reasoning = _CLAIM.sub(" ", text[: span[0]]).rstrip(" $")
     return not _stated(reasoning, answer) and not reasoning.endswith("=")
+
+
+def miscalculates(text: str) -> bool:
+    """Does it hold a false equation of two plain numbers, such as 6 * 4 = 26?
+
+    Decimals may be rounded, 2 / 3 = 0.67. Longer expressions and negative results are not judged.
+    """
+    return any(not _holds(*parts) for parts in _EQUATION.findall(_GROUPING.sub("", text)))
+
+
+def _holds(x: str, sign: str, y: str, stated: str) -> bool:
+    left, right = Fraction(x), Fraction(y)
+    if sign in "/\u00f7" and not right:
+        return False
+    results = {"+": left + right, "-": left - right, "/": left / right if right else left}
+    result = results.get({"\u00f7": "/"}.get(sign, sign), left * right)
+    places = len(stated.partition(".")[2])
+    tolerance = Fraction(1, 2 * 10**places) if places else 0
+    return abs(result - Fraction(stated)) <= tolerance
 
 
 def masked(text: str, answer: str) -> str:
@@ -154,7 +186,7 @@ def explain(
             if is_unfit(text, p):
                 found.n_leaked += 1
             else:
-                found.accepted.setdefault(p.id, []).append(tuple(completion.token_ids))
+                found.accepted.setdefault(p.id, []).append(prompter.ended(completion))
     return found
 
 

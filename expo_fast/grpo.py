@@ -46,7 +46,9 @@ class Grpo(Learner):
         updates = [
             self.update(part, found, step * U + i, phases) for i, part in enumerate(parts(kept, U))
         ]
-        row = sampled_metrics(sampled) | explained_metrics(found) | measured | mean_of(updates)
+        row = sampled_metrics(sampled) | measured | mean_of(updates)
+        if self.config.explains:
+            row |= explained_metrics(found)
         kind = "expert" if self.config.method == "expert-grpo" else "explanation"
         return row, completion_rows(kept, found, self.prompter, kind)
 
@@ -59,13 +61,13 @@ class Grpo(Learner):
         c = self.config
         sampled = self.sampler.rollouts(self.batch(step), step, phases)
         for again in range(c.dynamic_sampling):
-            if sum(any(r.advantages) for r in sampled) >= c.prompts_per_step:
+            if sum(r.mixed for r in sampled) >= c.prompts_per_step:
                 break
             asked = {r.problem.id for r in sampled}
             seed = request_seed(c.seed, "refill", again)
             more = batch(self.problems, step, c.prompts_per_step, seed)
             sampled += self.sampler.rollouts([q for q in more if q.id not in asked], step, phases)
-        mixed = [r for r in sampled if any(r.advantages)] if c.dynamic_sampling else sampled
+        mixed = [r for r in sampled if r.mixed] if c.dynamic_sampling else sampled
         return sampled, (mixed or sampled)[: c.prompts_per_step]
 
     def positives(self, rollouts: Sequence[Rollout], step: int) -> Explanations:
@@ -111,7 +113,7 @@ class Grpo(Learner):
             "clip_ratio/high": policy["clip_high"],
             "grad_norm/policy": policy_norm,
             "grad_norm/exp_sft": sft_norm,
-            "exp_sft_coef": coef,
+            "exp_sft_coef": coef if c.method != "grpo" else None,
             "exp/nll": sft["nll"] if positives and c.explains else None,
         } | self.apply(number, phases)
 

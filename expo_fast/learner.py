@@ -5,6 +5,7 @@ with `apply`, and returns a row of metrics and what was said. The reference is t
 frozen copy or, with LoRA, the same weights with the adapter switched off.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,11 +48,13 @@ class Learner:
     sampler: Sampler = field(init=False)
     optimizer: Optimizer = field(init=False)
     twin: Twin | None = field(init=False)  # plain weights to sample from, where adapters are on
+    origin: str = field(init=False)  # of the weights that the run began with: see `checksum`
     broken: int = 0  # steps in a row up to now without finite logits or an update
     read: int = 0  # tokens of data that no sampler drew
 
     def __post_init__(self):
         c = self.config
+        self.origin = checksum(self.model)
         self.twin = sampling_twin(self.model) if is_attached(self.model) else None
         sampled = self.model if self.twin is None else self.twin.model
         tokenizer, exact = self.prompter.tokenizer, c.batch_invariant
@@ -69,8 +72,11 @@ class Learner:
             self.model.named_parameters(), betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )
 
+    def check(self, run_dir: Path, start: int) -> None:
+        """ValueError where the run can't go on from step `start` (from 0) in that folder."""
+
     def begin(self, run_dir: Path, start: int) -> None:
-        """Called once, before step `start` (from 0), with the folder that the run may write to."""
+        """Called once, before step `start`, with the folder that the run may write to."""
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One update or several: the row of metrics, and what was said as rows of text."""
@@ -171,6 +177,16 @@ class Learner:
         self.sampler.load_state(values)
         if self.twin is not None:
             self.twin.refresh()
+
+
+def checksum(model: Decoder) -> str:
+    """Of the parameters' bits, in integers: the same for any number of threads."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        bits = p.detach().view(torch.int16 if p.dtype.itemsize == 2 else torch.int32)
+        total = sum(int(piece.sum()) for piece in bits.flatten().split(1 << 24))
+        digest.update(f"{name} {tuple(p.shape)} {total}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def policy_objective(config: Train) -> Clipped | SequenceClipped | Cispo | SoftAdaptive:

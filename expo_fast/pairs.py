@@ -1,7 +1,7 @@
 """Preference pairs: which answers are compared, and their record on disk.
 
     RUN/pairs/provenance.json   what they were made from; another run's pairs are refused
-    RUN/pairs/step-N.jsonl      the pairs of step N, which are training data of --method dpo too
+    RUN/pairs/step-N.jsonl      the pairs of step N; training data of --method dpo too, as text
     RUN/pairs/step-N.json       who sampled them, with which success; there once they are whole
 
 A step's pairs are made once, with the reference's log-probs, and read from there ever after.
@@ -50,24 +50,28 @@ class PairStore:
     folder: Path
     provenance: Mapping[str, Any]  # JSON values
 
-    def begin(self, start: int) -> None:
-        """Make the folder's record that of a run resumed at step `start`.
-
-        Pairs sampled by later weights go: the resumed run samples them again. ValueError where the
-        folder holds the pairs of another run.
-        """
-        self.folder.mkdir(exist_ok=True)
+    def check(self) -> None:
+        """ValueError where the folder holds the pairs of another run."""
         record = self.folder / "provenance.json"
-        made = json.loads(record.read_text()) if record.exists() else self.provenance
+        made = _read_json(record) if record.exists() else self.provenance
         for name, value in self.provenance.items():
             if made.get(name) != value:
                 raise ValueError(
                     f"{record} says {name}={made.get(name)!r}, this run has {value!r}: "
                     "choose another --output-dir"
                 )
-        replace_file(record, json.dumps(self.provenance, indent=1).encode() + b"\n")
+
+    def begin(self, start: int) -> None:
+        """Make the folder's record that of a run resumed at step `start`.
+
+        Pairs sampled by later weights go: the resumed run samples them again.
+        """
+        self.check()
+        self.folder.mkdir(exist_ok=True)
+        made = json.dumps(self.provenance, indent=1).encode() + b"\n"
+        replace_file(self.folder / "provenance.json", made)
         for head in self.folder.glob("step-*.json"):
-            if json.loads(head.read_text())["policy_step"] > start:
+            if _read_json(head)["pairs/policy_step"] > start:
                 head.unlink()
 
     def has(self, step: int) -> bool:
@@ -80,7 +84,7 @@ class PairStore:
     def write(
         self,
         step: int,
-        head: dict[str, Any],  # JSON values, `policy_step` among them
+        head: dict[str, Any],  # JSON values, `pairs/policy_step` among them
         pairs: Sequence[Pair],
         texts: Sequence[dict[str, Any]],  # one a pair: what a reader wants to see of it
     ) -> None:
@@ -89,7 +93,7 @@ class PairStore:
         replace_file(self._head(step), json.dumps(head).encode() + b"\n")
 
     def read(self, step: int) -> tuple[dict[str, Any], list[Pair]]:
-        rows = map(json.loads, self._rows(step).read_text().splitlines())
+        rows = _read_rows(self._rows(step))
         pairs = [
             Pair(
                 r["problem_id"],
@@ -98,10 +102,25 @@ class PairStore:
             )
             for r in rows
         ]
-        return json.loads(self._head(step).read_text()), pairs
+        return _read_json(self._head(step)), pairs
 
     def _rows(self, step: int) -> Path:
         return self.folder / f"step-{step + 1}.jsonl"
 
     def _head(self, step: int) -> Path:
         return self.folder / f"step-{step + 1}.json"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    (value,) = _read_rows(path, whole=True)
+    return value
+
+
+def _read_rows(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
+    text = path.read_text()
+    try:
+        return [json.loads(part) for part in ([text] if whole else text.splitlines())]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove its folder, and the run samples its pairs anew"
+        ) from None

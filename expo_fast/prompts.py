@@ -13,6 +13,7 @@ from textwrap import shorten
 from typing import Any
 
 from expo_fast.config import INSTRUCTION
+from expo_fast.generate import Completion
 from expo_fast.tasks import Problem
 
 EXPLAIN = "{question} (The answer is {answer}.)"  # stands where the question does
@@ -66,6 +67,20 @@ class Prompter:
         """Token ids of a text in the place of the model's own, ended as the model ends."""
         text = " " * (not self._chats) + text
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return (*ids, self.tokenizer.eos_token_id)
+
+    def ended(self, done: Completion) -> tuple[int, ...]:
+        """Token ids of a sampled completion; one that a stop string ended is cut before it, and
+        ends as all others do."""
+        ids = list(done.token_ids)
+        if done.finish_reason != "stop" or not self.stop_strings:
+            return tuple(ids)
+        text = self.text(ids)
+        cut = min(
+            [text.find(stop) for stop in self.stop_strings if stop in text], default=len(text)
+        )
+        while ids and len(self.text(ids)) > len(text[:cut].rstrip()):
+            ids.pop()
         return (*ids, self.tokenizer.eos_token_id)
 
     def text(self, completion_ids: Sequence[int]) -> str:

@@ -33,21 +33,30 @@ class Rollout:
     texts: list[str]
     rewards: list[float | None]  # None: could not be scored, or masked as truncated
     advantages: list[float]
+    right_above: float = 0.0  # a reward beyond it is a right answer's
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the scored samples that earned something; by the built-in reward, were right."""
-        return mean([r > 0 for r in self.rewards if r is not None])
+        """Share of the scored samples that are right."""
+        return mean([r > self.right_above for r in self.rewards if r is not None])
 
     @property
     def all_fail(self) -> bool:
         return self.accuracy == 0
 
     @property
+    def mixed(self) -> bool:
+        """Do the rewards differ, length not counted?"""
+        return len({r for r in self.rewards if r is not None}) > 1
+
+    @property
     def failed(self) -> list[Completion]:
-        """The samples known to be wrong."""
-        scored = zip(self.completions, self.rewards, strict=True)
-        return [done for done, r in scored if r is not None and r <= 0 and done.token_ids]
+        """The samples known to be wrong, of those that say something."""
+        scored = zip(self.completions, self.texts, self.rewards, strict=True)
+        wrong = [
+            (done, text) for done, text, r in scored if r is not None and r <= self.right_above
+        ]
+        return [done for done, text in wrong if text.strip()]
 
     @property
     def usable(self) -> list[Completion]:
@@ -118,7 +127,7 @@ class Sampler:
         def rollout(i: int, q: Problem) -> Rollout:
             mine, prompt = slice(i * G, (i + 1) * G), self.prompter.solve(q)
             group = texts[mine], rewards[mine], advantages[mine]
-            return Rollout(q, prompt, completions[mine], *group)
+            return Rollout(q, prompt, completions[mine], *group, c.right_above)
 
         return [rollout(i, q) for i, q in enumerate(questions)]
 
@@ -185,7 +194,7 @@ def sampled_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
         "reward": mean(means),
         "reward_std": mean(stds),
         "frac_reward_zero_std": mean([std == 0 for std in stds]),
-        "frac_all_fail": mean([r.all_fail for r in rollouts]),
+        "frac_all_fail": mean([r.all_fail for r in rollouts if r.accuracy is not None]),
         "entropy": mean([x for each in surprise for x in each.tolist()]),  # unbiased
         "own/nll": mean([float(x.mean()) for x in surprise]),
         "own/leak_rate": mean([leaks(text) for r in rollouts for text in r.texts]),

@@ -17,8 +17,8 @@ from expo_fast import checkpoint
 from expo_fast.adapters import attach, load_adapter, save_adapter
 from expo_fast.command import run
 from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, Train
-from expo_fast.dpo import Preference
-from expo_fast.evaluate import evaluate
+from expo_fast.dpo import REFERENCE_FREE, Preference
+from expo_fast.evaluate import check_answers, evaluate
 from expo_fast.flags import dump_toml, from_toml, parse
 from expo_fast.generate import Completion
 from expo_fast.grpo import Grpo
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
     # a checkpoint that is named is read before the folder is made, so that a wrong one leaves none
     early = config.dry_run or config.resume not in ("auto", "never")
     restored = restore(config, trainer) if early else None
+    if restored:
+        trainer.check(config.run_dir, restored[1])
     if config.dry_run:
         print(dump_toml(config), end="", flush=True)
         return
@@ -53,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         log.note(f"run directory: {run_dir}")
         check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
         path, start = restored or restore(config, trainer)
+        trainer.check(run_dir, start)
         trainer.begin(run_dir, start)
         begin(config, path, start, log)
         train(config, trainer, held_out, run_dir, log, start)
@@ -69,6 +72,7 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
     held_out = []
     if c.eval_every:
         held_out = load_problems(c.eval_data, levels=c.levels, limit=c.eval_limit)
+        check_answers(c.eval_data, held_out)
     if len(problems) < c.prompts_per_step:
         raise ValueError(
             f"{c.train_data} has {len(problems)} problems after {c.shots} worked examples, "
@@ -135,9 +139,9 @@ def needs_frozen(config: Train) -> bool:
 
     Offline pairs get their reference's log-probs before the first step.
     """
-    online = config.method in PAIRS and config.pairs_every and not config.refresh_reference
-    penalised = config.method in GROUPS and config.kl_coef
-    return bool(online or penalised) and not config.lora_rank
+    online = config.pairs_every and not config.refresh_reference
+    online = online and config.preference not in REFERENCE_FREE
+    return bool(online or config.kl_coef) and not config.lora_rank
 
 
 def check_prompts(trainer: Learner, held_out: Sequence[Problem]) -> None:
@@ -209,7 +213,7 @@ def restore(config: Train, trainer: Learner) -> tuple[Path | None, int]:
         return None, 0
     tensors, values = checkpoint.load(path)
     for what, value in identify(trainer).items():
-        if values["identity"][what] != value:
+        if values["identity"].get(what) != value:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
     if config.lora_rank:
         load_adapter(trainer.model, path)
@@ -252,6 +256,8 @@ def begin(config: Train, path: Path | None, start: int, log: RunLog) -> None:
 def identify(trainer: Learner) -> dict[str, str]:
     """What a resumed run must share with the run it resumes."""
     return {
+        "method": trainer.config.method,
+        "initial weights": trainer.origin,
         "training data": fingerprint(trainer.problems),
         "prompt template": trainer.prompter.template_hash,
     }

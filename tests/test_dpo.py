@@ -137,7 +137,7 @@ def rollout(rewards: list[float | None]) -> Rollout:
     done = [Completion([50 + i, 1], torch.zeros(2), "stop") for i in range(len(rewards))]
     problem = Problem(id="q", prompt="Q?", answer="1", solution="S")
     n = len(rewards)
-    return Rollout(problem, (5, 6), done, [""] * n, rewards, [0.0] * n)
+    return Rollout(problem, (5, 6), done, ["No."] * n, rewards, [0.0] * n)
 
 
 def test_attempts_that_are_right_or_unjudged_are_never_rejected():
@@ -173,23 +173,24 @@ def test_the_reference_is_the_initial_policy_or_with_refresh_the_one_that_sample
 
     assert got(3) == under(initial) != under(now)
     assert got(0) == under(now)  # where nothing was trained yet the policy is the initial one
-    me.config = replace(me.config, refresh_reference=True)
+    me.config = replace(me.config, pairs_every=4, refresh_reference=True)
     assert got(3) == under(now)
 
 
 def test_pairs_come_back_as_they_were_written(tmp_path: Path):
     store = PairStore(tmp_path / "pairs", {"seed": 0})
     store.begin(0)
-    store.write(0, {"policy_step": 0, "tokens": 7}, PAIRS, [{"prompt": "Q"}] * 3)
-    assert store.read(0) == ({"policy_step": 0, "tokens": 7}, PAIRS)
-    store.write(1, {"policy_step": 1, "tokens": 0}, [], [])
+    store.write(0, {"pairs/policy_step": 0, "pairs/tokens": 7}, PAIRS, [{"prompt": "Q"}] * 3)
+    assert store.read(0) == ({"pairs/policy_step": 0, "pairs/tokens": 7}, PAIRS)
+    store.write(1, {"pairs/policy_step": 1, "pairs/tokens": 0}, [], [])
     assert store.read(1)[1] == []
     assert store.count() == 2
     store.begin(0)  # the checkpoint is older than the weights that sampled step 1's
     assert store.has(0)
     assert not store.has(1)
-    with pytest.raises(ValueError, match=r"seed=0, this run has 1: choose another --output-dir"):
-        PairStore(tmp_path / "pairs", {"seed": 1}).begin(0)
+    for other in ({"seed": 1}, {"seed": 0, "weights": "x"}):
+        with pytest.raises(ValueError, match=r"this run has .*: choose another --output-dir"):
+            PairStore(tmp_path / "pairs", other).begin(0)
 
 
 @pytest.fixture(scope="module")
@@ -229,18 +230,32 @@ def record(run: Path) -> list[dict[str, Any]]:
         ("expert-dpo", ("--pairs-every", 3, "--refresh-reference")),
         ("expert-dpo", ("--pairs-every", 2, "--lora-rank", 2)),
         ("dpo", ("--instruction", "")),
+        ("expo-dpo", ("--max-completion-length", 20)),
+        ("expo-dpo", ("--max-completion-length", 20, "--pairs-every", 2, "--shuffle-explanations")),
     ],
 )
-def test_a_stopped_run_goes_on_to_the_bit(data: Path, tmp_path: Path, method: str, more: tuple):
+def test_a_stopped_run_goes_on_to_the_bit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, more: tuple
+):
+    if method == "expo-dpo":  # a random model explains nothing right
+        monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
+        rewards = tmp_path / "rewards.py"
+        rewards.write_text(
+            "def none(completions, **columns):\n    return [0.0] * len(completions)\n"
+        )
+        more = (*more, "--reward", f"{rewards}:none")
     train.main(job(data, tmp_path / "whole", method, *more, "--schedule", "constant"))
     expected = record(tmp_path / "whole")
-    assert all(row["pairs"] for row in expected)
-    for cut in (1, 3):
+    assert any(row["pairs"] for row in expected)
+    for cut in (-1, 1, 3):
         run = tmp_path / f"cut-{cut}"
         given = job(data, run, method, *more, "--schedule", "constant")
         stopping = stop_at(cut)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Preference, "learn", stopping)
+            if cut < 0:
+                patch.setattr(PairStore, "write", stop_amid_the_first_round())
+            else:
+                patch.setattr(Preference, "learn", stopping)
             train.main(given)
         train.main(given)
         assert record(run) == expected
@@ -248,6 +263,17 @@ def test_a_stopped_run_goes_on_to_the_bit(data: Path, tmp_path: Path, method: st
             whole = tmp_path / "whole/checkpoints/step-4" / name
             if whole.exists():
                 assert whole.read_bytes() == (run / "checkpoints/step-4" / name).read_bytes()
+
+
+def stop_amid_the_first_round() -> Any:
+    usual = PairStore.write
+
+    def write(self: PairStore, step: int, *given: Any) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+        usual(self, step, *given)
+
+    return write
 
 
 def stop_at(cut: int) -> Any:
@@ -267,8 +293,8 @@ def test_offline_pairs_are_all_of_the_initial_policy_and_are_data_for_dpo(data, 
     heads = [
         json.loads(p.read_text()) for p in sorted((tmp_path / "run/pairs").glob("step-*.json"))
     ]
-    assert [head["policy_step"] for head in heads] == [0] * 4
-    assert record(tmp_path / "run")[0]["num_tokens"] == sum(head["tokens"] for head in heads)
+    assert [head["pairs/policy_step"] for head in heads] == [0] * 4
+    assert record(tmp_path / "run")[0]["num_tokens"] == sum(head["pairs/tokens"] for head in heads)
     rows = "".join(p.read_text() for p in (tmp_path / "run/pairs").glob("step-*.jsonl"))
     (tmp_path / "all.jsonl").write_text(rows)
     given = job(data, tmp_path / "again", "dpo", "--train-data", tmp_path / "all.jsonl")
@@ -279,7 +305,7 @@ def test_offline_pairs_are_all_of_the_initial_policy_and_are_data_for_dpo(data, 
 def test_an_offline_run_without_its_pairs_is_refused(data: Path, tmp_path: Path):
     train.main(job(data, tmp_path / "run", "expert-dpo", "--steps", 2))
     path = tmp_path / "run/checkpoints/step-2"
-    with pytest.raises(ValueError, match=r"new/pairs holds no pairs: step 2 of an offline run"):
+    with pytest.raises(ValueError, match=r"new/pairs does not hold the pairs of step 3"):
         train.main(job(data, tmp_path / "new", "expert-dpo", "--resume", path))
 
 
@@ -287,4 +313,57 @@ def test_an_offline_run_that_is_prolonged_begins_its_round_again(data: Path, tmp
     train.main(job(data, tmp_path, "expert-dpo", "--steps", 2))
     train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
     assert not (tmp_path / "pairs/step-3.json").exists()
-    assert record(tmp_path)[2]["reward"] == record(tmp_path)[0]["reward"]
+    compared = [(tmp_path / f"completions/step-{n}.jsonl").read_text() for n in (1, 3)]
+    assert compared[0] == compared[1]
+
+
+def test_an_online_run_that_is_prolonged_equals_one_that_was_as_long_from_the_start(data, tmp_path):
+    more = ("--pairs-every", 4, "--schedule", "constant")
+    train.main(job(data, tmp_path / "long", "expert-dpo", *more, "--steps", 4))
+    train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 2))
+    train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 4))
+    assert record(tmp_path / "run") == record(tmp_path / "long")
+
+
+def test_a_round_that_was_begun_elsewhere_is_not_finished_with_later_weights(data, tmp_path):
+    more = ("--pairs-every", 3)
+    train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 4))
+    path = tmp_path / "run/checkpoints"
+    given = ("--resume", path / "step-4", "--steps", 6)
+    with pytest.raises(ValueError, match=r"pairs of step 5, which were sampled before it"):
+        train.main(job(data, tmp_path / "new", "expert-dpo", *more, *given))
+    assert not (tmp_path / "new").exists()
+
+
+def test_pairs_of_other_initial_weights_are_refused(data: Path, tmp_path: Path):
+    import shutil
+
+    from expo_fast.weights import save_model
+
+    shutil.copytree(data / "model", tmp_path / "model")
+    given = job(data, tmp_path / "run", "expert-dpo", "--model", tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Preference, "learn", stop_at(0))
+        train.main(given)
+    save_model(tiny_model(seed=5), tiny_tokenizer(), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"provenance.json says weights='\w+', this run has"):
+        train.main(given)
+
+
+def test_damaged_pairs_are_named(data: Path, tmp_path: Path):
+    train.main(job(data, tmp_path, "expert-dpo", "--steps", 2))
+    file = tmp_path / "pairs/step-2.json"
+    file.write_text(file.read_text()[:9])
+    with pytest.raises(ValueError, match=r"step-2.json is damaged"):
+        train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
+
+
+def test_simpo_is_measured_by_averages():
+    model = tiny_model(dtype=torch.float64)
+    means = [
+        2 * (logp(model, p.prompt_ids, p.chosen_ids).item() / len(p.chosen_ids)) for p in PAIRS
+    ]
+    # without a reference, whose log-probs are then 0
+    bare = [replace(p, ref_logp=(0.0, 0.0)) for p in PAIRS]
+    row = Preference.backward(learner(model, config(preference="simpo", dpo_beta=2.0)), bare)
+    assert row["rewards/chosen"] == pytest.approx(sum(means) / 3, rel=1e-5)

@@ -13,6 +13,7 @@ from expo_fast.explain import (
     keep_best,
     leaks,
     masked,
+    miscalculates,
     ranking,
     score_tokens,
     sft_samples,
@@ -68,12 +69,13 @@ def test_only_right_complete_and_clean_explanations_are_kept():
         (rf"Since the given answer is {ANSWER}: \boxed{{{ANSWER}}}", "stop"),  # leaks
         (rf"There are 7000 and 319, so \boxed{{{ANSWER}}}", "stop"),  # copied
         (rf"{ANSWER} it is, since 7000 + 319 = {ANSWER}. \boxed{{{ANSWER}}}", "stop"),  # first
+        (GOOD.replace("First", "First 2 + 2 = 5, then"), "stop"),  # miscalculates
     ]
     found, _ = run(texts, [PROBLEM], len(texts))
     assert found.accepted == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
-    assert (found.n_sampled, found.n_right, found.n_leaked) == (7, 4, 3)
+    assert (found.n_sampled, found.n_right, found.n_leaked) == (8, 5, 4)
     assert found.rate == 1.0
-    assert found.leak_rate == pytest.approx(3 / 4)
+    assert found.leak_rate == pytest.approx(4 / 5)
 
 
 def test_rate_counts_questions_and_not_samples():
@@ -111,6 +113,9 @@ def test_the_answer_is_in_the_explain_prompt_and_nowhere_in_what_is_trained():
         "To match the correct answer we add 2.",
         "The answer has been provided, so 5.",
         "Since the known answer is 5",
+        "So (The answer is 5.) we add 2.",
+        "According to the answer given, 5.",
+        "The answer to this problem was given to us.",
     ],
 )
 def test_talk_of_a_given_answer_is_a_leak(text: str):
@@ -178,6 +183,34 @@ def test_answer_first(text: str, first: bool):
 )
 def test_copied(text: str, answer: str, is_copied: bool):
     assert copied(text, answer) is is_copied
+
+
+@pytest.mark.parametrize(
+    ("text", "false"),
+    [
+        ("6 * 4 = 24 and 24 - 5 = 19.", False),
+        ("6 * 4 = 26 pens.", True),
+        ("6*4=26", True),
+        ("First 24 - 5 = 19, then 19 + 2 = 20.", True),
+        ("$12 + $3.50 = $15.50", False),
+        ("$1,200 + 300 = 1,600", True),
+        ("2 / 3 = 0.67", False),
+        ("2 / 3 = 0.7", False),
+        ("2 / 3 = 0.6", True),
+        ("7 / 2 = 3", True),
+        ("7 \u00f7 2 = 3.5 and 3 \u00d7 4 = 12 and 3 x 4 = 12", False),
+        ("3 \u00d7 4 = 13", True),
+        ("5 / 0 = 5", True),
+        ("3 - 5 = -2", False),  # a negative result is not judged
+        ("2 + 3 * 4 = 14", False),  # nor is a longer expression
+        ("3 + 4 = 7 + 1 = 8", False),
+        ("x1 + 2 = 9, version 1.2 + 2 = 9", True),  # the second is an equation of numbers
+        ("5 * 4 = 20%", False),
+        ("no equation at all", False),
+    ],
+)
+def test_miscalculates(text: str, false: bool):
+    assert miscalculates(text) is false
 
 
 def test_answer_first_of_thousands_and_of_words():

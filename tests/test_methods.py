@@ -77,12 +77,16 @@ def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
     "more",
     [
         "--shuffle-explanations",
-        "--choose-explanations lift --exp-sft-schedule cosine",
-        "--choose-explanations first --exp-sft-max-accuracy 0.5 --exp-sft-reduction seq_sum",
+        "--choose-explanations lift",
+        "--choose-explanations first",
+        "--keep-explanations 1",
+        "--exp-sft-schedule cosine",
+        "--exp-sft-max-accuracy 0.5",
+        "--exp-sft-reduction seq_sum",
         "--method expo-dpo --pairs-every 1 --refresh-reference --preference simpo --dpo-beta 2",
         "--method expo-dpo --shuffle-explanations --preference orpo",
         "--method expo-grpo --kl-coef 0.1 --generation-budget 12",
-        "--method expo-grpo --kl-coef 0.1 --lora-rank 4 --updates-per-batch 2 --objective gspo",
+        "--method expo-grpo --kl-coef 0.1 --updates-per-batch 2 --objective gspo",
     ],
 )
 def test_options_train_and_change_the_result(folder: Path, tmp_path: Path, more: str):
@@ -103,6 +107,33 @@ def test_there_is_a_preset_for_every_method_and_each_says_what_it_is():
     for name in presets():
         assert (PRESETS / f"{name}.toml").read_text().startswith("# ")
     assert {"dr-grpo", "dapo", "gspo", "cispo"} <= set(presets())
+
+
+def test_the_scale_of_adapters_is_alpha_over_rank(folder: Path, tmp_path: Path):
+    more = ("--method", "sft", "--lora-rank", 2, "--lora-alpha", 6)
+    train.main(flags(folder, tmp_path, *more))
+    saved = json.loads((tmp_path / "checkpoints/step-2/adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (2, 6)
+
+
+def test_a_checkpoint_of_another_method_is_refused(folder: Path, tmp_path: Path):
+    train.main(flags(folder, tmp_path / "run", "--method", "grpo"))
+    path = tmp_path / "run/checkpoints/step-2"
+    with pytest.raises(ValueError, match="was made with other method"):
+        train.main(flags(folder, tmp_path / "new", "--method", "sft", "--resume", path))
+
+
+@pytest.mark.parametrize(("above", "failing"), [(0.0, 0.0), (-0.5, 0.0), (0.5, 1.0)])
+def test_right_is_what_is_rewarded_above_a_threshold(folder, tmp_path, above, failing):
+    (tmp_path / "rewards.py").write_text(
+        "def partly(completions, **columns):\n"
+        "    return [0.1 * (n % 2) for n, _ in enumerate(completions)]\n"
+    )
+    given = ("--reward", f"{tmp_path}/rewards.py:partly", "--right-above", above)
+    train.main(flags(folder, tmp_path / "run", "--method", "expert-dpo", *given))
+    row = rows(tmp_path / "run")[0]
+    assert row["frac_all_fail"] == failing
+    assert row["pairs"] == (0 if above < 0 else 8)
 
 
 @pytest.mark.usefixtures("lenient")
@@ -154,13 +185,29 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
         ("--method grpo --train-data PAIRS", "needs one to judge attempts"),
         ("--method expert-dpo --train-data UNSOLVED", "has no expert solution"),
         ("--method sft --train-data UNSOLVED", "has no expert solution"),
-        ("--method expo-grpo --dynamic-sampling 2", "dynamic_sampling=2 replaces"),
+        ("--method expo-grpo --dynamic-sampling 2", "dynamic_sampling=2 means nothing to method"),
+        ("--method star --kl-coef 0.1", "kl_coef=0.1 means nothing to method=star: it is for"),
+        ("--method grpo --shuffle-explanations", "shuffle_explanations=True means nothing"),
+        ("--method sft --preference ipo", "preference='ipo' means nothing to method=sft"),
+        ("--method expo-dpo --explain-every 2", "explain_every=2 means nothing to method=expo-dpo"),
+        ("--method expo-dpo --refresh-reference", "pairs_every=0: need more than 0"),
+        ("--method dpo --preference ipo --label-smoothing 0.1", "preference='ipo': need dpo with"),
+        ("--method star --exp-sft-coef 0", "exp_sft_coef=0.0: need more than 0"),
+        ("--method expert-dpo --dpo-beta -1", "dpo_beta=-1.0: need more than 0"),
+        ("--method expert-dpo --pairs-per-question 0", "pairs_per_question=0: need more than 0"),
+        ("--lora-rank 2 --lora-alpha 0", "lora_alpha=0.0: need more than 0"),
+        ("--generation-budget 12 --explain-every 2", "need 0 with explain_every"),
+        (
+            "--method grpo --dynamic-sampling 2 --advantage-scale batch",
+            "advantage_scale='batch': need group or none",
+        ),
+        ("--eval-every 1 --eval-data PAIRS", "has no 'answer' to judge attempts by"),
         ("--generation-budget 9", "generation_budget=9: need at least 10, 8 of them explanations"),
-        ("--method sft --updates-per-batch 2", "updates_per_batch=2: need 1 but for GRPO"),
+        ("--method sft --updates-per-batch 2", "updates_per_batch=2 means nothing to method=sft"),
         ("--lora-rank 2 --batch-invariant", "batch_invariant needs plain weights"),
         ("--lora-rank 99", "rank is 99"),
         ("--overlong-buffer 20", "overlong_buffer=20"),
-        ("--label-smoothing 0.5", "label_smoothing=0.5"),
+        ("--method dpo --label-smoothing 0.5", "label_smoothing=0.5"),
         ("--exp-sft-max-accuracy 1.5", "exp_sft_max_accuracy=1.5"),
         (
             "--config no-such-preset",
@@ -177,7 +224,7 @@ def test_what_cannot_train_is_refused_by_value(folder, tmp_path, capsys, more, s
     for name, row in rows.items():
         lines = "".join(json.dumps(row | {"id": n}) + "\n" for n in range(4))
         (tmp_path / name).write_text(lines)
-        more = more.replace(name, str(tmp_path / name)) if f" {name}" in more else more
+        more = f"{more} ".replace(f" {name} ", f" {tmp_path / name} ")
     assert command.run(train.main, flags(folder, tmp_path / "run", *more.split())) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1

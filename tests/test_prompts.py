@@ -1,7 +1,9 @@
 """Solve and explain prompts differ in the stated answers and in nothing else."""
 
 import pytest
+import torch
 
+from expo_fast.generate import Completion
 from expo_fast.prompts import Prompter, expert_text, request_seed
 from expo_fast.tasks import Problem
 from tiny import tiny_tokenizer
@@ -108,3 +110,34 @@ def test_seeds_depend_on_every_part_of_the_key():
     assert len(seeds) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert request_seed(0, "solve") == request_seed(0, "solve")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "expected"),
+    [
+        ("It is 7.\n\nQuestion: Wh", "stop", "It is 7."),
+        ("It is 7.\nQuestion:", "stop", "It is 7."),
+        ("It is 7. \n", "stop", "It is 7."),
+        ("It is 7.\n\nQuest", "length", None),  # cut at the limit: no end of the model's
+    ],
+)
+def test_what_a_stop_string_ended_ends_as_all_else_does(text, reason, expected):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    ids = tokenizer(text).input_ids
+    got = Prompter(tokenizer).ended(Completion(ids, torch.zeros(len(ids)), reason))
+    whole = ids if expected is None else [*tokenizer(expected).input_ids, tokenizer.eos_token_id]
+    assert got == tuple(whole)
+
+
+def test_with_a_chat_template_completions_stay_as_they_were_sampled():
+    done = Completion([50, 51, 1], torch.zeros(3), "stop")
+    assert Prompter(tiny_tokenizer()).ended(done) == (50, 51, 1)
+
+
+def test_the_instruction_stands_behind_each_question_or_nothing_does():
+    problem = Problem("a", "How many?", "7")
+    for instruction in ("Think.", ""):
+        prompter = Prompter(tiny_tokenizer(), instruction=instruction)
+        end = f"How many?\n\n{instruction}" if instruction else "How many?"
+        assert f"\n{end}<|im_end|>" in prompter.tokenizer.decode(prompter.solve(problem))

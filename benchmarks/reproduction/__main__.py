@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, SIZES, Arm, Size, as_flags, flags_of
 from benchmarks.reproduction.choose import choose
-from benchmarks.reproduction.collect import collect, done
+from benchmarks.reproduction.collect import collect, commit, done
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     flags.add_argument("--folder", type=Path, default=Path("runs/reproduction"))
     results = Path(__file__).parent / "results"
     flags.add_argument("--output", type=Path, default=results, help="of what is collected")
-    flags.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    flags.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
     flags.add_argument("--arms", nargs="*", help="names, or beginnings of names; default: all")
     flags.add_argument("--jobs", type=int, default=2, help="runs at once, sharing the cores")
     flags.add_argument("--only", choices=("plan", "run", "collect"), help="plan: print commands")
@@ -58,8 +58,10 @@ def main() -> None:
         choose(size, folder, "eval")
         with ThreadPoolExecutor(given.jobs) as pool:
             jobs = [pool.submit(run, *job, given.jobs) for job in commands.items()]
-        for job in jobs:
-            job.result()
+        if failed := [path.name for path, job in zip(commands, jobs, strict=True) if job.result()]:
+            raise SystemExit(
+                f"failed: {', '.join(failed)}; the same command goes on where they are"
+            )
     if given.only != "run":
         collect(size, folder, given.output / given.size)
 
@@ -89,19 +91,21 @@ def train_flags(arm: Arm, size: Size, seed: int, folder: Path) -> list[str]:
     return [*flags_of(arm, size, seed), *as_flags(paths | rest)]
 
 
-def run(output: Path, flags: list[str], jobs: int) -> None:
+def run(output: Path, flags: list[str], jobs: int) -> int:
     """One training run, in a process of its own; what it prints goes beside its folder."""
     if done(output):
         print(f"{output.name}: is done", flush=True)
-        return
+        return 0
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "expo_fast.train", *flags]
     print(f"{output.name}: begins or goes on", flush=True)
+    Path(f"{output}.commit").write_text(commit())
     with open(f"{output}.log", "a") as log:
         ended = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     said = "done" if ended.returncode == 0 else f"failed, see {log.name}"
     print(f"{output.name}: {said}", flush=True)
+    return ended.returncode
 
 
 if __name__ == "__main__":

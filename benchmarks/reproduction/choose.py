@@ -16,18 +16,27 @@ from expo_fast.tasks import Problem, load_problems
 SEED = 1000  # of the samples that select: no run's
 
 
-def choose(size: Size, folder: Path, split: str) -> Path:
-    """FOLDER/SPLIT.jsonl with the all-fail questions of the split; made once."""
-    chosen = folder / f"{split}.jsonl"
+def choose(size: Size, folder: Path, split: str) -> None:
+    """FOLDER/SPLIT.jsonl with the all-fail questions of the split; made once.
+
+    SystemExit where the folder's were chosen in another way.
+    """
+    chosen, record = folder / f"{split}.jsonl", folder / "chosen.json"
+    how = {"model": size.model, "train": size.train_sources, "eval": size.eval_sources}
+    how |= {"train_candidates": size.train_candidates, "eval_candidates": size.eval_candidates}
+    how |= {"tries": size.tries, "shots": size.shots_source}
+    text = json.dumps(how, indent=1) + "\n"
+    if record.exists() and record.read_text() != text:
+        raise SystemExit(f"{record} says that other questions were chosen: take another --folder")
     if chosen.exists():
-        return chosen
+        return
     folder.mkdir(parents=True, exist_ok=True)
+    replace_file(record, text.encode())
     sources = size.train_sources if split == "train" else size.eval_sources
     tried = size.train_candidates if split == "train" else size.eval_candidates
     both = zip(sources, tried, strict=True)
     rows = [row for source, n in both for row in failed(size, source, n, folder)]
     replace_file(chosen, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return chosen
 
 
 def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, object]]:

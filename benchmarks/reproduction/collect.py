@@ -22,7 +22,7 @@ def collect(size: Size, folder: Path, output: Path) -> None:
         raise SystemExit(f"no finished run in {folder}: run the arms first")
     output.mkdir(parents=True, exist_ok=True)
     rows = [record(name, run) for name, runs in groups.items() for run in runs]
-    result = {"commit": commit(), "size": size.flags, "model": size.model, "runs": rows}
+    result = {"chosen": json.loads((folder / "chosen.json").read_text()), "runs": rows}
     text = "".join(table(size, groups))
     replace_file(output / "results.json", json.dumps(result, indent=1).encode() + b"\n")
     replace_file(output / "TABLE.md", text.encode())
@@ -55,6 +55,8 @@ def record(name: str, run: Run) -> dict[str, Any]:
     return {
         "arm": name,
         "seed": run.config["seed"],
+        "commit": Path(f"{run.path}.commit").read_text(),
+        "config": run.config,
         "seconds": round(seconds, 1),
         "evaluations": run.evaluations,
         "steps": steps,
@@ -68,7 +70,7 @@ def table(size: Size, groups: dict[str, list[Run]]) -> Iterator[str]:
     levels = [row["level"] for row in first[0].evaluations[0]["levels"]]
     n = {row["level"]: row["problems"] for row in first[0].evaluations[0]["levels"]}
     heads = [f"level {at} ({n[at]})" for at in levels] if len(levels) > 1 else []
-    columns = [*heads, "all", "pass@1", "majority", "over GRPO", "tokens"]
+    columns = [*heads, "all", "pass@1", "majority", "over GRPO", "seeds", "tokens"]
     yield f"| trained by | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}\n"
     bases = [run.before for run in first]
     yield row_of("none (before)", bases, levels if heads else [], f"pass@{K}", None, None)
@@ -77,9 +79,8 @@ def table(size: Size, groups: dict[str, list[Run]]) -> Iterator[str]:
         tokens = mean([run.steps[-1]["num_tokens"] for run in runs])
         over = against(runs, groups.get("GRPO", []))
         yield row_of(name, after, levels if heads else [], f"pass@{K}", over, tokens)
-    seeds = ", ".join(str(run.config["seed"]) for run in first)
-    yield f"\npass@{K} by level and over all; per cent, mean and range over seeds ({seeds}). "
-    yield "over GRPO: difference in pass@1 at the same seed. tokens: sampled, in thousands.\n"
+    yield f"\npass@{K} by level and over all; per cent, mean and range over seeds. over GRPO: "
+    yield "difference in pass@1 at the same seed. tokens: prompts and completions, in thousands.\n"
 
 
 def row_of(
@@ -93,7 +94,7 @@ def row_of(
     by_level = [[at[key] for r in rows for at in r["levels"] if at["level"] == n] for n in levels]
     columns = [*by_level, *([r[k] for r in rows] for k in (key, "pass@1", "majority"))]
     cells = [spread(values) for values in columns]
-    cells += [over or "", f"{tokens / 1000:.0f}" if tokens else ""]
+    cells += [over or "", str(len(rows)), f"{tokens / 1000:.0f}" if tokens else ""]
     return f"| {name} | {' | '.join(cells)} |\n"
 
 
@@ -103,12 +104,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def against(runs: Sequence[Run], others: Sequence[Run]) -> str | None:
-    by_seed = {run.config["seed"]: run.after["pass@1"] for run in others}
-    seeds = [run for run in runs if run.config["seed"] in by_seed]
-    gains = [run.after["pass@1"] - by_seed[run.config["seed"]] for run in seeds]
-    return f"{100 * mean(gains):+.1f} [{100 * min(gains):+.1f}, {100 * max(gains):+.1f}]" * any(
-        run.path not in {other.path for other in others} for run in runs
-    )
+    """Gain in pass@1 over the runs of the same seeds; None against itself, or without any."""
+    by_seed = {run.config["seed"]: run for run in others}
+    both = [(run, by_seed[run.config["seed"]]) for run in runs if run.config["seed"] in by_seed]
+    gains = [run.after["pass@1"] - other.after["pass@1"] for run, other in both]
+    if not gains or all(run.path == other.path for run, other in both):
+        return None
+    return f"{100 * mean(gains):+.1f} [{100 * min(gains):+.1f}, {100 * max(gains):+.1f}]"
 
 
 def mean(values: Sequence[float]) -> float:
