@@ -1,0 +1,66 @@
+"""Which ranking tells explanations that are sound from those that only end in the right box?
+
+    python -m benchmarks.reproduction.soundness --data runs/reproduction/tiny/train.jsonl
+
+Sound: some equation of two numbers, none of them false, and the last one gives the answer. The
+figure for a ranking is its AUC: the share of (sound, unsound) pairs that it puts in this order.
+Arithmetic alone can be judged so; a trainer has no such judge, which is why rankings matter.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from expo_fast.explain import explain, miscalculates, ranking, score_tokens
+from expo_fast.generate import Generator, Request
+from expo_fast.prompts import Prompter, request_seed
+from expo_fast.reward import score_answers
+from expo_fast.tasks import Problem, load_problems, worked_examples
+from expo_fast.weights import load_model
+
+RESULT = re.compile(r"=\s?\$?(\d+)")
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    flags.add_argument("--model", default="smollm2-135m")
+    flags.add_argument("--data", default="builtin:arithmetic-1:train")
+    flags.add_argument("--shots-data", default="builtin:arithmetic-1:train")
+    flags.add_argument("--limit", type=int, default=64)
+    flags.add_argument("--samples", type=int, default=8)
+    given = flags.parse_args()
+    model, tokenizer = load_model(given.model)
+    shots, _ = worked_examples(load_problems(given.shots_data), 2)
+    problems = load_problems(given.data, limit=given.limit)
+    prompter = Prompter(tokenizer, shots)
+
+    def request(p: Problem, k: int, prompt: tuple[int, ...]) -> Request:
+        return Request(prompt, 64, temperature=0.8, seed=request_seed(0, p.id, k))
+
+    generator = Generator(model, tokenizer=tokenizer)
+    found = explain(problems, prompter, generator, score_answers, request, given.samples)
+    by_id = {p.id: p for p in problems}
+    candidates = [(by_id[key], ids) for key, each in found.accepted.items() for ids in each]
+    sound = [is_sound(prompter.text(ids), p.answer) for p, ids in candidates]
+    print(f"{len(problems)} questions, {found.n_sampled} explanations, right box: {found.n_right}")
+    print(f"accepted: {len(candidates)} for {len(found.accepted)} questions; sound: {sum(sound)}")
+    for name in ("likelihood", "lift"):
+        rank = ranking(name, prompter, lambda samples: score_tokens(model, samples, 1.0, 4096))
+        print(f"AUC of {name}: {auc(rank(candidates), sound):.2f}")
+
+
+def is_sound(text: str, answer: str) -> bool:
+    results = RESULT.findall(text)
+    return bool(results) and results[-1] == answer and not miscalculates(text)
+
+
+def auc(ranks: Sequence[float], right: Sequence[bool]) -> float:
+    """Ties count half; NaN where there is no pair."""
+    good = [x for x, ok in zip(ranks, right, strict=True) if ok]
+    bad = [x for x, ok in zip(ranks, right, strict=True) if not ok]
+    pairs = [(x > y) + (x == y) / 2 for x in good for y in bad]
+    return sum(pairs) / len(pairs) if pairs else float("nan")
+
+
+if __name__ == "__main__":
+    main()
