@@ -73,6 +73,7 @@ SIZES = {
             "prompts-per-step": 8,
             "generation-budget": 12,
             "max-completion-length": 64,
+            "temperature": 0.7,  # the paper's in evaluation; at 1 no question fails by system
             "eval-every": 6,
             "checkpoint-every": 0,
             "eval-samples": 4,
@@ -92,6 +93,7 @@ SIZES = {
             "prompts-per-step": 32,
             "generation-budget": 16,
             "max-completion-length": 256,
+            "temperature": 0.7,
             "eval-every": 20,
             "checkpoint-every": 20,
             "eval-samples": 16,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.reproduction.arms import Size
+from benchmarks.reproduction.arms import Size, as_flags
 from expo_fast.log import replace_file
 from expo_fast.tasks import Problem, load_problems
 
@@ -47,9 +47,9 @@ def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, obje
         replace_file(asked, "".join(json.dumps(row) + "\n" for row in rows).encode())
         command = [sys.executable, "-m", "expo_fast.evaluate", "--model", size.model]
         command += ["--data", str(asked), "--samples", str(tries), "--seed", str(SEED + number)]
-        command += ["--temperature", "1", "--shots-data", size.shots_source]
-        command += ["--max-completion-length", str(size.flags["max-completion-length"])]
-        subprocess.run([*command, "--output", str(graded)], check=True)
+        command += ["--shots-data", size.shots_source, "--output", str(graded)]
+        same = ("temperature", "max-completion-length")  # as in training
+        subprocess.run([*command, *as_flags({k: size.flags[k] for k in same})], check=True)
         verdicts: dict[str, list[float | None]] = {}
         for row in map(json.loads, graded.read_text().splitlines()):
             verdicts.setdefault(row["id"], []).append(row["verdict"])
