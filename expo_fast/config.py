@@ -31,7 +31,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "exp_sft_reduction": (*SUPERVISED, "sft"),
     **dict.fromkeys(("explanations_per_question", "keep_explanations"), EXPLAINING),
     **dict.fromkeys(("choose_explanations", "shuffle_explanations"), EXPLAINING),
-    "explain_temperature": EXPLAINING,
+    **dict.fromkeys(("explain_temperature", "append_answer"), EXPLAINING),
     "explain_every": ("expo-grpo", "star"),  # expo-dpo has pairs_every
     **dict.fromkeys(("pairs_every", "refresh_reference"), ("expo-dpo", "expert-dpo")),
     "pairs_per_question": ("expo-dpo", "expert-dpo"),
@@ -148,6 +148,8 @@ class Train(Prompting):
     choose_explanations: Literal["likelihood", "lift", "first"] = "likelihood"
     """Best is the likeliest under the plain question; what makes the answer likeliest, where it
     does not state it; or the first."""
+    append_answer: bool = False
+    """An explanation that reaches the answer and boxes nothing gets its box put behind it."""
     shuffle_explanations: bool = False
     """A control: each question gets another's explanations."""
     explain_every: int = 1

@@ -75,6 +75,7 @@ class Preference(Learner):
             "keep_explanations",
             "choose_explanations",
             "explain_temperature",
+            "append_answer",
         )
         sampled += ("shuffle_explanations", "pairs_every", "pairs_per_question", "seed", "method")
         made = {name: getattr(c, name) for name in (*sampled, "model", "dtype", "lora_rank")}

@@ -22,7 +22,7 @@ from expo_fast.generate import Generator, Request
 from expo_fast.model import Decoder
 from expo_fast.ops import linear_logprob
 from expo_fast.pack import Sample, pack
-from expo_fast.prompts import Prompter
+from expo_fast.prompts import Prompter, boxed
 from expo_fast.reward import last_boxed_span
 from expo_fast.tasks import Problem, last_question
 
@@ -166,8 +166,12 @@ def explain(
     score: Score,
     request: Callable[[Problem, int, tuple[int, ...]], Request],
     per_question: int,
+    append: bool = False,
 ) -> Explanations:
     """Sample per_question explanations of each problem and keep what may be trained on.
+
+    append: one that ends without a box gets the answer's, the a* of the paper's log pi(c~, a* | q),
+    if it is fit otherwise, and so has reached it.
 
     score: (answers, completions) -> 1.0 | 0.0 | None, the verifier of the reward.
     request: (problem, sample, prompt ids) -> what to sample, with its seed.
@@ -181,12 +185,18 @@ def explain(
     n_tokens += sum(len(c.token_ids) for c in completions)
     found = Explanations(n_questions=len(problems), n_sampled=len(asked), n_tokens=n_tokens)
     for (p, _), completion, text, verdict in zip(asked, completions, texts, verdicts, strict=True):
-        if verdict == 1.0 and completion.finish_reason == "stop":
-            found.n_right += 1
-            if is_unfit(text, p):
-                found.n_leaked += 1
-            else:
-                found.accepted.setdefault(p.id, []).append(prompter.ended(completion))
+        if completion.finish_reason != "stop":
+            continue
+        ids = prompter.ended(completion)
+        if append and text.strip() and last_boxed_span(text) is None:
+            text, ids = text + boxed(p.answer), prompter.longer(ids, boxed(p.answer))
+        elif verdict != 1.0:
+            continue
+        found.n_right += 1
+        if is_unfit(text, p):
+            found.n_leaked += 1
+        else:
+            found.accepted.setdefault(p.id, []).append(ids)
     return found
 
 

@@ -83,6 +83,12 @@ class Prompter:
             ids.pop()
         return (*ids, self.tokenizer.eos_token_id)
 
+    def longer(self, ids: Sequence[int], more: str) -> tuple[int, ...]:
+        """An ended completion with a text before its end; the sampled tokens stay as they were."""
+        special = self.tokenizer.all_special_ids
+        added = self.tokenizer(more, add_special_tokens=False).input_ids
+        return (*(t for t in ids if t not in special), *added, self.tokenizer.eos_token_id)
+
     def text(self, completion_ids: Sequence[int]) -> str:
         """What the model wrote, without its end token."""
         return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
@@ -158,7 +164,12 @@ def expert_text(problem: Problem) -> str:
         )
     if "\\boxed" in problem.solution:
         return problem.solution
-    return f"{problem.solution}\nThe answer is \\boxed{{{problem.answer}}}."
+    return problem.solution + boxed(problem.answer)
+
+
+def boxed(answer: str) -> str:
+    """What is put behind reasoning that has no box of its own."""
+    return f"\nThe answer is \\boxed{{{answer}}}."
 
 
 def request_seed(*key: int | str) -> int:

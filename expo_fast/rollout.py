@@ -145,7 +145,8 @@ class Sampler:
 
         stale = [p for p in questions if not self._fresh(p.id, step)]
         n = c.explanations_per_question
-        found = explain(stale, self.prompter, self.generator, self.verify, request, n)
+        made_with = (self.prompter, self.generator, self.verify, request, n, c.append_answer)
+        found = explain(stale, *made_with)
         self.n_tokens += found.n_tokens
         problems = {p.id: p for p in stale}
         found.accepted = keep_best(found.accepted, problems, c.keep_explanations, self.rank)

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from expo_fast.config import EXPLAINING
 
 SEEDS = (0, 1, 2)
 COEFFICIENTS = (0.0, 0.01, 0.04, 0.1, 0.5)  # of the paper's Table 5; 0 is GRPO
@@ -57,6 +59,7 @@ class Size:
     eval_candidates: tuple[int, ...]
     tries: tuple[int, ...]  # samples of each, then of those that failed all; all must fail
     flags: dict[str, object]
+    explaining: dict[str, object] = field(default_factory=dict)  # of arms that explain
 
 
 SIZES = {
@@ -65,20 +68,22 @@ SIZES = {
         ("builtin:arithmetic-1:train",),
         ("builtin:arithmetic-1:eval", "builtin:arithmetic-2:eval"),
         shots_source="builtin:arithmetic-1:train",
-        train_candidates=(384,),
-        eval_candidates=(160, 24),  # of level 2 nothing is trained: does it carry over?
-        tries=(8, 24),
+        train_candidates=(128,),
+        eval_candidates=(40, 16),  # of level 2 nothing is trained: does it carry over?
+        tries=(8,),
         flags={
             "steps": 12,
             "prompts-per-step": 8,
-            "generation-budget": 12,
-            "max-completion-length": 64,
-            "temperature": 0.7,  # the paper's in evaluation; at 1 no question fails by system
+            "generation-budget": 8,
+            "shots": 0,  # without worked examples this model never boxes an answer
+            "max-completion-length": 128,
+            "temperature": 0.7,
             "eval-every": 6,
             "checkpoint-every": 0,
             "eval-samples": 4,
             "diagnose": 2,
         },
+        explaining={"explanations-per-question": 6, "append-answer": True},
     ),
     "full": Size(  # on a GPU
         "HuggingFaceTB/SmolLM2-360M-Instruct",
@@ -103,7 +108,8 @@ SIZES = {
 
 
 def flags_of(arm: Arm, size: Size, seed: int) -> Iterator[str]:
-    yield from as_flags(size.flags | arm.flags | {"seed": seed})
+    explaining = size.explaining if str(arm.flags.get("method")) in EXPLAINING else {}
+    yield from as_flags(size.flags | explaining | arm.flags | {"seed": seed})
 
 
 def as_flags(values: Mapping[str, object]) -> Iterator[str]:

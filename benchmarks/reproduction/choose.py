@@ -48,7 +48,7 @@ def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, obje
         command = [sys.executable, "-m", "expo_fast.evaluate", "--model", size.model]
         command += ["--data", str(asked), "--samples", str(tries), "--seed", str(SEED + number)]
         command += ["--shots-data", size.shots_source, "--output", str(graded)]
-        same = ("temperature", "max-completion-length")  # as in training
+        same = ("temperature", "shots", "max-completion-length")  # as in training
         subprocess.run([*command, *as_flags({k: size.flags[k] for k in same})], check=True)
         verdicts: dict[str, list[float | None]] = {}
         for row in map(json.loads, graded.read_text().splitlines()):

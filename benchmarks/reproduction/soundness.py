@@ -28,17 +28,21 @@ def main() -> None:
     flags.add_argument("--shots-data", default="builtin:arithmetic-1:train")
     flags.add_argument("--limit", type=int, default=64)
     flags.add_argument("--samples", type=int, default=8)
+    flags.add_argument("--shots", type=int, default=2)
+    flags.add_argument("--length", type=int, default=64)
+    flags.add_argument("--append-answer", action="store_true")
     given = flags.parse_args()
     model, tokenizer = load_model(given.model)
-    shots, _ = worked_examples(load_problems(given.shots_data), 2)
+    shots, _ = worked_examples(load_problems(given.shots_data), given.shots)
     problems = load_problems(given.data, limit=given.limit)
     prompter = Prompter(tokenizer, shots)
 
     def request(p: Problem, k: int, prompt: tuple[int, ...]) -> Request:
-        return Request(prompt, 64, temperature=0.8, seed=request_seed(0, p.id, k))
+        return Request(prompt, given.length, temperature=0.8, seed=request_seed(0, p.id, k))
 
     generator = Generator(model, tokenizer=tokenizer)
-    found = explain(problems, prompter, generator, score_answers, request, given.samples)
+    made_with = (prompter, generator, score_answers, request, given.samples, given.append_answer)
+    found = explain(problems, *made_with)
     by_id = {p.id: p for p in problems}
     candidates = [(by_id[key], ids) for key, each in found.accepted.items() for ids in each]
     sound = [is_sound(prompter.text(ids), p.answer) for p, ids in candidates]
