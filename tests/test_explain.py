@@ -49,14 +49,14 @@ class Scripted:
         ]
 
 
-def run(texts: list[tuple[str, str]], problems: list[Problem], n: int):
+def run(texts: list[tuple[str, str]], problems: list[Problem], n: int, *, append: bool = False):
     generator: Any = Scripted(texts)
     prompter = Prompter(tiny_tokenizer())
 
     def request(p: Problem, k: int, prompt: tuple[int, ...]) -> Request:
         return Request(prompt, 64, seed=k)
 
-    found = explain(problems, prompter, generator, score_answers, request, n)
+    found = explain(problems, prompter, generator, score_answers, request, n, append)
     return found, generator.requests
 
 
@@ -76,6 +76,29 @@ def test_only_right_complete_and_clean_explanations_are_kept():
     assert (found.n_sampled, found.n_right, found.n_leaked) == (8, 5, 4)
     assert found.rate == 1.0
     assert found.leak_rate == pytest.approx(4 / 5)
+
+
+def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
+    reached, claimed = f"First 7000 + 319 = {ANSWER}.", f"Well. The answer is {ANSWER}."
+    texts = [
+        (reached, "stop"),
+        (claimed, "stop"),  # reaches nothing
+        (reached, "length"),  # cut off
+        ("7000 + 319 makes 12.", "stop"),  # another answer
+        (rf"{reached} \boxed{{12}}", "stop"),  # boxes another
+        (GOOD, "stop"),
+    ]
+    found, _ = run(texts, [PROBLEM], len(texts), append=True)
+    appended = f"{reached}\nThe answer is \\boxed{{{ANSWER}}}."
+    expected = [(*tiny_tokenizer()(text).input_ids, 1) for text in (appended, GOOD)]
+    # the sampled tokens stay as they were, and the answer's come behind them
+    sampled = tuple(tiny_tokenizer()(reached).input_ids)
+    assert found.accepted["a"][0][: len(sampled)] == sampled
+    texts_of = [tiny_tokenizer().decode(ids) for ids in found.accepted["a"]]
+    assert texts_of == [tiny_tokenizer().decode(ids) for ids in expected]
+    assert all(ids.count(1) == 1 and ids[-1] == 1 for ids in found.accepted["a"])
+    without, _ = run(texts, [PROBLEM], len(texts))
+    assert len(without.accepted["a"]) == 1
 
 
 def test_rate_counts_questions_and_not_samples():
