@@ -15,6 +15,9 @@ KEPT += ("exp/lift_stated", "exp/leak_rate", "own/leak_rate", "grad_norm/policy"
 KEPT += ("grad_norm/exp_sft", "pairs", "rewards/margins", "num_tokens")
 
 
+DATA = ("train_data", "eval_data")  # files of the machine; chosen.json says what is in them
+
+
 def collect(size: Size, folder: Path, output: Path) -> None:
     """Tables and figures of the runs in FOLDER that are done, into OUTPUT."""
     groups = {arm.name: runs for arm in (*ARMS, *ABLATION) if (runs := finished(arm, folder))}
@@ -23,7 +26,12 @@ def collect(size: Size, folder: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     rows = [record(name, run) for name, runs in groups.items() for run in runs]
     result = {"chosen": json.loads((folder / "chosen.json").read_text()), "runs": rows}
-    text = "".join(table(size, groups))
+    halves = [
+        {arm.name: groups[arm.name] for arm in arms if arm.name in groups}
+        for arms in (ARMS, ABLATION)
+        if any(arm.name in groups for arm in arms if arm.mirrors is None)
+    ]
+    text = "\n".join("".join(table(size, half, groups.get("GRPO", []))) for half in halves)
     replace_file(output / "results.json", json.dumps(result, indent=1).encode() + b"\n")
     replace_file(output / "TABLE.md", text.encode())
     drawn = [Group(name, groups[name]) for name in (a.name for a in ARMS) if name in groups]
@@ -56,14 +64,14 @@ def record(name: str, run: Run) -> dict[str, Any]:
         "arm": name,
         "seed": run.config["seed"],
         "commit": Path(f"{run.path}.commit").read_text(),
-        "config": run.config,
+        "config": {k: v for k, v in run.config.items() if k not in ("output_dir", *DATA)},
         "seconds": round(seconds, 1),
         "evaluations": run.evaluations,
         "steps": steps,
     }
 
 
-def table(size: Size, groups: dict[str, list[Run]]) -> Iterator[str]:
+def table(size: Size, groups: dict[str, list[Run]], grpo: Sequence[Run]) -> Iterator[str]:
     """In the form of the paper's table for MATH: pass@K by level, a row a method."""
     K = size.flags["eval-samples"]
     first = next(iter(groups.values()))
@@ -77,7 +85,7 @@ def table(size: Size, groups: dict[str, list[Run]]) -> Iterator[str]:
     for name, runs in groups.items():
         after = [run.after for run in runs]
         tokens = mean([run.steps[-1]["num_tokens"] for run in runs])
-        over = against(runs, groups.get("GRPO", []))
+        over = against(runs, grpo)
         yield row_of(name, after, levels if heads else [], f"pass@{K}", over, tokens)
     yield f"\npass@{K} by level and over all; per cent, mean and range over seeds. over GRPO: "
     yield "difference in pass@1 at the same seed. tokens: prompts and completions, in thousands.\n"
