@@ -46,8 +46,9 @@ def test_the_wheel_holds_every_source_and_nothing_else(installed: Path):
     python = {f"expo_fast/{p.name}" for p in ROOT.glob("expo_fast/*.py")}
     kernels = {f"expo_fast/kernels/{p.name}" for p in ROOT.glob("kernels/*.py")}
     csrc = {f"expo_fast/csrc/{p.name}" for p in ROOT.glob("csrc/*")}
+    presets = {f"expo_fast/presets/{p.name}" for p in ROOT.glob("expo_fast/presets/*.toml")}
     shipped = {p.relative_to(installed).as_posix() for p in installed.rglob("*") if p.is_file()}
-    assert {p for p in shipped if ".dist-info/" not in p} == python | kernels | csrc
+    assert {p for p in shipped if ".dist-info/" not in p} == python | kernels | csrc | presets
 
 
 def test_the_wheel_carries_its_license(installed: Path):
