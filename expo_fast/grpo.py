@@ -36,9 +36,9 @@ class Grpo(Learner):
         sampled, kept = self.rollouts(step, phases)
         with phases.phase("explain"):
             found = self.positives(kept, step)
-        explained = found.accepted if self.config.explains else {}
+        shown = found.accepted if self.config.explains else {}
         subjects = [
-            Subject(r.problem, r.usable, next(iter(explained.get(r.problem.id, ())), None))
+            Subject(r.problem, r.usable, next(iter(shown.get(r.problem.id, ())), None))
             for r in kept
         ]
         measured = self.diagnose(subjects, phases)
@@ -46,9 +46,8 @@ class Grpo(Learner):
         updates = [
             self.update(part, found, step * U + i, phases) for i, part in enumerate(parts(kept, U))
         ]
-        row = sampled_metrics(sampled) | measured | mean_of(updates)
-        if self.config.explains:
-            row |= explained_metrics(found)
+        explained = explained_metrics(found if self.config.explains else Explanations())
+        row = sampled_metrics(sampled) | explained | measured | mean_of(updates)
         kind = "expert" if self.config.method == "expert-grpo" else "explanation"
         return row, completion_rows(kept, found, self.prompter, kind)
 

@@ -212,14 +212,16 @@ def restore(config: Train, trainer: Learner) -> tuple[Path | None, int]:
     if path is None:
         return None, 0
     tensors, values = checkpoint.load(path)
+    saved = None
+    if not config.lora_rank:
+        saved, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
+        check_same_shape(config, trainer.model, saved, path)
     for what, value in identify(trainer).items():
         if values["identity"].get(what) != value:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
-    if config.lora_rank:
+    if saved is None:
         load_adapter(trainer.model, path)
     else:
-        saved, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
-        check_same_shape(config, trainer.model, saved, path)
         trainer.model.load_state_dict(saved.state_dict())
     trainer.load_state(tensors, values["trainer"])
     return path, values["step"]
