@@ -176,7 +176,7 @@ class Preference(Learner):
         ref_logp = torch.tensor([logp for pair in pairs for logp in pair.ref_logp])
         for p in pack(samples, c.pack_tokens, together=2):
             p = p.to(self.model.device)
-            ref = ref_logp[list(p.members)].to(self.model.device)
+            ref = ref_logp[list(p.members)]
             hidden = self.model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
             result = linear_preference_loss(
                 hidden,
@@ -184,14 +184,14 @@ class Preference(Learner):
                 p.targets,
                 p.sequence_ids,
                 objective=preference_objective(c),
-                ref_logp=ref,
-                pair_weight=torch.full((len(ref) // 2,), 1 / len(pairs), device=ref.device),
+                ref_logp=ref.to(self.model.device),
+                pair_weight=torch.full((len(ref) // 2,), 1 / len(pairs), device=self.model.device),
                 temperature=c.temperature,
             )
             result.loss.backward()
             found.append(PreferenceLoss(*(x.detach().cpu() for x in result)))
-            refs.append(ref.cpu())
-            lengths.append(torch.bincount(p.sequence_ids, minlength=len(ref)).cpu())
+            refs.append(ref)
+            lengths.append(torch.tensor([len(samples[i].completion_ids) for i in p.members]))
         scale = [
             c.dpo_beta / n if c.preference in ("simpo", "orpo") else c.dpo_beta for n in lengths
         ]

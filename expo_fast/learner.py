@@ -7,6 +7,7 @@ frozen copy or, with LoRA, the same weights with the adapter switched off.
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ Metrics = dict[str, float | None]
 
 
 @dataclass
-class Learner:
+class Learner(ABC):
     """One run's loop state. What a resume needs of it is `state()`."""
 
     config: Train
@@ -72,10 +73,10 @@ class Learner:
             self.model.named_parameters(), betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )
 
-    def check(self, run_dir: Path, start: int) -> None:
+    def check(self, run_dir: Path, start: int) -> None:  # noqa: B027, most loops need nothing
         """ValueError where the run can't go on from step `start` (from 0) in that folder."""
 
-    def begin(self, run_dir: Path, start: int) -> None:
+    def begin(self, run_dir: Path, start: int) -> None:  # noqa: B027
         """Called once, before step `start`, with the folder that the run may write to."""
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -88,8 +89,9 @@ class Learner:
         self.broken = self.broken + 1 if broken else 0
         return {"step": step + 1} | row, texts
 
+    @abstractmethod
     def learn(self, step: int, phases: Phases) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        raise NotImplementedError
+        """What `step` returns, short of what all loops report."""
 
     def batch(self, step: int) -> list[Problem]:
         return batch(self.problems, step, self.config.prompts_per_step, self.config.seed)

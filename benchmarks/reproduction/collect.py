@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.reproduction.arms import ABLATION, ARMS, Arm, Size
@@ -84,7 +85,7 @@ def table(size: Size, groups: dict[str, list[Run]], grpo: Sequence[Run]) -> Iter
     yield row_of("none (before)", bases, levels if heads else [], f"pass@{K}", None, None)
     for name, runs in groups.items():
         after = [run.after for run in runs]
-        tokens = mean([run.steps[-1]["num_tokens"] for run in runs])
+        tokens = fmean([run.steps[-1]["num_tokens"] for run in runs])
         over = against(runs, grpo)
         yield row_of(name, after, levels if heads else [], f"pass@{K}", over, tokens)
     yield f"\npass@{K} by level and over all; per cent, mean and range over seeds. over GRPO: "
@@ -108,7 +109,7 @@ def row_of(
 
 def spread(values: Sequence[float]) -> str:
     low, high = (f"{100 * x:.1f}" for x in (min(values), max(values)))
-    return f"{100 * mean(values):.1f}" + (f" [{low}, {high}]" if len(values) > 1 else "")
+    return f"{100 * fmean(values):.1f}" + (f" [{low}, {high}]" if len(values) > 1 else "")
 
 
 def against(runs: Sequence[Run], others: Sequence[Run]) -> str | None:
@@ -118,11 +119,7 @@ def against(runs: Sequence[Run], others: Sequence[Run]) -> str | None:
     gains = [run.after["pass@1"] - other.after["pass@1"] for run, other in both]
     if not gains or all(run.path == other.path for run, other in both):
         return None
-    return f"{100 * mean(gains):+.1f} [{100 * min(gains):+.1f}, {100 * max(gains):+.1f}]"
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return f"{100 * fmean(gains):+.1f} [{100 * min(gains):+.1f}, {100 * max(gains):+.1f}]"
 
 
 def commit() -> str:
