@@ -191,7 +191,7 @@ class Preference(Learner):
             result.loss.backward()
             found.append(PreferenceLoss(*(x.detach().cpu() for x in result)))
             refs.append(ref)
-            lengths.append(torch.tensor([len(samples[i].completion_ids) for i in p.members]))
+            lengths.append(torch.tensor(p.lengths))
         scale = [
             c.dpo_beta / n if c.preference in ("simpo", "orpo") else c.dpo_beta for n in lengths
         ]

@@ -32,6 +32,7 @@ from expo_fast.rollout import Reward, Sampler
 from expo_fast.tasks import Problem
 
 Metrics = dict[str, float | None]
+STATISTICS = ("loss", "kl", "clip_low", "clip_high", "nll")  # of `policy_backward`
 
 
 @dataclass
@@ -97,11 +98,14 @@ class Learner(ABC):
         return batch(self.problems, step, self.config.prompts_per_step, self.config.seed)
 
     def policy_backward(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Add the samples' gradients, pack after pack; the loss and its statistics."""
+        """Add the samples' gradients, pack after pack; the loss and its statistics.
+
+        The statistics are read from the device once, when all packs are under way.
+        """
         c = self.config
-        total = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "nll"), 0.0)
         weight = sum(s.row_weight * len(s.completion_ids) for s in samples)
         n_rows = sum(len(s.completion_ids) for s in samples)
+        found: list[Tensor] = []
         for p in pack(samples, c.pack_tokens):
             p = p.to(self.model.device)
             hidden = self.model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
@@ -121,12 +125,13 @@ class Learner(ABC):
                 sequence_ids=p.sequence_ids,
             )
             result.loss.backward()
-            total["nll"] -= sum(float(logp.mean()) for _, logp in p.split(result.logp))
-            total["loss"] += float(result.loss.detach())
-            total["kl"] += float(result.kl * p.row_weight.sum()) / weight
-            for name in ("clip_low", "clip_high"):  # shares of rows
-                total[name] += float(getattr(result, name)) * len(p.rows) / n_rows
-        return total | {"nll": total["nll"] / max(1, len(samples))}
+            share = len(p.rows) / n_rows
+            kl = result.kl * p.row_weight.sum() / weight
+            nll = -torch.stack([logp.mean() for _, logp in p.split(result.logp)]).sum()
+            clips = result.clip_low * share, result.clip_high * share
+            found.append(torch.stack([result.loss.detach(), kl, *clips, nll / len(samples)]))
+        totals = torch.stack(found).double().sum(0).tolist() if found else [0.0] * len(STATISTICS)
+        return dict(zip(STATISTICS, totals, strict=True))
 
     def apply(self, number: int, phases: Phases) -> Metrics:
         """One optimizer step with the gradients added so far; `number` counts them over the run."""

@@ -46,6 +46,7 @@ class Pack:
     old_logp: Tensor | None  # (R,) fp32
     ref_logp: Tensor | None  # (R,) fp32
     members: tuple[int, ...]  # the samples' places in the list that was packed
+    lengths: tuple[int, ...]  # tokens of their completions
 
     def to(self, device: torch.device) -> "Pack":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -53,8 +54,7 @@ class Pack:
 
     def split(self, per_row: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(place of the sample, its own values) out of one value a row."""
-        lengths = torch.bincount(self.sequence_ids, minlength=len(self.members))
-        yield from zip(self.members, per_row.split(lengths.tolist()), strict=True)
+        yield from zip(self.members, per_row.split(self.lengths), strict=True)
 
 
 def pack(samples: Sequence[Sample], max_tokens: int, *, together: int = 1) -> Iterator[Pack]:
@@ -125,10 +125,10 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         if own:
             append(_Segment(own, len(s.prompt_ids), prompt))
             rows.extend(range(ends[-2], ends[-1]))
-    lengths = torch.tensor([len(s.completion_ids) for s in chosen])
+    lengths = tuple(len(s.completion_ids) for s in chosen)
 
     def per_row(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
+        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(lengths))
 
     return Pack(
         tokens=torch.tensor([t for s in segments for t in s.tokens]),
@@ -144,12 +144,13 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         old_logp=_logps([s.old_logp for s in chosen], lengths),
         ref_logp=_logps([s.ref_logp for s in chosen], lengths),
         members=tuple(members),
+        lengths=lengths,
     )
 
 
-def _logps(values: list[Tensor | None], lengths: Tensor) -> Tensor | None:
+def _logps(values: list[Tensor | None], lengths: Sequence[int]) -> Tensor | None:
     """(R,), zeros for a sample without: it is on policy, and ignores them. None: none has any."""
     if all(v is None for v in values):
         return None
-    filled = zip(values, lengths.tolist(), strict=True)
+    filled = zip(values, lengths, strict=True)
     return torch.cat([torch.zeros(n) if v is None else v.float() for v, n in filled])
