@@ -1,9 +1,10 @@
-"""Tests, ceilings, decoding, parts and ops on a CUDA machine, from a checkout, with torch, triton
-and pytest alone.
+"""Tests, ceilings, parts, decoding, training and ops on a CUDA machine, from a checkout, with
+torch, triton, transformers and pytest alone.
 
-    PYTHONPATH=. python benchmarks/gpu.py --output gpu.json
+    PYTHONPATH=. python benchmarks/gpu.py --output gpu
 
-What is done is in the file after each stage and each group of contestants, so a kill loses little.
+The folder gets report.json and tests.txt. What is done is in it after each stage and each group of
+contestants, so a kill loses little; a stage that fails is named there, and the next begins.
 A smoke test without a GPU: --device cpu --models smollm2-135m --rows 64 --repeats 1
 """
 
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,26 +23,26 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_decode
+from benchmarks import gpu_decode, gpu_train
 from benchmarks.cases import OPS, OURS, SHAPES, Group, groups
 from benchmarks.decode import ceilings as decode_ceilings
 from benchmarks.measure import Stopwatch, measure
 from benchmarks.parts import parts
 from benchmarks.summary import machine, ms, show
+from expo_fast.log import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/test_ops*.py", "tests/test_triton*.py", "tests/test_decode.py")
-STAGES = ("tests", "ceilings", "decode", "parts", "ops")
-TESTS_SHARE = 0.45  # of the time, at most
-DECODE_SECONDS = 45  # left, or a model's decoding is not timed
-DECODE_PEER_SECONDS = 240  # left, or it is not timed beside transformers'
+STAGES = ("tests", "ceilings", "parts", "decode", "train", "ops")
+TESTS_SHARE = 0.4  # of the time, at most
 PARTS_OF = ("qwen2.5-3b", "qwen2.5-0.5b")
-PARTS_SECONDS = 60  # left, or a model's parts are not timed
+SECONDS = {"parts": 60, "decode": 45, "train": 60}  # left, or a model is not begun
+DECODE_PEER_SECONDS = 240  # left, or it is not timed beside transformers'
 
 
 @dataclass
 class Run:
-    output: Path
+    folder: Path
     deadline: float  # of time.monotonic()
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -50,9 +51,26 @@ class Run:
 
     def save(self, **stage: Any) -> None:
         self.report |= stage
-        aside = self.output.with_suffix(".part")
-        aside.write_text(json.dumps(self.report))
-        aside.replace(self.output)
+        replace_file(self.folder / "report.json", json.dumps(self.report).encode())
+
+    def attempt(self, name: str, work: Callable[[], Any]) -> Any:
+        """What it returns; None where it fails, which is kept under `failed`."""
+        try:
+            return work()
+        except Exception as e:  # the next may still tell something
+            why = f"{type(e).__name__}: {e}"
+            print(f"\n{name}: {why}", flush=True)
+            self.save(failed=self.report.get("failed", {}) | {name: why})
+
+    def models(self, stage: str, names: Sequence[str], work: Callable[[str], Any]) -> None:
+        """work(name) for each model, as far as the time allows."""
+        for name in names:
+            if self.left() < SECONDS[stage]:
+                self.save(failed=self.report.get("failed", {}) | {f"{stage}, {name}": "no time"})
+                continue
+            found = self.attempt(f"{stage}, {name}", partial(work, name))
+            if found is not None:
+                self.save(**{stage: [*self.report.get(stage, []), found]})
 
 
 def run_tests(run: Run) -> dict[str, Any]:
@@ -60,7 +78,7 @@ def run_tests(run: Run) -> dict[str, Any]:
     files = [str(path) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *files]
     command += ["-k", "not hopper and not oldest"]  # which need no GPU, and time
-    log, limit = run.output.with_suffix(".tests.txt"), TESTS_SHARE * run.left()
+    log, limit = run.folder / "tests.txt", TESTS_SHARE * run.left()
     with log.open("w") as out:
         tests = subprocess.Popen(
             command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -99,45 +117,15 @@ def ceilings(device: str) -> dict[str, float]:
     return found
 
 
-def run_decode(run: Run, models: Sequence[str] | None, device: str) -> None:
-    """Batch 256; on a CPU the generator's native path, of a tiny model."""
-    best, found, failed = decode_ceilings(device), [], {}
-    for name in [name for name in gpu_decode.MODELS if not models or name in models]:
-        if run.left() < DECODE_SECONDS:
-            failed[name] = "out of time"
-            continue
-        try:
-            peer = run.left() > DECODE_PEER_SECONDS
-            found.append(gpu_decode.measure(name, device, best, peer))
-        except Exception as e:  # the next model, or stage, may still tell something
-            failed[name] = f"{type(e).__name__}: {e}"
-            print(f"decode, {name}: {failed[name]}", flush=True)
-        run.save(decode=found, decode_failed=failed)
-
-
-def run_parts(run: Run, models: Sequence[str], device: str, repeats: int) -> None:
-    """Of one number of rows: 16384 on a GPU."""
-    found = []
-    for model in models:
-        if run.left() > PARTS_SECONDS:
-            found.append(parts(model, 64 if device == "cpu" else 16384, device, repeats))
-            run.save(parts=found)
-
-
 def run_ops(run: Run, wanted: list[Group], device: str, repeats: int) -> None:
-    results, failed = [], {}
     for i, group in enumerate(wanted):
         if run.left() < 0:
             run.save(not_reached=[str(group) for group in wanted[i:]])
             print(f"\nout of time: {len(wanted) - i} of {len(wanted)} groups not reached")
             return
-        try:
-            results.append(measure(group, device, repeats))
-            show(results[-1])
-        except Exception as e:  # the next group may still tell something
-            failed[str(group)] = f"{type(e).__name__}: {e}"
-            print(f"\n{group}: {failed[str(group)]}", flush=True)
-        run.save(results=results, failed=failed)
+        if found := run.attempt(str(group), partial(measure, group, device, repeats)):
+            show(found)
+            run.save(results=[*run.report.get("results", []), found])
 
 
 def digest(report: dict[str, Any]) -> None:
@@ -157,22 +145,24 @@ def digest(report: dict[str, Any]) -> None:
         for other, why in result["left_out"].items():
             if other.startswith(OURS):
                 print(f"    {other}: {why}")
-    for name, why in report.get("failed", {}).items():
-        print(f"{name:58s} FAILED {why}")
     for result in report.get("decode", []):
         for name, c in result["contestants"].items():
             speed = f"{c['tokens_per_second']:.0f} tokens/s, {c['of_limit']:.0%} of the limit"
             print(f"decode, {result['model']}, {name}: {speed}")
-    for name, why in report.get("decode_failed", {}).items():
-        print(f"decode, {name} FAILED {why}")
-    print("tests:", report.get("tests", {}).get("outcome", "not run"))
+    for found in report.get("train", []):
+        phases = ", ".join(f"{name} {s:.2f}" for name, s in found["phases"].items())
+        rates = f"{found['tokens/s']:.0f} tokens/s, MFU {found['mfu']:.0%}"
+        print(f"train, {found['model']}: {rates}; seconds: {phases}")
+    for name, why in report.get("failed", {}).items():
+        print(f"{name:58s} FAILED {why}")
+    print("tests:", (report.get("tests") or {}).get("outcome", "not run"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--output", type=Path, default=Path("gpu"), help="a folder")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -186,18 +176,30 @@ def main() -> None:
         sys.exit("torch sees no CUDA device; --device cpu makes a smoke test")
     device = a.device or "cuda"
     run = Run(a.output.resolve(), time.monotonic() + a.seconds)
+    run.folder.mkdir(parents=True, exist_ok=True)
     run.save(machine=machine())
     print(*(f"{name}: {x}" for name, x in run.report["machine"].items()), sep="\n", flush=True)
     if "tests" in a.stages:
-        run.save(tests=run_tests(run))
+        run.save(tests=run.attempt("tests", partial(run_tests, run)))
     if "ceilings" in a.stages:
-        run.save(ceilings=ceilings(device))
-    if "decode" in a.stages:
-        run_decode(run, a.models, device)
+        run.save(ceilings=run.attempt("ceilings", partial(ceilings, device)))
     if "parts" in a.stages:
-        run_parts(run, a.models or PARTS_OF, device, a.repeats)
+        rows = 64 if device == "cpu" else 16384
+        names = a.models or PARTS_OF
+        run.models("parts", names, lambda name: parts(name, rows, device, a.repeats))
+    best = decode_ceilings(device) if {"decode", "train"} & {*a.stages} else None
+    if best and "decode" in a.stages:
+        names = [name for name in gpu_decode.MODELS if not a.models or name in a.models]
+        peer = DECODE_PEER_SECONDS
+        run.models(
+            "decode", names, lambda n: gpu_decode.measure(n, device, best, run.left() > peer)
+        )
+    if best and "train" in a.stages:
+        names = [name for name in gpu_train.SHOWN if not a.models or name in a.models]
+        run.models("train", names, lambda name: gpu_train.measure(name, device, best.flops))
     if "ops" in a.stages:
         run_ops(run, groups(a.models, a.rows, a.ops), device, a.repeats)
+    print(json.dumps(run.report))  # before the table, as an end is what a log shows
     digest(run.report)
 
 

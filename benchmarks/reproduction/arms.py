@@ -24,17 +24,15 @@ class Arm:
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
 
-PAIRS = {"learning-rate": 2e-5}  # a pair's gradient is a sum over tokens, with both signs
-
 ARMS = [
     Arm("GRPO", {"method": "grpo"}),
     Arm("ExP-GRPO", {"method": "expo-grpo"}),
     Arm("GRPO + SFT on expert solutions", {"method": "expert-grpo"}),
     Arm("ExP-GRPO, shuffled", {"method": "expo-grpo", "shuffle-explanations": True}),
     Arm("SFT on explanations (STaR)", {"method": "star"}, SEEDS[:1]),
-    Arm("ExP-DPO, offline", {"method": "expo-dpo", **PAIRS}),
-    Arm("ExP-DPO, online", {"method": "expo-dpo", "pairs-every": 4, **PAIRS}),
-    Arm("DPO on expert solutions", {"method": "expert-dpo", **PAIRS}),
+    Arm("ExP-DPO, offline", {"method": "expo-dpo"}),
+    Arm("ExP-DPO, online", {"method": "expo-dpo", "pairs-every": 4}),
+    Arm("DPO on expert solutions", {"method": "expert-dpo"}),
 ]
 ABLATION = [
     Arm("coefficient 0", {}, mirrors="GRPO"),

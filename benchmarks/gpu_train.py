@@ -1,0 +1,238 @@
+"""A few ExP-GRPO steps on a GPU, of random weights: seconds by phase, MFU, memory, kernels.
+
+The whole loop runs: prompts, paged sampling, rewards, explanations, diagnostics, packed forward and
+backward, optimizer. Random weights neither answer nor explain, so a reward is the parity of the
+tokens' sum, and the first explanations of a question are taken as they are.
+"""
+
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.gpu_decode import MODELS, TINY, Sizes, random_model
+from expo_fast.config import Train
+from expo_fast.explain import Explanations
+from expo_fast.generate import Completion, Request
+from expo_fast.grpo import Grpo
+from expo_fast.model import Decoder
+from expo_fast.pack import Sample
+from expo_fast.prompts import Prompter
+from expo_fast.reward import score_answers
+from expo_fast.rollout import Sampler
+from expo_fast.tasks import Problem, load_problems
+
+SHAPES = {"smollm2-135m": Sizes(30, 576, 1536, 9, 3, 49152), **MODELS}
+SHOWN = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")
+STEPS = 4  # the first, which compiles and captures, is not counted; the last is profiled
+LOAD = Train(
+    steps=STEPS,
+    shots=0,
+    prompts_per_step=16,
+    num_generations=8,
+    explanations_per_question=8,
+    max_completion_length=256,
+    pack_tokens=32768,
+    learning_rate=1e-6,
+)
+SMOKE = replace(  # on a CPU
+    LOAD,
+    prompts_per_step=2,
+    num_generations=2,
+    explanations_per_question=2,
+    max_completion_length=8,
+)
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KINDS = {  # what a kernel does, by its name
+    "products": r"gemm|gemv|nvjet|cutlass|xmma|splitk|softmax_sums|logit_gradients",
+    "attention": r"flash|fmha|attention|attend_items|add_slots",
+    "decoding": r"append_tokens|place_heads|add_norm_rows|swiglu_elements",
+}
+
+
+class Lenient(Sampler):
+    """Samples as many explanations as ever, and accepts the first of each question."""
+
+    def explanations(self, questions: Sequence[Problem], step: int) -> Explanations:
+        c, K = self.config, self.config.explanations_per_question
+        asked = [
+            self._request(self.prompter.explain(q), c.explain_temperature, "explain", step, q.id, k)
+            for q in questions
+            for k in range(K)
+        ]
+        said = [tuple(done.token_ids) for done in self.generator.sample(asked)]
+        kept = {q.id: said[K * i : K * i + c.keep_explanations] for i, q in enumerate(questions)}
+        return Explanations(kept, n_questions=len(questions), n_sampled=len(asked))
+
+
+@dataclass
+class Count:
+    """FLOPs of products with weights, and tokens, that go through a learner."""
+
+    model: Decoder
+    flops: float = 0.0
+    sampled: int = 0  # tokens
+    learnt: int = 0  # tokens with a loss
+    body: int = field(init=False)
+    head: int = field(init=False)
+
+    def __post_init__(self):
+        self.body = sum(p.numel() for p in self.model.model.layers.parameters())
+        self.head = self.model.shape.vocabulary * self.model.shape.hidden
+
+    def watch(self, learner: Grpo) -> None:
+        hidden, sample = self.model.hidden, learner.generator.sample
+        backward = learner.policy_backward
+
+        def watched_hidden(
+            tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, parents: Tensor | None = None
+        ) -> Tensor:
+            self.flops += 2 * self.body * len(tokens) * (3 if torch.is_grad_enabled() else 1)
+            return hidden(tokens, positions, cu_seqlens, parents)
+
+        def watched_sample(requests: Sequence[Request]) -> list[Completion]:
+            done = sample(requests)
+            new = sum(len(c.token_ids) for c in done)
+            prompts = sum(map(len, {tuple(r.prompt_ids) for r in requests}))
+            self.sampled += new
+            self.flops += 2 * self.body * (prompts + new) + 2 * self.head * new
+            return done
+
+        def watched_backward(samples: Sequence[Sample]) -> dict[str, float]:
+            rows = sum(len(s.completion_ids) for s in samples)
+            self.learnt += rows
+            self.flops += 3 * 2 * self.head * rows
+            return backward(samples)
+
+        self.model.hidden = watched_hidden
+        learner.generator.sample = watched_sample
+        learner.policy_backward = watched_backward
+
+
+def parity(_: object, texts: list[str], completions: list[Completion]) -> list[float | None]:
+    return [float(sum(c.token_ids) % 2) for c in completions]
+
+
+def letters() -> Any:
+    """A tokenizer of bytes, which needs no file."""
+    named = ["<pad>", "<|im_end|>", "<|im_start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(named)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def build(name: str, device: str) -> Grpo:
+    gpu = device != "cpu"
+    model = random_model(SHAPES[name] if gpu else TINY, device)
+    config = replace(LOAD if gpu else SMOKE, device=device)
+    problems = load_problems("builtin:arithmetic-2:train", limit=STEPS * config.prompts_per_step)
+    prompter = Prompter(letters())
+    learner = Grpo(config, model, None, prompter, problems, parity, score_answers)
+    learner.sampler = Lenient(**vars(learner.sampler))
+    return learner
+
+
+def measure(name: str, device: str, flops: float) -> dict[str, Any]:
+    """Plain data; flops: a second, of the device's products.
+
+    RuntimeError where a step learns nothing.
+    """
+    learner = build(name, device)
+    rows: list[dict[str, Any]] = []
+    seconds: list[float] = []
+    count = Count(learner.model)
+    count.watch(learner)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(STEPS - 1):
+        if step == 1:
+            count.flops, count.sampled, count.learnt = 0.0, 0, 0
+        began = time.perf_counter()
+        row, _ = learner.step(step)
+        seconds.append(time.perf_counter() - began)
+        rows.append(row)
+        if not row["grad_norm"] > 0 or not row["exp/accepted"]:
+            raise RuntimeError(f"step {step + 1} learnt nothing: {row}")
+    steady = STEPS - 2
+    total = sum(seconds[1:])
+    phases = {key for key in rows[-1] if key.startswith("time/")}
+    found: dict[str, Any] = {
+        "model": name,
+        "seconds": seconds,
+        "phases": {
+            key.removeprefix("time/"): statistics.fmean(row[key] for row in rows[1:])
+            for key in sorted(phases)
+        },
+        "sampled": count.sampled / steady,
+        "learnt": count.learnt / steady,
+        "tokens/s": (count.sampled + count.learnt) / total,
+        "mfu": count.flops / total / flops,
+        "logp_gap/mean": rows[-1]["logp_gap/mean"],
+    }
+    if device != "cpu":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        found |= profiled(learner)
+    show(found)
+    return found
+
+
+def profiled(learner: Grpo) -> dict[str, Any]:
+    """Of the last step: seconds of each kind of kernel, and of the longest others."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        learner.step(STEPS - 1)
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - began
+    events: Any = profiler.events()
+    on_device = [e for e in events if str(e.device_type).endswith("CUDA")]
+    return shares(((e.name, e.time_range.elapsed_us() / 1e6) for e in on_device), wall)
+
+
+def shares(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, Any]:
+    """kernels: (name, seconds). `idle` is what no kernel takes of the step's wall time."""
+    by_kind: defaultdict[str, float] = defaultdict(float)
+    others: defaultdict[str, float] = defaultdict(float)
+    for name, seconds in kernels:
+        kind = next((k for k, names in KINDS.items() if re.search(names, name, re.I)), "others")
+        by_kind[kind] += seconds
+        if kind == "others":
+            others[name[:80]] += seconds
+    by_kind["idle"] = max(0.0, wall - sum(by_kind.values()))
+    outside = by_kind["others"] + by_kind["idle"]
+    return {
+        "profiled_seconds": wall,
+        "kernels": dict(by_kind),
+        "outside": outside / wall,
+        "others": dict(sorted(others.items(), key=lambda item: -item[1])[:12]),
+    }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    print(f"\ntraining, {found['model']}: {statistics.fmean(found['seconds'][1:]):.3f} s a step")
+    print(*(f"    {name:20s}{s:9.3f} s" for name, s in found["phases"].items()), sep="\n")
+    numbers = f"{found['tokens/s']:.0f} tokens/s, MFU {found['mfu']:.1%}"
+    if "kernels" in found:
+        print(f"    {numbers}, peak {found['peak_bytes'] / 1e9:.1f} GB; in the profiled step:")
+        print(*(f"    {name:20s}{s:9.3f} s" for name, s in found["kernels"].items()), sep="\n")
+        print(f"    outside products, attention and decoding: {found['outside']:.0%}; longest:")
+        print(*(f"        {s:.4f} s  {name}" for name, s in found["others"].items()), sep="\n")
+    else:
+        print(f"    {numbers}")
