@@ -35,7 +35,7 @@ from expo_fast.ops import (
     SimPo,
     linear_preference_loss,
 )
-from expo_fast.pack import Sample, pack
+from expo_fast.pack import Sample, forward
 from expo_fast.pairs import Pair, PairStore, pair_up
 from expo_fast.reward import grader_hash
 from expo_fast.rollout import Rollout, explained_metrics, said, sampled_metrics
@@ -174,10 +174,8 @@ class Preference(Learner):
         lengths: list[torch.Tensor] = []  # tokens of each sequence
         samples, c = pair_samples(pairs), self.config
         ref_logp = torch.tensor([logp for pair in pairs for logp in pair.ref_logp])
-        for p in pack(samples, c.pack_tokens, together=2):
-            p = p.to(self.model.device)
+        for p, hidden in forward(self.model, samples, c.pack_tokens, together=2):
             ref = ref_logp[list(p.members)]
-            hidden = self.model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
             result = linear_preference_loss(
                 hidden,
                 self.model.head_weight,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -65,10 +66,10 @@ class Evaluation:
         row: dict[str, Any] = {"problems": len(groups), "samples": n} | self._accuracy(groups)
         row["levels"] = [self._level_row(at, groups) for at in levels]
         row["undecided"] = [x.verdict for x in g].count(None)
-        row["boxed_ratio"] = mean([last_boxed(x.completion) is not None for x in g])
-        row["leak_rate"] = mean([leaks(x.completion) for x in g])
-        row["mean_length"] = mean([x.tokens for x in g])
-        row["clipped_ratio"] = mean([x.finish_reason == "length" for x in g])
+        row["boxed_ratio"] = fmean([last_boxed(x.completion) is not None for x in g])
+        row["leak_rate"] = fmean([leaks(x.completion) for x in g])
+        row["mean_length"] = fmean([x.tokens for x in g])
+        row["clipped_ratio"] = fmean([x.finish_reason == "length" for x in g])
         row |= {"template": self.template, "grader": self.grader}
         return row | {"tokens": sum(x.tokens for x in g), "seconds": round(self.seconds, 3)}
 
@@ -111,16 +112,12 @@ def vote_is_right(group: Sequence[Graded]) -> bool:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95% bootstrap interval of the mean, over the problems that have these values."""
     rng = random.Random(0)
-    means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return means[RESAMPLES // 40], means[-RESAMPLES // 40 - 1]
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _measured(name: str, values: Sequence[float]) -> dict[str, Any]:
-    return {name: mean(values), f"{name}/interval": list(interval(values))}
+    return {name: fmean(values), f"{name}/interval": list(interval(values))}
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from expo_fast.answer import plain_number, same_number, tidy
 from expo_fast.generate import Generator, Request
 from expo_fast.model import Decoder
 from expo_fast.ops import linear_logprob
-from expo_fast.pack import Sample, pack
+from expo_fast.pack import Sample, forward
 from expo_fast.prompts import Prompter, boxed
 from expo_fast.reward import last_boxed_span
 from expo_fast.tasks import Problem, last_question
@@ -299,9 +299,7 @@ def score_tokens(
 ) -> list[Tensor]:
     """For each sample (len(completion_ids),) fp32 nats: log pi of its completion's tokens."""
     out: list[Tensor] = [torch.empty(0)] * len(samples)
-    for p in pack(samples, max_tokens):
-        p = p.to(model.device)
-        hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
+    for p, hidden in forward(model, samples, max_tokens):
         logp = linear_logprob(hidden, model.head_weight, p.targets, temperature=temperature).logp
         for i, values in p.split(logp):
             out[i] = values.cpu()

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from expo_fast.config import ADJUSTABLE
@@ -225,16 +226,12 @@ def numbers(rows: Iterable[Row], key: str) -> list[float]:
     return [x for row in rows if (x := number(row, key)) is not None]
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def spread(rows: Sequence[Row], key: str) -> Spread | None:
     """Of one row a run; None where no row has the number."""
     rows = [row for row in rows if number(row, key) is not None]
     values = numbers(rows, key)
     if len(values) != 1:
-        return Spread(mean(values), min(values), max(values), len(values)) if values else None
+        return Spread(fmean(values), min(values), max(values), len(values)) if values else None
     ends = rows[0].get(f"{key}/interval")
     low, high = map(_finite, ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
     return Spread(values[0], low, high, 1)

@@ -26,7 +26,7 @@ from expo_fast.model import Decoder
 from expo_fast.native_engine import exact_hidden
 from expo_fast.ops import Cispo, Clipped, SequenceClipped, SoftAdaptive, linear_policy_loss
 from expo_fast.optim import Optimizer, learning_rate
-from expo_fast.pack import Sample, pack
+from expo_fast.pack import Sample, forward
 from expo_fast.prompts import Prompter, request_seed
 from expo_fast.rollout import Reward, Sampler
 from expo_fast.tasks import Problem
@@ -106,9 +106,7 @@ class Learner(ABC):
         weight = sum(s.row_weight * len(s.completion_ids) for s in samples)
         n_rows = sum(len(s.completion_ids) for s in samples)
         found: list[Tensor] = []
-        for p in pack(samples, c.pack_tokens):
-            p = p.to(self.model.device)
-            hidden = self.model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
+        for p, hidden in forward(self.model, samples, c.pack_tokens):
             result = linear_policy_loss(
                 hidden,
                 self.model.head_weight,

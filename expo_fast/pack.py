@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from expo_fast.model import Decoder
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -80,6 +82,15 @@ def pack(samples: Sequence[Sample], max_tokens: int, *, together: int = 1) -> It
             size, last = size + new, prompt
     if members:
         yield _build(samples, members)
+
+
+def forward(
+    model: Decoder, samples: Sequence[Sample], max_tokens: int, *, together: int = 1
+) -> Iterator[tuple[Pack, Tensor]]:
+    """The packs on the model's device, each with the (R, D) hidden states of its rows."""
+    for p in pack(samples, max_tokens, together=together):
+        p = p.to(model.device)
+        yield p, model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
 
 
 def common_prefix(prompts: Iterable[tuple[int, ...]]) -> int:

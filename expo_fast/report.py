@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from expo_fast import figures
 from expo_fast.command import run
-from expo_fast.figures import Group, Panel, Row, Spread, mean, number, numbers, spelt, spread
+from expo_fast.figures import Group, Panel, Row, Spread, number, numbers, spelt, spread
 from expo_fast.flags import from_flags
 from expo_fast.log import output_file, replace_file
 
@@ -197,7 +198,7 @@ def between(x: Spread | None, form: str) -> str:
 
 def sampled(g: Group) -> str:
     totals = [max(found) for r in g.runs if (found := numbers(r.steps, "num_tokens"))]
-    return f"{mean(totals):,.0f}" if totals else ""
+    return f"{fmean(totals):,.0f}" if totals else ""
 
 
 def duration(g: Group) -> str:
@@ -275,8 +276,8 @@ def in_distribution(g: Group) -> str:
         return "In-distribution: not measured."
     below = [a < b for a, b in zip(ours, expert, strict=True)]
     said = verdict("In-distribution", below, "the explanation's NLL is {} the expert's", "below")
-    said += f". Mean {mean(ours):.3g} against {mean(expert):.3g} nats a token"
-    return said + (f", own attempts {mean(own):.3g}." if own else ".")
+    said += f". Mean {fmean(ours):.3g} against {fmean(expert):.3g} nats a token"
+    return said + (f", own attempts {fmean(own):.3g}." if own else ".")
 
 
 def learning_signal(g: Group) -> str:
@@ -285,8 +286,8 @@ def learning_signal(g: Group) -> str:
         return "Learning signal: not measured."
     unsure = "" if stated else ", if the answer was masked, which the record does not say"
     said = verdict(f"Learning signal{unsure}", [x > 0 for x in lift], "the lift is {} 0", "above")
-    said += f". Mean {mean(lift):.3g} nats, lowest {min(lift):.3g}, highest {max(lift):.3g}"
-    return said + (f"; with the answer stated, mean {mean(stated):.3g}." if stated else ".")
+    said += f". Mean {fmean(lift):.3g} nats, lowest {min(lift):.3g}, highest {max(lift):.3g}"
+    return said + (f"; with the answer stated, mean {fmean(stated):.3g}." if stated else ".")
 
 
 def verdict(what: str, holds: Sequence[bool], reason: str, side: str) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from expo_fast import checkpoint
 from expo_fast.adapters import attach, load_adapter, save_adapter
+from expo_fast.answer import decide, tidy
 from expo_fast.command import run
 from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, Train
 from expo_fast.dpo import REFERENCE_FREE, Preference
@@ -26,7 +27,7 @@ from expo_fast.learner import Learner
 from expo_fast.log import RunLog, replace_file
 from expo_fast.model import Decoder
 from expo_fast.prompts import Prompter, check_length, expert_text
-from expo_fast.reward import RewardFunction, call_reward, load_reward, score_answers
+from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
 from expo_fast.rollout import Reward
 from expo_fast.sft import Sft
 from expo_fast.tasks import Problem, fingerprint, load_problems, overlap, worked_examples
@@ -96,11 +97,14 @@ def load_data(config: Train) -> tuple[list[Problem], tuple[Problem, ...], list[P
 
 
 def check_columns(config: Train, problems: Sequence[Problem]) -> None:
-    """Refuse problems that lack what the method trains on."""
+    """Refuse problems that lack what the method trains on; warn where it contradicts itself."""
     method = config.method
+    contradicting: list[Problem] = []
     for problem in problems:
         if method in ("expert-grpo", "expert-dpo") or (method == "sft" and not problem.pair):
-            expert_text(problem)  # refuses one without a solution
+            box = last_boxed(expert_text(problem))  # refuses one without a solution
+            if problem.answer and decide(tidy(problem.answer), tidy(box or "")) is False:
+                contradicting.append(problem)
         if method == "dpo" and problem.pair is None:
             raise ValueError(
                 f"problem {problem.id} has no 'chosen' and 'rejected' columns: --method dpo "
@@ -111,6 +115,12 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
                 f"problem {problem.id} has a preference pair and no 'answer': --method {method} "
                 "needs one to judge attempts; --method dpo trains on pairs"
             )
+    if contradicting:
+        warnings.warn(
+            f"{len(contradicting)} solutions of {config.train_data} box another answer than their "
+            f"row's, the first is {contradicting[0].id}: they are trained on as they are",
+            stacklevel=2,
+        )
 
 
 def build(config: Train, problems: list[Problem], shots: tuple[Problem, ...]) -> Learner:

@@ -14,6 +14,7 @@ from expo_fast import checkpoint, command, evaluate, explain, train
 from expo_fast.config import Train
 from expo_fast.flags import from_toml, parse
 from expo_fast.learner import Learner
+from expo_fast.tasks import Problem
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
@@ -391,6 +392,19 @@ def test_training_data_in_the_evaluation_is_said(folder: Path, tmp_path: Path):
         train.load_data(
             parse(Train, flags(folder, tmp_path, eval_data=folder / "train.jsonl", eval_limit=9))
         )
+
+
+@pytest.mark.parametrize("solution", ["so \\boxed{41}", "so \\boxed{}", "so \\boxed{42"])
+def test_a_solution_that_boxes_another_answer_is_said(solution, recwarn):
+    right = Problem("right", "Q?", "42", "so \\boxed{42.0}")
+    other = Problem("other", "Q?", "42", solution)
+    for method in ("expert-grpo", "expert-dpo", "sft"):
+        with pytest.warns(UserWarning, match="1 solutions of .* the first is other"):
+            train.check_columns(Train(method=method), [right, other])
+    recwarn.clear()
+    train.check_columns(Train(method="expert-grpo"), [right])
+    train.check_columns(Train(method="grpo"), [other])
+    assert not recwarn
 
 
 def test_one_step_of_the_default_model_explains_and_learns(tmp_path: Path):
