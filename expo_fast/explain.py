@@ -2,10 +2,10 @@
 
 c~ ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids are re-attached
 behind q's own prompt, and never re-tokenised. It is accepted only if it ends by itself, boxes the
-right answer last, does not speak of a given answer, does not start from it, reaches it before it
-boxes it, and calculates right on the way. What a question brings beyond the wanted number is cut by
-likelihood under the plain question: the copied and the wrongly reasoned are what the policy would
-hardly write itself.
+right answer last and names no other, does not speak of a given answer, does not start from it,
+reaches it before it boxes it, and calculates right on the way. What a question brings beyond the
+wanted number is cut by likelihood under the plain question: the copied and the wrongly reasoned are
+what the policy would hardly write itself.
 """
 
 import random
@@ -46,6 +46,11 @@ _EQUATION = re.compile(
     re.VERBOSE,
 )
 _CLAIM = re.compile(r"\banswer(?: is|:)[^.\n=]*(?=\.(?!\d)|\n|$)", re.IGNORECASE)  # and no equation
+_NAMED = re.compile(  # the answer is $25, but not: the answer is 18 - 10 = 8
+    rf"\banswer(?: is|:)[^\w\n=+*/-]*(?:\\(?:boxed|text\w*)\W*)?({_NUMBER.pattern})"
+    r"(?!\s?[-+*/x^=%\u00d7\u00f7]|\.?\d)",
+    re.IGNORECASE,
+)
 _LEAK = re.compile(
     r"\b(given|provided|stated|known|expected|desired|reference) (final )?answer\b"
     r"|\b(since|because|as) the (correct |right |final )?answer is\b"
@@ -86,7 +91,8 @@ class Explanations:
 def is_unfit(text: str, problem: Problem) -> bool:
     """Right, and yet no explanation to learn from."""
     early = answer_first(text, problem.answer, last_question(problem))
-    return leaks(text) or early or copied(text, problem.answer) or miscalculates(text)
+    unfounded = copied(text, problem.answer) or names_another(text, problem.answer)
+    return leaks(text) or early or unfounded or miscalculates(text)
 
 
 def leaks(text: str) -> bool:
@@ -115,6 +121,13 @@ def copied(text: str, answer: str) -> bool:
         return False
     reasoning = _CLAIM.sub(" ", text[: span[0]]).rstrip(" $")
     return not _stated(reasoning, answer) and not reasoning.endswith("=")
+
+
+def names_another(text: str, answer: str) -> bool:
+    """Does it say "the answer is" of another number than the answer?"""
+    if _decimal(answer) is None:
+        return False
+    return not all(_stated(number, answer) for number in _NAMED.findall(text))
 
 
 def miscalculates(text: str) -> bool:

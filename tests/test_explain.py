@@ -14,6 +14,7 @@ from expo_fast.explain import (
     leaks,
     masked,
     miscalculates,
+    names_another,
     ranking,
     score_tokens,
     sft_samples,
@@ -70,12 +71,13 @@ def test_only_right_complete_and_clean_explanations_are_kept():
         (rf"There are 7000 and 319, so \boxed{{{ANSWER}}}", "stop"),  # copied
         (rf"{ANSWER} it is, since 7000 + 319 = {ANSWER}. \boxed{{{ANSWER}}}", "stop"),  # first
         (GOOD.replace("First", "First 2 + 2 = 5, then"), "stop"),  # miscalculates
+        (GOOD.replace("First", "The answer is 12. No, first"), "stop"),  # names another
     ]
     found, _ = run(texts, [PROBLEM], len(texts))
     assert found.accepted == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
-    assert (found.n_sampled, found.n_right, found.n_leaked) == (8, 5, 4)
+    assert (found.n_sampled, found.n_right, found.n_leaked) == (9, 6, 5)
     assert found.rate == 1.0
-    assert found.leak_rate == pytest.approx(4 / 5)
+    assert found.leak_rate == pytest.approx(5 / 6)
 
 
 def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
@@ -234,6 +236,30 @@ def test_copied(text: str, answer: str, is_copied: bool):
 )
 def test_miscalculates(text: str, false: bool):
     assert miscalculates(text) is false
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "another"),
+    [
+        (r"15 + 8 = 23. The answer is 25. The answer is \boxed{23}.", "23", True),
+        (r"The answer is 23. The answer is \boxed{23}.", "23", False),
+        (r"So the final answer is $1,200. \boxed{1200}", "1200", False),
+        (r"So the final answer is $1,200. \boxed{200}", "200", True),
+        (r"The answer is \textbf{2}. \boxed{22}", "22", True),
+        (r"Answer: \boxed{4}, or rather \boxed{8}", "8", True),
+        ("The answer is 18 - 10 = 8.", "8", False),
+        ("The answer is 2*4 = 8.", "8", False),
+        ("The answer is 25% of 32, which is 8.", "8", False),
+        ("The answer is 3.5, not 3.", "3", True),
+        ("The answer is 3.5.", "3.5", False),
+        ("The answer is -6.", "6", False),  # a dash is a minus too
+        ("The answer is\n5 more.", "8", False),
+        ("The answer is Sunday, day 7.", "Sunday", False),
+        ("The answer is 7.", "Sunday", False),
+    ],
+)
+def test_names_another(text: str, answer: str, another: bool):
+    assert names_another(text, answer) is another
 
 
 def test_answer_first_of_thousands_and_of_words():
