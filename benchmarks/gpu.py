@@ -32,7 +32,7 @@ from benchmarks.summary import machine, ms, show
 from expo_fast.log import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_ops*.py", "tests/test_triton*.py", "tests/test_decode.py")
+TESTS = ("test_device.py", "test_ops*.py", "test_triton*.py", "test_decode.py", "test_pitfalls.py")
 STAGES = ("tests", "ceilings", "parts", "decode", "train", "ops")
 TESTS_SHARE = 0.4  # of the time, at most
 PARTS_OF = ("qwen2.5-3b", "qwen2.5-0.5b")
@@ -75,7 +75,7 @@ class Run:
 
 def run_tests(run: Run) -> dict[str, Any]:
     """Their output goes to a file beside the report's; its end is printed."""
-    files = [str(path) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
+    files = [str(path) for pattern in TESTS for path in sorted((ROOT / "tests").glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *files]
     command += ["-k", "not hopper and not oldest"]  # which need no GPU, and time
     log, limit = run.folder / "tests.txt", TESTS_SHARE * run.left()
