@@ -187,7 +187,9 @@ def main() -> None:
         rows = 64 if device == "cpu" else 16384
         names = a.models or PARTS_OF
         run.models("parts", names, lambda name: parts(name, rows, device, a.repeats))
-    best = decode_ceilings(device) if {"decode", "train"} & {*a.stages} else None
+    best = None
+    if {"decode", "train"} & {*a.stages}:
+        best = run.attempt("ceilings of decoding", partial(decode_ceilings, device))
     if best and "decode" in a.stages:
         names = [name for name in gpu_decode.MODELS if not a.models or name in a.models]
         peer = DECODE_PEER_SECONDS

@@ -2,7 +2,7 @@
 
 The whole loop runs: prompts, paged sampling, rewards, explanations, diagnostics, packed forward and
 backward, optimizer. Random weights neither answer nor explain, so a reward is the parity of the
-tokens' sum, and the first explanations of a question are taken as they are.
+tokens' sum, and all explanations of a question are taken as right.
 """
 
 import re
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_decode import MODELS, TINY, Sizes, random_model
 from expo_fast.config import Train
-from expo_fast.explain import Explanations
+from expo_fast.explain import Explanations, keep_best
 from expo_fast.generate import Completion, Request
 from expo_fast.grpo import Grpo
 from expo_fast.model import Decoder
@@ -63,7 +63,7 @@ KINDS = {  # what a kernel does, by its name
 
 
 class Lenient(Sampler):
-    """Samples as many explanations as ever, and accepts the first of each question."""
+    """Samples as many explanations as ever, and chooses among all of them."""
 
     def explanations(self, questions: Sequence[Problem], step: int) -> Explanations:
         c, K = self.config, self.config.explanations_per_question
@@ -73,7 +73,8 @@ class Lenient(Sampler):
             for k in range(K)
         ]
         said = [tuple(done.token_ids) for done in self.generator.sample(asked)]
-        kept = {q.id: said[K * i : K * i + c.keep_explanations] for i, q in enumerate(questions)}
+        every = {q.id: said[K * i : K * (i + 1)] for i, q in enumerate(questions)}
+        kept = keep_best(every, {q.id: q for q in questions}, c.keep_explanations, self.rank)
         return Explanations(kept, n_questions=len(questions), n_sampled=len(asked))
 
 

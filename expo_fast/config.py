@@ -19,10 +19,14 @@ Method = Literal["expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert
 GROUPS = ("expo-grpo", "grpo", "expert-grpo", "star")  # the methods of grpo.py
 PAIRS = ("expo-dpo", "expert-dpo", "dpo")  # of dpo.py
 EXPLAINING = ("expo-grpo", "star", "expo-dpo")
+REFERENCE_FREE = ("simpo", "cpo", "orpo")  # preferences
 POLICY = ("expo-grpo", "grpo", "expert-grpo")  # those with a policy-gradient term
 SUPERVISED = ("expo-grpo", "expert-grpo", "star")  # those with an SFT term beside it, or alone
+SAMPLING = (*GROUPS, "expo-dpo", "expert-dpo")  # those that train on what the model says
 # options that only some methods read: set for another, they would be ignored without a word
 READERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("top_p", "top_k", "min_p", "reward", "right_above"), SAMPLING),
+    **dict.fromkeys(("num_generations", "generation_budget", "mask_truncated"), SAMPLING),
     "dynamic_sampling": ("grpo",),  # it replaces the very questions that the others learn from
     **dict.fromkeys(("kl_coef", "entropy_coef", "objective", "loss", "advantage_scale"), POLICY),
     **dict.fromkeys(("clip_low", "clip_high", "overlong_buffer"), POLICY),
@@ -236,6 +240,8 @@ class Train(Prompting):
             spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
             need = "0 with explain_every or exp_sft_max_accuracy, which leave some of it unspent"
             _require(self, "generation_budget", spent, need)
+            need = "0 with dynamic_sampling, which spends more"
+            _require(self, "generation_budget", not self.dynamic_sampling, need)
         U, P = self.updates_per_batch, self.prompts_per_step
         _require(self, "updates_per_batch", P % U == 0, f"a divisor of prompts_per_step={P}")
         for field in dataclasses.fields(self):
@@ -249,6 +255,15 @@ class Train(Prompting):
             _require(self, "exp_sft_coef", self.exp_sft_coef > 0, "more than 0: star has no more")
         if self.refresh_reference:
             _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
+        bounds = {"sapo": ("clip_low", "clip_high"), "cispo": ("clip_low",)}
+        for name in bounds.get(self.objective, ()):
+            unset = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            _require(
+                self, name, unset, f"the default: objective={self.objective} has no such bound"
+            )
+        if self.refresh_reference:
+            need = f"False: preference={self.preference} has no reference"
+            _require(self, "refresh_reference", self.preference not in REFERENCE_FREE, need)
         if self.label_smoothing:
             _require(self, "preference", self.preference == "dpo", "dpo with label_smoothing")
         if self.dynamic_sampling:

@@ -1,6 +1,7 @@
 """The two properties of a good positive sample (arXiv:2507.02834, section 3), measured every step.
 
     in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, own attempt, expert solution
+                      (`exp/nll_over_expert`: the explanation's less the expert's, same questions)
     learning signal:  lift   = log pi(a* | q, c~) - log mean_i pi(a* | q, c_i),  c_i own attempts
 
 All under the plain question; diagnostics, not theorems. An explanation that states a* has its lift
@@ -47,6 +48,8 @@ def diagnose(
         named += [(("own", i), Sample(prompt, tuple(c.token_ids))) for c in own]
         if s.problem.solution is not None:
             named.append((("expert", i), Sample(prompt, prompter.expert(s.problem))))
+        if s.explanation is not None:
+            named.append((("exp", i), Sample(prompt, tuple(s.explanation))))
         for mask in (True, False) if s.explanation is not None else ():
             texts = [("exp", s.explanation), *(("own", c.token_ids) for c in own)]
             for whose, ids in texts:
@@ -56,9 +59,12 @@ def diagnose(
     logps = score([sample for _, sample in named])
     for (key, _), logp in zip(named, logps, strict=True):
         found.setdefault(key, []).append(logp)
-    expert = [-float(x[0].mean()) for (name, _), x in found.items() if name == "expert"]
+    nll = {key: -float(x[0].mean()) for key, x in found.items()}
+    expert = {i: x for (name, i), x in nll.items() if name == "expert"}
+    over = [x - expert[i] for (name, i), x in nll.items() if name == "exp" and i in expert]
+    likelihoods = {"expert/nll": mean([*expert.values()]), "exp/nll_over_expert": mean(over)}
     lifts = {"exp/lift": _mean_lift(found, True), "exp/lift_stated": _mean_lift(found, False)}
-    return {"expert/nll": mean(expert)} | lifts | _gap(subjects, found)
+    return likelihoods | lifts | _gap(subjects, found)
 
 
 def _mean_lift(found: dict[tuple[str, int], list[Tensor]], mask: bool) -> float | None:

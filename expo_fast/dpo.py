@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from expo_fast.config import Train
+from expo_fast.config import REFERENCE_FREE, Train
 from expo_fast.diagnose import Subject, mean
 from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
@@ -41,7 +41,6 @@ from expo_fast.reward import grader_hash
 from expo_fast.rollout import Rollout, explained_metrics, said, sampled_metrics
 from expo_fast.tasks import Problem, fingerprint
 
-REFERENCE_FREE = ("simpo", "cpo", "orpo")
 Objective = Dpo | Ipo | Hinge | SimPo | Cpo | Orpo | DpoPositive
 
 
@@ -187,12 +186,12 @@ class Preference(Learner):
                 temperature=c.temperature,
             )
             result.loss.backward()
-            found.append(PreferenceLoss(*(x.detach().cpu() for x in result)))
+            found.append(PreferenceLoss(*(x.detach() for x in result)))
             refs.append(ref)
             lengths.append(torch.tensor(p.lengths))
-        scale = [
-            c.dpo_beta / n if c.preference in ("simpo", "orpo") else c.dpo_beta for n in lengths
-        ]
+        found = [PreferenceLoss(*(x.cpu() for x in result)) for result in found]
+        averaged = c.preference in ("ipo", "simpo", "orpo")
+        scale = [c.dpo_beta / n if averaged else c.dpo_beta for n in lengths]
         return pair_metrics(found, refs, scale) | self.nll(found, lengths)
 
     def nll(self, found: Sequence[PreferenceLoss], lengths: Sequence[torch.Tensor]) -> Metrics:
@@ -233,7 +232,7 @@ def preference_objective(config: Train) -> Objective:
     beta = config.dpo_beta
     return {
         "dpo": lambda: Dpo(beta, config.label_smoothing),
-        "ipo": lambda: Ipo(beta),
+        "ipo": lambda: Ipo(beta, average=True),
         "hinge": lambda: Hinge(beta),
         "simpo": lambda: SimPo(beta),
         "cpo": lambda: Cpo(beta),

@@ -75,7 +75,8 @@ class Explanations:
     n_sampled: int = 0
     n_tokens: int = 0  # of prompts and completions sampled
     n_right: int = 0  # ended by themselves with the right box
-    n_leaked: int = 0  # of the right ones, those that `is_unfit` rejects
+    n_leaked: int = 0  # of the right ones, those that speak of a given answer
+    n_unfit: int = 0  # of the right ones, those that `is_unfit` rejects, the leaking among them
 
     @property
     def rate(self) -> float | None:
@@ -84,8 +85,13 @@ class Explanations:
 
     @property
     def leak_rate(self) -> float | None:
-        """Share of the right explanations that were rejected for their content."""
+        """Share of the right explanations that speak of a given answer."""
         return self.n_leaked / self.n_right if self.n_right else None
+
+    @property
+    def unfit_rate(self) -> float | None:
+        """Share of the right explanations that were rejected for their content."""
+        return self.n_unfit / self.n_right if self.n_right else None
 
 
 def is_unfit(text: str, problem: Problem) -> bool:
@@ -183,8 +189,8 @@ def explain(
 ) -> Explanations:
     """Sample per_question explanations of each problem and keep what may be trained on.
 
-    append: one that ends without a box gets the answer's, the a* of the paper's log pi(c~, a* | q),
-    if it is fit otherwise, and so has reached it.
+    append: one that states the answer and ends without a box gets it, the a* of the paper's
+    log pi(c~, a* | q), if it is fit otherwise.
 
     score: (answers, completions) -> 1.0 | 0.0 | None, the verifier of the reward.
     request: (problem, sample, prompt ids) -> what to sample, with its seed.
@@ -201,13 +207,14 @@ def explain(
         if completion.finish_reason != "stop":
             continue
         ids = prompter.ended(completion)
-        if append and text.strip() and last_boxed_span(text) is None:
+        if append and _stated(text, p.answer) and last_boxed_span(text) is None:
             text, ids = text + boxed(p.answer), prompter.longer(ids, boxed(p.answer))
         elif verdict != 1.0:
             continue
         found.n_right += 1
+        found.n_leaked += leaks(text)
         if is_unfit(text, p):
-            found.n_leaked += 1
+            found.n_unfit += 1
         else:
             found.accepted.setdefault(p.id, []).append(ids)
     return found
@@ -216,18 +223,16 @@ def explain(
 def keep_best(
     accepted: dict[str, list[tuple[int, ...]]],
     problems: Mapping[str, Problem],
-    keep: int,  # of a question; 0: all, as sampled
+    keep: int,
     rank: Ranking,
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Of each problem's explanations the `keep` that rank highest, the best first."""
-    if not keep:
-        return accepted
+    """Of each problem's explanations the `keep` that rank highest, best first; all for 0."""
     named = [(key, ids) for key, each in accepted.items() for ids in each]
     ranks = rank([(problems[key], ids) for key, ids in named])
     order = sorted(range(len(named)), key=lambda i: -ranks[i])
     kept: dict[str, list[tuple[int, ...]]] = {key: [] for key in accepted}
     for key, ids in (named[i] for i in order):
-        if len(kept[key]) < keep:
+        if not keep or len(kept[key]) < keep:
             kept[key].append(ids)
     return kept
 
@@ -276,13 +281,20 @@ def answer_behind(
 
 
 def shuffled(
-    accepted: dict[str, list[tuple[int, ...]]], seed: int
+    accepted: dict[str, list[tuple[int, ...]]],
+    earlier: Mapping[str, list[tuple[int, ...]]],  # accepted before, by problem id
+    seed: int,
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Each question gets another's explanations: the control for text that only looks right."""
-    keys = random.Random(seed).sample(sorted(accepted), len(accepted))
-    if len(keys) < 2:
-        return {}
-    return {key: accepted[other] for key, other in zip(keys, keys[1:] + keys[:1], strict=True)}
+    """Each question gets another's explanations: the control for text that only looks right.
+
+    Those of this step change places; a single one gets earlier ones, if there are any.
+    """
+    draw, keys = random.Random(seed), sorted(accepted)
+    if len(keys) > 1:
+        keys = draw.sample(keys, len(keys))
+        return {key: accepted[other] for key, other in zip(keys, keys[1:] + keys[:1], strict=True)}
+    others = [key for key in sorted(earlier) if key not in accepted]
+    return {key: earlier[draw.choice(others)] for key in keys if others}
 
 
 def sft_samples(

@@ -21,6 +21,7 @@ from expo_fast.config import ADJUSTABLE
 Row = Mapping[str, Any]
 INK = "#010203"  # stands for the page's text colour until the SVG is made
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+COLORS += ("#6b4226", "#7f7f7f")
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 3.6, 2.7  # inches, of a panel
 SPARSE = 40  # a curve of so few points has each of them marked
@@ -138,6 +139,7 @@ UPDATES = (
         {"exp/leak_rate": "right explanations", "own/leak_rate": "own attempts"},
         zero=True,
     ),
+    Panel("Right explanations rejected", "share", {"exp/unfit_rate": "unfit"}, zero=True),
     Panel("Questions with an accepted explanation", "share", {"exp/rate": "accepted"}, zero=True),
 )
 PREFERENCES = (

@@ -43,8 +43,12 @@ class Grpo(Learner):
         ]
         measured = self.diagnose(subjects, phases)
         U = self.config.updates_per_batch
+        shares = [*parts(kept, U)]
+        with phases.phase("forward_backward"):
+            attempts = self.attempts(shares)
         updates = [
-            self.update(part, found, step * U + i, phases) for i, part in enumerate(parts(kept, U))
+            self.update(share, samples, found, step * U + i, phases)
+            for i, (share, samples) in enumerate(zip(shares, attempts, strict=True))
         ]
         explained = explained_metrics(found if self.config.explains else Explanations())
         row = sampled_metrics(sampled) | explained | measured | mean_of(updates)
@@ -85,15 +89,35 @@ class Grpo(Learner):
             return Explanations(expert, n_questions=len(chosen))
         return Explanations()
 
+    def attempts(self, shares: Sequence[Sequence[Rollout]]) -> list[list[Sample]]:
+        """What each update's policy term is made of.
+
+        From the second update on that is with the log-probs under the policy that sampled, as the
+        trainer computes them in the same packs: the generator's are off by more, in bf16, than the
+        whole clip range of GSPO.
+        """
+        if self.config.method == "star":
+            return [[] for _ in shares]
+        first, *later = [policy_samples(share, self.config) for share in shares]
+        return [first, *(self.with_old(samples) for samples in later)]
+
+    def with_old(self, samples: list[Sample]) -> list[Sample]:
+        logps = self.score(samples)
+        return [replace(s, old_logp=logp) for s, logp in zip(samples, logps, strict=True)]
+
     def update(
-        self, part: list[Rollout], found: Explanations, number: int, phases: Phases
+        self,
+        part: list[Rollout],
+        attempts: list[Sample],
+        found: Explanations,
+        number: int,
+        phases: Phases,
     ) -> Metrics:
         """One optimizer step on its share of the batch; `number` counts them over the run."""
         c = self.config
         coef = exp_sft_coef(c, number // c.updates_per_batch)
         chosen = [r.problem for r in part if r.problem.id in found.accepted]
         with phases.phase("forward_backward"):
-            attempts = policy_samples(part, c) if c.method != "star" else []
             policy = self.policy_backward(self.with_reference(attempts))
             self.optimizer.mark()
             positives = sft_samples(
@@ -155,15 +179,8 @@ def policy_samples(rollouts: Sequence[Rollout], config: Train) -> list[Sample]:
         "dr-grpo": lambda done: N * config.max_completion_length,
     }[config.loss]
     pulled = bool(config.kl_coef or config.entropy_coef)
-    off_policy = config.updates_per_batch > 1
     return [
-        Sample(
-            r.prompt_ids,
-            tuple(done.token_ids),
-            advantage,
-            1 / tokens(done),
-            old_logp=done.logp if off_policy else None,
-        )
+        Sample(r.prompt_ids, tuple(done.token_ids), advantage, 1 / tokens(done))
         for r, done, advantage in scored
         if advantage or pulled
     ]

@@ -256,9 +256,9 @@ def properties(groups: Sequence[Group]) -> list[str]:
         "than the expert's solution. (b) Learning signal: behind the explanation, the right answer "
         "is likelier than behind the model's own attempts (lift above 0). An explanation that "
         "states the answer has its lift by copying, so the verdict is on the lift with the answer "
-        "masked. The explanations' NLL is over those trained on (the likeliest of the accepted, "
-        "where keep_explanations says so), the expert's and the lift over a few of the step's "
-        "questions."
+        "masked. Both verdicts are on the same few questions of a step, with an accepted "
+        "explanation: the likeliest of the question's, unless choose_explanations says otherwise. "
+        "The curve of the explanations' NLL is over all that are trained on."
     )
     verdicts = (
         f"<li>{escaped(g.name)}<ul><li>(a) {in_distribution(g)}</li>"
@@ -269,15 +269,12 @@ def properties(groups: Sequence[Group]) -> list[str]:
 
 
 def in_distribution(g: Group) -> str:
-    pair = ("exp/nll", "expert/nll")
-    rows = [row for row in g.steps if all(number(row, key) is not None for key in pair)]
-    ours, expert, own = (numbers(rows, f"{name}/nll") for name in ("exp", "expert", "own"))
-    if not rows:
+    over = numbers(g.steps, "exp/nll_over_expert")
+    if not over:
         return "In-distribution: not measured."
-    below = [a < b for a, b in zip(ours, expert, strict=True)]
-    said = verdict("In-distribution", below, "the explanation's NLL is {} the expert's", "below")
-    said += f". Mean {fmean(ours):.3g} against {fmean(expert):.3g} nats a token"
-    return said + (f", own attempts {fmean(own):.3g}." if own else ".")
+    reason = "the explanation's NLL is {} the expert's"
+    said = verdict("In-distribution", [x < 0 for x in over], reason, "below")
+    return said + f". Mean difference {fmean(over):+.3g} nats a token."
 
 
 def learning_signal(g: Group) -> str:

@@ -78,6 +78,8 @@ class Sampler:
     n_tokens: int = 0  # prompt and completion tokens sampled so far
     cache: dict[str, tuple[int, list[tuple[int, ...]]]] = field(default_factory=dict)
     # accepted explanations by problem id, and the step that they were sampled at
+    earlier: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    # the last accepted ones of every question, kept for the shuffled control alone
 
     def rollouts(self, questions: Sequence[Problem], step: int, phases: Phases) -> list[Rollout]:
         """The questions' groups with rewards and, from them, advantages."""
@@ -154,7 +156,9 @@ class Sampler:
         self.cache = {key: row for key, row in self.cache.items() if self._fresh(key, step)}
         found.accepted = {p.id: self.cache[p.id][1] for p in questions if p.id in self.cache}
         if c.shuffle_explanations:
-            found.accepted = shuffled(found.accepted, request_seed(c.seed, "shuffle", step))
+            self.earlier |= found.accepted
+            seed = request_seed(c.seed, "shuffle", step)
+            found.accepted = shuffled(found.accepted, self.earlier, seed)
         found.n_questions = len(questions)
         return found
 
@@ -166,12 +170,14 @@ class Sampler:
         cache = {
             key: [step, [list(ids) for ids in lists]] for key, (step, lists) in self.cache.items()
         }
-        return {"n_tokens": self.n_tokens, "explanations": cache}
+        earlier = {key: [list(ids) for ids in lists] for key, lists in self.earlier.items()}
+        return {"n_tokens": self.n_tokens, "explanations": cache, "earlier": earlier}
 
     def load_state(self, values: dict[str, Any]) -> None:
         self.n_tokens = values["n_tokens"]
         cache = values["explanations"]
         self.cache = {key: (step, [tuple(x) for x in ids]) for key, (step, ids) in cache.items()}
+        self.earlier = {key: [tuple(x) for x in ids] for key, ids in values["earlier"].items()}
 
 
 def overlong(done: Completion, config: Train) -> float:
@@ -212,6 +218,7 @@ def explained_metrics(found: Explanations) -> dict[str, float | None]:
         "exp/accepted": sum(map(len, found.accepted.values())),
         "exp/right_ratio": found.n_right / found.n_sampled if found.n_sampled else None,
         "exp/leak_rate": found.leak_rate,
+        "exp/unfit_rate": found.unfit_rate,
         "exp/mean_length": mean(lengths),
     }
 

@@ -17,8 +17,8 @@ from expo_fast import checkpoint
 from expo_fast.adapters import attach, load_adapter, save_adapter
 from expo_fast.answer import decide, tidy
 from expo_fast.command import run
-from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, Train
-from expo_fast.dpo import REFERENCE_FREE, Preference
+from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, REFERENCE_FREE, Train
+from expo_fast.dpo import Preference
 from expo_fast.evaluate import check_answers, evaluate
 from expo_fast.flags import dump_toml, from_toml, parse
 from expo_fast.generate import Completion

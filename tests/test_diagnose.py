@@ -77,6 +77,16 @@ def test_the_experts_likelihood_is_a_mean_over_its_tokens():
     assert row["exp/lift"] is row["logp_gap/max"] is None
 
 
+def test_explanation_and_expert_are_compared_on_the_same_questions():
+    model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
+    prompt, text = prompter.solve(PROBLEM), [*ids(EXPLANATION), 1]
+    expected = [-logp(model, prompt, t).mean().item() for t in (text, prompter.expert(PROBLEM))]
+    unexplained, unsolved = Subject(PROBLEM, [], None), Subject(OTHER, [], text)
+    row = measured([unexplained, Subject(PROBLEM, [], text), unsolved])
+    assert row["exp/nll_over_expert"] == pytest.approx(expected[0] - expected[1], rel=1e-4)
+    assert measured([unexplained, unsolved])["exp/nll_over_expert"] is None
+
+
 def test_the_gap_is_that_of_the_samplers_log_probs():
     row = measured([Subject(PROBLEM, [attempt("1", 0.25), attempt("22", -0.5)], None)])
     assert row["logp_gap/max"] == pytest.approx(0.5, abs=1e-5)

@@ -75,9 +75,10 @@ def test_only_right_complete_and_clean_explanations_are_kept():
     ]
     found, _ = run(texts, [PROBLEM], len(texts))
     assert found.accepted == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
-    assert (found.n_sampled, found.n_right, found.n_leaked) == (9, 6, 5)
+    assert (found.n_sampled, found.n_right, found.n_leaked, found.n_unfit) == (9, 6, 1, 5)
     assert found.rate == 1.0
-    assert found.leak_rate == pytest.approx(5 / 6)
+    assert found.leak_rate == pytest.approx(1 / 6)
+    assert found.unfit_rate == pytest.approx(5 / 6)
 
 
 def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
@@ -101,6 +102,16 @@ def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
     assert all(ids.count(1) == 1 and ids[-1] == 1 for ids in found.accepted["a"])
     without, _ = run(texts, [PROBLEM], len(texts))
     assert len(without.accepted["a"]) == 1
+
+
+def test_an_answer_that_is_no_number_is_appended_only_to_what_states_it():
+    problem = Problem(id="a", prompt="How much?", answer="x+1", solution="S")
+    derived = "There are 2x + 2 in all, and two share them: each of the two gets x+1"
+    texts = [("I can't say how much it is.", "stop"), (derived, "stop")]
+    found, _ = run(texts, [problem], len(texts), append=True)
+    (ids,) = found.accepted["a"]
+    assert tiny_tokenizer().decode(ids).startswith(derived)
+    assert found.n_right == 1
 
 
 def test_rate_counts_questions_and_not_samples():
@@ -340,11 +351,14 @@ def test_the_answer_is_masked_in_any_spelling(text: str, answer: str, hidden: st
 def test_shuffled_explanations_are_all_of_other_questions():
     accepted = {key: [(n,)] for n, key in enumerate("abcdef")}
     for seed in range(20):
-        got = shuffled(accepted, seed)
+        got = shuffled(accepted, {}, seed)
         assert sorted(got.values()) == sorted(accepted.values())
         assert all(got[key] != accepted[key] for key in accepted)
-    assert shuffled(accepted, 1) == shuffled(dict(reversed(accepted.items())), 1)
-    assert shuffled({"a": [(1,)]}, 0) == {}
+    assert shuffled(accepted, {}, 1) == shuffled(dict(reversed(accepted.items())), {}, 1)
+    assert shuffled({"a": [(1,)]}, {"a": [(1,)]}, 0) == {}
+    earlier = {"a": [(1,)], "b": [(2,)], "c": [(3,), (4,)]}  # or a step with one would have none
+    drawn = [shuffled({"a": [(1,)]}, earlier, seed)["a"] for seed in range(20)]
+    assert {tuple(each) for each in drawn} == {((2,),), ((3,), (4,))}
 
 
 def test_an_answer_that_the_question_names_may_open_an_explanation():

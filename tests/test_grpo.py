@@ -97,6 +97,15 @@ def with_old_logp(model: Decoder, made: list[Rollout]) -> list[Rollout]:
     ]
 
 
+def attempts(made: list[Rollout], c: Train) -> list[Sample]:
+    """The trainer's samples; of later updates, with the completions' log-probs as the old ones."""
+    samples = policy_samples(made, c)
+    if c.updates_per_batch == 1:
+        return samples
+    old = {(r.prompt_ids, tuple(d.token_ids)): d.logp for r in made for d in r.completions}
+    return [replace(s, old_logp=old[s.prompt_ids, s.completion_ids]) for s in samples]
+
+
 def judge(model: Decoder, made: list[Rollout], c: Train, reference: Decoder | None) -> Tensor:
     """The policy term, from the formulas."""
     scored = []
@@ -169,7 +178,7 @@ def test_policy_term_equals_the_formula(loss: str, off_policy: bool, pack_tokens
     made = with_old_logp(model, rollouts(REWARDS))
     truth = judge(model, made, c, None)
     expected = gradients(model, truth)
-    value, got = run(model, c, policy_samples(made, c))
+    value, got = run(model, c, attempts(made, c))
     assert_same(got, expected, 1e-6)
     if off_policy:  # on policy, sequences of zero advantage are skipped, and so is their value of 0
         assert value == pytest.approx(truth.item(), rel=1e-6)
@@ -184,7 +193,7 @@ def test_other_objectives_equal_their_formulas(objective: str, pack_tokens: int)
     made = with_old_logp(model, rollouts(REWARDS))
     truth = judge(model, made, c, None)
     expected = gradients(model, truth)
-    value, got = run(model, c, policy_samples(made, c))
+    value, got = run(model, c, attempts(made, c))
     assert_same(got, expected, 1e-6)
     assert value == pytest.approx(truth.item(), rel=1e-6)
 
@@ -255,7 +264,8 @@ def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
     trainer.policy_backward = partial(Learner.policy_backward, trainer)
     trainer.with_reference = partial(Grpo.with_reference, trainer)
     trainer.apply = lambda number, phases: {}
-    row = Grpo.update(trainer, made, Explanations(positives), 2, Phases())
+    mine = Grpo.attempts(trainer, [made])[0]
+    row = Grpo.update(trainer, made, mine, Explanations(positives), 2, Phases())
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert_same(got, expected, 1e-6)
     assert row["exp_sft_coef"] == (None if method == "grpo" else pytest.approx(0.24))
@@ -407,9 +417,10 @@ def test_sampled_metrics():
 def test_explained_metrics_are_null_where_nothing_was_explained():
     assert set(explained_metrics(Explanations()).values()) == {None, 0}
     found = Explanations({"q0": [(1, 2), (3, 4, 5, 6)]}, n_questions=4, n_sampled=8, n_right=3)
-    found.n_leaked = 1
+    found.n_leaked, found.n_unfit = 1, 2
     row = explained_metrics(found)
     assert row["exp/rate"] == 0.25
     assert row["exp/accepted"] == 2
     assert row["exp/mean_length"] == 3
     assert row["exp/leak_rate"] == pytest.approx(1 / 3)
+    assert row["exp/unfit_rate"] == pytest.approx(2 / 3)

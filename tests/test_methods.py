@@ -42,7 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(folder: Path, run: Path, *more: object) -> list[str]:
     given = f"--model {folder}/model --train-data {folder}/train.jsonl --output-dir {run} "
     given += "--shots 0 --eval-every 0 --steps 2 --prompts-per-step 4 --dtype float32 "
-    given += f"--max-completion-length 20 --reward {folder}/rewards.py:odd --learning-rate 1e-3"
+    given += "--max-completion-length 20 --learning-rate 1e-3"
+    if not {"sft", "dpo"} & {*more}:  # which judge nothing
+        given += f" --reward {folder}/rewards.py:odd"
     return [*given.split(), *map(str, more)]
 
 
@@ -123,6 +125,16 @@ def test_a_checkpoint_of_another_method_is_refused(folder: Path, tmp_path: Path)
         train.main(flags(folder, tmp_path / "new", "--method", "sft", "--resume", path))
 
 
+@pytest.mark.parametrize("preset", ["gspo", "cispo", "dapo"])
+def test_where_nothing_moves_no_ratio_leaves_its_range(folder: Path, tmp_path: Path, preset: str):
+    """The generator's log-probs, in bf16, are further off the trainer's than GSPO's bounds."""
+    given = ("--config", preset, "--dtype", "bfloat16", "--prompts-per-step", 8)
+    train.main(flags(folder, tmp_path, *given, "--learning-rate", 1e-12, "--updates-per-batch", 4))
+    assert any(row["grad_norm/policy"] > 0 for row in rows(tmp_path))
+    assert any(row["logp_gap/max"] > 1e-3 for row in rows(tmp_path))
+    assert all(row["clip_ratio/low"] == row["clip_ratio/high"] == 0 for row in rows(tmp_path))
+
+
 @pytest.mark.parametrize(("above", "failing"), [(0.0, 0.0), (-0.5, 0.0), (0.5, 1.0)])
 def test_right_is_what_is_rewarded_above_a_threshold(folder, tmp_path, above, failing):
     (tmp_path / "rewards.py").write_text(
@@ -139,7 +151,7 @@ def test_right_is_what_is_rewarded_above_a_threshold(folder, tmp_path, above, fa
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_adapters_alone(folder: Path, tmp_path: Path, method: str):
-    more = ("--method", method, "--lora-rank", 2, "--num-generations", 2)
+    more = ("--method", method, "--lora-rank", 2)
     train.main(flags(folder, tmp_path, *more))
     saved = tmp_path / "checkpoints/step-2"
     assert (saved / "adapter_model.safetensors").exists()
@@ -207,6 +219,18 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
         ("--lora-rank 2 --batch-invariant", "batch_invariant needs plain weights"),
         ("--lora-rank 99", "rank is 99"),
         ("--overlong-buffer 20", "overlong_buffer=20"),
+        ("--method sft --top-p 0.5", "top_p=0.5 means nothing to method=sft"),
+        ("--method dpo --generation-budget 4", "generation_budget=4 means nothing to method=dpo"),
+        ("--objective sapo --clip-high 0.3", "clip_high=0.3: need the default: objective=sapo"),
+        ("--objective cispo --clip-low 0.3", "clip_low=0.3: need the default: objective=cispo"),
+        (
+            "--method grpo --dynamic-sampling 2 --generation-budget 4",
+            "generation_budget=4: need 0 with dynamic_sampling",
+        ),
+        (
+            "--method expo-dpo --pairs-every 2 --refresh-reference --preference simpo",
+            "need False: preference=simpo has no reference",
+        ),
         ("--method dpo --label-smoothing 0.5", "label_smoothing=0.5"),
         ("--exp-sft-max-accuracy 1.5", "exp_sft_max_accuracy=1.5"),
         (

@@ -1,12 +1,20 @@
 """The reproduction's arms are what they claim: alike in all but what they compare."""
 
+import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from expo_fast.config import Train
-from expo_fast.flags import parse
+import pytest
+
+from benchmarks.reproduction import choose, collect
+from benchmarks.reproduction.arms import ARMS, SIZES, target, train_flags
+from expo_fast.config import Evaluate, Train
+from expo_fast.figures import Run
+from expo_fast.flags import dump_toml, parse
+from expo_fast.tasks import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +42,62 @@ def test_all_arms_sample_as_much_from_the_same_questions_with_the_same_seeds():
         ):
             assert len({getattr(c, field) for c in configs.values()}) == 1
         assert {c.seed for c in configs.values()} == {0, 1, 2}
+
+
+def test_questions_are_selected_as_they_are_trained_on(tmp_path, monkeypatch):
+    """By flags that evaluation understands, where the size leaves them at their defaults too."""
+    for name, size in SIZES.items():
+        asked: list[Evaluate] = []
+
+        def evaluate(command, *, check, asked=asked):
+            asked.append(config := parse(Evaluate, command[3:]))
+            row = {"id": "0", "verdict": 0.0}
+            Path(str(config.output)).write_text(json.dumps(row) + "\n")
+
+        monkeypatch.setattr(choose.subprocess, "run", evaluate)
+        monkeypatch.setattr(choose, "load_problems", lambda source, limit: [Problem("0", "Q", "1")])
+        choose.choose(size, tmp_path / name, "train")
+        arm = parse(Train, train_flags(ARMS[0], size, 0, tmp_path))
+        assert [c.samples for c in asked] == [*size.tries]
+        assert len({c.seed for c in asked}) == len(asked)
+        for c in asked:
+            assert (c.shots, c.temperature) == (arm.shots, arm.temperature)
+            assert c.max_completion_length == arm.max_completion_length
+        (row,) = (tmp_path / name / "train.jsonl").read_text().splitlines()
+        assert json.loads(row)["id"] == "0"
+        with pytest.raises(SystemExit, match="take another --folder"):
+            colder = replace(size, flags=size.flags | {"temperature": 0.123})
+            choose.choose(colder, tmp_path / name, "train")
+
+
+def test_a_run_of_other_flags_is_no_run_of_the_arm(tmp_path):
+    size, arm = SIZES["tiny"], ARMS[1]
+    run, flags = target(tmp_path, arm, 0), train_flags(arm, size, 0, tmp_path)
+    steps = size.flags["steps"]
+    run.mkdir()
+    (run / "config.toml").write_text(dump_toml(parse(Train, flags)))
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    (run / "evaluations.jsonl").write_text('{"step": 1}\n')
+    assert collect.done(run, flags) is None  # it is not at its end
+    (run / "evaluations.jsonl").write_text(f'{{"step": {steps}}}\n')
+    assert collect.done(run, flags)
+    for flag, value in (("steps", 12), ("generation-budget", 99), ("keep-explanations", 7)):
+        rest = {k: v for k, v in size.explaining.items() if k != flag}
+        other = replace(size, flags=size.flags | {flag: value}, explaining=rest)
+        with pytest.raises(SystemExit, match=rf"{flag.replace('-', '_')}=\d+, the arm has {value}"):
+            collect.done(run, train_flags(arm, other, 0, tmp_path))
+
+
+def test_arms_are_compared_over_the_seeds_that_all_have():
+    def runs(*seeds: int) -> list[Run]:
+        return [Run(str(seed), {"seed": seed}, [], []) for seed in seeds]
+
+    same = collect.same_seeds({"a": runs(0, 1, 2), "b": runs(0), "c": runs(0, 2)})
+    assert {name: [r.config["seed"] for r in found] for name, found in same.items()} == {
+        "a": [0],
+        "b": [0],
+        "c": [0],
+    }
 
 
 def test_the_arms_are_the_methods_of_the_paper_and_its_controls():

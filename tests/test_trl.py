@@ -17,8 +17,10 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from expo_fast.config import Train
+from expo_fast.dpo import preference_objective
 from expo_fast.model import Decoder
-from expo_fast.ops import Cpo, Dpo, Hinge, Ipo, Orpo, SimPo, linear_logprob, linear_preference_loss
+from expo_fast.ops import Cpo, Dpo, Hinge, Orpo, SimPo, linear_logprob, linear_preference_loss
 from expo_fast.pack import Sample, pack
 from tiny import tiny_model, tiny_tokenizer, transformers_twin
 
@@ -131,14 +133,15 @@ def ours(model: Decoder, pairs: list[Pair], objective: Any, reference: bool = Fa
 
 
 @pytest.mark.parametrize(
-    ("objective", "loss_type"),
+    ("preference", "beta", "loss_type"),
     [
-        (Dpo(0.1), "sigmoid"),
-        (Hinge(0.5), "hinge"),  # two pairs have a gradient and two have none
-        (Ipo(0.1, average=True), "ipo"),
+        ("dpo", 0.1, "sigmoid"),
+        ("hinge", 0.5, "hinge"),  # two pairs have a gradient and two have none
+        ("ipo", 0.1, "ipo"),
     ],
 )
-def test_losses_with_a_reference(objective: Any, loss_type: str, tmp_path: Path):
+def test_losses_with_a_reference(preference: Any, beta: float, loss_type: str, tmp_path: Path):
+    objective = preference_objective(Train(method="dpo", preference=preference, dpo_beta=beta))
     trainer = make_trainer(
         DPOTrainer, DPOConfig, RAGGED, tmp_path, loss_type=loss_type, beta=objective.beta
     )

@@ -4,7 +4,8 @@
     python -m benchmarks.reproduction --only collect  # tables and figures of what has run so far
 
 Every arm samples the same number of completions a question and step, with three seeds. A run that
-was stopped goes on where it was; one that is done is not run again.
+was stopped goes on from its last checkpoint (the small size keeps none, and begins again); one that
+is done is not run again.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, SIZES, Arm, Size, as_flags, flags_of
+from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, SIZES, Size, target, train_flags
 from benchmarks.reproduction.choose import choose
 from benchmarks.reproduction.collect import collect, commit, done
 
@@ -80,27 +81,17 @@ def given_size(given: argparse.Namespace) -> Size:
     return size
 
 
-def target(folder: Path, arm: Arm, seed: int) -> Path:
-    return folder / f"{arm.slug}-{seed}"
-
-
-def train_flags(arm: Arm, size: Size, seed: int, folder: Path) -> list[str]:
-    paths = {"train-data": folder / "train.jsonl", "eval-data": folder / "eval.jsonl"}
-    paths |= {"output-dir": target(folder, arm, seed), "shots-data": size.shots_source}
-    rest = {"model": size.model, "eval-limit": 10000, "keep-checkpoints": 1}
-    return [*flags_of(arm, size, seed), *as_flags(paths | rest)]
-
-
 def run(output: Path, flags: list[str], jobs: int) -> int:
     """One training run, in a process of its own; what it prints goes beside its folder."""
-    if done(output):
+    if done(output, flags):
         print(f"{output.name}: is done", flush=True)
         return 0
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "expo_fast.train", *flags]
     print(f"{output.name}: begins or goes on", flush=True)
-    Path(f"{output}.commit").write_text(commit())
+    with open(f"{output}.commit", "a") as commits:
+        commits.write(commit())
     with open(f"{output}.log", "a") as log:
         ended = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     said = "done" if ended.returncode == 0 else f"failed, see {log.name}"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from expo_fast.config import EXPLAINING
 
@@ -111,9 +112,17 @@ SIZES = {
 }
 
 
-def flags_of(arm: Arm, size: Size, seed: int) -> Iterator[str]:
+def target(folder: Path, arm: Arm, seed: int) -> Path:
+    return folder / f"{arm.slug}-{seed}"
+
+
+def train_flags(arm: Arm, size: Size, seed: int, folder: Path) -> list[str]:
     explaining = size.explaining if str(arm.flags.get("method")) in EXPLAINING else {}
-    yield from as_flags(size.flags | explaining | arm.flags | {"seed": seed})
+    flags = size.flags | explaining | arm.flags | {"seed": seed}
+    flags |= {"train-data": folder / "train.jsonl", "eval-data": folder / "eval.jsonl"}
+    flags |= {"output-dir": target(folder, arm, seed), "shots-data": size.shots_source}
+    flags |= {"model": size.model, "eval-limit": 10000, "keep-checkpoints": 1}
+    return [*as_flags(flags)]
 
 
 def as_flags(values: Mapping[str, object]) -> Iterator[str]:

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 from benchmarks.reproduction.arms import Size, as_flags
+from expo_fast.config import Train
 from expo_fast.log import replace_file
+from expo_fast.reward import grader_hash
 from expo_fast.tasks import Problem, load_problems
 
 SEED = 1000  # of the samples that select: no run's
+SAMPLED = ("temperature", "shots", "max-completion-length")  # as in training
 
 
 def choose(size: Size, folder: Path, split: str) -> None:
@@ -24,7 +27,8 @@ def choose(size: Size, folder: Path, split: str) -> None:
     chosen, record = folder / f"{split}.jsonl", folder / "chosen.json"
     how = {"model": size.model, "train": size.train_sources, "eval": size.eval_sources}
     how |= {"train_candidates": size.train_candidates, "eval_candidates": size.eval_candidates}
-    how |= {"tries": size.tries, "shots": size.shots_source}
+    how |= {"tries": size.tries, "shots_from": size.shots_source} | sampled(size)
+    how |= {"grader": grader_hash()}
     text = json.dumps(how, indent=1) + "\n"
     if record.exists() and record.read_text() != text:
         raise SystemExit(f"{record} says that other questions were chosen: take another --folder")
@@ -48,8 +52,7 @@ def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, obje
         command = [sys.executable, "-m", "expo_fast.evaluate", "--model", size.model]
         command += ["--data", str(asked), "--samples", str(tries), "--seed", str(SEED + number)]
         command += ["--shots-data", size.shots_source, "--output", str(graded)]
-        same = ("temperature", "shots", "max-completion-length")  # as in training
-        subprocess.run([*command, *as_flags({k: size.flags[k] for k in same})], check=True)
+        subprocess.run([*command, *as_flags(sampled(size))], check=True)
         verdicts: dict[str, list[float | None]] = {}
         for row in map(json.loads, graded.read_text().splitlines()):
             verdicts.setdefault(row["id"], []).append(row["verdict"])
@@ -57,6 +60,12 @@ def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, obje
         rows = [row for row in rows if row["id"] in lost]
         print(f"{source}: {len(rows)} of {n} fail {tries} more samples", flush=True)
     return rows
+
+
+def sampled(size: Size) -> dict[str, object]:
+    """How the size samples, its training's defaults included: evaluation has others."""
+    defaults = Train()
+    return {k: size.flags.get(k, getattr(defaults, k.replace("-", "_"))) for k in SAMPLED}
 
 
 def as_row(p: Problem) -> dict[str, object]:

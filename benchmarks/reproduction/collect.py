@@ -3,16 +3,20 @@
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.reproduction.arms import ABLATION, ARMS, Arm, Size
+from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, Arm, Size, target, train_flags
+from expo_fast.config import ADJUSTABLE, Train
 from expo_fast.figures import LEARNING, PROPERTIES, Group, Row, Run, curves, draw, load_run
+from expo_fast.flags import parse
 from expo_fast.log import replace_file
 
 KEPT = ("reward", "frac_all_fail", "exp/rate", "exp/nll", "expert/nll", "own/nll", "exp/lift")
-KEPT += ("exp/lift_stated", "exp/leak_rate", "own/leak_rate", "grad_norm/policy")
+KEPT += ("exp/nll_over_expert", "exp/accepted", "exp/lift_stated", "exp/leak_rate")
+KEPT += ("exp/unfit_rate", "own/leak_rate", "grad_norm/policy")
 KEPT += ("grad_norm/exp_sft", "pairs", "rewards/margins", "num_tokens")
 
 
@@ -21,17 +25,19 @@ DATA = ("train_data", "eval_data")  # files of the machine; chosen.json says wha
 
 def collect(size: Size, folder: Path, output: Path) -> None:
     """Tables and figures of the runs in FOLDER that are done, into OUTPUT."""
-    groups = {arm.name: runs for arm in (*ARMS, *ABLATION) if (runs := finished(arm, folder))}
+    groups = {arm.name: runs for arm in (*ARMS, *ABLATION) if (runs := finished(arm, size, folder))}
     if not groups:
         raise SystemExit(f"no finished run in {folder}: run the arms first")
     output.mkdir(parents=True, exist_ok=True)
-    rows = [record(name, run) for name, runs in groups.items() for run in runs]
+    own = [arm.name for arm in (*ARMS, *ABLATION) if arm.mirrors is None]
+    rows = [record(name, run) for name in own for run in groups.get(name, [])]
     result = {"chosen": json.loads((folder / "chosen.json").read_text()), "runs": rows}
     halves = [
         {arm.name: groups[arm.name] for arm in arms if arm.name in groups}
         for arms in (ARMS, ABLATION)
         if any(arm.name in groups for arm in arms if arm.mirrors is None)
     ]
+    halves[1:] = map(same_seeds, halves[1:])
     text = "\n".join("".join(table(size, half, groups.get("GRPO", []))) for half in halves)
     replace_file(output / "results.json", json.dumps(result, indent=1).encode() + b"\n")
     replace_file(output / "TABLE.md", text.encode())
@@ -43,19 +49,35 @@ def collect(size: Size, folder: Path, output: Path) -> None:
     print(text)
 
 
-def finished(arm: Arm, folder: Path) -> list[Run]:
+def finished(arm: Arm, size: Size, folder: Path) -> list[Run]:
     """The arm's runs, by seed."""
-    slug = next(a.slug for a in (*ARMS, *ABLATION) if a.name == (arm.mirrors or arm.name))
-    return [run for seed in arm.seeds if (run := done(folder / f"{slug}-{seed}"))]
+    same = next(a for a in (*ARMS, *ABLATION) if a.name == (arm.mirrors or arm.name))
+    made = [(target(folder, same, seed), train_flags(same, size, seed, folder)) for seed in SEEDS]
+    return [run for path, flags in made if (run := done(path, flags))]
 
 
-def done(path: Path) -> Run | None:
-    """A run that has reached its last step and evaluated it."""
+def done(path: Path, flags: Sequence[str]) -> Run | None:
+    """A run that has reached its last step and evaluated it. SystemExit if it had other flags."""
     if not (path / "evaluations.jsonl").exists() or not (path / "metrics.jsonl").exists():
         return None
-    run = load_run(str(path))
+    run, wanted = load_run(str(path)), asdict(parse(Train, flags))
+    for name in [name for name in wanted if name == "steps" or name not in ADJUSTABLE]:
+        have, want = run.config.get(name), wanted[name]
+        if have != (list(want) if isinstance(want, tuple) else want):
+            raise SystemExit(
+                f"{path} holds a run with {name}={have!r}, the arm has {want!r}: take another "
+                "--folder, or remove it"
+            )
     last = run.evaluations[-1]["step"] if run.evaluations else 0
     return run if last == run.config["steps"] else None
+
+
+def same_seeds(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """Without the runs whose seed another arm lacks."""
+    seeds = set.intersection(*({run.config["seed"] for run in runs} for runs in groups.values()))
+    return {
+        name: [run for run in runs if run.config["seed"] in seeds] for name, runs in groups.items()
+    }
 
 
 def record(name: str, run: Run) -> dict[str, Any]:
@@ -64,7 +86,7 @@ def record(name: str, run: Run) -> dict[str, Any]:
     return {
         "arm": name,
         "seed": run.config["seed"],
-        "commit": Path(f"{run.path}.commit").read_text(),
+        "commit": ", ".join(dict.fromkeys(Path(f"{run.path}.commit").read_text().split())),
         "config": {k: v for k, v in run.config.items() if k not in ("output_dir", *DATA)},
         "seconds": round(seconds, 1),
         "evaluations": run.evaluations,
@@ -79,17 +101,23 @@ def table(size: Size, groups: dict[str, list[Run]], grpo: Sequence[Run]) -> Iter
     levels = [row["level"] for row in first[0].evaluations[0]["levels"]]
     n = {row["level"]: row["problems"] for row in first[0].evaluations[0]["levels"]}
     heads = [f"level {at} ({n[at]})" for at in levels] if len(levels) > 1 else []
-    columns = [*heads, "all", "pass@1", "majority", "over GRPO", "seeds", "tokens"]
+    columns = [*heads, "all", "pass@1", "over GRPO", "majority", "boxed", "explained", "seeds"]
+    columns += ["tokens"]
     yield f"| trained by | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}\n"
     bases = [run.before for run in first]
-    yield row_of("none (before)", bases, levels if heads else [], f"pass@{K}", None, None)
+    yield row_of("none (before)", bases, levels if heads else [], f"pass@{K}", "", "", "")
     for name, runs in groups.items():
         after = [run.after for run in runs]
         tokens = fmean([run.steps[-1]["num_tokens"] for run in runs])
-        over = against(runs, grpo)
-        yield row_of(name, after, levels if heads else [], f"pass@{K}", over, tokens)
+        shown = [n for run in runs for row in run.steps if (n := row.get("exp/accepted"))]
+        explained = f"{sum(shown) / len(runs):.0f}" if shown else ""
+        over = against(runs, grpo) or ""
+        rest = over, explained, f"{tokens / 1000:.0f}"
+        yield row_of(name, after, levels if heads else [], f"pass@{K}", *rest)
     yield f"\npass@{K} by level and over all; per cent, mean and range over seeds. over GRPO: "
-    yield "difference in pass@1 at the same seed. tokens: prompts and completions, in thousands.\n"
+    yield "difference in pass@1 at the same seed. boxed: samples with any answer in a box. "
+    yield "explained: explanations trained on in a run. tokens: prompts and completions, in "
+    yield "thousands.\n"
 
 
 def row_of(
@@ -97,13 +125,15 @@ def row_of(
     rows: Sequence[Row],
     levels: Sequence[int],
     key: str,
-    over: str | None,
-    tokens: float | None,
+    over: str,
+    explained: str,
+    tokens: str,
 ) -> str:
     by_level = [[at[key] for r in rows for at in r["levels"] if at["level"] == n] for n in levels]
-    columns = [*by_level, *([r[k] for r in rows] for k in (key, "pass@1", "majority"))]
-    cells = [spread(values) for values in columns]
-    cells += [over or "", str(len(rows)), f"{tokens / 1000:.0f}" if tokens else ""]
+    cells = [spread(values) for values in by_level]
+    cells += [spread([r[k] for r in rows]) for k in (key, "pass@1")] + [over]
+    cells += [spread([r[k] for r in rows]) for k in ("majority", "boxed_ratio")]
+    cells += [explained, str(len(rows)), tokens]
     return f"| {name} | {' | '.join(cells)} |\n"
 
 
