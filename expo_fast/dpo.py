@@ -115,6 +115,7 @@ class Preference(Learner):
             pairs = [self.given(p) for p in questions]
         else:
             rollouts = self.sampler.rollouts(questions, step, phases)
+            self.sampler.earlier.clear()  # a round that was stopped could not know them
             with phases.phase("explain"):
                 found = self.positives([r.problem for r in rollouts if r.failed], step)
             pairs = self.paired(rollouts, found)

@@ -61,7 +61,7 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("preset", presets())
 def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
-    train.main(["--config", preset, *flags(folder, tmp_path)])
+    train.main(flags(folder, tmp_path, "--config", preset))
     made = rows(tmp_path)
     assert len(made) == 2
     assert any(row["update_norm"] > 0 for row in made)
@@ -85,7 +85,7 @@ def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
         "--exp-sft-schedule cosine",
         "--exp-sft-max-accuracy 0.5",
         "--exp-sft-reduction seq_sum",
-        "--method expo-dpo --pairs-every 1 --refresh-reference --preference simpo --dpo-beta 2",
+        "--method expo-dpo --pairs-every 1 --preference simpo --dpo-beta 2",
         "--method expo-dpo --shuffle-explanations --preference orpo",
         "--method expo-grpo --kl-coef 0.1 --generation-budget 12",
         "--method expo-grpo --kl-coef 0.1 --updates-per-batch 2 --objective gspo",
