@@ -120,8 +120,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         assert all(torch.equal(x[name], y[name]) for name in x)
 
 
-def test_cached_explanations_survive_a_resume(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("more", ["--explain-every 0", "--shuffle-explanations"])
+def test_kept_explanations_survive_a_resume(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str
 ):
     def right(answers: list[str], texts: list[str], **_: object) -> list[float | None]:
         return [1.0] * len(texts)
@@ -130,14 +131,18 @@ def test_cached_explanations_survive_a_resume(
     monkeypatch.setattr(explain, "is_unfit", lambda text, problem: False)
     model = tmp_path / "model"  # ends half of its completions by itself
     save_model(tiny_model(eos_token_id=list(range(1, 70))), tiny_tokenizer(), model)
-    changes = {"method": "expo-grpo", "explain_every": 0, "model": model, "schedule": "constant"}
+    changes = {"method": "expo-grpo", "model": model, "schedule": "constant"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(flags(folder, whole, **changes, steps=6))
+    train.main([*flags(folder, whole, **changes, steps=6), *more.split()])
     for steps in (5, 6):  # the second epoch begins with step 5
-        train.main(flags(folder, parts, **changes, steps=steps))
+        train.main([*flags(folder, parts, **changes, steps=steps), *more.split()])
     assert without_times(whole) == without_times(parts)
     assert all(row["exp/accepted"] > 0 for row in rows(whole))
-    assert rows(whole)[5]["exp/right_ratio"] is None  # all its questions were explained before
+    if more == "--explain-every 0":
+        assert rows(whole)[5]["exp/right_ratio"] is None  # all its questions were explained before
+    values = [checkpoint.load(run / "checkpoints/step-6")[1]["trainer"] for run in (whole, parts)]
+    assert values[0] == values[1]
+    assert bool(values[0]["earlier"]) is (more == "--shuffle-explanations")
     state = "checkpoints/step-6/trainer_state/state.safetensors"
     a, b = load_file(whole / state), load_file(parts / state)
     assert all(torch.equal(a[name], b[name]) for name in a)
