@@ -2,10 +2,10 @@
 
 c~ ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids are re-attached
 behind q's own prompt, and never re-tokenised. It is accepted only if it ends by itself, boxes the
-right answer last and names no other, does not speak of a given answer, does not start from it,
-reaches it before it boxes it, and calculates right on the way. What a question brings beyond the
-wanted number is cut by likelihood under the plain question: the copied and the wrongly reasoned are
-what the policy would hardly write itself.
+right answer once, last, and names no other, does not speak of a given answer, does not start from
+it, reaches it before it boxes it, and calculates right on the way. What a question brings beyond
+the wanted number is cut by likelihood under the plain question: the copied and the wrongly reasoned
+are what the policy would hardly write itself.
 """
 
 import random
@@ -49,6 +49,12 @@ _CLAIM = re.compile(r"\banswer(?: is|:)[^.\n=]*(?=\.(?!\d)|\n|$)", re.IGNORECASE
 _NAMED = re.compile(  # the answer is $25, but not: the answer is 18 - 10 = 8
     rf"\banswer(?: is|:)[^\w\n=+*/-]*(?:\\(?:boxed|text\w*)\W*)?({_NUMBER.pattern})"
     r"(?!\s?[-+*/x^=%\u00d7\u00f7]|\.?\d)",
+    re.IGNORECASE,
+)
+_CLAIMS = re.compile(r"\banswer(?: is|:)", re.IGNORECASE)
+_CLAIMING = re.compile(  # with what leads to it: "\n3. So the final answer is 29"
+    r"[\s,;]*(?:(?<=\n)\d+\.\s*)?(?:\b(?:so|thus|therefore|hence|then),?\s+)?(?:\bthe\s+)?"
+    rf"(?:\b(?:final|correct|right)\s+)?{_NAMED.pattern}",
     re.IGNORECASE,
 )
 _LEAK = re.compile(
@@ -98,7 +104,7 @@ def is_unfit(text: str, problem: Problem) -> bool:
     """Right, and yet no explanation to learn from."""
     early = answer_first(text, problem.answer, last_question(problem))
     unfounded = copied(text, problem.answer) or names_another(text, problem.answer)
-    return leaks(text) or early or unfounded or miscalculates(text)
+    return leaks(text) or early or unfounded or repeats(text) or miscalculates(text)
 
 
 def leaks(text: str) -> bool:
@@ -134,6 +140,23 @@ def names_another(text: str, answer: str) -> bool:
     if _decimal(answer) is None:
         return False
     return not all(_stated(number, answer) for number in _NAMED.findall(text))
+
+
+def repeats(text: str) -> bool:
+    """Does it box, or say "the answer is", more than once? Whoever learns that never ends."""
+    return text.count("\\boxed") > 1 or len(_CLAIMS.findall(text)) > 1
+
+
+def before_claim(text: str, answer: str) -> str:
+    """What stands before the first "the answer is" of the answer; a sentence that it leaves without
+    a number goes with it.
+    """
+    claims = [m.start() for m in _CLAIMING.finditer(text) if _stated(m[1], answer)]
+    if not claims:
+        return text.rstrip()
+    text = text[: claims[0]]
+    begun = re.split(r"[.\n](?!\d)", text)[-1]
+    return text.removesuffix(begun if _NUMBER.search(begun) is None else "").rstrip()
 
 
 def miscalculates(text: str) -> bool:
@@ -189,8 +212,8 @@ def explain(
 ) -> Explanations:
     """Sample per_question explanations of each problem and keep what may be trained on.
 
-    append: one that states the answer and ends without a box gets it, the a* of the paper's
-    log pi(c~, a* | q), if it is fit otherwise.
+    append: one that states the answer and ends without a box gets it, in the place of "the answer
+    is 7" if it says so: the a* of the paper's log pi(c~, a* | q). It must be fit otherwise.
 
     score: (answers, completions) -> 1.0 | 0.0 | None, the verifier of the reward.
     request: (problem, sample, prompt ids) -> what to sample, with its seed.
@@ -208,7 +231,9 @@ def explain(
             continue
         ids = prompter.ended(completion)
         if append and _stated(text, p.answer) and last_boxed_span(text) is None:
-            text, ids = text + boxed(p.answer), prompter.longer(ids, boxed(p.answer))
+            kept = before_claim(text, p.answer)
+            ids = prompter.longer(prompter.cut(ids, len(kept)), boxed(p.answer))
+            text = prompter.text(ids)
         elif verdict != 1.0:
             continue
         found.n_right += 1

@@ -79,9 +79,14 @@ class Prompter:
         cut = min(
             [text.find(stop) for stop in self.stop_strings if stop in text], default=len(text)
         )
-        while ids and len(self.text(ids)) > len(text[:cut].rstrip()):
+        return (*self.cut(ids, len(text[:cut].rstrip())), self.tokenizer.eos_token_id)
+
+    def cut(self, ids: Sequence[int], length: int) -> list[int]:
+        """The first of the tokens, with `length` characters of text at most."""
+        ids = list(ids)
+        while ids and len(self.text(ids)) > length:
             ids.pop()
-        return (*ids, self.tokenizer.eos_token_id)
+        return ids
 
     def longer(self, ids: Sequence[int], more: str) -> tuple[int, ...]:
         """An ended completion with a text before its end; the sampled tokens stay as they were."""

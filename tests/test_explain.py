@@ -8,6 +8,7 @@ import torch
 
 from expo_fast.explain import (
     answer_first,
+    before_claim,
     copied,
     explain,
     keep_best,
@@ -16,6 +17,7 @@ from expo_fast.explain import (
     miscalculates,
     names_another,
     ranking,
+    repeats,
     score_tokens,
     sft_samples,
     shuffled,
@@ -72,19 +74,20 @@ def test_only_right_complete_and_clean_explanations_are_kept():
         (rf"{ANSWER} it is, since 7000 + 319 = {ANSWER}. \boxed{{{ANSWER}}}", "stop"),  # first
         (GOOD.replace("First", "First 2 + 2 = 5, then"), "stop"),  # miscalculates
         (GOOD.replace("First", "The answer is 12. No, first"), "stop"),  # names another
+        (GOOD + rf" \boxed{{{ANSWER}}}", "stop"),  # boxes twice
     ]
     found, _ = run(texts, [PROBLEM], len(texts))
     assert found.accepted == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
-    assert (found.n_sampled, found.n_right, found.n_leaked, found.n_unfit) == (9, 6, 1, 5)
+    assert (found.n_sampled, found.n_right, found.n_leaked, found.n_unfit) == (10, 7, 1, 6)
     assert found.rate == 1.0
-    assert found.leak_rate == pytest.approx(1 / 6)
-    assert found.unfit_rate == pytest.approx(5 / 6)
+    assert found.leak_rate == pytest.approx(1 / 7)
+    assert found.unfit_rate == pytest.approx(6 / 7)
 
 
 def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
     reached, claimed = f"First 7000 + 319 = {ANSWER}.", f"Well. The answer is {ANSWER}."
     texts = [
-        (reached, "stop"),
+        (f"{reached} So the answer is {ANSWER}. Indeed.", "stop"),  # its box stands for the claim
         (claimed, "stop"),  # reaches nothing
         (reached, "length"),  # cut off
         ("7000 + 319 makes 12.", "stop"),  # another answer
@@ -271,6 +274,35 @@ def test_miscalculates(text: str, false: bool):
 )
 def test_names_another(text: str, answer: str, another: bool):
     assert names_another(text, answer) is another
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "before"),
+    [
+        ("8 + 13 = 21.\n\nThe answer is 21.", "21", "8 + 13 = 21."),
+        ("8 + 13 = 21, so the answer is 21. More text.", "21", "8 + 13 = 21"),
+        ("1. Add.\n2. 8 + 13 = 21.\n3. So the answer is 21", "21", "1. Add.\n2. 8 + 13 = 21."),
+            "1. Add.\n2. 8 + 13 = 21.\n3. So the final answer is 21",
+            "21",
+            "1. Add.\n2. 8 + 13 = 21.",
+        ),
+        ("x = 3.5. So the answer is 3.5 m.", "3.5", "x = 3.5."),
+        ("2 + 5 = 7. Felix's answer is 7.", "7", "2 + 5 = 7."),
+        ("2 + 5 = 7. The answer is 7. The answer is 7.", "7", "2 + 5 = 7."),
+        ("2 + 5 = 7. The answer is 8. The answer is 7.", "7", "2 + 5 = 7. The answer is 8."),
+        ("2 + 5 = 7. That is all. ", "7", "2 + 5 = 7. That is all."),
+        ("The answer is 7", "7", ""),
+        ("Let it be x. The answer is x+1.", "x+1", "Let it be x. The answer is x+1."),
+    ],
+)
+def test_before_claim(text: str, answer: str, before: str):
+    assert before_claim(text, answer) == before
+
+
+def test_who_says_it_twice_is_not_learnt_from():
+    assert repeats(r"It is \boxed{7}. Yes, \boxed{7}")
+    assert repeats(r"The answer is 7. The answer is \boxed{7}.")
+    assert not repeats(r"To answer, add: 3 + 4 = 7. The answer is \boxed{7}.")
 
 
 def test_answer_first_of_thousands_and_of_words():
