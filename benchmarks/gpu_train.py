@@ -184,6 +184,7 @@ def measure(name: str, device: str, flops: float) -> dict[str, Any]:
         "sampled": count.sampled / steady,
         "learnt": count.learnt / steady,
         "tokens/s": (count.sampled + count.learnt) / total,
+        "flops": count.flops / steady,
         "mfu": count.flops / total / flops,
         "logp_gap/mean": rows[-1]["logp_gap/mean"],
     }

@@ -351,6 +351,6 @@ def score_tokens(
     out: list[Tensor] = [torch.empty(0)] * len(samples)
     for p, hidden in forward(model, samples, max_tokens):
         logp = linear_logprob(hidden, model.head_weight, p.targets, temperature=temperature).logp
-        for i, values in p.split(logp):
-            out[i] = values.cpu()
+        for i, values in p.split(logp.cpu()):  # one copy a pack, not one a sample
+            out[i] = values
     return out

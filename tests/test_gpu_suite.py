@@ -2,12 +2,17 @@
 
 import json
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import floors, gpu, gpu_train
+from benchmarks import floors, gpu, gpu_decode, gpu_train
 from benchmarks.cases import SHAPES
+from expo_fast.generate import Completion, Request
+from expo_fast.pack import Sample
 
 pytest.importorskip("triton")
 
@@ -50,6 +55,32 @@ def test_training_steps_are_whole_and_counted(monkeypatch):
     assert found["sampled"] == 2 * attempts  # and as many explanations
     assert 0 < found["learnt"] <= 2 * attempts
     assert found["mfu"] > 0
+
+
+def test_flops_are_those_of_what_runs():
+    model = gpu_decode.random_model(gpu_decode.TINY, "cpu")
+    done = [Completion([7, 8], torch.zeros(2), "length")] * 2
+    learner: Any = SimpleNamespace(
+        generator=SimpleNamespace(sample=lambda asked: done), policy_backward=lambda samples: {}
+    )
+    count = gpu_train.Count(model)
+    count.watch(learner)
+    ten = torch.arange(10), torch.arange(10), torch.tensor([0, 10], dtype=torch.int32)
+
+    def counted(run: Callable[[], Any]) -> float:
+        count.flops = 0.0
+        run()
+        return count.flops
+
+    assert counted(lambda: model.hidden(*ten)) == 6 * 10 * count.body  # and backward, twice that
+    with torch.no_grad():
+        assert counted(lambda: model.hidden(*ten)) == 2 * 10 * count.body
+    asked = [Request((1, 2, 3, 4, 5), 2, seed=i) for i in range(2)]  # one prompt, computed once
+    sampled = counted(lambda: learner.generator.sample(asked))
+    assert sampled == 2 * count.body * (5 + 4) + 2 * count.head * 4
+    learnt = counted(lambda: learner.policy_backward([Sample((1,), (2, 3, 4))]))
+    assert learnt == 6 * count.head * 3
+    assert (count.sampled, count.learnt) == (4, 3)
 
 
 def test_kernels_are_told_apart_by_their_names():

@@ -281,6 +281,27 @@ def test_fp32_gradient_does_not_depend_on_the_packing():
         assert_same(split, whole, 2e-6)
 
 
+def test_statistics_do_not_depend_on_the_packing():
+    model = tiny_model(dtype=torch.float64)
+    c = config(updates_per_batch=P, kl_coef=0.1)
+    samples = attempts(with_old_logp(model, rollouts(REWARDS)), c)
+    likely = [full_logp(model, s.prompt_ids, list(s.completion_ids)).detach() for s in samples]
+    samples = [
+        replace(s, ref_logp=(x + 0.1 * i).float())
+        for i, (s, x) in enumerate(zip(samples, likely, strict=True))
+    ]
+
+    def statistics(pack_tokens: int) -> dict[str, float]:
+        trainer: Any = SimpleNamespace(config=replace(c, pack_tokens=pack_tokens), model=model)
+        return Learner.policy_backward(trainer, samples)
+
+    whole = statistics(1000)
+    assert whole["nll"] == pytest.approx(-sum(float(x.mean()) for x in likely) / len(samples))
+    assert whole["kl"] > 0 and whole["clip_low"] > 0 and whole["clip_high"] > 0
+    for pack_tokens in (1, 20, 33):
+        assert statistics(pack_tokens) == pytest.approx(whole, rel=1e-5)
+
+
 def test_sequences_without_gradient_are_not_packed_but_counted():
     c = config()
     samples = policy_samples(rollouts(REWARDS), c)
