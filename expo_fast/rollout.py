@@ -13,7 +13,8 @@ import torch
 
 from expo_fast.config import Train
 from expo_fast.diagnose import mean
-from expo_fast.explain import Explanations, Ranking, Score, explain, keep_best, leaks, shuffled
+from expo_fast.explain import Explanations, Ranking, Score, explain, keep_best, shuffled
+from expo_fast.fitness import leaks
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.log import Phases
 from expo_fast.ops import group_advantage

@@ -7,17 +7,9 @@ import pytest
 import torch
 
 from expo_fast.explain import (
-    answer_first,
-    before_claim,
-    copied,
     explain,
     keep_best,
-    leaks,
-    masked,
-    miscalculates,
-    names_another,
     ranking,
-    repeats,
     score_tokens,
     sft_samples,
     shuffled,
@@ -142,172 +134,6 @@ def test_the_answer_is_in_the_explain_prompt_and_nowhere_in_what_is_trained():
     assert sample.on_policy
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The given answer is 5.",
-        "As stated, it is 5.",
-        "We are told that the answer is 5.",
-        "Working backwards from 5 we get 3.",
-        "To match the correct answer we add 2.",
-        "The answer has been provided, so 5.",
-        "Since the known answer is 5",
-        "So (The answer is 5.) we add 2.",
-        "According to the answer given, 5.",
-        "The answer to this problem was given to us.",
-    ],
-)
-def test_talk_of_a_given_answer_is_a_leak(text: str):
-    assert leaks(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        GOOD,
-        "She was given 3 apples and bought 4 more, so she has 3 + 4 = 7.",
-        "The answer is \\boxed{7}.",
-        "The final price is 7 dollars.",
-        "Therefore, the final answer is \\boxed{5}.",
-        "There are 12 apples, as given in the problem.",
-        "She needs to reach the correct total.",
-        "The correct answer is B.",
-    ],
-)
-def test_plain_reasoning_is_no_leak(text: str):
-    assert not leaks(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "first"),
-    [
-        ("The answer is 27 because 3 * 9 is 27.", True),
-        ("27", True),
-        ("\\boxed{27}", True),
-        ("3 * 9 = 27.", False),  # the result of an equation is derived
-        ("There are 3 boxes of 9 pens, which makes 27 pens.", False),
-        ("In 127 days and 27.5 hours", False),
-        ("It is $27.00 for all of it.", True),
-    ],
-)
-def test_answer_first(text: str, first: bool):
-    assert answer_first(text, "27", "3 boxes hold 9 pens each. How many pens?") is first
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "is_copied"),
-    [
-        (r"3 + 4 is a sum. \boxed{7}", "7", True),
-        (r"3 + 4 = 17. \boxed{7}", "7", True),
-        (r"3 + 4 = 7.5. \boxed{7}", "7", True),
-        (r"3 + 4 = 7. \boxed{7}", "7", False),
-        (r"3 + 4 = \boxed{7}", "7", False),
-        (r"$3 + 4 = $ \boxed{7}", "7", False),
-        (r"Half of it. \boxed{\frac{1}{2}}", r"\frac{1}{2}", False),  # spelt in many ways
-        (r"3 * 400 = $1,200 in all. \boxed{1200}", "1200", False),
-        (r"3 * 400 = 1{,}200 in all. \boxed{1,200}", "1200", False),
-        (r"3 * 400 is 12,000. \boxed{1200}", "1200", True),
-        (r"3 * 400 is 1,2000. \boxed{1200}", "1200", True),
-        (r"5 / 2 = 2.50 dollars. \boxed{2.5}", "2.5", False),
-        (r"7.00 is left. \boxed{7}", "7", False),
-        ("3 - 10 = \N{MINUS SIGN}7, so \\boxed{-7}", "-7", False),
-        (r"He pays 18 dollars. \boxed{$18.00}", "$18.00", False),
-        ("He has 9.\nThe answer is 7.\nThe answer is \\boxed{7}.", "7", True),
-        (r"The final answer is: $7$. So \boxed{7}", "7", True),
-        (r"The answer is 3 + 4 = 7. So \boxed{7}", "7", False),
-        (r"The answer is 7.50. So \boxed{7}", "7", True),
-        ("He has 7.\nThe answer is \\boxed{7}.", "7", False),
-        ("The answer is easy to find.\n3 + 4 makes 7. \\boxed{7}", "7", False),
-    ],
-)
-def test_copied(text: str, answer: str, is_copied: bool):
-    assert copied(text, answer) is is_copied
-
-
-@pytest.mark.parametrize(
-    ("text", "false"),
-    [
-        ("6 * 4 = 24 and 24 - 5 = 19.", False),
-        ("6 * 4 = 26 pens.", True),
-        ("6*4=26", True),
-        ("First 24 - 5 = 19, then 19 + 2 = 20.", True),
-        ("$12 + $3.50 = $15.50", False),
-        ("$1,200 + 300 = 1,600", True),
-        ("2 / 3 = 0.67", False),
-        ("2 / 3 = 0.7", False),
-        ("2 / 3 = 0.6", True),
-        ("7 / 2 = 3", True),
-        ("7 \u00f7 2 = 3.5 and 3 \u00d7 4 = 12 and 3 x 4 = 12", False),
-        ("3 \u00d7 4 = 13", True),
-        ("5 / 0 = 5", True),
-        ("3 - 5 = -2", False),  # a negative result is not judged
-        ("2 + 3 * 4 = 14", False),  # nor is a longer expression
-        ("3 + 4 = 7 + 1 = 8", False),
-        ("x1 + 2 = 9, version 1.2 + 2 = 9", True),  # the second is an equation of numbers
-        ("5 * 4 = 20%", False),
-        ("no equation at all", False),
-    ],
-)
-def test_miscalculates(text: str, false: bool):
-    assert miscalculates(text) is false
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "another"),
-    [
-        (r"15 + 8 = 23. The answer is 25. The answer is \boxed{23}.", "23", True),
-        (r"The answer is 23. The answer is \boxed{23}.", "23", False),
-        (r"So the final answer is $1,200. \boxed{1200}", "1200", False),
-        (r"So the final answer is $1,200. \boxed{200}", "200", True),
-        (r"The answer is \textbf{2}. \boxed{22}", "22", True),
-        (r"Answer: \boxed{4}, or rather \boxed{8}", "8", True),
-        ("The answer is 18 - 10 = 8.", "8", False),
-        ("The answer is 2*4 = 8.", "8", False),
-        ("The answer is 25% of 32, which is 8.", "8", False),
-        ("The answer is 3.5, not 3.", "3", True),
-        ("The answer is 3.5.", "3.5", False),
-        ("The answer is -6.", "6", False),  # a dash is a minus too
-        ("The answer is\n5 more.", "8", False),
-        ("The answer is Sunday, day 7.", "Sunday", False),
-        ("The answer is 7.", "Sunday", False),
-    ],
-)
-def test_names_another(text: str, answer: str, another: bool):
-    assert names_another(text, answer) is another
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "before"),
-    [
-        ("8 + 13 = 21.\n\nThe answer is 21.", "21", "8 + 13 = 21."),
-        ("8 + 13 = 21, so the answer is 21. More text.", "21", "8 + 13 = 21"),
-        ("1. Add.\n2. 8 + 13 = 21.\n3. So the answer is 21", "21", "1. Add.\n2. 8 + 13 = 21."),
-        ("x = 3.5. So the answer is 3.5 m.", "3.5", "x = 3.5."),
-        ("2 + 5 = 7. Felix's answer is 7.", "7", "2 + 5 = 7."),
-        ("2 + 5 = 7. The answer is 7. The answer is 7.", "7", "2 + 5 = 7."),
-        ("2 + 5 = 7. The answer is 8. The answer is 7.", "7", "2 + 5 = 7. The answer is 8."),
-        ("2 + 5 = 7. That is all. ", "7", "2 + 5 = 7. That is all."),
-        ("The answer is 7", "7", ""),
-        ("Let it be x. The answer is x+1.", "x+1", "Let it be x. The answer is x+1."),
-    ],
-)
-def test_before_claim(text: str, answer: str, before: str):
-    assert before_claim(text, answer) == before
-
-
-def test_who_says_it_twice_is_not_learnt_from():
-    assert repeats(r"It is \boxed{7}. Yes, \boxed{7}")
-    assert repeats(r"The answer is 7. The answer is \boxed{7}.")
-    assert not repeats(r"To answer, add: 3 + 4 = 7. The answer is \boxed{7}.")
-
-
-def test_answer_first_of_thousands_and_of_words():
-    assert answer_first("1,200 it is", "1200", "How many?")
-    assert not answer_first("1,200 of them", "200", "How many?")
-    assert answer_first("Sunday, since it is late", "Sunday", "Which day?")
-    assert not answer_first("Sundays are late", "Sunday", "Which day?")
-
-
 def test_the_likeliest_explanations_under_the_plain_question_are_kept():
     model, problems, prompter = (
         tiny_model(dtype=torch.float64),
@@ -363,19 +189,6 @@ def encode(text: str) -> tuple[int, ...]:
     return tuple(tiny_tokenizer()(text).input_ids)
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "hidden"),
-    [
-        ("4 * 6 = 24, so 24 pens.", "24", "4 * 6 = ?, so ? pens."),
-        ("1,200 or 1200.0 but not 12000", "1200", "? or ? but not 12000"),
-        ("nothing of it", "24", "nothing of it"),
-        ("Sunday after Sundays", "Sunday", "? after Sundays"),
-    ],
-)
-def test_the_answer_is_masked_in_any_spelling(text: str, answer: str, hidden: str):
-    assert masked(text, answer) == hidden
-
-
 def test_shuffled_explanations_are_all_of_other_questions():
     accepted = {key: [(n,)] for n, key in enumerate("abcdef")}
     for seed in range(20):
@@ -387,12 +200,6 @@ def test_shuffled_explanations_are_all_of_other_questions():
     earlier = {"a": [(1,)], "b": [(2,)], "c": [(3,), (4,)]}  # or a step with one would have none
     drawn = [shuffled({"a": [(1,)]}, earlier, seed)["a"] for seed in range(20)]
     assert {tuple(each) for each in drawn} == {((2,),), ((3,), (4,))}
-
-
-def test_an_answer_that_the_question_names_may_open_an_explanation():
-    question = "Tom has 5 apples and gives 0 away. How many has he?"
-    assert not answer_first("Tom has 5 apples and gives 0 away, so 5 - 0 = 5.", "5", question)
-    assert answer_first("The answer is 5 because he keeps all.", "5", question)
 
 
 def test_score_tokens_equals_a_full_forward_of_each_sample():

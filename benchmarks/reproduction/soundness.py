@@ -11,7 +11,8 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from expo_fast.explain import explain, miscalculates, ranking, score_tokens
+from expo_fast.explain import explain, ranking, score_tokens
+from expo_fast.fitness import miscalculates
 from expo_fast.generate import Generator, Request
 from expo_fast.prompts import Prompter, request_seed
 from expo_fast.reward import score_answers
