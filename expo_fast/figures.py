@@ -11,7 +11,7 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ COLORS += ("#6b4226", "#7f7f7f")
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 3.6, 2.7  # inches, of a panel
 SPARSE = 40  # a curve of so few points has each of them marked
+CROWDED = 6  # curves that can be told apart on one pair of axes
 LONGEST = 1200  # characters shown of a text
 # the number of steps makes another configuration: the schedule ends elsewhere
 SAME = {"seed", *ADJUSTABLE} - {"steps"}
@@ -89,6 +90,7 @@ class Panel:
     held_out: bool = False  # of the evaluations, not of the steps
     log: bool = False  # only what is more than 0 can be drawn
     zero: bool = False  # with a line there
+    alone: str = ""  # the one configuration that is shown, of several
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,8 @@ class Curve:
 
 LEARNING = (
     Panel("Held-out pass@1", "share", {"pass@1": "pass@1"}, held_out=True, zero=True),
-    Panel(
-        "Training questions",
-        "mean of the step",
-        {"reward": "reward", "frac_all_fail": "all samples fail"},
-        zero=True,
-    ),
+    Panel("Reward", "mean of the step", {"reward": "reward"}, zero=True),
+    Panel("Questions that all fail", "share", {"frac_all_fail": "all samples fail"}, zero=True),
 )
 PROPERTIES = (
     Panel(
@@ -266,28 +264,48 @@ def _curve(owner: int, metric: str, points: Mapping[int, Spread], n_runs: int) -
     return Curve(owner, metric, list(points), middle, low, high)
 
 
+def apart(
+    panels: Sequence[tuple[Panel, Sequence[Curve]]], owners: Sequence[str]
+) -> list[tuple[Panel, Sequence[Curve]]]:
+    """A panel of too many curves becomes one for each configuration; these stand row by row."""
+    full = [(p, found) for p, found in panels if len(found) > CROWDED and len(p.metrics) > 1]
+    alone = [
+        (replace(panel, alone=owners[i]), [c for c in found if c.owner == i])
+        for i in sorted({c.owner for _, found in full for c in found})
+        for panel, found in full
+    ]
+    return alone + [pair for pair in panels if pair not in full]
+
+
 def draw(name: str, panels: Sequence[tuple[Panel, Sequence[Curve]]], owners: Sequence[str]) -> str:
     """The panels, two beside each other, as an <svg>. `name` keeps ids apart on one page."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
+    label = "; ".join(panel.title for panel, _ in panels)
+    panels = apart(panels, owners)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     with style.context(["default", _looks(name)]):  # whatever the user's matplotlibrc says
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        first: dict[str, Any] = {}  # axes of each title, whose scale the others of it share
         for axes, (panel, curves) in zip(grid, panels, strict=False):
-            _fill(axes, panel, curves, by_owner=len(owners) > 1)
+            if not curves:
+                axes.remove()
+                continue
+            axes.sharey(first.setdefault(panel.title, axes))
+            _fill(axes, panel, curves, by_owner=len(owners) > 1 and not panel.alone)
         for axes in grid[len(panels) :]:
             axes.remove()
-        shown = sorted({c.owner for _, curves in panels for c in curves})
-        if len(owners) > 1:
+        shown = sorted({c.owner for p, curves in panels for c in curves if not p.alone})
+        if len(owners) > 1 and shown:
             handles = [_handle(owners[i], COLORS[i % len(COLORS)]) for i in shown]
             figure.legend(handles=handles, loc="outside lower center", ncols=2)
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    return _inline(text.getvalue(), "; ".join(panel.title for panel, _ in panels))
+    return _inline(text.getvalue(), label)
 
 
 def _looks(name: str) -> dict[str, Any]:
@@ -307,10 +325,10 @@ def _looks(name: str) -> dict[str, Any]:
 
 
 def _fill(axes: Any, panel: Panel, curves: Sequence[Curve], *, by_owner: bool) -> None:
-    """Colour tells configurations apart and dashes metrics; with one configuration, colour both."""
+    """Colour tells configurations apart and dashes metrics; of one configuration, colour both."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    axes.set_title(panel.title)
+    axes.set_title(f"{panel.alone}\n{panel.title}".strip())
     axes.set_ylabel(panel.unit)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -296,7 +296,7 @@ def test_curves_are_means_and_ranges_over_runs(tmp_path: Path):
         )
         return figures.load_run(path)
 
-    held_out, training = figures.LEARNING
+    held_out, training, _ = figures.LEARNING
     groups = figures.grouped([run(0, 0.0, None, 1.0), run(1, 0.5, None, 0.0, right=0.3, steps=3)])
     (reward,) = figures.curves(groups, training)
     assert (reward.metric, reward.steps, reward.middle) == ("reward", [1, 3], [0.25, 0.5])
@@ -307,6 +307,31 @@ def test_curves_are_means_and_ranges_over_runs(tmp_path: Path):
     (alone,) = figures.curves(figures.grouped([run(0, 1.0)]), held_out)
     assert alone.low == pytest.approx([0.45, 0.55])
     assert alone.high == pytest.approx([0.57, 0.67])
+
+
+def test_a_crowded_panel_is_drawn_for_each_configuration_and_shares_its_scale(tmp_path: Path):
+    nlls = {"exp/nll": 1.0, "own/nll": 2.0}
+    low, high = (nlls | {"exp/lift": x, "exp/lift_stated": 2.0} for x in (1.0, 40.0))
+    kinds = [[low, high], [low], [nlls], [low], [low]]
+    runs = [
+        write_run(tmp_path / str(n), rows=rows, learning_rate=n * 1e-6)
+        for n, rows in enumerate(kinds, 1)
+    ]
+    groups = figures.grouped([figures.load_run(path) for path in runs])
+    names = [g.name for g in groups]
+    panels = [(panel, figures.curves(groups, panel)) for panel in figures.PROPERTIES]
+    nll, lift = panels
+    assert [len(found) for _, found in panels] == [10, 8]
+    shown = figures.apart([(figures.LEARNING[0], lift[1]), *panels], names)
+    assert [(p.alone, p.title, len(found)) for p, found in shown] == [
+        *((n, p.title, 2 * (p is nll[0] or n != names[2])) for n in names for p, _ in panels),
+        ("", figures.LEARNING[0].title, 8),  # of one metric: colours tell its curves apart
+    ]
+    source = figures.draw("properties", panels, names)
+    assert [source.count(f">{n}</text>") for n in names] == [2, 2, 1, 2, 2]
+    assert source.count(">40</text>") == 4  # on the axes of those, too, whose lift is 1 or 2
+    few = [(panel, figures.curves(groups[:2], panel)) for panel in figures.PROPERTIES]
+    assert figures.apart(few, names[:2]) == few
 
 
 def test_text_of_models_and_configs_stays_text(tmp_path: Path):

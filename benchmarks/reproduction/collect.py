@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, Arm, Size, target, train_flags
 from expo_fast.config import ADJUSTABLE, Train
-from expo_fast.figures import LEARNING, PROPERTIES, Group, Row, Run, curves, draw, load_run
+from expo_fast.figures import LEARNING, PROPERTIES, Group, Row, Run, curves, draw, load_run, numbers
 from expo_fast.flags import parse
 from expo_fast.log import replace_file
 
@@ -42,9 +42,10 @@ def collect(size: Size, folder: Path, output: Path) -> None:
     replace_file(output / "results.json", json.dumps(result, indent=1).encode() + b"\n")
     replace_file(output / "TABLE.md", text.encode())
     drawn = [Group(name, groups[name]) for name in (a.name for a in ARMS) if name in groups]
-    for name, panels in (("learning", LEARNING), ("properties", PROPERTIES)):
-        shown = [(panel, found) for panel in panels if (found := curves(drawn, panel))]
-        svg = draw(name, shown, [g.name for g in drawn]).replace("currentColor", "black")
+    explained = [g for g in drawn if numbers(g.steps, "exp/nll")] or drawn
+    for name, panels, of in (("learning", LEARNING, drawn), ("properties", PROPERTIES, explained)):
+        shown = [(panel, found) for panel in panels if (found := curves(of, panel))]
+        svg = draw(name, shown, [g.name for g in of]).replace("currentColor", "black")
         replace_file(output / f"{name}.svg", svg.encode() + b"\n")
     print(text)
 
