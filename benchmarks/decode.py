@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Stopwatch, Wrong, gemm_rate
+from benchmarks.measure import Stopwatch, Wrong, brief, gemm_rate, reason
 from benchmarks.samplers import OURS, PEERS, SAMPLERS, Load, Sampler, Subject, requests
 from benchmarks.summary import default_device, machine, ms
 from expo_fast.generate import Generator
@@ -209,7 +209,7 @@ def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
         except Exception as e:  # of a peer, which may not be installed
             if name not in PEERS:
                 raise
-            race.left_out[name] = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+            race.left_out[name] = reason(e)
     return race
 
 
@@ -230,7 +230,7 @@ def show(model: str, result: dict[str, Any]) -> None:
             f"{c['mean_logp']:10.3f}"
         )
     for name, why in result["left_out"].items():
-        print(f"{name:30s} left out: {why}")
+        print(f"{name:30s} left out: {brief(why)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,21 +1,25 @@
-"""Tests, ceilings, parts, decoding, training and ops on a CUDA machine, from a checkout, with
+"""Ceilings, parts, ops, decoding, training and tests on a CUDA machine, from a checkout, with
 torch, triton, transformers and pytest alone.
 
     PYTHONPATH=. python benchmarks/gpu.py --output gpu
 
-The folder gets report.json and tests.txt. What is done is in it after each stage and each group of
-contestants, so a kill loses little; a stage that fails is named there, and the next begins.
+Each stage runs in a process of its own, with a share of the time, so that what one breaks or holds
+the next does not see. The folder gets report.json, and of each stage its own report and what it
+printed. Reports are written after each model and each group of contestants, so a kill loses little;
+what fails is named there with its traceback. One stage, with all of the time, is --stages ops.
 A smoke test without a GPU: --device cpu --models smollm2-135m --rows 64 --repeats 1
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,18 +30,19 @@ import torch
 from benchmarks import gpu_decode, gpu_train
 from benchmarks.cases import OPS, OURS, SHAPES, Group, groups
 from benchmarks.decode import ceilings as decode_ceilings
-from benchmarks.measure import Stopwatch, measure
+from benchmarks.measure import brief, gemm_rate, measure, reason
 from benchmarks.parts import parts
 from benchmarks.summary import machine, ms, show
 from expo_fast.log import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_device.py", "test_ops*.py", "test_triton*.py", "test_decode.py", "test_pitfalls.py")
-STAGES = ("tests", "ceilings", "parts", "decode", "train", "ops")
-TESTS_SHARE = 0.4  # of the time, at most
+# of the time that is left, at most; what others leave of theirs goes to the later ones
+STAGES = {"ceilings": 0.1, "parts": 0.2, "ops": 0.4, "decode": 0.4, "train": 0.5, "tests": 1.0}
+MARGIN = 5  # seconds that a stage has to end by itself
 PARTS_OF = ("qwen2.5-3b", "qwen2.5-0.5b")
-SECONDS = {"parts": 60, "decode": 45, "train": 60}  # left, or a model is not begun
-DECODE_PEER_SECONDS = 240  # left, or it is not timed beside transformers'
+SECONDS = {"parts": 30, "decode": 30, "train": 40}  # left, or a model is not begun
+DECODE_PEER_SECONDS = 60  # left, or it is not timed beside transformers'
 
 
 @dataclass
@@ -54,19 +59,35 @@ class Run:
         replace_file(self.folder / "report.json", json.dumps(self.report).encode())
 
     def attempt(self, name: str, work: Callable[[], Any]) -> Any:
-        """What it returns; None where it fails, which is kept under `failed`."""
-        try:
-            return work()
-        except Exception as e:  # the next may still tell something
-            why = f"{type(e).__name__}: {e}"
-            print(f"\n{name}: {why}", flush=True)
-            self.save(failed=self.report.get("failed", {}) | {name: why})
+        """What it returns; None where it fails. Why, and warnings, are kept in the report.
+
+        SystemExit where the device is of no more use to this process.
+        """
+        gc.collect()  # what the one before left
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        with warnings.catch_warnings(record=True) as said:
+            try:
+                return work()
+            except Exception as e:  # the next may still tell something
+                self.note(failed={name: reason(e)})
+                print(f"\n{name}: {reason(e)}", flush=True)
+                if isinstance(e, torch.AcceleratorError):
+                    sys.exit(f"{name} broke the device's context")
+            finally:
+                if said:
+                    self.note(warned={name: [str(w.message) for w in said]})
+                    print(*(f"{name}: {w.message}" for w in said), sep="\n", flush=True)
+
+    def note(self, **more: dict[str, Any]) -> None:
+        """Add to parts of the report that are dictionaries."""
+        self.save(**{key: self.report.get(key, {}) | values for key, values in more.items()})
 
     def models(self, stage: str, names: Sequence[str], work: Callable[[str], Any]) -> None:
         """work(name) for each model, as far as the time allows."""
         for name in names:
             if self.left() < SECONDS[stage]:
-                self.save(failed=self.report.get("failed", {}) | {f"{stage}, {name}": "no time"})
+                self.note(failed={f"{stage}, {name}": "no time"})
                 continue
             found = self.attempt(f"{stage}, {name}", partial(work, name))
             if found is not None:
@@ -78,41 +99,34 @@ def run_tests(run: Run) -> dict[str, Any]:
     files = [str(path) for pattern in TESTS for path in sorted((ROOT / "tests").glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *files]
     command += ["-k", "not hopper and not oldest"]  # which need no GPU, and time
-    log, limit = run.folder / "tests.txt", TESTS_SHARE * run.left()
-    with log.open("w") as out:
-        tests = subprocess.Popen(
-            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            outcome = f"exit code {tests.wait(limit)}"
-        except subprocess.TimeoutExpired:
-            os.killpg(tests.pid, signal.SIGKILL)  # with all that it started, or it would be timed
-            outcome = f"stopped after {limit:.0f} s"
+    log = run.folder / "pytest.txt"
+    outcome = bounded(command, log, run.left() - MARGIN)
     lines = log.read_text().splitlines()
     ending = [line for line in lines if "FAILED" in line or "ERROR" in line][:20] + lines[-3:]
     print(*ending, f"tests: {outcome}", sep="\n", flush=True)
     return {"outcome": outcome, "ending": ending, "log": str(log)}
 
 
+def bounded(command: Sequence[str], log: Path, seconds: float) -> str:
+    """How the command, whose output goes to a file, ended in that time."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return f"exit code {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started, or it would be timed
+            return f"stopped after {seconds:.0f} s"
+
+
 def ceilings(device: str) -> dict[str, float]:
-    """The device's own best: a copy and square products, of random data."""
-    gpu = device != "cpu"
-    side = 8192 if gpu else 1024
-    bits = torch.empty((4 << 30) if gpu else (64 << 20), dtype=torch.int8, device=device)
-    twin = torch.empty_like(bits)
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    works = {"copy": partial(twin.copy_, bits), "mm bf16": partial(torch.mm, a, b)}
-    if gpu:
-        works["mm bf16, fp32 out"] = partial(torch.mm, a, b, out_dtype=torch.float32)
-    stopwatch = Stopwatch(device)
-    best = dict.fromkeys(works, float("inf"))
-    for _ in range(11):
-        for name, work in works.items():
-            stopwatch.start()
-            work()
-            best[name] = min(best[name], stopwatch.stop()[0])
-    found = {"copy GB/s": 2 * bits.nbytes / best.pop("copy") / 1e9}
-    found |= {f"{name} TFLOP/s": 2 * side**3 / s / 1e12 for name, s in best.items()}
+    """The device's own best: a copy and large products, of random data."""
+    best = decode_ceilings(device)
+    found = {"copy GB/s": best.bytes / 1e9, "mm bf16 TFLOP/s": best.flops / 1e12}
+    if device != "cpu":
+        rate = gemm_rate(device, out_dtype=torch.float32)
+        found["mm bf16, fp32 out TFLOP/s"] = rate / 1e12
     print(*(f"{name} {x:.1f}" for name, x in found.items()), sep="\n")
     return found
 
@@ -144,7 +158,7 @@ def digest(report: dict[str, Any]) -> None:
         )
         for other, why in result["left_out"].items():
             if other.startswith(OURS):
-                print(f"    {other}: {why}")
+                print(f"    {other}: {brief(why)}")
     for result in report.get("decode", []):
         for name, c in result["contestants"].items():
             speed = f"{c['tokens_per_second']:.0f} tokens/s, {c['of_limit']:.0%} of the limit"
@@ -154,7 +168,7 @@ def digest(report: dict[str, Any]) -> None:
         rates = f"{found['tokens/s']:.0f} tokens/s, MFU {found['mfu']:.0%}"
         print(f"train, {found['model']}: {rates}; seconds: {phases}")
     for name, why in report.get("failed", {}).items():
-        print(f"{name:58s} FAILED {why}")
+        print(f"{name:58s} FAILED {brief(why)}")
     print("tests:", (report.get("tests") or {}).get("outcome", "not run"))
 
 
@@ -165,44 +179,74 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gpu"), help="a folder")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--models", nargs="+", choices=SHAPES)
-    # the middle first: the time may run out
-    parser.add_argument("--rows", nargs="+", type=int, default=[4096, 16384, 1024])
+    # what matters most first: the time may run out
+    parser.add_argument("--rows", nargs="+", type=int, default=[16384, 4096, 1024])
     parser.add_argument("--ops", nargs="+", choices=OPS)
     parser.add_argument("--repeats", type=int, default=11)
     a = parser.parse_args()
     if not a.device and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device; --device cpu makes a smoke test")
-    device = a.device or "cuda"
     run = Run(a.output.resolve(), time.monotonic() + a.seconds)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.save(machine=machine())
-    print(*(f"{name}: {x}" for name, x in run.report["machine"].items()), sep="\n", flush=True)
-    if "tests" in a.stages:
-        run.save(tests=run.attempt("tests", partial(run_tests, run)))
-    if "ceilings" in a.stages:
-        run.save(ceilings=run.attempt("ceilings", partial(ceilings, device)))
-    if "parts" in a.stages:
-        rows = 64 if device == "cpu" else 16384
-        names = a.models or PARTS_OF
-        run.models("parts", names, lambda name: parts(name, rows, device, a.repeats))
+    if len(a.stages) > 1:
+        apart(run, a)
+    else:
+        run.save(machine=machine())
+        print(*(f"{name}: {x}" for name, x in run.report["machine"].items()), sep="\n", flush=True)
+        here(run, a, a.stages[0])
+    print(json.dumps(run.report))  # before the table, as an end is what a log shows
+    digest(run.report)
+
+
+def apart(run: Run, a: argparse.Namespace) -> None:
+    """Each stage in a process of its own; the reports become one."""
+    for stage in [stage for stage in STAGES if stage in a.stages]:
+        limit, folder = STAGES[stage] * run.left(), run.folder / stage
+        flags: dict[str, Any] = {"output": folder, "seconds": limit - MARGIN}
+        flags |= {name: getattr(a, name) for name in ("device", "models", "rows", "ops", "repeats")}
+        command = [sys.executable, "-u", __file__, "--stages", stage]
+        for name, value in flags.items():
+            if value is not None:
+                command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        began = time.monotonic()
+        outcome = bounded(command, run.folder / f"{stage}.txt", limit)
+        print(f"{stage}: {outcome}, {time.monotonic() - began:.0f} s", flush=True)
+        if (folder / "report.json").exists():
+            found = json.loads((folder / "report.json").read_text())
+            run.note(**{key: found.pop(key) for key in ("failed", "warned") if key in found})
+            run.save(**found)
+        if outcome != "exit code 0":
+            run.note(failed={stage: f"{outcome}, see {stage}.txt"})
+
+
+def here(run: Run, a: argparse.Namespace, stage: str) -> None:
+    device, cpu = a.device or "cuda", a.device == "cpu"
     best = None
-    if {"decode", "train"} & {*a.stages}:
+    if stage in ("decode", "train"):
         best = run.attempt("ceilings of decoding", partial(decode_ceilings, device))
-    if best and "decode" in a.stages:
-        names = [name for name in gpu_decode.MODELS if not a.models or name in a.models]
-        peer = DECODE_PEER_SECONDS
+    if stage == "tests":
+        run.save(tests=run.attempt("tests", partial(run_tests, run)))
+    elif stage == "ceilings":
+        run.save(ceilings=run.attempt("ceilings", partial(ceilings, device)))
+    elif stage == "parts":
+        rows, names = 64 if cpu else 16384, a.models or PARTS_OF
+        run.models("parts", names, lambda name: parts(name, rows, device, a.repeats))
+    elif stage == "decode" and best:
+        names, peer = among(gpu_decode.MODELS, a.models), DECODE_PEER_SECONDS
         run.models(
             "decode", names, lambda n: gpu_decode.measure(n, device, best, run.left() > peer)
         )
-    if best and "train" in a.stages:
-        names = [name for name in gpu_train.SHOWN if not a.models or name in a.models]
+    elif stage == "train" and best:
+        names = among(gpu_train.SHOWN, a.models)
         run.models("train", names, lambda name: gpu_train.measure(name, device, best.flops))
-    if "ops" in a.stages:
+    elif stage == "ops":
         run_ops(run, groups(a.models, a.rows, a.ops), device, a.repeats)
-    print(json.dumps(run.report))  # before the table, as an end is what a log shows
-    digest(run.report)
+
+
+def among(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
+    return [name for name in names if not wanted or name in wanted]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ the difference to a call that samples one token each.
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -17,9 +17,9 @@ import torch
 
 from benchmarks import decode as racing
 from benchmarks.decode import Ceilings, Race, limit
-from benchmarks.measure import Stopwatch
+from benchmarks.measure import Stopwatch, brief, reason
 from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
-from expo_fast.cuda_engine import CudaEngine
+from expo_fast.cuda_engine import CudaEngine, uncollected
 from expo_fast.generate import Generator
 from expo_fast.model import Decoder
 
@@ -27,6 +27,7 @@ LOAD = Load(prompts=32, samples=8, prompt_tokens=512, new_tokens=128)
 SMOKE = Load(prompts=2, samples=2, prompt_tokens=40, new_tokens=4)  # on a CPU
 PEER = "transformers generate_batch"
 REPEATS = 3
+LAYERS = 8  # of keys and values, so that none of them is in L2 when its turn comes
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def contest(subject: Subject, best: Ceilings, peer: bool) -> Race:
         race.mean_logp[PEER] = racing.judge(subject, completions, expected)
         race.samplers[PEER] = sampler
     except Exception as e:  # it may not be installed, or not run here
-        race.left_out[PEER] = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+        race.left_out[PEER] = reason(e)
     return race
 
 
@@ -139,7 +140,7 @@ def decoding(race: Race) -> dict[str, float]:
 
 @torch.no_grad()
 def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
-    """One layer's attention in the middle of the load, in some configurations, beside its floor."""
+    """A layer's attention in the middle of the load, in some configurations, beside its floor."""
     from expo_fast.kernels import cascade, decode
 
     shape, page, device = model.shape, CudaEngine.page, model.device
@@ -148,18 +149,22 @@ def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
     prompts = 1 + torch.arange(load.prompts * whole).view(load.prompts, whole)
     tails = 1 + load.prompts * whole + torch.arange(rows * own).view(rows, own)
     tables = torch.cat([prompts.repeat_interleave(load.samples, 0), tails], 1).int()
-    size = (1 + int(tables.max()), 1, 2, page, shape.kv_heads, shape.head_dim)
+    size = (1 + int(tables.max()), LAYERS, 2, page, shape.kv_heads, shape.head_dim)
     slab = torch.randn(size, device=device).bfloat16()
     address = torch.tensor([slab.data_ptr()], device=device)
-    cache = decode.Paged(address, 1, page, shape.kv_heads, shape.head_dim)
+    cache = decode.Paged(address, LAYERS, page, shape.kv_heads, shape.head_dim)
     sizes = cascade.Sizes(rows, tables.shape[1])
     work = decode.Work.room(sizes, shape.heads, shape.head_dim, device)
     q = torch.randn(rows, shape.heads, shape.head_dim, device=device).bfloat16()
     given = tables.to(device), torch.full((rows,), seen - 1, device=device)
     tokens = load.prompts * load.prompt_tokens + rows * load.new_tokens // 2
     moved = tokens * slab[0, 0, :, 0].nbytes + 2 * q.nbytes  # keys and values of a token
-    run = partial(decode.attend, cache, 0, q, *given, work, shape.head_dim**-0.5, None)
     found = {}
+
+    def each_layer() -> None:
+        for layer in range(LAYERS):
+            decode.attend(cache, layer, q, *given, work, shape.head_dim**-0.5, None)
+
     shipped = decode.TOKENS, decode.WARPS, decode.STAGES
     together = decode.rows_together(shape.heads, shape.kv_heads)
     for alone, *config in [(False, *shipped), (True, *shipped)] + [
@@ -170,26 +175,31 @@ def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
         decode.TOKENS, decode.WARPS, decode.STAGES = config
         name = f"{'no cascade, ' if alone else ''}{tuple(config)}"
         try:
-            found[name] = best_of(run, str(device))
+            found[name] = replayed(each_layer, str(device)) / LAYERS
         except Exception as e:  # too large for shared memory
-            found[name] = f"{type(e).__name__}: {e}".splitlines()[0]
+            found[name] = reason(e)
     decode.TOKENS, decode.WARPS, decode.STAGES = shipped
     floor = moved / best.bytes
     print(f"attention of a layer: floor {floor * 1e6:.1f} us, (tokens, warps, stages):")
     for name, s in found.items():
-        shown = (
-            s if isinstance(s, str) else f"{s * 1e6:.1f} us, {floor / s:.0%} of the floor's rate"
+        rate = (
+            "" if isinstance(s, str) else f"{s * 1e6:.1f} us, {floor / s:.0%} of the floor's rate"
         )
-        print(f"    {name}: {shown}")
+        print(f"    {name}: {rate or brief(str(s))}")
     return {"floor_seconds": floor, "bytes": moved, "seconds": found}
 
 
-def best_of(work: Any, device: str, n: int = 20) -> float:
-    """Seconds of one of n launches in a row, which hide the host's."""
+def replayed(work: Callable[[], None], device: str) -> float:
+    """Seconds of the work as a CUDA graph: to launch its kernels one by one takes the host longer
+    than they run.
+    """
+    work()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with uncollected(), torch.cuda.graph(graph):
+        work()
     stopwatch, seconds = Stopwatch(device), []
-    for _ in range(4):
+    for _ in range(5):
         stopwatch.start()
-        for _ in range(n):
-            work()
-        seconds.append(stopwatch.stop()[0] / n)
+        graph.replay()
+        seconds.append(stopwatch.stop()[0])
     return min(seconds)

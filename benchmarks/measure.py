@@ -7,6 +7,7 @@ that compiles, touches memory, and is what the judge sees. One that is wrong is 
 import ctypes
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,15 @@ SLOW = 8  # times the GEMMs' time: a contestant beyond takes part in every secon
 GEMM_ROWS = 4096  # the GEMMs of more rows are timed at so many, which does not slow them
 JUDGE_GEMMS = 16  # what the judge takes on a CPU, in GEMMs of one forward
 COLD_BYTES = 256 << 20  # written before each timing on a GPU, whose L2 is then cold
+
+
+def reason(error: Exception) -> str:
+    """The whole traceback: of a compiler's error, each line may be the one that tells."""
+    return "".join(traceback.format_exception(error)).strip()
+
+
+def brief(reason: str) -> str:
+    return reason.splitlines()[-1][:200]
 
 
 class Wrong(Exception):
@@ -182,7 +192,7 @@ def warm_up(group: Group, device: str) -> Race:
         except Exception as e:  # of a peer, which may not even run on this device
             if name == OURS:
                 raise
-            race.left_out[name] = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+            race.left_out[name] = reason(e)
     return race
 
 
@@ -207,15 +217,16 @@ def measure(group: Group, device: str, repeats: int) -> dict[str, Any]:
     return race.result()
 
 
-def gemm_rate(device: str) -> float:
-    """FLOP/s of a bf16 product of a forward's kind."""
-    a, b = (torch.randn(n, 1024, device=device).bfloat16() for n in (1024, 16384))
+def gemm_rate(device: str, **how: Any) -> float:
+    """FLOP/s of a bf16 product: a forward's on a CPU, on a GPU one large enough for its best."""
+    m, k, n = (1024, 1024, 16384) if device == "cpu" else (8192, 8192, 8192)
+    a, b = (torch.randn(rows, k, device=device).bfloat16() for rows in (m, n))
     stopwatch, seconds = Stopwatch(device), []
-    for _ in range(4):
+    for _ in range(8):
         stopwatch.start()
-        torch.mm(a, b.T)
+        torch.mm(a, b.T, **how)
         seconds.append(stopwatch.stop()[0])
-    return 2 * 1024 * 1024 * 16384 / min(seconds)
+    return 2 * m * k * n / min(seconds)
 
 
 def foreseen_seconds(group: Group, device: str, repeats: int, rate: float) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import OPS, ROWS, SHAPES, Group, groups
-from benchmarks.measure import measure
+from benchmarks.measure import brief, measure
 
 PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "trl")
 
@@ -66,7 +66,7 @@ def show(result: dict[str, Any]) -> None:
             f"{c['of_limit']:9.0%}{c['extra_bytes'] / 1e6:9.0f}{errors}"
         )
     for name, why in result["left_out"].items():
-        print(f"{name:31s} left out: {why}")
+        print(f"{name:31s} left out: {brief(why)}")
 
 
 def ms(seconds: float) -> str:

@@ -13,7 +13,11 @@ trace that could be checked, graphs end with the call. Hooks are Python that a r
 out: then, as on a CPU in Triton's interpreter, each step is launched anew.
 """
 
+import gc
 import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +28,7 @@ from expo_fast.engine import PagedAttention, Rows, Tokens, TorchEngine
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import wide_product
 from expo_fast.model import Attend, Block, Decoder, RMSNorm
-from expo_fast.native_engine import PLAIN
+from expo_fast.native_engine import PLAIN, has_hooks
 from expo_fast.sampling import BLOCK, Truncation, draw, draw_from_blocks, uniform
 
 BUCKETS = (8, 16, 32, 64, 128, 256)  # rows; more are rounded up to a multiple of the last
@@ -63,7 +67,7 @@ class CudaEngine(TorchEngine):
         self.address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.steps: dict[tuple[int, int, bool], Step] = {}
         self.state: list[tuple[int, ...]] | None = None
-        self.pool = None
+        self.pool = self.stream = None  # of all graphs
 
     def prefill_tokens(self) -> int:
         return CUDA_PREFILL if self.model.device.type == "cuda" else super().prefill_tokens()
@@ -74,7 +78,7 @@ class CudaEngine(TorchEngine):
         if state is None or state != self.state:
             self.forget()
         self.state = state
-        self.graphs = self.wants_graphs and not _has_hooks(model)
+        self.graphs = self.wants_graphs and not has_hooks(model)
         if self.wants_graphs and not self.graphs:
             warnings.warn(
                 "decoding without CUDA graphs, which is slower: the model has hooks", stacklevel=5
@@ -86,6 +90,10 @@ class CudaEngine(TorchEngine):
         self.head = self.widened_head()
         needed = 1 + -(-(n_positions + self.burst) // self.page)  # the last column is always page 0
         self.width = max(LEAST_WIDTH, 1 << (needed - 1).bit_length())
+
+    @property
+    def busy(self) -> bool:
+        return self.slab.numel() > 0
 
     def close(self) -> None:
         super().close()
@@ -104,12 +112,15 @@ class CudaEngine(TorchEngine):
     def load(self, rows: Rows) -> None:
         cut = rows.sampling.truncation.active() & (rows.sampling.temperature > 0)
         self.n = len(rows.last)
-        size = next((b for b in BUCKETS if b >= self.n), -(-self.n // BUCKETS[-1]) * BUCKETS[-1])
-        key = (size, self.width, bool(cut.any()))
+        key = (bucket(self.n), self.width, bool(cut.any()))
         if key not in self.steps:
             self.steps[key] = Step(self, *key)
         self.step = self.steps[key]
         self.step.load(rows)
+
+    def keeps(self, n: int) -> bool:
+        """To load costs the host some 3 ms; rows that have ended, what they read of the cache."""
+        return 8 * n >= 7 * self.n and bucket(n) == bucket(self.n)
 
     @torch.no_grad()
     def decode(self) -> tuple[Tensor, Tensor]:
@@ -120,22 +131,41 @@ class CudaEngine(TorchEngine):
 
     def captured(self, step: "Step") -> "torch.cuda.CUDAGraph | None":
         """The step's launches; None, said aloud, where something in them can't be captured."""
-        side = torch.cuda.Stream(self.model.device)
-        side.wait_stream(torch.cuda.current_stream(self.model.device))
+        main = torch.cuda.current_stream(self.model.device)
+        side = self.stream = self.stream or torch.cuda.Stream(self.model.device)
+        side.wait_stream(main)
         with torch.cuda.stream(side):
             step.launch()  # compiles, and makes what libraries make on first use
-        torch.cuda.current_stream(self.model.device).wait_stream(side)
+        main.wait_stream(side)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=side):
+            with uncollected(), torch.cuda.graph(graph, pool=self.pool, stream=side):
                 step.launch()
         except RuntimeError as why:
+            torch.cuda.set_stream(main)  # torch leaves the other where the capture's end fails
             self.graphs, self.state = False, None  # so the next call tries again
             line = str(why).splitlines()[0]
             warnings.warn(f"decoding without CUDA graphs, which is slower: {line}", stacklevel=5)
             return None
         return graph
+
+
+def bucket(n: int) -> int:
+    """Rows of the step for n."""
+    return next((b for b in BUCKETS if b >= n), -(-n // BUCKETS[-1]) * BUCKETS[-1])
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: to destroy a graph, wherever it comes from, ends a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @dataclass
@@ -169,7 +199,8 @@ class Step:
         from expo_fast.kernels import decode, layer
 
         model, shape, device = engine.model, engine.model.shape, engine.model.device
-        self.engine, self.truncated = engine, truncated
+        # no cycle: a graph that waits for the garbage collector may break another's capture
+        self.engine, self.truncated = weakref.proxy(engine), truncated
         self.decode, self.layer = decode, layer
         self.sizes = Sizes(size, width)
         self.inputs = _Inputs.idle(size, width, device)
@@ -284,13 +315,9 @@ class Varlen(PagedAttention):
 
 def _state(model: Decoder) -> list[tuple[int, ...]] | None:
     """Where a model's tensors lie; None if it has modules of which that does not say enough."""
-    if any(type(m) not in PLAIN for m in model.modules()) or _has_hooks(model):
+    if any(type(m) not in PLAIN for m in model.modules()) or has_hooks(model):
         return None
     return [
         (x.data_ptr(), *x.shape, *x.stride(), x.dtype.itemsize)
         for x in (*model.parameters(), *model.buffers())
     ]
-
-
-def _has_hooks(model: Decoder) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

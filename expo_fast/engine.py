@@ -7,6 +7,7 @@ without a compiler, in other dtypes, through adapters and hooks.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ class Engine(ABC):
         ...
 
     @abstractmethod
-    def copy_page(self, source: int, target: int) -> None: ...
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """(from, to); what is copied to is not copied from."""
+        ...
 
     def prefill_tokens(self) -> int:
         """Of prompts, computed together."""
@@ -99,6 +102,10 @@ class Engine(ABC):
     def load(self, rows: Rows) -> None:
         """What `decode` goes on with, from now on."""
         self.rows = rows
+
+    def keeps(self, n: int) -> bool:
+        """Does `decode` go on with all rows that were loaded, though only n are wanted still?"""
+        return n == len(self.rows.last)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The next tokens of all rows and their log-probs, (burst, B) each."""
@@ -160,7 +167,7 @@ def padded(tables: Sequence[Table]) -> Tensor:
     return torch.tensor(filled, dtype=torch.int32, device="cpu")
 
 
-def int64(values: Sequence[int]) -> Tensor:
+def int64(values: Sequence[Any]) -> Tensor:
     """On the CPU, whatever torch's default device is."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
@@ -190,8 +197,9 @@ class TorchEngine(Engine):
     def close(self) -> None:
         self.slab = self.head = torch.empty(0)
 
-    def copy_page(self, source: int, target: int) -> None:
-        self.slab[:, :, target] = self.slab[:, :, source]
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        sources, targets = int64(pairs).view(-1, 2).to(self.slab.device).unbind(1)
+        self.slab[:, :, targets] = self.slab[:, :, sources]
 
     @torch.no_grad()
     def run(self, tokens: Tokens) -> Tensor:

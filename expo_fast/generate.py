@@ -119,7 +119,8 @@ class Generator:
             return native_engine.NativeEngine(self.model, exact=self.batch_invariant)
         fits = self.backend is None and cuda_engine.supports(self.model)
         if fits or self.backend == "triton":
-            self._cuda = self._cuda or cuda_engine.CudaEngine(self.model)
+            if self._cuda is None or self._cuda.busy:  # with another stream, which keeps its own
+                self._cuda = cuda_engine.CudaEngine(self.model)
             return self._cuda
         return TorchEngine(self.model)
 
@@ -194,7 +195,7 @@ class _Run:
         self.order = order
         self.sharers = Counter(slot.prompt for slot in self.waiting)  # that wait
         self.slots: list[_Slot] = []
-        self.loaded = False  # the engine knows the slots
+        self.loaded: list[_Slot] = []  # what the engine decodes; some may have ended
         self.prompts: dict[tuple[int, ...], _Prompt] = {}
         most = CUDA_SLOTS if generator.model.device.type == "cuda" else MAX_SLOTS
         self.n_slots = min(len(requests), most)
@@ -233,15 +234,16 @@ class _Run:
             rows, hidden = self._rows(new), torch.stack([slot.hidden for slot in new])
             drawn = self.engine.draw(hidden, rows.positions, rows.sampling)
             return self._extend(new, *(x[None] for x in drawn))
-        if not self.loaded:
+        if not (self.loaded and self.engine.keeps(len(self.slots))):
             self.engine.load(self._rows(self.slots))
-            self.loaded = True
-        return self._extend(self.slots, *self.engine.decode())
+            self.loaded = self.slots
+        return self._extend(self.loaded, *self.engine.decode())
 
     def _admit(self, n: int) -> list["_Slot"]:
         """Up to n requests that wait, as far as there are pages, with their prompts computed."""
         new: list[_Slot] = []
         fresh: list[_Prompt] = []
+        prefixes: list[tuple[int, int]] = []
         copies: list[tuple[int, int]] = []
         while self.waiting and len(new) < n:
             slot = self.waiting[-1]
@@ -252,33 +254,30 @@ class _Run:
             if needed > len(self.pages.free):
                 break
             if prompt is None:
-                prompt, copied = self._prompt(slot.prompt)
+                prompt, begun = self._prompt(slot.prompt)
                 fresh.append(prompt)
-                self._copy(copied)
+                prefixes += begun
             new.append(self.waiting.pop())
             slot.table, copied = self.pages.fork(prompt.table, tokens, slot.n_cached)
             copies += copied
         if not new:
             return []
+        self.engine.copy_pages(prefixes)
         self._prefill(fresh)
-        self._copy(copies)
+        self.engine.copy_pages(copies)
         for slot in new:
             slot.hidden = self.prompts[slot.prompt].hidden
             self.sharers[slot.prompt] -= 1
             if not self.sharers[slot.prompt]:
                 self.pages.release(self.prompts.pop(slot.prompt).table)
         self.slots = sorted([*self.slots, *new], key=lambda slot: self.order[slot.prompt])
-        self.loaded = False
+        self.loaded = []
         return new
 
     def _prompt(self, ids: tuple[int, ...]) -> tuple["_Prompt", list[tuple[int, int]]]:
         table, copies = self.pages.fork(self.shared, len(self.prefix), len(ids))
         self.prompts[ids] = _Prompt(ids, table, len(self.prefix))
         return self.prompts[ids], copies
-
-    def _copy(self, pages: list[tuple[int, int]]) -> None:
-        for source, target in pages:
-            self.engine.copy_page(source, target)
 
     def _prefill(self, prompts: list["_Prompt"]) -> None:
         """Compute prompts; each keeps the hidden state of its last token."""
@@ -294,11 +293,10 @@ class _Run:
             for slot, token, logp in zip(slots, *drawn, strict=True):
                 if not slot.finish_reason:  # or the token came after its end
                     slot.extend(token, logp, self.ends)
-        finished = [slot for slot in slots if slot.finish_reason]
+        finished = [slot for slot in self.slots if slot.finish_reason]
         if finished:
             self.slots = [slot for slot in self.slots if not slot.finish_reason]
-            self.loaded = False
-            for slot in finished:
+            for slot in finished:  # its pages go to others only when rows are loaded anew
                 self.pages.release(slot.table)
         return [(slot.index, slot.completion()) for slot in finished]
 

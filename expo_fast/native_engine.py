@@ -30,18 +30,22 @@ def supports(model: Decoder) -> bool:
     """Plain modules alone: what adapters and hooks compute is not known to csrc."""
     if model.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks:
+    if any(type(m) not in PLAIN for m in model.modules()) or has_hooks(model):
         return False
-    for m in model.modules():
-        hooks = m._forward_hooks or m._forward_pre_hooks
-        if type(m) not in PLAIN or hooks or "forward" in vars(m):
-            return False
     for p in model.parameters():
         plain = type(p) is nn.Parameter and p.device.type == "cpu" and p.is_contiguous()
         if not plain or p.dtype != model.dtype:
             return False
     shape = model.shape
     return shape.hidden % 2 == 0 and shape.intermediate % 2 == 0  # bf16 is multiplied in pairs
+
+
+def has_hooks(model: Decoder) -> bool:
+    """Does a call run Python that the modules' classes do not tell of?"""
+    if anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks:
+        return True
+    own = ("_forward_hooks", "_forward_pre_hooks", "forward")
+    return any(vars(m).get(name) for m in model.modules() for name in own)
 
 
 class NativeEngine(Engine):
@@ -75,8 +79,9 @@ class NativeEngine(Engine):
     def close(self) -> None:
         self.pages = self.workspace = room(0, dtype=torch.uint8)
 
-    def copy_page(self, source: int, target: int) -> None:
-        self.pages[target] = self.pages[source]
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            self.pages[target] = self.pages[source]
 
     def run(self, tokens: Tokens) -> Tensor:
         if self._places() != self.places:
@@ -182,8 +187,7 @@ def hidden(
     for wave in waves.values():  # a level of the tree after another
         for s in wave:
             tables[s], copies = pages.fork(tables[above[s]], starts[s], ends[s])
-            for source, target in copies:
-                engine.copy_page(source, target)
+            engine.copy_pages(copies)
         own = [tokens[borders[s] : borders[s + 1]] for s in wave]
         segments = [Segment(x, starts[s], tables[s]) for s, x in zip(wave, own, strict=True)]
         found |= zip(wave, prefill(engine, segments), strict=True)

@@ -322,17 +322,14 @@ def test_sixteen_bits_and_a_nan():
     model, asked = shallow(dtype=torch.bfloat16), requests()
     clean = sample(model, asked, "triton")
     for request, done in zip(asked, clean, strict=True):
-        whole = torch.tensor([*request.prompt_ids, *done.token_ids])
-        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
+        whole = torch.tensor([*request.prompt_ids, *done.token_ids], device=DEVICE)
+        borders = torch.tensor([0, len(whole)], dtype=torch.int32, device=DEVICE)
         with torch.no_grad():
-            hidden = model.hidden(whole, torch.arange(len(whole)), borders)
-        logits = (
-            hidden[-len(done.logp) - 1 : -1].float()
-            @ model.head_weight.detach().cpu().float().T
-            / request.temperature
-        )
-        expected = logits.log_softmax(-1).gather(1, whole[-len(done.logp) :, None]).squeeze(1)
-        torch.testing.assert_close(done.logp, expected, rtol=0, atol=0.1)
+            hidden = model.hidden(whole, torch.arange(len(whole), device=DEVICE), borders)
+            logits = hidden[-len(done.logp) - 1 : -1].float() @ model.head_weight.float().T
+        logps = (logits / request.temperature).log_softmax(-1)
+        expected = logps.gather(1, whole[-len(done.logp) :, None]).squeeze(1)
+        torch.testing.assert_close(done.logp, expected.cpu(), rtol=0, atol=0.1)
     with torch.no_grad():
         model.model.embed_tokens.weight[85] = math.nan  # of one prompt
     got = sample(model, asked, "triton")
@@ -352,12 +349,37 @@ def test_steps_outlive_the_slab_and_not_the_model_that_they_were_made_of():
             p.mul_(1.1)
     assert_same(generator.sample(asked), sample(model, asked, "torch"))
     assert kept and engine.steps == kept
-    for change in (rebound, hooked):
+    for change in (rebound, hooked, replaced):
         change(model)
         assert_same(generator.sample(asked), sample(model, asked, "torch"))
         assert not set(engine.steps.values()) & set(kept.values())
         kept = dict(engine.steps)
-    assert not kept  # for nobody knows what a hook will do next time
+        # nobody knows what a hook will do next time
+        assert bool(kept) == (change is rebound)
+
+
+def test_rows_that_ended_are_left_where_they_are_until_many_have(monkeypatch):
+    loads: list[int] = []
+    load = CudaEngine.load
+    monkeypatch.setattr(
+        CudaEngine, "load", lambda self, rows: (loads.append(len(rows.last)), load(self, rows))
+    )
+    monkeypatch.setattr(CudaEngine, "burst", 2)
+    model, lengths = tiny_model(num_hidden_layers=1).to(DEVICE), (6, 4, 6, 8, 8, 8, 8, 8, 3)
+    asked = [Request((5, 6, 7), n, seed=i, stop_ids=()) for i, n in enumerate(lengths)]
+    assert_same(sample(model, asked, "triton", slots=8), sample(model, asked, "torch"))
+    assert loads == [8, 8, 6]  # the last is replaced by the first; one ends; another ends
+
+
+def test_two_streams_of_a_generator_do_not_share_a_slab():
+    model, asked = shallow(), requests()
+    generator = Generator(model, backend="triton")
+    found = {}
+    for i, done in generator.stream(asked[:2]):
+        found[i] = done
+        if len(found) == 1:
+            assert_same(generator.sample(asked[2:]), sample(model, asked[2:], "torch"))
+    assert_same([found[0], found[1]], sample(model, asked[:2], "torch"))
 
 
 def shallow(**changes):
@@ -373,6 +395,11 @@ def test_where_triton_cannot_run_it_is_refused(monkeypatch):
 def rebound(model) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.detach() * 1.1)
+
+
+def replaced(model) -> None:
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda x: forward(x) * 0.8
 
 
 def hooked(model) -> None:

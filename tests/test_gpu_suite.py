@@ -1,8 +1,12 @@
 """benchmarks/gpu.py, as far as a CPU goes: its parts, forecasts and training steps."""
 
 import json
+import sys
 import time
+import warnings
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 
 from benchmarks import floors, gpu, gpu_decode, gpu_train
 from benchmarks.cases import SHAPES
+from benchmarks.measure import brief
 from expo_fast.generate import Completion, Request
 from expo_fast.pack import Sample
 
@@ -36,12 +41,12 @@ def test_every_part_that_is_timed_has_a_forecast(monkeypatch, capsys):
     assert "expected on an H200" in capsys.readouterr().out
 
 
-def test_another_configuration_must_agree_with_the_shipped_one():
+def test_what_is_timed_must_agree_with_plain_pytorch():
     from benchmarks import parts
 
     logp = torch.randn(8, dtype=torch.float64)
     parts.check(logp + 1e-5, logp)
-    with pytest.raises(parts.Wrong, match="nats off the shipped"):
+    with pytest.raises(parts.Wrong, match="nats off plain PyTorch"):
         parts.check(logp + 1e-3, logp)
 
 
@@ -87,7 +92,7 @@ def test_kernels_are_told_apart_by_their_names():
     named = {
         "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT": 4.0,
         "softmax_sums": 2.0,
-        "void flash::flash_fwd_kernel<traits>": 1.0,
+        "void pytorch_flash::flash_fwd_kernel<Traits<cutlass::bfloat16_t>>": 1.0,
         "attend_items": 0.5,
         "place_heads": 0.25,
         "void at::native::vectorized_elementwise_kernel<4>": 0.75,
@@ -109,8 +114,77 @@ def test_a_stage_that_fails_is_named_and_the_next_begins(tmp_path, capsys):
     run.models("train", ["broken", "whole"], work)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["train"] == [{"model": "whole"}]
-    assert report["failed"] == {"train, broken": "RuntimeError: no such kernel"}
+    (why,) = report["failed"].values()
+    assert why.startswith("Traceback") and "in work\n" in why  # where, too
+    assert brief(why) == "RuntimeError: no such kernel"
     assert "no such kernel" in capsys.readouterr().out
+
+
+def test_warnings_are_part_of_the_report(tmp_path):
+    run = gpu.Run(tmp_path, time.monotonic() + 1000)
+    assert run.attempt("decode", lambda: warnings.warn("without CUDA graphs", stacklevel=1)) is None
+    assert run.report == {"warned": {"decode": ["without CUDA graphs"]}}
+
+
+def test_no_stage_follows_on_a_device_that_is_lost(tmp_path):
+    run = gpu.Run(tmp_path, time.monotonic() + 1000)
+
+    def work() -> None:
+        raise torch.AcceleratorError("CUDA error: misaligned address")
+
+    with pytest.raises(SystemExit, match="parts broke the device's context"):
+        run.attempt("parts", work)
+    assert (
+        "misaligned address"
+        in json.loads((tmp_path / "report.json").read_text())["failed"]["parts"]
+    )
+
+
+def test_stages_run_apart_and_their_reports_become_one(tmp_path, monkeypatch, capsys):
+    """Of three: one is whole, one fails in part and is killed, one leaves nothing."""
+    left = {
+        "ceilings": {"machine": {"device": "some"}, "ceilings": {"copy GB/s": 1.0}},
+        "parts": {"parts": [{"model": "a"}], "failed": {"parts, b": "too large"}},
+    }
+    outcomes = {"ceilings": "exit code 0", "parts": "stopped after 3 s", "tests": "exit code 1"}
+    commands = {}
+
+    def bounded(command: list[str], log: Path, seconds: float) -> str:
+        flags = dict(pairwise(command))
+        stage, folder = flags["--stages"], Path(flags["--output"])
+        commands[stage] = flags
+        assert log == tmp_path / f"{stage}.txt" and folder == tmp_path / stage
+        assert float(flags["--seconds"]) == pytest.approx(seconds - gpu.MARGIN)
+        if stage in left:
+            folder.mkdir()
+            (folder / "report.json").write_text(json.dumps(left[stage]))
+        return outcomes[stage]
+
+    monkeypatch.setattr(gpu, "bounded", bounded)
+    asked = ["--output", str(tmp_path), "--stages", "tests", "parts", "ceilings"]
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", *asked, "--device", "cpu", "--models", "qwen2.5-3b"]
+    )
+    gpu.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report.pop("failed") == {
+        "parts, b": "too large",
+        "parts": "stopped after 3 s, see parts.txt",
+        "tests": "exit code 1, see tests.txt",
+    }
+    assert report == left["ceilings"] | {"parts": [{"model": "a"}]}
+    assert list(commands) == ["ceilings", "parts", "tests"]  # in the order that is best
+    assert all(flags["--models"] == "qwen2.5-3b" for flags in commands.values())
+    assert "parts: stopped after 3 s" in capsys.readouterr().out
+
+
+def test_what_hangs_is_stopped_with_all_that_it_started(tmp_path):
+    log = tmp_path / "log.txt"
+    child = "import time; print('began', flush=True); time.sleep(600)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.bounded([sys.executable, "-c", program], log, 5) == "stopped after 5 s"
+    assert log.read_text() == "began\n"
+    assert gpu.bounded([sys.executable, "-c", "raise SystemExit(3)"], log, 60) == "exit code 3"
 
 
 def test_a_model_is_not_begun_without_time(tmp_path):
