@@ -39,9 +39,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_device.py", "test_ops*.py", "test_triton*.py", "test_decode.py", "test_pitfalls.py")
 # of the time that is left, at most; what others leave of theirs goes to the later ones
 STAGES = {"ceilings": 0.1, "parts": 0.2, "ops": 0.4, "decode": 0.4, "train": 0.5, "tests": 1.0}
-MARGIN = 5  # seconds that a stage has to end by itself
+MARGIN = 15  # seconds that a stage has to import torch and, late, to end by itself
 PARTS_OF = ("qwen2.5-3b", "qwen2.5-0.5b")
-SECONDS = {"parts": 30, "decode": 30, "train": 40}  # left, or a model is not begun
+SECONDS = {"parts": 30, "decode": 30, "train": 40, "ops": 10}  # left, or no more is begun
 DECODE_PEER_SECONDS = 60  # left, or it is not timed beside transformers'
 
 
@@ -64,16 +64,16 @@ class Run:
         SystemExit where the device is of no more use to this process.
         """
         gc.collect()  # what the one before left
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         with warnings.catch_warnings(record=True) as said:
             try:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
                 return work()
             except Exception as e:  # the next may still tell something
-                self.note(failed={name: reason(e)})
-                print(f"\n{name}: {reason(e)}", flush=True)
-                if isinstance(e, torch.AcceleratorError):
-                    sys.exit(f"{name} broke the device's context")
+                why = reason(e)
+                self.note(failed={name: why})
+                print(f"\n{name}: {why}", flush=True)
+                require_device(name)
             finally:
                 if said:
                     self.note(warned={name: [str(w.message) for w in said]})
@@ -92,6 +92,15 @@ class Run:
             found = self.attempt(f"{stage}, {name}", partial(work, name))
             if found is not None:
                 self.save(**{stage: [*self.report.get(stage, []), found]})
+
+
+def require_device(name: str) -> None:
+    """SystemExit if a kernel has broken the context, which then fails at every call."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as e:
+            sys.exit(f"{name} broke the device's context: {brief(reason(e))}")
 
 
 def run_tests(run: Run) -> dict[str, Any]:
@@ -116,12 +125,15 @@ def bounded(command: Sequence[str], log: Path, seconds: float) -> str:
         try:
             return f"exit code {process.wait(seconds)}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it started, or it would be timed
             return f"stopped after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:  # late, or we are interrupted
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                process.wait()  # until its memory is free
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """The device's own best: a copy and large products, of random data."""
+    """The device's own best: a copy, and large products of random data."""
     best = decode_ceilings(device)
     found = {"copy GB/s": best.bytes / 1e9, "mm bf16 TFLOP/s": best.flops / 1e12}
     if device != "cpu":
@@ -133,7 +145,7 @@ def ceilings(device: str) -> dict[str, float]:
 
 def run_ops(run: Run, wanted: list[Group], device: str, repeats: int) -> None:
     for i, group in enumerate(wanted):
-        if run.left() < 0:
+        if run.left() < SECONDS["ops"]:
             run.save(not_reached=[str(group) for group in wanted[i:]])
             print(f"\nout of time: {len(wanted) - i} of {len(wanted)} groups not reached")
             return
@@ -202,15 +214,19 @@ def main() -> None:
 
 def apart(run: Run, a: argparse.Namespace) -> None:
     """Each stage in a process of its own; the reports become one."""
-    for stage in [stage for stage in STAGES if stage in a.stages]:
-        limit, folder = STAGES[stage] * run.left(), run.folder / stage
-        flags: dict[str, Any] = {"output": folder, "seconds": limit - MARGIN}
-        flags |= {name: getattr(a, name) for name in ("device", "models", "rows", "ops", "repeats")}
-        command = [sys.executable, "-u", __file__, "--stages", stage]
+    stages = among(STAGES, a.stages)
+    for stage in stages:
+        if stage == "tests":  # which are such a process
+            here(run, a, stage)
+            continue
+        limit = run.left() * (1.0 if stage == stages[-1] else STAGES[stage])
+        folder, began = run.folder / stage, time.monotonic()
+        command = [sys.executable, "-u", "-m", "benchmarks.gpu"]
+        flags = vars(a) | {"stages": [stage], "output": folder, "seconds": limit - MARGIN}
         for name, value in flags.items():
             if value is not None:
                 command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        began = time.monotonic()
+        (folder / "report.json").unlink(missing_ok=True)  # of an earlier run
         outcome = bounded(command, run.folder / f"{stage}.txt", limit)
         print(f"{stage}: {outcome}, {time.monotonic() - began:.0f} s", flush=True)
         if (folder / "report.json").exists():

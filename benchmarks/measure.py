@@ -30,8 +30,12 @@ def reason(error: Exception) -> str:
     return "".join(traceback.format_exception(error)).strip()
 
 
-def brief(reason: str) -> str:
-    return reason.splitlines()[-1][:200]
+def brief(why: str) -> str:
+    """The line of a traceback that names the error; CUDA's go on with advice."""
+    lines = why.splitlines()
+    headers = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
+    said = lines[headers[-1] + 1 :] if headers else lines
+    return next((line for line in said if line.strip() and not line[0].isspace()), lines[-1])[:200]
 
 
 class Wrong(Exception):

@@ -1,8 +1,9 @@
 """Decoding on a GPU: a step is a CUDA graph that is replayed some times with nobody looking on.
 
 The host says which rows there are and what they share, reads `burst` tokens of each with one copy,
-and decides then who has ended. A row that ends inside a burst goes on to its end; what it writes
-lands on its own pages or on page 0, and what it samples is not read.
+and decides then who has ended. A row that ends goes on until rows are loaded anew; what it writes
+lands on page 0 or on pages that were its own, which are nobody's before that load, and what it
+samples is not read.
 
 A graph holds the launches of one step for a number of rows (BUCKETS) and a width of the tables. It
 reads the weights where they lie, so the trainer may change them in place, and finds the slab by an
@@ -81,14 +82,16 @@ class CudaEngine(TorchEngine):
         self.graphs = self.wants_graphs and not has_hooks(model)
         if self.wants_graphs and not self.graphs:
             warnings.warn(
-                "decoding without CUDA graphs, which is slower: the model has hooks", stacklevel=5
+                "decoding without CUDA graphs, which is slower: the model has hooks, or a forward "
+                "of its own",
+                stacklevel=5,
             )
         size = (n_pages, len(shape.windows), 2, self.page, shape.kv_heads, shape.head_dim)
         slab = torch.empty(size, dtype=model.dtype, device=model.device)
         self.address.fill_(slab.data_ptr())
         self.slab = slab.permute(1, 2, 0, 3, 4, 5)
         self.head = self.widened_head()
-        needed = 1 + -(-(n_positions + self.burst) // self.page)  # the last column is always page 0
+        needed = 1 + -(-n_positions // self.page)  # the last column is always page 0
         self.width = max(LEAST_WIDTH, 1 << (needed - 1).bit_length())
 
     @property
@@ -119,7 +122,9 @@ class CudaEngine(TorchEngine):
         self.step.load(rows)
 
     def keeps(self, n: int) -> bool:
-        """To load costs the host some 3 ms; rows that have ended, what they read of the cache."""
+        """While up to an eighth has ended, which wastes what those read of the cache: to load all
+        anew costs the host some 3 ms.
+        """
         return 8 * n >= 7 * self.n and bucket(n) == bucket(self.n)
 
     @torch.no_grad()

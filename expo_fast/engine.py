@@ -19,6 +19,7 @@ from expo_fast.model import Decoder
 from expo_fast.sampling import Truncation, draw, uniform
 
 PREFILL = 512  # tokens of prompts computed together
+COPIED = 16  # pages copied together, which are held twice meanwhile
 ROW_BUCKET = 16  # rows decoded are rounded up: oneDNN compiles a GEMM for each new size, for 30 ms
 
 
@@ -198,8 +199,9 @@ class TorchEngine(Engine):
         self.slab = self.head = torch.empty(0)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        sources, targets = int64(pairs).view(-1, 2).to(self.slab.device).unbind(1)
-        self.slab[:, :, targets] = self.slab[:, :, sources]
+        for i in range(0, len(pairs), COPIED):
+            sources, targets = int64(pairs[i : i + COPIED]).to(self.slab.device).unbind(1)
+            self.slab[:, :, targets] = self.slab[:, :, sources]
 
     @torch.no_grad()
     def run(self, tokens: Tokens) -> Tensor:

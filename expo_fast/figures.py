@@ -267,14 +267,16 @@ def _curve(owner: int, metric: str, points: Mapping[int, Spread], n_runs: int) -
 def apart(
     panels: Sequence[tuple[Panel, Sequence[Curve]]], owners: Sequence[str]
 ) -> list[tuple[Panel, Sequence[Curve]]]:
-    """A panel of too many curves becomes one for each configuration; these stand row by row."""
-    full = [(p, found) for p, found in panels if len(found) > CROWDED and len(p.metrics) > 1]
+    """Panels of several metrics, where one has too many curves: one for each configuration."""
+    several = [pair for pair in panels if len(pair[0].metrics) > 1]
+    if not any(len(found) > CROWDED for _, found in several):
+        return list(panels)
     alone = [
         (replace(panel, alone=owners[i]), [c for c in found if c.owner == i])
-        for i in sorted({c.owner for _, found in full for c in found})
-        for panel, found in full
+        for i in sorted({c.owner for _, found in several for c in found})
+        for panel, found in several
     ]
-    return alone + [pair for pair in panels if pair not in full]
+    return alone + [pair for pair in panels if len(pair[0].metrics) == 1]
 
 
 def draw(name: str, panels: Sequence[tuple[Panel, Sequence[Curve]]], owners: Sequence[str]) -> str:
@@ -294,7 +296,8 @@ def draw(name: str, panels: Sequence[tuple[Panel, Sequence[Curve]]], owners: Seq
             if not curves:
                 axes.remove()
                 continue
-            axes.sharey(first.setdefault(panel.title, axes))
+            if (other := first.setdefault(panel.title, axes)) is not axes:
+                axes.sharey(other)
             _fill(axes, panel, curves, by_owner=len(owners) > 1 and not panel.alone)
         for axes in grid[len(panels) :]:
             axes.remove()

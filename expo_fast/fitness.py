@@ -1,7 +1,7 @@
-"""Which texts an explanation may have: what it would teach besides the answer.
+"""Which texts are unfit to be learnt from, right as their answer may be.
 
-It boxes the right answer once, last, and names no other, does not speak of a given answer, does not
-start from it, reaches it before it boxes it, and calculates right on the way.
+A fit one boxes the right answer once, last, and names no other, does not speak of a given answer,
+does not start from it, reaches it before it boxes it, and calculates right on the way.
 """
 
 import re

@@ -42,10 +42,12 @@ def collect(size: Size, folder: Path, output: Path) -> None:
     replace_file(output / "results.json", json.dumps(result, indent=1).encode() + b"\n")
     replace_file(output / "TABLE.md", text.encode())
     drawn = [Group(name, groups[name]) for name in (a.name for a in ARMS) if name in groups]
-    explained = [g for g in drawn if numbers(g.steps, "exp/nll")] or drawn
-    for name, panels, of in (("learning", LEARNING, drawn), ("properties", PROPERTIES, explained)):
-        shown = [(panel, found) for panel in panels if (found := curves(of, panel))]
-        svg = draw(name, shown, [g.name for g in of]).replace("currentColor", "black")
+    every = range(len(drawn))
+    explained = [i for i in every if numbers(drawn[i].steps, "exp/nll")] or every
+    for name, panels, of in (("learning", LEARNING, every), ("properties", PROPERTIES, explained)):
+        found = [(panel, [c for c in curves(drawn, panel) if c.owner in of]) for panel in panels]
+        shown = [(panel, some) for panel, some in found if some]
+        svg = draw(name, shown, [g.name for g in drawn]).replace("currentColor", "black")
         replace_file(output / f"{name}.svg", svg.encode() + b"\n")
     print(text)
 
