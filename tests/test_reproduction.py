@@ -6,9 +6,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.reproduction import __main__ as command
 from benchmarks.reproduction import choose, collect
 from benchmarks.reproduction.arms import ARMS, SIZES, target, train_flags
 from expo_fast.config import Evaluate, Train
@@ -86,6 +88,20 @@ def test_a_run_of_other_flags_is_no_run_of_the_arm(tmp_path):
         other = replace(size, flags=size.flags | {flag: value}, explaining=rest)
         with pytest.raises(SystemExit, match=rf"{flag.replace('-', '_')}=\d+, the arm has {value}"):
             collect.done(run, train_flags(arm, other, 0, tmp_path))
+
+
+def test_a_run_that_went_on_later_names_the_commits_of_both(tmp_path, monkeypatch):
+    commits = iter(("1111111", "2222222"))
+    monkeypatch.setattr(command, "commit", lambda: next(commits))
+    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    for _ in range(2):
+        assert command.run(tmp_path / "grpo-0", [], 1) == 0
+    assert (tmp_path / "grpo-0.commit").read_text().split() == ["1111111", "2222222"]
+
+
+def test_what_is_collected_names_no_folder_of_this_machine(tmp_path):
+    given = [str(tmp_path / "gsm8k.jsonl"), "builtin:arithmetic-1:train", 3]
+    assert collect.anywhere(given) == ["gsm8k.jsonl", *given[1:]]
 
 
 def test_arms_are_compared_over_the_seeds_that_all_have():

@@ -91,7 +91,7 @@ def run(output: Path, flags: list[str], jobs: int) -> int:
     command = [sys.executable, "-m", "expo_fast.train", *flags]
     print(f"{output.name}: begins or goes on", flush=True)
     with open(f"{output}.commit", "a") as commits:
-        commits.write(commit())
+        commits.write(commit() + "\n")
     with open(f"{output}.log", "a") as log:
         ended = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     said = "done" if ended.returncode == 0 else f"failed, see {log.name}"

@@ -35,14 +35,15 @@ ARMS = [
     Arm("ExP-DPO, online", {"method": "expo-dpo", "pairs-every": 4}),
     Arm("DPO on expert solutions", {"method": "expert-dpo"}),
 ]
+MIRRORS = {0.0: "GRPO", 0.04: "ExP-GRPO"}
 ABLATION = [
-    Arm("coefficient 0", {}, mirrors="GRPO"),
-    *(
-        Arm(f"coefficient {c}", {"method": "expo-grpo", "exp-sft-coef": c}, SEEDS[:1])
-        for c in COEFFICIENTS
-        if c not in (0.0, 0.04)
-    ),
-    Arm("coefficient 0.04", {}, mirrors="ExP-GRPO"),
+    Arm(
+        f"coefficient {c:g}",
+        {"method": "expo-grpo", "exp-sft-coef": c},
+        SEEDS[:1],
+        MIRRORS.get(c),
+    )
+    for c in COEFFICIENTS
 ]
 
 

@@ -20,9 +20,6 @@ KEPT += ("exp/unfit_rate", "own/leak_rate", "grad_norm/policy")
 KEPT += ("grad_norm/exp_sft", "pairs", "rewards/margins", "num_tokens")
 
 
-DATA = ("train_data", "eval_data")  # files of the machine; chosen.json says what is in them
-
-
 def collect(size: Size, folder: Path, output: Path) -> None:
     """Tables and figures of the runs in FOLDER that are done, into OUTPUT."""
     groups = {arm.name: runs for arm in (*ARMS, *ABLATION) if (runs := finished(arm, size, folder))}
@@ -31,7 +28,8 @@ def collect(size: Size, folder: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     own = [arm.name for arm in (*ARMS, *ABLATION) if arm.mirrors is None]
     rows = [record(name, run) for name in own for run in groups.get(name, [])]
-    result = {"chosen": json.loads((folder / "chosen.json").read_text()), "runs": rows}
+    chosen = json.loads((folder / "chosen.json").read_text())
+    result = {"chosen": {k: anywhere(v) for k, v in chosen.items()}, "runs": rows}
     halves = [
         {arm.name: groups[arm.name] for arm in arms if arm.name in groups}
         for arms in (ARMS, ABLATION)
@@ -90,11 +88,18 @@ def record(name: str, run: Run) -> dict[str, Any]:
         "arm": name,
         "seed": run.config["seed"],
         "commit": ", ".join(dict.fromkeys(Path(f"{run.path}.commit").read_text().split())),
-        "config": {k: v for k, v in run.config.items() if k not in ("output_dir", *DATA)},
+        "config": {k: anywhere(v) for k, v in run.config.items() if k != "output_dir"},
         "seconds": round(seconds, 1),
         "evaluations": run.evaluations,
         "steps": steps,
     }
+
+
+def anywhere(value: Any) -> Any:
+    """Of a file, or of each in a list, its name: its folder says nothing on another machine."""
+    if isinstance(value, list):
+        return [anywhere(x) for x in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def table(size: Size, groups: dict[str, list[Run]], grpo: Sequence[Run]) -> Iterator[str]:
