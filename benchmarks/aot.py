@@ -21,9 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expo_fast.kernels import blocks, decode, groups, layer, rowwise
+from expo_fast.kernels import blocks, decode, groups, layer, rowwise, truncate
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
+from expo_fast.sampling import BLOCK
 
 SHOWN = ("STORE", "BIAS", "LARGEST", "H", "DH")  # constants that tell forms apart
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
@@ -92,7 +93,11 @@ def decoding() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, 
             yield layer.place_heads, types, cache | turned, {"num_warps": 1}
     for nothing in ({"d": None, "total": None}, {}):
         yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
-    yield blocks.block_sums, {"BLOCKS": "i32"}, {"BLOCK": 256, "TOGETHER": blocks.TOGETHER}, {}
+    columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
+    yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
+    rules = {"BLOCKS": "i32", "top_k": "*i64", "token": "*i64", "u": "*fp64"}
+    columns |= {"TOGETHER": truncate.TOGETHER, "DEEPEST": truncate.DEEPEST}
+    yield truncate.draw_allowed, rules, columns, {"num_warps": truncate.WARPS}
     elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
     yield layer.swiglu_elements, types, elements, {}
 

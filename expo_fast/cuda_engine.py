@@ -30,7 +30,7 @@ from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import wide_product
 from expo_fast.model import Attend, Block, Decoder, RMSNorm
 from expo_fast.native_engine import PLAIN, has_hooks
-from expo_fast.sampling import BLOCK, Truncation, draw, draw_from_blocks, uniform
+from expo_fast.sampling import BLOCK, Truncation, draw_from_blocks, uniform
 
 BUCKETS = (8, 16, 32, 64, 128, 256)  # rows; more are rounded up to a multiple of the last
 CUDA_PREFILL = 8192  # tokens of prompts computed together: some 25 ms of launches, if eager
@@ -201,15 +201,16 @@ class Step:
     """The next token of up to `size` rows. What it reads and writes stays where it is."""
 
     def __init__(self, engine: CudaEngine, size: int, width: int, truncated: bool):
-        from expo_fast.kernels import decode, layer
+        from expo_fast.kernels import blocks, decode, layer, truncate
 
         model, shape, device = engine.model, engine.model.shape, engine.model.device
         # no cycle: a graph that waits for the garbage collector may break another's capture
         self.engine, self.truncated = weakref.proxy(engine), truncated
-        self.decode, self.layer = decode, layer
+        self.decode, self.layer, self.blocks, self.truncate = decode, layer, blocks, truncate
         self.sizes = Sizes(size, width)
         self.inputs = _Inputs.idle(size, width, device)
-        self.cut: Truncation | None = None
+        rules = torch.zeros(size), torch.ones(size), torch.zeros(size)  # which cut nothing
+        self.cut = Truncation(rules[0].long(), *rules[1:]).to(device)
         kept = engine.page, shape.kv_heads, shape.head_dim
         self.cache = decode.Paged(engine.address, len(shape.windows), *kept)
         self.work = decode.Work.room(self.sizes, shape.heads, shape.head_dim, device)
@@ -225,40 +226,32 @@ class Step:
         self.work.load(*plan(rows.tables, self.sizes, self.together))
         self.turn.zero_()  # where a burst was interrupted, it is not 0
         if self.truncated:
-            idle = self.sizes.rows - len(rows.last)
-            filled = [
-                torch.cat([x, x.new_zeros(idle)]) for x in vars(rows.sampling.truncation).values()
-            ]
-            self.cut = Truncation(*(x.to(self.hidden.device) for x in filled))
+            rules = vars(rows.sampling.truncation).values()
+            for own, x in zip(vars(self.cut).values(), rules, strict=True):
+                own[: len(x)].copy_(x)
 
     def run(self) -> None:
         if self.graph is None:
             self.launch()
         else:
             self.graph.replay()
-        if self.truncated:
-            self.draw()
 
     def launch(self) -> None:
-        """All of the step, but a draw that truncates: how far it sorts is for the host to see."""
         given = self.inputs
         run = self.engine.model.run if self.engine.state is None else self.fused
         self.hidden.copy_(run(given.last, given.positions, self.attend))
         given.positions += 1
-        if not self.truncated:
-            self.draw()
+        self.draw()
 
     def draw(self) -> None:
-        from expo_fast.kernels.blocks import blocks_of
-
         given = self.inputs
         logits = wide_product(self.hidden, self.engine.head)
         u = uniform(given.seeds, given.positions)
-        if self.cut is None:
-            found = blocks_of(logits, given.temperature, BLOCK)
-            token, logp = draw_from_blocks(logits, *found, given.temperature, u)
-        else:
-            token, logp = draw(logits, given.temperature, self.cut, u)
+        top, total = self.blocks.blocks_of(logits, given.temperature, BLOCK)
+        drawn = token, logp = draw_from_blocks(logits, top, total, given.temperature, u)
+        if self.truncated:
+            rules = self.cut.top_k, self.cut.top_p, self.cut.min_p
+            self.truncate.redraw(logits, top, total, BLOCK, given.temperature, rules, u, *drawn)
         given.last.copy_(token)
         self.drawn.index_copy_(0, self.turn, torch.stack([token.double(), logp.double()])[None])
         self.turn.add_(1).remainder_(len(self.drawn))

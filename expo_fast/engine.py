@@ -45,8 +45,8 @@ class Sampling:
         return Sampling(self.seeds[rows], self.temperature[rows], self.truncation[rows])
 
     def to(self, device: torch.device) -> "Sampling":
-        cut = (x.to(device) for x in vars(self.truncation).values())
-        return Sampling(self.seeds.to(device), self.temperature.to(device), Truncation(*cut))
+        own = self.seeds.to(device), self.temperature.to(device)
+        return Sampling(*own, self.truncation.to(device))
 
 
 @dataclass

@@ -24,6 +24,9 @@ class Truncation:
     def __getitem__(self, rows) -> "Truncation":
         return Truncation(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
+    def to(self, device: torch.device) -> "Truncation":
+        return Truncation(*(x.to(device) for x in vars(self).values()))
+
     def active(self) -> Tensor:
         """(B,) bool."""
         return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)

@@ -15,7 +15,7 @@ from expo_fast import cuda_engine, generate, sampling
 from expo_fast.attention import causal_attention
 from expo_fast.cuda_engine import CudaEngine
 from expo_fast.generate import Completion, Generator, Request
-from expo_fast.kernels import blocks, decode, layer
+from expo_fast.kernels import blocks, decode, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.model import RMSNorm, rotate
 from expo_fast.sampling import Truncation
@@ -216,6 +216,49 @@ def test_draws_from_blocks_are_draws():
     assert alive.sum() == 38
     assert torch.equal(got.cpu()[alive], tokens[alive])
     torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6, equal_nan=True)
+
+
+def test_truncated_draws_are_those_of_the_sorted_weights():
+    """Of ragged blocks, with equal logits, rules alone and together, and rows that have none."""
+    g = torch.Generator().manual_seed(2)
+    rules = [
+        *((k, 1.0, 0.0) for k in (1, 2, 7, 300, 5000)),
+        *((0, p, 0.0) for p in (1e-6, 0.3, 0.7, 0.95, 0.999)),
+        *((0, 1.0, m) for m in (1e-3, 0.05, 0.5, 1.0)),
+        *((20, 0.8, 0.01), (3, 0.99, 0.2), (200, 0.999, 1e-4), (2, 0.1, 1.0)),
+        (0, 1.0, 0.0),
+    ]
+    each, n = 6, 6 * len(rules)
+    logits = 3 * torch.randn(n, 2100, generator=g)
+    logits[::3] = (2 * logits[::3]).round() / 2  # ties, at the borders too
+    logits[1::6, 100:] = -math.inf
+    logits[2::6] = 0.25
+    cut = Truncation(*(torch.tensor(x).repeat_interleave(each) for x in zip(*rules, strict=True)))
+    temperature = torch.linspace(0.4, 1.6, n)
+    temperature[5::6] = 0
+    u = torch.rand(n, dtype=torch.float64, generator=g)
+    u[::6], u[1::6] = 0, 1 - 2.0**-53
+    tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
+    logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
+    found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
+    got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
+    on = cut.to(torch.device(DEVICE))
+    given = temperature, (on.top_k, on.top_p, on.min_p), u
+    truncate.redraw(logits, *found, sampling.BLOCK, *given, got, logp)
+    assert torch.equal(got.cpu(), tokens)
+    torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6)
+
+
+def test_a_truncated_row_of_no_number_ends_with_a_token_and_no_logp():
+    logits = torch.randn(2, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits[0, 600] = math.nan
+    temperature, u = torch.ones(2, device=DEVICE), torch.full((2,), 0.5, device=DEVICE).double()
+    found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
+    token, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
+    k, p, m = (torch.full((2,), x, device=DEVICE) for x in (5, 0.9, 0.01))
+    truncate.redraw(logits, *found, sampling.BLOCK, temperature, (k, p, m), u, token, logp)
+    assert logp.isnan().tolist() == [True, False]
+    assert ((token >= 0) & (token < 700)).all()
 
 
 def pages_read(tables: Tensor, sizes: Sizes, together: int) -> int:

@@ -221,7 +221,7 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
     assert made["triton"].startswith("3.6.") == (environment.get("PYTHONPATH") == str(OLDEST))
     multiply = {"softmax_sums", "logit_gradients"}
     decode = {"attend_items", "add_slots", "append_tokens"}
-    decode |= {"add_norm_rows", "place_heads", "swiglu_elements", "block_sums"}
+    decode |= {"add_norm_rows", "place_heads", "swiglu_elements", "block_sums", "draw_allowed"}
     rest = decode | {
         "target_logits",
         "scale_stored",
