@@ -218,18 +218,20 @@ def test_draws_from_blocks_are_draws():
     torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6, equal_nan=True)
 
 
-def test_truncated_draws_are_those_of_the_sorted_weights():
+@pytest.mark.parametrize(("columns", "block"), [(700, 256), (300, 16)])  # of more blocks than 16
+def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: int, monkeypatch):
     """Of ragged blocks, with equal logits, rules alone and together, and rows that have none."""
+    monkeypatch.setattr(sampling, "BLOCK", block)
     g = torch.Generator().manual_seed(2)
     rules = [
-        *((k, 1.0, 0.0) for k in (1, 2, 7, 300, 5000)),
+        *((k, 1.0, 0.0) for k in (1, 2, 7, 200, 5000)),
         *((0, p, 0.0) for p in (1e-6, 0.3, 0.7, 0.95, 0.999)),
         *((0, 1.0, m) for m in (1e-3, 0.05, 0.5, 1.0)),
         *((20, 0.8, 0.01), (3, 0.99, 0.2), (200, 0.999, 1e-4), (2, 0.1, 1.0)),
         (0, 1.0, 0.0),
     ]
     each, n = 6, 6 * len(rules)
-    logits = 3 * torch.randn(n, 2100, generator=g)
+    logits = 3 * torch.randn(n, columns, generator=g)
     logits[::3] = (2 * logits[::3]).round() / 2  # ties, at the borders too
     logits[1::6, 100:] = -math.inf
     logits[2::6] = 0.25
@@ -240,11 +242,11 @@ def test_truncated_draws_are_those_of_the_sorted_weights():
     u[::6], u[1::6] = 0, 1 - 2.0**-53
     tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
     logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
-    found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
+    found = blocks.blocks_of(logits, temperature, block)
     got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
     on = cut.to(torch.device(DEVICE))
     given = temperature, (on.top_k, on.top_p, on.min_p), u
-    truncate.redraw(logits, *found, sampling.BLOCK, *given, got, logp)
+    truncate.redraw(logits, *found, block, *given, got, logp)
     assert torch.equal(got.cpu(), tokens)
     torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6)
 
