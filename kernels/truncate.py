@@ -110,9 +110,7 @@ def draw_allowed(
             )
             _, before = _within(z, top, t, highest, nucleus - 1, V, BLOCKS, BLOCK, TOGETHER)
             each = _weight(nucleus.to(tl.float32, bitcast=True)).to(tl.float64)
-            some = tl.ceil((goal - before) / each).to(tl.int32)
-            ties = tl.where(nucleus < end, some, tl.minimum(ties, some))
-            end = nucleus
+            end, ties = nucleus, tl.ceil((goal - before) / each).to(tl.int32)
         if least > 0:
             lightest = tl.abs(tl.log(least)).to(tl.int32, bitcast=True)
             ties = tl.where(lightest < end, V, ties)
@@ -127,9 +125,8 @@ def draw_allowed(
         inside, before = _within(z, top, t, highest, at - 1, V, BLOCKS, BLOCK, TOGETHER)
         there, _ = _within(z, top, t, highest, at, V, BLOCKS, BLOCK, TOGETHER)
         depth = at.to(tl.float32, bitcast=True)
-        last = tl.where(at == end, ties, there - inside) - 1
         rank = tl.floor((goal - before) / _weight(depth).to(tl.float64)).to(tl.int32)
-        rank = tl.maximum(tl.minimum(rank, last), 0)
+        rank = tl.maximum(tl.minimum(rank, there - inside - 1), 0)  # sums in another order round
 
         chosen, seen = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
         for first in range(0, BLOCKS, TOGETHER):
