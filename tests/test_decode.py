@@ -227,7 +227,7 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
         *((k, 1.0, 0.0) for k in (1, 2, 7, 200, 5000)),
         *((0, p, 0.0) for p in (1e-6, 0.3, 0.7, 0.95, 0.999)),
         *((0, 1.0, m) for m in (1e-3, 0.05, 0.5, 1.0)),
-        *((20, 0.8, 0.01), (3, 0.99, 0.2), (200, 0.999, 1e-4), (2, 0.1, 1.0)),
+        *((20, 0.8, 0.01), (3, 0.99, 0.2), (200, 0.999, 1e-4), (7, 1.0, 1.0)),
         (0, 1.0, 0.0),
     ]
     each, n = 6, 6 * len(rules)
@@ -235,11 +235,12 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     logits[::3] = (2 * logits[::3]).round() / 2  # ties, at the borders too
     logits[1::6, 100:] = -math.inf
     logits[2::6] = 0.25
+    logits[3::6, 10:13] = 15  # a tie at the top
     cut = Truncation(*(torch.tensor(x).repeat_interleave(each) for x in zip(*rules, strict=True)))
     temperature = torch.linspace(0.4, 1.6, n)
     temperature[5::6] = 0
     u = torch.rand(n, dtype=torch.float64, generator=g)
-    u[::6], u[1::6] = 0, 1 - 2.0**-53
+    u[::6], u[1::6], u[3::6] = 0, 1 - 2.0**-53, 0.9
     tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
     logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
     found = blocks.blocks_of(logits, temperature, block)
