@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from expo_fast.answer import decide, tidy
-from expo_fast.command import run
+from expo_fast.cli.exit_status import run
+from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
 from expo_fast.explain import Score
 from expo_fast.fitness import leaks
-from expo_fast.flags import parse
 from expo_fast.generate import Generator, Request
 from expo_fast.log import output_file, replace_file
 from expo_fast.prompts import Prompter, check_length, request_seed

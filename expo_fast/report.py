@@ -15,9 +15,9 @@ from statistics import fmean
 from typing import Any
 
 from expo_fast import figures
-from expo_fast.command import run
+from expo_fast.cli.exit_status import run
+from expo_fast.cli.flags import from_flags
 from expo_fast.figures import Group, Panel, Row, Spread, number, numbers, spelt, spread
-from expo_fast.flags import from_flags
 from expo_fast.log import output_file, replace_file
 
 QUESTIONS = 2  # shown of a step

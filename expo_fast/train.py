@@ -16,11 +16,11 @@ import torch
 from expo_fast import checkpoint
 from expo_fast.adapters import attach, load_adapter, save_adapter
 from expo_fast.answer import decide, tidy
-from expo_fast.command import run
+from expo_fast.cli.exit_status import run
+from expo_fast.cli.flags import dump_toml, from_toml, parse
 from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, REFERENCE_FREE, Train
 from expo_fast.dpo import Preference
 from expo_fast.evaluate import check_answers, evaluate
-from expo_fast.flags import dump_toml, from_toml, parse
 from expo_fast.generate import Completion
 from expo_fast.grpo import Grpo
 from expo_fast.learner import Learner

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from expo_fast.cli.flags import dump_toml, from_toml, parse
 from expo_fast.config import Evaluate, Train
-from expo_fast.flags import dump_toml, from_toml, parse
 
 
 def test_an_unknown_key_of_a_config_file_is_named(tmp_path: Path):

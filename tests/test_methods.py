@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from expo_fast import command, train
+from expo_fast import train
+from expo_fast.cli import exit_status
+from expo_fast.cli.flags import parse, presets
 from expo_fast.config import Train
 from expo_fast.explain import sft_samples
-from expo_fast.flags import parse, presets
 from expo_fast.learner import Learner
 from expo_fast.prompts import Prompter
 from expo_fast.sft import Sft
@@ -102,7 +103,7 @@ def test_options_train_and_change_the_result(folder: Path, tmp_path: Path, more:
 
 
 def test_there_is_a_preset_for_every_method_and_each_says_what_it_is():
-    from expo_fast.flags import PRESETS
+    from expo_fast.cli.flags import PRESETS
 
     named = {parse(Train, ["--config", name]).method for name in presets()}
     assert named == set(METHODS)
@@ -249,7 +250,7 @@ def test_what_cannot_train_is_refused_by_value(folder, tmp_path, capsys, more, s
         lines = "".join(json.dumps(row | {"id": n}) + "\n" for n in range(4))
         (tmp_path / name).write_text(lines)
         more = f"{more} ".replace(f" {name} ", f" {tmp_path / name} ")
-    assert command.run(train.main, flags(folder, tmp_path / "run", *more.split())) == 2
+    assert exit_status.run(train.main, flags(folder, tmp_path / "run", *more.split())) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert sentence in said[0]

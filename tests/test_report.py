@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from expo_fast import command, figures, report, train
+from expo_fast import figures, report, train
+from expo_fast.cli import exit_status
+from expo_fast.cli.flags import dump_toml
 from expo_fast.config import Train
-from expo_fast.flags import dump_toml
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
@@ -426,12 +427,12 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys):
         ([good, "--output", str(tmp_path)], "is there and no file: name a file"),
         ([good, "--output", str(tmp_path / ("x" * 300))], "File name too long"),
     ):
-        assert command.run(report.main, given) == 2
+        assert exit_status.run(report.main, given) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
         assert said in lines[0]
-    assert command.run(report.main, [good, "--output", str(tmp_path / "r.html")]) == 0
+    assert exit_status.run(report.main, [good, "--output", str(tmp_path / "r.html")]) == 0
     assert capsys.readouterr().out == f"report: {tmp_path / 'r.html'}\n"
 
 

@@ -13,9 +13,9 @@ import pytest
 from benchmarks.reproduction import __main__ as command
 from benchmarks.reproduction import choose, collect
 from benchmarks.reproduction.arms import ARMS, SIZES, target, train_flags
+from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Evaluate, Train
 from expo_fast.figures import Run
-from expo_fast.flags import dump_toml, parse
 from expo_fast.tasks import Problem
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from expo_fast import checkpoint, command, evaluate, explain, train
+from expo_fast import checkpoint, evaluate, explain, train
+from expo_fast.cli import exit_status
+from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
-from expo_fast.flags import from_toml, parse
 from expo_fast.learner import Learner
 from expo_fast.tasks import Problem
 from expo_fast.weights import save_model
@@ -270,7 +271,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     (tmp_path / "reserved.jsonl").write_text(data + json.dumps(last))
     given = flags(folder, tmp_path / "run", **changes)
     given = [word.replace("FILE", str(folder / "eval.jsonl")) for word in given]
-    code = command.run(train.main, [*given, *only])
+    code = exit_status.run(train.main, [*given, *only])
     said = capsys.readouterr().err.strip().splitlines()
     assert code == 2
     assert len(said) == 1
@@ -388,7 +389,7 @@ def test_a_reader_that_leaves_is_no_error(folder: Path, tmp_path: Path, program:
 
 def test_two_trainers_do_not_share_a_run_directory(folder: Path, tmp_path: Path, capsys):
     with checkpoint.run_lock(tmp_path):
-        assert command.run(train.main, flags(folder, tmp_path)) == 2
+        assert exit_status.run(train.main, flags(folder, tmp_path)) == 2
     assert str(os.getpid()) in capsys.readouterr().err
 
 

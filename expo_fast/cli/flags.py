@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from expo_fast.config import Evaluate, Train
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 
 C = TypeVar("C")  # a dataclass of fields that are flags
 
