@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expo_fast.gguf import reading
-from expo_fast.layout import INDEX, PT, SINGLE, read_json, tensors_of
 from expo_fast.model import Decoder
+from expo_fast.storage.gguf import reading
+from expo_fast.storage.hf_files import INDEX, PT, SINGLE, read_json, tensors_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAME = "default"  # PEFT's name of the one adapter

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expo_fast.attention import Layer, PackedAttention
-from expo_fast.gguf import reading
+from expo_fast.storage.gguf import reading
 
 Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `hidden`
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]  # q, k, v (N, heads, Dh) -> (N, H, Dh)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from expo_fast import checkpoint
 from expo_fast.adapters import attach, load_adapter, save_adapter
 from expo_fast.answer import decide, tidy
 from expo_fast.cli.exit_status import run
@@ -30,6 +29,7 @@ from expo_fast.prompts import Prompter, check_length, expert_text
 from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
 from expo_fast.rollout import Reward
 from expo_fast.sft import Sft
+from expo_fast.storage import checkpoint
 from expo_fast.tasks import Problem, fingerprint, load_problems, overlap, worked_examples
 from expo_fast.weights import find_model, load_model, save_model
 

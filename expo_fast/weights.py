@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from expo_fast.adapters import Adapter, holds_adapter, is_attached, merge, read_adapter
-from expo_fast.gguf import read_gguf, reading
-from expo_fast.layout import (
+from expo_fast.model import Decoder
+from expo_fast.storage.gguf import read_gguf, reading
+from expo_fast.storage.hf_files import (
     INDEX,
     SINGLE,
     read_config,
@@ -28,7 +29,6 @@ from expo_fast.layout import (
     read_tokenizer,
     write_tensors,
 )
-from expo_fast.model import Decoder
 
 SHARD_BYTES = 5_000_000_000
 

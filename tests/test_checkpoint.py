@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expo_fast import checkpoint
+from expo_fast.storage import checkpoint
 
 KEEP = 2
 

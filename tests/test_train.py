@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from expo_fast import checkpoint, evaluate, explain, train
+from expo_fast import evaluate, explain, train
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
 from expo_fast.learner import Learner
+from expo_fast.storage import checkpoint
 from expo_fast.tasks import Problem
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from expo_fast.gguf import reading
 from expo_fast.model import ARCHITECTURES, check_sizes
+from expo_fast.storage.gguf import reading
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
