@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast import backends, cuda_engine, native_engine
+from expo_fast import cuda_engine, native_engine
 from expo_fast.cache import Pages, Table
 from expo_fast.engine import Engine, Rows, Sampling, Segment, TorchEngine, int64, padded, prefill
 from expo_fast.model import Decoder
+from expo_fast.op_backends import dispatch
 from expo_fast.pack import common_prefix
 from expo_fast.sampling import Truncation
 
@@ -114,7 +115,7 @@ class Generator:
     def engine(self) -> Engine:
         """What the next call runs on: it is chosen anew, for adapters and hooks come and go."""
         fits = self.backend is None and native_engine.supports(self.model)
-        fits = fits and backends.compiles("engine")
+        fits = fits and dispatch.compiles("engine")
         if fits or self.backend == "native":
             return native_engine.NativeEngine(self.model, exact=self.batch_invariant)
         fits = self.backend is None and cuda_engine.supports(self.model)

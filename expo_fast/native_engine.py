@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as anywhere
 
-from expo_fast import native
 from expo_fast.cache import Pages, Table
 from expo_fast.engine import Engine, Sampling, Segment, Tokens, prefill
 from expo_fast.model import MLP, Attention, Block, Body, Decoder, Exact, RMSNorm
+from expo_fast.op_backends import cpu
 from expo_fast.ops import linear_logprob
 from expo_fast.sampling import draw, uniform
 
@@ -63,7 +63,7 @@ class NativeEngine(Engine):
                 f"hooks, not this one of {model.dtype} on {model.device}"
             )
         self.model, self.exact = model, exact
-        self.csrc = native.library(native.isa(), "engine")
+        self.csrc = cpu.library(cpu.isa(), "engine")
         for name in ("page", "workspace", "draw"):
             getattr(self.csrc, f"expo_fast_{name}_bytes").restype = ctypes.c_int64
         self.pages = self.workspace = room(0, dtype=torch.uint8)
@@ -125,7 +125,7 @@ class NativeEngine(Engine):
             *map(_pointer, (hidden, weight, sampling.temperature, sampling.seeds, positions)),
             *map(_pointer, (tokens, logp)),
             *(_pointer(logits) if keep else None, None),
-            *(n, V, D, native.DTYPES[weight.dtype], torch.get_num_threads()),
+            *(n, V, D, cpu.DTYPES[weight.dtype], torch.get_num_threads()),
         )
         size = self.csrc.expo_fast_draw_bytes(ctypes.byref(given))
         given.workspace = _pointer(self._workspace(size))
@@ -148,7 +148,7 @@ class NativeEngine(Engine):
         embedding, norm = model.model.embed_tokens.weight, model.model.norm.weight
         return _Decoder(
             *(layers, _pointer(embedding), _pointer(norm)),
-            *(*sizes, shape.norm_eps, shape.head_dim**-0.5, native.DTYPES[model.dtype]),
+            *(*sizes, shape.norm_eps, shape.head_dim**-0.5, cpu.DTYPES[model.dtype]),
         )
 
     def _rotations(self, n: int) -> tuple[Tensor, Tensor]:

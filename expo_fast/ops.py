@@ -9,7 +9,7 @@ Hidden states of rows without a target or weight are never read. Whatever the in
 logits, results and the weight gradient's sums are fp32 (fp64 where an input is fp64); each gradient
 comes back in its input's dtype, to be differentiated no further. On a CPU they run C++, compiled on
 first use (native.py), on a GPU Triton (fused.py). Under autocast hidden states and weights are cast
-as a linear layer's are. torch.compile keeps each op whole (library.py).
+as a linear layer's are. torch.compile keeps each op whole (custom_ops.py).
 """
 
 from typing import NamedTuple
@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expo_fast import library
-from expo_fast.described import described
 from expo_fast.kernels import objectives as o
 from expo_fast.kernels import preferences as p
 from expo_fast.kernels.head import IGNORE, LogProb
 from expo_fast.kernels.objectives import Cispo, Clipped, SequenceClipped, SoftAdaptive
 from expo_fast.kernels.preferences import Cpo, Dpo, DpoPositive, Hinge, Ipo, Orpo, RDpo, SimPo
+from expo_fast.op_backends import custom_ops
+from expo_fast.op_backends.objective_codes import described
 
 __all__ = [
     "IGNORE",
@@ -70,7 +70,7 @@ def linear_logprob(
     (hidden, weight, bias), needs = _inputs(hidden, weight, bias)
     rows, d = hidden.reshape(-1, hidden.shape[-1]), targets.shape
     given = targets.reshape(-1), *_temperatures(temperature), backend, needs
-    logp, entropy, lse, *_ = library.logprob(rows, weight, bias, *given)
+    logp, entropy, lse, *_ = custom_ops.logprob(rows, weight, bias, *given)
     return LogProb(logp.view(d), entropy.view(d), lse.view(d))
 
 
@@ -127,7 +127,7 @@ def linear_policy_loss(
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp, the reference's log-probs")
     (hidden, weight), needs = _inputs(hidden, weight)
     floats = (_flat(x) for x in (targets, advantage, row_weight, old_logp, ref_logp, on_policy))
-    loss, logp, entropy, statistics, *_ = library.policy_loss(
+    loss, logp, entropy, statistics, *_ = custom_ops.policy_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, *floats, _flat(sequence_ids),
         *_temperatures(temperature), backend, needs,
         *described(objective), kl_coef, entropy_coef,
@@ -167,7 +167,7 @@ def linear_preference_loss(
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, sequence_ids=sequence_ids)
     (hidden, weight), needs = _inputs(hidden, weight)
-    loss, *rest = library.preference_loss(
+    loss, *rest = custom_ops.preference_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, _flat(targets), _flat(sequence_ids),
         _detached(ref_logp), _detached(pair_weight), *_temperatures(temperature), backend, needs,
         *described(objective),
@@ -192,7 +192,7 @@ def group_advantage(
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
     _check_same_shape(rewards, group_ids=group_ids)
-    return library.group_advantage(rewards.detach(), group_ids, scale, eps)
+    return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
 
 
 def _check_head(

@@ -11,8 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on a CPU; must come before triton
 
-from expo_fast import backends, library
 from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Slopes
+from expo_fast.op_backends import custom_ops, dispatch
 
 
 def pytest_configure() -> None:
@@ -40,15 +40,15 @@ def each_backend(request, monkeypatch) -> str:
     def choose(name, head):
         if name is None and request.param == "cuda":
             return Elsewhere("cuda")
-        if name is None and backends.runs(request.param, head):
+        if name is None and dispatch.runs(request.param, head):
             name = request.param
-        return backends.choose(name, head)
+        return dispatch.choose(name, head)
 
-    monkeypatch.setattr(library, "choose", choose)
+    monkeypatch.setattr(custom_ops, "choose", choose)
     return request.param
 
 
-class Elsewhere(backends.Kernels):
+class Elsewhere(dispatch.Kernels):
     """The fastest kernels of a device, for heads that lie on a CPU."""
 
     def __init__(self, device: str):
@@ -56,16 +56,16 @@ class Elsewhere(backends.Kernels):
 
     def log_probs(self, head, needs):
         there = self.move(head)
-        return self.back(backends.choose(None, there).log_probs(there, needs))
+        return self.back(dispatch.choose(None, there).log_probs(there, needs))
 
     def gradients(self, head, forward, slopes, needs):
         there = self.move(head)
-        kernels, given = backends.choose(None, there), (self.move(forward), self.move(slopes))
+        kernels, given = dispatch.choose(None, there), (self.move(forward), self.move(slopes))
         return self.back(kernels.gradients(there, *given, needs))
 
     def log_probs_and_gradients(self, head, slopes, needs):
         there = self.move(head)
-        results, grads = backends.choose(None, there).log_probs_and_gradients(
+        results, grads = dispatch.choose(None, there).log_probs_and_gradients(
             there, lambda span, logp: self.move(slopes(span, logp.cpu())), needs
         )
         return self.back(results), self.back(grads)

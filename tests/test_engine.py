@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from distribution import allowed, assert_drawn_from
-from expo_fast import native
 from expo_fast.cache import Pages
 from expo_fast.engine import Sampling, Segment, TorchEngine, prefill
 from expo_fast.generate import Generator, Request, _Ends
 from expo_fast.native_engine import NativeEngine
+from expo_fast.op_backends import cpu
 from expo_fast.sampling import Truncation
 from expo_fast.weights import load_model
 from tiny import VARIANTS, tiny_model
 
 V, DRAWS = 700, 20_000  # several of csrc's tiles, the last one ragged
-ISAS = [name for name in native.FLAGS if native._has(name)]
+ISAS = [name for name in cpu.FLAGS if cpu._has(name)]
 
 
 def sampling(

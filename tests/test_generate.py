@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from expo_fast import backends, generate, native, native_engine
+from expo_fast import generate, native_engine
 from expo_fast.engine import TorchEngine
 from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.model import Decoder
 from expo_fast.native_engine import NativeEngine, exact_hidden
+from expo_fast.op_backends import cpu, dispatch
 from expo_fast.pack import Sample
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
@@ -324,16 +325,16 @@ def test_training_in_place_while_sampling_changes_what_is_sampled():
 
 def test_where_the_engine_cannot_be_compiled_pytorch_samples_and_says_so(monkeypatch):
     def library(name: str, part: str = "ops"):
-        raise native.Unavailable(f"no compiler for {part}")
+        raise cpu.Unavailable(f"no compiler for {part}")
 
-    monkeypatch.setattr(native, "library", library)
-    monkeypatch.setattr(native, "isa", lambda: "portable")
-    backends.compiles.cache_clear()
+    monkeypatch.setattr(cpu, "library", library)
+    monkeypatch.setattr(cpu, "isa", lambda: "portable")
+    dispatch.compiles.cache_clear()
     try:
         with pytest.warns(UserWarning, match="slower: no compiler for engine"):
             assert isinstance(Generator(tiny_model()).engine(), TorchEngine)
     finally:
-        backends.compiles.cache_clear()
+        dispatch.compiles.cache_clear()
 
 
 def test_a_failure_to_get_memory_is_what_is_raised(monkeypatch):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from expo_fast import backends, native
 from expo_fast.kernels import reference
 from expo_fast.kernels.head import Head, Needs, Slopes
+from expo_fast.op_backends import cpu, dispatch
 from expo_fast.ops import linear_logprob
 
-HERE = [name for name in native.FLAGS if native._has(name)]
+HERE = [name for name in cpu.FLAGS if cpu._has(name)]
 BOTH = (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)
 MIXED = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16,) * 2
 
@@ -53,9 +53,9 @@ def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tens
 
 
 def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
-    forward = native.log_probs(head)
+    forward = cpu.log_probs(head)
     slopes = Slopes(upstream[0], upstream[1], upstream[2])
-    grads = native.gradients(head, forward, slopes, Needs(True, True, True))
+    grads = cpu.gradients(head, forward, slopes, Needs(True, True, True))
     return [x for x in (*forward.results.to(torch.float32), *grads) if x is not None]
 
 
@@ -91,7 +91,7 @@ def test_bf16_is_no_worse_than_plain_bf16(isa):
     head = Head(head.hidden, head.weight, None, head.targets, 1.0)
     truth = reference.linear_logprob(head.hidden.double(), head.weight.double(), head.targets)
     plain = reference.linear_logprob(head.hidden, head.weight, head.targets)
-    for t, p, o in zip(truth, plain, native.log_probs(head).results, strict=True):
+    for t, p, o in zip(truth, plain, cpu.log_probs(head).results, strict=True):
         assert worst(o, t) < 0.01 * worst(p, t)
 
 
@@ -108,7 +108,7 @@ def test_any_number_of_threads(isa, threads, count, dtypes):
 
 
 def test_weight_gradient_of_many_spans_is_summed_in_fp32(isa):
-    n = 5 * native.SPAN + 3
+    n = 5 * cpu.SPAN + 3
     head = make_head(n, 16, 40, BOTH[1])
     grads = by_kernels(head, torch.ones(3, n))[3:]
     truth = by_definition(head, torch.ones(3, n), torch.float64)[3:]
@@ -122,7 +122,7 @@ def test_relative_accuracy_as_the_probability_goes_to_one(isa, rest):
     v = 1000
     weight = torch.full((v, 1), math.log(rest / (v - 1)))
     weight[777] = 0
-    got = native.log_probs(Head(torch.ones(1, 1), weight, None, torch.tensor([777]), 1.0)).results
+    got = cpu.log_probs(Head(torch.ones(1, 1), weight, None, torch.tensor([777]), 1.0)).results
     others = weight.double()[0, 0].exp() * (v - 1)
     assert abs(got.logp.item() / -torch.log1p(others).item() - 1) < 5e-6
 
@@ -151,7 +151,7 @@ def test_phantom_columns_never_enter(isa):
     """verl #2656: rows beyond a ragged vocabulary counted as logits of 0."""
     for v in (1000, 997, 129):
         weight = torch.full((v, 1), -30.0)
-        got = native.log_probs(
+        got = cpu.log_probs(
             Head(torch.ones(3, 1), weight, None, torch.tensor([0, 1, v - 1]), 1.0)
         ).results
         torch.testing.assert_close(
@@ -162,7 +162,7 @@ def test_phantom_columns_never_enter(isa):
 def test_a_row_of_nan_poisons_its_own_results_alone(isa):
     head = make_head(40, 8, 300, BOTH[0])
     head.hidden[7] = math.nan
-    got = native.log_probs(head).results
+    got = cpu.log_probs(head).results
     clean = torch.arange(40) != 7
     for x in got:
         assert x[7].isnan() and x[clean].isfinite().all()
@@ -194,7 +194,7 @@ def test_a_large_slope_of_entropy_makes_no_nan_of_a_forbidden_token(isa):
     head.bias[7] = -math.inf
     head = Head(head.hidden, head.weight, head.bias, head.targets % 7, 0.05)
     slopes = Slopes(None, torch.full((20,), 1e9))
-    grads = native.gradients(head, native.log_probs(head), slopes, Needs(True, True, True))
+    grads = cpu.gradients(head, cpu.log_probs(head), slopes, Needs(True, True, True))
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 
@@ -229,10 +229,10 @@ linear_logprob(x, x, torch.zeros(20, dtype=torch.int64), backend="native")
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_frozen_inputs_get_no_gradient(isa, wanted):
     head = make_head(70, 8, 300, BOTH[1])
-    forward = native.log_probs(head)
-    whole = native.gradients(head, forward, Slopes(torch.ones(70)), Needs(True, True, False))
+    forward = cpu.log_probs(head)
+    whole = cpu.gradients(head, forward, Slopes(torch.ones(70)), Needs(True, True, False))
     needs = Needs(wanted[0], wanted[1], False)
-    some = native.gradients(head, forward, Slopes(torch.ones(70)), needs)
+    some = cpu.gradients(head, forward, Slopes(torch.ones(70)), needs)
     for want, a, b in zip(needs, some, whole, strict=True):
         assert (a is not None) is want
         assert a is None or (b is not None and torch.equal(a, b))
@@ -339,7 +339,7 @@ def test_processes_that_start_together_compile_once(tmp_path):
     log = tmp_path / "log"
     compiler = tmp_path / "c++"
     compiler.write_text(
-        f'#!/bin/sh\necho one >> {log}\nexec {native._first("c++", "g++", "clang++")[0]} "$@"\n'
+        f'#!/bin/sh\necho one >> {log}\nexec {cpu._first("c++", "g++", "clang++")[0]} "$@"\n'
     )
     compiler.chmod(0o755)
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
@@ -359,7 +359,7 @@ def test_processes_that_start_together_compile_once(tmp_path):
 def test_names_are_checked(monkeypatch):
     head = make_head(3, 2, 5, (torch.float64,) * 2)
     with pytest.raises(ValueError, match=r"not torch\.float64 hidden states on cpu"):
-        backends.choose("native", head)
+        dispatch.choose("native", head)
     monkeypatch.setenv("EXPO_FAST_ISA", "avx9")
     with pytest.raises(ValueError, match="EXPO_FAST_ISA='avx9': must be one of amx"):
-        native.isa()
+        cpu.isa()

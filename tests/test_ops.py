@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expo_fast import library
 from expo_fast.kernels import reference
+from expo_fast.op_backends import custom_ops
 from expo_fast.ops import (
     Clipped,
     SequenceClipped,

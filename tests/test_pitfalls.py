@@ -206,7 +206,7 @@ def test_every_kernel_is_launched_on_a_grid_of_one_dimension(monkeypatch):
 
     monkeypatch.setattr(KernelInterface, "__getitem__", note)
     for dtype, fit in ((FP32, 8), (BF16, 8), (BF16, 3)):  # fewer than 5: recomputed
-        monkeypatch.setattr("expo_fast.fused._rows", lambda *_, fit=fit: fit)
+        monkeypatch.setattr("expo_fast.op_backends.triton_fused._rows", lambda *_, fit=fit: fit)
         case = make_case("triton", dtype, 5)
         case.run(lambda op: torch.stack(op(linear_logprob)).sum())
     expected = {"target_logits", "softmax_sums", "logit_gradients", "scale_stored"}
@@ -355,7 +355,7 @@ def test_weight_gradient_of_64_chunks_is_as_accurate_as_of_one(backend, monkeypa
     monkeypatch.setattr(reference, "CHUNK_BYTES", n * 40 * 4 // 64)
     monkeypatch.setattr(reference, "CUDA_CHUNK_BYTES", n * 40 * 4 // 64)
     if backend == "triton":
-        monkeypatch.setattr("expo_fast.fused._rows", lambda *_: n // 64)
+        monkeypatch.setattr("expo_fast.op_backends.triton_fused._rows", lambda *_: n // 64)
     assert error(case) <= 2 * once + 1e-5  # csrc's SPAN makes 64 chunks by itself
 
 

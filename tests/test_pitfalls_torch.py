@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 from torch.utils.checkpoint import checkpoint
 
-from expo_fast import library
+from expo_fast.op_backends import custom_ops
 from expo_fast.ops import (
     Clipped,
     SequenceClipped,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from expo_fast import backends, fused
 from expo_fast.kernels import advantage, groups, logprob, reference, rowwise
 from expo_fast.kernels.head import Head, Needs, Slopes
+from expo_fast.op_backends import dispatch, triton_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = Needs(True, True, True)
@@ -24,7 +24,7 @@ KERNELS = {"fused": fused, "rowwise": rowwise.ROWWISE}
 
 
 @pytest.fixture(params=KERNELS)
-def kernels(request) -> backends.Kernels:
+def kernels(request) -> dispatch.Kernels:
     return KERNELS[request.param]
 
 
@@ -125,8 +125,8 @@ def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, c
     """Rows beyond the budget are recomputed; both kinds, in chunks, and with rows of no slope."""
     head = make_head(300, 16, 700)
     monkeypatch.setattr(logprob, "GEMM", replace(logprob.GEMM, BN=64))
-    fits = {fused.KEPT_SHARE: kept, fused.CHUNK_SHARE: chunk}
-    monkeypatch.setattr(fused, "_rows", lambda share, _: fits[share])
+    fits = {triton_fused.KEPT_SHARE: kept, triton_fused.CHUNK_SHARE: chunk}
+    monkeypatch.setattr(triton_fused, "_rows", lambda share, _: fits[share])
     upstream = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     upstream[:, ::3] = 0
     upstream[:, 100:200] = 0  # few enough that the kept E of the others is gathered
@@ -141,18 +141,18 @@ def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, c
         return Slopes(upstream[0, rows], upstream[1, rows])
 
     truth = by_definition(head, torch.cat([upstream[:2], upstream[:1] * 0]), torch.float64)
-    results, grads = fused.log_probs_and_gradients(head, slopes, ALL)
+    results, grads = triton_fused.log_probs_and_gradients(head, slopes, ALL)
     for t, o in zip(truth, (*results, *grads), strict=True):
         assert o is not None and off(o, t) < 8e-3
 
 
 def test_a_frozen_head_multiplies_only_in_the_forward(monkeypatch):
     head, needs = make_head(300, 16, 700), Needs(True, False, False)
-    forward = fused.log_probs(head, needs)
+    forward = triton_fused.log_probs(head, needs)
     upstream = torch.randn(2, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    with_entropy = fused.gradients(head, forward, Slopes(*upstream), needs).hidden
-    monkeypatch.delattr(fused, "matmul")
-    of_logp = fused.gradients(head, forward, Slopes(upstream[0]), needs).hidden
+    with_entropy = triton_fused.gradients(head, forward, Slopes(*upstream), needs).hidden
+    monkeypatch.delattr(triton_fused, "matmul")
+    of_logp = triton_fused.gradients(head, forward, Slopes(upstream[0]), needs).hidden
     zero = torch.zeros_like(upstream[:1])
     for got, g in ((of_logp, (upstream[:1], zero, zero)), (with_entropy, (upstream, zero))):
         truth = by_definition(head, torch.cat(g), torch.float64)[3]
@@ -176,12 +176,12 @@ def test_equal_calls_give_equal_bits(kernels):
 def test_odd_depths_and_strides_take_the_row_kernels():
     kinds = {16: fused, 12: rowwise.ROWWISE}
     for d, expected in kinds.items():
-        assert backends.choose("triton", make_head(3, d, 9)) is expected
-    assert backends.choose("triton", make_head(3, 16, 9, torch.float32)) is rowwise.ROWWISE
+        assert dispatch.choose("triton", make_head(3, d, 9)) is expected
+    assert dispatch.choose("triton", make_head(3, 16, 9, torch.float32)) is rowwise.ROWWISE
     head = make_head(3, 32, 9)
     columns = Head(head.hidden[:, :16], head.weight[:, 4:20], None, head.targets, 1.0)
-    assert backends.choose("triton", columns) is rowwise.ROWWISE
-    assert backends.choose("triton", Head(*vars(columns).values())) is rowwise.ROWWISE
+    assert dispatch.choose("triton", columns) is rowwise.ROWWISE
+    assert dispatch.choose("triton", Head(*vars(columns).values())) is rowwise.ROWWISE
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

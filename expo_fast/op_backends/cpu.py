@@ -35,7 +35,7 @@ from expo_fast.kernels.head import (
     slopes_about_lse,
 )
 
-SOURCES = Path(__file__).parent / "csrc"
+SOURCES = Path(__file__).parents[1] / "csrc"
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
 WIDE = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 FLAGS = {  # best first

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expo_fast import native
 from expo_fast.kernels import advantage
 from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Needs, Slopes, SlopesOf
 from expo_fast.kernels.reference import PLAIN
+from expo_fast.op_backends import cpu
 
 
 class Kernels(Protocol):
@@ -71,7 +71,7 @@ RUNS = {
 def runs(name: str, head: Head) -> bool:
     """Triton's also on a CPU, in its interpreter, where TRITON_INTERPRET=1 was set before it."""
     if name != "triton":
-        return name == "torch" or native.supports(head)
+        return name == "torch" or cpu.supports(head)
     if head.dtype != torch.float32 or head.hidden.device != head.weight.device:
         return False
     try:
@@ -82,8 +82,8 @@ def runs(name: str, head: Head) -> bool:
 
 
 def _triton_kernels(head: Head) -> Kernels:
-    from expo_fast import fused
     from expo_fast.kernels import logprob, rowwise
+    from expo_fast.op_backends import triton_fused
 
     return fused if logprob.supports(head) else rowwise.ROWWISE
 
@@ -92,8 +92,8 @@ def _triton_kernels(head: Head) -> Kernels:
 def compiles(part: str = "ops") -> bool:
     """Whether there are CPU kernels; without, says once that the slower path is taken."""
     try:
-        native.library(native.isa(), part)
-    except native.Unavailable as why:
+        cpu.library(cpu.isa(), part)
+    except cpu.Unavailable as why:
         warnings.warn(f"using plain PyTorch, which is slower: {why}", stacklevel=5)
         return False
     return True

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast.backends import advantages, choose
-from expo_fast.described import objective_of
 from expo_fast.kernels import objectives as o
 from expo_fast.kernels import preferences as p
 from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, Slopes
+from expo_fast.op_backends.dispatch import advantages, choose
+from expo_fast.op_backends.objective_codes import objective_of
 
 
 def _once(backward: Callable) -> Callable:
