@@ -29,7 +29,7 @@ from benchmarks.measure import Stopwatch, Wrong, brief, gemm_rate, reason
 from benchmarks.samplers import OURS, PEERS, SAMPLERS, Load, Sampler, Subject, requests
 from benchmarks.summary import default_device, machine, ms
 from expo_fast.generate import Generator
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 from expo_fast.ops import linear_logprob
 from expo_fast.weights import load_model, save_model
 

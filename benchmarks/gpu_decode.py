@@ -21,7 +21,7 @@ from benchmarks.measure import Stopwatch, brief, reason
 from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
 from expo_fast.cuda_engine import CudaEngine, uncollected
 from expo_fast.generate import Generator
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 
 LOAD = Load(prompts=32, samples=8, prompt_tokens=512, new_tokens=128)
 SMOKE = Load(prompts=2, samples=2, prompt_tokens=40, new_tokens=4)  # on a CPU

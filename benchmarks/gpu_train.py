@@ -24,8 +24,8 @@ from expo_fast.config import Train
 from expo_fast.explain import Explanations, keep_best
 from expo_fast.generate import Completion, Request
 from expo_fast.grpo import Grpo
-from expo_fast.model import Decoder
-from expo_fast.pack import Sample
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample
 from expo_fast.prompts import Prompter
 from expo_fast.reward import score_answers
 from expo_fast.rollout import Sampler

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from expo_fast.generate import Generator, Request
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 
 OURS = "expo_fast"
 

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expo_fast.attention import Layer, varlen_attention
 from expo_fast.engine import PagedAttention, Rows, Tokens, TorchEngine
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import wide_product
-from expo_fast.model import Attend, Block, Decoder, RMSNorm
+from expo_fast.modeling.attention import Layer, varlen_attention
+from expo_fast.modeling.decoder import Attend, Block, Decoder, RMSNorm
 from expo_fast.native_engine import PLAIN, has_hooks
 from expo_fast.sampling import BLOCK, Truncation, draw_from_blocks, uniform
 

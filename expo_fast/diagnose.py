@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expo_fast.explain import ScoreTokens, answer_behind
 from expo_fast.generate import Completion
-from expo_fast.pack import Sample
+from expo_fast.modeling.packing import Sample
 from expo_fast.prompts import Prompter
 from expo_fast.tasks import Problem
 

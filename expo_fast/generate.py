@@ -19,9 +19,9 @@ from torch import Tensor
 from expo_fast import cuda_engine, native_engine
 from expo_fast.cache import Pages, Table
 from expo_fast.engine import Engine, Rows, Sampling, Segment, TorchEngine, int64, padded, prefill
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import common_prefix
 from expo_fast.op_backends import dispatch
-from expo_fast.pack import common_prefix
 from expo_fast.sampling import Truncation
 
 MAX_SLOTS = 128  # rows decoded together; a CPU's bf16 GEMM gains little beyond

@@ -16,7 +16,7 @@ from torch.nn.modules import module as anywhere
 
 from expo_fast.cache import Pages, Table
 from expo_fast.engine import Engine, Sampling, Segment, Tokens, prefill
-from expo_fast.model import MLP, Attention, Block, Body, Decoder, Exact, RMSNorm
+from expo_fast.modeling.decoder import MLP, Attention, Block, Body, Decoder, Exact, RMSNorm
 from expo_fast.op_backends import cpu
 from expo_fast.ops import linear_logprob
 from expo_fast.sampling import draw, uniform

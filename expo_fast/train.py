@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from expo_fast.adapters import attach, load_adapter, save_adapter
 from expo_fast.answer import decide, tidy
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, from_toml, parse
@@ -24,7 +23,8 @@ from expo_fast.generate import Completion
 from expo_fast.grpo import Grpo
 from expo_fast.learner import Learner
 from expo_fast.log import RunLog, replace_file
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.lora import attach, load_adapter, save_adapter
 from expo_fast.prompts import Prompter, check_length, expert_text
 from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
 from expo_fast.rollout import Reward

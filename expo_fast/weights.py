@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast.adapters import Adapter, holds_adapter, is_attached, merge, read_adapter
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.lora import Adapter, holds_adapter, is_attached, merge, read_adapter
 from expo_fast.storage.gguf import read_gguf, reading
 from expo_fast.storage.hf_files import (
     INDEX,

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from expo_fast import weights
-from expo_fast.adapters import (
+from expo_fast.generate import Generator, Request
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.lora import (
     PROJECTIONS,
     attach,
     is_attached,
@@ -23,11 +25,9 @@ from expo_fast.adapters import (
     save_adapter,
     switched_off,
 )
-from expo_fast.generate import Generator, Request
-from expo_fast.model import Decoder
+from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.native_engine import NativeEngine
 from expo_fast.ops import linear_logprob
-from expo_fast.optim import Optimizer
 from expo_fast.weights import load_model, save_model
 from tiny import tiny_model, tiny_tokenizer, transformers_twin
 

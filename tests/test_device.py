@@ -12,7 +12,8 @@ from torch import Tensor
 from expo_fast.config import Train
 from expo_fast.generate import Generator, Request
 from expo_fast.learner import Learner
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample
 from expo_fast.ops import (
     Clipped,
     Dpo,
@@ -21,7 +22,6 @@ from expo_fast.ops import (
     linear_policy_loss,
     linear_preference_loss,
 )
-from expo_fast.pack import Sample
 from tiny import tiny_model
 
 GPU = torch.cuda.is_available()

@@ -9,8 +9,8 @@ import torch
 from expo_fast.diagnose import Subject, diagnose
 from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion
-from expo_fast.model import Decoder
-from expo_fast.pack import Sample
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample
 from expo_fast.prompts import Prompter
 from expo_fast.tasks import Problem
 from tiny import tiny_model, tiny_tokenizer

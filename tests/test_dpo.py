@@ -22,8 +22,8 @@ from expo_fast.dpo import Preference, pair_samples, preference_objective
 from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
 from expo_fast.learner import Learner, summed
-from expo_fast.model import Decoder
-from expo_fast.pack import pack
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import pack
 from expo_fast.pairs import Pair, PairStore, pair_up
 from expo_fast.prompts import Prompter
 from expo_fast.rollout import Rollout

@@ -15,7 +15,7 @@ from expo_fast.explain import (
     shuffled,
 )
 from expo_fast.generate import Completion, Request
-from expo_fast.pack import Sample
+from expo_fast.modeling.packing import Sample
 from expo_fast.prompts import Prompter
 from expo_fast.reward import score_answers
 from expo_fast.tasks import Problem

@@ -11,10 +11,10 @@ from expo_fast import generate, native_engine
 from expo_fast.engine import TorchEngine
 from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion, Generator, Request
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample
 from expo_fast.native_engine import NativeEngine, exact_hidden
 from expo_fast.op_backends import cpu, dispatch
-from expo_fast.pack import Sample
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 SHARED = (20, 21, 22, 23, 24, 25, 26)

@@ -17,7 +17,7 @@ from benchmarks import floors, gpu, gpu_decode, gpu_train
 from benchmarks.cases import SHAPES
 from benchmarks.measure import brief
 from expo_fast.generate import Completion, Request
-from expo_fast.pack import Sample
+from expo_fast.modeling.packing import Sample
 
 pytest.importorskip("triton")
 

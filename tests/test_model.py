@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.generate import Generator, Request
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 from tiny import (
     LINEAR_ROPE,
     VARIANTS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from expo_fast.optim import Optimizer, learning_rate
+from expo_fast.modeling.optimizer import Optimizer, learning_rate
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expo_fast.pack import Pack, Sample, common_prefix, pack
+from expo_fast.modeling.packing import Pack, Sample, common_prefix, pack
 from tiny import tiny_model
 
 

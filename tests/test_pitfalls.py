@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from expo_fast.generate import Generator, Request
 from expo_fast.kernels import reference
 from expo_fast.kernels.head import Head, Slopes
+from expo_fast.modeling.packing import Sample, pack
 from expo_fast.ops import (
     Cispo,
     Clipped,
@@ -30,7 +31,6 @@ from expo_fast.ops import (
     linear_policy_loss,
     linear_preference_loss,
 )
-from expo_fast.pack import Sample, pack
 from tiny import tiny_model
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")

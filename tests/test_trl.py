@@ -19,9 +19,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from expo_fast.config import Train
 from expo_fast.dpo import preference_objective
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample, pack
 from expo_fast.ops import Cpo, Dpo, Hinge, Orpo, SimPo, linear_logprob, linear_preference_loss
-from expo_fast.pack import Sample, pack
 from tiny import tiny_model, tiny_tokenizer, transformers_twin
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of transformers

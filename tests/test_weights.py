@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from expo_fast import weights
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 from expo_fast.storage.gguf import NAMES, mend_splitting
 from expo_fast.storage.hf_files import INDEX, TOKENIZER_FILES
 from expo_fast.weights import find_model, load_model, save_model

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 
 SPECIAL = ("<pad>", "<|im_end|>", "<|im_start|>", "<unk>")  # ids 0 to 3
 WORDS = ("\\boxed{", "answer", "The ", " is ")  # tokens of several letters, for stop strings

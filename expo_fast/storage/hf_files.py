@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expo_fast.model import ARCHITECTURES, check_sizes
+from expo_fast.modeling.decoder import ARCHITECTURES, check_sizes
 from expo_fast.storage.gguf import reading
 
 SINGLE = "model.safetensors"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 from expo_fast.storage.gguf import reading
 from expo_fast.storage.hf_files import INDEX, PT, SINGLE, read_json, tensors_of
 

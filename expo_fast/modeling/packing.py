@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from expo_fast.model import Decoder
+from expo_fast.modeling.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expo_fast.attention import Layer, PackedAttention
+from expo_fast.modeling.attention import Layer, PackedAttention
 from expo_fast.storage.gguf import reading
 
 Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `hidden`
