@@ -21,10 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from expo_fast.inference.sampling import BLOCK
 from expo_fast.kernels import blocks, decode, groups, layer, rowwise, truncate
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
-from expo_fast.sampling import BLOCK
 
 SHOWN = ("STORE", "BIAS", "LARGEST", "H", "DH")  # constants that tell forms apart
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")

@@ -19,8 +19,8 @@ from benchmarks import decode as racing
 from benchmarks.decode import Ceilings, Race, limit
 from benchmarks.measure import Stopwatch, brief, reason
 from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
-from expo_fast.cuda_engine import CudaEngine, uncollected
 from expo_fast.generate import Generator
+from expo_fast.inference.cuda_engine import CudaEngine, uncollected
 from expo_fast.modeling.decoder import Decoder
 
 LOAD = Load(prompts=32, samples=8, prompt_tokens=512, new_tokens=128)

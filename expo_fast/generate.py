@@ -16,13 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast import cuda_engine, native_engine
-from expo_fast.cache import Pages, Table
-from expo_fast.engine import Engine, Rows, Sampling, Segment, TorchEngine, int64, padded, prefill
+from expo_fast.inference import cpu_engine, cuda_engine
+from expo_fast.inference.engine import (
+    Engine,
+    Rows,
+    Sampling,
+    Segment,
+    TorchEngine,
+    int64,
+    padded,
+    prefill,
+)
+from expo_fast.inference.kv_pages import Pages, Table
+from expo_fast.inference.sampling import Truncation
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import common_prefix
 from expo_fast.op_backends import dispatch
-from expo_fast.sampling import Truncation
 
 MAX_SLOTS = 128  # rows decoded together; a CPU's bf16 GEMM gains little beyond
 CUDA_SLOTS = 256  # an H200 is bound by memory below some 200, where a weight read does 2 B FLOPs
@@ -62,7 +71,7 @@ class Generator:
     batch_invariant: tokens and log-probs of a request do not depend, to the bit, on its companions
     (where csrc runs they never do, for a number of threads; elsewhere every request runs alone,
     slower by about the batch size), and where csrc runs the log-probs are those that the ops
-    compute of `native_engine.exact_hidden`.
+    compute of `cpu_engine.exact_hidden`.
     backend: "native" (csrc), "triton" (CUDA graphs of our kernels; on a CPU, where
     TRITON_INTERPRET=1 was set before, in Triton's interpreter) or "torch"; None picks.
     """
@@ -114,10 +123,10 @@ class Generator:
 
     def engine(self) -> Engine:
         """What the next call runs on: it is chosen anew, for adapters and hooks come and go."""
-        fits = self.backend is None and native_engine.supports(self.model)
+        fits = self.backend is None and cpu_engine.supports(self.model)
         fits = fits and dispatch.compiles("engine")
         if fits or self.backend == "native":
-            return native_engine.NativeEngine(self.model, exact=self.batch_invariant)
+            return cpu_engine.NativeEngine(self.model, exact=self.batch_invariant)
         fits = self.backend is None and cuda_engine.supports(self.model)
         if fits or self.backend == "triton":
             if self._cuda is None or self._cuda.busy:  # with another stream, which keeps its own

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from expo_fast import weights
 from expo_fast.generate import Generator, Request
+from expo_fast.inference.cpu_engine import NativeEngine
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import (
     PROJECTIONS,
@@ -26,7 +27,6 @@ from expo_fast.modeling.lora import (
     switched_off,
 )
 from expo_fast.modeling.optimizer import Optimizer
-from expo_fast.native_engine import NativeEngine
 from expo_fast.ops import linear_logprob
 from expo_fast.weights import load_model, save_model
 from tiny import tiny_model, tiny_tokenizer, transformers_twin

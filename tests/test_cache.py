@@ -2,7 +2,7 @@
 
 import random
 
-from expo_fast.cache import Pages
+from expo_fast.inference.kv_pages import Pages
 
 
 def test_a_fork_shares_whole_pages_and_copies_the_one_begun():

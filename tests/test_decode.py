@@ -11,14 +11,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from expo_fast import cuda_engine, generate, sampling
-from expo_fast.cuda_engine import CudaEngine
+from expo_fast import generate
 from expo_fast.generate import Completion, Generator, Request
+from expo_fast.inference import cuda_engine, sampling
+from expo_fast.inference.cuda_engine import CudaEngine
+from expo_fast.inference.sampling import Truncation
 from expo_fast.kernels import blocks, decode, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.modeling.attention import causal_attention
 from expo_fast.modeling.decoder import RMSNorm, rotate
-from expo_fast.sampling import Truncation
 from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

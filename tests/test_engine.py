@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from distribution import allowed, assert_drawn_from
-from expo_fast.cache import Pages
-from expo_fast.engine import Sampling, Segment, TorchEngine, prefill
 from expo_fast.generate import Generator, Request, _Ends
-from expo_fast.native_engine import NativeEngine
+from expo_fast.inference.cpu_engine import NativeEngine
+from expo_fast.inference.engine import Sampling, Segment, TorchEngine, prefill
+from expo_fast.inference.kv_pages import Pages
+from expo_fast.inference.sampling import Truncation
 from expo_fast.op_backends import cpu
-from expo_fast.sampling import Truncation
 from expo_fast.weights import load_model
 from tiny import VARIANTS, tiny_model
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from expo_fast import generate, native_engine
-from expo_fast.engine import TorchEngine
+from expo_fast import generate
 from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion, Generator, Request
+from expo_fast.inference import cpu_engine
+from expo_fast.inference.cpu_engine import NativeEngine, exact_hidden
+from expo_fast.inference.engine import TorchEngine
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
-from expo_fast.native_engine import NativeEngine, exact_hidden
 from expo_fast.op_backends import cpu, dispatch
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
@@ -70,7 +71,7 @@ def test_log_probs_are_those_of_a_full_forward(kind: str, slots: int, backend: s
 def test_long_prompts_may_be_computed_in_pieces(prefill: int, backend: str, monkeypatch):
     asked = requests(6, SEVERAL_PAGES)
     whole = Generator(tiny_model(), backend=backend).sample(asked)
-    monkeypatch.setattr("expo_fast.engine.PREFILL", prefill)
+    monkeypatch.setattr("expo_fast.inference.engine.PREFILL", prefill)
     for a, b in zip(Generator(tiny_model(), backend=backend).sample(asked), whole, strict=True):
         torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-5)
 
@@ -245,7 +246,7 @@ def test_memory_is_returned_after_sampling_and_after_an_interruption(monkeypatch
                 raise KeyboardInterrupt
             return super().run(tokens)
 
-    monkeypatch.setattr(native_engine, "NativeEngine", Spy)
+    monkeypatch.setattr(cpu_engine, "NativeEngine", Spy)
     generator = Generator(model, backend="native")
     with pytest.raises(KeyboardInterrupt):
         generator.sample(asked)

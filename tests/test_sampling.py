@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distribution import allowed, assert_drawn_from
-from expo_fast.sampling import Truncation, draw, uniform
+from expo_fast.inference.sampling import Truncation, draw, uniform
 
 V, DRAWS = 700, 40_000  # more than two blocks of columns, and a ragged last one
 

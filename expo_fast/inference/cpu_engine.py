@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as anywhere
 
-from expo_fast.cache import Pages, Table
-from expo_fast.engine import Engine, Sampling, Segment, Tokens, prefill
+from expo_fast.inference.engine import Engine, Sampling, Segment, Tokens, prefill
+from expo_fast.inference.kv_pages import Pages, Table
+from expo_fast.inference.sampling import draw, uniform
 from expo_fast.modeling.decoder import MLP, Attention, Block, Body, Decoder, Exact, RMSNorm
 from expo_fast.op_backends import cpu
 from expo_fast.ops import linear_logprob
-from expo_fast.sampling import draw, uniform
 
 PLAIN = (Decoder, Body, Block, Attention, MLP, RMSNorm)
 PLAIN += (nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expo_fast.engine import PagedAttention, Rows, Tokens, TorchEngine
+from expo_fast.inference.cpu_engine import PLAIN, has_hooks
+from expo_fast.inference.engine import PagedAttention, Rows, Tokens, TorchEngine
+from expo_fast.inference.sampling import BLOCK, Truncation, draw_from_blocks, uniform
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import wide_product
 from expo_fast.modeling.attention import Layer, varlen_attention
 from expo_fast.modeling.decoder import Attend, Block, Decoder, RMSNorm
-from expo_fast.native_engine import PLAIN, has_hooks
-from expo_fast.sampling import BLOCK, Truncation, draw_from_blocks, uniform
 
 BUCKETS = (8, 16, 32, 64, 128, 256)  # rows; more are rounded up to a multiple of the last
 CUDA_PREFILL = 8192  # tokens of prompts computed together: some 25 ms of launches, if eager

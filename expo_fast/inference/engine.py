@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast.cache import Table
+from expo_fast.inference.kv_pages import Table
+from expo_fast.inference.sampling import Truncation, draw, uniform
 from expo_fast.kernels.products import wide_product, widened
 from expo_fast.modeling.attention import Layer, causal_attention
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.sampling import Truncation, draw, uniform
 
 PREFILL = 512  # tokens of prompts computed together
 COPIED = 16  # pages copied together, which are held twice meanwhile
