@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from expo_fast.config import REFERENCE_FREE, Train
+from expo_fast.data.problems import Problem, fingerprint
 from expo_fast.diagnose import Subject, mean
 from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
@@ -39,7 +40,6 @@ from expo_fast.ops import (
 from expo_fast.pairs import Pair, PairStore, pair_up
 from expo_fast.reward import grader_hash
 from expo_fast.rollout import Rollout, explained_metrics, said, sampled_metrics
-from expo_fast.tasks import Problem, fingerprint
 
 Objective = Dpo | Ipo | Hinge | SimPo | Cpo | Orpo | DpoPositive
 

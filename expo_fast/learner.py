@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from expo_fast.config import Train
+from expo_fast.data.problems import Problem
+from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.diagnose import Subject, diagnose, mean
 from expo_fast.explain import Score, ranking, score_tokens
 from expo_fast.generate import Generator
@@ -27,9 +29,7 @@ from expo_fast.modeling.lora import Twin, is_attached, sampling_twin, switched_o
 from expo_fast.modeling.optimizer import Optimizer, learning_rate
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import Cispo, Clipped, SequenceClipped, SoftAdaptive, linear_policy_loss
-from expo_fast.prompts import Prompter, request_seed
 from expo_fast.rollout import Reward, Sampler
-from expo_fast.tasks import Problem
 
 Metrics = dict[str, float | None]
 STATISTICS = ("loss", "kl", "clip_low", "clip_high", "nll")  # of `policy_backward`

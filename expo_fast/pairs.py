@@ -14,9 +14,9 @@ from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
+from expo_fast.data.problems import Problem
+from expo_fast.data.prompts import Prompter
 from expo_fast.log import replace_file
-from expo_fast.prompts import Prompter
-from expo_fast.tasks import Problem
 
 Ids = tuple[int, ...]
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from expo_fast.config import Train
+from expo_fast.data.problems import Problem, last_question
+from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.diagnose import mean
 from expo_fast.explain import Explanations, Ranking, Score, explain, keep_best, shuffled
 from expo_fast.fitness import leaks
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.log import Phases
 from expo_fast.ops import group_advantage
-from expo_fast.prompts import Prompter, request_seed
-from expo_fast.tasks import Problem, last_question
 
 Reward = Callable[[list[Problem], list[str], list[Completion]], list[float | None]]
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from expo_fast.answer import decide, tidy
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, from_toml, parse
 from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, REFERENCE_FREE, Train
+from expo_fast.data.answers import decide, tidy
+from expo_fast.data.problems import Problem, fingerprint, load_problems, overlap, worked_examples
+from expo_fast.data.prompts import Prompter, check_length, expert_text
 from expo_fast.dpo import Preference
 from expo_fast.evaluate import check_answers, evaluate
 from expo_fast.generate import Completion
@@ -25,12 +27,10 @@ from expo_fast.learner import Learner
 from expo_fast.log import RunLog, replace_file
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach, load_adapter, save_adapter
-from expo_fast.prompts import Prompter, check_length, expert_text
 from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
 from expo_fast.rollout import Reward
 from expo_fast.sft import Sft
 from expo_fast.storage import checkpoint
-from expo_fast.tasks import Problem, fingerprint, load_problems, overlap, worked_examples
 from expo_fast.weights import find_model, load_model, save_model
 
 MAX_BROKEN = 3  # steps in a row without finite logits or gradient: the run is past mending

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from expo_fast import arithmetic
+from expo_fast.data import arithmetic
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}

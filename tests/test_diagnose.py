@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from expo_fast.data.problems import Problem
+from expo_fast.data.prompts import Prompter
 from expo_fast.diagnose import Subject, diagnose
 from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
-from expo_fast.prompts import Prompter
-from expo_fast.tasks import Problem
 from tiny import tiny_model, tiny_tokenizer
 
 PROBLEM = Problem(id="a", prompt="3 + 4?", answer="7", solution="3 + 4 = 7.")

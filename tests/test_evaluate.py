@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from expo_fast import answer, evaluate, reward
+from expo_fast import evaluate, reward
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
+from expo_fast.data import answers
 from expo_fast.evaluate import Evaluation, Graded, interval, pass_at, vote_is_right
 from expo_fast.reward import grader_hash
 from expo_fast.weights import save_model

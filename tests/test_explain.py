@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from expo_fast.data.problems import Problem
+from expo_fast.data.prompts import Prompter
 from expo_fast.explain import (
     explain,
     keep_best,
@@ -16,9 +18,7 @@ from expo_fast.explain import (
 )
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.packing import Sample
-from expo_fast.prompts import Prompter
 from expo_fast.reward import score_answers
-from expo_fast.tasks import Problem
 from tiny import tiny_model, tiny_tokenizer
 
 ANSWER = "7319"

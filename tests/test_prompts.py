@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from expo_fast.data.problems import Problem
+from expo_fast.data.prompts import Prompter, expert_text, request_seed
 from expo_fast.generate import Completion
-from expo_fast.prompts import Prompter, expert_text, request_seed
-from expo_fast.tasks import Problem
 from tiny import tiny_tokenizer
 
 SHOT = Problem(id="s", prompt="2 and 3?", answer="5", solution="2 + 3 = 5.")

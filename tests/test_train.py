@@ -14,9 +14,9 @@ from expo_fast import evaluate, explain, train
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
+from expo_fast.data.problems import Problem
 from expo_fast.learner import Learner
 from expo_fast.storage import checkpoint
-from expo_fast.tasks import Problem
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 

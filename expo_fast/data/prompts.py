@@ -13,8 +13,8 @@ from textwrap import shorten
 from typing import Any
 
 from expo_fast.config import INSTRUCTION
+from expo_fast.data.problems import Problem
 from expo_fast.generate import Completion
-from expo_fast.tasks import Problem
 
 EXPLAIN = "{question} (The answer is {answer}.)"  # stands where the question does
 PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from expo_fast import arithmetic
+from expo_fast.data import arithmetic
 
 QUESTION_COLUMNS = ("prompt", "problem", "question")  # the first that a row has is its question
 # of all levels, or of one: builtin:arithmetic-2
