@@ -24,7 +24,6 @@ from expo_fast.diagnose import Subject, mean
 from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
 from expo_fast.learner import Learner, Metrics, summed
-from expo_fast.log import Phases
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import (
     Cpo,
@@ -38,6 +37,7 @@ from expo_fast.ops import (
     linear_preference_loss,
 )
 from expo_fast.pairs import Pair, PairStore, pair_up
+from expo_fast.reporting.run_log import Phases
 from expo_fast.reward import grader_hash
 from expo_fast.rollout import Rollout, explained_metrics, said, sampled_metrics
 

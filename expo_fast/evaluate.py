@@ -28,7 +28,7 @@ from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.explain import Score
 from expo_fast.fitness import leaks
 from expo_fast.generate import Generator, Request
-from expo_fast.log import output_file, replace_file
+from expo_fast.reporting.run_log import output_file, replace_file
 from expo_fast.reward import grader_hash, last_boxed, score_answers
 from expo_fast.weights import load_model
 

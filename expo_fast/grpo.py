@@ -23,8 +23,8 @@ from expo_fast.data.prompts import request_seed
 from expo_fast.diagnose import Subject
 from expo_fast.explain import Explanations, sft_samples
 from expo_fast.learner import Learner, Metrics, batch, mean_of
-from expo_fast.log import Phases
 from expo_fast.modeling.packing import Sample
+from expo_fast.reporting.run_log import Phases
 from expo_fast.rollout import Rollout, completion_rows, explained_metrics, sampled_metrics
 
 

@@ -23,12 +23,12 @@ from expo_fast.diagnose import Subject, diagnose, mean
 from expo_fast.explain import Score, ranking, score_tokens
 from expo_fast.generate import Generator
 from expo_fast.inference.cpu_engine import exact_hidden
-from expo_fast.log import Phases
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import Twin, is_attached, sampling_twin, switched_off
 from expo_fast.modeling.optimizer import Optimizer, learning_rate
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import Cispo, Clipped, SequenceClipped, SoftAdaptive, linear_policy_loss
+from expo_fast.reporting.run_log import Phases
 from expo_fast.rollout import Reward, Sampler
 
 Metrics = dict[str, float | None]

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from expo_fast import figures
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import from_flags
-from expo_fast.figures import Group, Panel, Row, Spread, number, numbers, spelt, spread
-from expo_fast.log import output_file, replace_file
+from expo_fast.reporting import drawing
+from expo_fast.reporting.drawing import Group, Panel, Row, Spread, number, numbers, spelt, spread
+from expo_fast.reporting.run_log import output_file, replace_file
 
 QUESTIONS = 2  # shown of a step
 KINDS = {"own": "own attempt", "explanation": "accepted explanation", "expert": "expert's solution"}
@@ -73,8 +73,8 @@ def main(argv: Sequence[str]) -> None:
     output = output_file(config.output)
     if len({Path(name).resolve() for name in config.run_dirs}) < len(config.run_dirs):
         raise ValueError(f"one run is given twice: {' '.join(config.run_dirs)}")
-    runs = [figures.load_run(name) for name in config.run_dirs]
-    page = render(figures.grouped(runs)).encode()
+    runs = [drawing.load_run(name) for name in config.run_dirs]
+    page = render(drawing.grouped(runs)).encode()
     try:
         replace_file(output, page)
     except OSError as error:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"report: {output}", flush=True)
 
 
-def escaped(value: Any, longest: int = figures.LONGEST) -> str:
+def escaped(value: Any, longest: int = drawing.LONGEST) -> str:
     """Text as HTML that shows it."""
     return html.escape(spelt(value, longest))
 
@@ -116,14 +116,14 @@ def render(groups: Sequence[Group]) -> str:
         remark(f"Runs: {n_runs}, configurations: {len(groups)}. {ABOUT}"),
         section("Configurations", overview(groups), unlike(groups)),
         section("Accuracy by level", levels(groups)),
-        section("Learning curves", figure("learning", figures.LEARNING, groups)),
+        section("Learning curves", figure("learning", drawing.LEARNING, groups)),
         section("The two properties of a good positive sample", *properties(groups)),
         section(
             "What updates the weights",
-            figure("updates", figures.UPDATES, groups),
+            figure("updates", drawing.UPDATES, groups),
             still(groups),
         ),
-        section("Preference pairs", figure("preferences", figures.PREFERENCES, groups)),
+        section("Preference pairs", figure("preferences", drawing.PREFERENCES, groups)),
         section("Seconds by phase", phases(groups)),
         section("Completions", *map(completions, groups)),
         section("Runs and their configurations", *map(record, groups)),
@@ -135,7 +135,7 @@ def overview(groups: Sequence[Group]) -> str:
     ks = sorted({1, *(k for g in groups for r in g.runs if (k := r.samples))})
     accuracy = {f"pass@{k}": ".3f" for k in ks} | {"majority": ".3f", "all_fail": ".0%"}
     accuracy = {k: f for k, f in accuracy.items() if any(change(g, k, f) for g in groups)}
-    fields = figures.differing(groups)
+    fields = drawing.differing(groups)
     head = ["configuration", *(["differs in"] if fields else []), "seeds", "steps"]
     head += [key.replace("_", " ") for key in accuracy]
     rows = []
@@ -212,7 +212,7 @@ def unlike(groups: Sequence[Group]) -> str:
     names = ("problems", "samples", "template", "grader")
     found = [n for n in names if len({repr(row[n]) for row in rows if n in row}) > 1]
     asked = ("eval_data", "eval_temperature", "levels", "shots", "system_prompt")
-    found += [n for n in figures.differing(groups) if n in asked]
+    found += [n for n in drawing.differing(groups) if n in asked]
     if not found:
         return ""
     return remark(f"<b>Not measured alike:</b> evaluations differ in {', '.join(found)}.")
@@ -242,13 +242,13 @@ def levels(groups: Sequence[Group]) -> str:
 
 def figure(name: str, panels: Sequence[Panel], groups: Sequence[Group]) -> str:
     """Those of the panels that have data, as SVG; empty where none has."""
-    drawn = [(p, found) for p in panels if (found := figures.curves(groups, p))]
+    drawn = [(p, found) for p in panels if (found := drawing.curves(groups, p))]
     names = [g.name for g in groups]
-    return f"<figure>{figures.draw(name, drawn, names)}</figure>" if drawn else ""
+    return f"<figure>{drawing.draw(name, drawn, names)}</figure>" if drawn else ""
 
 
 def properties(groups: Sequence[Group]) -> list[str]:
-    picture = figure("properties", figures.PROPERTIES, groups)
+    picture = figure("properties", drawing.PROPERTIES, groups)
     if not picture:
         return []
     about = (
@@ -300,7 +300,7 @@ def still(groups: Sequence[Group]) -> str:
     """What the logarithmic axis cannot show: steps in which a part gave no gradient."""
     said = []
     for g in groups:
-        for key, label in figures.UPDATES[0].metrics.items():
+        for key, label in drawing.UPDATES[0].metrics.items():
             norms = numbers(g.steps, key)
             if 0 in norms:
                 n = norms.count(0)
@@ -345,7 +345,7 @@ def completions(g: Group) -> str:
 def first_questions(file: Path) -> list[list[Row]]:
     """Their rows; questions with an explanation or another such sample come first."""
     found: dict[str, list[Row]] = {}
-    for row in figures.read_rows(file):
+    for row in drawing.read_rows(file):
         found.setdefault(repr(row.get("id")), []).append(row)
     mixed = sorted(found.values(), key=lambda rows: len({repr(r.get("kind")) for r in rows}) < 2)
     return mixed[:QUESTIONS]
@@ -370,7 +370,7 @@ def record(g: Group) -> str:
     seeds = [escaped(r.config.get("seed", "?"), 20) for r in g.runs]
     pairs = zip(g.runs, seeds, strict=True)
     folders = "".join(f"<li>{escaped(r.path)} (seed {seed})</li>" for r, seed in pairs)
-    lines = (f"{k} = {spelt(v)}" for k, v in g.runs[0].config.items() if k not in figures.SAME)
+    lines = (f"{k} = {spelt(v)}" for k, v in g.runs[0].config.items() if k not in drawing.SAME)
     fields = "\n".join(escaped(line) for line in lines)
     return f"<h3>{escaped(g.name)}</h3>\n<ul>{folders}</ul>\n<pre>{fields}</pre>"
 

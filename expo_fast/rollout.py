@@ -18,8 +18,8 @@ from expo_fast.diagnose import mean
 from expo_fast.explain import Explanations, Ranking, Score, explain, keep_best, shuffled
 from expo_fast.fitness import leaks
 from expo_fast.generate import Completion, Generator, Request
-from expo_fast.log import Phases
 from expo_fast.ops import group_advantage
+from expo_fast.reporting.run_log import Phases
 
 Reward = Callable[[list[Problem], list[str], list[Completion]], list[float | None]]
 

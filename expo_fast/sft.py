@@ -4,7 +4,7 @@ from typing import Any
 
 from expo_fast.explain import sft_samples
 from expo_fast.learner import Learner
-from expo_fast.log import Phases
+from expo_fast.reporting.run_log import Phases
 from expo_fast.rollout import said
 
 

@@ -24,9 +24,9 @@ from expo_fast.evaluate import check_answers, evaluate
 from expo_fast.generate import Completion
 from expo_fast.grpo import Grpo
 from expo_fast.learner import Learner
-from expo_fast.log import RunLog, replace_file
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach, load_adapter, save_adapter
+from expo_fast.reporting.run_log import RunLog, replace_file
 from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
 from expo_fast.rollout import Reward
 from expo_fast.sft import Sft

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from expo_fast.log import Phases, RunLog, replace_file
+from expo_fast.reporting.run_log import Phases, RunLog, replace_file
 
 
 class Terminal(io.StringIO):

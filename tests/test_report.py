@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from expo_fast import figures, report, train
+from expo_fast import report, train
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import dump_toml
 from expo_fast.config import Train
+from expo_fast.reporting import drawing
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
@@ -272,8 +273,8 @@ def test_sections_without_data_are_left_out(tmp_path: Path):
 def test_norms_of_zero_are_counted_where_a_logarithm_cannot_show_them(tmp_path: Path):
     rows = [{"grad_norm/policy": x, "grad_norm/exp_sft": 0.1} for x in (0.0, 0.01, 30.0, 0.0, None)]
     run = write_run(tmp_path / "a", rows=rows)
-    groups = figures.grouped([figures.load_run(run)])
-    policy, sft = figures.curves(groups, figures.UPDATES[0])
+    groups = drawing.grouped([drawing.load_run(run)])
+    policy, sft = drawing.curves(groups, drawing.UPDATES[0])
     assert (policy.steps, sft.steps) == ([2, 3], [1, 2, 3, 4, 5])
     page = page_of(tmp_path, run)
     assert "Steps with a norm of 0, not drawn: 1. expo-grpo: policy 2 of 4." in page.text
@@ -290,22 +291,22 @@ def test_seconds_by_phase_are_means_of_a_step_with_shares(tmp_path: Path):
 
 
 def test_curves_are_means_and_ranges_over_runs(tmp_path: Path):
-    def run(seed: int, *rewards: float | None, right: float = 0.5, steps: int = 2) -> figures.Run:
+    def run(seed: int, *rewards: float | None, right: float = 0.5, steps: int = 2) -> drawing.Run:
         at = [evaluation(0, right), evaluation(steps, right + 0.1)]
         path = write_run(
             tmp_path / str(seed), rows=[{"reward": r} for r in rewards], evaluations=at, seed=seed
         )
-        return figures.load_run(path)
+        return drawing.load_run(path)
 
-    held_out, training, _ = figures.LEARNING
-    groups = figures.grouped([run(0, 0.0, None, 1.0), run(1, 0.5, None, 0.0, right=0.3, steps=3)])
-    (reward,) = figures.curves(groups, training)
+    held_out, training, _ = drawing.LEARNING
+    groups = drawing.grouped([run(0, 0.0, None, 1.0), run(1, 0.5, None, 0.0, right=0.3, steps=3)])
+    (reward,) = drawing.curves(groups, training)
     assert (reward.metric, reward.steps, reward.middle) == ("reward", [1, 3], [0.25, 0.5])
     assert (reward.low, reward.high) == ([0.0, 0.0], [0.5, 1.0])
-    (both,) = figures.curves(groups, held_out)
+    (both,) = drawing.curves(groups, held_out)
     assert both.steps == [0, 2, 3]
     assert both.low == pytest.approx([0.3, 0.6, 0.4])  # of one run of two: no interval
-    (alone,) = figures.curves(figures.grouped([run(0, 1.0)]), held_out)
+    (alone,) = drawing.curves(drawing.grouped([run(0, 1.0)]), held_out)
     assert alone.low == pytest.approx([0.45, 0.55])
     assert alone.high == pytest.approx([0.57, 0.67])
 
@@ -318,21 +319,21 @@ def test_a_crowded_panel_is_drawn_for_each_configuration_and_shares_its_scale(tm
         write_run(tmp_path / str(n), rows=rows, learning_rate=n * 1e-6)
         for n, rows in enumerate(kinds, 1)
     ]
-    groups = figures.grouped([figures.load_run(path) for path in runs])
+    groups = drawing.grouped([drawing.load_run(path) for path in runs])
     names = [g.name for g in groups]
-    panels = [(panel, figures.curves(groups, panel)) for panel in figures.PROPERTIES]
+    panels = [(panel, drawing.curves(groups, panel)) for panel in drawing.PROPERTIES]
     nll, lift = panels
     assert [len(found) for _, found in panels] == [10, 8]
-    shown = figures.apart([(figures.LEARNING[0], lift[1]), *panels], names)
+    shown = drawing.apart([(drawing.LEARNING[0], lift[1]), *panels], names)
     assert [(p.alone, p.title, len(found)) for p, found in shown] == [
         *((n, p.title, 2 * (p is nll[0] or n != names[2])) for n in names for p, _ in panels),
-        ("", figures.LEARNING[0].title, 8),  # of one metric: colours tell its curves apart
+        ("", drawing.LEARNING[0].title, 8),  # of one metric: colours tell its curves apart
     ]
-    source = figures.draw("properties", panels, names)
+    source = drawing.draw("properties", panels, names)
     assert [source.count(f">{n}</text>") for n in names] == [2, 2, 1, 2, 2]
     assert source.count(">40</text>") == 4  # on the axes of those, too, whose lift is 1 or 2
-    few = [(panel, figures.curves(groups[:2], panel)) for panel in figures.PROPERTIES]
-    assert figures.apart(few, names[:2]) == few
+    few = [(panel, drawing.curves(groups[:2], panel)) for panel in drawing.PROPERTIES]
+    assert drawing.apart(few, names[:2]) == few
 
 
 def test_text_of_models_and_configs_stays_text(tmp_path: Path):

@@ -11,8 +11,18 @@ from typing import Any
 from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, Arm, Size, target, train_flags
 from expo_fast.cli.flags import parse
 from expo_fast.config import ADJUSTABLE, Train
-from expo_fast.figures import LEARNING, PROPERTIES, Group, Row, Run, curves, draw, load_run, numbers
-from expo_fast.log import replace_file
+from expo_fast.reporting.drawing import (
+    LEARNING,
+    PROPERTIES,
+    Group,
+    Row,
+    Run,
+    curves,
+    draw,
+    load_run,
+    numbers,
+)
+from expo_fast.reporting.run_log import replace_file
 
 KEPT = ("reward", "frac_all_fail", "exp/rate", "exp/nll", "expert/nll", "own/nll", "exp/lift")
 KEPT += ("exp/nll_over_expert", "exp/accepted", "exp/lift_stated", "exp/leak_rate")
