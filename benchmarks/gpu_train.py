@@ -20,16 +20,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_decode import MODELS, TINY, Sizes, random_model
+from expo_fast.algorithms.explanations import Explanations, keep_best
+from expo_fast.algorithms.grpo import Grpo
+from expo_fast.algorithms.rollout import Sampler
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, load_problems
 from expo_fast.data.prompts import Prompter
-from expo_fast.explain import Explanations, keep_best
 from expo_fast.generate import Completion, Request
-from expo_fast.grpo import Grpo
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
 from expo_fast.reward import score_answers
-from expo_fast.rollout import Sampler
 
 SHAPES = {"smollm2-135m": Sizes(30, 576, 1536, 9, 3, 49152), **MODELS}
 SHOWN = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")

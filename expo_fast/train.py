@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 
+from expo_fast.algorithms.dpo import Preference
+from expo_fast.algorithms.grpo import Grpo
+from expo_fast.algorithms.rollout import Reward
+from expo_fast.algorithms.sft import Sft
+from expo_fast.algorithms.trainer import Learner
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, from_toml, parse
 from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, REFERENCE_FREE, Train
 from expo_fast.data.answers import decide, tidy
 from expo_fast.data.problems import Problem, fingerprint, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, expert_text
-from expo_fast.dpo import Preference
 from expo_fast.evaluate import check_answers, evaluate
 from expo_fast.generate import Completion
-from expo_fast.grpo import Grpo
-from expo_fast.learner import Learner
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach, load_adapter, save_adapter
 from expo_fast.reporting.run_log import RunLog, replace_file
 from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
-from expo_fast.rollout import Reward
-from expo_fast.sft import Sft
 from expo_fast.storage import checkpoint
 from expo_fast.weights import find_model, load_model, save_model
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from expo_fast.algorithms.trainer import Learner
 from expo_fast.config import Train
 from expo_fast.generate import Generator, Request
-from expo_fast.learner import Learner
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import (

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from expo_fast.algorithms.diagnostics import Subject, diagnose
+from expo_fast.algorithms.explanations import score_tokens
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.diagnose import Subject, diagnose
-from expo_fast.explain import score_tokens
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample

@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expo_fast import train
+from expo_fast.algorithms.dpo import Preference, pair_samples, preference_objective
+from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
+from expo_fast.algorithms.rollout import Rollout
+from expo_fast.algorithms.trainer import Learner, summed
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.dpo import Preference, pair_samples, preference_objective
-from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
-from expo_fast.learner import Learner, summed
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import pack
-from expo_fast.pairs import Pair, PairStore, pair_up
-from expo_fast.rollout import Rollout
 from tiny import tiny_model, tiny_tokenizer
 
 T, BETA = 0.7, 0.3

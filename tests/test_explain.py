@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from expo_fast.data.problems import Problem
-from expo_fast.data.prompts import Prompter
-from expo_fast.explain import (
+from expo_fast.algorithms.explanations import (
     explain,
     keep_best,
     ranking,
@@ -16,6 +14,8 @@ from expo_fast.explain import (
     sft_samples,
     shuffled,
 )
+from expo_fast.data.problems import Problem
+from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.packing import Sample
 from expo_fast.reward import score_answers

@@ -2,7 +2,7 @@
 
 import pytest
 
-from expo_fast.fitness import (
+from expo_fast.algorithms.explanation_filter import (
     answer_first,
     before_claim,
     copied,

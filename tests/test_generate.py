@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expo_fast import generate
-from expo_fast.explain import score_tokens
+from expo_fast.algorithms.explanations import score_tokens
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.inference import cpu_engine
 from expo_fast.inference.cpu_engine import NativeEngine, exact_hidden

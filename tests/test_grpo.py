@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from expo_fast.algorithms.explanations import Explanations, sft_samples
+from expo_fast.algorithms.grpo import Grpo, exp_sft_coef, parts, policy_samples
+from expo_fast.algorithms.rollout import Rollout, explained_metrics, overlong
+from expo_fast.algorithms.rollout import sampled_metrics as measure
+from expo_fast.algorithms.trainer import Learner, batch
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
-from expo_fast.explain import Explanations, sft_samples
 from expo_fast.generate import Completion
-from expo_fast.grpo import Grpo, exp_sft_coef, parts, policy_samples
-from expo_fast.learner import Learner, batch
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import group_advantage
 from expo_fast.reporting.run_log import Phases
-from expo_fast.rollout import Rollout, explained_metrics, overlong
-from expo_fast.rollout import sampled_metrics as measure
 from tiny import tiny_model
 
 P, G, L_MAX = 3, 4, 12

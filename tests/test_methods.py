@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from expo_fast import train
+from expo_fast.algorithms.explanations import sft_samples
+from expo_fast.algorithms.sft import Sft
+from expo_fast.algorithms.trainer import Learner
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import parse, presets
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.explain import sft_samples
-from expo_fast.learner import Learner
-from expo_fast.sft import Sft
 from expo_fast.weights import load_model, save_model
 from tiny import tiny_model, tiny_tokenizer
 

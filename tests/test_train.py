@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from expo_fast import evaluate, explain, train
+from expo_fast import evaluate, train
+from expo_fast.algorithms import explanations
+from expo_fast.algorithms.trainer import Learner
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
-from expo_fast.learner import Learner
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -130,7 +131,7 @@ def test_kept_explanations_survive_a_resume(
         return [1.0] * len(texts)
 
     monkeypatch.setattr(train, "score_answers", right)
-    monkeypatch.setattr(explain, "is_unfit", lambda text, problem: False)
+    monkeypatch.setattr(explanations, "is_unfit", lambda text, problem: False)
     model = tmp_path / "model"  # ends half of its completions by itself
     save_model(tiny_model(eos_token_id=list(range(1, 70))), tiny_tokenizer(), model)
     changes = {"method": "expo-grpo", "model": model, "schedule": "constant"}

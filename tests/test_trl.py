@@ -17,8 +17,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from expo_fast.algorithms.dpo import preference_objective
 from expo_fast.config import Train
-from expo_fast.dpo import preference_objective
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, pack
 from expo_fast.ops import Cpo, Dpo, Hinge, Orpo, SimPo, linear_logprob, linear_preference_loss

@@ -11,10 +11,10 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from expo_fast.algorithms.explanation_filter import miscalculates
+from expo_fast.algorithms.explanations import explain, ranking, score_tokens
 from expo_fast.data.problems import Problem, load_problems, worked_examples
 from expo_fast.data.prompts import Prompter, request_seed
-from expo_fast.explain import explain, ranking, score_tokens
-from expo_fast.fitness import miscalculates
 from expo_fast.generate import Generator, Request
 from expo_fast.reward import score_answers
 from expo_fast.weights import load_model

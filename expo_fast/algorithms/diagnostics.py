@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from expo_fast.algorithms.explanations import ScoreTokens, answer_behind
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.explain import ScoreTokens, answer_behind
 from expo_fast.generate import Completion
 from expo_fast.modeling.packing import Sample
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, boxed
-from expo_fast.fitness import before_claim, is_unfit, leaks, masked, stated
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, forward

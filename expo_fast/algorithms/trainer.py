@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expo_fast.algorithms.diagnostics import Subject, diagnose, mean
+from expo_fast.algorithms.explanations import Score, ranking, score_tokens
+from expo_fast.algorithms.rollout import Reward, Sampler
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, request_seed
-from expo_fast.diagnose import Subject, diagnose, mean
-from expo_fast.explain import Score, ranking, score_tokens
 from expo_fast.generate import Generator
 from expo_fast.inference.cpu_engine import exact_hidden
 from expo_fast.modeling.decoder import Decoder
@@ -29,7 +30,6 @@ from expo_fast.modeling.optimizer import Optimizer, learning_rate
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import Cispo, Clipped, SequenceClipped, SoftAdaptive, linear_policy_loss
 from expo_fast.reporting.run_log import Phases
-from expo_fast.rollout import Reward, Sampler
 
 Metrics = dict[str, float | None]
 STATISTICS = ("loss", "kl", "clip_low", "clip_high", "nll")  # of `policy_backward`

@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 
+from expo_fast.algorithms.diagnostics import mean
+from expo_fast.algorithms.explanation_filter import leaks
+from expo_fast.algorithms.explanations import (
+    Explanations,
+    Ranking,
+    Score,
+    explain,
+    keep_best,
+    shuffled,
+)
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
-from expo_fast.diagnose import mean
-from expo_fast.explain import Explanations, Ranking, Score, explain, keep_best, shuffled
-from expo_fast.fitness import leaks
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.ops import group_advantage
 from expo_fast.reporting.run_log import Phases

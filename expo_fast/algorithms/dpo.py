@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
+from expo_fast.algorithms.diagnostics import Subject, mean
+from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
+from expo_fast.algorithms.rollout import Rollout, explained_metrics, said, sampled_metrics
+from expo_fast.algorithms.trainer import Learner, Metrics, summed
 from expo_fast.config import REFERENCE_FREE, Train
 from expo_fast.data.problems import Problem, fingerprint
-from expo_fast.diagnose import Subject, mean
-from expo_fast.explain import Explanations
 from expo_fast.generate import Completion
-from expo_fast.learner import Learner, Metrics, summed
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import (
     Cpo,
@@ -36,10 +38,8 @@ from expo_fast.ops import (
     SimPo,
     linear_preference_loss,
 )
-from expo_fast.pairs import Pair, PairStore, pair_up
 from expo_fast.reporting.run_log import Phases
 from expo_fast.reward import grader_hash
-from expo_fast.rollout import Rollout, explained_metrics, said, sampled_metrics
 
 Objective = Dpo | Ipo | Hinge | SimPo | Cpo | Orpo | DpoPositive
 

@@ -18,14 +18,19 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from expo_fast.algorithms.diagnostics import Subject
+from expo_fast.algorithms.explanations import Explanations, sft_samples
+from expo_fast.algorithms.rollout import (
+    Rollout,
+    completion_rows,
+    explained_metrics,
+    sampled_metrics,
+)
+from expo_fast.algorithms.trainer import Learner, Metrics, batch, mean_of
 from expo_fast.config import Train
 from expo_fast.data.prompts import request_seed
-from expo_fast.diagnose import Subject
-from expo_fast.explain import Explanations, sft_samples
-from expo_fast.learner import Learner, Metrics, batch, mean_of
 from expo_fast.modeling.packing import Sample
 from expo_fast.reporting.run_log import Phases
-from expo_fast.rollout import Rollout, completion_rows, explained_metrics, sampled_metrics
 
 
 class Grpo(Learner):

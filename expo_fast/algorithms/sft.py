@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from expo_fast.explain import sft_samples
-from expo_fast.learner import Learner
+from expo_fast.algorithms.explanations import sft_samples
+from expo_fast.algorithms.rollout import said
+from expo_fast.algorithms.trainer import Learner
 from expo_fast.reporting.run_log import Phases
-from expo_fast.rollout import said
 
 
 class Sft(Learner):
