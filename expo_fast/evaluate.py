@@ -24,7 +24,7 @@ from expo_fast.algorithms.explanations import Score
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
-from expo_fast.data.answers import decide, tidy
+from expo_fast.data.answer_grading import decide, tidy
 from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request

@@ -22,9 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from expo_fast.data import answers
-from expo_fast.data.answers import last_boxed
-from expo_fast.data.answers import last_boxed_span as last_boxed_span
+from expo_fast.data import answer_grading
+from expo_fast.data.answer_grading import last_boxed
+from expo_fast.data.answer_grading import last_boxed_span as last_boxed_span
 
 JOBS_PER_WORKER = 500  # then a fresh process: sympy's caches grow, and nothing planted in one lasts
 START_LIMIT_S = 120.0  # it takes 1 s warm; this is for a cold network disk on a busy machine
@@ -42,7 +42,7 @@ class Worker:
             # -P keeps this package's folder, full of short module names, off the program's path;
             # a session of its own keeps Ctrl-C away
             self.process = subprocess.Popen(
-                [sys.executable, "-P", answers.__file__, *map(str, arguments)],
+                [sys.executable, "-P", answer_grading.__file__, *map(str, arguments)],
                 pass_fds=[theirs.fileno()],
                 env={
                     **os.environ,
@@ -136,7 +136,7 @@ class Verifier:
             raise ValueError(f"{len(answers)} answers for {len(completions)} completions")
         pairs = [tidy_pair(a, c) for a, c in zip(answers, completions, strict=True)]
         # A group often repeats itself: each different pair is judged once.
-        verdicts = {pair: answers.decide(*pair) for pair in pairs}
+        verdicts = {pair: answer_grading.decide(*pair) for pair in pairs}
         hard = [pair for pair, verdict in verdicts.items() if verdict is None and pair[0]]
         with self._lock:
             verdicts |= self._judge(hard, timeout_s)
@@ -198,8 +198,8 @@ class Verifier:
 def tidy_pair(reference: str, completion: str) -> Pair:
     """What is to be compared; an empty string where there is no usable reference, or no box."""
     gold = last_boxed(reference) or reference
-    gold = "" if len(gold) > answers.MAX_CHARS else answers.tidy(gold)
-    return gold, answers.tidy(last_boxed(completion) or "")
+    gold = "" if len(gold) > answer_grading.MAX_CHARS else answer_grading.tidy(gold)
+    return gold, answer_grading.tidy(last_boxed(completion) or "")
 
 
 @cache
@@ -227,7 +227,7 @@ def score_answers(
 def grader_hash() -> str:
     """Of what decides `score_answers`: results with equal hashes were graded alike."""
     digest = hashlib.sha256()
-    for source in (__file__, answers.__file__):
+    for source in (__file__, answer_grading.__file__):
         digest.update(Path(source).read_bytes())
     with suppress(PackageNotFoundError):  # then only answers that need it fail
         digest.update(version("math-verify").encode())

@@ -21,7 +21,7 @@ from expo_fast.algorithms.trainer import Learner
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, from_toml, parse
 from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, REFERENCE_FREE, Train
-from expo_fast.data.answers import decide, tidy
+from expo_fast.data.answer_grading import decide, tidy
 from expo_fast.data.problems import Problem, fingerprint, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, expert_text
 from expo_fast.evaluate import check_answers, evaluate

@@ -291,7 +291,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "expo_fast":
-            op = next(x for x in vars(library).values() if getattr(x, "_opoverload", 0) is func)
+            op = next(x for x in vars(custom_ops).values() if getattr(x, "_opoverload", 0) is func)
             with self:
                 return op._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))

@@ -474,9 +474,9 @@ def test_batches_of_any_size_share_a_graph(name):
 
 def opcheck(monkeypatch, name: str, which: Sequence[str], call: Callable[[], Any]) -> None:
     """What torch.library's own checks find, on the arguments that a call gives the op."""
-    op, seen = getattr(library, name), []
+    op, seen = getattr(custom_ops, name), []
     with monkeypatch.context() as patch:
-        patch.setattr(library, name, lambda *given: seen.append(given) or op(*given))
+        patch.setattr(custom_ops, name, lambda *given: seen.append(given) or op(*given))
         call()
     torch.library.opcheck(op, seen[0], test_utils=which)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from expo_fast import reward
-from expo_fast.data import answers
+from expo_fast.data import answer_grading
 from expo_fast.reward import Verifier, call_reward, load_reward
 from expo_fast.reward import score_answers as score
 
@@ -121,15 +121,15 @@ def test_equal_pairs_are_judged_once():
 
 def test_the_start_of_a_worker_is_off_the_clock(monkeypatch, tmp_path):
     slow = tmp_path / "slow.py"
-    slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(answers.__file__).read_text()}")
-    monkeypatch.setattr(answers, "__file__", str(slow))
+    slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(answer_grading.__file__).read_text()}")
+    monkeypatch.setattr(answer_grading, "__file__", str(slow))
     with Verifier(workers=1, timeout_s=1.0) as pool:
         assert pool.score(["x+1"], [box("1+x")]) == [1.0]
 
 
 def test_a_checker_that_cannot_start_is_an_error_and_no_verdict(monkeypatch, tmp_path):
-    program, broken = Path(answers.__file__).read_text(), tmp_path / "broken.py"
-    monkeypatch.setattr(answers, "__file__", str(broken))
+    program, broken = Path(answer_grading.__file__).read_text(), tmp_path / "broken.py"
+    monkeypatch.setattr(answer_grading, "__file__", str(broken))
     broken.write_text(program.replace("from math_verify import", "from math_verify_absent import"))
     with (
         Verifier() as pool,

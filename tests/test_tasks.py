@@ -373,7 +373,10 @@ def test_longer_load_begins_with_the_shorter():
 
 
 def test_same_problems_in_another_process():
-    code = "from expo_fast.data.problems import *; print(fingerprint(load_problems('builtin:arithmetic')))"
+    code = (
+        "from expo_fast.data.problems import *;"
+        "print(fingerprint(load_problems('builtin:arithmetic')))"
+    )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == fingerprint(load_problems("builtin:arithmetic")), done.stderr

@@ -20,7 +20,7 @@ from expo_fast.op_backends import dispatch, triton_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = Needs(True, True, True)
-KERNELS = {"fused": fused, "rowwise": rowwise.ROWWISE}
+KERNELS = {"fused": triton_fused, "rowwise": rowwise.ROWWISE}
 
 
 @pytest.fixture(params=KERNELS)
@@ -133,7 +133,7 @@ def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, c
     for given in (upstream, upstream[:1]):
         whole = torch.cat([given, torch.zeros(3 - len(given), 300, device=DEVICE)])
         truth = by_definition(head, whole, torch.float64)
-        for t, o in zip(truth[3:], by_kernels(fused, head, given)[3:], strict=True):
+        for t, o in zip(truth[3:], by_kernels(triton_fused, head, given)[3:], strict=True):
             assert off(o, t) < 8e-3
             assert (o[100:200] == 0).all() or len(o) != 300
 
@@ -174,7 +174,7 @@ def test_equal_calls_give_equal_bits(kernels):
 
 
 def test_odd_depths_and_strides_take_the_row_kernels():
-    kinds = {16: fused, 12: rowwise.ROWWISE}
+    kinds = {16: triton_fused, 12: rowwise.ROWWISE}
     for d, expected in kinds.items():
         assert dispatch.choose("triton", make_head(3, d, 9)) is expected
     assert dispatch.choose("triton", make_head(3, 16, 9, torch.float32)) is rowwise.ROWWISE

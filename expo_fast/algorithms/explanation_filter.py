@@ -7,7 +7,7 @@ does not start from it, reaches it before it boxes it, and calculates right on t
 import re
 from fractions import Fraction
 
-from expo_fast.data.answers import plain_number, same_number, tidy
+from expo_fast.data.answer_grading import plain_number, same_number, tidy
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.reward import last_boxed_span
 

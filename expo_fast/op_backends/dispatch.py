@@ -44,7 +44,7 @@ def choose(name: str | None, head: Head) -> Kernels:
             f" {hidden.device} with {weight.dtype} weights on {weight.device}"
         )
     if name == "native" or (name is None and runs("native", head) and compiles()):
-        return native
+        return cpu
     if name == "triton" or (name is None and head.hidden.is_cuda and runs("triton", head)):
         return _triton_kernels(head)
     return PLAIN
@@ -85,7 +85,7 @@ def _triton_kernels(head: Head) -> Kernels:
     from expo_fast.kernels import logprob, rowwise
     from expo_fast.op_backends import triton_fused
 
-    return fused if logprob.supports(head) else rowwise.ROWWISE
+    return triton_fused if logprob.supports(head) else rowwise.ROWWISE
 
 
 @cache
