@@ -33,7 +33,7 @@ from benchmarks.decode import ceilings as decode_ceilings
 from benchmarks.measure import brief, gemm_rate, measure, reason
 from benchmarks.parts import parts
 from benchmarks.summary import machine, ms, show
-from expo_fast.reporting.run_log import replace_file
+from expo_fast.storage.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_device.py", "test_ops*.py", "test_triton*.py", "test_decode.py", "test_pitfalls.py")

@@ -28,8 +28,8 @@ from expo_fast.data.answer_grading import decide, tidy
 from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
-from expo_fast.reporting.run_log import output_file, replace_file
 from expo_fast.reward import grader_hash, last_boxed, score_answers
+from expo_fast.storage.files import output_file, replace_file
 from expo_fast.weights import load_model
 
 RESAMPLES = 1000  # of the bootstrap

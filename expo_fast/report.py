@@ -18,7 +18,7 @@ from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import from_flags
 from expo_fast.reporting import drawing
 from expo_fast.reporting.drawing import Group, Panel, Row, Spread, number, numbers, spelt, spread
-from expo_fast.reporting.run_log import output_file, replace_file
+from expo_fast.storage.files import output_file, replace_file
 
 QUESTIONS = 2  # shown of a step
 KINDS = {"own": "own attempt", "explanation": "accepted explanation", "expert": "expert's solution"}

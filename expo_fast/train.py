@@ -28,9 +28,10 @@ from expo_fast.evaluate import check_answers, evaluate
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach, load_adapter, save_adapter
-from expo_fast.reporting.run_log import RunLog, replace_file
+from expo_fast.reporting.run_log import RunLog
 from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
 from expo_fast.storage import checkpoint
+from expo_fast.storage.files import replace_file
 from expo_fast.weights import find_model, load_model, save_model
 
 MAX_BROKEN = 3  # steps in a row without finite logits or gradient: the run is past mending

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.decoder import Decoder, check_config
 from expo_fast.modeling.lora import Adapter, holds_adapter, is_attached, merge, read_adapter
-from expo_fast.storage.gguf import read_gguf, reading
+from expo_fast.storage.files import cache_folder, reading
+from expo_fast.storage.gguf import read_gguf
 from expo_fast.storage.hf_files import (
     INDEX,
     SINGLE,
@@ -67,7 +67,9 @@ def load_model(
     if path.suffix == ".gguf":
         config, stored, tokenizer = read_gguf(path)
     else:
-        config, stored, tokenizer = read_config(path), read_tensors(path), read_tokenizer(path)
+        config = read_config(path, check_config)
+        stored = read_tensors(path)
+        tokenizer = read_tokenizer(path)
     model = _build(config, stored, path, dtype=dtype, device=device, checkpointing=checkpointing)
     for adapter in adapters:
         merge(model, adapter)
@@ -256,10 +258,7 @@ def _hub_answers() -> bool:
 
 
 def _wheel_folder() -> Path:
-    cache = os.environ.get("EXPO_FAST_CACHE")
-    if not cache:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expo_fast"
-    return Path(cache) / f"{DEFAULT_MODEL}-{DEFAULT_WHEEL_SHA256[:8]}-{CACHE_VERSION}"
+    return cache_folder() / f"{DEFAULT_MODEL}-{DEFAULT_WHEEL_SHA256[:8]}-{CACHE_VERSION}"
 
 
 def _unpack_wheel(folder: Path) -> None:

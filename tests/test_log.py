@@ -11,7 +11,8 @@ import warnings
 import pytest
 import torch
 
-from expo_fast.reporting.run_log import Phases, RunLog, replace_file
+from expo_fast.reporting.run_log import Phases, RunLog
+from expo_fast.storage.files import replace_file
 
 
 class Terminal(io.StringIO):

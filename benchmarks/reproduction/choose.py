@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.reproduction.arms import Size, as_flags
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, load_problems
-from expo_fast.reporting.run_log import replace_file
 from expo_fast.reward import grader_hash
+from expo_fast.storage.files import replace_file
 
 SEED = 1000  # of the samples that select: no run's
 SAMPLED = ("temperature", "shots", "max-completion-length")  # as in training

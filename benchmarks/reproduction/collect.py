@@ -22,7 +22,7 @@ from expo_fast.reporting.drawing import (
     load_run,
     numbers,
 )
-from expo_fast.reporting.run_log import replace_file
+from expo_fast.storage.files import replace_file
 
 KEPT = ("reward", "frac_all_fail", "exp/rate", "exp/nll", "expert/nll", "own/nll", "exp/lift")
 KEPT += ("exp/nll_over_expert", "exp/accepted", "exp/lift_stated", "exp/leak_rate")

@@ -16,7 +16,7 @@ from typing import Any
 
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.reporting.run_log import replace_file
+from expo_fast.storage.files import replace_file
 
 Ids = tuple[int, ...]
 

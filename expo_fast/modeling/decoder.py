@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expo_fast.modeling.attention import Layer, PackedAttention
-from expo_fast.storage.gguf import reading
+from expo_fast.storage.files import reading
 
 Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `hidden`
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]  # q, k, v (N, heads, Dh) -> (N, H, Dh)
@@ -55,15 +55,10 @@ class Shape:
 
 def read_shape(config: Any) -> Shape:
     """Shape of a transformers config; ValueError where it is none of ours, or makes no sense."""
+    check_config(vars(config) | {"model_type": config.model_type})
     kind = config.model_type
-    if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"model_type {kind!r} is not supported: expo_fast runs {', '.join(ARCHITECTURES)} "
-            "(SmolLM2 counts as llama)"
-        )
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, need 'silu'")
-    check_sizes(vars(config))
     n_layers, heads = config.num_hidden_layers, config.num_attention_heads
     bias = kind in ATTENTION_BIAS and config.attention_bias
     rope = getattr(config, "no_rope_layers", None) if kind == "smollm3" else None
@@ -88,10 +83,19 @@ def read_shape(config: Any) -> Shape:
     return shape
 
 
-def check_sizes(config: Mapping[str, Any]) -> None:
-    """ValueError where a size that the config states is no positive integer."""
+def check_config(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unsupported architecture, or a size that is no positive integer.
+
+    values: the fields of a Hugging Face config, as config.json or a transformers config has them.
+    """
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"model_type {kind!r} is not supported, expo_fast runs {', '.join(ARCHITECTURES)} "
+            "(SmolLM2 counts as llama)"
+        )
     for key in SIZES:
-        size = config.get(key)  # None: whether there is a default is up to transformers
+        size = values.get(key)  # None: transformers decides whether there is a default
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"{key} is {size!r}, need a positive integer")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.storage.gguf import reading
+from expo_fast.storage.files import reading
 from expo_fast.storage.hf_files import INDEX, PT, SINGLE, read_json, tensors_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

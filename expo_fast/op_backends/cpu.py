@@ -1,7 +1,7 @@
 """The CPU kernels of csrc/: compiled on first use, then called with torch's own memory.
 
 They need a C++ compiler and nothing else. One library per source, torch version and instruction set
-is kept in $XDG_CACHE_HOME/expo_fast/native (~/.cache). EXPO_FAST_ISA names a set of FLAGS other
+is kept in the folder `native` of `cache_folder()`. EXPO_FAST_ISA names a set of FLAGS other
 than the best.
 """
 
@@ -34,6 +34,7 @@ from expo_fast.kernels.head import (
     of_live_rows,
     slopes_about_lse,
 )
+from expo_fast.storage.files import cache_folder
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
@@ -211,8 +212,7 @@ def library(name: str, part: str = "ops") -> ctypes.CDLL:
     key = hashlib.sha256(b"\0".join(path.read_bytes() for path in files))
     key.update(f"{torch.__version__} {command}".encode())
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = home / "expo_fast" / "native" / f"{part}-{name}-{key.hexdigest()[:16]}.so"
+        path = cache_folder() / "native" / f"{part}-{name}-{key.hexdigest()[:16]}.so"
         return _load([*map(str, sources), *command], path)
     except (OSError, RuntimeError) as error:  # no home, no right to write, no right to run
         raise Unavailable(f"the CPU kernels cannot be had: {error}") from error

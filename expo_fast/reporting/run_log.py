@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from expo_fast.storage.files import replace_file
+
 Row = Mapping[str, Any]
 LIVE = {  # label of the panel: metrics shown there, as far as the row has them
     "reward": ("reward", "reward_std", "frac_reward_zero_std"),
@@ -341,26 +343,6 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
             yield json.loads(line)["step"], line + b"\n"
         except (ValueError, LookupError, TypeError):
             continue  # torn by a kill: truncate_to drops it
-
-
-def output_file(name: str) -> Path:
-    """Refuse, before any work, what cannot become a file: a folder, or a device like /dev/null."""
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {name!r}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--output {name!r} is there and no file: name a file")
-    return path
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write the file so that a kill leaves the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _is_number(value: Any) -> bool:

@@ -7,13 +7,13 @@ a cut), and it gives Qwen's and Llama 3's vocabularies no normalizer and no `ign
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from expo_fast.storage.files import reading
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -42,16 +42,6 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-@contextmanager
-def reading(what: str | Path) -> Iterator[None]:
-    """Around a library's call, which may raise anything and name no file: ValueError, one line."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what}: {kind}{shorten(str(error), 300)}") from error
 
 
 def read_gguf(path: Path) -> tuple[Any, Iterator[tuple[str, Tensor, Path]], Any]:

@@ -4,14 +4,13 @@ What is damaged, or none of ours, is refused in one sentence that names the file
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from expo_fast.modeling.decoder import ARCHITECTURES, check_sizes
-from expo_fast.storage.gguf import reading
+from expo_fast.storage.files import reading
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -20,23 +19,22 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, check: Callable[[dict[str, Any]], None]) -> Any:
+    """Return the transformers config of a model folder.
+
+    check: raises ValueError for values of config.json that the caller does not support. It is
+    called before transformers, which may not know the architecture either.
+    """
     from transformers import AutoConfig
 
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
     values = read_json(file)
-    kind = values.get("model_type")
-    if kind not in ARCHITECTURES:  # transformers may not even know it
-        raise ValueError(
-            f"{file}: model_type {kind!r} is not supported, expo_fast runs "
-            f"{', '.join(ARCHITECTURES)} (SmolLM2 counts as llama)"
-        )
-    if "quantization_config" in values:
-        raise ValueError(f"{file}: quantized weights are not supported, load the original model")
     with reading(file):
-        check_sizes(values)
+        check(values)
+        if "quantization_config" in values:
+            raise ValueError("quantized weights are not supported, load the original model")
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
