@@ -9,38 +9,28 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-# what may differ between a run and its resume
-ADJUSTABLE = ("output_dir", "resume", "dry_run", "steps", "eval_every", "checkpoint_every")
-ADJUSTABLE += ("keep_checkpoints", "diagnose")
+from expo_fast.methods import METHODS, OPTIONS, MethodSpec, methods_that_read
 
-Method = Literal["expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo", "dpo", "sft"]
-GROUPS = ("expo-grpo", "grpo", "expert-grpo", "star")  # the methods of grpo.py
-PAIRS = ("expo-dpo", "expert-dpo", "dpo")  # of dpo.py
-EXPLAINING = ("expo-grpo", "star", "expo-dpo")
-REFERENCE_FREE = ("simpo", "cpo", "orpo")  # preferences
-POLICY = ("expo-grpo", "grpo", "expert-grpo")  # those with a policy-gradient term
-SUPERVISED = ("expo-grpo", "expert-grpo", "star")  # those with an SFT term beside it, or alone
-SAMPLING = (*GROUPS, "expo-dpo", "expert-dpo")  # those that train on what the model says
-# options that only some methods read: set for another, they would be ignored without a word
-READERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("top_p", "top_k", "min_p", "reward", "right_above"), SAMPLING),
-    **dict.fromkeys(("num_generations", "generation_budget", "mask_truncated"), SAMPLING),
-    "dynamic_sampling": ("grpo",),  # it replaces the very questions that the others learn from
-    **dict.fromkeys(("kl_coef", "entropy_coef", "objective", "loss", "advantage_scale"), POLICY),
-    **dict.fromkeys(("clip_low", "clip_high", "overlong_buffer"), POLICY),
-    "updates_per_batch": GROUPS,
-    **dict.fromkeys(("exp_sft_coef", "exp_sft_schedule", "exp_sft_max_accuracy"), SUPERVISED),
-    "exp_sft_reduction": (*SUPERVISED, "sft"),
-    **dict.fromkeys(("explanations_per_question", "keep_explanations"), EXPLAINING),
-    **dict.fromkeys(("choose_explanations", "shuffle_explanations"), EXPLAINING),
-    **dict.fromkeys(("explain_temperature", "append_answer"), EXPLAINING),
-    "explain_every": ("expo-grpo", "star"),  # expo-dpo has pairs_every
-    **dict.fromkeys(("pairs_every", "refresh_reference"), ("expo-dpo", "expert-dpo")),
-    "pairs_per_question": ("expo-dpo", "expert-dpo"),
-    **dict.fromkeys(("preference", "dpo_beta", "label_smoothing"), PAIRS),
-}
+# Options that may differ between a run and its resume.
+ADJUSTABLE = (
+    "output_dir",
+    "resume",
+    "dry_run",
+    "steps",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "diagnose",
+)
+REFERENCE_FREE = ("simpo", "cpo", "orpo")  # preference losses without a reference model
+
+if TYPE_CHECKING:
+    Method = str
+else:  # the choices of --method
+    Method = Literal[tuple(METHODS)]
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -208,100 +198,157 @@ class Train(Prompting):
 
     def __post_init__(self):
         super().__post_init__()
-        positive = ("steps", "prompts_per_step", "updates_per_batch", "pack_tokens", "eval_limit")
-        positive += ("eval_samples", "keep_checkpoints", "explanations_per_question", "top_p")
-        positive += ("learning_rate", "temperature", "eps", "max_grad_norm", "clip_low")
-        positive += ("pairs_per_question", "dpo_beta", "lora_alpha")
-        for name in (*positive, "clip_high"):
+        for name in MORE_THAN_0:
             _require(self, name, getattr(self, name) > 0, "more than 0")
-        natural = ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "diagnose")
-        natural += ("generation_budget", "dynamic_sampling", "overlong_buffer", "pairs_every")
-        natural += ("label_smoothing", "exp_sft_max_accuracy", "lora_rank")
-        natural += ("explain_every", "keep_explanations", "warmup_steps", "weight_decay")
-        for name in (*natural, "top_k", "min_p", "explain_temperature", "eval_temperature"):
+        for name in AT_LEAST_0:
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy"):
+        for name in AT_MOST_1:
             _require(self, name, getattr(self, name) <= 1, "at most 1")
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "each at least 0 and below 1")
         _require(self, "output_dir", self.output_dir != "", "a folder, or to be left out")
         _require(self, "resume", self.resume != "", "auto, never or a checkpoint's folder")
-        self._check_method()
-
-    def _check_method(self) -> None:
-        least = 2 if self.method in GROUPS else 1  # a group of one has no baseline
-        _require(self, "num_generations", self.num_generations >= least, f"at least {least}")
-        _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
-        short = self.overlong_buffer < self.max_completion_length
-        _require(self, "overlong_buffer", short, "less than max_completion_length")
-        if self.generation_budget:
-            least += self.n_explanations
-            need = f"at least {least}, {self.n_explanations} of them explanations"
-            _require(self, "generation_budget", self.generation_budget >= least, need)
-            spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
-            need = "0 with explain_every or exp_sft_max_accuracy, which leave some of it unspent"
-            _require(self, "generation_budget", spent, need)
-            need = "0 with dynamic_sampling, which spends more"
-            _require(self, "generation_budget", not self.dynamic_sampling, need)
-        U, P = self.updates_per_batch, self.prompts_per_step
-        _require(self, "updates_per_batch", P % U == 0, f"a divisor of prompts_per_step={P}")
-        for field in dataclasses.fields(self):
-            readers = READERS.get(field.name, (self.method,))
-            if self.method not in readers and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"{field.name}={getattr(self, field.name)!r} means nothing to "
-                    f"method={self.method}: it is for {', '.join(readers)}"
-                )
-        if self.method == "star":
-            _require(self, "exp_sft_coef", self.exp_sft_coef > 0, "more than 0: star has no more")
-        if self.refresh_reference:
-            _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
-        bounds = {"sapo": ("clip_low", "clip_high"), "cispo": ("clip_low",)}
-        for name in bounds.get(self.objective, ()):
-            unset = getattr(self, name) == type(self).__dataclass_fields__[name].default
-            _require(
-                self, name, unset, f"the default: objective={self.objective} has no such bound"
-            )
-        if self.refresh_reference:
-            need = f"False: preference={self.preference} has no reference"
-            _require(self, "refresh_reference", self.preference not in REFERENCE_FREE, need)
-        if self.label_smoothing:
-            _require(self, "preference", self.preference == "dpo", "dpo with label_smoothing")
-        if self.dynamic_sampling:
-            need = "group or none with dynamic_sampling, which has no whole batch"
-            _require(self, "advantage_scale", self.advantage_scale != "batch", need)
+        self._check_sampling()
+        self._check_options_of_the_method()
+        self._check_objective()
+        self._check_preference()
         if self.lora_rank and self.batch_invariant:
             raise ValueError(
                 f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one"
             )
 
+    def _check_sampling(self) -> None:
+        least = 2 if self.spec.groups else 1  # a group of one has no baseline
+        _require(self, "num_generations", self.num_generations >= least, f"at least {least}")
+        fits = self.overlong_buffer < self.max_completion_length
+        _require(self, "overlong_buffer", fits, "less than max_completion_length")
+        if self.generation_budget:
+            self._check_generation_budget(least)
+        size = self.prompts_per_step
+        divides = size % self.updates_per_batch == 0
+        _require(self, "updates_per_batch", divides, f"a divisor of prompts_per_step={size}")
+
+    def _check_generation_budget(self, least_attempts: int) -> None:
+        least = least_attempts + self.n_explanations
+        need = f"at least {least}, {self.n_explanations} of them explanations"
+        _require(self, "generation_budget", self.generation_budget >= least, need)
+        spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
+        need = "0 with explain_every or exp_sft_max_accuracy, which leave some of it unspent"
+        _require(self, "generation_budget", spent, need)
+        need = "0 with dynamic_sampling, which spends more"
+        _require(self, "generation_budget", not self.dynamic_sampling, need)
+
+    def _check_options_of_the_method(self) -> None:
+        """Refuse an option that the method would ignore."""
+        for capability, options in OPTIONS.items():
+            if getattr(self.spec, capability):
+                continue
+            for name in options:
+                if getattr(self, name) != _default_of(self, name):
+                    readers = ", ".join(methods_that_read(name))
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} means nothing to "
+                        f"method={self.method}: it is for {readers}"
+                    )
+        if not self.spec.policy_term and self.spec.exp_sft_term:
+            need = f"more than 0: {self.method} has no more"
+            _require(self, "exp_sft_coef", self.exp_sft_coef > 0, need)
+
+    def _check_objective(self) -> None:
+        unread = {"sapo": ("clip_low", "clip_high"), "cispo": ("clip_low",)}
+        for name in unread.get(self.objective, ()):
+            unset = getattr(self, name) == _default_of(self, name)
+            need = f"the default: objective={self.objective} has no such bound"
+            _require(self, name, unset, need)
+        if self.dynamic_sampling:
+            need = "group or none with dynamic_sampling, which has no complete batch"
+            _require(self, "advantage_scale", self.advantage_scale != "batch", need)
+
+    def _check_preference(self) -> None:
+        if self.refresh_reference:
+            _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
+            need = f"False: preference={self.preference} has no reference"
+            _require(self, "refresh_reference", self.preference not in REFERENCE_FREE, need)
+        _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
+        if self.label_smoothing:
+            _require(self, "preference", self.preference == "dpo", "dpo with label_smoothing")
+
+    @property
+    def spec(self) -> MethodSpec:
+        return METHODS[self.method]
+
     @property
     def explains(self) -> bool:
-        """Does the method sample explanations with the answer shown?"""
-        return self.method == "expo-dpo" or (
-            self.method in ("expo-grpo", "star") and self.exp_sft_coef > 0
-        )
+        """Whether the run samples explanations with the answer shown."""
+        if self.spec.exp_sft_term and self.exp_sft_coef == 0:
+            return False
+        return self.spec.explains
 
     @property
     def n_explanations(self) -> int:
-        """Sampled for a question."""
+        """Explanations sampled for a question in a step."""
         return self.explanations_per_question if self.explains else 0
 
     @property
     def group_size(self) -> int:
-        """G, own attempts at a question."""
+        """G, attempts at a question in a step."""
         if not self.generation_budget:
             return self.num_generations
         return self.generation_budget - self.n_explanations
 
     @property
     def run_dir(self) -> Path:
-        """output_dir, or a folder of its own for whatever differs from other runs."""
+        """Return output_dir, or runs/METHOD-HASH, a folder of its own for each configuration."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         values = dataclasses.asdict(self).items()
         identity = sorted((k, v) for k, v in values if k not in ADJUSTABLE)
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()
         return Path("runs") / f"{self.method}-{digest[:8]}"
+
+
+MORE_THAN_0 = (
+    "steps",
+    "prompts_per_step",
+    "updates_per_batch",
+    "pack_tokens",
+    "eval_limit",
+    "eval_samples",
+    "keep_checkpoints",
+    "explanations_per_question",
+    "top_p",
+    "learning_rate",
+    "temperature",
+    "eps",
+    "max_grad_norm",
+    "clip_low",
+    "clip_high",
+    "pairs_per_question",
+    "dpo_beta",
+    "lora_alpha",
+)
+AT_LEAST_0 = (
+    "kl_coef",
+    "exp_sft_coef",
+    "eval_every",
+    "checkpoint_every",
+    "diagnose",
+    "generation_budget",
+    "dynamic_sampling",
+    "overlong_buffer",
+    "pairs_every",
+    "label_smoothing",
+    "exp_sft_max_accuracy",
+    "lora_rank",
+    "explain_every",
+    "keep_explanations",
+    "warmup_steps",
+    "weight_decay",
+    "top_k",
+    "min_p",
+    "explain_temperature",
+    "eval_temperature",
+)
+AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,3 +379,7 @@ class Evaluate(Prompting):
 def _require(config: Any, name: str, ok: bool, need: str) -> None:
     if not ok:
         raise ValueError(f"{name}={getattr(config, name)!r}: need {need}")
+
+
+def _default_of(config: Any, name: str) -> Any:
+    return type(config).__dataclass_fields__[name].default

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from expo_fast.algorithms.explanation_filter import leaks
-from expo_fast.algorithms.explanations import Score
+from expo_fast.algorithms.rollout import Verifier
+from expo_fast.algorithms.training_data import check_answers
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
@@ -125,7 +126,7 @@ def evaluate(
     generator: Generator,
     prompter: Prompter,
     problems: Sequence[Problem],
-    score: Score,
+    score: Verifier,
     *,
     samples: int,  # K
     temperature: float,
@@ -158,13 +159,6 @@ def evaluate(
     grader = grader_hash() if score is score_answers else None
     seconds = time.monotonic() - start
     return Evaluation(graded, samples, k, prompter.template_hash, grader, seconds)
-
-
-def check_answers(source: str, problems: Sequence[Problem]) -> None:
-    """ValueError where an attempt at a problem can't be judged."""
-    for p in problems:
-        if not p.answer:
-            raise ValueError(f"{source}: problem {p.id} has no 'answer' to judge attempts by")
 
 
 def main(argv: Sequence[str]) -> None:

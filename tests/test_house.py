@@ -26,6 +26,7 @@ ORDER = [
     "storage",
     "op_backends",
     "ops",
+    "methods",
     "config",
     "modeling",
     "inference",
