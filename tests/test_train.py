@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from expo_fast import evaluate, train
-from expo_fast.algorithms import explanations
-from expo_fast.algorithms.trainer import Learner
+from expo_fast.algorithms import explanations, grpo
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
@@ -188,12 +187,12 @@ def test_a_non_finite_gradient_is_skipped_counted_dumped_and_stops_the_run(
 
 
 def poison_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(self, samples):
-        for p in self.model.parameters():
+    def poisoned(model, samples, config):
+        for p in model.parameters():
             (p.sum() * float("nan")).backward()
-        return dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "nll"), 0.0)
+        return grpo.PolicyResult()
 
-    monkeypatch.setattr(Learner, "policy_backward", poisoned)
+    monkeypatch.setattr(grpo, "policy_backward", poisoned)
 
 
 def test_broken_steps_are_counted_across_a_resume(

@@ -215,22 +215,27 @@ def ranking_samples(
     return samples
 
 
+def ranks_of(logprobs: Sequence[Tensor], choose: str) -> list[float]:
+    """Return the rank of each explanation, higher is better, from the log-probs of its sample.
+
+    `likelihood`: their mean over the explanation's tokens. `lift`: their sum over the answer's.
+    """
+    if choose == "likelihood":
+        return [float(values.mean()) for values in logprobs]
+    return [float(values.sum()) for values in logprobs]
+
+
 def keep_best(
     found: Explanations, logprobs: Sequence[Tensor], *, choose: str, keep: int
 ) -> ByProblem:
     """Return the `keep` best explanations of each question, best first; all of them for 0.
 
-    logprobs: of the tokens of `ranking_samples`. `likelihood` ranks by their mean, `lift` by their
-    sum, `first` by the order of sampling.
+    logprobs: of the tokens of `ranking_samples`. `first` keeps the order of sampling.
 
     Of the accepted explanations of the default job's first steps a third had correct equations.
     They ranked above the others by likelihood in 94% of the pairs (benchmarks/RESULTS.md).
     """
-    ranks = []
-    if choose == "likelihood":
-        ranks = [float(values.mean()) for values in logprobs]
-    if choose == "lift":
-        ranks = [float(values.sum()) for values in logprobs]
+    ranks = ranks_of(logprobs, choose)
     kept: ByProblem = {}
     start = 0
     for problem_id, explanations in found.accepted.items():
