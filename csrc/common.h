@@ -17,8 +17,13 @@
 constexpr int64_t kBlock = 64;    // tokens of a tile
 constexpr float kNever = -1e30f;  // logit whose exp is 0, and so is its product with the logit
 
-// Mirrored by native.py.
+// The codes of op_backends/native_library.py's DTYPE_CODES.
 enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Defines expo_fast_sizeof_NAME(): the size of a struct that Python fills, which it compares with
+// that of its own declaration when it loads the library (native_library.check_struct_sizes).
+#define EXPO_FAST_SIZEOF(name, Struct) \
+  extern "C" int64_t expo_fast_sizeof_##name() { return sizeof(Struct); }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

@@ -28,7 +28,7 @@ constexpr int64_t kPad = 32;       // elements that keep rows from sharing cache
 
 }  // namespace
 
-// Mirrored by native.py. Vectors are (N,) fp32 unless noted.
+// Head and Gradients are declared in op_backends/cpu.py too. Vectors are (N,) fp32 unless noted.
 struct Head {
   const void *hidden, *weight;  // (N, D) contiguous, (V, D) with contiguous rows
   const float* bias;            // (V,) or null
@@ -46,6 +46,9 @@ struct Gradients {
   float* d_bias;   // (V,) or null
   int32_t d_hidden_dtype, d_weight_dtype;  // fp32 or bf16
 };
+
+EXPO_FAST_SIZEOF(head, Head)
+EXPO_FAST_SIZEOF(gradients, Gradients)
 
 namespace {
 

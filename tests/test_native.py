@@ -1,9 +1,11 @@
 """The CPU kernels on every instruction set of this machine, against fp64 and plain PyTorch."""
 
+import ctypes
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ from torch import Tensor
 
 from expo_fast.kernels import reference
 from expo_fast.kernels.head import Head, Needs, Slopes
-from expo_fast.op_backends import cpu, dispatch
+from expo_fast.op_backends import cpu, dispatch, native_library
 from expo_fast.ops import linear_logprob
 
-HERE = [name for name in cpu.FLAGS if cpu._has(name)]
+HERE = [name for name in native_library.COMPILER_FLAGS if native_library.supports_isa(name)]
 BOTH = (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)
 MIXED = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16,) * 2
 
@@ -339,7 +341,7 @@ def test_processes_that_start_together_compile_once(tmp_path):
     log = tmp_path / "log"
     compiler = tmp_path / "c++"
     compiler.write_text(
-        f'#!/bin/sh\necho one >> {log}\nexec {cpu._first("c++", "g++", "clang++")[0]} "$@"\n'
+        f'#!/bin/sh\necho one >> {log}\nexec {native_library.find_compiler()[0]} "$@"\n'
     )
     compiler.chmod(0o755)
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
@@ -362,4 +364,14 @@ def test_names_are_checked(monkeypatch):
         dispatch.choose("native", head)
     monkeypatch.setenv("EXPO_FAST_ISA", "avx9")
     with pytest.raises(ValueError, match="EXPO_FAST_ISA='avx9': must be one of amx"):
-        cpu.isa()
+        native_library.isa()
+
+
+def test_a_struct_declared_with_other_fields_than_in_csrc_is_refused():
+    class Short(ctypes.Structure):
+        _fields_: Sequence = native_library.struct_fields(ctypes.c_void_p, "c0 c1")
+
+    kernels = native_library.library(native_library.isa())
+    native_library.check_struct_sizes(kernels, {"gradients": cpu._Gradients, "head": cpu._Head})
+    with pytest.raises(RuntimeError, match=r"struct gradients has 16 bytes in Python .*and 56 in"):
+        native_library.check_struct_sizes(kernels, {"gradients": Short})

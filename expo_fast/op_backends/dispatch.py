@@ -11,7 +11,7 @@ from torch import Tensor
 from expo_fast.kernels import advantage
 from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Needs, Slopes, SlopesOf
 from expo_fast.kernels.reference import PLAIN
-from expo_fast.op_backends import cpu
+from expo_fast.op_backends import cpu, native_library
 
 
 class Kernels(Protocol):
@@ -92,8 +92,8 @@ def _triton_kernels(head: Head) -> Kernels:
 def compiles(part: str = "ops") -> bool:
     """Whether there are CPU kernels; without, says once that the slower path is taken."""
     try:
-        cpu.library(cpu.isa(), part)
-    except cpu.Unavailable as why:
+        native_library.library(native_library.isa(), part)
+    except native_library.Unavailable as why:
         warnings.warn(f"using plain PyTorch, which is slower: {why}", stacklevel=5)
         return False
     return True
