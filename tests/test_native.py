@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.kernels import reference
-from expo_fast.kernels.head import Head, Needs, Slopes
+from expo_fast.kernels.head import Head, Needs, RowGrads
 from expo_fast.op_backends import cpu, dispatch, native_library
 from expo_fast.ops import linear_logprob
 
@@ -56,8 +56,8 @@ def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tens
 
 def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
     forward = cpu.log_probs(head)
-    slopes = Slopes(upstream[0], upstream[1], upstream[2])
-    grads = cpu.gradients(head, forward, slopes, Needs(True, True, True))
+    row_grads = RowGrads(upstream[0], upstream[1], upstream[2])
+    grads = cpu.gradients(head, forward, row_grads, Needs(True, True, True))
     return [x for x in (*forward.results.to(torch.float32), *grads) if x is not None]
 
 
@@ -195,8 +195,8 @@ def test_a_large_slope_of_entropy_makes_no_nan_of_a_forbidden_token(isa):
     assert head.bias is not None
     head.bias[7] = -math.inf
     head = Head(head.hidden, head.weight, head.bias, head.targets % 7, 0.05)
-    slopes = Slopes(None, torch.full((20,), 1e9))
-    grads = cpu.gradients(head, cpu.log_probs(head), slopes, Needs(True, True, True))
+    row_grads = RowGrads(None, torch.full((20,), 1e9))
+    grads = cpu.gradients(head, cpu.log_probs(head), row_grads, Needs(True, True, True))
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 
@@ -232,9 +232,9 @@ linear_logprob(x, x, torch.zeros(20, dtype=torch.int64), backend="native")
 def test_frozen_inputs_get_no_gradient(isa, wanted):
     head = make_head(70, 8, 300, BOTH[1])
     forward = cpu.log_probs(head)
-    whole = cpu.gradients(head, forward, Slopes(torch.ones(70)), Needs(True, True, False))
+    whole = cpu.gradients(head, forward, RowGrads(torch.ones(70)), Needs(True, True, False))
     needs = Needs(wanted[0], wanted[1], False)
-    some = cpu.gradients(head, forward, Slopes(torch.ones(70)), needs)
+    some = cpu.gradients(head, forward, RowGrads(torch.ones(70)), needs)
     for want, a, b in zip(needs, some, whole, strict=True):
         assert (a is not None) is want
         assert a is None or (b is not None and torch.equal(a, b))

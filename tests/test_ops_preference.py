@@ -235,9 +235,9 @@ def test_rdpo_pushes_less_where_the_chosen_sequence_is_the_longer_one():
     chosen, rejected = torch.tensor([[10.0, 5.0], [5.0, 5.0], [5.0, 10.0]]).T
     logp = torch.full((3,), -10.0)
     pairs = Pairs(logp, logp, logp, logp, chosen, rejected)
-    push = -RDpo(alpha=0.2)(pairs).slope_chosen
+    push = -RDpo(alpha=0.2)(pairs).grad_chosen
     assert 0 < push[0] < push[1] < push[2]
-    assert push[1] == -Dpo()(pairs).slope_chosen[1]
+    assert push[1] == -Dpo()(pairs).grad_chosen[1]
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
