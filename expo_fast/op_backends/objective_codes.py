@@ -19,6 +19,8 @@ def _built_in() -> dict[str, type]:
 
 
 BUILT_IN = _built_in()
+# of each class, (name, type) of its fields: torch.compile cannot trace dataclasses.fields
+FIELDS = {name: [(f.name, f.type) for f in fields(kind)] for name, kind in BUILT_IN.items()}
 
 
 class CustomObjective:
@@ -48,8 +50,8 @@ def encode(objective: Callable) -> ObjectiveCode:
     name = type(objective).__name__
     if BUILT_IN.get(name) is type(objective):
         values = []
-        for field in fields(BUILT_IN[name]):
-            value = getattr(objective, field.name)
+        for field, _ in FIELDS[name]:
+            value = getattr(objective, field)
             values.append(math.nan if value is None else float(value))
         return ObjectiveCode(name, values)
     if torch.compiler.is_compiling():
@@ -70,11 +72,10 @@ def decode(name: str, values: list[float]) -> Any:
     custom = _custom_objectives.get(name)
     if custom is not None:
         return custom.function
-    objective = BUILT_IN[name]
     arguments = {}
-    for field, value in zip(fields(objective), values, strict=True):
+    for (field, kind), value in zip(FIELDS[name], values, strict=True):
         if math.isnan(value):
-            arguments[field.name] = None
+            arguments[field] = None
         else:
-            arguments[field.name] = bool(value) if field.type is bool else value
-    return objective(**arguments)
+            arguments[field] = bool(value) if kind is bool else value
+    return BUILT_IN[name](**arguments)
