@@ -1,4 +1,4 @@
-"""Every test starts from the same random state, on the cores that this process may use."""
+"""Fixtures of all tests: the same random state at the start, and ops on each backend."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from expo_fast.op_backends import custom_ops, dispatch
 
 
 def pytest_configure() -> None:
-    # a shell's background job starts with SIGINT ignored, and so would everything started from here
+    # a shell's background job starts with SIGINT ignored, and so would each process started here
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # a core shared by two threads makes small matrix products some ten times slower
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
@@ -33,7 +33,7 @@ BACKENDS = ["torch", "native", "triton", *(["cuda"] if torch.cuda.is_available()
 
 @pytest.fixture(params=BACKENDS)
 def each_backend(request, monkeypatch) -> str:
-    """Ops that are asked for no backend get this one, but where it does not run."""
+    """Give ops that name no backend this one, except where it does not run."""
     if request.param == "triton":
         pytest.importorskip("triton")
 
@@ -49,7 +49,7 @@ def each_backend(request, monkeypatch) -> str:
 
 
 class Elsewhere(dispatch.OnePassKernels):
-    """The fastest kernels of a device, for heads that lie on a CPU."""
+    """The fastest kernels of a device, for heads on a CPU."""
 
     def __init__(self, device: str):
         self.device = device

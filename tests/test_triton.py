@@ -123,7 +123,7 @@ def test_unlikely_targets_do_not_overflow(kernels, gap, needs):
 @pytest.mark.parametrize("kept", [0, 128, 300])
 @pytest.mark.parametrize("chunk", [64, 300])
 def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, chunk):
-    """Rows beyond the budget are recomputed; both kinds, in chunks, and with rows of no slope."""
+    """Rows beyond the budget are recomputed; both kinds, in chunks, and with inactive rows."""
     head = make_head(300, 16, 700)
     monkeypatch.setattr(logprob, "GEMM", replace(logprob.GEMM, BN=64))
     fits = {triton_fused.KEPT_SHARE: kept, triton_fused.CHUNK_SHARE: chunk}
@@ -132,8 +132,8 @@ def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, c
     upstream[:, ::3] = 0
     upstream[:, 100:200] = 0  # few enough that the kept E of the others is gathered
     for given in (upstream, upstream[:1]):
-        whole = torch.cat([given, torch.zeros(3 - len(given), 300, device=DEVICE)])
-        truth = by_definition(head, whole, torch.float64)
+        padded = torch.cat([given, torch.zeros(3 - len(given), 300, device=DEVICE)])
+        truth = by_definition(head, padded, torch.float64)
         for t, o in zip(truth[3:], by_kernels(triton_fused, head, given)[3:], strict=True):
             assert off(o, t) < 8e-3
             assert (o[100:200] == 0).all() or len(o) != 300

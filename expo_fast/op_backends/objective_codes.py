@@ -57,7 +57,7 @@ def encode(objective: Callable) -> ObjectiveCode:
     if torch.compiler.is_compiling():
         raise ValueError(f"objective={objective}: torch.compile takes the built-in objectives only")
     custom = CustomObjective(objective)
-    name = f"{name} number {next(_numbers)}"  # a fresh one each time: nobody else's code ends
+    name = f"{name} number {next(_numbers)}"  # fresh, so that no other call's code ends with this
     _custom_objectives[name] = custom
     return ObjectiveCode(name, [], custom)
 
