@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from benchmarks.cases import SHAPES, make_case
 from benchmarks.measure import Stopwatch, Wrong, brief, reason
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels import rowwise
-from expo_fast.kernels.head import NOTHING, Head, Needs, Slopes
+from expo_fast.kernels.head import NOTHING, Head, Needs, RowGrads
 from expo_fast.kernels.products import matmul
 from expo_fast.kernels.reference import PLAIN
 
@@ -28,14 +28,23 @@ CONFIGS = [  # the first is what is shipped
 ]
 
 
+class GivenLoss(NamedTuple):
+    """A loss whose derivatives are known before its log-probs."""
+
+    grads: RowGrads  # (N,) each
+
+    def row_grads(self, rows: slice, logp: torch.Tensor) -> RowGrads:
+        return self.grads.take(rows)
+
+
 def works(head: Head) -> dict[str, Callable[[], Any]]:
     """What to time; `benchmarks.floors` says of each what it should take."""
     hidden, weight = head.hidden, head.weight
-    e = k.room_for_e(head, len(hidden))[:, : len(weight)]
+    e = k.empty_e(head, len(hidden))
     results, log_total = k.forward(head, e)
     d_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    slopes = Slopes(torch.ones_like(results.logp), torch.ones_like(results.logp))
+    row_grads = RowGrads(torch.ones_like(results.logp), torch.ones_like(results.logp))
     dz = torch.empty_like(e)
     into_hidden = partial(matmul, e, weight, d_hidden, narrow=True)
     into_weight = partial(matmul, e.T, hidden, d_weight, narrow=True)
@@ -51,12 +60,10 @@ def works(head: Head) -> dict[str, Callable[[], Any]]:
         "GEMM E @ weight, fp32": into_hidden,
         "GEMM E.T @ hidden, fp32": into_weight,
         "... added to what is there": partial(into_weight, accumulate=True),
-        "dz from E": partial(k.from_stored, head, e, log_total, results, slopes, dz),
-        "dz recomputed": partial(k.recomputed, head, results, slopes, 0, dz),
+        "dz from E": partial(k.from_stored, head, e, log_total, results, row_grads, dz),
+        "dz recomputed": partial(k.recomputed, head, results, row_grads, 0, dz),
         "row kernels, forward": partial(rowwise.ROWWISE.log_probs, head, NOTHING),
-        "row kernels, one pass": partial(
-            one_pass, lambda span, _: slopes.take(span), Needs(True, True, False)
-        ),
+        "row kernels, one pass": partial(one_pass, GivenLoss(row_grads), Needs(True, True, False)),
         "fused forward": partial(k.forward, head),
         "fused forward with E": partial(k.forward, head, e),
         "forward and backward with E": both_ways,

@@ -1,4 +1,4 @@
-// What every kernel here needs: dtypes, memory, threads.
+// Shared by all kernels: dtypes, memory, threads.
 #pragma once
 
 #include <omp.h>
@@ -17,8 +17,13 @@
 constexpr int64_t kBlock = 64;    // tokens of a tile
 constexpr float kNever = -1e30f;  // logit whose exp is 0, and so is its product with the logit
 
-// Mirrored by native.py.
+// The codes of op_backends/native_library.py's DTYPE_CODES.
 enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Defines expo_fast_sizeof_NAME(): the size of a struct that Python fills, which it compares with
+// that of its own declaration when it loads the library (native_library.check_struct_sizes).
+#define EXPO_FAST_SIZEOF(name, Struct) \
+  extern "C" int64_t expo_fast_sizeof_##name() { return sizeof(Struct); }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -43,7 +48,8 @@ struct Scratch {
   std::unique_ptr<T[], Free> data;
 };
 
-// An exception may not leave an OpenMP region: the first one is thrown behind it.
+// Runs f(t) on each thread. An exception must not leave an OpenMP region: the first one is thrown
+// again after it.
 template <class F>
 void parallel(int threads, F f) {
   std::vector<std::exception_ptr> failed(threads);
@@ -74,7 +80,7 @@ class Team {
     }
   }
 
-  // One phase: f(0) ... f(n - 1), each by whoever is free, and nobody goes on before all are done.
+  // One phase: f(0) ... f(n - 1), each on the next free thread. Every thread waits for all of them.
   template <class F>
   void each(int64_t n, F f) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
@@ -87,8 +93,8 @@ class Team {
   alignas(64) std::atomic<int> waiting{0};
   alignas(64) std::atomic<int> phase{0};
 
-  // Where threads outnumber free cores, one that only spins keeps the one it waits for from running:
-  // OpenMP's own barrier then makes decoding 13 times slower.
+  // With more threads than free cores, a thread that only spins keeps the thread that it waits for
+  // from running: OpenMP's own barrier then makes decoding 13 times slower.
   void wait() {
     const int now = phase.load(std::memory_order_relaxed);
     if (waiting.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {

@@ -7,7 +7,7 @@ Rows i of N, columns j of V, u_ij = z_ij - z_iy in nats, y the target:
 Anchored at the target there is no running maximum: tiles of columns write partial sums, which are
 added in a fixed order. Rows of which a sum passes SAFE_SUM are done again from their largest logit.
 
-    dz_ij = e_ij (c0_i + c1_i u_ij)    dz_iy given by its own formula    (head.logit_slopes)
+    dz_ij = e_ij (c0_i + c1_i u_ij)    dz_iy given by its own formula    (head.logit_grads)
 
 c1 = 0 in every loss without an entropy term. There E is dz up to a factor a row, once E_iy is
 patched to dz_iy / c0_i = expm1(logp) exp(log_total); so the gradients are two plain GEMMs on it:
@@ -33,7 +33,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expo_fast.kernels.head import Head, LogProb, Slopes, from_sums, logit_slopes, slopes_about_lse
+from expo_fast.kernels.head import (
+    Head,
+    LogProb,
+    RowGrads,
+    from_sums,
+    logit_grads,
+    logit_grads_about_lse,
+)
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
 SAFE_SUM = 2.0**60  # a target 41 nats from the others: squares of it still fit bf16's exponent
@@ -187,11 +194,21 @@ def supports(head: Head) -> bool:
     return INTERPRETED or torch.cuda.get_device_capability(hidden.device)[0] >= 9
 
 
-def room_for_e(head: Head, rows: int) -> Tensor:  # (rows, V padded to 16 bytes) bf16
-    v = len(head.weight)
-    e = head.hidden.new_empty(rows, -(-v // 8) * 8, dtype=torch.bfloat16)
-    e[:, v:] = 0
+def width_of_e(head: Head) -> int:
+    """Return V padded to 16 bytes of bf16."""
+    return -(-len(head.weight) // 8) * 8
+
+
+def padded_e(head: Head, rows: int) -> Tensor:
+    """Return a buffer for E: (rows, V padded) bf16, 0 in the padding."""
+    e = head.hidden.new_empty(rows, width_of_e(head), dtype=torch.bfloat16)
+    e[:, len(head.weight) :] = 0
     return e
+
+
+def empty_e(head: Head, rows: int) -> Tensor:
+    """Return a buffer for E without the padding: (rows, V), a view of the padded one."""
+    return padded_e(head, rows)[:, : len(head.weight)]
 
 
 def forward(head: Head, e: Tensor | None = None) -> tuple[LogProb, Tensor]:
@@ -208,24 +225,24 @@ def forward(head: Head, e: Tensor | None = None) -> tuple[LogProb, Tensor]:
     return results, log_total
 
 
-def recomputed(head: Head, results: LogProb, slopes: Slopes, first: int, dz: Tensor) -> None:
+def recomputed(head: Head, results: LogProb, row_grads: RowGrads, first: int, dz: Tensor) -> None:
     """dz (N, S) bf16 from a forward's results, of the S columns from `first` on."""
     call, columns = _Call.of(head), slice(first, first + dz.shape[1])
-    given = slopes_about_lse(results, slopes, head.temperature, per_nat=LOG2_E)
+    base, given = logit_grads_about_lse(results, row_grads, head.temperature, per_nat=LOG2_E)
     sizes = call.n, dz.shape[1], call.d
     with call.device:
         logit_gradients[(call.programs(),)](
-            *call.operands(dz, columns), call.targets - first, call.scale, *given,
+            *call.operands(dz, columns), call.targets - first, call.scale, base, *given,
             *sizes, **call.meta(),
         )  # fmt: skip
 
 
 def from_stored(
-    head: Head, e: Tensor, log_total: Tensor, results: LogProb, slopes: Slopes, dz: Tensor
+    head: Head, e: Tensor, log_total: Tensor, results: LogProb, row_grads: RowGrads, dz: Tensor
 ) -> None:
     """dz (N, V) bf16, which may be `e`, where a slope in entropy or lse bends the rows of E."""
     call = _Call.of(head)
-    c0, c1, at_target = logit_slopes(results, slopes, head.temperature, log_total)
+    c0, c1, at_target = logit_grads(results, row_grads, head.temperature, log_total)
     given = map(_fp32, (c0, c1 / LOG2_E, at_target))
     with call.device:
         scale_stored[(call.n * triton.cdiv(call.v, ELEMENTS),)](

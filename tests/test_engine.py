@@ -12,12 +12,12 @@ from expo_fast.inference.cpu_engine import NativeEngine
 from expo_fast.inference.engine import Sampling, Segment, TorchEngine, prefill
 from expo_fast.inference.kv_pages import Pages
 from expo_fast.inference.sampling import Truncation
-from expo_fast.op_backends import cpu
+from expo_fast.op_backends import native_library
 from expo_fast.weights import load_model
 from tiny import VARIANTS, tiny_model
 
 V, DRAWS = 700, 20_000  # several of csrc's tiles, the last one ragged
-ISAS = [name for name in cpu.FLAGS if cpu._has(name)]
+ISAS = [name for name in native_library.COMPILER_FLAGS if native_library.supports_isa(name)]
 
 
 def sampling(

@@ -15,7 +15,7 @@ from expo_fast.inference.cpu_engine import NativeEngine, exact_hidden
 from expo_fast.inference.engine import TorchEngine
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
-from expo_fast.op_backends import cpu, dispatch
+from expo_fast.op_backends import dispatch, native_library
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 SHARED = (20, 21, 22, 23, 24, 25, 26)
@@ -328,10 +328,10 @@ def test_training_in_place_while_sampling_changes_what_is_sampled():
 
 def test_where_the_engine_cannot_be_compiled_pytorch_samples_and_says_so(monkeypatch):
     def library(name: str, part: str = "ops"):
-        raise cpu.Unavailable(f"no compiler for {part}")
+        raise native_library.Unavailable(f"no compiler for {part}")
 
-    monkeypatch.setattr(cpu, "library", library)
-    monkeypatch.setattr(cpu, "isa", lambda: "portable")
+    monkeypatch.setattr(native_library, "library", library)
+    monkeypatch.setattr(native_library, "isa", lambda: "portable")
     dispatch.compiles.cache_clear()
     try:
         with pytest.warns(UserWarning, match="slower: no compiler for engine"):

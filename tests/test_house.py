@@ -24,6 +24,7 @@ PYTHON = [*OURS, *TESTS, *sorted(ROOT.glob("benchmarks/**/*.py"))]
 ORDER = [
     "kernels",
     "storage",
+    "objectives",
     "op_backends",
     "ops",
     "methods",

@@ -18,7 +18,7 @@ from expo_fast.inference.engine import Engine, Sampling, Segment, Tokens, prefil
 from expo_fast.inference.kv_pages import Pages, Table
 from expo_fast.inference.sampling import draw, uniform
 from expo_fast.modeling.decoder import MLP, Attention, Block, Body, Decoder, Exact, RMSNorm
-from expo_fast.op_backends import cpu
+from expo_fast.op_backends import native_library
 from expo_fast.ops import linear_logprob
 
 PLAIN = (Decoder, Body, Block, Attention, MLP, RMSNorm)
@@ -63,7 +63,7 @@ class NativeEngine(Engine):
                 f"hooks, not this one of {model.dtype} on {model.device}"
             )
         self.model, self.exact = model, exact
-        self.csrc = cpu.library(cpu.isa(), "engine")
+        self.csrc = native_library.library(native_library.isa(), "engine")
         for name in ("page", "workspace", "draw"):
             getattr(self.csrc, f"expo_fast_{name}_bytes").restype = ctypes.c_int64
         self.pages = self.workspace = room(0, dtype=torch.uint8)
@@ -125,7 +125,7 @@ class NativeEngine(Engine):
             *map(_pointer, (hidden, weight, sampling.temperature, sampling.seeds, positions)),
             *map(_pointer, (tokens, logp)),
             *(_pointer(logits) if keep else None, None),
-            *(n, V, D, cpu.DTYPES[weight.dtype], torch.get_num_threads()),
+            *(n, V, D, native_library.DTYPE_CODES[weight.dtype], torch.get_num_threads()),
         )
         size = self.csrc.expo_fast_draw_bytes(ctypes.byref(given))
         given.workspace = _pointer(self._workspace(size))
@@ -148,7 +148,12 @@ class NativeEngine(Engine):
         embedding, norm = model.model.embed_tokens.weight, model.model.norm.weight
         return _Decoder(
             *(layers, _pointer(embedding), _pointer(norm)),
-            *(*sizes, shape.norm_eps, shape.head_dim**-0.5, cpu.DTYPES[model.dtype]),
+            *(
+                *sizes,
+                shape.norm_eps,
+                shape.head_dim**-0.5,
+                native_library.DTYPE_CODES[model.dtype],
+            ),
         )
 
     def _rotations(self, n: int) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,13 @@
-"""The CPU kernels of csrc/: compiled on first use, then called with torch's own memory.
+"""Call the C++ kernels of csrc/linear_logprob.cpp with torch's own memory.
 
-They need a C++ compiler and nothing else. One library per source, torch version and instruction set
-is kept in the folder `native` of `cache_folder()`. EXPO_FAST_ISA names a set of FLAGS other
-than the best.
+native_library.py compiles and loads them. Nothing of size (N, V) is kept, so a backward recomputes
+the logits.
 """
 
 import ctypes
-import fcntl
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,229 +17,170 @@ from expo_fast.kernels.head import (
     Forward,
     Gradients,
     Head,
-    LogProb,
     Needs,
-    Slopes,
-    SlopesOf,
+    RowGrads,
     from_sums,
-    of_live_rows,
-    slopes_about_lse,
+    logit_grads_about_lse,
 )
-from expo_fast.storage.files import cache_folder
+from expo_fast.op_backends import native_library
+from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
 
-SOURCES = Path(__file__).parents[1] / "csrc"
-COMMON = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
-WIDE = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-FLAGS = {  # best first
-    "amx": [*WIDE, "-DEXPO_FAST_AMX"],  # through oneDNN, which torch brings
-    "avx512_bf16": [*WIDE, "-mavx512bf16"],
-    "avx512": WIDE,
-    "avx2": ["-mavx2", "-mfma"],
-    "portable": [],
-}
-PARTS = {"ops": ["linear_logprob"], "engine": ["decoder", "sampling"]}  # of csrc
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPAN = 1024  # csrc's kSpan, tokens: the weight gradient of more is summed in fp32 memory
 
 
-class Unavailable(RuntimeError):
-    """The kernels cannot be had here; says why, and what to do."""
-
-
 def supports(head: Head) -> bool:
+    """Return whether the kernels run on the head's device and dtypes."""
     on_cpu = head.hidden.device.type == head.weight.device.type == "cpu"
-    return on_cpu and {head.hidden.dtype, head.weight.dtype} <= set(DTYPES)
+    return on_cpu and {head.hidden.dtype, head.weight.dtype} <= set(DTYPE_CODES)
 
 
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
-    """Forward only: one GEMM. In fp64, for `gradients` to start from. Raises Unavailable."""
-    head, n = _ready(head), len(head.targets)
-    anchor, base = _room((2, n), torch.float32)
-    other, moment = _room((2, n), torch.float64)
-    _run("anchor", head, anchor, out=[anchor])
-    _run("forward", head, anchor, out=[other, moment, base])
+    """Return the results in fp64, from one GEMM.
+
+    Raise native_library.Unavailable where the kernels cannot be compiled or loaded.
+    """
+    head = _as_kernels_read(head)
+    n = len(head.targets)
+    target_logit = _empty((n,), torch.float32)
+    base = _empty((n,), torch.float32)
+    other = _empty((n,), torch.float64)
+    moment = _empty((n,), torch.float64)
+    _run("anchor", head, target_logit, outputs=[target_logit])
+    _run("forward", head, target_logit, outputs=[other, moment, base])
     t = head.temperature
-    shift = (base.double() - anchor) / t
-    return Forward(from_sums(base.double() / t, other, moment / t, shift)[0])
+    shift = (base.double() - target_logit) / t
+    results, _ = from_sums(base.double() / t, other, moment / t, shift)
+    return Forward(results)
 
 
-def log_probs_and_gradients(
-    head: Head, slopes: SlopesOf, needs: Needs
-) -> tuple[LogProb, Gradients]:
-    """Four GEMMs, for nothing of size (N, V) is kept; but only one for a row without slope."""
-    forward = log_probs(head)
-    logp = forward.results.logp.to(head.dtype)
-    grads = gradients(head, forward, slopes(slice(0, len(logp)), logp), needs)
-    return forward.results, grads
+def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
+    """Return gradients from a forward's results.
 
-
-def gradients(head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
-    """From a forward's results: one GEMM recomputes the logits, and one a gradient follows."""
-    return of_live_rows(_gradients, head, forward.results, slopes, needs)
-
-
-def _gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
-    head = _ready(head)
+    One GEMM recomputes the logits, and each gradient takes one more. Rows without a derivative cost
+    nothing.
+    """
+    if not any(needs):
+        return Gradients(None, None, None)
+    n = len(head.targets)
+    active = row_grads.active_rows()
+    head = _as_kernels_read(head.take(active))
+    results = forward.results.take(active)
     t = head.temperature
     # csrc's logits are before temperature
-    base, c0, c1, at_target = slopes_about_lse(results, slopes, t, per_nat=t)
+    base, coefficients = logit_grads_about_lse(results, row_grads.take(active), t, per_nat=t)
     grads = _empty_gradients(head, needs)
-    out = _Gradients(*map(_address, (c0, c1, at_target, *grads)))
-    out.d_hidden_dtype, out.d_weight_dtype = (
-        0 if g is None else DTYPES[g.dtype] for g in (grads.hidden, grads.weight)
+    outputs = _Gradients(
+        c0=address(coefficients.c0),
+        c1=address(coefficients.c1),
+        at_target=address(coefficients.at_target),
+        d_hidden=address(grads.hidden),
+        d_weight=address(grads.weight),
+        d_bias=address(grads.bias),
+        d_hidden_dtype=0 if grads.hidden is None else DTYPE_CODES[grads.hidden.dtype],
+        d_weight_dtype=0 if grads.weight is None else DTYPE_CODES[grads.weight.dtype],
     )
-    _run("backward", head, base, out=[out])
-    return grads
+    _run("backward", head, base, outputs=[outputs])
+    return grads.with_all_rows(active, n)
 
 
 def _empty_gradients(head: Head, needs: Needs) -> Gradients:
+    """Return memory for the gradients; zeros where there is no row that would write it."""
     n = len(head.targets)
+    make = _empty if n else _zeros
+    d_hidden = d_weight = d_bias = None
+    if needs.hidden:
+        keeps_bf16 = head.hidden.dtype == torch.bfloat16
+        d_hidden = make(head.hidden.shape, torch.bfloat16 if keeps_bf16 else torch.float32)
+    if needs.weight:
+        keeps_bf16 = head.weight.dtype == torch.bfloat16 and n <= SPAN
+        d_weight = make(head.weight.shape, torch.bfloat16 if keeps_bf16 else torch.float32)
+    if needs.bias:
+        d_bias = make((len(head.weight),), torch.float32)
+    return Gradients(d_hidden, d_weight, d_bias)
 
-    def like(x: Tensor, wide: bool) -> Tensor:
-        keeps = x.dtype == torch.bfloat16 and not wide
-        room = _room(x.shape, torch.bfloat16 if keeps else torch.float32)
-        return room if n else room.zero_()
 
-    return Gradients(
-        like(head.hidden, wide=False) if needs.hidden else None,
-        like(head.weight, wide=n > SPAN) if needs.weight else None,
-        like(head.weight[:, 0], wide=True) if needs.bias else None,
-    )
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for csrc to write, whatever torch's default dtype and device are."""
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return CPU memory that csrc can write, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
 class _Head(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "targets")),
-        *((name, ctypes.c_void_p) for name in ("base", "exponent")),
-        *((name, ctypes.c_int64) for name in ("n", "v", "d", "weight_stride")),
-        *((name, ctypes.c_int32) for name in ("hidden_dtype", "weight_dtype", "threads")),
+    """struct Head of csrc/linear_logprob.cpp, which says what each field is."""
+
+    _fields_: Sequence = [
+        *struct_fields(ctypes.c_void_p, "hidden weight bias targets base exponent"),
+        *struct_fields(ctypes.c_int64, "n v d weight_stride"),
+        *struct_fields(ctypes.c_int32, "hidden_dtype weight_dtype threads"),
     ]
 
 
 class _Gradients(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("c0", "c1", "at_target")),
-        *((name, ctypes.c_void_p) for name in ("d_hidden", "d_weight", "d_bias")),
-        *((name, ctypes.c_int32) for name in ("d_hidden_dtype", "d_weight_dtype")),
+    """struct Gradients of csrc/linear_logprob.cpp."""
+
+    _fields_: Sequence = [
+        *struct_fields(ctypes.c_void_p, "c0 c1 at_target d_hidden d_weight d_bias"),
+        *struct_fields(ctypes.c_int32, "d_hidden_dtype d_weight_dtype"),
     ]
 
 
-def _ready(head: Head) -> Head:
-    """As csrc reads it: contiguous rows, and fp32 for all but hidden and weight."""
-    weight, t = head.weight, head.temperature
-    t = t.float() if isinstance(t, Tensor) else _room(head.targets.shape, torch.float32).fill_(t)
+def _as_kernels_read(head: Head) -> Head:
+    """Return the head with contiguous rows, and in fp32 all but hidden and weight."""
+    weight = head.weight
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    bias = head.bias
+    if bias is not None:
+        bias = bias.float().contiguous()
+    temperature = head.temperature
+    if isinstance(temperature, Tensor):
+        temperature = temperature.float().contiguous()
+    else:
+        temperature = _empty(head.targets.shape, torch.float32).fill_(temperature)
     return Head(
-        head.hidden.contiguous(),
-        weight if weight.stride(1) == 1 else weight.contiguous(),
-        None if head.bias is None else head.bias.float().contiguous(),
-        head.targets.contiguous(),
-        t.contiguous(),
+        hidden=head.hidden.contiguous(),
+        weight=weight,
+        bias=bias,
+        targets=head.targets.contiguous(),
+        temperature=temperature,
     )
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _run(name: str, head: Head, base: Tensor, out: Sequence[Tensor | _Gradients]) -> None:
+def _run(name: str, head: Head, base: Tensor, outputs: Sequence[Tensor | _Gradients]) -> None:
+    """Call expo_fast_NAME(head, *outputs) of csrc. Raise RuntimeError with the reason it gives."""
     assert isinstance(head.temperature, Tensor)
     exponent = math.log2(math.e) / head.temperature
-    tensors = (head.hidden, head.weight, head.bias, head.targets, base.contiguous(), exponent)
-    given = _Head(
-        *map(_address, tensors),
-        *(*head.hidden.shape[:1], *head.weight.shape, head.weight.stride(0)),
-        *(DTYPES[head.hidden.dtype], DTYPES[head.weight.dtype], torch.get_num_threads()),
+    base = base.contiguous()
+    arguments = _Head(
+        hidden=address(head.hidden),
+        weight=address(head.weight),
+        bias=address(head.bias),
+        targets=address(head.targets),
+        base=address(base),
+        exponent=address(exponent),
+        n=len(head.hidden),
+        v=head.weight.shape[0],
+        d=head.weight.shape[1],
+        weight_stride=head.weight.stride(0),
+        hidden_dtype=DTYPE_CODES[head.hidden.dtype],
+        weight_dtype=DTYPE_CODES[head.weight.dtype],
+        threads=torch.get_num_threads(),
     )
-    results = (
-        ctypes.byref(x) if isinstance(x, _Gradients) else ctypes.c_void_p(x.data_ptr()) for x in out
-    )
-    kernels = library(isa())
-    if getattr(kernels, f"expo_fast_{name}")(ctypes.byref(given), *results):
+    pointers = []
+    for output in outputs:
+        is_tensor = isinstance(output, Tensor)
+        pointers.append(ctypes.c_void_p(address(output)) if is_tensor else ctypes.byref(output))
+    kernels = _kernels(native_library.isa())
+    if getattr(kernels, f"expo_fast_{name}")(ctypes.byref(arguments), *pointers):
         kernels.expo_fast_error.restype = ctypes.c_char_p
-        raise RuntimeError(f"the CPU kernel {name} failed: {kernels.expo_fast_error().decode()}")
-
-
-def isa() -> str:
-    """The instruction set that the kernels are compiled for: a key of FLAGS."""
-    wanted = os.environ.get("EXPO_FAST_ISA")
-    if wanted is None:
-        return next(name for name in FLAGS if _has(name))
-    if wanted not in FLAGS:
-        raise ValueError(f"EXPO_FAST_ISA={wanted!r}: must be one of {', '.join(FLAGS)}")
-    return wanted
-
-
-def _has(name: str) -> bool:
-    c = torch.cpu
-    if platform.machine() not in ("x86_64", "AMD64") or name == "portable":
-        return name == "portable"
-    if name == "amx":
-        enabled = c._is_amx_tile_supported() and torch.backends.mkldnn.enabled
-        try:
-            return bool(enabled and library(name).expo_fast_has_amx())
-        except Unavailable:  # torch came without its headers; the rest needs none
-            return False
-    return {
-        "avx512_bf16": c._is_avx512_bf16_supported,
-        "avx512": c._is_avx512_supported,
-        "avx2": c._is_avx2_supported,
-    }[name]()
+        reason = kernels.expo_fast_error().decode()
+        raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
 
 
 @cache
-def library(name: str, part: str = "ops") -> ctypes.CDLL:
-    """A part for an instruction set, compiled where it is not there yet. Raises Unavailable."""
-    command = [*COMMON, *FLAGS[name]]
-    if name == "amx":
-        root = Path(torch.__file__).parent
-        command += [f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
-    sources = [SOURCES / f"{source}.cpp" for source in PARTS[part]]
-    files = sorted([*SOURCES.glob("*.h"), *sources])
-    key = hashlib.sha256(b"\0".join(path.read_bytes() for path in files))
-    key.update(f"{torch.__version__} {command}".encode())
-    try:
-        path = cache_folder() / "native" / f"{part}-{name}-{key.hexdigest()[:16]}.so"
-        return _load([*map(str, sources), *command], path)
-    except (OSError, RuntimeError) as error:  # no home, no right to write, no right to run
-        raise Unavailable(f"the CPU kernels cannot be had: {error}") from error
-
-
-def _load(arguments: Sequence[str], path: Path) -> ctypes.CDLL:
-    if path.exists():
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # cut short, or of another C++ library: make it again
-            path.unlink()
-    _compile(arguments, path)
-    return ctypes.CDLL(str(path))
-
-
-def _compile(arguments: Sequence[str], path: Path) -> None:
-    wanted = os.environ.get("CXX")
-    compiler = shlex.split(wanted) if wanted else _first("c++", "g++", "clang++")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks, one compiles
-        if path.exists():
-            return
-        aside = path.with_suffix(".part")
-        command = [*compiler, *arguments, "-o", str(aside)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = done.stderr.strip()[-2000:]
-            raise RuntimeError(f"{shlex.join(compiler)} cannot compile csrc: {reason}")
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        aside.rename(path)
-
-
-def _first(*names: str) -> list[str]:
-    for name in names:
-        if found := shutil.which(name):
-            return [found]
-    raise RuntimeError(f"no C++ compiler: install one of {', '.join(names)}")
+def _kernels(isa: str) -> ctypes.CDLL:
+    kernels = native_library.library(isa, "ops")
+    return native_library.check_struct_sizes(kernels, {"head": _Head, "gradients": _Gradients})

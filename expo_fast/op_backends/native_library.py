@@ -1,0 +1,182 @@
+"""Compile the C++ sources of csrc/ into shared libraries, load them and check their structs.
+
+A library needs a C++ compiler and nothing else. It is compiled on first use and kept in the folder
+`native` of `cache_folder()`: one file per part of csrc, instruction set, source and torch version.
+The environment variable EXPO_FAST_ISA names an instruction set of `COMPILER_FLAGS` other than the
+best one.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expo_fast.storage.files import cache_folder
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+COMPILER_FLAGS = {  # by instruction set, the best first
+    "amx": [*AVX512_FLAGS, "-DEXPO_FAST_AMX"],  # multiplies through oneDNN, which torch brings
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "avx512": AVX512_FLAGS,
+    "avx2": ["-mavx2", "-mfma"],
+    "portable": [],
+}
+PARTS = {  # sources of csrc that make one library
+    "ops": ["linear_logprob"],
+    "engine": ["decoder", "sampling"],
+}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of common.h
+
+
+class Unavailable(RuntimeError):
+    """The C++ kernels cannot be compiled or loaded here; the message says why and what to do."""
+
+
+def isa() -> str:
+    """Return the instruction set to compile for: a key of COMPILER_FLAGS.
+
+    It is $EXPO_FAST_ISA where that is set, else the best one that this CPU supports. Raise
+    ValueError for an unknown name.
+    """
+    wanted = os.environ.get("EXPO_FAST_ISA")
+    if wanted is None:
+        return next(name for name in COMPILER_FLAGS if supports_isa(name))
+    if wanted not in COMPILER_FLAGS:
+        names = ", ".join(COMPILER_FLAGS)
+        raise ValueError(f"EXPO_FAST_ISA={wanted!r}: must be one of {names}")
+    return wanted
+
+
+def supports_isa(name: str) -> bool:
+    """Return whether this CPU, and for "amx" this torch, can run code for the instruction set."""
+    if name == "portable":
+        return True
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    if name == "amx":
+        return _supports_amx()
+    if name == "avx512_bf16":
+        return torch.cpu._is_avx512_bf16_supported()
+    if name == "avx512":
+        return torch.cpu._is_avx512_supported()
+    return torch.cpu._is_avx2_supported()
+
+
+def _supports_amx() -> bool:
+    if not torch.cpu._is_amx_tile_supported() or not torch.backends.mkldnn.enabled:
+        return False
+    try:
+        return bool(library("amx").expo_fast_has_amx())
+    except Unavailable:  # torch came without its headers, which the other sets do not need
+        return False
+
+
+@cache
+def library(name: str, part: str = "ops") -> ctypes.CDLL:
+    """Return a part of csrc for an instruction set, compiled if it is not in the cache yet.
+
+    `part` is a key of PARTS and `name` one of COMPILER_FLAGS. Raise Unavailable where it can be
+    neither compiled nor loaded.
+    """
+    flags = [*COMMON_FLAGS, *COMPILER_FLAGS[name]]
+    if name == "amx":
+        root = Path(torch.__file__).parent
+        flags += [f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
+    sources = [SOURCES / f"{source}.cpp" for source in PARTS[part]]
+    files = sorted([*SOURCES.glob("*.h"), *sources])
+    key = hashlib.sha256(b"\0".join(path.read_bytes() for path in files))
+    key.update(f"{torch.__version__} {flags}".encode())
+    try:
+        path = cache_folder() / "native" / f"{part}-{name}-{key.hexdigest()[:16]}.so"
+        return _load([*map(str, sources), *flags], path)
+    except (OSError, RuntimeError) as error:  # no home, no right to write, no right to run
+        raise Unavailable(f"the CPU kernels cannot be had: {error}") from error
+
+
+def _load(arguments: Sequence[str], path: Path) -> ctypes.CDLL:
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut short, or of another C++ standard library: compile it again
+            path.unlink()
+    _compile(arguments, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(arguments: Sequence[str], path: Path) -> None:
+    compiler = find_compiler()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes compiles, the others wait
+        if path.exists():
+            return
+        unfinished = path.with_suffix(".part")
+        command = [*compiler, *arguments, "-o", str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip()[-2000:]
+            raise RuntimeError(f"{shlex.join(compiler)} cannot compile csrc: {reason}")
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+
+
+def find_compiler() -> list[str]:
+    """Return the command of the C++ compiler: $CXX, or the first that is installed.
+
+    Raise RuntimeError where there is none.
+    """
+    wanted = os.environ.get("CXX")
+    if wanted:
+        return shlex.split(wanted)
+    names = ("c++", "g++", "clang++")
+    for name in names:
+        if found := shutil.which(name):
+            return [found]
+    raise RuntimeError(f"no C++ compiler: install one of {', '.join(names)}")
+
+
+# Structs that Python fills and C++ reads
+
+
+def struct_fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """Return fields of one C type for a ctypes.Structure; `names` are separated by blanks."""
+    return [(name, kind) for name in names.split()]
+
+
+def address(x: Tensor | None) -> int | None:
+    """Return the address of a tensor's first element as a C pointer; None is the null pointer."""
+    return None if x is None else x.data_ptr()
+
+
+def check_struct_sizes(
+    loaded: ctypes.CDLL, structs: Mapping[str, type[ctypes.Structure]]
+) -> ctypes.CDLL:
+    """Return the library once each struct's declaration in Python has the size of that in C++.
+
+    A key NAME of `structs` stands for the size that the library's expo_fast_sizeof_NAME() returns:
+    EXPO_FAST_SIZEOF(NAME, struct) of common.h defines it. Raise RuntimeError where sizes differ.
+    """
+    for name, declared in structs.items():
+        size_in_cpp = getattr(loaded, f"expo_fast_sizeof_{name}")
+        size_in_cpp.restype = ctypes.c_int64
+        expected = size_in_cpp()
+        if ctypes.sizeof(declared) != expected:
+            raise RuntimeError(
+                f"struct {name} has {ctypes.sizeof(declared)} bytes in Python"
+                f" ({declared.__module__}.{declared.__qualname__}) and {expected} in csrc: declare"
+                " the same fields in both"
+            )
+    return loaded
