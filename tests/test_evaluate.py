@@ -1,4 +1,4 @@
-"""pass@k, majority votes and their intervals by hand; what an evaluation writes and refuses."""
+"""pass@k, majority votes and intervals computed by hand; what an evaluation writes and refuses."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -11,7 +11,8 @@ from expo_fast import evaluate, reward
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
 from expo_fast.data import answer_grading
-from expo_fast.evaluate import Evaluation, Graded, interval, pass_at, vote_is_right
+from expo_fast.evaluate import Evaluation
+from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is_right, pass_at_k
 from expo_fast.reward import grader_hash
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -40,7 +41,7 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(n: int):
         for k in range(1, n + 1):
             draws = list(combinations([True] * c + [False] * (n - c), k))
             truth = sum(any(draw) for draw in draws) / len(draws)
-            assert pass_at(k, n, c) == pytest.approx(truth)
+            assert pass_at_k(n, c, k) == pytest.approx(truth)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +67,13 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(n: int):
 )
 def test_the_most_common_answer_wins_and_of_two_the_first_boxed(texts, right, wins):
     found = set(boxes(right))
-    assert vote_is_right(graded(texts, found)) is wins
+    assert majority_is_right(graded(texts, found)) is wins
 
 
 def test_an_undecided_answer_does_not_win():
     (x,) = graded(boxes("4"), set())
     undecided = Graded(x.id, x.sample, x.level, x.completion, None, x.finish_reason, x.tokens)
-    assert not vote_is_right([undecided])
+    assert not majority_is_right([undecided])
     assert evaluation([[undecided]]).summary()["undecided"] == 1
 
 
@@ -118,14 +119,14 @@ def test_pass_at_1_and_at_all_samples_are_there_unasked():
 
 
 def test_bootstrap_interval_covers_what_a_normal_one_does():
-    low, high = interval([0.0] * 150 + [1.0] * 50)
+    low, high = bootstrap_interval([0.0] * 150 + [1.0] * 50)
     half = 1.96 * (0.25 * 0.75 / 200) ** 0.5
     assert low == pytest.approx(0.25 - half, abs=0.015)
     assert high == pytest.approx(0.25 + half, abs=0.015)
 
 
 def test_interval_of_certainty_is_a_point():
-    assert interval([0.0] * 20) == (0.0, 0.0)
+    assert bootstrap_interval([0.0] * 20) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("k", [5, 0, -1])

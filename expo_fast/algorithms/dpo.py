@@ -38,7 +38,7 @@ from expo_fast.ops import (
     SimPo,
     linear_preference_loss,
 )
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
 
 Objective = Dpo | Ipo | Hinge | SimPo | Cpo | Orpo | DpoPositive

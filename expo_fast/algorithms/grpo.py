@@ -30,7 +30,7 @@ from expo_fast.algorithms.trainer import Learner, Metrics, batch, mean_of
 from expo_fast.config import Train
 from expo_fast.data.prompts import request_seed
 from expo_fast.modeling.packing import Sample
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 
 
 class Grpo(Learner):

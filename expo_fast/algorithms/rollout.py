@@ -26,7 +26,7 @@ from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.ops import group_advantage
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 
 Reward = Callable[[list[Problem], list[str], list[Completion]], list[float | None]]
 

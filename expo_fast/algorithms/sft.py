@@ -5,7 +5,7 @@ from typing import Any
 from expo_fast.algorithms.explanations import sft_samples
 from expo_fast.algorithms.rollout import said
 from expo_fast.algorithms.trainer import Learner
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 
 
 class Sft(Learner):

@@ -29,7 +29,7 @@ from expo_fast.modeling.lora import Twin, is_attached, sampling_twin, switched_o
 from expo_fast.modeling.optimizer import Optimizer, learning_rate
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import Cispo, Clipped, SequenceClipped, SoftAdaptive, linear_policy_loss
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 
 Metrics = dict[str, float | None]
 STATISTICS = ("loss", "kl", "clip_low", "clip_high", "nll")  # of `policy_backward`
