@@ -51,7 +51,8 @@ class Evaluation:
         ks = sorted({1, *self.k, self.samples})
         levels = []
         for level, some in by_level(problems).items():
-            levels.append({"level": level, "problems": len(some)} | accuracy(some, ks))
+            head = {"level": level, "problems": len(some)}
+            levels.append(head | accuracy(some, ks))
         return {
             "problems": len(problems),
             "samples": self.samples,
@@ -166,11 +167,13 @@ def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
 
     Built-in data take their worked examples from the train split.
     """
-    problems = load_problems(config.data, levels=config.levels, limit=config.limit)
+    levels = config.levels
+    problems = load_problems(config.data, levels=levels, limit=config.limit)
     check_answers(config.data, problems)
     train_split = re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", config.data)
     source = config.shots_data or train_split
-    shots, _ = worked_examples(load_problems(source, levels=config.levels), config.shots)
+    candidates = load_problems(source, levels=levels)
+    shots, _ = worked_examples(candidates, config.shots)
     shown = overlap(shots, problems)
     problems = [problem for problem in problems if problem not in shown]
     return problems, shots

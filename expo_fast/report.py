@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     if not config.run_dirs:
         raise ValueError("need the folder of a run, or of several; see --help")
     output = output_file(config.output)
-    if len({Path(name).resolve() for name in config.run_dirs}) < len(config.run_dirs):
+    folders = {Path(name).resolve() for name in config.run_dirs}
+    if len(folders) < len(config.run_dirs):
         raise ValueError(f"one run is given twice: {' '.join(config.run_dirs)}")
     runs = [load_run(name) for name in config.run_dirs]
     html = render(group_runs(runs)).encode()

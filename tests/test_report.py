@@ -214,7 +214,7 @@ def test_accuracies_that_were_measured_differently_get_a_warning(tmp_path: Path)
     a, b, c = run("a", grader="x"), run("bb", grader="y", problems=8), run("ccc", grader="x")
     said = "evaluations differ in problems, grader."
     assert said in page_of(tmp_path, a, b).text
-    assert "Not measured alike" not in page_of(tmp_path, a, c).text
+    assert "Measured differently" not in page_of(tmp_path, a, c).text
 
 
 PROPERTY_ROWS = [

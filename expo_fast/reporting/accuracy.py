@@ -30,14 +30,18 @@ class Graded:
     tokens: int  # sampled
 
 
-def by_problem(graded: Sequence[Graded], samples: int) -> list[Sequence[Graded]]:
+Samples = Sequence[Graded]  # all of one problem
+
+
+def by_problem(graded: Sequence[Graded], samples: int) -> list[Samples]:
     """Split completions, of which the `samples` of a problem follow each other, by problem."""
-    return [graded[start : start + samples] for start in range(0, len(graded), samples)]
+    starts = range(0, len(graded), samples)
+    return [graded[start : start + samples] for start in starts]
 
 
-def by_level(problems: Sequence[Sequence[Graded]]) -> dict[int, list[Sequence[Graded]]]:
+def by_level(problems: Sequence[Samples]) -> dict[int, list[Samples]]:
     """Return the problems of each level, in order; those without a level are left out."""
-    levels: dict[int, list[Sequence[Graded]]] = {}
+    levels: dict[int, list[Samples]] = {}
     for problem in problems:
         level = problem[0].level
         if level is not None:
@@ -45,27 +49,29 @@ def by_level(problems: Sequence[Sequence[Graded]]) -> dict[int, list[Sequence[Gr
     return dict(sorted(levels.items()))
 
 
-def accuracy(
-    problems: Sequence[Sequence[Graded]], ks: Sequence[int]
-) -> dict[str, float | list[float]]:
-    """Return pass@k for each k, `all_fail` and `majority`, with 95% intervals where one is known.
+def accuracy(problems: Sequence[Samples], ks: Sequence[int]) -> dict[str, Any]:
+    """Return pass@k for each k and `majority`, both with 95% intervals, and `all_fail`.
 
-    problems: the graded samples of each, the same number of all.
+    problems: one or more, with the same number of samples each.
     """
-    n_right = [sum(sample.verdict == 1.0 for sample in problem) for problem in problems]
-    row = {}
+    n_samples = len(problems[0])
+    n_right = [_count_right(samples) for samples in problems]
+    row: dict[str, Any] = {}
     for k in ks:
-        chances = [
-            pass_at_k(len(problem), c, k) for problem, c in zip(problems, n_right, strict=True)
-        ]
+        chances = [pass_at_k(n_samples, c, k) for c in n_right]
         row |= _with_interval(f"pass@{k}", chances)
     row["all_fail"] = n_right.count(0) / len(problems)
-    votes = [float(majority_is_right(problem)) for problem in problems]
+    votes = [float(majority_is_right(samples)) for samples in problems]
     return row | _with_interval("majority", votes)
 
 
+def _count_right(samples: Samples) -> int:
+    return [sample.verdict for sample in samples].count(1.0)
+
+
 def _with_interval(name: str, values: Sequence[float]) -> dict[str, Any]:
-    return {name: fmean(values), f"{name}/interval": list(bootstrap_interval(values))}
+    low, high = bootstrap_interval(values)
+    return {name: fmean(values), f"{name}/interval": [low, high]}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -81,7 +87,7 @@ class _Vote:
     voters: list[Graded] = field(default_factory=list)
 
 
-def majority_is_right(samples: Sequence[Graded]) -> bool:
+def majority_is_right(samples: Samples) -> bool:
     """Return whether the answer that most samples of a problem box is right.
 
     Of two equally common answers, the one boxed first counts. Two spellings that are equal without
@@ -91,16 +97,16 @@ def majority_is_right(samples: Sequence[Graded]) -> bool:
     votes: list[_Vote] = []  # in the order in which they were first boxed
     for sample in samples:
         answer = tidy(last_boxed(sample.completion) or "")
-        vote = next((each for each in votes if decide(each.answer, answer)), None)
-        if vote is None and answer:
-            vote = _Vote(answer)
-            votes.append(vote)
-        if vote is not None:
-            vote.voters.append(sample)
+        same = [vote for vote in votes if decide(vote.answer, answer)]
+        if not same and answer:
+            same = [_Vote(answer)]
+            votes += same
+        if same:
+            same[0].voters.append(sample)
     if not votes:
         return False
     winner = max(votes, key=lambda vote: len(vote.voters))
-    return any(sample.verdict == 1.0 for sample in winner.voters)
+    return _count_right(winner.voters) > 0
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -108,7 +114,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     rng = random.Random(0)
     means = []
     for _ in range(BOOTSTRAP_RESAMPLES):
-        means.append(fmean(rng.choices(values, k=len(values))))
+        resample = rng.choices(values, k=len(values))
+        means.append(fmean(resample))
     means.sort()
     tail = BOOTSTRAP_RESAMPLES // 40  # 2.5% at each end
     return means[tail], means[-tail - 1]

@@ -109,14 +109,15 @@ class LineConsole(QuietConsole):
         for label, key in LINE_METRICS.items():
             if key in row:
                 parts.append(f"{label} {short_number(row[key])}")
-        times = [x for key, x in row.items() if key.startswith("time/") and is_number(x)]
+        times = [x for x in _times(row).values() if is_number(x)]
         parts.append(f"tok/s {short_number(speed.tokens_per_s)}")
         parts.append(f"{sum(times):.1f} s")
         parts.append(f"left {speed.time_left}")
         self.note("  ".join(parts))
 
     def note(self, text: str) -> None:
-        print(_encodable(printable(text), self._stream), file=self._stream, flush=True)
+        line = _encodable(printable(text), self._stream)
+        print(line, file=self._stream, flush=True)
 
 
 class LiveConsole(QuietConsole):
@@ -176,8 +177,7 @@ class LiveConsole(QuietConsole):
             known = {key: row[key] for key in keys if key in row}
             table.add_row(label, Text(short_numbers(known)))
         table.add_row("tokens/s", Text(short_number(self._speed.tokens_per_s)))
-        times = {key: seconds for key, seconds in row.items() if key.startswith("time/")}
-        table.add_row("seconds", Text(short_numbers(times)))
+        table.add_row("seconds", Text(short_numbers(_times(row))))
         return table
 
     def _samples(self) -> Any:
@@ -212,6 +212,10 @@ def open_console(kind: ConsoleKind, stream: TextIO, total_steps: int) -> QuietCo
         except ModuleNotFoundError:
             print("rich is not installed: one line a step instead of the panel", file=stream)
     return LineConsole(stream, total_steps)
+
+
+def _times(row: Row) -> dict[str, Any]:
+    return {key: x for key, x in row.items() if key.startswith("time/")}
 
 
 def _encodable(text: str, stream: TextIO) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from expo_fast.reporting.panels import Curve, Panel, PlottedPanel, split_crowded
+from expo_fast.reporting.panels import Curve, Panel, PlottedPanel, owners, split_crowded
 
 TEXT_COLOR = "#010203"  # stands for the page's text colour until the SVG is made
 # of Okabe and Ito, whom readers with any colour vision can tell apart, and two more
@@ -76,7 +76,8 @@ def _fill_grid(grid: Any, panels: Sequence[PlottedPanel], *, several: bool) -> N
         first = first_of_title.setdefault(each.panel.title, axes)
         if first is not axes:
             axes.sharey(first)
-        _fill(axes, each.panel, each.curves, by_owner=several and not each.panel.only)
+        by_owner = several and not each.panel.only
+        _fill(axes, each.panel, each.curves, by_owner=by_owner)
     for axes in grid[len(panels) :]:
         axes.remove()
 
@@ -84,9 +85,11 @@ def _fill_grid(grid: Any, panels: Sequence[PlottedPanel], *, several: bool) -> N
 def _add_legend(figure: Any, panels: Sequence[PlottedPanel], names: Sequence[str]) -> None:
     """Name the configurations, where a panel shows several."""
     shared = [each for each in panels if not each.panel.only]
-    owners = sorted({curve.owner for each in shared for curve in each.curves})
-    if owners:
-        handles = [_legend_line(names[i], COLORS[i % len(COLORS)]) for i in owners]
+    handles = []
+    for owner in owners(shared):
+        color = COLORS[owner % len(COLORS)]
+        handles.append(_legend_line(names[owner], color))
+    if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
@@ -100,17 +103,19 @@ def _fill(axes: Any, panel: Panel, curves: Sequence[Curve], *, by_owner: bool) -
     names = list(panel.metrics)
     handles = {}
     for curve in curves:
-        i = names.index(curve.metric)
-        dash = DASHES[i % len(DASHES)]
-        color = COLORS[(curve.owner if by_owner else i) % len(COLORS)]
+        position = names.index(curve.metric)
+        dash = DASHES[position % len(DASHES)]
+        color_index = curve.owner if by_owner else position
+        color = COLORS[color_index % len(COLORS)]
         marker = "o" if len(curve.steps) <= MOST_MARKED_POINTS else None
         axes.plot(curve.steps, curve.middle, dash, color=color, marker=marker)
         if curve.low != curve.high:
             axes.fill_between(
                 curve.steps, curve.low, curve.high, color=color, alpha=0.2, linewidth=0
             )
+        label = panel.metrics[curve.metric]
         legend_color = TEXT_COLOR if by_owner else color
-        handles[curve.metric] = _legend_line(panel.metrics[curve.metric], legend_color, dash)
+        handles[curve.metric] = _legend_line(label, legend_color, dash)
     if len(names) > 1:
         axes.legend(
             handles=[handles[metric] for metric in names if metric in handles],

@@ -125,18 +125,22 @@ def first_questions(file: Path) -> list[list[Row]]:
     """Return the rows of a few questions, first those with samples of more than one kind."""
     rows_of: dict[str, list[Row]] = {}
     for row in read_rows(file):
-        rows_of.setdefault(repr(row.get("id")), []).append(row)
+        identity = repr(row.get("id"))
+        rows_of.setdefault(identity, []).append(row)
     questions = sorted(rows_of.values(), key=_has_one_kind)
     return questions[:SHOWN_QUESTIONS]
 
 
 def _has_one_kind(rows: Sequence[Row]) -> bool:
-    return len({repr(row.get("kind")) for row in rows}) < 2
+    kinds = {repr(row.get("kind")) for row in rows}
+    return len(kinds) < 2
 
 
 def question(rows: Sequence[Row]) -> str:
     """Return a question, its answer and the first completion of each kind."""
-    terms = [("question", rows[0].get("prompt")), ("answer", rows[0].get("answer"))]
+    prompt = rows[0].get("prompt")
+    answer = rows[0].get("answer")
+    terms = [("question", prompt), ("answer", answer)]
     first_of_kind: dict[str, Row] = {}
     for row in rows:
         first_of_kind.setdefault(shown_text(row.get("kind"), 40), row)

@@ -131,11 +131,14 @@ def _points(rows: Sequence[Row], metric: str, *, positive: bool) -> dict[int, Sp
 def _curve(owner: int, metric: str, points: dict[int, Spread], n_runs: int) -> Curve:
     curve = Curve(owner, metric, steps=list(points), middle=[], low=[], high=[])
     for point in points.values():
-        # of several runs only one has this step: its interval over questions is no range over runs
-        alone = point.n_runs == 1 < n_runs
+        low = point.low
+        high = point.high
+        if point.n_runs == 1 and n_runs > 1:
+            # its interval over questions is no range over runs
+            low = high = None
         curve.middle.append(point.mean)
-        curve.low.append(point.mean if alone or point.low is None else point.low)
-        curve.high.append(point.mean if alone or point.high is None else point.high)
+        curve.low.append(point.mean if low is None else low)
+        curve.high.append(point.mean if high is None else high)
     return curve
 
 
@@ -144,12 +147,22 @@ def split_crowded(panels: Sequence[PlottedPanel], names: Sequence[str]) -> list[
 
     names: of the configurations. Panels of one metric stay: their curves differ in colour.
     """
-    several = [each for each in panels if len(each.panel.metrics) > 1]
+    single = []
+    several = []
+    for each in panels:
+        kind = single if len(each.panel.metrics) == 1 else several
+        kind.append(each)
     if not any(len(each.curves) > MOST_CURVES for each in several):
         return list(panels)
     split = []
-    for owner in sorted({curve.owner for each in several for curve in each.curves}):
+    for owner in owners(several):
         for each in several:
+            panel = replace(each.panel, only=names[owner])
             own = [curve for curve in each.curves if curve.owner == owner]
-            split.append(PlottedPanel(replace(each.panel, only=names[owner]), own))
-    return split + [each for each in panels if len(each.panel.metrics) == 1]
+            split.append(PlottedPanel(panel, own))
+    return split + single
+
+
+def owners(panels: Sequence[PlottedPanel]) -> list[int]:
+    """Return the configurations that have a curve in any of the panels."""
+    return sorted({curve.owner for each in panels for curve in each.curves})

@@ -107,7 +107,8 @@ def load_run(name: str) -> Run:
         if not (path / file).is_file():
             raise FileNotFoundError(f"{name!r} is no folder of a run: it has no {file}")
     try:  # not cli.flags.from_toml: other versions have other fields
-        config = tomllib.loads((path / "config.toml").read_bytes().decode())
+        text = (path / "config.toml").read_bytes().decode()
+        config = tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path / 'config.toml'} is not TOML: {error}") from None
     steps = _rows_by_step(path / "metrics.jsonl")
@@ -127,8 +128,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Return the configurations in the order in which they first appear."""
     members: dict[str, list[Run]] = {}
     for run in runs:
-        fields = sorted((key, repr(x)) for key, x in run.config.items() if key not in FREE_FIELDS)
-        members.setdefault(repr(fields), []).append(run)
+        fields = {key: repr(x) for key, x in run.config.items() if key not in FREE_FIELDS}
+        identity = repr(sorted(fields.items()))
+        members.setdefault(identity, []).append(run)
     groups = []
     for position, same in enumerate(members.values(), start=1):
         method = shown_text(same[0].config.get("method", "run"), 40)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import chain
 from statistics import fmean
 
 from expo_fast.reporting.jsonl import Row
@@ -61,10 +62,13 @@ def _accuracy_formats(groups: Sequence[Group]) -> dict[str, str]:
 def _overview_row(group: Group, fields: Sequence[str], formats: dict[str, str]) -> list[str]:
     row = [escaped(group.name)]
     if fields:
-        values = [(name, group.config.get(name, "unset")) for name in fields]
-        lines = [f"{escaped(name, 80)}&nbsp;{escaped(value, 80)}" for name, value in values]
+        lines = []
+        for name in fields:
+            value = group.config.get(name, "unset")
+            lines.append(f"{escaped(name, 80)}&nbsp;{escaped(value, 80)}")
         row.append("<br>".join(lines))
-    row.append(", ".join(escaped(run.config.get("seed", "?"), 20) for run in group.runs))
+    seeds = [run.config.get("seed", "?") for run in group.runs]
+    row.append(", ".join(escaped(seed, 20) for seed in seeds))
     row.append(_steps_done(group))
     row += [before_and_after(group, key, form) for key, form in formats.items()]
     row.append(_tokens(group))
@@ -75,7 +79,8 @@ def _overview_row(group: Group, fields: Sequence[str], formats: dict[str, str]) 
 def _steps_done(group: Group) -> str:
     done = {run.steps[-1]["step"] for run in group.runs}
     wanted = group.config.get("steps")
-    text = "&ndash;".join(map(str, sorted({min(done), max(done)})))
+    ends = sorted({min(done), max(done)})
+    text = "&ndash;".join(map(str, ends))
     if wanted is not None and done != {wanted}:
         text += f" of {escaped(wanted, 20)}"
     evaluated = {run.after["step"] for run in group.runs if run.after}
@@ -105,23 +110,31 @@ def before_and_after(group: Group, key: str, form: str, level: int | None = None
     It is the mean over the runs that have both, or over all where none has. `form` formats it. With
     a level, it is that level's number.
     """
-    pairs = [(run.before, run.after) for run in group.runs]
-    if level is not None:
-        pairs = [(row_of_level(a, level), row_of_level(b, level)) for a, b in pairs]
-    complete = [pair for pair in pairs if all(number(row, key) is not None for row in pair)]
+    pairs = []
+    complete = []
+    for run in group.runs:
+        pair = (run.before, run.after)
+        if level is not None:
+            pair = (row_of_level(run.before, level), row_of_level(run.after, level))
+        pairs.append(pair)
+        if len(numbers(pair, key)) == 2:
+            complete.append(pair)
     shown = complete or pairs
     before = spread([row for row, _ in shown], key)
     after = spread([row for _, row in shown], key)
     if before is None and after is None:
         return ""
-    sides = (before, after)
-    cell = " &rarr; ".join(format(x.mean, form) if x else "&ndash;" for x in sides)
-    ranges = [_range(x, form) for x in sides]
+    cell = f"{_mean(before, form)} &rarr; {_mean(after, form)}"
+    ranges = [_range(before, form), _range(after, form)]
     if any(ranges):
         cell += small(" &rarr; ".join(ranges))
     if 0 < len(complete) < len(pairs):
         cell += small(f"{len(complete)} of {len(pairs)} runs")
     return cell
+
+
+def _mean(x: Spread | None, form: str) -> str:
+    return format(x.mean, form) if x else "&ndash;"
 
 
 def _range(x: Spread | None, form: str) -> str:
@@ -145,7 +158,7 @@ def measured_differently(groups: Sequence[Group]) -> str:
     differing += [name for name in differing_fields(groups) if name in EVALUATION_FIELDS]
     if not differing:
         return ""
-    return remark(f"<b>Not measured alike:</b> evaluations differ in {', '.join(differing)}.")
+    return remark(f"<b>Measured differently:</b> evaluations differ in {', '.join(differing)}.")
 
 
 def levels(groups: Sequence[Group]) -> str:
@@ -181,7 +194,7 @@ def _is_pass_at_k(key: str) -> bool:
 def phases(groups: Sequence[Group]) -> str:
     """Return mean seconds of a step by phase; empty where no run has them."""
     spent = {group.name: group.seconds_by_phase for group in groups}
-    columns = list(dict.fromkeys(phase for seconds in spent.values() for phase in seconds))
+    columns = list(dict.fromkeys(chain(*spent.values())))
     rows = []
     for group in groups:
         seconds = spent[group.name]
@@ -199,5 +212,6 @@ def phases(groups: Sequence[Group]) -> str:
         rows.append(row)
     if not rows:
         return ""
-    head = ["configuration", *(escaped(phase, 40).replace("_", " ") for phase in columns), "sum"]
+    names = [escaped(phase, 40).replace("_", " ") for phase in columns]
+    head = ["configuration", *names, "sum"]
     return table(head, rows) + remark("Mean seconds of a step, and the phase's share of their sum.")
