@@ -19,7 +19,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 
 def graded(texts: list[str], right: set[str], level: int | None = None) -> list[Graded]:
-    """The samples of one problem; those whose text is in `right` were found right."""
+    """Return the samples of one problem; those whose text is in `right` have the verdict 1."""
     return [
         Graded("p", i, level, text, float(text in right), "stop", 10)
         for i, text in enumerate(texts)
@@ -110,7 +110,7 @@ def test_the_summary_by_hand_with_levels_apart():
     assert json.loads(json.dumps(row)) == row
 
 
-def test_pass_at_1_and_at_all_samples_are_there_unasked():
+def test_pass_at_1_and_at_all_samples_are_always_reported():
     row = evaluation([graded(boxes("1", "2", "1"), set(boxes("1")))]).summary()
     assert [key for key in row if key.startswith("pass@") and "/" not in key] == [
         "pass@1",
@@ -148,7 +148,7 @@ def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch)
         assert (grader_hash() == before) is same
 
 
-def test_the_graders_hash_changes_with_math_verify_and_does_without(monkeypatch):
+def test_the_graders_hash_changes_with_math_verify_and_without_it(monkeypatch):
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)
 
@@ -161,7 +161,7 @@ def test_the_graders_hash_changes_with_math_verify_and_does_without(monkeypatch)
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """Flags for a tiny model and three problems, each sampled twice."""
+    """Return flags for a tiny model and three problems, each sampled twice."""
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     rows = [{"id": f"q{n}", "question": f"{n}?", "answer": "1", "level": n} for n in (1, 2, 3)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -227,7 +227,7 @@ def test_an_output_that_cannot_be_a_file_is_refused_first(
         evaluate.main([*given, "--output", output])
 
 
-def test_an_evaluation_says_how_it_asked_and_graded(given, capsys):
+def test_an_evaluation_records_its_template_and_grader(given, capsys):
     evaluate.main(given)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["grader"] == grader_hash()
