@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expo_fast.methods import METHODS, OPTIONS, MethodSpec, methods_that_read
+from expo_fast.objectives import POLICY_OBJECTIVES, PREFERENCE_OBJECTIVES, ignored_options
 
 # Options that may differ between a run and its resume.
 ADJUSTABLE = (
@@ -24,12 +25,12 @@ ADJUSTABLE = (
     "keep_checkpoints",
     "diagnose",
 )
-REFERENCE_FREE = ("simpo", "cpo", "orpo")  # preference losses without a reference model
-
 if TYPE_CHECKING:
-    Method = str
-else:  # the choices of --method
+    Method = Objective = Preference = str
+else:  # the choices of --method, --objective and --preference
     Method = Literal[tuple(METHODS)]
+    Objective = Literal[tuple(POLICY_OBJECTIVES)]
+    Preference = Literal[tuple(PREFERENCE_OBJECTIVES)]
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -111,7 +112,7 @@ class Train(Prompting):
     overlong_buffer: int = 0
     """Tokens before the length limit over which the reward falls by 1 (DAPO, eq. 13); 0: none."""
 
-    objective: Literal["clipped", "gspo", "cispo", "sapo"] = "clipped"
+    objective: Objective = "clipped"
     """clipped: PPO's; gspo: the same on a sequence's ratio (arXiv:2507.18071); cispo: ratio capped
     at 1 + clip_high (2506.13585); sapo: a soft gate in place of the clip (2511.20347)."""
     loss: Literal["grpo", "dapo", "dr-grpo"] = "grpo"
@@ -156,13 +157,15 @@ class Train(Prompting):
     """Online: the model that sampled a round of pairs is their reference, not the initial one."""
     pairs_per_question: int = 2
     """Failed attempts of a question that get a pair, at most."""
-    preference: Literal["dpo", "ipo", "hinge", "simpo", "cpo", "orpo", "dpop"] = "dpo"
+    preference: Preference = "dpo"
     """Loss of a pair (arXiv:2305.18290, 2310.12036, 2305.10425, 2405.14734, 2401.08417, 2403.07691,
-    2402.13228)."""
+    2402.13228, 2403.19159)."""
     dpo_beta: float = 0.1
     """Per nat. SimPO wants about 2."""
     label_smoothing: float = 0.0
     """Of dpo: the chance that a pair is the wrong way round."""
+    rdpo_alpha: float = 0.0
+    """Of rdpo: weight of the difference in length between chosen and rejected text, per token."""
 
     lora_rank: int = 0
     """Train adapters of this rank on all projections, by PEFT, in place of the weights; 0: none."""
@@ -254,10 +257,9 @@ class Train(Prompting):
             _require(self, "exp_sft_coef", self.exp_sft_coef > 0, need)
 
     def _check_objective(self) -> None:
-        unread = {"sapo": ("clip_low", "clip_high"), "cispo": ("clip_low",)}
-        for name in unread.get(self.objective, ()):
+        for name in ignored_options(POLICY_OBJECTIVES, self.objective):
             unset = getattr(self, name) == _default_of(self, name)
-            need = f"the default: objective={self.objective} has no such bound"
+            need = f"the default: objective={self.objective} does not read it"
             _require(self, name, unset, need)
         if self.dynamic_sampling:
             need = "group or none with dynamic_sampling, which has no complete batch"
@@ -267,10 +269,15 @@ class Train(Prompting):
         if self.refresh_reference:
             _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
             need = f"False: preference={self.preference} has no reference"
-            _require(self, "refresh_reference", self.preference not in REFERENCE_FREE, need)
+            needs_reference = PREFERENCE_OBJECTIVES[self.preference].needs_reference
+            _require(self, "refresh_reference", needs_reference, need)
         _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
-        if self.label_smoothing:
-            _require(self, "preference", self.preference == "dpo", "dpo with label_smoothing")
+        if self.preference == "rdpo":
+            _require(self, "rdpo_alpha", self.rdpo_alpha > 0, "more than 0: at 0 rdpo is dpo")
+        for name in ignored_options(PREFERENCE_OBJECTIVES, self.preference):
+            unset = getattr(self, name) == _default_of(self, name)
+            need = f"the default: preference={self.preference} does not read it"
+            _require(self, name, unset, need)
 
     @property
     def spec(self) -> MethodSpec:
@@ -337,6 +344,7 @@ AT_LEAST_0 = (
     "overlong_buffer",
     "pairs_every",
     "label_smoothing",
+    "rdpo_alpha",
     "exp_sft_max_accuracy",
     "lora_rank",
     "explain_every",

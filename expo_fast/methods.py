@@ -123,7 +123,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "explains_every_step": ("explain_every",),
     "samples_pairs": ("pairs_every", "refresh_reference", "pairs_per_question"),
-    "trains_on_pairs": ("preference", "dpo_beta", "label_smoothing"),
+    "trains_on_pairs": ("preference", "dpo_beta", "label_smoothing", "rdpo_alpha"),
 }
 
 

@@ -23,13 +23,15 @@ from expo_fast.algorithms.trainer import Metrics, TextRows, Trainer, make_traine
 from expo_fast.algorithms.training_data import TrainingData, check_lengths, load_training_data
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, parse
-from expo_fast.config import REFERENCE_FREE, Train
+from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Completion
 from expo_fast.modeling.lora import attach
-from expo_fast.reporting.run_log import Phases, RunLog
+from expo_fast.objectives import PREFERENCE_OBJECTIVES
+from expo_fast.reporting.run_log import RunLog
+from expo_fast.reporting.timing import Phases
 from expo_fast.reward import RewardFunction, call_reward, load_reward, score_answers
 from expo_fast.storage import checkpoint
 from expo_fast.weights import load_model
@@ -103,9 +105,10 @@ def needs_frozen_reference(config: Train) -> bool:
     """
     if config.lora_rank:
         return False
+    if config.kl_coef > 0:
+        return True
     online = config.pairs_every > 0 and not config.refresh_reference
-    online = online and config.preference not in REFERENCE_FREE
-    return online or config.kl_coef > 0
+    return online and PREFERENCE_OBJECTIVES[config.preference].needs_reference
 
 
 def boxed_answer(problems: list[Problem], texts: list[str], _: list[Completion]):

@@ -22,7 +22,6 @@ from expo_fast.algorithms.dpo import (
     pair_metrics,
     pair_samples,
     preference_backward,
-    preference_objective,
 )
 from expo_fast.algorithms.explanations import Explanations
 from expo_fast.algorithms.logprobs import completion_logprobs, sequence_logprobs
@@ -35,6 +34,7 @@ from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import pack
+from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from tiny import tiny_model, tiny_tokenizer
 
 T, BETA = 0.7, 0.3
@@ -153,11 +153,24 @@ def test_a_step_without_pairs_has_no_loss_and_moves_nothing():
     assert row["loss"] is row["rewards/chosen"] is None
 
 
-@pytest.mark.parametrize("preference", ["dpo", "ipo", "hinge", "simpo", "cpo", "orpo", "dpop"])
+@pytest.mark.parametrize("preference", PREFERENCE_OBJECTIVES)
 def test_every_objective_takes_its_coefficient(preference: str):
-    objective = preference_objective(config(preference=preference))
-    assert objective.beta == BETA
+    alpha = {"rdpo_alpha": 0.1} if preference == "rdpo" else {}
+    objective = PreferenceLossConfig.of(config(preference=preference, **alpha)).objective
+    assert objective.beta == BETA  # pyright: ignore[reportAttributeAccessIssue]
     assert type(objective).__name__.lower().replace("positive", "p") == preference
+
+
+def test_rdpo_charges_for_the_longer_text():
+    model = tiny_model(dtype=torch.float64)
+    total = 0.0
+    for p in PAIRS:
+        chosen = logp(model, p.prompt_ids, p.chosen_ids) - p.ref_logp[0]
+        rejected = logp(model, p.prompt_ids, p.rejected_ids) - p.ref_logp[1]
+        longer = len(p.chosen_ids) - len(p.rejected_ids)
+        total -= F.logsigmoid(BETA * (chosen - rejected) + 0.2 * longer).item() / len(PAIRS)
+    row = backward(model, config(preference="rdpo", rdpo_alpha=0.2), PAIRS)
+    assert row["loss"] == pytest.approx(total, rel=1e-6)
 
 
 def group(rewards: list[float | None]) -> Group:

@@ -30,7 +30,7 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.optimizer import StepReport
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import group_advantage
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 from tiny import tiny_model
 
 P, G, L_MAX = 3, 4, 12

@@ -55,25 +55,16 @@ from expo_fast.algorithms.trainer import (
     optimizer_step,
     questions_of_step,
 )
-from expo_fast.config import REFERENCE_FREE, Train
+from expo_fast.config import Train
 from expo_fast.data.problems import Problem, fingerprint
 from expo_fast.generate import Completion
+from expo_fast.kernels.preferences import PreferenceObjective
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, forward
-from expo_fast.ops import (
-    Cpo,
-    Dpo,
-    DpoPositive,
-    Hinge,
-    Ipo,
-    Orpo,
-    SimPo,
-    linear_preference_loss,
-)
-from expo_fast.reporting.run_log import Phases
+from expo_fast.objectives import PREFERENCE_OBJECTIVES
+from expo_fast.ops import linear_preference_loss
+from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
-
-Objective = Dpo | Ipo | Hinge | SimPo | Cpo | Orpo | DpoPositive
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> tuple[Metrics, TextRows]:
@@ -237,7 +228,7 @@ def with_reference_logprobs(
 ) -> list[Pair]:
     """Return the pairs with the reference's log-probs. The initial policy is its own reference."""
     config = trainer.config
-    if config.preference in REFERENCE_FREE or not pairs:
+    if not PREFERENCE_OBJECTIVES[config.preference].needs_reference or not pairs:
         return list(pairs)
     samples = pair_samples(pairs)
     if policy_step == 0 or config.refresh_reference:
@@ -298,7 +289,7 @@ def diagnosed_questions(
 class PreferenceLossConfig:
     """What the preference loss needs to know of a run."""
 
-    objective: Objective
+    objective: PreferenceObjective
     beta: float
     """Rewards are beta times log-ratios."""
     averages_tokens: bool = False
@@ -309,10 +300,11 @@ class PreferenceLossConfig:
 
     @classmethod
     def of(cls, config: Train) -> "PreferenceLossConfig":
+        entry = PREFERENCE_OBJECTIVES[config.preference]
         return cls(
-            objective=preference_objective(config),
+            objective=entry.build(config),
             beta=config.dpo_beta,
-            averages_tokens=config.preference in ("ipo", "simpo", "orpo"),
+            averages_tokens=entry.averages,
             temperature=config.temperature,
             max_tokens=config.pack_tokens,
         )
@@ -370,19 +362,6 @@ def preference_backward(
         lengths=torch.cat([lengths for _, lengths in packs]).view(-1, 2),
         rewards=torch.cat(rewards).view(-1, 2),
     )
-
-
-def preference_objective(config: Train) -> Objective:
-    beta = config.dpo_beta
-    return {
-        "dpo": lambda: Dpo(beta, config.label_smoothing),
-        "ipo": lambda: Ipo(beta, average=True),
-        "hinge": lambda: Hinge(beta),
-        "simpo": lambda: SimPo(beta),
-        "cpo": lambda: Cpo(beta),
-        "orpo": lambda: Orpo(beta),
-        "dpop": lambda: DpoPositive(beta),
-    }[config.preference]()
 
 
 def pair_samples(pairs: Sequence[Pair]) -> list[Sample]:

@@ -53,17 +53,12 @@ from expo_fast.algorithms.trainer import (
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import request_seed
+from expo_fast.kernels.objectives import PolicyObjective
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, forward
-from expo_fast.ops import (
-    Cispo,
-    Clipped,
-    SequenceClipped,
-    SoftAdaptive,
-    group_advantage,
-    linear_policy_loss,
-)
-from expo_fast.reporting.run_log import Phases
+from expo_fast.objectives import POLICY_OBJECTIVES
+from expo_fast.ops import group_advantage, linear_policy_loss
+from expo_fast.reporting.timing import Phases
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> tuple[Metrics, TextRows]:
@@ -337,7 +332,7 @@ def update_weights(
 class PolicyLossConfig:
     """What the policy loss needs to know of a run."""
 
-    objective: Clipped | SequenceClipped | Cispo | SoftAdaptive
+    objective: PolicyObjective
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     temperature: float = 1.0
@@ -347,7 +342,7 @@ class PolicyLossConfig:
     @classmethod
     def of(cls, config: Train) -> "PolicyLossConfig":
         return cls(
-            objective=policy_objective(config),
+            objective=POLICY_OBJECTIVES[config.objective].build(config),
             kl_coef=config.kl_coef,
             entropy_coef=config.entropy_coef,
             temperature=config.temperature,
@@ -400,17 +395,6 @@ def policy_backward(
         return PolicyResult()
     # Read from the device once, when all packs are under way.
     return PolicyResult(*torch.stack(sums).double().sum(0).tolist())
-
-
-def policy_objective(config: Train) -> Clipped | SequenceClipped | Cispo | SoftAdaptive:
-    low = config.clip_low
-    high = config.clip_high
-    return {
-        "clipped": lambda: Clipped(low, high),
-        "gspo": lambda: SequenceClipped(low, high),
-        "cispo": lambda: Cispo(1 + high),
-        "sapo": SoftAdaptive,
-    }[config.objective]()
 
 
 def with_reference_logprobs(trainer: Trainer, samples: Sequence[Sample]) -> list[Sample]:

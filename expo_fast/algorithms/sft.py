@@ -25,7 +25,7 @@ from expo_fast.data.prompts import Prompter
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import linear_policy_loss
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from expo_fast.inference.cpu_engine import exact_hidden
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import Twin, is_attached, sampling_twin
 from expo_fast.modeling.optimizer import Optimizer, learning_rate
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 
 Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
