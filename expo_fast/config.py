@@ -1,7 +1,8 @@
-"""Every knob of a run, in one place, with its unit and where its default comes from.
+"""Options of training and evaluation, with their units and the sources of their defaults.
 
-Flags and TOML keys derive from the fields; what can be computed is not a knob. The defaults are the
-default job: SmolLM2-135M on built-in arithmetic, sized for two CPU cores.
+Flags and TOML keys are the fields of these dataclasses. What can be computed from other options is
+a property and not a field. The defaults are those of the default job: SmolLM2-135M on built-in
+arithmetic, sized for two CPU cores.
 """
 
 import dataclasses
@@ -37,26 +38,26 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """What is asked of which model."""
+    """Options of prompts and sampling that training and evaluation share."""
 
     model: str = "smollm2-135m"
     """Folder, .gguf file, hub id, or smollm2-135m."""
     shots: int = 2
     """Worked examples shown as earlier turns of every prompt."""
     shots_data: str | None = None
-    """Where they come from; None: the data itself (of built-in data the train split)."""
+    """Source of the worked examples; None: the data (of built-in data, their train split)."""
     system_prompt: str | None = None
-    """None: what the chat template does by itself."""
+    """None: the chat template's own."""
     instruction: str = INSTRUCTION
-    """Put behind each question; empty: nothing."""
+    """Text after each question; empty: none."""
     levels: tuple[int, ...] = ()
     """Use only problems of these levels; empty: all."""
     max_completion_length: int = 64
-    """Tokens sampled for one completion at most."""
+    """Most tokens sampled for one completion."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto: cuda if there is a GPU, else cpu."""
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -70,7 +71,7 @@ class Prompting:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Prompting):
-    """Train a model with ExP-GRPO or ExP-DPO (arXiv:2507.02834), or what they are compared with."""
+    """Train a model with ExP-GRPO or ExP-DPO (arXiv:2507.02834), or with one of their controls."""
 
     method: Method = "expo-grpo"
     """grpo alone; with SFT on self-explanations (expo-grpo), or on the data's solutions
@@ -95,14 +96,14 @@ class Train(Prompting):
     """auto: from the newest valid checkpoint in output_dir, if any; never; or a path."""
 
     temperature: float = 1.0
-    """Of the G samples, and so of the policy whose log-probs any method's loss takes."""
+    """Of the G attempts, and of the policy whose log-probs the loss uses."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     reward: str | None = None
     """Dotted path of f(prompts, completions, completion_ids, **columns); None: the boxed answer."""
     right_above: float = 0.0
-    """A sample whose reward is higher is right: for accuracies, and never on the rejected side."""
+    """An attempt with a higher reward is right: it counts in accuracies and is never rejected."""
 
     generation_budget: int = 0
     """Completions sampled for a question in a step, explanations among them, whatever the method;
@@ -132,21 +133,21 @@ class Train(Prompting):
     """Weight of the SFT term on explanations (best of the paper's Table 5)."""
     exp_sft_reduction: Literal["token_mean", "seq_sum"] = "token_mean"
     exp_sft_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the coefficient goes over the run: to 0 at its end, unless constant."""
+    """Schedule of the coefficient; linear and cosine fall to 0 at the end of the run."""
     exp_sft_max_accuracy: float = 1.0
     """Questions get the term up to this share of right samples: 1 all (the paper's formula), 0
     those whose samples all fail."""
     explanations_per_question: int = 8
-    """K, sampled with the answer shown."""
+    """K, explanations sampled with the answer shown."""
     keep_explanations: int = 2
-    """Of the accepted ones of a question, the best by choose_explanations; 0: all."""
+    """Explanations of a question that are trained on: the best accepted ones; 0: all."""
     choose_explanations: Literal["likelihood", "lift", "first"] = "likelihood"
-    """Best is the likeliest under the plain question; what makes the answer likeliest, where it
-    does not state it; or the first."""
+    """Which explanations are best. likelihood: the likeliest under the plain question. lift: those
+    that make the answer likeliest, with their statements of it masked. first: as sampled."""
     append_answer: bool = False
-    """An explanation that reaches the answer and boxes nothing gets its box put behind it."""
+    """Append the boxed answer to an explanation that reaches it and has no box."""
     shuffle_explanations: bool = False
-    """A control: each question gets another's explanations."""
+    """A control: each question gets another question's explanations."""
     explain_every: int = 1
     """Steps for which a question's accepted explanations are reused; 0: for the whole run."""
     explain_temperature: float = 0.8
@@ -161,9 +162,9 @@ class Train(Prompting):
     """Loss of a pair (arXiv:2305.18290, 2310.12036, 2305.10425, 2405.14734, 2401.08417, 2403.07691,
     2402.13228, 2403.19159)."""
     dpo_beta: float = 0.1
-    """Per nat. SimPO wants about 2."""
+    """Per nat. SimPO needs about 2."""
     label_smoothing: float = 0.0
-    """Of dpo: the chance that a pair is the wrong way round."""
+    """Of dpo: the probability that the two sides of a pair are swapped."""
     rdpo_alpha: float = 0.0
     """Of rdpo: weight of the difference in length between chosen and rejected text, per token."""
 
@@ -180,7 +181,7 @@ class Train(Prompting):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     pack_tokens: int = 4096
-    """Tokens in one forward and backward at most: the memory knob. It never changes the result."""
+    """Most tokens in one forward and backward pass: bounds memory, does not change the loss."""
     gradient_checkpointing: bool = False
     batch_invariant: bool = False
     """Sampled and recomputed log-probs agree to the bit, for one forward more; on a CPU."""

@@ -19,7 +19,7 @@ from expo_fast.algorithms.resume import (
     save_checkpoint,
 )
 from expo_fast.algorithms.rollout import Reward
-from expo_fast.algorithms.trainer import Metrics, TextRows, Trainer, make_trainer
+from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import TrainingData, check_lengths, load_training_data
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, parse
@@ -38,7 +38,7 @@ from expo_fast.weights import load_model
 
 MAX_BROKEN_STEPS = 3  # in a row; then the run is beyond repair
 
-StepFunction = Callable[[Trainer, int, Phases], tuple[Metrics, TextRows]]
+StepFunction = Callable[[Trainer, int, Phases], StepResult]
 LOOPS: dict[str, StepFunction] = {
     "grpo": grpo.run_step,
     "dpo": dpo.run_step,

@@ -50,13 +50,14 @@ from expo_fast.algorithms.rollout import (
 )
 from expo_fast.algorithms.trainer import (
     Metrics,
-    TextRows,
+    StepResult,
     Trainer,
     optimizer_step,
     questions_of_step,
 )
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, fingerprint
+from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.kernels.preferences import PreferenceObjective
 from expo_fast.modeling.decoder import Decoder
@@ -67,7 +68,7 @@ from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
 
 
-def run_step(trainer: Trainer, step: int, phases: Phases) -> tuple[Metrics, TextRows]:
+def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     """Run one step: the pairs of the step, sampled now where a round begins, and one update."""
     config = trainer.config
     store = trainer.pair_store
@@ -155,7 +156,7 @@ def make_pairs(
     with phases.phase("reference"):
         pairs = with_reference_logprobs(trainer, pairs, policy_step)
     by_id = {problem.id: problem for problem in questions}
-    texts = [pair_texts(trainer, by_id[pair.problem_id], pair) for pair in pairs]
+    texts = [pair_texts(trainer.prompter, by_id[pair.problem_id], pair) for pair in pairs]
     store.write(step, metrics, pairs, texts)
 
 
@@ -212,14 +213,13 @@ def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanati
     return pairs
 
 
-def pair_texts(trainer: Trainer, problem: Problem, pair: Pair) -> dict[str, Any]:
+def pair_texts(prompter: Prompter, problem: Problem, pair: Pair) -> dict[str, Any]:
     """Return a pair as text: a data row of `--method dpo`."""
-    text = trainer.prompter.text
     return {
         "prompt": problem.prompt,
         "answer": problem.answer,
-        "chosen": text(pair.chosen_ids).strip(),
-        "rejected": text(pair.rejected_ids).strip(),
+        "chosen": prompter.text(pair.chosen_ids).strip(),
+        "rejected": prompter.text(pair.rejected_ids).strip(),
     }
 
 
@@ -326,10 +326,14 @@ def preference_backward(
 ) -> PreferenceResult:
     """Add the gradients of the preference loss of the pairs, pack by pack."""
     ref_logp = torch.tensor([logp for pair in pairs for logp in pair.ref_logp])
-    results = []
-    packs = []
-    for pack, hidden in forward(model, pair_samples(pairs), config.max_tokens, together=2):
+    samples = pair_samples(pairs)
+    losses = []
+    pair_logps = []  # (P, 2) of each pack
+    lengths = []  # (2P,)
+    members = []  # (2P,) places of the pack's samples
+    for pack, hidden in forward(model, samples, config.max_tokens, together=2):
         n_pairs = len(pack.members) // 2
+        weight = torch.full((n_pairs,), 1 / len(pairs), device=model.device)
         result = linear_preference_loss(
             hidden,
             model.head_weight,
@@ -337,30 +341,27 @@ def preference_backward(
             pack.sequence_ids,
             objective=config.objective,
             ref_logp=ref_logp[list(pack.members)].to(model.device),
-            pair_weight=torch.full((n_pairs,), 1 / len(pairs), device=model.device),
+            pair_weight=weight,
             temperature=config.temperature,
         )
         result.loss.backward()
-        results.append((result.loss.detach(), result.chosen_logp, result.rejected_logp))
-        packs.append((list(pack.members), torch.tensor(pack.lengths)))
-    if not results:
+        losses.append(result.loss.detach())
+        pair_logps.append(torch.stack([result.chosen_logp, result.rejected_logp], 1))
+        lengths += pack.lengths
+        members += pack.members
+    if not losses:
         none = torch.empty(0, 2)
         return PreferenceResult(loss=None, logp=none, lengths=none, rewards=none)
     # Read from the device once, when all packs are under way.
-    losses = []
-    logps = []
-    rewards = []
-    for (loss, chosen, rejected), (members, lengths) in zip(results, packs, strict=True):
-        logp = torch.stack([chosen.cpu(), rejected.cpu()], 1).view(-1)
-        scale = config.beta / lengths if config.averages_tokens else config.beta
-        losses.append(loss.cpu())
-        logps.append(logp)
-        rewards.append(scale * (logp - ref_logp[members]))
+    logp = torch.cat(pair_logps).cpu()
+    n_tokens = torch.tensor(lengths).view(-1, 2)
+    log_ratio = logp - ref_logp[members].view(-1, 2)
+    scale = config.beta / n_tokens if config.averages_tokens else config.beta
     return PreferenceResult(
-        loss=float(sum(losses)),
-        logp=torch.cat(logps).view(-1, 2),
-        lengths=torch.cat([lengths for _, lengths in packs]).view(-1, 2),
-        rewards=torch.cat(rewards).view(-1, 2),
+        loss=float(sum(loss.cpu() for loss in losses)),
+        logp=logp,
+        lengths=n_tokens,
+        rewards=scale * log_ratio,
     )
 
 

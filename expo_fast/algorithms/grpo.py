@@ -45,7 +45,7 @@ from expo_fast.algorithms.rollout import (
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.algorithms.trainer import (
     Metrics,
-    TextRows,
+    StepResult,
     Trainer,
     optimizer_step,
     questions_of_step,
@@ -61,7 +61,7 @@ from expo_fast.ops import group_advantage, linear_policy_loss
 from expo_fast.reporting.timing import Phases
 
 
-def run_step(trainer: Trainer, step: int, phases: Phases) -> tuple[Metrics, TextRows]:
+def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     """Run one step: sample, judge, explain, and update the weights `updates_per_batch` times."""
     config = trainer.config
 

@@ -15,7 +15,7 @@ import torch
 from expo_fast.algorithms.rollout import completion_row
 from expo_fast.algorithms.trainer import (
     Metrics,
-    TextRows,
+    StepResult,
     Trainer,
     optimizer_step,
     questions_of_step,
@@ -35,7 +35,7 @@ class SftResult:
     """Mean over the samples of the mean NLL of a completion's tokens, in nats."""
 
 
-def run_step(trainer: Trainer, step: int, phases: Phases) -> tuple[Metrics, TextRows]:
+def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     """Train on the texts of one batch of questions. Nothing is sampled."""
     config = trainer.config
     prompter = trainer.prompter

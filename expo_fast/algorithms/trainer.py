@@ -28,6 +28,7 @@ from expo_fast.reporting.timing import Phases
 
 Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
+StepResult = tuple[Metrics, TextRows]
 
 
 @dataclass
