@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from expo_fast import evaluate, train
-from expo_fast.algorithms import explanations, grpo
+from expo_fast.algorithms import explanations, grpo, training_data
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
@@ -394,23 +394,23 @@ def test_two_trainers_do_not_share_a_run_directory(folder: Path, tmp_path: Path,
     assert str(os.getpid()) in capsys.readouterr().err
 
 
-def test_training_data_in_the_evaluation_is_said(folder: Path, tmp_path: Path):
+def test_training_data_in_the_evaluation_is_warned_about(folder: Path, tmp_path: Path):
     with pytest.warns(UserWarning, match="9 problems of .* are also in"):
-        train.load_data(
+        training_data.load_training_data(
             parse(Train, flags(folder, tmp_path, eval_data=folder / "train.jsonl", eval_limit=9))
         )
 
 
 @pytest.mark.parametrize("solution", ["so \\boxed{41}", "so \\boxed{}", "so \\boxed{42"])
-def test_a_solution_that_boxes_another_answer_is_said(solution, recwarn):
+def test_a_solution_that_boxes_another_answer_is_warned_about(solution, recwarn):
     right = Problem("right", "Q?", "42", "so \\boxed{42.0}")
     other = Problem("other", "Q?", "42", solution)
     for method in ("expert-grpo", "expert-dpo", "sft"):
         with pytest.warns(UserWarning, match="1 solutions of .* the first is other"):
-            train.check_columns(Train(method=method), [right, other])
+            training_data.check_columns(Train(method=method), [right, other])
     recwarn.clear()
-    train.check_columns(Train(method="expert-grpo"), [right])
-    train.check_columns(Train(method="grpo"), [other])
+    training_data.check_columns(Train(method="expert-grpo"), [right])
+    training_data.check_columns(Train(method="grpo"), [other])
     assert not recwarn
 
 
