@@ -67,7 +67,7 @@ class Elsewhere(dispatch.OnePassKernels):
     def log_probs_and_gradients(self, head, loss, needs):
         there = self.move(head)
         kernels = dispatch.choose(None, there)
-        assert isinstance(kernels, dispatch.OnePassKernels)
+        assert dispatch.has_one_pass(kernels)
         results, grads = kernels.log_probs_and_gradients(there, LossElsewhere(loss, self), needs)
         return self.back(results), self.back(grads)
 

@@ -19,7 +19,7 @@ from expo_fast.kernels.objectives import (
     is_sequence_level,
     policy_statistics,
 )
-from expo_fast.op_backends.dispatch import OnePassKernels, advantages, choose
+from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
     among_all_rows,
@@ -245,7 +245,7 @@ def policy_loss(
     loss = PolicyLossOfRows(chosen, known, kl_coef, entropy_coef)
     kernels = choose(backend, head)
     wanted = Needs(needs[0], needs[1], bias=False)
-    if isinstance(kernels, OnePassKernels) and segments is None and any(needs):
+    if segments is None and any(needs) and has_one_pass(kernels):
         results, grads = kernels.log_probs_and_gradients(head, loss, wanted)
         results = results.to(head.dtype)
         terms = loss.terms(results.logp)
