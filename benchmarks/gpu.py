@@ -29,8 +29,8 @@ import torch
 
 from benchmarks import gpu_decode, gpu_train
 from benchmarks.cases import OPS, OURS, SHAPES, Group, groups
-from benchmarks.decode import ceilings as decode_ceilings
 from benchmarks.measure import brief, gemm_rate, measure, reason
+from benchmarks.measure import ceilings as measured_ceilings
 from benchmarks.parts import parts
 from benchmarks.summary import machine, ms, show
 from expo_fast.log import replace_file
@@ -134,7 +134,7 @@ def bounded(command: Sequence[str], log: Path, seconds: float) -> str:
 
 def ceilings(device: str) -> dict[str, float]:
     """The device's own best: a copy, and large products of random data."""
-    best = decode_ceilings(device)
+    best = measured_ceilings(device)
     found = {"copy GB/s": best.bytes / 1e9, "mm bf16 TFLOP/s": best.flops / 1e12}
     if device != "cpu":
         rate = gemm_rate(device, out_dtype=torch.float32)
@@ -240,15 +240,15 @@ def apart(run: Run, a: argparse.Namespace) -> None:
 def here(run: Run, a: argparse.Namespace, stage: str) -> None:
     device, cpu = a.device or "cuda", a.device == "cpu"
     best = None
-    if stage in ("decode", "train"):
-        best = run.attempt("ceilings of decoding", partial(decode_ceilings, device))
+    if stage in ("parts", "decode", "train"):
+        best = run.attempt("ceilings of decoding", partial(measured_ceilings, device))
     if stage == "tests":
         run.save(tests=run.attempt("tests", partial(run_tests, run)))
     elif stage == "ceilings":
         run.save(ceilings=run.attempt("ceilings", partial(ceilings, device)))
-    elif stage == "parts":
+    elif stage == "parts" and best:
         rows, names = 64 if cpu else 16384, a.models or PARTS_OF
-        run.models("parts", names, lambda name: parts(name, rows, device, a.repeats))
+        run.models("parts", names, lambda name: parts(name, rows, device, a.repeats, best))
     elif stage == "decode" and best:
         names, peer = among(gpu_decode.MODELS, a.models), DECODE_PEER_SECONDS
         run.models(

@@ -8,6 +8,7 @@ the difference to a call that samples one token each.
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks import decode as racing
-from benchmarks.decode import Ceilings, Race, limit
-from benchmarks.measure import Stopwatch, brief, reason
+from benchmarks.decode import Race, limit
+from benchmarks.measure import Ceilings, Stopwatch, brief, reason
 from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
 from expo_fast.cuda_engine import CudaEngine, uncollected
 from expo_fast.generate import Generator
@@ -161,24 +162,22 @@ def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
     moved = tokens * slab[0, 0, :, 0].nbytes + 2 * q.nbytes  # keys and values of a token
     found = {}
 
-    def each_layer() -> None:
+    def each_layer(tile: decode.Tile) -> None:
         for layer in range(LAYERS):
-            decode.attend(cache, layer, q, *given, work, shape.head_dim**-0.5, None)
+            decode.attend(cache, layer, q, *given, work, shape.head_dim**-0.5, None, tile)
 
-    shipped = decode.TOKENS, decode.WARPS, decode.STAGES
+    shipped = decode.tile_for(q.dtype, shape.head_dim)
     together = decode.rows_together(shape.heads, shape.kv_heads)
-    for alone, *config in [(False, *shipped), (True, *shipped)] + [
-        (False, tokens, warps, stages)
-        for tokens, warps, stages in ((64, 4, 2), (64, 4, 4), (128, 4, 2), (32, 4, 4), (64, 8, 3))
-    ]:
+    others = [(64, 4, 2), (64, 4, 4), (128, 4, 2), (32, 4, 4), (64, 8, 3)]
+    todo = [(False, shipped), (True, shipped)]
+    todo += [(False, decode.Tile(*sizes)) for sizes in others]
+    for alone, tile in todo:
         work.load(*cascade.plan(tables, sizes, 1 if alone else together))
-        decode.TOKENS, decode.WARPS, decode.STAGES = config
-        name = f"{'no cascade, ' if alone else ''}{tuple(config)}"
+        name = f"{'no cascade, ' if alone else ''}{tuple(vars(tile).values())}"
         try:
-            found[name] = replayed(each_layer, str(device)) / LAYERS
+            found[name] = replayed(partial(each_layer, tile), str(device)) / LAYERS
         except Exception as e:  # too large for shared memory
             found[name] = reason(e)
-    decode.TOKENS, decode.WARPS, decode.STAGES = shipped
     floor = moved / best.bytes
     print(f"attention of a layer: floor {floor * 1e6:.1f} us, (tokens, warps, stages):")
     for name, s in found.items():

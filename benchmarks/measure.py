@@ -233,6 +233,27 @@ def gemm_rate(device: str, **how: Any) -> float:
     return 2 * m * k * n / min(seconds)
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at its best."""
+
+    flops: float  # a second, of torch.mm in bf16
+    bytes: float  # a second, read and written by a copy
+
+
+def ceilings(device: str) -> Ceilings:
+    """Measure them."""
+    room = torch.empty(
+        (4 << 30) if device != "cpu" else (256 << 20), dtype=torch.int8, device=device
+    )
+    twin, stopwatch, seconds = room.clone(), Stopwatch(device), []
+    for _ in range(5):
+        stopwatch.start()
+        twin.copy_(room)
+        seconds.append(stopwatch.stop()[0])
+    return Ceilings(gemm_rate(device), 2 * room.nbytes / min(seconds))
+
+
 def foreseen_seconds(group: Group, device: str, repeats: int, rate: float) -> float:
     (v, d), op = SHAPES[group.model], OPS[group.op]
     forward = 2 * group.rows * v * d / rate

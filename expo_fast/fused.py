@@ -43,7 +43,8 @@ def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
     if needs.weight or needs.bias:
         fit = _rows(KEPT_SHARE, head)
-        fit = n if fit >= n else fit // k.GEMM.BN * k.GEMM.BN
+        rows = k.config_for(head.hidden).BN
+        fit = n if fit >= n else fit // rows * rows
         e = k.room_for_e(head, fit)
         log_total = _forward(head, slice(0, fit), results, e[:, : len(head.weight)])
         _forward(head, slice(fit, n), results)
@@ -204,7 +205,8 @@ def _spans(head: Head) -> Iterator[slice]:
     n = len(head.targets)
     count = -(-n // max(1, min(MOST_ROWS, _rows(CHUNK_SHARE, head))))
     size = -(-n // max(1, count))
-    size = size if count == 1 else -(-size // k.GEMM.BN) * k.GEMM.BN
+    rows = k.config_for(head.hidden).BN
+    size = size if count == 1 else -(-size // rows) * rows
     return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
 
 

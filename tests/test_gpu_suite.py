@@ -15,17 +15,36 @@ import torch
 
 from benchmarks import floors, gpu, gpu_decode, gpu_train
 from benchmarks.cases import SHAPES
-from benchmarks.measure import brief
+from benchmarks.measure import Ceilings, brief
 from expo_fast.generate import Completion, Request
 from expo_fast.pack import Sample
 
 pytest.importorskip("triton")
 
+from expo_fast.kernels import logprob
+
 
 @pytest.mark.parametrize("model", SHAPES)
 def test_nothing_is_expected_below_its_floor(model):
-    for name, work in floors.works(16384, *SHAPES[model]).items():
-        assert 0.5 * work.expected < work.floor <= work.expected, name
+    for best in floors.DATASHEETS.values():
+        for name, work in floors.works(16384, *SHAPES[model], best).items():
+            assert 0.4 * work.expected < work.floor <= work.expected, name
+
+
+def test_floors_are_those_of_the_card_that_was_measured(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "ceilings.json"
+    floors.write(file, {"some card": Ceilings(flops=5e14, bytes=2e12)})
+    assert floors.read(file) == {"some card": Ceilings(flops=5e14, bytes=2e12)}
+    asked = ["floors", "--ceilings", str(file), "--card", "some card", "--models", "qwen2.5-3b"]
+    monkeypatch.setattr(sys, "argv", asked)
+    floors.main()
+    out = capsys.readouterr().out
+    assert "some card: 500 TFLOP/s, 2000 GB/s" in out
+    v, d = SHAPES["qwen2.5-3b"]
+    assert f"| {2 * 16384 * v * d / 5e14 * 1e3:.2f} |" in out
+    monkeypatch.setattr(sys, "argv", ["floors", "--card", "unknown"])
+    with pytest.raises(SystemExit):
+        floors.main()
 
 
 def test_every_part_that_is_timed_has_a_forecast(monkeypatch, capsys):
@@ -34,11 +53,30 @@ def test_every_part_that_is_timed_has_a_forecast(monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("a small model's parts")
     monkeypatch.setitem(SHAPES, "small", (264, 64))
-    monkeypatch.setattr(parts, "CONFIGS", parts.CONFIGS[:2])
-    found = parts.parts("small", 64, "cpu", 1)
+    variants = {name: logprob.VARIANTS[name] for name in ("256x128", "128x128-s4")}
+    monkeypatch.setattr(logprob, "VARIANTS", variants)
+    found = parts.parts("small", 64, "cpu", 1, Ceilings(flops=1e12, bytes=1e10))
     assert not found["failed"]
-    assert {name.partition(", (")[0] for name in found["seconds"]} == set(found["foreseen"])
-    assert "expected on an H200" in capsys.readouterr().out
+    assert set(found["seconds"]) == set(found["floors"]) == set(found["expected"])
+    assert {f"fused forward with E, {name}" for name in variants} < set(found["seconds"])
+    assert "expected" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_broken_costs_no_other_part_its_time(monkeypatch):
+    from benchmarks import parts
+
+    if torch.cuda.is_available():
+        pytest.skip("a small model's parts")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(SHAPES, "small", (264, 64))
+    monkeypatch.setattr(logprob, "forward", broken)
+    found = parts.parts("small", 64, "cpu", 1, Ceilings(flops=1e12, bytes=1e10))
+    assert {"GEMM E @ weight, fp32", "dz from E", "row kernels, one pass"} <= set(found["seconds"])
+    assert "E" in found["failed"] and "fused forward, 256x128" in found["failed"]
+    assert all(brief(why) == "RuntimeError: no such kernel" for why in found["failed"].values())
 
 
 def test_what_is_timed_must_agree_with_plain_pytorch():
