@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from expo_fast.rollout import Sampler
 from expo_fast.tasks import Problem, load_problems
 
 SHAPES = {"smollm2-135m": Sizes(30, 576, 1536, 9, 3, 49152), **MODELS}
-SHOWN = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")
 STEPS = 4  # the first, which compiles and captures, is not counted; the last is profiled
 LOAD = Train(
     steps=STEPS,
@@ -41,9 +41,12 @@ LOAD = Train(
     num_generations=8,
     explanations_per_question=8,
     max_completion_length=256,
-    pack_tokens=16384,  # at 1.5B 100 kB a token and layer are kept for the backward: 46 GB
+    pack_tokens=16384,
     learning_rate=1e-6,
 )
+# At 1.5B the backward needs 128 kB a token and layer: 59 GB for 16384 tokens, beside 34 GB of
+# parameters and optimizer. 80 GB do not hold both.
+PACK_TOKENS = {"qwen2.5-1.5b": 8192}
 SMOKE = replace(  # on a CPU
     LOAD,
     prompts_per_step=2,
@@ -143,6 +146,8 @@ def build(name: str, device: str) -> Grpo:
     gpu = device != "cpu"
     model = random_model(SHAPES[name] if gpu else TINY, device)
     config = replace(LOAD if gpu else SMOKE, device=device)
+    if gpu:
+        config = replace(config, pack_tokens=PACK_TOKENS.get(name, LOAD.pack_tokens))
     problems = load_problems("builtin:arithmetic-2:train", limit=STEPS * config.prompts_per_step)
     prompter = Prompter(letters())
     learner = Grpo(config, model, None, prompter, problems, parity, score_answers)
@@ -150,8 +155,8 @@ def build(name: str, device: str) -> Grpo:
     return learner
 
 
-def measure(name: str, device: str, flops: float) -> dict[str, Any]:
-    """Plain data; flops: a second, of the device's products.
+def measure(name: str, device: str, flops: float, trace: Path | None = None) -> dict[str, Any]:
+    """Plain data; flops: a second, of the device's products; trace: where to save a step's.
 
     RuntimeError where a step learns nothing.
     """
@@ -190,12 +195,12 @@ def measure(name: str, device: str, flops: float) -> dict[str, Any]:
     }
     if device != "cpu":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found |= profiled(learner, total / steady)
+        found |= profiled(learner, total / steady, trace)
     show(found)
     return found
 
 
-def profiled(learner: Grpo, seconds: float) -> dict[str, Any]:
+def profiled(learner: Grpo, seconds: float, trace: Path | None) -> dict[str, Any]:
     """Of the last step: seconds of each kind of kernel, and of the longest others.
 
     The host is slower while it is watched, so what is idle is told from an ordinary step's seconds.
@@ -206,6 +211,8 @@ def profiled(learner: Grpo, seconds: float) -> dict[str, Any]:
         learner.step(STEPS - 1)
         torch.cuda.synchronize()
         wall = time.perf_counter() - began
+    if trace:
+        profiler.export_chrome_trace(str(trace))
     events: Any = profiler.events()
     on_device = [e for e in events if str(e.device_type).endswith("CUDA")]
     kernels = ((e.name, e.time_range.elapsed_us() / 1e6) for e in on_device)

@@ -8,7 +8,7 @@ import ctypes
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,13 +183,18 @@ def gemms(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     return {name: partial(torch.mm, a, b, out=out) for name, (a, b, out) in products.items()}
 
 
-def warm_up(group: Group, device: str) -> Race:
-    """Runs and judges each contestant once. Raises Wrong if ours is off, and whatever it raises."""
+def warm_up(group: Group, device: str, without: Collection[str] = ()) -> Race:
+    """Runs and judges each contestant once, but for those that are to be left out.
+
+    Raises Wrong if ours is off, and whatever it raises.
+    """
     # with the default of 8 recompilations a peer would quietly fall back to slower code
     torch._dynamo.config.recompile_limit = 1000
     case, op = group.case(device), OPS[group.op]
     measure, race = yardstick(case, op), Race(group, device, case)
     for name, contestant in op.contestants(device):
+        if name in without:
+            continue
         try:
             race.errors[name] = attempt(race, contestant, measure)
             race.works[name] = partial(op.run, contestant, case)
@@ -214,8 +219,11 @@ def attempt(race: Race, contestant: Contestant, measure: Yardstick) -> Errors:
     return found
 
 
-def measure(group: Group, device: str, repeats: int) -> dict[str, Any]:
-    race = warm_up(group, device)
+def measure(
+    group: Group, device: str, repeats: int, without: Collection[str] = ()
+) -> dict[str, Any]:
+    """Plain data; without: contestants that are left out."""
+    race = warm_up(group, device, without)
     for _ in range(repeats):
         race.lap()
     return race.result()

@@ -1,0 +1,130 @@
+"""The generator: end to end, a step's graph alone, truncated draws, and a trace."""
+
+import math
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import decode as racing
+from benchmarks import gpu_decode
+from benchmarks.gpu_decode import LOAD, MODELS, SMOKE, TINY, random_model, shared_tables
+from benchmarks.lease.machine import best
+from benchmarks.lease.profiles import truncated_draw
+from benchmarks.lease.report import Report
+from benchmarks.measure import Stopwatch
+from benchmarks.samplers import OURS
+from expo_fast.cuda_engine import CudaEngine
+from expo_fast.engine import Rows, Sampling
+from expo_fast.model import Decoder
+from expo_fast.sampling import Truncation
+
+STEPS = 64  # replayed one after the other
+BURSTS = 4  # in a trace
+REPEATS = 5
+LONGEST = 15  # kernels named in a trace's summary
+DRAWS = {"peaked": 8.0, "flat": 0.01}  # standard deviation of the logits
+RULES: dict[str, dict[str, Any]] = {"top-p": {"top_p": 0.9}, "top-k": {"top_k": 50}}
+
+
+def timed(report: Report, model: str) -> None:
+    """All of it for one model; what was measured before a failure stays in the report."""
+    device = report.device
+    if report.dry:
+        racing.GAP = math.inf  # no kernel has run
+    decoder = random_model(TINY if report.dry else MODELS[model], device)
+    report.add(step=(step := step_alone(report, decoder)))
+    report.show(step_ms=f"{step['seconds'] * 1e3:.3f}")
+    if "trace" in step:
+        report.add(trace=step.pop("trace"))
+    report.add(draws=draws(report))
+    del decoder
+    found = gpu_decode.measure(model, device, best(report), peer=False)
+    report.add(result=found)
+    ours = found["contestants"][OURS]
+    report.show(tokens_s=round(ours["tokens_per_second"]), of_limit=f"{ours['of_limit']:.0%}")
+
+
+def beside_peer(report: Report, model: str) -> None:
+    """The generator beside transformers' continuous batching."""
+    if report.dry:
+        racing.GAP = racing.SIGMAS = math.inf
+    found = gpu_decode.measure(model, report.device, best(report), peer=True)
+    report.add(result=found)
+    for name, contestant in found["contestants"].items():
+        report.show(**{name: f"{contestant['tokens_per_second']:.0f} tokens/s"})
+
+
+@torch.no_grad()
+def step_alone(report: Report, model: Decoder) -> dict[str, Any]:
+    """Seconds of a decode step without the host: replays of its graph, one behind the other."""
+    load = SMOKE if report.dry else LOAD
+    engine = CudaEngine(model)
+    tables = shared_tables(load)
+    n = len(tables)
+    engine.open(1 + int(tables.max()), load.prompt_tokens + load.new_tokens)
+    engine.slab.normal_()
+    none = Truncation(torch.zeros(n).long(), torch.ones(n), torch.zeros(n))
+    middle = load.prompt_tokens + load.new_tokens // 2 - STEPS // 2
+    first = min(load.prompt_tokens, max(0, middle))
+    where = torch.full((n,), 5), torch.full((n,), first)
+    engine.load(Rows(*where, tables, Sampling(torch.arange(n), torch.ones(n), none)))
+    stopwatch, seconds = Stopwatch(report.device), []
+    steps = 1 if report.dry else STEPS
+    for _ in range(REPEATS):
+        engine.step.inputs.positions.fill_(first)
+        stopwatch.start()
+        for _ in range(steps):
+            engine.step.run()
+        seconds.append(stopwatch.stop()[0] / steps)
+    engine.step.inputs.positions.fill_(first)
+    engine.step.turn.zero_()
+    found: dict[str, Any] = {"seconds": statistics.median(seconds), "all": seconds}
+    found["graph"] = engine.step.graph is not None
+    found["trace"] = traced(report, engine)
+    engine.close()
+    return found
+
+
+def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:
+    """A trace of some bursts, host and device, and the kernels that take longest."""
+    kinds = [ProfilerActivity.CPU]
+    kinds += [] if report.dry else [ProfilerActivity.CUDA]
+    with profile(activities=kinds) as profiler:
+        for _ in range(1 if report.dry else BURSTS):
+            engine.decode()
+    profiler.export_chrome_trace(str(report.folder / f"{report.name}.trace.json.gz"))
+    sums: dict[str, float] = {}
+    events: Any = profiler.events()
+    for event in events:
+        if report.dry or str(event.device_type).endswith("CUDA"):
+            name = event.name[:80]
+            sums[name] = sums.get(name, 0.0) + event.time_range.elapsed_us() / 1e6
+    longest = sorted(sums.items(), key=lambda item: -item[1])[:LONGEST]
+    return {"bursts": BURSTS, "seconds": dict(longest)}
+
+
+def draws(report: Report) -> dict[str, float]:
+    """Seconds of a truncated draw at batch 256, where few tokens stand out and where none does."""
+    n, v = (4, 4096) if report.dry else (256, 151936)
+    found = {}
+    for shape, spread in DRAWS.items():
+        logits = spread * torch.randn(n, v, device=report.device)
+        for rule, given in RULES.items():
+            run = partial(truncated_draw, logits, **given)
+            found[f"{shape}, {rule}"] = median(report, run)
+        found[f"{shape}, topk(512)"] = median(report, partial(torch.topk, logits, 512))
+    return found
+
+
+def median(report: Report, run: Any) -> float:
+    """Seconds of a call, after one that compiles."""
+    run()
+    stopwatch, seconds = Stopwatch(report.device), []
+    for _ in range(1 if report.dry else REPEATS):
+        stopwatch.start()
+        run()
+        seconds.append(stopwatch.stop()[0])
+    return statistics.median(seconds)
