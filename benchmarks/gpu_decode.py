@@ -94,8 +94,6 @@ def measure(name: str, device: str, best: Ceilings, peer: bool) -> dict[str, Any
     result = race.result() | {"model": name, "decoding": decoding(race)}
     racing.show(name, result)
     print(*(f"decoding: {what} {x:.3g}" for what, x in result["decoding"].items()), sep="\n")
-    if gpu:
-        result["attention"] = attention(model, load, best)
     return result
 
 

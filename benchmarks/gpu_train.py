@@ -174,8 +174,7 @@ def measure(name: str, device: str, flops: float, trace: Path | None = None) -> 
         row, _ = learner.step(step)
         seconds.append(time.perf_counter() - began)
         rows.append(row)
-        if not row["grad_norm"] > 0 or not row["exp/accepted"]:
-            raise RuntimeError(f"step {step + 1} learnt nothing: {row}")
+        require_learning(step, row)
     steady = STEPS - 2
     total = sum(seconds[1:])
     phases = {key for key in rows[-1] if key.startswith("time/")}
@@ -198,6 +197,12 @@ def measure(name: str, device: str, flops: float, trace: Path | None = None) -> 
         found |= profiled(learner, total / steady, trace)
     show(found)
     return found
+
+
+def require_learning(step: int, row: Mapping[str, Any]) -> None:
+    """RuntimeError unless the step had something to learn and learnt it."""
+    if not row["grad_norm"] > 0 or not row["exp/accepted"]:
+        raise RuntimeError(f"step {step + 1} learnt nothing: {row}")
 
 
 def profiled(learner: Grpo, seconds: float, trace: Path | None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.lease import switches
 from benchmarks.lease.plan import ITEMS, PLANS
 from benchmarks.lease.report import Mismatch, Report
@@ -68,8 +70,6 @@ def item(name: str, folder: Path, seconds: float, dry: bool) -> int:
 
 def lost(device: str) -> bool:
     """Whether a kernel has broken this process's context: every later call fails then."""
-    import torch
-
     if device == "cpu":
         return False
     try:
@@ -81,6 +81,8 @@ def lost(device: str) -> bool:
 
 def call(given: argparse.Namespace) -> int:
     """Run a plan: 0 if all of it is well."""
+    if not given.dry_run and not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device; --dry-run compiles the kernels and runs none")
     seconds = given.seconds or (DRY_SECONDS if given.dry_run else SECONDS[given.what])
     folder = given.keep / given.what
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
@@ -102,7 +104,6 @@ def call(given: argparse.Namespace) -> int:
         print("switches:", ", ".join(f"{name} ({switches.MEANING[name]})" for name in on) or "none")
     jobs = given.jobs or max(1, min(6, len(os.sched_getaffinity(0)) // CORES_AN_ITEM))
     run.work(items, jobs)
-    run.sanitize()
     print(f"\n{table(run.outcomes, figures)}")
     if given.what == "check":
         finish_check(run, places)

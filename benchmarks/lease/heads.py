@@ -15,7 +15,8 @@ from expo_fast.kernels.products import matmul
 
 SHAPE = 1023, 72, 50257
 DRY_ROWS, DRY_COLUMNS = 300, 1024
-LOGP = 2e-5  # nats: the largest error of a row
+LOGP = 1e-4  # nats: the largest error of a row; tensor cores cut off what they sum
+PRODUCT = 1e-4  # of a norm: summed in fp32; results rounded to bf16 would be 2e-3 off
 GRADIENT = 8e-3  # of a norm: bf16 factors
 ALL = Needs(True, True, True)
 
@@ -73,9 +74,9 @@ def products(report: Report) -> None:
         expected = a.double() @ b.double()
         out = torch.full(expected.shape, math.nan, device=report.device)
         matmul(a, b, out, narrow=True)
-        report.compare(name, out, expected, 1e-5)
+        report.compare(name, out, expected, PRODUCT)
         matmul(a, b, out, narrow=True, accumulate=True)
-        report.compare(f"{name}, added", out, 2 * expected, 1e-5)
+        report.compare(f"{name}, added", out, 2 * expected, PRODUCT)
 
 
 def row_kernels(report: Report) -> None:

@@ -1,11 +1,12 @@
 """Whole ops against their peers, and against themselves."""
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from benchmarks.cases import OPS, OURS, SHAPES, Case, Group, groups
 from benchmarks.lease.report import Mismatch, Report
-from benchmarks.measure import measure, reason
+from benchmarks.measure import measure
 from benchmarks.summary import ms, show
 
 MODELS = ["qwen2.5-0.5b", "qwen2.5-3b", "smollm2-135m"]
@@ -27,14 +28,11 @@ def timed(report: Report) -> None:
         if report.left() < SECONDS:
             report.extend("not_reached", str(group))
             continue
-        try:
-            found = measure(group, report.device, REPEATS, WITHOUT)
-        except Exception as error:  # of ours: a peer's is part of what `measure` finds
-            report.add(failed=report.found.get("failed", {}) | {str(group): reason(error)})
-            torch.cuda.synchronize()  # raises where the context is lost
-            continue
-        show(found)
-        report.extend("results", found)
+        # What fails is ours: a peer's failure is part of what `measure` finds.
+        found = report.attempt(str(group), partial(measure, group, report.device, REPEATS, WITHOUT))
+        if found:
+            show(found)
+            report.extend("results", found)
     results = report.found.get("results", [])
     for result in results:
         group = Group(*(result[name] for name in Group.__dataclass_fields__))
@@ -43,8 +41,9 @@ def timed(report: Report) -> None:
             shown = f"{ms(ours['median_s'])} ms, {ours['of_limit']:.0%} of limit"
             report.show(**{group.op: shown})
     report.show(groups=len(results), failed=len(report.found.get("failed", {})))
-    if report.found.get("failed") or not results:
-        raise Mismatch("some groups failed, or none was timed", {})
+    report.require_all()
+    if not results:
+        raise Mismatch("nothing was timed", {})
 
 
 def every_contestant(report: Report) -> None:

@@ -48,8 +48,9 @@ CHECK = [
     kernel("varlen", "packs:varlen", switches.SDPA),
     kernel("varlen-gqa", "packs:grouped", None),
     kernel("append", "decoding:append", switches.TORCH_ENGINE),
-    kernel("attend", "decoding:attend", switches.TORCH_ENGINE),
-    kernel("attend-fp32", "decoding:attend", None, dtype="float32"),
+    kernel("attend", "decoding:attend", switches.TORCH_ENGINE, dims=(64, 128)),
+    kernel("attend-other", "decoding:attend", None, dims=(96, 256)),
+    kernel("attend-fp32", "decoding:attend", None, dims=(64, 128), dtype="float32"),
     kernel("layer", "decoding:layers", switches.TORCH_ENGINE),
     kernel("blocks", "decoding:draws", switches.TORCH_ENGINE),
     kernel("truncate", "decoding:truncated", switches.TORCH_ENGINE),
@@ -60,23 +61,23 @@ CHECK = [
 ]
 MODELS = {"0.5b": "qwen2.5-0.5b", "3b": "qwen2.5-3b", "1.5b": "qwen2.5-1.5b"}
 TIME = [
-    Item("compile", "variants:compiled", 60, alone=True),
+    Item("compile", "variants:compiled", 40, alone=True),
     *(
         Item(f"parts-{size}", "variants:timed", 45, {"model": MODELS[size]}, alone=True)
         for size in ("0.5b", "3b")
     ),
     *(
-        Item(f"ncu-{kernel_name}", "profiles:counters", 25, {"kernel": kernel_name}, alone=True)
+        Item(f"ncu-{kernel_name}", "profiles:counters", 20, {"kernel": kernel_name}, alone=True)
         for kernel_name in ("softmax_sums", "attend_items", "draw_allowed")
     ),
-    Item("ops", "ops:timed", 90, alone=True),
+    Item("ops", "ops:timed", 80, alone=True),
     *(
-        Item(f"decode-{size}", "sampling:timed", 50, {"model": MODELS[size]}, alone=True)
+        Item(f"decode-{size}", "sampling:timed", 45, {"model": MODELS[size]}, alone=True)
         for size in ("0.5b", "3b")
     ),
     Item("train-135m", "training:timed", 30, {"model": "smollm2-135m"}, alone=True),
-    Item("train-0.5b", "training:timed", 40, {"model": MODELS["0.5b"]}, alone=True),
-    Item("train-1.5b", "training:timed", 45, {"model": MODELS["1.5b"]}, alone=True),
+    Item("train-0.5b", "training:timed", 35, {"model": MODELS["0.5b"]}, alone=True),
+    Item("train-1.5b", "training:timed", 40, {"model": MODELS["1.5b"]}, alone=True),
     Item("repeats", "ops:repeated", 30, alone=True),
     Item("decode-peer", "sampling:beside_peer", 60, {"model": MODELS["0.5b"]}, alone=True),
 ]

