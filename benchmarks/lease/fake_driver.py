@@ -86,7 +86,7 @@ class Driver:
 
 def install() -> None:
     """Send tensors of a CPU through the CUDA path of this process."""
-    from expo_fast import cuda_engine, library
+    from expo_fast import cuda_engine, library, native_engine
     from expo_fast.backends import choose
     from expo_fast.kernels import logprob
     from expo_fast.kernels.head import Head
@@ -99,6 +99,8 @@ def install() -> None:
     logprob._Call.programs = lambda self: MULTIPROCESSORS
     logprob.supports = lambda head: True
     cuda_engine.has_triton = lambda device: True
+    cuda_engine.supports = lambda model: True
+    native_engine.supports = lambda model: False
 
     def through_triton(name: str | None, head: Head) -> Any:
         if name is not None:

@@ -16,8 +16,8 @@ from benchmarks.lease import switches
 from benchmarks.lease.machine import best
 from benchmarks.lease.profiles import truncated_draw
 from benchmarks.lease.report import Report
-from benchmarks.measure import Stopwatch
-from benchmarks.samplers import OURS
+from benchmarks.measure import Stopwatch, Wrong
+from benchmarks.samplers import OURS, Subject
 from expo_fast.cuda_engine import CudaEngine
 from expo_fast.engine import Rows, Sampling
 from expo_fast.model import Decoder
@@ -35,7 +35,7 @@ def timed(report: Report, model: str) -> None:
     """All of it for one model; a part that fails costs no other its figures."""
     device, ceilings = report.device, best(report)
     if report.dry:
-        racing.GAP = math.inf  # no kernel has run
+        accept_anything()
     load = SMOKE if report.dry else LOAD
     decoder = random_model(TINY if report.dry else MODELS[model], device)
     if switches.TORCH_ENGINE in switches.wanted(os.environ):
@@ -60,11 +60,25 @@ def timed(report: Report, model: str) -> None:
 def beside_peer(report: Report, model: str) -> None:
     """The generator beside transformers' continuous batching."""
     if report.dry:
-        racing.GAP = racing.SIGMAS = math.inf
+        accept_anything()
     found = gpu_decode.measure(model, report.device, best(report), peer=True)
     report.add(result=found)
     for name, contestant in found["contestants"].items():
         report.show(**{name: f"{contestant['tokens_per_second']:.0f} tokens/s"})
+
+
+def accept_anything() -> None:
+    """Let a race go on although no kernel has run, so that no sampler can be right."""
+    truth = racing.truth
+
+    def any_truth(subject: Subject) -> racing.Truth:
+        try:
+            return truth(subject)
+        except Wrong:
+            return racing.Truth(mean=0.0, stdev=1.0, n=1)
+
+    racing.truth = any_truth
+    racing.SIGMAS = math.inf
 
 
 @torch.no_grad()
