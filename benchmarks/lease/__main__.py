@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=(*PLANS, "item"))
     parser.add_argument("names", nargs="*", metavar="ITEM", help="some of the items")
     parser.add_argument("--output", type=Path, help="for the archive; default: $OUT, or as --keep")
-    parser.add_argument("--keep", type=Path, default=ROOT / "gpu-results", help="for all files")
+    parser.add_argument("--keep", type=Path, help="for all files; default: gpu-results")
     parser.add_argument("--seconds", type=float, help="for all of it")
     parser.add_argument("--jobs", type=int, help="checks side by side")
     parser.add_argument("--dry-run", action="store_true", help="compile for sm_90; run no kernel")
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in given.names:
         if name not in plan:
             parser.error(f"{name}: must be one of {', '.join(plan)}")
-    given.keep = given.keep.resolve()
+    # The switches of a dry run are nobody's: it keeps them elsewhere.
+    usual = ROOT / ("gpu-results/dry-run" if given.dry_run else "gpu-results")
+    given.keep = (given.keep or usual).resolve()
     given.output = (given.output or Path(os.environ.get("OUT") or given.keep)).resolve()
     if given.what == "item":
         sys.exit(item(given.names[0], given.keep, given.seconds, given.dry_run))
