@@ -125,7 +125,8 @@ def test_unlikely_targets_do_not_overflow(kernels, gap, needs):
 def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, chunk):
     """Rows beyond the budget are recomputed; both kinds, in chunks, and with inactive rows."""
     head = make_head(300, 16, 700)
-    monkeypatch.setattr(logprob, "GEMM", replace(logprob.GEMM, BN=64))
+    name = logprob.BY_CARD["default"]
+    monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=64))
     fits = {triton_fused.KEPT_SHARE: kept, triton_fused.CHUNK_SHARE: chunk}
     monkeypatch.setattr(triton_fused, "_rows_within", lambda share, _: fits[share])
     upstream = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -173,6 +174,33 @@ def test_equal_calls_give_equal_bits(kernels):
     head, upstream = make_head(300, 16, 700), torch.ones(3, 300, device=DEVICE)
     for a, b in zip(*(by_kernels(kernels, head, upstream) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", logprob.VARIANTS)
+def test_every_variant_of_the_forward_is_right(name, monkeypatch):
+    monkeypatch.setenv(logprob.VARIANT, name)
+    head = make_head(270, 16, 300)
+    head.hidden[7] *= 20  # a row that is summed again from its largest logit
+    e = logprob.empty_e(head, 270)
+    shipped = logprob.VARIANTS[logprob.BY_CARD["default"]]
+    expected, _ = logprob.forward(head, config=shipped)
+    for got in (logprob.forward(head)[0], logprob.forward(head, e)[0]):
+        # The masks and the loops change no bit; other tiles add in another order.
+        allowed = 0.0 if name.startswith("256x128") else 1e-5
+        compared = ["logp", "lse"]
+        if logprob.VARIANTS[name].MOMENT:
+            compared.append("entropy")
+        else:
+            assert got.entropy.isnan().all()
+        for field in compared:
+            mine, theirs = getattr(got, field), getattr(expected, field)
+            torch.testing.assert_close(mine, theirs, rtol=allowed, atol=allowed)
+
+
+def test_a_variant_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv(logprob.VARIANT, "512x512")
+    with pytest.raises(ValueError, match="EXPO_FAST_VARIANT=512x512: must be one of 256x128, "):
+        logprob.forward(make_head(3, 16, 9))
 
 
 def test_odd_depths_and_strides_take_the_row_kernels():
@@ -276,10 +304,14 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
         assert row["stack"] == row["LDL"] == row["STL"] == 0, row
         assert row["shared"] <= 232448, row
         attends = row["kernel"] == "attend_items"
+        multiplies = attends and row["dtype"] != "fp32"  # which no tensor core multiplies exactly
         # its pages are gathered by pointers; items of one row are products of 16, HGMMA takes 64
         assert (row["UTMALDG"] > 0) == (row["kernel"] in multiply), row
-        assert (row["HGMMA"] > 0) == (row["kernel"] in multiply or attends), row
-        assert (row["HMMA"] > 0) == (row["LDGSTS"] > 0) == attends, row
+        assert (row["HGMMA"] > 0) == (row["kernel"] in multiply or multiplies), row
+        assert (row["HMMA"] > 0) == multiplies, row
+        assert (row["LDGSTS"] > 0) == attends or row.get("dtype") == "fp32", row
+    dtypes = {row["dtype"] for row in made["kernels"] if row["kernel"] == "attend_items"}
+    assert dtypes == {"bf16", "fp16", "fp32"}  # all that are accepted
 
 
 @pytest.mark.parametrize("environment", ["oldest"], indirect=True)

@@ -63,7 +63,7 @@ def _keep_exponentials(head: Head, results: LogProb) -> Forward:
     n = len(head.targets)
     fit = min(n, _rows_within(KEPT_SHARE, head))
     if fit < n:
-        fit -= fit % k.GEMM.BN
+        fit -= fit % k.config_for(head.hidden).BN
     padded = k.padded_e(head, fit)
     e = padded[:, : len(head.weight)]
     log_total = results.logp.new_zeros(n)
@@ -333,7 +333,8 @@ def _spans(head: Head) -> Iterator[slice]:
     count = -(-n // most_rows)
     size = -(-n // max(1, count))
     if count != 1:
-        size = -(-size // k.GEMM.BN) * k.GEMM.BN
+        tile_rows = k.config_for(head.hidden).BN
+        size = -(-size // tile_rows) * tile_rows
     for start in range(0, n, max(1, size)):
         yield slice(start, min(start + size, n))
 
