@@ -193,7 +193,7 @@ class Race:
 
 
 def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
-    """Run and check each sampler once. Raise what ours raises, and Wrong if its tokens are wrong."""
+    """Run and check each sampler once. Raise what ours raises, or Wrong if its tokens are."""
     load, generator = subject.load, Generator(subject.model)
     prompts = load.ids(subject.model.shape.vocabulary)
     expected = truth(subject)
