@@ -1,15 +1,15 @@
-"""Times the generator against other samplers: interleaved laps, in one process, same requests.
+"""Times the generator against other samplers: interleaved laps in one process, same requests.
 
     python -m benchmarks.decode                       SmolLM2-135M, 8 prompts x 8 samples
-    python -m benchmarks.decode --peers llama.cpp     some of the peers, those that are installed
+    python -m benchmarks.decode --peers llama.cpp     only these peers, where they are installed
 
 Every sampler draws at temperature 1, truncates nothing, ignores EOS and uses torch's threads.
-Before it is timed its tokens are judged: their mean log-prob under a full forward of the model must
-be what sampling gives. Prints a table, and one JSON object last.
+Before a sampler is timed its tokens are checked: their mean log-prob under a full forward of the
+model must be what sampling gives. Prints a table, then one JSON object.
 
-Limit: for the prompts and for each decode step the longer of its FLOPs at the rate of torch.mm and
-its bytes at the rate of a copy, both measured in the same run. A step reads every weight once, and
-keys and values of what is in the cache, a prompt's once for all its samples.
+The limit is, for the prompts and for each decode step, the longer of two times: its FLOPs at the
+rate of torch.mm and its bytes at the rate of a copy, both measured in the same run. A step reads
+every weight once, and the keys and values in the cache, those of a prompt once for all its samples.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.ops import linear_logprob
 from expo_fast.weights import load_model, save_model
 
-SIGMAS = 5  # by which a sampler's mean log-prob may be off ours
-SEQUENCES = 32  # that ours is known from, at least
-GAP = 0.05  # nats, mean, between our generator's log-probs and a full forward's, in bf16
+SIGMAS = 5  # by which a sampler's mean log-prob may differ from ours
+SEQUENCES = 32  # that our mean is estimated from at least
+GAP = 0.05  # nats, mean difference between our generator's log-probs and a full forward's in bf16
 
 
 @torch.no_grad()
 def logps(model: Decoder, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
-    """(T,) log-probs of each completion's tokens, by a full forward."""
+    """Return the log-probs (T,) of each completion's tokens, by a full forward."""
     found = []
     samples = len(completions) // len(prompts)
     for i, ids in enumerate(completions):
@@ -55,7 +55,7 @@ def logps(model: Decoder, prompts: list[list[int]], completions: list[list[int]]
 
 @dataclass(frozen=True)
 class Truth:
-    """Mean log-probs of sequences that were sampled right: their mean, spread and number."""
+    """Statistics of the mean log-probs of correctly sampled sequences."""
 
     mean: float
     stdev: float
@@ -63,7 +63,7 @@ class Truth:
 
 
 def truth(subject: Subject) -> Truth:
-    """Of our own tokens; raises Wrong where our log-probs are not those of a full forward."""
+    """Return those of our own tokens. Raise Wrong if our log-probs differ from a full forward's."""
     load = subject.load
     prompts = load.ids(subject.model.shape.vocabulary)
     asked = requests(prompts, max(load.samples, -(-SEQUENCES // load.prompts)), load.new_tokens)
@@ -78,7 +78,7 @@ def truth(subject: Subject) -> Truth:
 
 
 def judge(subject: Subject, completions: list[list[int]], truth: Truth) -> float:
-    """Mean log-prob of the tokens. Raises Wrong where sampling would not give it."""
+    """Return the mean log-prob of the tokens. Raise Wrong where sampling would not give it."""
     load = subject.load
     lengths = {len(ids) for ids in completions}
     if len(completions) != load.prompts * load.samples or lengths != {load.new_tokens}:
@@ -92,7 +92,7 @@ def judge(subject: Subject, completions: list[list[int]], truth: Truth) -> float
 
 
 def limit(model: Decoder, load: Load, best: Ceilings) -> float:
-    """Seconds that no sampler of this model can beat by much; see the top."""
+    """Return the seconds that no sampler of this model can beat by much; see the module."""
     shape = model.shape
     body = sum(p.numel() for p in model.model.layers.parameters())
     head = shape.vocabulary * shape.hidden
@@ -147,7 +147,7 @@ class Race:
         self.extra_bytes.setdefault(name, []).append(max(0, extra))
 
     def result(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return the results as plain data, for JSON."""
         s, load = self.subject, self.subject.load
         least = limit(s.model, load, self.ceilings)
         mine = statistics.median(self.seconds[OURS])
@@ -175,7 +175,7 @@ class Race:
 
 
 def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
-    """Runs and judges each sampler once. Raises Wrong if ours is off, and whatever it raises."""
+    """Run and check each sampler once. Raise what ours raises, or Wrong if its tokens are."""
     load, generator = subject.load, Generator(subject.model)
     prompts = load.ids(subject.model.shape.vocabulary)
     expected = truth(subject)
@@ -188,7 +188,7 @@ def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
             completions = sampler(prompts, load.samples, load.new_tokens)
             race.mean_logp[name] = judge(subject, completions, expected)
             race.samplers[name] = sampler
-        except Exception as e:  # of a peer, which may not be installed
+        except Exception as e:  # a peer may not be installed
             if name not in PEERS:
                 raise
             race.left_out[name] = reason(e)

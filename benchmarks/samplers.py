@@ -1,4 +1,4 @@
-"""The samplers that benchmarks.decode compares: ours, and its peers as their users would run them.
+"""The samplers that benchmarks.decode compares: ours, and others as their users would run them.
 
 Each draws at temperature 1, truncates nothing, ignores EOS and uses torch's threads.
 """
@@ -21,7 +21,7 @@ Sampler = Callable[[list[list[int]], int, int], list[list[int]]]  # prompts, sam
 
 @dataclass(frozen=True)
 class Load:
-    """P prompts, G samples of each, all of the same lengths."""
+    """Prompts of one length, with samples of one length for each."""
 
     prompts: int = 8
     samples: int = 8
@@ -47,7 +47,7 @@ class Load:
 @dataclass(frozen=True)
 class Subject:
     model: Decoder
-    folder: Path  # the same model as transformers saves it
+    folder: Path  # holds the same model in the format of transformers
     load: Load
     device: str
 
@@ -92,7 +92,7 @@ def transformers_continuous(subject: Subject) -> Sampler:
     def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
         n = len(prompts) * samples
         options: dict[str, Any] = {}
-        if subject.device == "cpu":  # it cannot find these out by itself there
+        if subject.device == "cpu":  # where it cannot determine these by itself
             pages = -(-(len(prompts[0]) + new_tokens) // 32) + 1
             options = {"page_size": 32, "num_blocks": n * pages, "max_batch_tokens": max(512, n)}
         config = GenerationConfig(**_plain(new_tokens), num_return_sequences=samples)
@@ -114,7 +114,7 @@ def _transformers(subject: Subject) -> Any:
 
 
 def _plain(new_tokens: int) -> dict[str, Any]:
-    """No end, for no token has id -1; no truncation."""
+    """Return options without truncation and without an end: no token has id -1."""
     ends = {"max_new_tokens": new_tokens, "eos_token_id": -1, "pad_token_id": 0}
     return ends | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -126,7 +126,7 @@ def llama_cpp(subject: Subject) -> Sampler:
 
 
 def vllm(subject: Subject) -> Sampler:
-    """In this process, on all its cores."""
+    """Run vLLM in this process, on all of its cores."""
     import os
 
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -142,7 +142,7 @@ def vllm(subject: Subject) -> Sampler:
     )
 
     def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        engine.reset_prefix_cache()  # or the prompts of the last lap would be there
+        engine.reset_prefix_cache()  # else it would hold the prompts of the last lap
         given = SamplingParams(n=samples, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         done = engine.generate(asked, given, use_tqdm=False)

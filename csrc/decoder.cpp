@@ -1,17 +1,18 @@
-// A decoder's forward on a CPU over a paged key-value cache: prompts and single new tokens alike.
+// Forward pass of a decoder on a CPU over a paged key-value cache, for prompts and for new tokens.
 //
 //   x = embedding[token]
 //   x += o(attend(rope(norm(q h)), rope(norm(k h)), v h)),    h = rms_norm(x)        every layer
 //   x += down(silu(gate h) * (up h)),                         h = rms_norm(x)
 //   hidden = rms_norm(x)
 //
-// Tokens lie along the vector lanes: Y.T = W @ X.T takes each weight as it lies in memory, once per
-// call, and norms and rotations are vertical. Values are rounded to the model's dtype where PyTorch
-// rounds them. Every number depends on its own sequence alone and is summed in an order of its own:
-// neither companions, nor threads, nor the way a sequence came into the cache change a bit of it.
+// Tokens lie along the vector lanes: Y.T = W @ X.T reads each weight in its memory order, once per
+// call, and norms and rotations work lane by lane. Values are rounded to the model's dtype where
+// PyTorch rounds them. Every number depends on its own sequence only and is summed in a fixed order:
+// neither the other sequences of the batch, nor the number of threads, nor the way a sequence came
+// into the cache change a bit of it.
 //
 // A page holds kPage tokens of all layers: (layer, kv head, keys then values). Keys of a page are
-// (Dh, kPage) and values (kPage, Dh rounded up to 16), their rows in pairs as gemm.h wants them.
+// (Dh, kPage) and values (kPage, Dh rounded up to 16), their rows in pairs as gemm.h needs them.
 // Neighbouring rows of a call that share a page read it once.
 
 #include <algorithm>
@@ -23,18 +24,18 @@
 
 namespace {
 
-constexpr int64_t kPage = 32;   // tokens; mirrored by native_engine.py
+constexpr int64_t kPage = 32;   // tokens; mirrored by cpu_engine.py
 constexpr int64_t kTile = 48;   // output features multiplied at once: two such tiles fit in L1
 constexpr int64_t kTogether = 8;  // rows that attend together
 
 }  // namespace
 
-// Mirrored by native_engine.py. Matrices are (out, in) and contiguous; null: there is none.
+// Mirrored by native_structs.py. Matrices are (out, in) and contiguous; null: there is none.
 struct Layer {
   const void *input_norm, *post_norm, *q_norm, *k_norm;
   const void *q, *k, *v, *o, *gate, *up, *down;
   const void *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
-  int64_t window;  // tokens seen, itself included; 0: all
+  int64_t window;  // tokens that a token sees, itself included; 0: all
   int32_t rope;
 };
 
@@ -46,8 +47,8 @@ struct Decoder {
   int32_t dtype;  // of all parameters, pages and hidden
 };
 
-// Tokens of some sequences; those of one sequence in order, and none before its cache holds all
-// that comes before them.
+// Tokens of one or more sequences. Those of a sequence are in order and directly follow the tokens
+// that its cache holds.
 struct Rows {
   const int64_t* tokens;    // (n,)
   const int64_t* positions; // (n,)
@@ -58,6 +59,10 @@ struct Rows {
   int64_t n, table_stride;
   int32_t threads;
 };
+
+EXPO_FAST_SIZEOF(layer, Layer)
+EXPO_FAST_SIZEOF(decoder, Decoder)
+EXPO_FAST_SIZEOF(rows, Rows)
 
 namespace {
 
@@ -112,7 +117,7 @@ inline float total(Lanes x) {
 }
 #endif
 
-// Where element (k, i) of a product's B lies, which has w columns.
+// The place of element (k, i) in the B of a product, which has w columns.
 template <class T>
 int64_t place(int64_t k, int64_t i, int64_t w) {
   return (k / kPair<T> * w + i) * kPair<T> + k % kPair<T>;
@@ -131,7 +136,7 @@ struct Sizes {
   int64_t width(int64_t block) const { return std::min(kBlock, lanes - block * kBlock); }
 };
 
-// Hands out parts of a workspace; without one it only counts.
+// Allocates parts of a workspace; without a workspace it only counts their bytes.
 struct Arena {
   char* at;
   int64_t used = 0;
@@ -144,7 +149,7 @@ struct Arena {
   }
 };
 
-// One thread's memory.
+// The work buffers of one thread.
 template <class T>
 struct Bench {
   float *z, *z2;              // (kTile or Dh, kBlock) of a product
@@ -206,13 +211,13 @@ class Pass {
   const Decoder& d;
   const Rows& rows;
   const Sizes s;
-  // Feature by token, block after block: x plain, the others as B of a product.
+  // Feature by token, one block after another: x plain, the others as B of a product.
   T *x, *h, *mixed, *act;
   T* q;              // (kv_heads, n, group, Dh)
-  float *cos, *sin;  // (Dh / 2, width), block after block
+  float *cos, *sin;  // (Dh / 2, width), one block after another
   Arena rest{nullptr};
 
-  // Threads share out vectors of tokens: f(block, first lane, width).
+  // Distribute vectors of tokens over the threads: f(block, first lane, width).
   template <class F>
   void lanes(Team& team, F f) const {
     team.each(s.lanes / kLanes, [&](int64_t v) {
@@ -221,7 +226,7 @@ class Pass {
     });
   }
 
-  // Threads share out output features: f(first, how many).
+  // Distribute output features over the threads: f(first, count).
   template <class F>
   void tiles(int64_t features, Team& team, F f) const {
     team.each((features + kTile - 1) / kTile, [&](int64_t tile) {
@@ -390,7 +395,7 @@ class Pass {
       std::copy_n(from + k, kPair<T>, to + k * w);
   }
 
-  // A kv head's part of a page, which no hardware foresees.
+  // Prefetch a kv head's part of a page: the hardware cannot predict which page is next.
   void prefetch(const T* from) const {
     for (int64_t k = 0; k < s.head; k += 64 / sizeof(T)) __builtin_prefetch(from + k, 0, 2);
   }
@@ -402,7 +407,7 @@ class Pass {
       const int64_t page = rows.tables[row * rows.table_stride + position / kPage];
       T* to = kKeys ? keys(index, kv, page) : values(index, kv, page);
       if (kKeys) return scatter(from, to + place<T>(0, token, kPage), kPage);
-      // what no token has written yet meets a weight of 0, and must not be NaN
+      // memory that no token has written yet gets a weight of 0, and must not hold NaN
       if (!token) std::fill_n(to, kPage * s.wide, T{});
       for (int64_t k = 0; k < d.head_dim; ++k) to[place<T>(token, k, s.wide)] = from[k];
     });
@@ -440,7 +445,7 @@ class Pass {
     for (int64_t row = first; row < end; ++row) write_mixed(kv, row, row - first, bench);
   }
 
-  // Rows [row, next), which share a page of keys and values, take it into their running softmax.
+  // Add a page of keys and values to the running softmax of the rows [row, next) that share it.
   template <class From>
   void fold(int64_t index, int64_t kv, int64_t first, int64_t row, int64_t next, int64_t page,
             int64_t id, const Bench<T>& bench, From from) {

@@ -1,6 +1,6 @@
-// A token a row from softmax(hidden @ weight.T / temperature), and its log-probability, with no
-// (N, V) buffer: the vocabulary is passed once in tiles that leave a maximum and a sum each; a
-// uniform number picks the tile, whose logits are computed again, and in it the token.
+// Draws a token per row from softmax(hidden @ weight.T / temperature), with its log-prob and without
+// an (N, V) buffer. One pass over the vocabulary leaves a maximum and a sum per tile. A uniform
+// number then picks the tile, whose logits are computed again, and the token in it.
 
 #include <algorithm>
 #include <cmath>
@@ -8,22 +8,24 @@
 #include "common.h"
 #include "gemm.h"
 
-// Mirrored by native_engine.py. Vectors are (N,).
+// Mirrored by native_structs.py. Vectors are (N,).
 struct Draw {
   const void *hidden, *weight;  // (N, D) and (V, D), contiguous and of one dtype
-  const float* temperature;     // 0: take the likeliest token, scored at temperature 1
-  const int64_t *seeds, *positions;  // what the row's uniform number is made of
+  const float* temperature;     // 0: the likeliest token, its log-prob at temperature 1
+  const int64_t *seeds, *positions;  // the key of the row's uniform number
   int64_t* token;
   float* logp;    // nats at the temperature; NaN where the logits are not finite
-  float* logits;  // (N, V), or null where nobody asks for them
+  float* logits;  // (N, V) out, or null if they are not needed
   void* workspace;
   int64_t n, v, d;
   int32_t dtype, threads;
 };
 
+EXPO_FAST_SIZEOF(draw, Draw)
+
 namespace {
 
-constexpr int64_t kVectors = 16;  // columns of the product that finds a row's logits again
+constexpr int64_t kVectors = 16;  // columns of the product that recomputes a row's logits
 
 // SplitMix64 (doi:10.1145/2714064.2660195), the same number as sampling.py's.
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
@@ -74,9 +76,9 @@ class Sampler {
  private:
   const Draw& draw;
   const int64_t lanes, blocks, tiles, depth;
-  T* columns;          // B of Z.T = weight @ hidden.T, block after block
+  T* columns;          // B of Z.T = weight @ hidden.T, one block after another
   float *top, *mass;   // (tiles, lanes): largest logit, sum exp((z - top) / temperature)
-  float* logits;       // (kTall, kBlock) a thread
+  float* logits;       // (kTall, kBlock) per thread
 
   int64_t width(int64_t block) const { return std::min(kBlock, lanes - block * kBlock); }
   int64_t rows(int64_t tile) const { return std::min(kTall, draw.v - tile * kTall); }
@@ -165,7 +167,7 @@ class Sampler {
     take_from(chosen, i, z + i % kVectors, likeliest, target - before, most, sum);
   }
 
-  // `rest` is what is left of the target inside the tile, where the largest logit of all weighs 1.
+  // `rest` is the part of the target inside the tile. The largest logit of all has weight 1.
   void take_from(int64_t tile, int64_t i, const float* z, bool likeliest, double rest, double most,
                  double sum) const {
     const double k = exponent(i);

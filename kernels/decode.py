@@ -1,19 +1,20 @@
-"""Triton: attention of one new token a row over a paged key-value cache.
+"""Triton: attention of one new token per row over a paged key-value cache.
 
     out_i = sum_j softmax_j(scale q_i k_j) v_j        j <= position_i, or the last `window` of them
 
 Split-KV with a cascade (flash-decoding, arXiv:2311.01282; Hydragen, arXiv:2402.05099). `cascade`
-cuts the rows' pages into items. One program an item and key-value head: the queries of the item's
-rows and of the heads that share that key-value head are the rows of one product, (rows G, Dh) @
-(Dh, tokens). Each item leaves (max, sum, accumulator) in its rows' slots; a second kernel adds a
-row's slots in their order, so that equal inputs give equal bits. Nothing here looks at lengths on
-the host: the launches of a batch size are always the same, and a CUDA graph can hold them.
+cuts the rows' pages into items. One program serves an item and a key-value head: the queries of the
+item's rows, and of the G = H / Hkv heads that share that key-value head, are the rows of one
+product, (rows G, Dh) @ (Dh, tokens). Each item leaves (max, sum, accumulator) in its rows' slots. A
+second kernel adds a row's slots in their order, so that equal inputs give equal bits. Nothing here
+reads lengths on the host: the launches of a batch size are always the same, and a CUDA graph can
+hold them.
 
-FLOPs 4 H Dh a row and token seen. Bytes 4 Hkv Dh a token, once for the rows of an item; a slot
-costs 8 H (Dh + 2) a row, written and read, and mostly stays in L2 (50 MB on an H200). With G = H /
-Hkv = 7 rows in a product that is 7 FLOPs a byte, 56 for 8 samples of a prompt, where an H200 does
-184 while it moves one: bound by memory. Hence the floor, at 4.3 TB/s and batch 256, 8 samples of
-each of 32 prompts of 512 tokens, half of 128 new tokens there:
+FLOPs: 4 H Dh per row and token seen. Bytes: 4 Hkv Dh per token, once for the rows of an item. A
+slot costs 8 H (Dh + 2) per row, written and read, and mostly stays in L2 (50 MB on an H200). With G
+= 7 rows in a product that is 7 FLOPs per byte, and 56 for 8 samples of a prompt, where an H200 does
+184 while it moves one byte: the kernel is bound by memory. Hence the floor, at 4.3 TB/s and batch
+256, 8 samples of each of 32 prompts of 512 tokens, half of 128 new tokens in the cache:
 
     shape   a layer: prompts, tails, queries and outputs    floor    of a step's weights and cache
     0.5B    8.4 + 8.4 + 0.9 MB, 24 layers                   99 us    0.43 of 1.42 GB
@@ -22,9 +23,9 @@ each of 32 prompts of 512 tokens, half of 128 new tokens there:
 Without the cascade the prompts alone would be 67 and 134 MB a layer.
 """
 
+# Pyright takes Triton's functions for Python's.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-# (of Triton's functions, which it takes for Python's)
 
 import math
 from dataclasses import dataclass
@@ -70,9 +71,9 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
 class Paged:
     """A slab (pages, layers, 2, page, Hkv, Dh) of keys and values.
 
-    address: (1,) int64, where the slab begins. Kernels read it when they run: a CUDA graph that
-    holds them goes on with whatever slab is there, so the memory can be lent out in between. For
-    the same reason pages come first, for then no stride depends on how many there are.
+    address: (1,) int64, the address of the slab. Kernels read it when they run, so a CUDA graph
+    that holds them uses the slab of the moment, and the memory can serve others between calls. For
+    the same reason pages come first: then no stride depends on their number.
     """
 
     address: Tensor
@@ -82,7 +83,7 @@ class Paged:
     head_dim: int
 
     def layer(self, index: int) -> int:
-        """First number of a page's keys in that layer; their values follow."""
+        """Return the offset of a layer's keys in a page; its values follow them."""
         return index * 2 * self.page * self.kv_heads * self.head_dim
 
     @property
@@ -97,23 +98,28 @@ class Paged:
 
 @dataclass(frozen=True)
 class Work:
-    """What to read for whom, as `cascade.plan` says it, and room for what the items find."""
+    """The plan of `cascade.plan` on the device, and buffers for the results of its items."""
 
-    items: Tensor  # (N, FIELDS) int32; those of no rows do nothing
-    used: Tensor  # (B,) int32 slots of each row
-    top: Tensor  # (B, slots, H) fp32, bits
-    total: Tensor  # (B, slots, H) fp32
-    values: Tensor  # (B, slots, H, Dh) fp32
+    items: Tensor  # (N, FIELDS) int32; items without rows do nothing
+    used: Tensor  # (B,) int32, slots of each row
+    top: Tensor  # (B, slots, H) fp32, largest score times log2(e)
+    total: Tensor  # (B, slots, H) fp32, sum of the weights relative to it
+    values: Tensor  # (B, slots, H, Dh) fp32, sum of the weighted values
 
     @classmethod
     def room(cls, sizes: Sizes, heads: int, head_dim: int, device: torch.device) -> "Work":
+        """Allocate the buffers of a batch, with no items."""
         shape = (sizes.rows, sizes.slots, heads)
-        items = torch.zeros(sizes.items, FIELDS, dtype=torch.int32, device=device)
-        used = torch.zeros(sizes.rows, dtype=torch.int32, device=device)
-        top, total = (torch.empty(shape, device=device) for _ in range(2))
-        return cls(items, used, top, total, torch.empty(*shape, head_dim, device=device))
+        return cls(
+            items=torch.zeros(sizes.items, FIELDS, dtype=torch.int32, device=device),
+            used=torch.zeros(sizes.rows, dtype=torch.int32, device=device),
+            top=torch.empty(shape, dtype=torch.float32, device=device),
+            total=torch.empty(shape, dtype=torch.float32, device=device),
+            values=torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+        )
 
     def load(self, items: Tensor, used: Tensor) -> None:
+        """Set the plan."""
         self.items.zero_()
         self.items[: len(items)] = items.to(self.items.device)
         self.used.zero_()
@@ -121,8 +127,27 @@ class Work:
 
 
 def rows_together(heads: int, kv_heads: int) -> int:
-    """Rows whose queries fit one product."""
+    """Return the number of rows whose queries fit one product."""
     return max(1, MANY // (heads // kv_heads))
+
+
+@triton.jit
+def slab_at(address, like):
+    """The slab as a pointer of the type of `like`."""
+    return tl.multiple_of(tl.load(address).to(like.dtype), 16)
+
+
+@triton.jit
+def key_of_token(
+    address, tables, positions,  # (1,), (B, W), (B,)
+    row, layer, W, like,
+    STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
+):  # fmt: skip
+    """Where the keys (Hkv, Dh) of a row's newest token go; the values are PAGE * HKV * DH later."""
+    position = tl.load(positions + row)
+    column = tl.minimum(position // PAGE, W - 1)  # page 0 if the row continues after its end
+    page = tl.load(tables + row * W + column).to(tl.int64)
+    return slab_at(address, like) + page * STRIDE + layer + position % PAGE * (HKV * DH)
 
 
 @triton.jit
@@ -132,16 +157,16 @@ def append_tokens(
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
-    slab = tl.multiple_of(tl.load(address).to(k.dtype), 16)
-    position = tl.load(positions + row)
-    column = tl.minimum(position // PAGE, W - 1)  # of a row that goes on after its end: page 0
-    page = tl.load(tables + row * W + column).to(tl.int64)
-    key = slab + page * STRIDE + layer + position % PAGE * (HKV * DH)
+    key = key_of_token(address, tables, positions, row, layer, W, k, STRIDE, PAGE, HKV, DH)
+    value = key + PAGE * HKV * DH
     i = tl.arange(0, BLOCK)
     inside = i < HKV * DH
-    tl.store(key + i, tl.load(k + row * (HKV * DH) + i, inside), inside)
-    tl.store(key + PAGE * HKV * DH + i, tl.load(v + row * (HKV * DH) + i, inside), inside)
+    k += row * (HKV * DH)
+    v += row * (HKV * DH)
+    tl.store(key + i, tl.load(k + i, inside), inside)
+    tl.store(value + i, tl.load(v + i, inside), inside)
 
 
 @triton.jit
@@ -151,21 +176,29 @@ def _attend(
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One item for one key-value head; the query heads that share it, of BM // G rows."""
+    """One item for one key-value head: the G query heads that share it, of BM // G rows or less."""
     G: tl.constexpr = H // HKV
-    first_row, rows = tl.load(item), tl.load(item + 1)
-    begin, end, slot = tl.load(item + 2) * PAGE, tl.load(item + 3) * PAGE, tl.load(item + 4)
-    m, d = tl.arange(0, BM), tl.arange(0, BD)
-    mine, deep = m < rows * G, d < DH
-    row, h = (first_row + m // G).to(tl.int64), head * G + m % G
+    # the fields of cascade.Item
+    first_row = tl.load(item)
+    rows = tl.load(item + 1)
+    begin = tl.load(item + 2) * PAGE
+    end = tl.load(item + 3) * PAGE
+    slot = tl.load(item + 4)
+
+    m = tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    mine = m < rows * G
+    deep = d < DH
+    row = (first_row + m // G).to(tl.int64)
+    h = head * G + m % G
     position = tl.load(positions + row, mine, -1).to(tl.int32)
     newest = tl.max(position, 0)
     oldest = tl.min(tl.where(mine, position, newest), 0) - window + 1  # that any row sees
     end = min(end, newest + 1)
     begin += max(oldest - begin, 0) // BN * BN
-    queries = tl.load(
-        q + (row * H + h)[:, None] * DH + d[None, :], mine[:, None] & deep[None, :], 0.0
-    )
+
+    query = q + (row * H + h)[:, None] * DH + d[None, :]
+    queries = tl.load(query, mine[:, None] & deep[None, :], 0.0)
     if WIDE:  # the interpreter multiplies bf16 wrongly
         queries = queries.to(tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
@@ -177,30 +210,35 @@ def _attend(
         token = first + tl.arange(0, BN)
         there = token < end
         page = tl.load(tables + token // PAGE, there, 0).to(tl.int64)
-        at = slab + (page * STRIDE + token % PAGE * (HKV * DH))[:, None] + d[None, :]
-        # never written beyond `end`: 0 times what lies there may be NaN
+        key = page * STRIDE + token % PAGE * (HKV * DH)
+        at = slab + key[:, None] + d[None, :]
+        # unwritten memory beyond `end` may hold NaN, which a weight of 0 does not remove
         inside = there[:, None] & deep[None, :]
         keys = tl.load(at, inside, 0.0)
         values = tl.load(at + PAGE * HKV * DH, inside, 0.0)
         if WIDE:
-            keys, values = keys.to(tl.float32), values.to(tl.float32)
+            keys = keys.to(tl.float32)
+            values = values.to(tl.float32)
         s = tl.dot(queries, keys.T, input_precision="ieee") * scale
         ahead = position[:, None] - token[None, :]
         seen = there[None, :] & (ahead >= 0) & (ahead < window)
         s = tl.where(seen, s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         anchor = tl.where(higher == -float("inf"), 0.0, higher)  # of a row that has seen nothing
-        p, fade = tl.exp2(s - anchor[:, None]), tl.exp2(top - anchor)
+        p = tl.exp2(s - anchor[:, None])
+        fade = tl.exp2(top - anchor)
         total = total * fade + tl.sum(p, 1)
         if q.dtype.element_ty == tl.bfloat16:
             p = to_bf16(p, WIDE)
         out = tl.dot(p.to(values.dtype), values, out * fade[:, None], input_precision="ieee")
         top = higher
+
     place = (row * SLOTS + slot) * H + h
     tl.store(top_out + place, top, mine)
     tl.store(total_out + place, total, mine)
     found = mine & (total != 0)  # NaN too
-    tl.store(values_out + place[:, None] * DH + d[None, :], out, found[:, None] & deep[None, :])
+    value = values_out + place[:, None] * DH + d[None, :]
+    tl.store(value, out, found[:, None] & deep[None, :])
 
 
 @triton.jit
@@ -212,10 +250,15 @@ def attend_items(
     FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     FIELDS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One launch for items of one row and of many: the many are few, and leave SMs to the rest."""
-    item, head = items + tl.program_id(0) * FIELDS, tl.program_id(1)
+    """One program per item and key-value head.
+
+    One launch serves items of one row and of many rows: the latter are few, and leave SMs to the
+    rest.
+    """
+    item = items + tl.program_id(0) * FIELDS
+    head = tl.program_id(1)
     rows = tl.load(item + 1)
-    slab = tl.multiple_of(tl.load(address).to(q.dtype), 16) + layer
+    slab = slab_at(address, q) + layer
     if rows * (H // HKV) > FEW:
         _attend(
             q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
@@ -233,9 +276,12 @@ def add_slots(
     top, total, values, used, out,  # as above; (B,) int32; (B, H, Dh) out
     SLOTS, DH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A row that has no slot gets zeros."""
-    row, h, H = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    slot, d = tl.arange(0, BS), tl.arange(0, BD)
+    """One program per row and query head. A row without slots gets zeros."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    H = tl.num_programs(1)
+    slot = tl.arange(0, BS)
+    d = tl.arange(0, BD)
     place = (row * SLOTS + slot) * H + h
     mine = slot < tl.load(used + row)
     sums = tl.load(total + place, mine, 0.0)
@@ -246,8 +292,8 @@ def add_slots(
     inside = full[:, None] & (d < DH)[None, :]
     parts = tl.load(values + place[:, None] * DH + d[None, :], inside, 0.0)
     found = tl.sum(parts * weight[:, None], 0)
-    whole = tl.sum(sums * weight, 0)
-    found = found / tl.where(whole == 0, 1.0, whole)
+    mass = tl.sum(sums * weight, 0)
+    found = found / tl.where(mass == 0, 1.0, mass)
     if out.dtype.element_ty == tl.bfloat16:
         found = to_bf16(found, WIDE)
     tl.store(out + (row * H + h) * DH + d, found, d < DH)
@@ -261,12 +307,19 @@ def append(
     tables: Tensor,  # (B, W) int32
     positions: Tensor,  # (B,) int
 ) -> None:
-    """Keep each row's new key and value at its position."""
-    k, v, block = k.contiguous(), v.contiguous(), triton.next_power_of_2(k[0].numel())
-    sizes = cache.layer(layer), tables.stride(0)
+    """Write each row's new key and value to the page of its position."""
+    n_rows, kv_heads, head_dim = k.shape
     with launch_device(k):
-        append_tokens[(len(k),)](
-            k, v, cache.address, tables, positions, *sizes, **cache.constants, BLOCK=block
+        append_tokens[(n_rows,)](
+            k.contiguous(),
+            v.contiguous(),
+            cache.address,
+            tables,
+            positions,
+            cache.layer(layer),
+            tables.stride(0),
+            **cache.constants,
+            BLOCK=triton.next_power_of_2(kv_heads * head_dim),
         )
 
 

@@ -1,32 +1,40 @@
-"""Triton: what lies between a decoder layer's products while one token a row is decoded.
+"""Triton: the work between a decoder layer's GEMMs while one token per row is decoded.
 
     add_norm    x' = x + d, rms_norm(x') w            8 D bytes a row, 16-bit: 2 in, 2 out
     place       q', k' = rope(norm(q)), rope(norm(k)); k' and v to their page
     swiglu      silu(gate) up
 
-Each is one launch where PyTorch makes 2, 20 and 2: at 256 rows none moves more than some MB, and a
-launch in a CUDA graph takes 2 us, as long as it takes an H200 to move 8 MB. Every number is rounded
-where `model` rounds it, so that log-probs stay those of the trainer.
+Each is one launch where PyTorch makes 2, 20 and 2. At 256 rows none moves more than some MB, and a
+launch in a CUDA graph takes 2 us, in which an H200 moves 8 MB. Every number is rounded where the
+model rounds it, so that log-probs stay those of the trainer.
 """
 
+# Pyright takes Triton's functions for Python's.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-# (of Triton's functions, which it takes for Python's)
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.decode import Paged
+from expo_fast.kernels.decode import Paged, key_of_token
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
-ELEMENTS = 1024  # to a program that works element by element
+ELEMENTS = 1024  # of a program that works element by element
+
+
+@triton.jit
+def _load(at, inside):
+    """Load as fp32, with zeros outside."""
+    return tl.load(at, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
 def _rounded(x, like, WIDE: tl.constexpr):
-    """To the type of what `like` points to, and back to fp32."""
+    """Round to the type that `like` points to, and return as fp32."""
     if like.dtype.element_ty == tl.bfloat16:
         y = to_bf16(x, WIDE).to(tl.float32)
     else:
@@ -35,7 +43,8 @@ def _rounded(x, like, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _stored(at, x, inside, WIDE: tl.constexpr):
+def _store(at, x, inside, WIDE: tl.constexpr):
+    """Store fp32 numbers in the type that `at` points to."""
     if at.dtype.element_ty == tl.bfloat16:
         tl.store(at, to_bf16(x, WIDE), inside)
     else:
@@ -47,117 +56,178 @@ def add_norm_rows(
     x, d, w, total, out,  # (B, D), (B, D) or None, (D,), (B, D) out or None, (B, D) out
     D, eps, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One program per row."""
     at = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     inside = i < D
-    a = tl.load(x + at + i, inside, 0.0).to(tl.float32)
+    a = _load(x + at + i, inside)
     if d is not None:
-        a = _rounded(a + tl.load(d + at + i, inside, 0.0).to(tl.float32), x, WIDE)
-        _stored(total + at + i, a, inside, WIDE)
+        a = _rounded(a + _load(d + at + i, inside), x, WIDE)
+        _store(total + at + i, a, inside, WIDE)
     scale = tl.rsqrt(tl.sum(a * a, 0) / D + eps)
-    _stored(out + at + i, a * scale * tl.load(w + i, inside, 0.0).to(tl.float32), inside, WIDE)
+    _store(out + at + i, a * scale * _load(w + i, inside), inside, WIDE)
 
 
 @triton.jit
 def swiglu_elements(gate, up, out, n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """One program per BLOCK elements."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    g = tl.load(gate + i, inside, 0.0).to(tl.float32)
-    g = _rounded(g / (1 + tl.exp(-g)), gate, WIDE)
-    _stored(out + i, g * tl.load(up + i, inside, 0.0).to(tl.float32), inside, WIDE)
+    g = _load(gate + i, inside)
+    silu = _rounded(g / (1 + tl.exp(-g)), gate, WIDE)
+    _store(out + i, silu * _load(up + i, inside), inside, WIDE)
 
 
 @triton.jit
-def _turned(x, w, cos, sin, eps, DH, i, WIDE: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
+def _normed_and_rotated(
+    x, w, cos, sin,  # (Dh,), (Dh,), (Dh/2,) twice
+    eps, DH, i,
+    WIDE: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
     """The two halves of one head of one row, (BLOCK,) fp32 each."""
     half = DH // 2
     inside = i < half
-    a = tl.load(x + i, inside, 0.0).to(tl.float32)
-    b = tl.load(x + half + i, inside, 0.0).to(tl.float32)
+    a = _load(x + i, inside)
+    b = _load(x + half + i, inside)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / DH + eps)
-        a = _rounded(a * scale * tl.load(w + i, inside, 0.0).to(tl.float32), x, WIDE)
-        b = _rounded(b * scale * tl.load(w + half + i, inside, 0.0).to(tl.float32), x, WIDE)
+        a = _rounded(a * scale * _load(w + i, inside), x, WIDE)
+        b = _rounded(b * scale * _load(w + half + i, inside), x, WIDE)
     if ROPE:
-        c = tl.load(cos + i, inside, 0.0).to(tl.float32)
-        s = tl.load(sin + i, inside, 0.0).to(tl.float32)
-        ac, bs = _rounded(a * c, x, WIDE), _rounded(b * s, x, WIDE)
-        bc, at = _rounded(b * c, x, WIDE), _rounded(a * s, x, WIDE)
-        a, b = ac - bs, bc + at
+        c = _load(cos + i, inside)
+        s = _load(sin + i, inside)
+        ac = _rounded(a * c, x, WIDE)
+        bs = _rounded(b * s, x, WIDE)
+        bc = _rounded(b * c, x, WIDE)
+        as_ = _rounded(a * s, x, WIDE)
+        a = ac - bs
+        b = bc + as_
     return a, b
 
 
 @triton.jit
 def place_heads(
     q, k, v, q_norm, k_norm, cos, sin, out,  # (B, heads, Dh) thrice, (Dh,), (B, Dh/2); q' out
-    address, tables, positions,  # as in `decode`
+    address, tables, positions,  # as in `decode.append_tokens`
     layer, W, eps, H,
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and head: first those of q, then those of k with v's beside it."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, half = tl.arange(0, BLOCK), DH // 2
+    """One program per row and head: first the heads of q, then those of k and v together."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    half = DH // 2
     inside = i < half
     cos += row * half
     sin += row * half
     if head < H:
         at = (row * H + head) * DH
-        a, b = _turned(q + at, q_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
-        _stored(out + at + i, a, inside, WIDE)
-        _stored(out + at + half + i, b, inside, WIDE)
+        a, b = _normed_and_rotated(q + at, q_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
+        _store(out + at + i, a, inside, WIDE)
+        _store(out + at + half + i, b, inside, WIDE)
     else:
         at = (row * HKV + head - H) * DH
-        position = tl.load(positions + row)
-        column = tl.minimum(position // PAGE, W - 1)  # as in `decode.append_tokens`
-        page = tl.load(tables + row * W + column).to(tl.int64)
-        slab = tl.multiple_of(tl.load(address).to(k.dtype), 16)
-        key = slab + page * STRIDE + layer + position % PAGE * (HKV * DH) + (head - H) * DH
-        a, b = _turned(k + at, k_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
-        _stored(key + i, a, inside, WIDE)
-        _stored(key + half + i, b, inside, WIDE)
+        a, b = _normed_and_rotated(k + at, k_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
+        key = key_of_token(address, tables, positions, row, layer, W, k, STRIDE, PAGE, HKV, DH)
+        key += (head - H) * DH
+        _store(key + i, a, inside, WIDE)
+        _store(key + half + i, b, inside, WIDE)
         value = key + PAGE * HKV * DH
         tl.store(value + i, tl.load(v + at + i, inside), inside)
         tl.store(value + half + i, tl.load(v + at + half + i, inside), inside)
 
 
 def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (B, D) + d, and that normalised."""
-    total, out = x if d is None else torch.empty_like(x), torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    given = x, d, weight, None if d is None else total, out, x.shape[1], eps, block, INTERPRETED
+    """Return x + d and its RMS norm, (B, D) each; d may be None, for zeros.
+
+    x, d: (B, D). weight: (D,) of the norm.
+    """
+    n_rows, width = x.shape
+    out = torch.empty_like(x)
+    total = None if d is None else torch.empty_like(x)
     with launch_device(x):
-        add_norm_rows[(len(x),)](*given)
-    return total, out
+        add_norm_rows[(n_rows,)](
+            x,
+            d,
+            weight,
+            total,
+            out,
+            width,
+            eps,
+            BLOCK=triton.next_power_of_2(width),
+            WIDE=INTERPRETED,
+        )
+    return x if total is None else total, out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out, n = torch.empty_like(gate), gate.numel()
+    """Return silu(gate) * up, elementwise."""
+    out = torch.empty_like(gate)
+    n = gate.numel()
     with launch_device(gate):
         swiglu_elements[(triton.cdiv(n, ELEMENTS),)](gate, up, out, n, ELEMENTS, INTERPRETED)
     return out
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of the query and the key heads."""
+
+    q: Tensor  # (Dh,) weight
+    k: Tensor  # (Dh,) weight
+    eps: float
+
+
 def place(
     cache: Paged,
     layer: int,
-    q: Tensor,  # (B, H, Dh), contiguous like all here
+    q: Tensor,  # (B, H, Dh), contiguous like all tensors here
     k: Tensor,  # (B, Hkv, Dh)
     v: Tensor,  # (B, Hkv, Dh)
-    norms: tuple[Tensor, Tensor, float] | None,  # weights for q and k, (Dh,), and their eps
+    *,
+    norms: HeadNorms | None,
     rotation: tuple[Tensor, Tensor] | None,  # cos and sin, (B, 1, Dh/2)
     tables: Tensor,  # (B, W) int32
     positions: Tensor,  # (B,) int
-) -> Tensor:  # (B, H, Dh), q as attention takes it
-    """Keys and values of a layer go to their pages."""
-    out, (n, heads, dim) = torch.empty_like(q), q.shape
-    q_norm, k_norm, eps = norms or (q, k, 0.0)
-    cos, sin = rotation or (q, q)
+) -> Tensor:
+    """Norm and rotate queries and keys; write keys and values of a layer to their pages.
+
+    Return the queries (B, H, Dh), for attention.
+    """
+    n_rows, heads, head_dim = q.shape
+    out = torch.empty_like(q)
+    unused = q  # a pointer that the kernel does not read
+    q_norm = k_norm = cos = sin = unused
+    eps = 0.0
+    if norms is not None:
+        q_norm = norms.q
+        k_norm = norms.k
+        eps = norms.eps
+    if rotation is not None:
+        cos, sin = rotation
     with launch_device(q):
-        place_heads[(n, heads + cache.kv_heads)](
-            q, k, v, q_norm, k_norm, cos, sin, out, cache.address, tables, positions,
-            cache.layer(layer), tables.stride(0), eps, heads, **cache.constants,
-            BLOCK=triton.next_power_of_2(dim // 2), NORM=norms is not None,
-            ROPE=rotation is not None, WIDE=INTERPRETED, num_warps=1,
-        )  # fmt: skip
+        place_heads[(n_rows, heads + cache.kv_heads)](
+            q,
+            k,
+            v,
+            q_norm,
+            k_norm,
+            cos,
+            sin,
+            out,
+            cache.address,
+            tables,
+            positions,
+            cache.layer(layer),
+            tables.stride(0),
+            eps,
+            heads,
+            **cache.constants,
+            BLOCK=triton.next_power_of_2(head_dim // 2),
+            NORM=norms is not None,
+            ROPE=rotation is not None,
+            WIDE=INTERPRETED,
+            num_warps=1,
+        )
     return out

@@ -1,4 +1,4 @@
-"""What a sampler may draw, from the definitions, and whether counts come from it."""
+"""The distribution of a truncated draw, from the definitions, and a test of counts against it."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def allowed(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """From the definitions: top-k, then top-p of what is left, then min-p."""
+    """Return p after top-k, then top-p of what is left, then min-p; (V,), sums to 1."""
     order = p.argsort(descending=True)
     keep = order[: top_k or len(p)]
     mass = p[keep] / p[keep].sum()
@@ -19,9 +19,9 @@ def allowed(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 
 def assert_drawn_from(counts: Tensor, expected: Tensor) -> None:
-    """Chi-square, both (V,): how often each token was drawn, and should have been."""
+    """Assert by a chi-square test that each token was drawn as often as expected; both (V,)."""
     assert counts[expected == 0].sum() == 0
-    rare = expected < 10  # pooled: chi-square wants cells of some size
+    rare = expected < 10  # pooled, since the chi-square test needs cells of a minimum size
     cells = [*zip(counts[~rare], expected[~rare], strict=True)]
     if expected[rare].sum() >= 10:
         cells.append((counts[rare].sum(), expected[rare].sum()))

@@ -1,4 +1,7 @@
-"""Decoding on a GPU: the attention kernel against fp64, and the engine against the other two."""
+"""Decoding on a GPU: the kernels against fp64, and the engine against the other two.
+
+Without a GPU they run in Triton's interpreter.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,7 +16,7 @@ pytest.importorskip("triton")
 
 from expo_fast import generate
 from expo_fast.generate import Completion, Generator, Request
-from expo_fast.inference import cuda_engine, sampling
+from expo_fast.inference import cuda_engine, paged_attention, sampling
 from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.sampling import Truncation
 from expo_fast.kernels import blocks, decode, layer, truncate
@@ -38,7 +41,7 @@ def by_definition(q, keys, values, positions, scale, window) -> Tensor:
 
 
 class Scene:
-    """Rows in groups that begin alike, on shuffled pages of a slab that is NaN where unwritten."""
+    """Rows in groups with common prefixes, on shuffled pages of a slab that is NaN if unwritten."""
 
     def __init__(self, lengths, shared, group, *, heads=(6, 2), dim=64, dtype=torch.bfloat16):
         g = torch.Generator().manual_seed(len(lengths) + dim)
@@ -72,7 +75,7 @@ class Scene:
         sizes = sizes or Sizes(len(self.q), self.width)
         work = decode.Work.room(sizes, self.heads, self.dim, self.q.device)
         for x in (work.top, work.total, work.values):
-            x.fill_(math.nan)  # of whoever ran before
+            x.fill_(math.nan)  # stands for the results of an earlier call
         work.load(*plan(self.tables, sizes, decode.rows_together(self.heads, self.kv_heads)))
         given = self.tables.to(DEVICE), self.positions.to(DEVICE)
         return decode.attend(self.cache, layer, self.q, *given, work, self.scale, window)
@@ -143,7 +146,7 @@ def test_equal_calls_give_equal_bits_wherever_the_slab_lies():
     assert torch.equal(first, again) and torch.equal(first, scene.ours())
 
 
-def test_a_nan_of_one_row_spares_the_others():
+def test_a_nan_of_one_row_leaves_the_others_unchanged():
     scene = Scene(LENGTHS, 64, 4)
     clean, row = scene.ours(), LENGTHS.index(190)
     scene.slab[int(scene.tables[row, 4])] = math.nan  # that page is the row's alone
@@ -165,7 +168,7 @@ def test_new_keys_and_values_land_on_their_pages():
     assert torch.equal(scene.slab.nan_to_num(), expected.nan_to_num())
 
 
-def test_what_lies_between_products_is_what_the_model_computes():
+def test_the_fused_kernels_compute_what_the_model_computes():
     norm = RMSNorm(48, 1e-6).bfloat16().to(DEVICE)
     torch.nn.init.uniform_(norm.weight, 0.5, 2)
     x, d, gate, up = torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -180,7 +183,7 @@ def test_what_lies_between_products_is_what_the_model_computes():
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rope", [False, True])
-def test_heads_are_turned_and_placed(norm: bool, rope: bool):
+def test_heads_are_normed_rotated_and_placed(norm: bool, rope: bool):
     scene, g = Scene(LENGTHS, 64, 4, dim=80), torch.Generator().manual_seed(1)
     n = len(LENGTHS)
     q, k, v = (torch.randn(n, h, 80, generator=g).bfloat16().to(DEVICE) for h in (6, 2, 2))
@@ -189,10 +192,18 @@ def test_heads_are_turned_and_placed(norm: bool, rope: bool):
         torch.nn.init.normal_(each.weight, 1, 0.3, generator=g if DEVICE == "cpu" else None)
     angles = torch.rand(n, 1, 40, generator=g).to(DEVICE) * 6
     rotation = angles.cos().bfloat16(), angles.sin().bfloat16()
-    given = scene.tables.to(DEVICE), scene.positions.to(DEVICE)
-    weights = (norms[0].weight.detach(), norms[1].weight.detach(), 1e-6) if norm else None
-    turn = rotation if rope else None
-    got = layer.place(scene.cache, 1, q, k, v, weights, turn, *given)
+    head_norms = layer.HeadNorms(norms[0].weight.detach(), norms[1].weight.detach(), 1e-6)
+    got = layer.place(
+        scene.cache,
+        1,
+        q,
+        k,
+        v,
+        norms=head_norms if norm else None,
+        rotation=rotation if rope else None,
+        tables=scene.tables.to(DEVICE),
+        positions=scene.positions.to(DEVICE),
+    )
     if norm:
         q, k = norms[0](q), norms[1](k)
     if rope:
@@ -204,7 +215,7 @@ def test_heads_are_turned_and_placed(norm: bool, rope: bool):
         assert torch.equal(kept[1], v[row])
 
 
-def test_draws_from_blocks_are_draws():
+def test_draws_from_blocks_equal_draws_from_logits():
     logits = 3 * torch.randn(40, 700, generator=torch.Generator().manual_seed(0))
     logits[3, 500:] = -math.inf
     logits[4] = -math.inf
@@ -252,26 +263,28 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     found = blocks.blocks_of(logits, temperature, block)
     got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
     on = cut.to(torch.device(DEVICE))
-    given = temperature, (on.top_k, on.top_p, on.min_p), u
-    truncate.redraw(logits, *found, block, *given, got, logp)
+    rules = {"top_k": on.top_k, "top_p": on.top_p, "min_p": on.min_p}
+    truncate.redraw(logits, *found, block, temperature, u, **rules, tokens=got, logps=logp)
     assert torch.equal(got.cpu(), tokens)
     torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6)
 
 
-def test_a_truncated_row_of_no_number_ends_with_a_token_and_no_logp():
+def test_a_truncated_row_with_a_nan_ends_with_a_token_and_no_logp():
     logits = torch.randn(2, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[0, 600] = math.nan
     temperature, u = torch.ones(2, device=DEVICE), torch.full((2,), 0.5, device=DEVICE).double()
     found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
     token, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
     k, p, m = (torch.full((2,), x, device=DEVICE) for x in (5, 0.9, 0.01))
-    truncate.redraw(logits, *found, sampling.BLOCK, temperature, (k, p, m), u, token, logp)
+    rules = {"top_k": k, "top_p": p, "min_p": m}
+    block = sampling.BLOCK
+    truncate.redraw(logits, *found, block, temperature, u, **rules, tokens=token, logps=logp)
     assert logp.isnan().tolist() == [True, False]
     assert ((token >= 0) & (token < 700)).all()
 
 
 def pages_read(tables: Tensor, sizes: Sizes, together: int) -> int:
-    """Pages of all items; each row's slots together cover its pages once and in order."""
+    """Return the pages of all items; assert that each row's slots cover its pages in order."""
     items, used = plan(tables, sizes, together)
     assert len(items) <= sizes.items and used.max() <= sizes.slots
     for row, table in enumerate(tables.tolist()):
@@ -288,7 +301,7 @@ def pages_read(tables: Tensor, sizes: Sizes, together: int) -> int:
 def test_shared_pages_are_planned_once():
     prompts = [
         [1, 2, *range(100 * p, 100 * p + 6)] for p in range(1, 5)
-    ]  # two pages are everyone's
+    ]  # two pages are shared by all
     rows = [[*prompts[i // 8], 1000 + i, 0] for i in range(32)]
     tables = torch.tensor(rows, dtype=torch.int32)
     assert pages_read(tables, Sizes(32, 10), 8) == 4 * 2 + 4 * 6 + 32
@@ -315,7 +328,7 @@ SHARED = tuple(20 + i % 60 for i in range(70))  # more than two pages
 
 
 def requests(**changes) -> list[Request]:
-    """Two prompts that begin alike and two samples of each; their ends lie inside bursts."""
+    """Return two prompts with a common prefix, with two samples each that end inside a burst."""
     prompts = (*SHARED, 80), (*SHARED, *range(81, 99))
     asked = [
         Request(prompts[i // 2], 3 + 2 * i % 5, temperature=0.8, seed=i, stop_ids=())
@@ -333,15 +346,15 @@ def assert_same(ours: list[Completion], theirs: list[Completion]) -> None:
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The interpreter runs one program after another."""
-    monkeypatch.setattr(cuda_engine, "BUCKETS", (4, 8))
-    monkeypatch.setattr(cuda_engine, "LEAST_WIDTH", 4)
+    monkeypatch.setattr(cuda_engine, "ROW_BUCKETS", (4, 8))
+    monkeypatch.setattr(cuda_engine, "MIN_TABLE_WIDTH", 4)
     monkeypatch.setattr(CudaEngine, "burst", 4)
 
 
-def sample(model, asked, backend, slots=64) -> list[Completion]:
+def sample(model, asked, backend, rows=64) -> list[Completion]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MAX_SLOTS", "CUDA_SLOTS"):
-            patch.setattr(generate, name, slots)
+        for name in ("MAX_ROWS", "CUDA_MAX_ROWS"):
+            patch.setattr(generate, name, rows)
         return Generator(model, backend=backend).sample(asked)
 
 
@@ -360,16 +373,30 @@ def test_refill_and_ends_inside_a_burst():
     model, asked = shallow(), requests(max_new_tokens=7)
     free = sample(model, asked, "torch")
     asked = [replace(r, stop_ids=(d.token_ids[3],)) for r, d in zip(asked, free, strict=True)]
-    done = sample(model, asked, "triton", slots=3)
+    done = sample(model, asked, "triton", rows=3)
     assert_same(done, sample(model, asked, "torch"))
     assert {d.finish_reason for d in done} == {"stop"}
 
 
-def test_some_rows_truncate_and_some_take_the_likeliest():
+def test_truncated_and_greedy_rows_in_one_batch():
     rules = [{"top_p": 0.7}, {"top_k": 3, "min_p": 0.1}, {"temperature": 0.0}, {}]
     asked = [replace(r, **rule) for r, rule in zip(requests(), rules, strict=True)]
     model = shallow()
     assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))
+
+
+def test_the_default_dtype_of_torch_changes_nothing():
+    model, asked = shallow(), requests()[:2]
+    expected = sample(model, asked, "triton")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = sample(model, asked, "triton")
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True):
+        assert a.token_ids == b.token_ids
+        assert torch.equal(a.logp, b.logp)
 
 
 def test_sixteen_bits_and_a_nan():
@@ -391,7 +418,7 @@ def test_sixteen_bits_and_a_nan():
     assert_same(got[:2], clean[:2])
 
 
-def test_steps_outlive_the_slab_and_not_the_model_that_they_were_made_of():
+def test_steps_outlive_the_slab_but_not_a_change_of_the_model():
     model, asked = shallow(), requests()[:2]
     generator = Generator(model, backend="triton")
     generator.sample(asked)
@@ -408,21 +435,24 @@ def test_steps_outlive_the_slab_and_not_the_model_that_they_were_made_of():
         assert_same(generator.sample(asked), sample(model, asked, "torch"))
         assert not set(engine.steps.values()) & set(kept.values())
         kept = dict(engine.steps)
-        # nobody knows what a hook will do next time
+        # a hook may do something else next time
         assert bool(kept) == (change is rebound)
         undo()
 
 
-def test_rows_that_ended_are_left_where_they_are_until_many_have(monkeypatch):
+def test_rows_are_loaded_again_only_after_many_have_ended(monkeypatch):
     loads: list[int] = []
     load = CudaEngine.load
-    monkeypatch.setattr(
-        CudaEngine, "load", lambda self, rows: (loads.append(len(rows.last)), load(self, rows))
-    )
+
+    def counted(self, rows):
+        loads.append(len(rows.last_tokens))
+        load(self, rows)
+
+    monkeypatch.setattr(CudaEngine, "load", counted)
     monkeypatch.setattr(CudaEngine, "burst", 2)
     model, lengths = tiny_model(num_hidden_layers=1).to(DEVICE), (6, 4, 6, 8, 8, 8, 8, 8, 3)
     asked = [Request((5, 6, 7), n, seed=i, stop_ids=()) for i, n in enumerate(lengths)]
-    assert_same(sample(model, asked, "triton", slots=8), sample(model, asked, "torch"))
+    assert_same(sample(model, asked, "triton", rows=8), sample(model, asked, "torch"))
     assert loads == [8, 8, 6]  # the last is replaced by the first; one ends; another ends
 
 
@@ -441,7 +471,7 @@ def shallow(**changes):
     return tiny_model(num_hidden_layers=2, **changes).to(DEVICE)
 
 
-def test_where_triton_cannot_run_it_is_refused(monkeypatch):
+def test_the_triton_backend_is_refused_where_triton_cannot_run(monkeypatch):
     monkeypatch.setattr(cuda_engine, "has_triton", lambda device: False)
     with pytest.raises(ValueError, match=r"backend='triton' runs on a GPU .* not on c"):
         Generator(shallow(), backend="triton").sample(requests())
@@ -466,8 +496,8 @@ def hooked(model) -> Callable[[], None]:
     return layer.register_forward_hook(lambda module, args, out: out * 0.9).remove
 
 
-def test_a_gpu_computes_prompts_in_one_call_a_layer(monkeypatch):
-    """torch's varlen attention has no CPU kernel: each sequence's, by the other function."""
+def test_a_gpu_computes_prompts_in_one_call_per_layer(monkeypatch):
+    """It replaces torch's varlen attention, which has no CPU kernel, by a call per sequence."""
 
     def varlen(layer, q, k, v, cu_queries, cu_keys, max_queries, max_keys):
         queries, keys, values = (
@@ -478,7 +508,7 @@ def test_a_gpu_computes_prompts_in_one_call_a_layer(monkeypatch):
         each = zip(queries, keys, values, strict=True)
         return torch.cat([causal_attention(layer, *of_one) for of_one in each])
 
-    monkeypatch.setattr(cuda_engine, "varlen_attention", varlen)
-    monkeypatch.setattr(CudaEngine, "attention", lambda self, x: cuda_engine.Varlen(self.slab, x))
+    monkeypatch.setattr(paged_attention, "varlen_attention", varlen)
+    monkeypatch.setattr(CudaEngine, "attention", paged_attention.VarlenPagedAttention)
     model, asked = tiny_model("mistral-window").to(DEVICE), requests(max_new_tokens=1)
     assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))

@@ -1,4 +1,4 @@
-"""What a GPU may do otherwise, on the device at hand: repeats, memory, the loop's gradients."""
+"""Repeatability, memory and gradients on the GPU, or on the CPU where there is none."""
 
 from copy import deepcopy
 from functools import partial
@@ -85,7 +85,7 @@ def test_sampled_tokens_are_equal_to_the_bit():
 
 
 def samples() -> list[Sample]:
-    """Three prompts of one beginning, two completions each."""
+    """Return two completions for each of three prompts with a common prefix."""
     made = []
     for q in range(3):
         for k in range(2):

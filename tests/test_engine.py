@@ -1,5 +1,6 @@
-"""The engines draw from the model's distribution, and csrc's computes what PyTorch's does."""
+"""The engines draw from the model's distribution, and csrc computes what PyTorch computes."""
 
+import ctypes
 import math
 
 import pytest
@@ -7,16 +8,20 @@ import torch
 from torch import Tensor
 
 from distribution import allowed, assert_drawn_from
-from expo_fast.generate import Generator, Request, _Ends
+from expo_fast.generate import Generator, Request
+from expo_fast.inference import cpu_engine, native_structs
 from expo_fast.inference.cpu_engine import NativeEngine
-from expo_fast.inference.engine import Sampling, Segment, TorchEngine, prefill
-from expo_fast.inference.kv_pages import Pages
-from expo_fast.inference.sampling import Truncation
+from expo_fast.inference.engine import Engine
+from expo_fast.inference.kv_pages import Pages, pages_for
+from expo_fast.inference.prefill import Segment, prefill_batches
+from expo_fast.inference.sampling import Sampling, Truncation
+from expo_fast.inference.stop_rules import StopRules
+from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.op_backends import native_library
 from expo_fast.weights import load_model
 from tiny import VARIANTS, tiny_model
 
-V, DRAWS = 700, 20_000  # several of csrc's tiles, the last one ragged
+V, DRAWS = 700, 20_000  # several tiles of csrc, the last one partial
 ISAS = [name for name in native_library.COMPILER_FLAGS if native_library.supports_isa(name)]
 
 
@@ -72,7 +77,7 @@ def test_both_engines_draw_the_same_tokens():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_reported_and_spare_their_neighbours(bad: float):
+def test_logits_that_are_not_finite_are_reported_and_leave_other_rows_unchanged(bad: float):
     model, hidden = tiny_model(vocab_size=V), torch.randn(3, 48)
     engine, asked = opened(NativeEngine(model)), sampling(3)
     clean = engine.draw(hidden, torch.arange(3), asked)
@@ -84,8 +89,8 @@ def test_logits_that_are_not_finite_are_reported_and_spare_their_neighbours(bad:
 
 
 def hidden_states(engine, lengths: list[int]) -> list[Tensor]:
-    """Of sequences of those lengths, each page of which was garbage before."""
-    pages = Pages(1 + sum(-(-n // engine.page) for n in lengths), engine.page)
+    """Return those of sequences of the lengths given, on pages that held garbage before."""
+    pages = Pages(1 + sum(pages_for(n, engine.page) for n in lengths), engine.page)
     engine.open(len(pages), max(lengths))
     slab = engine.slab if isinstance(engine, TorchEngine) else engine.pages
     slab.view(torch.uint8).fill_(255)  # NaN in any dtype
@@ -95,6 +100,16 @@ def hidden_states(engine, lengths: list[int]) -> list[Tensor]:
         for n in lengths
     ]
     return prefill(engine, segments)
+
+
+def prefill(engine: Engine, segments: list[Segment]) -> list[Tensor]:
+    """Return the hidden states (T, D) of each segment."""
+    found: list[list[Tensor]] = [[] for _ in segments]
+    for batch in prefill_batches(segments, engine.prefill_tokens):
+        hidden = engine.run(batch.tokens()).split(batch.lengths)
+        for piece, rows in zip(batch.pieces, hidden, strict=True):
+            found[piece.index].append(rows)
+    return [torch.cat(parts) for parts in found]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -116,7 +131,7 @@ def test_errors_are_at_most_twice_plain_pytorchs(kind: str, dtype, isa: str, mon
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_instruction_set_and_number_of_threads_samples_alike(isa, threads, monkeypatch):
+def test_every_instruction_set_and_number_of_threads_samples_the_same(isa, threads, monkeypatch):
     model = tiny_model("qwen3", vocab_size=V)
     asked = [Request((20, 21, 30 + i % 4), 12, seed=i, stop_ids=()) for i in range(20)]
     expected = Generator(model, backend="torch").sample(asked)
@@ -141,6 +156,29 @@ def test_odd_sizes(sizes, dtype):
         assert float((a - c).norm()) <= 2 * float((b - c).norm())
 
 
+def test_a_struct_that_differs_from_csrc_is_refused(monkeypatch):
+    class Short(ctypes.Structure):
+        _fields_ = native_structs.DrawStruct._fields_[:-1]
+
+    cpu_engine._library.cache_clear()
+    monkeypatch.setitem(native_structs.STRUCTS, "draw", Short)
+    with pytest.raises(RuntimeError, match=r"struct draw has .* bytes in Python"):
+        NativeEngine(tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "reason"), [([7], None), ([7, 5], "stop"), ([7, 7, 7], "length")]
+)
+def test_the_last_token_decides_whether_a_completion_ends(token_ids, reason):
+    rules = StopRules(eos_ids=(5,), tokenizer=None)
+    assert rules.finish_reason(Request((4,), max_new_tokens=3), token_ids) == reason
+
+
+def test_a_stop_token_within_the_limit_is_a_stop():
+    rules = StopRules(eos_ids=(5,), tokenizer=None)
+    assert rules.finish_reason(Request((4,), max_new_tokens=1), [5]) == "stop"
+
+
 @pytest.fixture(scope="module")
 def smollm():
     return load_model("smollm2-135m")
@@ -150,11 +188,13 @@ def smollm():
 def test_stop_strings_of_several_tokens_to_a_character(stop: str, smollm):
     _, tokenizer = smollm
     text = f"one {stop}three"
-    ids, ends = tokenizer(text).input_ids, _Ends((), tokenizer)
+    ids = tokenizer(text).input_ids
+    rules = StopRules((), tokenizer)
     request = Request((5,), 50, stop_strings=(stop,))
-    reached = [n for n in range(1, len(ids) + 1) if ends.reached(request, ids[:n])]
-    expected = [n for n in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:n])]
-    assert reached and reached[0] == expected[0]
+    ends = range(1, len(ids) + 1)
+    stopped = [n for n in ends if rules.finish_reason(request, ids[:n]) == "stop"]
+    expected = [n for n in ends if stop in tokenizer.decode(ids[:n])]
+    assert stopped and stopped[0] == expected[0]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The generator serves what it is asked, with the trainer's own log-probs."""
+"""`Generator` serves requests, with the log-probs that the trainer computes."""
 
 from dataclasses import replace
 
@@ -11,8 +11,10 @@ from expo_fast import generate
 from expo_fast.algorithms.logprobs import completion_logprobs
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.inference import cpu_engine
-from expo_fast.inference.cpu_engine import NativeEngine, exact_hidden
-from expo_fast.inference.engine import TorchEngine
+from expo_fast.inference.cpu_engine import NativeEngine
+from expo_fast.inference.engine import Engine
+from expo_fast.inference.exact_hidden import exact_hidden
+from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
 from expo_fast.op_backends import dispatch, native_library
@@ -28,7 +30,7 @@ def backend(request) -> str:
 
 
 def requests(n: int = 24, shared: tuple[int, ...] = SHARED, **changes) -> list[Request]:
-    """Groups of three on prompts of several lengths, with a common beginning."""
+    """Return groups of three requests on prompts of several lengths with a common prefix."""
     asked = [
         Request((*shared, *range(30, 31 + i // 3)), 4 + i % 9, temperature=0.8, seed=i)
         for i in range(n)
@@ -55,9 +57,9 @@ def same(a: list[Completion], b: list[Completion]) -> bool:
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-@pytest.mark.parametrize("slots", [1, 5, 64])
-def test_log_probs_are_those_of_a_full_forward(kind: str, slots: int, backend: str, monkeypatch):
-    monkeypatch.setattr(generate, "MAX_SLOTS", slots)
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_log_probs_are_those_of_a_full_forward(kind: str, rows: int, backend: str, monkeypatch):
+    monkeypatch.setattr(generate, "MAX_ROWS", rows)
     model = tiny_model(kind)
     asked = requests(12) + requests(12, SEVERAL_PAGES, max_new_tokens=40)
     done = Generator(model, backend=backend).sample(asked)
@@ -71,7 +73,7 @@ def test_log_probs_are_those_of_a_full_forward(kind: str, slots: int, backend: s
 def test_long_prompts_may_be_computed_in_pieces(prefill: int, backend: str, monkeypatch):
     asked = requests(6, SEVERAL_PAGES)
     whole = Generator(tiny_model(), backend=backend).sample(asked)
-    monkeypatch.setattr("expo_fast.inference.engine.PREFILL", prefill)
+    monkeypatch.setattr(Engine, "prefill_tokens", prefill)
     for a, b in zip(Generator(tiny_model(), backend=backend).sample(asked), whole, strict=True):
         torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-5)
 
@@ -79,8 +81,8 @@ def test_long_prompts_may_be_computed_in_pieces(prefill: int, backend: str, monk
 def test_refill_and_prefix_sharing_change_no_token(monkeypatch):
     model, asked = tiny_model(dtype=torch.float64), requests() + requests(6, SEVERAL_PAGES)
     alone = [Generator(model).sample([request])[0] for request in asked]
-    for slots in (1, 3, 7, 64):
-        monkeypatch.setattr(generate, "MAX_SLOTS", slots)
+    for rows in (1, 3, 7, 64):
+        monkeypatch.setattr(generate, "MAX_ROWS", rows)
         together = Generator(model).sample(asked)
         assert tokens(together) == tokens(alone)
         for a, b in zip(alone, together, strict=True):
@@ -97,13 +99,13 @@ def test_a_repeated_call_gives_the_same_tokens_and_log_probs(backend: str):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exact", [False, True])
-def test_company_order_and_refill_change_no_bit(dtype, exact: bool, monkeypatch):
+def test_batch_order_and_refill_change_no_bit(dtype, exact: bool, monkeypatch):
     model = tiny_model("qwen3", dtype=dtype)
     asked = requests() + requests(9, SEVERAL_PAGES, temperature=1.3, top_p=0.9)
     generator = Generator(model, backend="native", batch_invariant=exact)
     together = generator.sample(asked)
-    for slots in (1, 3, 20):
-        monkeypatch.setattr(generate, "MAX_SLOTS", slots)
+    for rows in (1, 3, 20):
+        monkeypatch.setattr(generate, "MAX_ROWS", rows)
         assert same(generator.sample(asked), together)
         half = generator.sample(asked[1::2][::-1])[::-1]
         assert same(half, together[1::2])
@@ -127,7 +129,7 @@ def test_without_csrc_the_batch_invariant_mode_samples_one_by_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "smollm3-windows"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_trainer_recomputes_the_very_bits_in_the_invariant_mode(kind, dtype, temperature):
+def test_the_trainer_recomputes_the_same_bits_in_the_batch_invariant_mode(kind, dtype, temperature):
     model = tiny_model(kind, dtype=dtype)
     asked = requests(temperature=temperature) + requests(6, SEVERAL_PAGES, temperature=temperature)
     done = Generator(model, batch_invariant=True).sample(asked)
@@ -147,11 +149,11 @@ def test_the_trainer_recomputes_the_very_bits_in_the_invariant_mode(kind, dtype,
         assert gap(pack_tokens) == 0
 
 
-def test_exact_hidden_states_have_the_gradient_of_the_rounded_ones():
+def test_exact_hidden_states_have_the_gradient_of_pytorchs():
     model = tiny_model()
     given = (torch.arange(20, 32), torch.arange(12), torch.tensor([0, 12], dtype=torch.int32))
     upstream = torch.randn(12, 48)
-    weights = list(model.parameters())[:-1]  # the last is the head, not used here
+    weights = list(model.parameters())[:-1]  # the last is the LM head, not used here
     expected = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
     model.exact = exact_hidden(model)
     found = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
@@ -259,15 +261,15 @@ def test_memory_is_returned_after_sampling_and_after_an_interruption(monkeypatch
     assert same(again, Generator(model, backend="native").sample(asked))
 
 
-def test_what_may_run_longest_starts_first_and_completions_come_as_they_finish(monkeypatch):
-    monkeypatch.setattr(generate, "MAX_SLOTS", 1)
+def test_longest_requests_start_first_and_completions_come_as_they_finish(monkeypatch):
+    monkeypatch.setattr(generate, "MAX_ROWS", 1)
     asked = [Request((20, 21, i), n, stop_ids=()) for i, n in ((30, 3), (31, 9), (32, 6))]
     stream = Generator(tiny_model()).stream(asked)
     assert [i for i, _ in stream] == [1, 2, 0]
 
 
 class Adapter(torch.nn.Module):
-    """What LoRA puts in a projection's place."""
+    """Stands for what LoRA puts in place of a projection."""
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -298,14 +300,14 @@ def test_sampling_goes_through_adapters_and_hooks():
         Generator(model, backend="native").sample(asked)
 
 
-def test_a_forward_put_in_a_modules_place_is_gone_through():
+def test_a_forward_set_on_a_module_is_called():
     model = tiny_model()
     own = model.model.norm.forward
     model.model.norm.forward = lambda x: 2 * own(x)
     assert isinstance(Generator(model).engine(), TorchEngine)
 
 
-def test_parameters_that_move_while_sampling_are_noticed():
+def test_parameters_that_move_while_sampling_raise():
     model = tiny_model()
     stream = Generator(model, backend="native").stream(requests())
     next(stream)
@@ -326,7 +328,7 @@ def test_training_in_place_while_sampling_changes_what_is_sampled():
     assert tokens([done[i] for i in range(24)]) != tokens(before)
 
 
-def test_where_the_engine_cannot_be_compiled_pytorch_samples_and_says_so(monkeypatch):
+def test_without_a_compiler_pytorch_samples_and_warns(monkeypatch):
     def library(name: str, part: str = "ops"):
         raise native_library.Unavailable(f"no compiler for {part}")
 
@@ -340,7 +342,7 @@ def test_where_the_engine_cannot_be_compiled_pytorch_samples_and_says_so(monkeyp
         dispatch.compiles.cache_clear()
 
 
-def test_a_failure_to_get_memory_is_what_is_raised(monkeypatch):
+def test_an_out_of_memory_error_is_raised_as_it_is(monkeypatch):
     def fail(self, n_pages, n_positions):
         raise MemoryError("none left")
 
@@ -357,7 +359,7 @@ def test_a_request_too_large_is_refused_before_any_other_is_served():
         next(generator.stream([Request((20, 21), 4), Request(tuple(range(20, 60)), 100)]))
 
 
-def test_torchs_defaults_change_nothing(backend: str):
+def test_the_default_dtype_and_device_of_torch_change_nothing(backend: str):
     model, asked = tiny_model(), requests()
     expected = Generator(model, backend=backend).sample(asked)
     before = torch.get_default_dtype()
@@ -380,7 +382,7 @@ def test_token_ids_may_be_any_integers(backend: str):
         assert same(generator.sample([other]), generator.sample([asked]))
 
 
-def test_what_prompts_share_is_computed_once(monkeypatch):
+def test_a_common_prefix_is_computed_once(monkeypatch):
     seen: list[int] = []
 
     def run(self, asked, run=NativeEngine.run):
@@ -389,12 +391,12 @@ def test_what_prompts_share_is_computed_once(monkeypatch):
 
     monkeypatch.setattr(NativeEngine, "run", run)
     Generator(tiny_model(), backend="native").sample(requests(12, max_new_tokens=1))
-    own = [1 + i // 3 for i in range(0, 12, 3)]  # tokens behind SHARED; the first is shared too
+    own = [1 + i // 3 for i in range(0, 12, 3)]  # tokens after SHARED; the first is shared too
     assert sum(seen) == len(SHARED) + sum(own)
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_the_likeliest_tokens_are_scored_at_temperature_one(exact: bool, backend: str):
+def test_greedy_tokens_have_their_log_prob_at_temperature_one(exact: bool, backend: str):
     if exact and backend == "torch":
         pytest.skip("only csrc's log-probs are the ops'")
     model, asked = tiny_model(), requests(6, temperature=0.0)
@@ -405,7 +407,7 @@ def test_the_likeliest_tokens_are_scored_at_temperature_one(exact: bool, backend
             torch.testing.assert_close(completion.logp, expected, rtol=0, atol=1e-4)
 
 
-def test_the_invariant_mode_is_refused_where_csrc_cannot_run_the_model():
+def test_the_batch_invariant_mode_is_refused_where_csrc_cannot_run_the_model():
     with pytest.raises(ValueError, match=r"not this one of torch\.float64 on cpu"):
         exact_hidden(tiny_model(dtype=torch.float64))
 
@@ -458,11 +460,11 @@ def test_a_nan_ends_its_request_and_leaves_no_trace(backend: str):
         ({"stop_strings": ("x",)}, "give Generator a tokenizer"),
     ],
 )
-def test_an_impossible_request_is_refused_before_any_work(changes, sentence):
+def test_an_invalid_request_is_refused_before_any_work(changes, sentence):
     asked = requests(1, **changes)
     with pytest.raises(ValueError, match=sentence):
         next(Generator(tiny_model()).stream(asked))
 
 
-def test_no_request_no_work():
+def test_no_requests_give_no_completions():
     assert Generator(tiny_model()).sample([]) == []

@@ -1,4 +1,4 @@
-"""Draws follow the distribution they should, and return the log-prob of what they drew."""
+"""Draws follow the expected distribution, and return the log-prob of what they drew."""
 
 import math
 
@@ -57,9 +57,9 @@ def test_log_prob_is_at_the_temperature_and_before_truncation():
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.7}, {"top_k": 50}, {"top_k": 600}])
-def test_ties_are_broken_alike_in_any_company(cut: dict):
+def test_ties_are_broken_the_same_way_in_any_batch(cut: dict):
     logits = torch.randn(9, V)
-    logits[:, 300:] = logits[:, 300:301]  # 400 equal weights, of which rules allow some
+    logits[:, 300:] = logits[:, 300:301]  # 400 equal weights, of which the rules allow some
     alone = truncation(9, **cut)
     beside = Truncation(*(x.clone() for x in vars(alone).values()))
     beside.top_p[8], beside.top_k[8] = 0.9999, 0  # needs all columns
@@ -69,7 +69,7 @@ def test_ties_are_broken_alike_in_any_company(cut: dict):
     assert a.tolist() == b[:8].tolist()
 
 
-def test_temperature_zero_takes_the_likeliest_scored_at_one():
+def test_temperature_zero_takes_the_likeliest_token_with_its_log_prob_at_one():
     logits = torch.randn(8, V)
     u = torch.full((8,), 0.999, dtype=torch.float64)
     tokens, logp = draw(logits.clone(), torch.zeros(8), truncation(8, top_p=0.5), u)
@@ -85,7 +85,7 @@ def test_ends_of_the_unit_interval_never_draw_an_impossible_token():
     assert tokens.tolist() == [300, 302]
 
 
-def test_a_row_with_a_nan_is_reported_and_spares_its_neighbours():
+def test_a_row_with_a_nan_is_reported_and_leaves_the_others_unchanged():
     logits = torch.randn(3, V)
     alone = draw(logits[:1].clone(), torch.ones(1), truncation(1), torch.tensor([0.3]).double())
     logits[1, 5] = torch.nan

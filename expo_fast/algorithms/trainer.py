@@ -20,7 +20,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Completion, Generator, Request
-from expo_fast.inference.cpu_engine import exact_hidden
+from expo_fast.inference.exact_hidden import exact_hidden
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import Twin, is_attached, sampling_twin
 from expo_fast.modeling.optimizer import Optimizer, learning_rate

@@ -1,162 +1,252 @@
-"""From logits to a token and its log-probability, one row a sequence.
+"""Draw a token from logits and return its log-prob, one row per sequence.
 
-A row draws with a single uniform number keyed by (seed, position), so what it samples depends on
-nothing but its own logits: not on its batch, nor on how often the run was resumed.
+A row draws with one uniform number that is keyed by (seed, position). So what it samples depends on
+its own logits only: not on its batch, nor on how often the run was resumed.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 256  # vocabulary columns summed at once: a draw reads V/BLOCK + BLOCK numbers, not V
-HEAD = 512  # sorted columns that nearly always hold the nucleus
+NUCLEUS_COLUMNS = 512  # the largest weights of a row, which nearly always hold the nucleus
+
+# SplitMix64 (doi:10.1145/2714064.2660195), its constants as int64
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+
+
+class Drawn(NamedTuple):
+    """Sampled tokens, of one shape with their log-probs."""
+
+    tokens: Tensor  # int64
+    logps: Tensor  # fp32 nats, at the temperature and before any truncation
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """Which tokens may be drawn. Applied in this order, each to what the one before leaves."""
+    """Which tokens may be drawn. Each rule applies to what the rules before it leave."""
 
     top_k: Tensor  # (B,) int, 0 = all
     top_p: Tensor  # (B,) fp32, 1 = all (nucleus sampling, arXiv:1904.09751)
     min_p: Tensor  # (B,) fp32, 0 = all; relative to the likeliest token (arXiv:2407.01082)
 
-    def __getitem__(self, rows) -> "Truncation":
-        return Truncation(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+    def __getitem__(self, rows: Any) -> "Truncation":
+        return Truncation(
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            min_p=self.min_p[rows],
+        )
 
     def to(self, device: torch.device) -> "Truncation":
-        return Truncation(*(x.to(device) for x in vars(self).values()))
+        return Truncation(
+            top_k=self.top_k.to(device),
+            top_p=self.top_p.to(device),
+            min_p=self.min_p.to(device),
+        )
 
     def active(self) -> Tensor:
-        """(B,) bool."""
+        """Return (B,) bool: rows with a rule that excludes tokens."""
         return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How each of B rows draws its token. A draw is keyed by (seed, position)."""
+
+    seeds: Tensor  # (B,) int64
+    temperature: Tensor  # (B,) fp32; 0: the likeliest token, with its log-prob at temperature 1
+    truncation: Truncation
+
+    def __getitem__(self, rows: Any) -> "Sampling":
+        return Sampling(
+            seeds=self.seeds[rows],
+            temperature=self.temperature[rows],
+            truncation=self.truncation[rows],
+        )
+
+    def to(self, device: torch.device) -> "Sampling":
+        return Sampling(
+            seeds=self.seeds.to(device),
+            temperature=self.temperature.to(device),
+            truncation=self.truncation.to(device),
+        )
+
+    def truncated(self) -> Tensor:
+        """Return (B,) bool: rows whose draw a truncation rule restricts."""
+        return self.truncation.active() & (self.temperature > 0)
+
+
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """(B,) int64 twice -> (B,) fp64 in [0, 1), by SplitMix64 (doi:10.1145/2714064.2660195)."""
-    mixed = _mix(_mix(seeds) ^ (positions * -0x61C8864680B583EB))  # 2^64 / golden ratio, as int64
-    return _shift(mixed, 11).double() * 2.0**-53
+    """Return (B,) fp64 numbers in [0, 1) for seeds and positions (B,) int64, by SplitMix64."""
+    mixed = _mix(_mix(seeds) ^ (positions * _GOLDEN))
+    return _shift_right(mixed, 11).double() * 2.0**-53
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x + -0x61C8864680B583EB
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift(x, 31)
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's >> keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift in zeros: torch's >> keeps the sign."""
+    mask = (1 << (64 - bits)) - 1
+    return (x >> bits) & mask
 
 
 def draw(
     logits: Tensor,  # (B, V) fp32, overwritten
-    temperature: Tensor,  # (B,) fp32; 0 takes the likeliest token, scored at temperature 1
+    temperature: Tensor,  # (B,) fp32; 0: the likeliest token, with its log-prob at temperature 1
     truncation: Truncation,
     u: Tensor,  # (B,) fp64 in [0, 1)
-) -> tuple[Tensor, Tensor]:  # (B,) int64; (B,) fp32 nats at the temperature, before any truncation
-    """Sample a token a row. A row that holds a NaN or only -inf gets a NaN log-probability."""
+) -> Drawn:
+    """Draw one token per row; (B,) each. A row with a NaN or with -inf only gets a NaN log-prob."""
     greedy = temperature == 0
     logits /= torch.where(greedy, 1.0, temperature)[:, None]
-    top, best = logits.max(-1)
-    weights = logits.sub_(top[:, None]).exp_()  # unnormalised probabilities, the likeliest is 1
-    blocks = _block_sums(weights)
-    totals = blocks.sum(-1)
-    token = torch.where(greedy, best, _inverse_cdf(weights, blocks, u))
-    cut = (truncation.active() & ~greedy).nonzero().squeeze(-1)
-    if len(cut):
-        token[cut] = _draw_truncated(weights[cut], totals[cut], truncation[cut], u[cut])
-    chosen = weights.gather(1, token[:, None]).squeeze(1)
-    return token, (chosen.double().log() - totals.log()).float()
+    largest, best = logits.max(-1)
+    weights = logits.sub_(largest[:, None]).exp_()  # unnormalized; the likeliest token has 1
+    block_sums = _block_sums(weights)
+    totals = block_sums.sum(-1)
+    tokens = torch.where(greedy, best, _inverse_cdf(weights, block_sums, u))
+    truncated = (truncation.active() & ~greedy).nonzero().squeeze(-1)
+    if len(truncated):
+        tokens[truncated] = _draw_truncated(
+            weights[truncated], totals[truncated], truncation[truncated], u[truncated]
+        )
+    chosen = weights.gather(1, tokens[:, None]).squeeze(1)
+    logps = chosen.double().log() - totals.log()
+    return Drawn(tokens, logps.float())
 
 
 def draw_from_blocks(
     logits: Tensor,  # (B, V) fp32
-    top: Tensor,  # (B, blocks) fp32, largest logit over temperature of each BLOCK columns
-    total: Tensor,  # (B, blocks) fp32, sums of exp(logit / temperature - top)
+    block_max: Tensor,  # (B, blocks) fp32, max of logit / temperature in each BLOCK columns
+    block_sum: Tensor,  # (B, blocks) fp32, sum of exp(logit / temperature - block_max)
     temperature: Tensor,  # (B,) fp32
     u: Tensor,  # (B,) fp64 in [0, 1)
-) -> tuple[Tensor, Tensor]:
-    """`draw` without truncation: reads one block of a row, and no GPU's host waits."""
-    greedy, last = temperature == 0, logits.shape[1] - 1
-    highest = top.max(-1).values
-    weights = total.double() * (top - highest[:, None]).double().exp()
-    block, rest = _search(weights, u * weights.sum(-1))
-    block = torch.where(greedy, top.argmax(-1), block)
-    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=u.device)
-    inside = logits.gather(1, columns.clamp_max(last))
-    inside = inside / torch.where(greedy, 1.0, temperature)[:, None] - highest[:, None]
-    inside = inside.masked_fill(columns > last, -torch.inf).double()
-    column = torch.where(greedy, inside.argmax(-1), _search(inside.exp(), rest)[0])
+) -> Drawn:
+    """Draw as `draw` does, without truncation, from the block statistics of the logits.
+
+    It reads one block of each row, and on a GPU the host does not wait.
+    """
+    greedy = temperature == 0
+    last_column = logits.shape[1] - 1
+    largest = block_max.max(-1).values
+    relative_max = block_max - largest[:, None]
+    weights = block_sum.double() * relative_max.double().exp()
+    total = weights.sum(-1)
+    block, rest = _search(weights, u * total)
+    block = torch.where(greedy, block_max.argmax(-1), block)
+    columns = _columns_of(block)
+    inside = logits.gather(1, columns.clamp_max(last_column))
+    inside = inside / torch.where(greedy, 1.0, temperature)[:, None]
+    inside = inside - largest[:, None]
+    inside = inside.masked_fill(columns > last_column, -torch.inf).double()
+    sampled, _ = _search(inside.exp(), rest)
+    column = torch.where(greedy, inside.argmax(-1), sampled)
     chosen = inside.gather(1, column[:, None]).squeeze(1)
-    return block * BLOCK + column, (chosen - weights.sum(-1).log()).float()
+    logps = chosen - total.log()
+    return Drawn(block * BLOCK + column, logps.float())
+
+
+def _columns_of(block: Tensor) -> Tensor:
+    """Return the columns (B, BLOCK) of one block per row, (B,)."""
+    return block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
 
 
 def _block_sums(weights: Tensor) -> Tensor:
-    """(B, V) -> (B, ceil(V / BLOCK)) fp64."""
-    B, V = weights.shape
-    whole = V - V % BLOCK
-    sums = [weights[:, :whole].view(B, -1, BLOCK).sum(-1)]
-    if whole < V:
-        sums.append(weights[:, whole:].sum(-1, keepdim=True))
+    """Sum (B, V) over blocks of BLOCK columns -> (B, ceil(V / BLOCK)) fp64."""
+    n_rows, n_columns = weights.shape
+    n_blocked = n_columns - n_columns % BLOCK
+    blocked = weights[:, :n_blocked].view(n_rows, -1, BLOCK)
+    sums = [blocked.sum(-1)]
+    if n_blocked < n_columns:
+        last_block = weights[:, n_blocked:]
+        sums.append(last_block.sum(-1, keepdim=True))
     return torch.cat(sums, 1).double()
 
 
-def _inverse_cdf(weights: Tensor, blocks: Tensor, u: Tensor) -> Tensor:
-    """First column whose cumulative weight exceeds u times the total."""
-    block, rest = _search(blocks, u * blocks.sum(-1))
-    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=u.device)
-    last = weights.shape[1] - 1
-    inside = weights.gather(1, columns.clamp_max(last)).double() * (columns <= last)
-    return block * BLOCK + _search(inside, rest)[0]
+def _inverse_cdf(weights: Tensor, block_sums: Tensor, u: Tensor) -> Tensor:
+    """Return the first column whose cumulative weight exceeds u times the total."""
+    block, rest = _search(block_sums, u * block_sums.sum(-1))
+    columns = _columns_of(block)
+    last_column = weights.shape[1] - 1
+    inside = weights.gather(1, columns.clamp_max(last_column)).double()
+    inside = inside * (columns <= last_column)
+    column, _ = _search(inside, rest)
+    return block * BLOCK + column
 
 
 def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """First column where the running sum passes target, and what of target is left inside it.
+    """Return the first column where the running sum exceeds target, and target's rest inside it.
 
     Rounding may leave target at the very end: then it is the last column of positive weight.
     """
     running = weights.cumsum(1)
-    positive = torch.arange(weights.shape[1], device=weights.device) * (weights > 0)
-    column = torch.minimum((running <= target[:, None]).sum(1), positive.max(1).values)
-    before = running.gather(1, column[:, None]) - weights.gather(1, column[:, None])
+    columns = torch.arange(weights.shape[1], device=weights.device)
+    last_positive = (columns * (weights > 0)).max(1).values
+    n_passed = (running <= target[:, None]).sum(1)
+    column = torch.minimum(n_passed, last_positive)
+    index = column[:, None]
+    before = running.gather(1, index) - weights.gather(1, index)
     return column, target - before.squeeze(1)
 
 
-def _draw_truncated(weights: Tensor, totals: Tensor, cut: Truncation, u: Tensor) -> Tensor:
-    token, sure = _draw_among(HEAD, weights, totals, cut, u)
-    rest = (~sure).nonzero().squeeze(-1)
+def _draw_truncated(weights: Tensor, totals: Tensor, rules: Truncation, u: Tensor) -> Tensor:
+    """Draw from the largest weights; from all weights in the rows where those do not suffice."""
+    tokens, settled = _draw_among(NUCLEUS_COLUMNS, weights, totals, rules, u)
+    rest = (~settled).nonzero().squeeze(-1)
     if len(rest):
-        given = weights[rest], totals[rest], cut[rest], u[rest]
-        token[rest] = _draw_among(weights.shape[1], *given)[0]
-    return token
+        tokens[rest], _ = _draw_among(
+            weights.shape[1], weights[rest], totals[rest], rules[rest], u[rest]
+        )
+    return tokens
 
 
 def _draw_among(
-    size: int, weights: Tensor, totals: Tensor, cut: Truncation, u: Tensor
+    size: int, weights: Tensor, totals: Tensor, rules: Truncation, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens from the `size` largest weights, and for which rows the others cannot matter.
+    """Draw from the `size` largest weights.
 
     Equal weights are taken in the order of their columns, whatever the size.
+
+    Return the tokens (B,), and (B,) bool: rows whose other weights cannot matter.
     """
-    size = min(size, weights.shape[1])
+    n_columns = weights.shape[1]
+    size = min(size, n_columns)
     columns = weights.topk(size).indices.sort().values
-    kept, order = weights.gather(1, columns).sort(descending=True, stable=True)
-    columns, allowed = columns.gather(1, order), _allowed(kept, totals, cut)
+    kept = weights.gather(1, columns)
+    kept, order = kept.sort(descending=True, stable=True)
+    columns = columns.gather(1, order)
+    allowed = _allowed(kept, totals, rules)
     inside = (kept * allowed).double()
     rank, _ = _search(inside, u * inside.sum(-1))
-    # every rule cuts a tail, which begins in here unless one as light as the last is allowed
-    tail = (allowed & (kept <= kept[:, -1:])).any(-1) | (cut.top_k > size)
-    sure = ~tail if size < weights.shape[1] else torch.ones_like(tail)
-    return columns.gather(1, rank[:, None]).squeeze(1), sure
+    # Each rule excludes a tail. It begins among the kept weights, unless one that is as small as
+    # the last of them is allowed.
+    smallest_allowed = (allowed & (kept <= kept[:, -1:])).any(-1)
+    settled = ~(smallest_allowed | (rules.top_k > size))
+    if size == n_columns:
+        settled = torch.ones_like(settled)
+    tokens = columns.gather(1, rank[:, None])
+    return tokens.squeeze(1), settled
 
 
-def _allowed(kept: Tensor, totals: Tensor, cut: Truncation) -> Tensor:
-    """(B, K) bool for the K largest weights, sorted: what top-k, then top-p, then min-p leave."""
+def _allowed(kept: Tensor, totals: Tensor, rules: Truncation) -> Tensor:
+    """Return (B, K) bool: which of the K largest weights, sorted, the rules leave."""
+    top_k = rules.top_k[:, None]
     rank = torch.arange(kept.shape[1], device=kept.device)
-    by_k = (rank < cut.top_k[:, None]) | (cut.top_k == 0)[:, None]
-    mass = torch.where(cut.top_k > 0, (kept * by_k).double().sum(-1), totals)
-    before = kept.double().cumsum(1) - kept
-    by_p = (before < (cut.top_p * mass)[:, None]) | (cut.top_p >= 1)[:, None]
-    return by_k & by_p & (kept >= cut.min_p[:, None] * kept[:, :1])
+    by_top_k = (rank < top_k) | (top_k == 0)
+    kept_mass = (kept * by_top_k).double().sum(-1)
+    mass = torch.where(rules.top_k > 0, kept_mass, totals)
+    mass_before = kept.double().cumsum(1) - kept
+    nucleus_mass = rules.top_p * mass
+    all_allowed = rules.top_p >= 1
+    by_top_p = (mass_before < nucleus_mass[:, None]) | all_allowed[:, None]
+    least = rules.min_p[:, None] * kept[:, :1]
+    by_min_p = kept >= least
+    return by_top_k & by_top_p & by_min_p

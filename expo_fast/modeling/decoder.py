@@ -322,7 +322,7 @@ class Decoder(nn.Module):
     def run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(N,) tokens -> (N, D), with any attention."""
         x = self.model.embed_tokens(tokens)
-        rotation = self._rotation(positions)
+        rotation = self.rotation(positions)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotation, attend, use_reentrant=False)
@@ -331,7 +331,7 @@ class Decoder(nn.Module):
                 x = layer(x, rotation, attend)
         return self.model.norm(x)
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (N, 1, Dh/2) in the model's dtype; the angles themselves need fp32."""
         angles = positions[:, None].float() * self.inv_freq
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale

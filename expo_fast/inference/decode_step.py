@@ -1,0 +1,253 @@
+"""One decode step on a GPU: the launches that sample the next token of every row.
+
+A step always makes the same launches for its number of rows and its table width, and reads and
+writes the same buffers, so that a CUDA graph can hold it. It runs on a CPU in Triton's interpreter.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from expo_fast.inference.engine import Rows
+from expo_fast.inference.sampling import BLOCK, Drawn, Truncation, draw_from_blocks, uniform
+from expo_fast.kernels import blocks, decode, truncate
+from expo_fast.kernels import layer as layer_kernels
+from expo_fast.kernels.cascade import Sizes, plan
+from expo_fast.kernels.products import wide_product
+from expo_fast.modeling.attention import Layer
+from expo_fast.modeling.decoder import Block, Decoder, RMSNorm
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What the launches of a step depend on."""
+
+    rows: int  # B, idle rows included
+    table_width: int  # W, pages
+    truncated: bool  # whether top-k, top-p or min-p apply to any row
+
+
+@dataclass
+class StepInputs:
+    """A step's inputs per row. Idle rows hold zeros: they write to page 0 and sample greedily."""
+
+    last_tokens: Tensor  # (B,) int64
+    positions: Tensor  # (B,) int64
+    tables: Tensor  # (B, W) int32
+    seeds: Tensor  # (B,) int64
+    temperature: Tensor  # (B,) fp32
+
+    @classmethod
+    def allocate(cls, rows: int, table_width: int, device: torch.device) -> "StepInputs":
+        zeros = partial(torch.zeros, device=device)
+        return cls(
+            last_tokens=zeros(rows, dtype=torch.int64),
+            positions=zeros(rows, dtype=torch.int64),
+            tables=zeros(rows, table_width, dtype=torch.int32),
+            seeds=zeros(rows, dtype=torch.int64),
+            temperature=zeros(rows, dtype=torch.float32),
+        )
+
+    def load(self, rows: Rows) -> None:
+        """Copy the rows in; the rest becomes idle."""
+        _fill(self.last_tokens, rows.last_tokens)
+        _fill(self.positions, rows.positions)
+        _fill(self.tables, rows.tables)
+        _fill(self.seeds, rows.sampling.seeds)
+        _fill(self.temperature, rows.sampling.temperature)
+
+
+def _fill(buffer: Tensor, values: Tensor) -> None:
+    """Copy values to the beginning of a buffer, in each dimension, and zeros to the rest."""
+    buffer.zero_()
+    beginning = tuple(slice(n) for n in values.shape)
+    buffer[beginning].copy_(values)
+
+
+class DecodeStep:
+    """Samples the next token of up to `key.rows` rows, as often as `run` is called.
+
+    head: (D, V), the LM head as `wide_product` needs it.
+    slab_address: (1,) int64 on the device; see `kernels.decode.Paged`.
+    page: tokens of a page.
+    burst: steps whose results are kept until the host reads them.
+    fused: run the plain modules of the model with fused kernels between their GEMMs. Else the step
+    goes through `model.run`, and so through the model's adapters and hooks.
+
+    A step holds no reference to its engine. In a reference cycle a graph would wait for the garbage
+    collector, which may destroy it during another graph's capture and so break that.
+    """
+
+    def __init__(
+        self,
+        key: StepKey,
+        model: Decoder,
+        head: Tensor,
+        slab_address: Tensor,
+        *,
+        page: int,
+        burst: int,
+        fused: bool,
+    ):
+        shape = model.shape
+        device = model.device
+        self.key = key
+        self.model = model
+        self.head = head
+        self.fused = fused
+        self.graph: torch.cuda.CUDAGraph | None = None  # of `launch`
+        n = key.rows
+        zeros = partial(torch.zeros, device=device)
+        self.inputs = StepInputs.allocate(n, key.table_width, device)
+        self.rules = Truncation(  # that exclude nothing
+            top_k=zeros(n, dtype=torch.int64),
+            top_p=torch.ones(n, dtype=torch.float32, device=device),
+            min_p=zeros(n, dtype=torch.float32),
+        )
+        self.cache = decode.Paged(
+            address=slab_address,
+            layers=len(shape.windows),
+            page=page,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+        )
+        self.sizes = Sizes(n, key.table_width)
+        self.work = decode.Work.room(self.sizes, shape.heads, shape.head_dim, device)
+        self.rows_per_item = decode.rows_together(shape.heads, shape.kv_heads)
+        self.hidden = zeros(n, shape.hidden, dtype=model.dtype)
+        # (burst, token and log-prob, B): fp64 holds both exactly, and one copy fetches both
+        self.drawn = zeros(burst, 2, n, dtype=torch.float64)
+        self.burst_index = zeros(1, dtype=torch.int64)
+
+    def load(self, rows: Rows, head: Tensor) -> None:
+        """Set the rows to continue."""
+        self.head = head
+        self.inputs.load(rows)
+        items, used = plan(rows.tables, self.sizes, self.rows_per_item)
+        self.work.load(items, used)
+        self.burst_index.zero_()  # not 0 where an earlier burst was interrupted
+        if self.key.truncated:
+            rules = rows.sampling.truncation
+            n = len(rules.top_k)
+            self.rules.top_k[:n].copy_(rules.top_k)
+            self.rules.top_p[:n].copy_(rules.top_p)
+            self.rules.min_p[:n].copy_(rules.min_p)
+
+    def run(self) -> None:
+        """Sample the next token of every row."""
+        if self.graph is None:
+            self.launch()
+        else:
+            self.graph.replay()
+
+    def launch(self) -> None:
+        """Launch the kernels of the step one by one."""
+        inputs = self.inputs
+        if self.fused:
+            hidden = self._fused_forward(inputs.last_tokens, inputs.positions)
+        else:
+            attend = self._append_and_attend
+            hidden = self.model.run(inputs.last_tokens, inputs.positions, attend)
+        self.hidden.copy_(hidden)
+        inputs.positions += 1
+        drawn = self._draw()
+        inputs.last_tokens.copy_(drawn.tokens)
+        both = torch.stack([drawn.tokens.double(), drawn.logps.double()])
+        self.drawn.index_copy_(0, self.burst_index, both[None])
+        self.burst_index.add_(1).remainder_(len(self.drawn))
+
+    def _draw(self) -> Drawn:
+        inputs = self.inputs
+        temperature = inputs.temperature
+        logits = wide_product(self.hidden, self.head)
+        u = uniform(inputs.seeds, inputs.positions)
+        block_max, block_sum = blocks.blocks_of(logits, temperature, BLOCK)
+        drawn = draw_from_blocks(logits, block_max, block_sum, temperature, u)
+        if self.key.truncated:
+            truncate.redraw(
+                logits,
+                block_max,
+                block_sum,
+                BLOCK,
+                temperature,
+                u,
+                top_k=self.rules.top_k,
+                top_p=self.rules.top_p,
+                min_p=self.rules.min_p,
+                tokens=drawn.tokens,
+                logps=drawn.logps,
+            )
+        return drawn
+
+    # Through `model.run`
+
+    def _append_and_attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        inputs = self.inputs
+        decode.append(self.cache, layer.index, k, v, inputs.tables, inputs.positions)
+        return self._attend(layer, q)
+
+    def _attend(self, layer: Layer, q: Tensor) -> Tensor:
+        return decode.attend(
+            self.cache,
+            layer.index,
+            q,
+            self.inputs.tables,
+            self.inputs.positions,
+            self.work,
+            layer.scale,
+            layer.window,
+        )
+
+    # With fused kernels
+
+    def _fused_forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Compute `Decoder.run` of plain modules with one launch between two GEMMs."""
+        body = self.model.model
+        rotation = self.model.rotation(positions)
+        x = body.embed_tokens(tokens)
+        delta = None
+        for block in body.layers:
+            assert isinstance(block, Block)
+            x, delta = self._fused_block(block, x, delta, rotation)
+        norm = body.norm
+        _, normed = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
+        return normed
+
+    def _fused_block(
+        self, block: Block, x: Tensor, delta: Tensor | None, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Run a block on x + delta, and return (x', delta') whose sum is its output.
+
+        The sum is left to the next norm, which adds and normalizes in one launch.
+        """
+        n = len(x)
+        attention = block.self_attn
+        mlp = block.mlp
+        norm = block.input_layernorm
+        x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
+        q = layer_kernels.place(
+            self.cache,
+            attention.layer.index,
+            attention.q_proj(h).view(n, -1, attention.head_dim),
+            attention.k_proj(h).view(n, -1, attention.head_dim),
+            attention.v_proj(h).view(n, -1, attention.head_dim),
+            norms=_head_norms(attention.q_norm, attention.k_norm),
+            rotation=rotation if attention.rope else None,
+            tables=self.inputs.tables,
+            positions=self.inputs.positions,
+        )
+        mixed = self._attend(attention.layer, q)
+        delta = attention.o_proj(mixed.view(n, -1))
+        norm = block.post_attention_layernorm
+        x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
+        activation = layer_kernels.swiglu(mlp.gate_proj(h), mlp.up_proj(h))
+        return x, mlp.down_proj(activation)
+
+
+def _head_norms(q_norm: torch.nn.Module, k_norm: torch.nn.Module) -> layer_kernels.HeadNorms | None:
+    """Return the norms of queries and keys, if the model has them."""
+    if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+        return layer_kernels.HeadNorms(q=q_norm.weight, k=k_norm.weight, eps=q_norm.eps)
+    return None

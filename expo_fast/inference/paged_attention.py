@@ -1,0 +1,115 @@
+"""PyTorch attention over a paged key-value cache, for prompts and for new tokens."""
+
+import torch
+from torch import Tensor
+
+from expo_fast.inference.engine import Tokens
+from expo_fast.inference.kv_pages import pages_for
+from expo_fast.modeling.attention import Layer, causal_attention, varlen_attention
+
+
+class PagedAttention:
+    """Attention of one forward pass over the pages; called once per layer.
+
+    slab: (layers, 2, pages, page, Hkv, Dh), keys and values.
+    """
+
+    def __init__(self, slab: Tensor, tokens: Tokens):
+        self.slab = slab
+        self.page = slab.shape[3]
+        self.lengths = tokens.lengths
+        self.positions = tokens.positions.tolist()
+        self.tables = tokens.tables.long().to(slab.device)
+        # where each token's key and value are kept
+        column = tokens.positions // self.page
+        pages = tokens.tables.gather(1, column[:, None])
+        self.pages = pages.squeeze(1).long().to(slab.device)
+        offsets = tokens.positions % self.page
+        self.offsets = offsets.to(slab.device)
+
+    def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v (N, Hkv, Dh) in the cache; return the attention of q (N, H, Dh)."""
+        keys, values = self.slab[layer.index]
+        keys[self.pages, self.offsets] = k
+        values[self.pages, self.offsets] = v
+        if len(self.lengths) == len(q):
+            return self._one_token_each(layer, q, keys, values)
+        return self._several_tokens(layer, q, keys, values)
+
+    def _several_tokens(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend sequence by sequence."""
+        out = []
+        end = 0
+        for length in self.lengths:
+            start = end
+            end += length
+            n_seen = self.positions[end - 1] + 1
+            n_pages = pages_for(n_seen, self.page)
+            pages = self.tables[end - 1, :n_pages]
+            own_keys = keys[pages].flatten(0, 1)[:n_seen]
+            own_values = values[pages].flatten(0, 1)[:n_seen]
+            attended = causal_attention(layer, q[start:end], own_keys, own_values)
+            out.append(attended)
+        return torch.cat(out)
+
+    def _one_token_each(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend with one token per sequence; scores and weights are at least fp32."""
+        n, _, head_dim = q.shape
+        wide = torch.promote_types(q.dtype, torch.float32)
+        width = max(self.positions) // self.page + 1
+        tables = self.tables[:, :width]
+        k = keys[tables].flatten(1, 2)  # (N, width * page, Hkv, Dh)
+        v = values[tables].flatten(1, 2)
+        k = k.transpose(1, 2).to(wide)
+        v = v.transpose(1, 2).to(wide)
+        last = torch.tensor(self.positions, device=q.device)[:, None]
+        position = torch.arange(width * self.page, device=q.device)
+        seen = position <= last
+        if layer.window is not None:
+            seen &= position > last - layer.window
+        # unwritten memory may hold NaN, which a weight of 0 does not remove
+        hidden = ~seen
+        v = v.masked_fill(hidden[:, None, :, None], 0)
+        kv_heads = k.shape[1]
+        grouped = q.to(wide).view(n, kv_heads, -1, head_dim)
+        scores = layer.scale * grouped @ k.transpose(2, 3)
+        scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        out = scores.softmax(-1) @ v
+        return out.view(q.shape).to(q.dtype)
+
+
+class VarlenPagedAttention(PagedAttention):
+    """The same with one kernel call per layer for all sequences of a prefill; 16 bits on a GPU."""
+
+    def __init__(self, slab: Tensor, tokens: Tokens):
+        super().__init__(slab, tokens)
+        query_borders = torch.tensor([0, *tokens.lengths]).cumsum(0)
+        last = query_borders[1:] - 1
+        n_seen = tokens.positions[last] + 1
+        zero = n_seen.new_zeros(1)
+        key_borders = torch.cat([zero, n_seen.cumsum(0)])
+        n_keys = int(key_borders[-1])
+        # the page and the offset of every key, sequence after sequence
+        sequence = torch.arange(len(n_seen)).repeat_interleave(n_seen)
+        position = torch.arange(n_keys) - key_borders[sequence]
+        tables = tokens.tables[last].long()
+        pages = tables[sequence, position // self.page]
+        offsets = position % self.page
+        self.key_pages = pages.to(slab.device)
+        self.key_offsets = offsets.to(slab.device)
+        self.query_borders = query_borders.to(slab.device, torch.int32)
+        self.key_borders = key_borders.to(slab.device, torch.int32)
+        self.max_queries = max(tokens.lengths)
+        self.max_keys = int(n_seen.max())
+
+    def _several_tokens(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return varlen_attention(
+            layer,
+            q,
+            keys[self.key_pages, self.key_offsets],
+            values[self.key_pages, self.key_offsets],
+            self.query_borders,
+            self.key_borders,
+            self.max_queries,
+            self.max_keys,
+        )

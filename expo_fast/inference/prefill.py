@@ -1,0 +1,79 @@
+"""Batches of prompt tokens for the forward passes that fill the key-value cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expo_fast.inference.engine import Tokens, cpu_int64, padded_tables
+from expo_fast.inference.kv_pages import Table
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The next tokens of a sequence whose cache holds all tokens before them."""
+
+    ids: Tensor  # (T,) int64
+    start: int  # position of the first one
+    table: Table
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a segment that one forward pass computes."""
+
+    index: int  # of the segment in the list given
+    segment: Segment  # the piece itself
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """The pieces of one forward pass. Its results come in the order of the pieces."""
+
+    pieces: list[Piece]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(piece.segment.ids) for piece in self.pieces]
+
+    def tokens(self) -> Tokens:
+        segments = [piece.segment for piece in self.pieces]
+        lengths = self.lengths
+        positions: list[int] = []
+        for segment, length in zip(segments, lengths, strict=True):
+            positions += range(segment.start, segment.start + length)
+        tables = padded_tables([segment.table for segment in segments])
+        return Tokens(
+            ids=torch.cat([segment.ids for segment in segments]),
+            positions=cpu_int64(positions),
+            tables=tables.repeat_interleave(cpu_int64(lengths), 0),
+            lengths=lengths,
+        )
+
+
+def prefill_batches(segments: Sequence[Segment], max_tokens: int) -> Iterator[PrefillBatch]:
+    """Cut segments into batches of at most max_tokens tokens, in order.
+
+    A segment of more than max_tokens tokens is cut into pieces. Run the batches one after another:
+    a piece attends to the earlier pieces of its segment.
+    """
+    batch: list[Piece] = []
+    size = 0
+    for index, segment in enumerate(segments):
+        for piece in _pieces(index, segment, max_tokens):
+            length = len(piece.segment.ids)
+            if batch and size + length > max_tokens:
+                yield PrefillBatch(batch)
+                batch = []
+                size = 0
+            batch.append(piece)
+            size += length
+    if batch:
+        yield PrefillBatch(batch)
+
+
+def _pieces(index: int, segment: Segment, size: int) -> Iterator[Piece]:
+    for part, ids in enumerate(segment.ids.split(size)):
+        start = segment.start + part * size
+        yield Piece(index, Segment(ids, start, segment.table))

@@ -1,0 +1,113 @@
+"""Sampling requests, their validation, and what is returned for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from expo_fast.modeling.decoder import Shape
+
+FinishReason = Literal["stop", "length", "error"]
+
+MIN_TEMPERATURE = 1e-30  # logits divided by it are finite in fp32
+MAX_TEMPERATURE = 1e30  # logits divided by it are not all 0 in fp32
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. Its random numbers are keyed by (seed, position) only."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int = 0  # the G samples of a prompt have G different seeds
+    stop_ids: Sequence[int] | None = None  # None: the model's own EOS ids
+    stop_strings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens sampled for a request."""
+
+    token_ids: list[int]  # with the stop token, if there was one
+    logp: Tensor  # (len(token_ids),) fp32 nats, at the temperature and before any truncation
+    finish_reason: str  # a FinishReason; "error": the model's logits were not finite
+
+
+def check_request(index: int, request: Request, shape: Shape, *, has_tokenizer: bool) -> None:
+    """Raise ValueError where a model of this shape cannot serve the request.
+
+    index: of the request in its list, for the message.
+    has_tokenizer: whether stop strings can be found.
+    """
+    _check_types(index, request)
+    _check_tokens(index, request, shape)
+    _check_sampling(index, request)
+    _check_stop_strings(index, request, has_tokenizer)
+
+
+def _check_types(index: int, request: Request) -> None:
+    for name in ("max_new_tokens", "top_k", "seed"):
+        value = getattr(request, name)
+        if not _is_integer(value) or not -(2**63) <= value < 2**63:
+            raise ValueError(f"request {index} has {name}={value!r}: need an integer of 64 bits")
+    for name in ("prompt_ids", "stop_ids"):
+        ids = getattr(request, name)
+        if ids is not None and not _are_integers(ids):
+            raise ValueError(f"request {index} has {name}={ids!r}: need a sequence of integers")
+
+
+def _check_tokens(index: int, request: Request, shape: Shape) -> None:
+    n_prompt = len(request.prompt_ids)
+    n_new = request.max_new_tokens
+    if not n_prompt:
+        raise ValueError(f"request {index} has an empty prompt, need at least one token")
+    if n_new < 1:
+        raise ValueError(f"request {index} has max_new_tokens={n_new}, need at least 1")
+    if n_prompt + n_new > shape.context:
+        raise ValueError(
+            f"request {index} needs {n_prompt} prompt + {n_new} new tokens, "
+            f"the model's context holds {shape.context}"
+        )
+    for token in (min(request.prompt_ids), max(request.prompt_ids)):
+        if not 0 <= token < shape.vocabulary:
+            raise ValueError(
+                f"request {index} has the token id {token} outside [0, {shape.vocabulary})"
+            )
+
+
+def _check_sampling(index: int, request: Request) -> None:
+    temperature = request.temperature
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(
+            f"request {index} has temperature={temperature}: need 0, or from 1e-30 to 1e30"
+        )
+    valid_p = 0 < request.top_p <= 1 and 0 <= request.min_p <= 1
+    if not valid_p or request.top_k < 0:
+        raise ValueError(
+            f"request {index} has top_p={request.top_p}, top_k={request.top_k}, "
+            f"min_p={request.min_p}: need 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1"
+        )
+
+
+def _check_stop_strings(index: int, request: Request, has_tokenizer: bool) -> None:
+    strings = request.stop_strings
+    valid = all(isinstance(string, str) and string for string in strings)
+    if isinstance(strings, str) or not valid:
+        raise ValueError(f"request {index} has stop_strings={strings!r}: need non-empty strings")
+    if strings and not has_tokenizer:
+        raise ValueError(f"request {index} has stop strings: give Generator a tokenizer for them")
+
+
+def _are_integers(x: Any) -> bool:
+    is_sequence = hasattr(x, "__len__") and hasattr(x, "__iter__")
+    return is_sequence and all(map(_is_integer, x))
+
+
+def _is_integer(x: Any) -> bool:
+    # tensors and arrays have it too; `operator.index` then accepts those of integers only
+    return hasattr(x, "__index__")

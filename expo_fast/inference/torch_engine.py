@@ -1,0 +1,110 @@
+"""PyTorch decode engine: the reference of the other engines.
+
+It runs where they do not: without a compiler, in other dtypes, and through adapters and hooks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expo_fast.inference.engine import Engine, Rows, Tokens, cpu_int64
+from expo_fast.inference.kv_pages import PageCopy
+from expo_fast.inference.paged_attention import PagedAttention
+from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.kernels.products import wide_product, widened
+from expo_fast.modeling.decoder import Decoder
+
+COPIES_AT_ONCE = 16  # pages; PyTorch holds them twice while it copies
+ROW_MULTIPLE = 16  # decoded rows are padded to it: oneDNN compiles each new GEMM size, for 30 ms
+
+
+class TorchEngine(Engine):
+    """Runs any `Decoder` on any device. Prompts and new tokens go through `model.run`."""
+
+    page = 32
+    attention: type[PagedAttention] = PagedAttention
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        self._set_empty()
+
+    def _set_empty(self) -> None:
+        self.slab = torch.empty(0)  # (layers, 2, pages, page, Hkv, Dh)
+        self.head = torch.empty(0)  # (D, V)
+
+    def page_bytes(self) -> int:
+        shape = self.model.shape
+        per_layer = 2 * self.page * shape.kv_heads * shape.head_dim
+        return len(shape.windows) * per_layer * self.model.dtype.itemsize
+
+    def open(self, n_pages: int, n_positions: int) -> None:
+        model = self.model
+        shape = model.shape
+        self.slab = torch.empty(
+            (len(shape.windows), 2, n_pages, self.page, shape.kv_heads, shape.head_dim),
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.head = self.widened_head()
+
+    def widened_head(self) -> Tensor:
+        """Return the LM head (D, V) as `wide_product` needs it; a view of the model's on a GPU."""
+        return widened(self.model.head_weight.detach()).T
+
+    def close(self) -> None:
+        self._set_empty()
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for first in range(0, len(copies), COPIES_AT_ONCE):
+            pages = cpu_int64(copies[first : first + COPIES_AT_ONCE])
+            sources, targets = pages.to(self.slab.device).unbind(1)
+            self.slab[:, :, targets] = self.slab[:, :, sources]
+
+    @torch.no_grad()
+    def run(self, tokens: Tokens) -> Tensor:
+        n = len(tokens.ids)
+        if len(tokens.lengths) == n:
+            tokens = _padded(tokens, -(-n // ROW_MULTIPLE) * ROW_MULTIPLE)
+        device = self.model.device
+        ids = tokens.ids.to(device)
+        positions = tokens.positions.to(device)
+        hidden = self.model.run(ids, positions, self.attention(self.slab, tokens))
+        return hidden[:n]
+
+    @torch.no_grad()
+    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+        logits = wide_product(hidden, self.head)
+        sampling = sampling.to(logits.device)
+        u = uniform(sampling.seeds, positions.to(logits.device))
+        return draw(logits, sampling.temperature, sampling.truncation, u)
+
+    def load(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def keeps_loaded(self, n_active: int) -> bool:
+        return n_active == len(self.rows.last_tokens)
+
+    def decode(self) -> Drawn:
+        rows = self.rows
+        hidden = self.run(rows.tokens())
+        rows.positions += 1
+        drawn = self.draw(hidden, rows.positions, rows.sampling)
+        rows.last_tokens = drawn.tokens
+        return Drawn(drawn.tokens[None], drawn.logps[None])
+
+
+def _padded(tokens: Tokens, n: int) -> Tokens:
+    """Add idle rows up to n, whose results nobody reads; they write to page 0."""
+    n_idle = n - len(tokens.ids)
+
+    def padded(x: Tensor) -> Tensor:
+        idle = x.new_zeros(n_idle, *x.shape[1:])
+        return torch.cat([x, idle])
+
+    return Tokens(
+        ids=padded(tokens.ids),
+        positions=padded(tokens.positions),
+        tables=padded(tokens.tables),
+        lengths=[1] * n,
+    )
