@@ -217,12 +217,15 @@ def restore(config: Train, trainer: Learner) -> tuple[Path | None, int]:
 
     That is the one which --resume names, or the newest valid one. No file is written.
     """
-    path = None if config.resume == "never" else Path(config.resume)
-    if config.resume == "auto":
-        path = checkpoint.newest(config.run_dir)
-    if path is None:
+    if config.resume == "never":
         return None, 0
-    tensors, values = checkpoint.load(path)
+    if config.resume == "auto":
+        loaded = checkpoint.load_newest(config.run_dir)
+    else:
+        loaded = checkpoint.load(Path(config.resume))
+    if loaded is None:
+        return None, 0
+    path, values = loaded.path, loaded.values
     saved = None
     if not config.lora_rank:
         saved, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
@@ -234,7 +237,7 @@ def restore(config: Train, trainer: Learner) -> tuple[Path | None, int]:
         load_adapter(trainer.model, path)
     else:
         trainer.model.load_state_dict(saved.state_dict())
-    trainer.load_state(tensors, values["trainer"])
+    trainer.load_state(loaded.tensors, values["trainer"])
     return path, values["step"]
 
 
