@@ -259,7 +259,8 @@ def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
             sft = sft - 0.3 * 0.8 * logp / (P * len(completions))  # two of ten steps are done
     expected = gradients(model, policy + sft)
     model.zero_grad()
-    optimizer = SimpleNamespace(mark=lambda: None, norms_since_mark=lambda: (0.0, 0.0))
+    sums = SimpleNamespace(start_new_term=lambda: None, term_norms=lambda: (0.0, 0.0))
+    optimizer = SimpleNamespace(grad_sums=sums)
     trainer: Any = SimpleNamespace(config=c, model=model, prompter=prompter, optimizer=optimizer)
     trainer.policy_backward = partial(Learner.policy_backward, trainer)
     trainer.with_reference = partial(Grpo.with_reference, trainer)

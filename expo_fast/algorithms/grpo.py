@@ -124,7 +124,7 @@ class Grpo(Learner):
         chosen = [r.problem for r in part if r.problem.id in found.accepted]
         with phases.phase("forward_backward"):
             policy = self.policy_backward(self.with_reference(attempts))
-            self.optimizer.mark()
+            self.optimizer.grad_sums.start_new_term()
             positives = sft_samples(
                 [(p, found.accepted[p.id]) for p in chosen],
                 self.prompter,
@@ -133,7 +133,7 @@ class Grpo(Learner):
                 reduction=c.exp_sft_reduction,
             )
             sft = self.policy_backward(positives)
-            policy_norm, sft_norm = self.optimizer.norms_since_mark()
+            policy_norm, sft_norm = self.optimizer.grad_sums.term_norms()
         return {
             "loss": policy["loss"] + sft["loss"],
             "kl": policy["kl"] if c.kl_coef else None,

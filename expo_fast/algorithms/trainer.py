@@ -25,9 +25,10 @@ from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Generator
 from expo_fast.inference.cpu_engine import exact_hidden
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.lora import Twin, is_attached, sampling_twin, switched_off
-from expo_fast.modeling.optimizer import Optimizer, learning_rate
+from expo_fast.modeling.lora import MergedCopy, is_attached, merged_copy, switched_off
+from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.modeling.packing import Sample, forward
+from expo_fast.modeling.schedule import learning_rate
 from expo_fast.ops import Cispo, Clipped, SequenceClipped, SoftAdaptive, linear_policy_loss
 from expo_fast.reporting.run_log import Phases
 
@@ -49,7 +50,7 @@ class Learner(ABC):
     generator: Generator = field(init=False)
     sampler: Sampler = field(init=False)
     optimizer: Optimizer = field(init=False)
-    twin: Twin | None = field(init=False)  # plain weights to sample from, where adapters are on
+    merged_copy: MergedCopy | None = field(init=False)  # to sample from; None without adapters
     origin: str = field(init=False)  # of the weights that the run began with: see `checksum`
     broken: int = 0  # steps in a row up to now without finite logits or an update
     read: int = 0  # tokens of data that no sampler drew
@@ -57,8 +58,8 @@ class Learner(ABC):
     def __post_init__(self):
         c = self.config
         self.origin = checksum(self.model)
-        self.twin = sampling_twin(self.model) if is_attached(self.model) else None
-        sampled = self.model if self.twin is None else self.twin.model
+        self.merged_copy = merged_copy(self.model) if is_attached(self.model) else None
+        sampled = self.model if self.merged_copy is None else self.merged_copy.model
         tokenizer, exact = self.prompter.tokenizer, c.batch_invariant
         self.generator = Generator(sampled, tokenizer=tokenizer, batch_invariant=exact)
         self.model.exact = exact_hidden(self.model) if exact else None
@@ -143,8 +144,8 @@ class Learner(ABC):
         )
         with phases.phase("optimizer"):
             report = self.optimizer.step(lr, c.max_grad_norm)
-            if self.twin is not None:
-                self.twin.refresh()
+            if self.merged_copy is not None:
+                self.merged_copy.refresh()
         return {
             "grad_norm": report.grad_norm,
             "update_norm": report.update_norm,
@@ -180,8 +181,8 @@ class Learner(ABC):
         self.optimizer.load_state_dict(tensors, values["optimizer"])
         self.broken, self.read = values["broken"], values["read"]
         self.sampler.load_state(values)
-        if self.twin is not None:
-            self.twin.refresh()
+        if self.merged_copy is not None:
+            self.merged_copy.refresh()
 
 
 def checksum(model: Decoder) -> str:

@@ -154,7 +154,7 @@ class NativeEngine(Engine):
     def _rotations(self, n: int) -> tuple[Tensor, Tensor]:
         """cos and sin (at least n, Dh/2) fp32, rounded as the model rounds them."""
         parts = torch.arange(-(-n // ROTATIONS) * ROTATIONS, device="cpu").split(ROTATIONS)
-        pairs = [self.model._rotation(part) for part in parts]
+        pairs = [self.model.rotation(part) for part in parts]
         cos, sin = (torch.cat(x).squeeze(1).float() for x in zip(*pairs, strict=True))
         return cos, sin
 

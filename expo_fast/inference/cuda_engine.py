@@ -267,7 +267,7 @@ class Step:
     def fused(self, tokens: Tensor, positions: Tensor, _attend: Attend) -> Tensor:
         """`Decoder.run` of our own modules, with one launch between two products."""
         model, d = self.engine.model, None
-        x, rotation = model.model.embed_tokens(tokens), model._rotation(positions)
+        x, rotation = model.model.embed_tokens(tokens), model.rotation(positions)
         for block in model.model.layers:
             assert isinstance(block, Block)
             x, d = self.fused_block(block, x, d, rotation)
