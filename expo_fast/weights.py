@@ -86,7 +86,14 @@ def load_model(
     config_file = path if is_gguf else path / "config.json"
     with reading(config_file), torch.device("meta"):
         model = Decoder(stored.config, checkpointing=checkpointing)
-    state = _checked_state(model, stored.tensors, path, dtype=dtype, device=device, copy=True)
+    state = _checked_state(
+        model,
+        stored.tensors,
+        path,
+        dtype=dtype,
+        device=device,
+        copy=True,
+    )
     model.load_state_dict(state, assign=True)
     model.inv_freq = model.inv_freq.to(device)
     tokenizer = stored.tokenizer
@@ -111,8 +118,14 @@ def load_weights_into(model: Decoder, folder: str | Path) -> None:
     unchanged.
     """
     folder = Path(folder)
-    stored = read_tensors(folder)
-    state = _checked_state(model, stored, folder, dtype=model.dtype, device="cpu", copy=False)
+    state = _checked_state(
+        model,
+        read_tensors(folder),
+        folder,
+        dtype=model.dtype,
+        device="cpu",
+        copy=False,
+    )
     parameters = dict(model.named_parameters())
     for key, tensor in state.items():
         parameters[key].copy_(tensor)
@@ -130,7 +143,11 @@ def stored_shape(folder: str | Path) -> Shape:
 
 
 def save_model(
-    model: Decoder, tokenizer: Any, path: str | Path, *, shard_bytes: int = SHARD_BYTES
+    model: Decoder,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 

@@ -217,8 +217,8 @@ def test_weights_of_another_model_are_not_loaded_into_one(folder: Path, tmp_path
         load_weights_into(model, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
         stored_shape(tmp_path)
-    edit_config(folder, head_dim=7)
-    with pytest.raises(ValueError, match=r"config\.json: head_dim is 7, RoPE needs an even one"):
+    edit_config(folder, hidden_act="gelu")
+    with pytest.raises(ValueError, match=r"config\.json: hidden_act 'gelu' is not supported"):
         stored_shape(folder)
 
 

@@ -45,7 +45,7 @@ class PackedAttention:
     def __init__(self, cu_seqlens: Tensor, parents: Tensor | None = None):
         self.cu_seqlens = cu_seqlens
         self.boundaries = cu_seqlens.tolist()
-        self.segment_lengths = [end - start for start, end in pairwise(self.boundaries)]
+        self.segment_lengths = [b - a for a, b in pairwise(self.boundaries)]
         self.chains = _chains(len(self.segment_lengths), parents)
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,7 +182,8 @@ def _mask(n_queries: int, n_keys: int, window: int | None, device: torch.device)
 
     The last query sees the last key.
     """
-    everything = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    size = (n_queries, n_keys)
+    everything = torch.ones(size, dtype=torch.bool, device=device)
     offset = n_keys - n_queries
     causal = everything.tril(offset)
     if window is None:

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.k_norm = _head_norm(shape)
         self.rope = shape.rope[index]
         self.head_dim = Dh
-        self.layer = Layer(index=index, scale=Dh**-0.5, window=shape.windows[index])
+        self.layer = Layer(index, scale=Dh**-0.5, window=shape.windows[index])
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         """Map (N, D) to (N, D)."""
@@ -115,9 +115,9 @@ class Body(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        n_layers = len(shape.windows)
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
-        self.layers = nn.ModuleList(Block(shape, index) for index in range(n_layers))
+        blocks = [Block(shape, index) for index in range(len(shape.windows))]
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(shape.hidden, shape.norm_eps)
 
 
@@ -250,4 +250,6 @@ class Decoder(nn.Module):
         angles = positions[:, None].float() * self.inv_freq
         cos = angles.cos() * self.rope_scale
         sin = angles.sin() * self.rope_scale
-        return cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)
+        cos = cos[:, None].to(self.dtype)
+        sin = sin[:, None].to(self.dtype)
+        return cos, sin

@@ -37,7 +37,8 @@ class GradSums:
         self._second: dict[str, Tensor] = {}  # since `start_new_term`
         self._free: dict[str, list[Tensor]] = {}
         for name, parameter in self._parameters.items():
-            self._free[name] = [torch.zeros_like(parameter, dtype=torch.float32)]
+            buffer = torch.zeros_like(parameter, dtype=torch.float32)
+            self._free[name] = [buffer]
             parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
     def _take(self, name: str, parameter: Tensor) -> None:

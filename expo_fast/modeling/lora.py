@@ -55,7 +55,8 @@ class MergedCopy:
         for each in self.merged:
             layer = each.layer
             base = layer.base_layer.weight
-            _merge(base, _pair(layer), scale=layer.scaling[NAME], out=each.weight)
+            scale = layer.scaling[NAME]
+            _merge(base, _pair(layer), scale, out=each.weight)
 
 
 def attach(model: Decoder, *, rank: int, alpha: float, seed: int) -> None:
@@ -68,7 +69,8 @@ def attach(model: Decoder, *, rank: int, alpha: float, seed: int) -> None:
     """
     if is_attached(model):
         raise ValueError("the model has adapters already: load it anew to attach others")
-    largest = min(min(layer.weight.shape) for layer in _projections(model).values())
+    sides = [min(layer.weight.shape) for layer in _projections(model).values()]
+    largest = min(sides)
     if type(rank) is not int or not 1 <= rank <= largest:
         raise ValueError(f"rank is {rank!r}, need an integer from 1 to {largest}")
     if not 0 < alpha < math.inf:
@@ -98,7 +100,8 @@ def switched_off(model: Decoder) -> Iterator[None]:
 
     Nothing is trainable in the block.
     """
-    layers = [layer for layer in _adapted_layers(model).values() if not layer.disable_adapters]
+    adapted = _adapted_layers(model).values()
+    layers = [layer for layer in adapted if not layer.disable_adapters]
     flags = []
     for layer in layers:
         for parameter in layer.parameters():
@@ -133,7 +136,8 @@ def merged_copy(model: Decoder) -> MergedCopy:
         state[name.replace(".base_layer.", ".")] = parameter
     for name in layers:
         key = f"{name}.weight"
-        state[key] = nn.Parameter(torch.empty_like(state[key]), requires_grad=False)
+        weight = torch.empty_like(state[key])
+        state[key] = nn.Parameter(weight, requires_grad=False)
     without_adapters = {key: state[key] for key in plain.state_dict()}
     plain.load_state_dict(without_adapters, assign=True)
     plain.inv_freq = model.inv_freq
@@ -167,7 +171,8 @@ def save_adapter(model: Decoder, tokenizer: Any, path: str | Path, base: str) ->
     config.inference_mode = True  # as PEFT saves it
     config.target_modules = sorted(config.target_modules)  # PEFT has a set, without an order
     config.save_pretrained(str(path))
-    write_adapter_tensors(path, {name: _pair(layer) for name, layer in layers.items()})
+    pairs = {name: _pair(layer) for name, layer in layers.items()}
+    write_adapter_tensors(path, pairs)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -204,11 +209,14 @@ def _check_same_kind(adapter: Adapter, layers: dict[str, Any], path: str | Path)
                 f"{path} has rank {adapter.rank} and scale {adapter.scale}, the model's adapters "
                 f"have {rank} and {scale}"
             )
-        saved = adapter.pairs[name]
         current = _pair(layer)
-        for x, y in ((saved.A, current.A), (saved.B, current.B)):
-            if x.dtype != y.dtype:
-                raise ValueError(f"{path}: {name} is {x.dtype}, the model has {y.dtype}")
+        _check_same_dtype(adapter.pairs[name].A, current.A, f"{path}: {name}")
+        _check_same_dtype(adapter.pairs[name].B, current.B, f"{path}: {name}")
+
+
+def _check_same_dtype(saved: Tensor, current: Tensor, name: str) -> None:
+    if saved.dtype != current.dtype:
+        raise ValueError(f"{name} is {saved.dtype}, the model has {current.dtype}")
 
 
 @torch.no_grad()
@@ -222,12 +230,12 @@ def merge(model: Decoder, adapter: Adapter) -> None:
         if name not in adapter.pairs:
             continue
         weight = layer.weight
-        _merge(weight, adapter.pairs[name], scale=adapter.scale, out=weight)
+        _merge(weight, adapter.pairs[name], adapter.scale, out=weight)
         if not weight.isfinite().all():
             raise ValueError(f"{adapter.folder}: merged into {name} it gives no finite weights")
 
 
-def _merge(W: Tensor, pair: LoraPair, *, scale: float, out: Tensor) -> None:
+def _merge(W: Tensor, pair: LoraPair, scale: float, *, out: Tensor) -> None:
     """Write W + s B A to out (out, in).
 
     It is computed in fp32, or in fp64 if W is fp64, and rounded once.
@@ -258,7 +266,9 @@ def _projections(model: Decoder) -> dict[str, Any]:
 
 
 def _pair(layer: Any) -> LoraPair:
-    return LoraPair(A=layer.lora_A[NAME].weight, B=layer.lora_B[NAME].weight)
+    A = layer.lora_A[NAME].weight
+    B = layer.lora_B[NAME].weight
+    return LoraPair(A, B)
 
 
 def _check_targets(adapter: Adapter, model: Decoder) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from expo_fast.modeling.grad_sums import GradSums
 from expo_fast.modeling.norms import l2_norm, pieces
 
+Tensors = dict[str, Tensor]
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names of m and v
 
 
@@ -54,7 +56,9 @@ class Optimizer:
     ):
         self._parameters = {name: p for name, p in named_parameters if p.requires_grad}
         _check_trainable(self._parameters)
-        self._masters = {name: _master(p) for name, p in self._parameters.items()}
+        self._masters: Tensors = {}
+        for name, parameter in self._parameters.items():
+            self._masters[name] = _master(parameter)
         self._betas = betas
         self._eps = eps
         self._weight_decay = weight_decay
@@ -71,8 +75,13 @@ class Optimizer:
             {"params": matrices, "weight_decay": self._weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        fused = all(master.device.type in ("cpu", "cuda") for master in masters)
-        return torch.optim.AdamW(groups, betas=self._betas, eps=self._eps, fused=fused)
+        device_types = {master.device.type for master in masters}
+        return torch.optim.AdamW(
+            groups,
+            betas=self._betas,
+            eps=self._eps,
+            fused=device_types <= {"cpu", "cuda"},
+        )
 
     @torch.no_grad()
     def step(self, lr: float, max_grad_norm: float) -> StepReport:
@@ -96,10 +105,12 @@ class Optimizer:
         self.grad_sums.clear()
         return StepReport(grad_norm=norm, update_norm=update_norm, applied=applied)
 
-    def _update(self, grads: dict[str, Tensor], lr: float, clip: float) -> float:
+    def _update(self, grads: Tensors, lr: float, clip: float) -> float:
         """Apply AdamW with gradients that are scaled by `clip`; return the norm of the update."""
         for name, grad in grads.items():
-            self._masters[name].grad = grad if clip == 1.0 else grad.mul_(clip)
+            if clip != 1.0:
+                grad.mul_(clip)
+            self._masters[name].grad = grad
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -112,7 +123,7 @@ class Optimizer:
                 parameter.copy_(master)  # in place: the generator and CUDA graphs read this tensor
         return l2_norm(self._update_pieces(grads, lr))
 
-    def _update_pieces(self, grads: dict[str, Tensor], lr: float) -> Iterator[Tensor]:
+    def _update_pieces(self, grads: Tensors, lr: float) -> Iterator[Tensor]:
         for name in self._masters:
             if name in grads:
                 yield from self._pieces_of_update(name, lr)
@@ -132,19 +143,23 @@ class Optimizer:
         second_moments = pieces(state["exp_avg_sq"])
         weights = pieces(master)
         for m, v, w in zip(first_moments, second_moments, weights, strict=True):
-            denominator = v.sqrt().mul_((1 - beta2**t) ** -0.5).add_(self._eps)
-            adam = torch.div(m, denominator, out=denominator)
-            adam.mul_(1 / (1 - beta1**t))
-            yield adam.add_(w, alpha=decay).mul_(lr / (1 - lr * decay))
+            denominator = v.sqrt()
+            denominator.mul_((1 - beta2**t) ** -0.5)
+            denominator.add_(self._eps)
+            update = torch.div(m, denominator, out=denominator)
+            update.mul_(1 / (1 - beta1**t))
+            update.add_(w, alpha=decay)
+            update.mul_(lr / (1 - lr * decay))
+            yield update
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
         """Return what an exact resume needs in addition to the weights: tensors and JSON values.
 
         The tensors are not copies, so save or copy them before the next step. Their keys are
         `NAME.exp_avg`, `NAME.exp_avg_sq` and, for a bf16 parameter, `NAME.master`.
         """
         assert self.grad_sums.empty, "state_dict() amid a gradient accumulation"
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 tensors[f"{name}.master"] = master
@@ -155,7 +170,7 @@ class Optimizer:
         return tensors, {"steps": dict(self._steps), "skipped": self.skipped}
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def load_state_dict(self, tensors: Tensors, values: dict[str, Any]) -> None:
         """Restore the result of `state_dict` to the bit, and bf16 weights from their masters.
 
         fp32 weights are their own masters and are loaded with the model. Raises ValueError, and
@@ -174,17 +189,19 @@ class Optimizer:
             if name in self._steps:
                 self._restore_moments(name, tensors)
 
-    def _restore_moments(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _restore_moments(self, name: str, tensors: Tensors) -> None:
         master = self._masters[name]
         fused = self._adamw.defaults["fused"]
         step_device = master.device if fused else "cpu"  # where AdamW keeps its step
-        step = torch.tensor(self._steps[name], dtype=torch.float32, device=step_device)
+        t = self._steps[name]
+        step = torch.tensor(t, dtype=torch.float32, device=step_device)
         state: dict[str, Any] = {"step": step}
         for key in MOMENTS:
-            state[key] = tensors[f"{name}.{key}"].to(master.device, copy=True)
+            saved = tensors[f"{name}.{key}"]
+            state[key] = saved.to(master.device, copy=True)
         self._adamw.state[master] = state
 
-    def _check_state(self, tensors: dict[str, Tensor], steps: dict[str, int]) -> None:
+    def _check_state(self, tensors: Tensors, steps: dict[str, int]) -> None:
         expected = self._expected_state(steps)
         for key in expected | tensors:
             tensor = tensors.get(key)

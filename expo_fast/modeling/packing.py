@@ -68,7 +68,12 @@ class Pack:
         yield from zip(self.members, parts, strict=True)
 
 
-def pack(samples: Sequence[Sample], max_tokens: int, *, together: int = 1) -> Iterator[Pack]:
+def pack(
+    samples: Sequence[Sample],
+    max_tokens: int,
+    *,
+    together: int = 1,
+) -> Iterator[Pack]:
     """Yield packs of at most `max_tokens` tokens. A longer sample gets a pack of its own.
 
     Samples of one prompt are kept together as far as possible.
@@ -88,7 +93,8 @@ def pack(samples: Sequence[Sample], max_tokens: int, *, together: int = 1) -> It
         n_rest = len(prompt) - n_shared
         for start in range(0, len(group), together):
             unit = group[start : start + together]
-            n_own = sum(len(samples[index].completion_ids) - 1 for index in unit)
+            completions = [samples[index].completion_ids for index in unit]
+            n_own = sum(map(len, completions)) - len(unit)
             n_added = n_own if prompt == last_prompt else n_own + n_rest
             if members and size + n_added > max_tokens:
                 yield _build(samples, members)
@@ -102,7 +108,11 @@ def pack(samples: Sequence[Sample], max_tokens: int, *, together: int = 1) -> It
 
 
 def forward(
-    model: Decoder, samples: Sequence[Sample], max_tokens: int, *, together: int = 1
+    model: Decoder,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    *,
+    together: int = 1,
 ) -> Iterator[tuple[Pack, Tensor]]:
     """Yield each pack on the model's device, with the (R, D) hidden states of its rows."""
     for on_cpu in pack(samples, max_tokens, together=together):
@@ -144,35 +154,42 @@ class _Tree:
         self.root = -1
         self.n_shared = len(shared)
         if shared:
-            self.root = self._append(_Segment(shared, start=0, parent=-1))
+            root = _Segment(shared, start=0, parent=-1)
+            self.root = self._append(root)
         self._prompts: dict[Prompt, int] = {}  # the segment of each prompt's rest
 
     def _append(self, segment: _Segment) -> int:
+        end = self.boundaries[-1] + len(segment.tokens)
         self.segments.append(segment)
-        self.boundaries.append(self.boundaries[-1] + len(segment.tokens))
+        self.boundaries.append(end)
         return len(self.segments) - 1
 
     def add_single(self, sample: Sample) -> None:
         """Add the only sample of its prompt. One segment attends faster than two."""
         completion = sample.completion_ids[:-1]
         tokens = sample.prompt_ids[self.n_shared :] + completion
-        self._append(_Segment(tokens, start=self.n_shared, parent=self.root))
+        segment = _Segment(tokens, start=self.n_shared, parent=self.root)
+        self._append(segment)
         end = self.boundaries[-1]
-        self.rows.extend(range(end - len(completion) - 1, end))
+        first_row = end - len(completion) - 1
+        self.rows.extend(range(first_row, end))
 
     def add(self, sample: Sample) -> None:
         """Add one of several samples of a prompt."""
         prompt = sample.prompt_ids
         if prompt not in self._prompts:
-            rest = _Segment(prompt[self.n_shared :], start=self.n_shared, parent=self.root)
-            self._prompts[prompt] = self._append(rest)
+            rest = prompt[self.n_shared :]
+            segment = _Segment(rest, start=self.n_shared, parent=self.root)
+            self._prompts[prompt] = self._append(segment)
         parent = self._prompts[prompt]
         # the last token of the prompt predicts the first of the completion
         self.rows.append(self.boundaries[parent + 1] - 1)
         completion = sample.completion_ids[:-1]
         if completion:
-            self._append(_Segment(completion, start=len(prompt), parent=parent))
-            self.rows.extend(range(self.boundaries[-2], self.boundaries[-1]))
+            segment = _Segment(completion, start=len(prompt), parent=parent)
+            self._append(segment)
+            start, end = self.boundaries[-2:]
+            self.rows.extend(range(start, end))
 
     def tokens(self) -> Tensor:
         ids: list[int] = []
@@ -203,7 +220,7 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
     lengths = [len(sample.completion_ids) for sample in chosen]
     repeats = torch.tensor(lengths)
 
-    def per_row(values: list, dtype: torch.dtype) -> Tensor:
+    def per_row(values: Sequence, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(repeats)
 
     return Pack(
@@ -213,7 +230,7 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         parents=torch.tensor([segment.parent for segment in tree.segments]),
         rows=torch.tensor(tree.rows),
         targets=torch.tensor(targets),
-        sequence_ids=per_row(list(range(len(chosen))), torch.int64),
+        sequence_ids=per_row(range(len(chosen)), torch.int64),
         advantage=per_row([s.advantage for s in chosen], torch.float32),
         row_weight=per_row([s.row_weight for s in chosen], torch.float32),
         on_policy=per_row([s.on_policy for s in chosen], torch.bool),
@@ -224,7 +241,10 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
     )
 
 
-def _concatenated(logps: list[Tensor | None], lengths: Sequence[int]) -> Tensor | None:
+def _concatenated(
+    logps: Sequence[Tensor | None],
+    lengths: Sequence[int],
+) -> Tensor | None:
     """Return the (R,) log-probs of all samples, or None if no sample has any.
 
     A sample without log-probs gets zeros. It is on policy, and the loss ignores them.
@@ -233,5 +253,6 @@ def _concatenated(logps: list[Tensor | None], lengths: Sequence[int]) -> Tensor 
         return None
     filled = []
     for logp, length in zip(logps, lengths, strict=True):
-        filled.append(torch.zeros(length) if logp is None else logp.float())
+        values = torch.zeros(length) if logp is None else logp.float()
+        filled.append(values)
     return torch.cat(filled)

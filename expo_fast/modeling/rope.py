@@ -23,7 +23,8 @@ def rope_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     n = head_dim // 2
     with reading(f"rope_parameters {parameters}"):
         frequencies, scale = _frequencies(config, head_dim)
-        usable = len(frequencies) == n and bool((frequencies * scale).isfinite().all())
+        finite = (frequencies * scale).isfinite().all()
+        usable = len(frequencies) == n and finite
     if not usable:
         raise ValueError(f"rope_parameters {parameters} give no {n} finite frequencies")
     return frequencies, scale
@@ -31,16 +32,16 @@ def rope_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
 
 def _frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     parameters = config.rope_parameters
-    # On the CPU, also where the default device is meta.
     cpu = torch.device("cpu")
     if parameters["rope_type"] == "default":
-        places = torch.arange(0, head_dim, 2, dtype=torch.float32, device=cpu)
+        with cpu:  # the default device may be meta
+            places = torch.arange(0, head_dim, 2, dtype=torch.float32)
         exponents = places / head_dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     initialize = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
-    with cpu:  # transformers makes some tensors on the default device
+    with cpu:
         return initialize(config, cpu)
 
 

@@ -215,7 +215,8 @@ def _remove_stale(folder: Path) -> None:
         owner = path.name.rpartition("-")[2]
         if not owner.isdecimal():
             continue
-        if int(owner) == os.getpid() or not _is_alive(int(owner)):
+        pid = int(owner)
+        if pid == os.getpid() or not _is_alive(pid):
             shutil.rmtree(path)
 
 
@@ -238,19 +239,24 @@ def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
     needed = int(1.6 * state_bytes)
     earlier = _checkpoints(folder)
     if earlier:
-        files = [path for path in earlier[-1].rglob("*") if path.is_file()]
-        last_bytes = sum(path.stat().st_size for path in files)
-        needed = max(needed, int(1.1 * last_bytes))
+        last = sum(path.stat().st_size for path in _files(earlier[-1]))
+        needed = max(needed, int(1.1 * last))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{free / 1e9:.2f} GB are free, about {needed / 1e9:.2f} GB are needed")
 
 
-def _write_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+def _write_state(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    values: dict[str, Any],
+) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = {}
+    for name, tensor in tensors.items():
+        contiguous[name] = tensor.detach().contiguous()
     save_file(contiguous, folder / STATE_TENSORS)
     assert "format_version" not in values
     versioned = {"format_version": FORMAT_VERSION, **values}
@@ -273,12 +279,18 @@ def _read(path: Path) -> Checkpoint:
 
 def _write_manifest(folder: Path, step: int) -> None:
     files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    text = json.dumps({"step": step, "files": files}, separators=(",", ":"))
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        size = path.stat().st_size
+        files[name] = {"bytes": size, "sha256": _sha256(path)}
+    manifest = {"step": step, "files": files}
+    text = json.dumps(manifest, separators=(",", ":"))
     (folder / MANIFEST).write_text(text)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files of a folder and its subfolders, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _sha256(path: Path) -> str:
@@ -313,7 +325,10 @@ def _prune(folder: Path, keep: int, *, fresh: Path) -> None:
     The fresh one is not always among the newest: a run that starts again because all its
     checkpoints have flipped bits finds later ones of the right sizes.
     """
-    complete = [path for path in _checkpoints(folder) if fault(path, contents=False) is None]
+    complete = []
+    for path in _checkpoints(folder):
+        if fault(path, contents=False) is None:
+            complete.append(path)
     for path in complete[:-keep]:
         if path == fresh:
             continue

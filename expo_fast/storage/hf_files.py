@@ -22,6 +22,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
+# Raises ValueError for values of config.json that the caller does not support.
+CheckConfig = Callable[[dict[str, Any]], None]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a file, on the CPU."""
@@ -41,7 +45,7 @@ class StoredModel:
     generation_config: Any = None  # None if there is none
 
 
-def read_model(folder: Path, check: Callable[[dict[str, Any]], None]) -> StoredModel:
+def read_model(folder: Path, check: CheckConfig) -> StoredModel:
     """Read a model folder. The tensors are views of the mapped files.
 
     check: see `read_config`. Raises FileNotFoundError or ValueError for missing or damaged files.
@@ -54,11 +58,10 @@ def read_model(folder: Path, check: Callable[[dict[str, Any]], None]) -> StoredM
     )
 
 
-def read_config(folder: Path, check: Callable[[dict[str, Any]], None]) -> Any:
+def read_config(folder: Path, check: CheckConfig) -> Any:
     """Return the transformers config of a model folder.
 
-    check: raises ValueError for values of config.json that the caller does not support. It is
-    called before transformers, which may not know the architecture either.
+    check: is called before transformers, which may not know the architecture either.
     """
     from transformers import AutoConfig
 
@@ -182,11 +185,17 @@ def write_tensor_file(tensors: dict[str, Tensor], file: Path) -> None:
     """Write one .safetensors file."""
     from safetensors.torch import save_file
 
-    contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    contiguous = {}
+    for key, tensor in tensors.items():
+        contiguous[key] = tensor.detach().contiguous()
     save_file(contiguous, file, METADATA)
 
 
-def _write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+def _write_tensors(
+    tensors: dict[str, Tensor],
+    folder: Path,
+    shard_bytes: int,
+) -> None:
     shards = _shards(tensors, shard_bytes)
     names = _shard_names(len(shards))
     weight_map: dict[str, str] = {}

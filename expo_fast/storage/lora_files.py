@@ -80,8 +80,9 @@ class Adapter:
 
 def holds_adapter(path: Path) -> bool:
     """Return whether a folder holds an adapter and no model."""
-    has_model = (path / SINGLE).exists() or (path / INDEX).exists()
-    return (path / CONFIG).exists() and not has_model
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        return False
+    return (path / CONFIG).exists()
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -163,20 +164,22 @@ def _read_pairs(folder: Path, rank: int) -> dict[str, LoraPair]:
         pickled = next(folder.glob("*.bin"), None)
         reason = " (a .bin is a pickle, which may run code: convert it)" if pickled else ""
         raise FileNotFoundError(f"{folder} has no {TENSORS}{reason}")
-    sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    A: dict[str, Tensor] = {}  # by the name of the projection
+    B: dict[str, Tensor] = {}
     for stored in read_tensor_file(file):
         parts = KEY.fullmatch(stored.key)
         if parts is None or not _is_projection(parts["name"]):
             raise ValueError(
                 f"{file}: unexpected tensor {stored.key}, need LoRA's A and B of projections"
             )
-        _check_tensor(stored, rank, rank_dimension=0 if parts["side"] == "A" else 1)
-        # A copy: the tensor is a view of the mapped file, which may change.
-        sides[parts["side"]][parts["name"]] = stored.tensor.clone()
-    unpaired = sides["A"].keys() ^ sides["B"].keys()
+        is_a = parts["side"] == "A"
+        _check_tensor(stored, rank, rank_dimension=0 if is_a else 1)
+        side = A if is_a else B
+        side[parts["name"]] = stored.tensor.clone()  # the mapped file may change
+    unpaired = A.keys() ^ B.keys()
     if unpaired:
         raise ValueError(f"{file} has A or B of {min(unpaired)} alone")
-    return {name: LoraPair(A, sides["B"][name]) for name, A in sides["A"].items()}
+    return {name: LoraPair(A[name], B[name]) for name in A}
 
 
 def _check_tensor(stored: StoredTensor, rank: int, rank_dimension: int) -> None:
