@@ -152,7 +152,8 @@ class Preference(Learner):
         pairs = []
         for r in rollouts:
             chosen = found.accepted.get(r.problem.id, [])
-            rejected = [self.prompter.ended(done) for done in r.failed]
+            ended = self.prompter.ended
+            rejected = [ended(done.token_ids, done.finish_reason) for done in r.failed]
             n = self.config.pairs_per_question
             pairs += pair_up(r.problem, self.prompter, chosen, rejected, n)
         return pairs

@@ -86,7 +86,7 @@ def explain(
     for (p, _), completion, text, verdict in zip(asked, completions, texts, verdicts, strict=True):
         if completion.finish_reason != "stop":
             continue
-        ids = prompter.ended(completion)
+        ids = prompter.ended(completion.token_ids, completion.finish_reason)
         if append and stated(text, p.answer) and last_boxed_span(text) is None:
             kept = before_claim(text, p.answer)
             ids = prompter.longer(prompter.cut(ids, len(kept)), boxed(p.answer))
