@@ -24,11 +24,11 @@ from expo_fast.algorithms.explanations import Score
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
-from expo_fast.data.answer_grading import decide, tidy
+from expo_fast.data.answer_grading import decide, last_boxed, tidy
 from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
-from expo_fast.reward import grader_hash, last_boxed, score_answers
+from expo_fast.reward import grader_hash, score_answers
 from expo_fast.storage.files import output_file, replace_file
 from expo_fast.weights import load_model
 

@@ -21,7 +21,7 @@ from expo_fast.algorithms.trainer import Learner
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, from_toml, parse
 from expo_fast.config import ADJUSTABLE, GROUPS, PAIRS, REFERENCE_FREE, Train
-from expo_fast.data.answer_grading import decide, tidy
+from expo_fast.data.answer_grading import decide, last_boxed, tidy
 from expo_fast.data.problems import Problem, fingerprint, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, expert_text
 from expo_fast.evaluate import check_answers, evaluate
@@ -29,7 +29,7 @@ from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach, load_adapter, save_adapter
 from expo_fast.reporting.run_log import RunLog
-from expo_fast.reward import RewardFunction, call_reward, last_boxed, load_reward, score_answers
+from expo_fast.reward import RewardFunction, call_reward, load_reward, score_answers
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
 from expo_fast.weights import find_model, load_model, save_model

@@ -7,9 +7,8 @@ does not start from it, reaches it before it boxes it, and calculates right on t
 import re
 from fractions import Fraction
 
-from expo_fast.data.answer_grading import plain_number, same_number, tidy
+from expo_fast.data.answer_grading import last_boxed_span, plain_number, same_number, tidy
 from expo_fast.data.problems import Problem, last_question
-from expo_fast.reward import last_boxed_span
 
 MASK = "?"  # stands for the answer where the lift is to come from the reasoning
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
+from expo_fast.data.answer_grading import last_boxed_span
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, boxed
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import linear_logprob
-from expo_fast.reward import last_boxed_span
 
 Score = Callable[[list[str], list[str]], list[float | None]]  # (answers, texts) -> 1 | 0 | None
 
