@@ -141,7 +141,9 @@ def lenient_and_counted(count: Count) -> Iterator[None]:
         yield
 
 
-def parity(_: object, texts: list[str], completions: list[Completion]) -> list[float | None]:
+def parity(
+    _: object, texts: Sequence[str], completions: Sequence[Completion]
+) -> list[float | None]:
     return [float(sum(c.token_ids) % 2) for c in completions]
 
 

@@ -27,7 +27,9 @@ ADJUSTABLE = (
     "diagnose",
 )
 if TYPE_CHECKING:
-    Method = Objective = Preference = str
+    Method = str
+    Objective = str
+    Preference = str
 else:  # the choices of --method, --objective and --preference
     Method = Literal[tuple(METHODS)]
     Objective = Literal[tuple(POLICY_OBJECTIVES)]

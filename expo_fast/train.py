@@ -4,9 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +16,6 @@ from expo_fast.algorithms.resume import (
     restore,
     save_checkpoint,
 )
-from expo_fast.algorithms.rollout import Reward
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import TrainingData, check_lengths, load_training_data
 from expo_fast.cli.exit_status import run
@@ -27,12 +24,11 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
-from expo_fast.generate import Completion
 from expo_fast.modeling.lora import attach
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.reporting.timing import Phases
-from expo_fast.reward import RewardFunction, call_reward, load_reward, score_answers
+from expo_fast.reward import boxed_answer_reward, custom_reward, load_reward, score_answers
 from expo_fast.storage import checkpoint
 from expo_fast.weights import load_model
 
@@ -90,7 +86,9 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
     if needs_frozen_reference(config):
         reference, _ = load_model(config.model, dtype=dtype, device=config.device)
         reference.requires_grad_(False)
-    reward = boxed_answer if config.reward is None else custom(load_reward(config.reward))
+    reward = boxed_answer_reward
+    if config.reward is not None:
+        reward = custom_reward(load_reward(config.reward))
     prompter = Prompter(tokenizer, data.shots, config.system_prompt, config.instruction)
     return make_trainer(
         config, model, reference, prompter, data.problems, reward, verify=score_answers
@@ -109,29 +107,6 @@ def needs_frozen_reference(config: Train) -> bool:
         return True
     online = config.pairs_every > 0 and not config.refresh_reference
     return online and PREFERENCE_OBJECTIVES[config.preference].needs_reference
-
-
-def boxed_answer(problems: list[Problem], texts: list[str], _: list[Completion]):
-    """The built-in reward: 1 where the last box holds the answer, else 0; None where undecided."""
-    return score_answers([p.answer for p in problems], texts)
-
-
-def custom(fn: RewardFunction) -> Reward:
-    """A user's function behind our signature."""
-
-    def reward(problems: list[Problem], texts: list[str], completions: list[Completion]):
-        rows = [{**p.columns, **named_columns(p)} for p in problems]
-        columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
-        prompts = [p.prompt for p in problems]
-        return call_reward(fn, prompts, texts, [c.token_ids for c in completions], columns)
-
-    return reward
-
-
-def named_columns(problem: Problem) -> dict[str, Any]:
-    """What a reward function gets of a problem beside the data's own columns."""
-    p = problem
-    return {"id": p.id, "answer": p.answer, "solution": p.solution, "level": p.level}
 
 
 def check_continuation(trainer: Trainer, start: int) -> None:

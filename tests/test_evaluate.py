@@ -10,7 +10,7 @@ import pytest
 from expo_fast import evaluate, reward
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
-from expo_fast.data import answer_grading
+from expo_fast.data import answer_grading, verifier
 from expo_fast.evaluate import Evaluation
 from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is_right, pass_at_k
 from expo_fast.reward import grader_hash
@@ -136,7 +136,7 @@ def test_k_beyond_the_samples_is_refused_with_both_values(k: int):
     assert Evaluate(samples=5, k=(1, 5)).k == (1, 5)
 
 
-@pytest.mark.parametrize("module", [answer_grading, reward])
+@pytest.mark.parametrize("module", [answer_grading, reward, verifier])
 def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch):
     before = grader_hash()
     assert grader_hash() == before

@@ -24,7 +24,7 @@ from benchmarks import floors, gpu_decode, gpu_train
 from benchmarks.cases import SHAPES
 from benchmarks.measure import Ceilings, brief
 from expo_fast.generate import Completion, Request
-from expo_fast.inference import cuda_engine
+from expo_fast.inference import cuda_engine, paged_attention
 from expo_fast.kernels.head import Head
 from expo_fast.modeling import attention
 from expo_fast.modeling.packing import Sample
@@ -333,7 +333,7 @@ def test_switches_take_the_ways_that_they_name(monkeypatch):
     for owner, name in (
         (logprob, "supports"),
         (cuda_engine, "supports"),
-        (cuda_engine, "varlen_attention"),
+        (paged_attention, "varlen_attention"),
         (attention, "varlen_attention"),
         (cuda_engine.CudaEngine, "__init__"),
     ):
@@ -348,7 +348,7 @@ def test_switches_take_the_ways_that_they_name(monkeypatch):
     monkeypatch.setattr(cuda_engine, "has_triton", lambda device: True)
     assert not cuda_engine.CudaEngine(model).wants_graphs
     assert not cuda_engine.supports(model)
-    assert cuda_engine.varlen_attention is attention.varlen_attention is switches.each_sequence
+    assert paged_attention.varlen_attention is attention.varlen_attention is switches.each_sequence
 
 
 @pytest.mark.parametrize("window", [None, 50])

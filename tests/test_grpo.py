@@ -163,15 +163,20 @@ def gradients_of(model: Decoder) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+class NoGradSums:
+    """Stands for the gradient sums: leaves the gradients where autograd put them."""
+
+    def start_new_term(self) -> None: ...
+
+    def term_norms(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
 class RecordedOptimizer:
-    """Stands for the optimizer: leaves the gradients where autograd put them."""
+    """Stands for the optimizer: does not move the weights."""
 
     skipped = 0
-
-    def mark(self) -> None: ...
-
-    def norms_since_mark(self) -> tuple[float, float]:
-        return 0.0, 0.0
+    grad_sums = NoGradSums()
 
     def step(self, lr: float, max_grad_norm: float) -> StepReport:
         return StepReport(grad_norm=0.0, update_norm=0.0, applied=False)

@@ -142,7 +142,9 @@ def test_kept_explanations_survive_a_resume(
     assert all(row["exp/accepted"] > 0 for row in rows(whole))
     if more == "--explain-every 0":
         assert rows(whole)[5]["exp/right_ratio"] is None  # all its questions were explained before
-    values = [checkpoint.load(run / "checkpoints/step-6")[1]["trainer"] for run in (whole, parts)]
+    values = [
+        checkpoint.load(run / "checkpoints/step-6").values["trainer"] for run in (whole, parts)
+    ]
     assert values[0] == values[1]
     assert bool(values[0]["earlier"]) is (more == "--shuffle-explanations")
     state = "checkpoints/step-6/trainer_state/state.safetensors"

@@ -131,10 +131,22 @@ def layers(report: Report) -> None:
     angles = torch.rand(n, 1, 32, generator=g, device=report.device) * 6
     turn = angles.cos().bfloat16(), angles.sin().bfloat16()
     norms = [RMSNorm(64, 1e-6).bfloat16().to(report.device) for _ in range(2)]
-    for weights in (None, (norms[0].weight.detach(), norms[1].weight.detach(), 1e-6)):
-        got = layer.place(scene.cache, 1, q, k, v, weights, turn, *scene.where)
-        q_in, k_in = (q, k) if weights is None else (norms[0](q), norms[1](k))
-        what = "with norms" if weights else "without norms"
+    tables, positions = scene.where
+    weights = layer.HeadNorms(norms[0].weight.detach(), norms[1].weight.detach(), 1e-6)
+    for head_norms in (None, weights):
+        got = layer.place(
+            scene.cache,
+            1,
+            q,
+            k,
+            v,
+            norms=head_norms,
+            rotation=turn,
+            tables=tables,
+            positions=positions,
+        )
+        q_in, k_in = (q, k) if head_norms is None else (norms[0](q), norms[1](k))
+        what = "with norms" if head_norms else "without norms"
         report.compare(f"q, {what}", got, rotate(q_in, *turn).detach(), ERROR[torch.bfloat16])
         pages = scene.tables.long().gather(1, scene.positions.cpu()[:, None] // PAGE)[:, 0]
         kept = scene.slab[pages.to(report.device), 1, :, scene.positions % PAGE]
@@ -180,8 +192,18 @@ def truncated(report: Report) -> None:
     found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
     drawn = sampling.draw_from_blocks(logits, *found, temperature, u)
     on = cut.to(torch.device(report.device))
-    given = temperature, (on.top_k, on.top_p, on.min_p), u
-    truncate.redraw(logits, *found, sampling.BLOCK, *given, *drawn)
+    truncate.redraw(
+        logits,
+        *found,
+        sampling.BLOCK,
+        temperature,
+        u,
+        top_k=on.top_k,
+        top_p=on.top_p,
+        min_p=on.min_p,
+        tokens=drawn.tokens,
+        logps=drawn.logps,
+    )
     compare_draws(report, drawn, (tokens, logps))
 
 

@@ -88,12 +88,18 @@ def truncated_draw(logits: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0) 
     u = torch.rand(n, dtype=torch.float64, device=device)
     found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
     drawn = sampling.draw_from_blocks(logits, *found, temperature, u)
-    rules = (
-        torch.full((n,), top_k, device=device),
-        torch.full((n,), top_p, device=device),
-        torch.zeros(n, device=device),
+    truncate.redraw(
+        logits,
+        *found,
+        sampling.BLOCK,
+        temperature,
+        u,
+        top_k=torch.full((n,), top_k, device=device),
+        top_p=torch.full((n,), top_p, device=device),
+        min_p=torch.zeros(n, device=device),
+        tokens=drawn.tokens,
+        logps=drawn.logps,
     )
-    truncate.redraw(logits, *found, sampling.BLOCK, temperature, rules, u, *drawn)
 
 
 LAUNCHES: dict[str, Callable[[str], None]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expo_fast.inference import cuda_engine
+from expo_fast.inference import cuda_engine, paged_attention
 from expo_fast.modeling import attention
 from expo_fast.modeling.attention import Layer, causal_attention
 
@@ -61,7 +61,7 @@ def apply() -> None:
         cuda_engine.supports = lambda model: False
     if SDPA in on:
         attention.varlen_attention = each_sequence
-        cuda_engine.varlen_attention = each_sequence
+        paged_attention.varlen_attention = each_sequence
 
 
 def each_sequence(

@@ -207,7 +207,7 @@ def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanati
             group.problem,
             prompter,
             chosen.accepted.get(group.problem.id, []),
-            [prompter.ended(attempt) for attempt in group.failed],
+            [prompter.ended(done.token_ids, done.finish_reason) for done in group.failed],
             trainer.config.pairs_per_question,
         )
     return pairs

@@ -8,9 +8,8 @@ false equation. A new filter is a function here and one line in `is_unfit`.
 import re
 from fractions import Fraction
 
-from expo_fast.data.answer_grading import plain_number, same_number, tidy
+from expo_fast.data.answer_grading import last_boxed_span, plain_number, same_number, tidy
 from expo_fast.data.problems import Problem, last_question
-from expo_fast.reward import last_boxed_span
 
 MASK = "?"  # replaces the answer, so that a lift comes from the reasoning
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived

@@ -24,11 +24,11 @@ from torch import Tensor
 from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
 from expo_fast.algorithms.rollout import Verifier, make_request, mean
 from expo_fast.config import Train
+from expo_fast.data.answer_grading import last_boxed_span
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, boxed, request_seed
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.packing import Sample
-from expo_fast.reward import last_boxed_span
 
 TokenIds = tuple[int, ...]
 ByProblem = dict[str, list[TokenIds]]  # token ids of explanations by problem id
@@ -169,7 +169,7 @@ def accept_explanations(
     ):
         if completion.finish_reason != "stop":
             continue
-        ids = prompter.ended(completion)
+        ids = prompter.ended(completion.token_ids, completion.finish_reason)
         reaches_answer = bool(stated(text, question.answer))
         if append_answer and reaches_answer and last_boxed_span(text) is None:
             ids = with_appended_answer(ids, text, question, prompter)

@@ -294,11 +294,12 @@ def update_weights(
     """
     config = trainer.config
     model = trainer.model
+    grad_sums = trainer.optimizer.grad_sums  # what each loss.backward() adds its gradients to
     coef = exp_sft_coef(config, update // config.updates_per_batch)
     with phases.phase("forward_backward"):
         attempts = with_reference_logprobs(trainer, attempts)
         policy = policy_backward(model, attempts, PolicyLossConfig.of(config))
-        trainer.optimizer.mark()
+        grad_sums.start_new_term()
 
         questions = [g.problem for g in groups if g.problem.id in positives.accepted]
         explanations = sft_samples(
@@ -314,7 +315,7 @@ def update_weights(
             temperature=config.temperature,
             max_tokens=config.pack_tokens,
         )
-        policy_norm, sft_norm = trainer.optimizer.norms_since_mark()
+        policy_norm, sft_norm = grad_sums.term_norms()
     metrics: Metrics = {
         "loss": policy.loss + sft.loss,
         "kl": policy.kl if config.kl_coef else None,

@@ -13,12 +13,12 @@ from expo_fast.algorithms.trainer import Trainer
 from expo_fast.cli.flags import dump_toml, from_toml
 from expo_fast.config import ADJUSTABLE, Train
 from expo_fast.data.problems import fingerprint
-from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import load_adapter, save_adapter
+from expo_fast.modeling.shape import Shape
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
-from expo_fast.weights import find_model, load_model, save_model
+from expo_fast.weights import find_model, load_weights_into, save_model, stored_shape
 
 
 def check_run_dir(config: Train) -> None:
@@ -57,32 +57,31 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
     It is the checkpoint that --resume names, or the newest valid one. Returns (None, 0) where
     there is none. No file is written.
     """
-    path = None
+    loaded = None
     if config.resume == "auto":
-        path = checkpoint.newest(config.run_dir)
+        loaded = checkpoint.load_newest(config.run_dir)
     elif names_checkpoint(config):
-        path = Path(config.resume)
-    if path is None:
+        loaded = checkpoint.load(Path(config.resume))
+    if loaded is None:
         return None, 0
-    tensors, values = checkpoint.load(path)
-    saved = None
+    path = loaded.path
     if not config.lora_rank:
-        saved, _ = load_model(path, dtype=trainer.model.dtype, device=trainer.model.device)
-        check_same_shape(config, trainer.model, saved, path)
+        check_same_shape(config, trainer.model.shape, path)
     for what, value in identity(trainer).items():
-        if values["identity"].get(what) != value:
+        if loaded.values["identity"].get(what) != value:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
-    if saved is None:
+    if config.lora_rank:
         load_adapter(trainer.model, path)
     else:
-        trainer.model.load_state_dict(saved.state_dict())
-    trainer.load_state(tensors, values["trainer"])
-    return path, values["step"]
+        load_weights_into(trainer.model, path)
+    trainer.load_state(loaded.tensors, loaded.values["trainer"])
+    return path, loaded.values["step"]
 
 
-def check_same_shape(config: Train, model: Decoder, saved: Decoder, path: Path) -> None:
-    ours = asdict(model.shape)
-    theirs = asdict(saved.shape)
+def check_same_shape(config: Train, shape: Shape, path: Path) -> None:
+    """Raise ValueError where the checkpoint is of a model with another shape."""
+    ours = asdict(shape)
+    theirs = asdict(stored_shape(path))
     for name, value in ours.items():
         if theirs[name] != value:
             raise ValueError(

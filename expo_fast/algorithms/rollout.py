@@ -15,9 +15,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Completion, Request
-
-Reward = Callable[[list[Problem], list[str], list[Completion]], list[float | None]]
-"""(problems, texts, completions) -> one reward each; None: it could not be determined."""
+from expo_fast.reward import Reward
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> 1.0 right, 0.0 wrong, None undecided."""
@@ -127,10 +125,11 @@ def judge_attempts(
     size = config.group_size
     texts = [prompter.text(completion.token_ids) for completion in completions]
     asked = [question for question in questions for _ in range(size)]
-    rewards = list(reward(asked, texts, list(completions)))
-    for i, completion in enumerate(completions):
-        if is_masked(completion, config):
-            rewards[i] = None
+    rewards = reward(asked, texts, completions)
+    rewards = [
+        None if is_masked(completion, config) else reward
+        for completion, reward in zip(completions, rewards, strict=True)
+    ]
     groups = []
     for i, question in enumerate(questions):
         members = slice(i * size, (i + 1) * size)

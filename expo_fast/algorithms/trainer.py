@@ -15,16 +15,18 @@ from torch import Tensor
 
 from expo_fast.algorithms.explanations import ExplanationCache
 from expo_fast.algorithms.pairs import PairStore
-from expo_fast.algorithms.rollout import Reward, Verifier
+from expo_fast.algorithms.rollout import Verifier
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.inference.exact_hidden import exact_hidden
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.lora import Twin, is_attached, sampling_twin
-from expo_fast.modeling.optimizer import Optimizer, learning_rate
+from expo_fast.modeling.lora import MergedCopy, is_attached, merged_copy
+from expo_fast.modeling.optimizer import Optimizer
+from expo_fast.modeling.schedule import learning_rate
 from expo_fast.reporting.timing import Phases
+from expo_fast.reward import Reward
 
 Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
@@ -46,7 +48,7 @@ class Trainer:
     """Verifier of explanations; the reward may be another."""
     generator: Generator
     optimizer: Optimizer
-    merged_copy: Twin | None
+    merged_copy: MergedCopy | None
     """With LoRA: plain weights to sample from, refreshed after each update."""
     initial_weights_hash: str
     pair_store: PairStore | None = None
@@ -98,10 +100,10 @@ def make_trainer(
 ) -> Trainer:
     """Return a trainer with the generator and optimizer that the configuration asks for."""
     initial_weights_hash = weights_hash(model)
-    merged_copy = sampling_twin(model) if is_attached(model) else None
+    merged = merged_copy(model) if is_attached(model) else None
     model.exact = exact_hidden(model) if config.batch_invariant else None
     generator = Generator(
-        model if merged_copy is None else merged_copy.model,
+        model if merged is None else merged.model,
         tokenizer=prompter.tokenizer,
         batch_invariant=config.batch_invariant,
     )
@@ -121,7 +123,7 @@ def make_trainer(
         verify=verify,
         generator=generator,
         optimizer=optimizer,
-        merged_copy=merged_copy,
+        merged_copy=merged,
         initial_weights_hash=initial_weights_hash,
     )
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from expo_fast.config import Train
-from expo_fast.data.answer_grading import decide, tidy
+from expo_fast.data.answer_grading import decide, last_boxed, tidy
 from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, expert_text
-from expo_fast.reward import last_boxed
 
 REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids"}  # given to a reward function
 
