@@ -7,7 +7,13 @@ does not start from it, reaches it before it boxes it, and calculates right on t
 import re
 from fractions import Fraction
 
-from expo_fast.data.answer_grading import last_boxed_span, plain_number, same_number, tidy
+from expo_fast.data.answer_grading import (
+    Number,
+    last_boxed_span,
+    plain_number,
+    same_number,
+    tidy,
+)
 from expo_fast.data.problems import Problem, last_question
 
 MASK = "?"  # stands for the answer where the lift is to come from the reasoning
@@ -145,7 +151,7 @@ def stated(text: str, answer: str) -> list[tuple[int, int]]:
     return [span for span, x in found if x and same_number(x, number)]
 
 
-def _decimal(text: str) -> tuple[Fraction, int | None] | None:
+def _decimal(text: str) -> Number | None:
     """The magnitude of an integer or decimal, however it is spelt, and its decimal places."""
     text = tidy(text).lstrip("+-")
     return plain_number(text) if _NUMBER.fullmatch(text) else None
