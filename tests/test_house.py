@@ -23,7 +23,7 @@ OURS = sorted(
 TESTS = sorted(ROOT.glob("tests/*.py"))
 PYTHON = [*OURS, *TESTS, *sorted(ROOT.glob("benchmarks/**/*.py"))]
 MOST_FLAT_MODULES = 14
-MOST_TOKENS = 650  # of a function; a screen of 50 lines has about 400
+MOST_TOKENS = 600  # of a function; a screen of 50 lines has about 400
 
 # A package or public module imports only those above it. docs/architecture.md shows them.
 ORDER = [

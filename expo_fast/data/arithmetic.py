@@ -74,6 +74,9 @@ OPERATIONS = {
 }
 
 
+Numbers = dict[str, int]  # by the letter of a template
+
+
 class WordProblem(NamedTuple):
     """A generated problem."""
 
@@ -113,7 +116,8 @@ def templates(level: int) -> tuple[Template, ...]:
 
 
 def _parse(text: str) -> Template:
-    equations = tuple(Equation(*match.groups()) for match in EQUATION.finditer(text))
+    found = EQUATION.findall(text)
+    equations = tuple(Equation(*letters) for letters in found)
     operands: set[str] = set()
     for equation in equations:
         operands |= {equation.left, equation.right}
@@ -184,7 +188,9 @@ def _draw(level: int, rng: random.Random) -> WordProblem:
     template = rng.choice(templates(level))
     words = _draw_words(rng)
     while True:
-        drawn = {letter: rng.choice(RANGES[letter]) for letter in template.drawn}
+        drawn: Numbers = {}
+        for letter in template.drawn:
+            drawn[letter] = rng.choice(RANGES[letter])
         numbers = _compute(template, drawn)
         if numbers is None:
             continue
@@ -196,7 +202,7 @@ def _draw(level: int, rng: random.Random) -> WordProblem:
             return WordProblem(question, answer, solution)
 
 
-def _compute(template: Template, drawn: dict[str, int]) -> dict[str, int] | None:
+def _compute(template: Template, drawn: Numbers) -> Numbers | None:
     """Return all numbers of a template, or None if one is not an integer from 2 to LARGEST."""
     numbers = dict(drawn)
     for left, sign, right, result in template.equations:
@@ -236,7 +242,7 @@ def _draw_words(rng: random.Random) -> dict[str, str]:
     }
 
 
-def _in_words(numbers: dict[str, int]) -> dict[str, object]:
+def _in_words(numbers: Numbers) -> dict[str, object]:
     """Return the words for the numbers that a template names in words."""
     words: dict[str, object] = {}
     if "f" in numbers:

@@ -38,7 +38,8 @@ def _message(what: str, value: object) -> Message:
     parts = value if isinstance(value, dict) else {}
     message = {name: part for name, part in parts.items() if part is not None}
     complete = {"role", "content"} <= message.keys()
-    if not complete or not all(isinstance(part, str) for part in message.values()):
+    all_text = all(isinstance(part, str) for part in message.values())
+    if not complete or not all_text:
         raise ValueError(
             f"{what}: a chat message needs text in role and content, and no other kind of value "
             f"beside them: {shown(value)}"
@@ -94,15 +95,16 @@ def read_solution(what: str, value: object) -> str | None:
 
 def read_level(what: str, value: object) -> int | None:
     """Return a level from 3, 3.0, "3" or "Level 3". None for none and for "Level ?"."""
-    level = value
-    if isinstance(value, str) and (match := LEVEL.fullmatch(value.strip())):
-        level = None if match[1] == "?" else int(match[1])
-    elif isinstance(value, float) and value.is_integer():
-        level = int(value)
-    if level is None:
+    if value is None:
         return None
-    if isinstance(level, int) and not isinstance(level, bool):
-        return level
+    if isinstance(value, str):
+        match = LEVEL.fullmatch(value.strip())
+        if match:
+            return None if match[1] == "?" else int(match[1])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
     raise ValueError(f"{what} must be a whole number or text such as 'Level 5', not {shown(value)}")
 
 

@@ -101,8 +101,8 @@ def worked_examples(
     short = by_length[: max(k, len(by_length) // 3)]
     shots = []
     for i in range(k):
-        middle = (2 * i + 1) * len(short) // (2 * k)  # of the i-th of k equal parts
-        shots.append(short[middle])
+        # the middle of the i-th of k equal parts
+        shots.append(short[(2 * i + 1) * len(short) // (2 * k)])
     questions = {question_text(shot) for shot in shots}
     rest = [problem for problem in problems if question_text(problem) not in questions]
     return tuple(shots), rest
@@ -145,7 +145,11 @@ def last_question(problem: Problem) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _of_levels(problems: list[Problem], levels: Sequence[int], source: str) -> list[Problem]:
+def _of_levels(
+    problems: list[Problem],
+    levels: Sequence[int],
+    source: str,
+) -> list[Problem]:
     if not levels:
         return problems
     kept = [problem for problem in problems if problem.level in levels]
@@ -160,7 +164,8 @@ def _of_levels(problems: list[Problem], levels: Sequence[int], source: str) -> l
 def _subset(problems: list[Problem], limit: int | None, seed: int) -> list[Problem]:
     order = list(range(len(problems)))
     random.Random(seed).shuffle(order)
-    return [problems[i] for i in sorted(order[:limit])]
+    chosen = sorted(order[:limit])
+    return [problems[i] for i in chosen]
 
 
 def _problem(row: Row) -> Problem:

@@ -16,6 +16,8 @@ from expo_fast.config import INSTRUCTION
 from expo_fast.data.columns import Message
 from expo_fast.data.problems import Problem
 
+TokenIds = tuple[int, ...]
+
 EXPLAIN = "{question} (The answer is {answer}.)"  # in place of the question
 PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template
 PLAIN_STOP = "\nQuestion:"
@@ -51,11 +53,11 @@ class Prompter:
 
     # Prompts
 
-    def solve(self, problem: Problem) -> tuple[int, ...]:
+    def solve(self, problem: Problem) -> TokenIds:
         """Return the token ids of the plain question, up to the start of the answer."""
         return self._render(problem, explain=False)
 
-    def explain(self, problem: Problem) -> tuple[int, ...]:
+    def explain(self, problem: Problem) -> TokenIds:
         """Return the same with the answers stated, of the problem and the worked examples."""
         return self._render(problem, explain=True)
 
@@ -69,28 +71,29 @@ class Prompter:
         """A hash that changes with everything that changes a prompt."""
         probe = Problem(id="probe", prompt="Q?", answer="A", solution="S")
         rendered = (self.solve(probe), self.explain(probe))
-        return hashlib.sha256(repr(rendered).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(repr(rendered).encode())
+        return digest.hexdigest()[:16]
 
     # Completions
 
-    def expert(self, problem: Problem) -> tuple[int, ...]:
+    def expert(self, problem: Problem) -> TokenIds:
         """Return the completion ids of the expert's solution, with its answer boxed."""
         return self.completion(expert_text(problem))
 
-    def target(self, problem: Problem) -> tuple[int, ...]:
+    def target(self, problem: Problem) -> TokenIds:
         """Return the completion ids that the data prefer: a pair's chosen text, or the solution."""
         if problem.pair is not None:
             chosen, _ = problem.pair
             return self.completion(chosen)
         return self.expert(problem)
 
-    def completion(self, text: str) -> tuple[int, ...]:
+    def completion(self, text: str) -> TokenIds:
         """Return the ids of a text as a completion of the model, with the end token."""
         if not self._has_chat_template:
             text = " " + text
         return (*self._encode(text), self.tokenizer.eos_token_id)
 
-    def ended(self, token_ids: Sequence[int], finish_reason: str) -> tuple[int, ...]:
+    def ended(self, token_ids: Sequence[int], finish_reason: str) -> TokenIds:
         """Return the ids of a sampled completion that ends like all others.
 
         If a stop string ended it, it is cut before the string and gets the end token.
@@ -99,9 +102,13 @@ class Prompter:
         if finish_reason != "stop" or not self.stop_strings:
             return tuple(ids)
         text = self.text(ids)
-        ends = [text.find(stop) for stop in self.stop_strings if stop in text]
-        before = text[: min(ends, default=len(text))].rstrip()
-        return (*self.cut(ids, len(before)), self.tokenizer.eos_token_id)
+        end = len(text)
+        for stop in self.stop_strings:
+            if stop in text:
+                end = min(end, text.find(stop))
+        before = text[:end].rstrip()
+        kept = self.cut(ids, len(before))
+        return (*kept, self.tokenizer.eos_token_id)
 
     def cut(self, ids: Sequence[int], length: int) -> list[int]:
         """Return the longest prefix of the tokens whose text has at most `length` characters."""
@@ -110,7 +117,7 @@ class Prompter:
             ids.pop()
         return ids
 
-    def longer(self, ids: Sequence[int], more: str) -> tuple[int, ...]:
+    def longer(self, ids: Sequence[int], more: str) -> TokenIds:
         """Return an ended completion with a text inserted before its end token.
 
         The sampled tokens are not changed.
@@ -130,7 +137,7 @@ class Prompter:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _render(self, problem: Problem, *, explain: bool) -> tuple[int, ...]:
+    def _render(self, problem: Problem, *, explain: bool) -> TokenIds:
         turns = self._turns(problem, explain)
         if self._has_chat_template:
             text = self._fill(turns)

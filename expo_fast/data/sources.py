@@ -52,7 +52,12 @@ def read_rows(
     return _file_rows(Path(source).expanduser())
 
 
-def _builtin_rows(name: str, levels: Sequence[int], limit: int | None, seed: int) -> Iterator[Row]:
+def _builtin_rows(
+    name: str,
+    levels: Sequence[int],
+    limit: int | None,
+    seed: int,
+) -> Iterator[Row]:
     name, _, split = name.partition(":")
     if name not in BUILTINS:
         known = ", ".join(BUILTINS)

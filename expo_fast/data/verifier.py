@@ -35,6 +35,9 @@ class Comparison(NamedTuple):
     answer: str  # the content of the box
 
 
+Verdicts = dict[Comparison, Verdict]
+
+
 class Worker:
     """A process that judges one comparison at a time."""
 
@@ -96,9 +99,9 @@ def _start_program(memory_bytes: int) -> tuple[Connection, subprocess.Popen]:
     """Start the worker program. Return the channel to it, and its process."""
     ours, theirs = Pipe()
     fd = theirs.fileno()
-    program = answer_grading.__file__
+    arguments = (fd, os.getpid(), memory_bytes)
     # -P keeps the folder of the program, whose modules have short names, off its path.
-    command = [sys.executable, "-P", program, str(fd), str(os.getpid()), str(memory_bytes)]
+    command = [sys.executable, "-P", answer_grading.__file__, *map(str, arguments)]
     environment = dict(os.environ)
     environment["PYTHONHASHSEED"] = "0"  # sympy orders by hash: equal texts get equal verdicts
     with theirs:
@@ -176,9 +179,9 @@ class Verifier:
             verdicts |= self._judge(jobs, timeout_s)
         return [_as_number(verdicts[job]) for job in comparisons]
 
-    def _judge(self, jobs: list[Comparison], timeout_s: float) -> dict[Comparison, Verdict]:
+    def _judge(self, jobs: list[Comparison], timeout_s: float) -> Verdicts:
         waiting = deque(jobs)
-        verdicts: dict[Comparison, Verdict] = {}
+        verdicts: Verdicts = {}
         self._replace_lost()
         try:
             while len(verdicts) < len(jobs):
@@ -213,7 +216,7 @@ class Verifier:
         self,
         worker: Worker,
         heard: bool,  # it has sent something, or died
-        verdicts: dict[Comparison, Verdict],
+        verdicts: Verdicts,
     ) -> None:
         """Record a worker's verdict. Drop a worker that died, is late or has had enough jobs."""
         late = not heard and time.monotonic() >= worker.deadline
