@@ -1,4 +1,4 @@
-"""What pip installs: the two links become real folders, and the ops work with torch alone."""
+"""The installed package: the two links are real folders, and the ops need torch alone."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel made of the source distribution, unpacked."""
+    """Build a wheel from the source distribution and return its unpacked folder."""
     folder = tmp_path_factory.mktemp("packaging")
     checkout = folder / "checkout"
     skip = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info")
@@ -60,7 +60,7 @@ def test_the_wheel_carries_its_license(installed: Path):
 
 
 def test_the_ops_of_the_wheel_work_with_torch_alone(installed: Path):
-    """-log p of the only token of a vocabulary of one is 0; of V equal logits it is log V."""
+    """log p is -log V for V equal logits, and 0 for an ignored target."""
     code = """
 import sys, torch
 sys.modules |= dict.fromkeys(("transformers", "tokenizers", "safetensors", "rich", "tyro"))
