@@ -27,6 +27,7 @@ from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
 
 SHOWN = ("STORE", "BIAS", "LARGEST", "H", "DH")  # constants that tell forms apart
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "stride"), "i32") | {
     "targets": "*i64",
@@ -34,21 +35,13 @@ TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "stride"), "i32") | {
 }
 
 
-def launched() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+Form = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+
+
+def launched() -> Iterator[Form]:
     """(kernel, types of arguments that are not fp32 pointers, constants, options)."""
-    tile = vars(k.GEMM)
-    options = {name: tile[name] for name in ("num_warps", "num_stages")}
-    tile = {name: x for name, x in tile.items() if name not in options}
-    tile |= {"PROGRAMS": 132, "WIDE": False}
-    rows, columns = f"[{k.GEMM.BN}, {k.GEMM.BD}]", f"[{k.GEMM.BV}, {k.GEMM.BD}]"
-    stored = f"tensordesc<bf16[{k.GEMM.BN}, {k.GEMM.BV}]>"
-    given = {"x": f"tensordesc<bf16{rows}>", "w": f"tensordesc<bf16{columns}>"}
-    given |= {"e": stored, "dz": stored}
+    yield from fused_head(k.VARIANTS[k.BY_CARD["default"]])
     for bias in ({"BIAS": False, "bias": None}, {"BIAS": True}):
-        for store in ({"STORE": False, "e": None}, {"STORE": True}):
-            for mode in ({"again": None, "LARGEST": False}, {"LARGEST": True}, {"LARGEST": False}):
-                yield k.softmax_sums, given, tile | bias | store | mode, options
-        yield k.logit_gradients, given, tile | bias, options
         pointers = {"x": "*bf16", "w": "*bf16"}
         yield k.target_logits, pointers, {"BLOCK": k.ELEMENTS} | bias, {}
     elements = {"BLOCK": k.ELEMENTS, "WIDE": False}
@@ -63,43 +56,70 @@ def launched() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, 
         sizes = {"rewards": "*fp64", "ids": "*i64", "M": "i32", "eps": "fp32"}
         constants = scale | {"SAME_REWARD": SAME_REWARD, "BLOCK": groups.BLOCK}
         yield groups.centre_and_scale, sizes, constants, {}
-    yield from decoding()
+    for dtype in DTYPES:
+        yield from decoding(dtype)
+    yield from drawing()
 
 
-# of Qwen2.5 0.5B, 1.5B and 3B, and of Phi-3, whose heads are no power of two
-DECODERS = ((24, 14, 2, 64), (28, 12, 2, 128), (36, 16, 2, 128), (32, 32, 32, 96))
+def fused_head(config: k.Config) -> Iterator[Form]:
+    """The fused kernels of a linear head at that tile."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    tile = {n: x for n, x in vars(config).items() if n not in (*options, "MASK_ALL", "MOMENT")}
+    tile |= {"PROGRAMS": 132, "WIDE": False}
+    stored = f"tensordesc<bf16[{config.BN}, {config.BV}]>"
+    given = {"x": f"tensordesc<bf16[{config.BN}, {config.BD}]>"}
+    given |= {"w": f"tensordesc<bf16[{config.BV}, {config.BD}]>", "e": stored, "dz": stored}
+    forward: dict[str, Any] = {"MASK_ALL": config.MASK_ALL, "MOMENT": config.MOMENT}
+    if not config.MOMENT:
+        forward["moment"] = None
+    for bias in ({"BIAS": False, "bias": None}, {"BIAS": True}):
+        for store in ({"STORE": False, "e": None}, {"STORE": True}):
+            for mode in ({"again": None, "LARGEST": False}, {"LARGEST": True}, {"LARGEST": False}):
+                yield k.softmax_sums, given, tile | forward | bias | store | mode, options
+        yield k.logit_gradients, given, tile | bias, options
 
 
-def decoding() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+# Layers, heads, key-value heads and head size: of Qwen2.5 0.5B and 3B, of Phi-3, whose heads are no
+# power of two, and of Gemma 2, whose heads are the widest.
+DECODERS = ((24, 14, 2, 64), (36, 16, 2, 128), (32, 32, 32, 96), (26, 8, 4, 256))
+
+
+def decoding(dtype: str) -> Iterator[Form]:
+    """The kernels of a decode step for a model of that dtype."""
     types: dict[str, str] = dict.fromkeys(("layer", "window", "W", "SLOTS", "n", "H"), "i32")
     types |= dict.fromkeys(("scale", "eps"), "fp32")
     types |= dict.fromkeys(("tables", "items", "used"), "*i32")
     types |= dict.fromkeys(("address", "positions"), "*i64")
-    types |= dict.fromkeys(("q", "k", "v", "out", "q_norm", "k_norm", "cos", "sin"), "*bf16")
-    types |= dict.fromkeys(("x", "d", "w", "total", "gate", "up"), "*bf16")
-    tiles = {"FEW": decode.FEW, "MANY": decode.MANY, "BN": decode.TOKENS}
-    tiles |= {"FIELDS": decode.FIELDS, "WIDE": False}
-    options = {"num_warps": decode.WARPS, "num_stages": decode.STAGES}
+    types |= dict.fromkeys(("q", "k", "v", "out", "q_norm", "k_norm", "cos", "sin"), f"*{dtype}")
+    types |= dict.fromkeys(("x", "d", "w", "total", "gate", "up"), f"*{dtype}")
     for layers, heads, kv_heads, dim in DECODERS:
         cache = decode.Paged(torch.empty(1), layers, 32, kv_heads, dim).constants
-        block = {"BD": 64 if dim == 64 else 128}
-        yield decode.attend_items, types, cache | tiles | block | {"H": heads}, options
+        block = {"BD": triton.next_power_of_2(dim)}
+        tile = decode.tile_for(DTYPES[dtype], dim)
+        rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
+        yield decode.attend_items, types, cache | rows | block | fixed, options
         slots = {"DH": dim, "BS": 4, "WIDE": False} | block
         yield decode.add_slots, types, slots, {}
-        new = {"BLOCK": 1 << (kv_heads * dim - 1).bit_length()}
+        new = {"BLOCK": triton.next_power_of_2(kv_heads * dim)}
         yield decode.append_tokens, types, cache | new, {}
         for norm in (False, True):
             turned = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
             yield layer.place_heads, types, cache | turned, {"num_warps": 1}
     for nothing in ({"d": None, "total": None}, {}):
         yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
+    elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
+    yield layer.swiglu_elements, types, elements, {}
+
+
+def drawing() -> Iterator[Form]:
+    """The kernels of a draw, whose logits are always fp32."""
     columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
     yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
     rules = {"BLOCKS": "i32", "top_k": "*i64", "token": "*i64", "u": "*fp64"}
     columns |= {"TOGETHER": truncate.TOGETHER, "DEEPEST": truncate.DEEPEST}
     yield truncate.draw_allowed, rules, columns, {"num_warps": truncate.WARPS}
-    elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
-    yield layer.swiglu_elements, types, elements, {}
 
 
 def compile_for_hopper(
@@ -119,6 +139,8 @@ def compile_for_hopper(
     source = ASTSource(kernel, kind, values, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shown = {name: constants[name] for name in SHOWN if name in constants}
+    if "q" in types:
+        shown["dtype"] = types["q"].removeprefix("*")
     code = read(made.asm["cubin"])
     return {"kernel": kernel.__name__, **shown, "shared": made.metadata.shared, **code}
 
@@ -147,7 +169,7 @@ def main() -> None:
     for row in rows:
         form = " ".join(f"{n}={row[n]:d}" for n in SHOWN if n in row)
         counts = " ".join(f"{row[name]:{len(name)}d}" for name in COUNTED)
-        name = f"{row['kernel']} {form}"
+        name = " ".join(filter(None, (row["kernel"], row.get("dtype"), form)))
         print(f"{name:52s}{row['registers']:10d}{row['stack']:6d}{row['shared']:8d} {counts}")
     print(json.dumps({"triton": triton.__version__, "kernels": rows}))
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Stopwatch, Wrong, brief, gemm_rate, reason
+from benchmarks.measure import Ceilings, Stopwatch, Wrong, brief, ceilings, reason
 from benchmarks.samplers import OURS, PEERS, SAMPLERS, Load, Sampler, Subject, requests
 from benchmarks.summary import default_device, machine, ms
 from expo_fast.generate import Generator
@@ -89,24 +89,6 @@ def judge(subject: Subject, completions: list[list[int]], truth: Truth) -> float
     if abs(mean - truth.mean) > allowed:
         raise Wrong(f"mean log-prob {mean:.3f}, ours {truth.mean:.3f}: more than {allowed:.3f} off")
     return mean
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    flops: float  # a second, of torch.mm in bf16
-    bytes: float  # a second, read and written by a copy
-
-
-def ceilings(device: str) -> Ceilings:
-    room = torch.empty(
-        (4 << 30) if device != "cpu" else (256 << 20), dtype=torch.int8, device=device
-    )
-    twin, stopwatch, seconds = room.clone(), Stopwatch(device), []
-    for _ in range(5):
-        stopwatch.start()
-        twin.copy_(room)
-        seconds.append(stopwatch.stop()[0])
-    return Ceilings(gemm_rate(device), 2 * room.nbytes / min(seconds))
 
 
 def limit(model: Decoder, load: Load, best: Ceilings) -> float:

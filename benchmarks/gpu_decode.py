@@ -8,6 +8,7 @@ the difference to a call that samples one token each.
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks import decode as racing
-from benchmarks.decode import Ceilings, Race, limit
-from benchmarks.measure import Stopwatch, brief, reason
+from benchmarks.decode import Race, limit
+from benchmarks.measure import Ceilings, Stopwatch, brief, reason
 from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
 from expo_fast.generate import Generator
 from expo_fast.inference.cuda_engine import CudaEngine, uncollected
@@ -93,8 +94,6 @@ def measure(name: str, device: str, best: Ceilings, peer: bool) -> dict[str, Any
     result = race.result() | {"model": name, "decoding": decoding(race)}
     racing.show(name, result)
     print(*(f"decoding: {what} {x:.3g}" for what, x in result["decoding"].items()), sep="\n")
-    if gpu:
-        result["attention"] = attention(model, load, best)
     return result
 
 
@@ -138,68 +137,98 @@ def decoding(race: Race) -> dict[str, float]:
     return {"tokens/s": tokens / seconds, "of limit": least / seconds}
 
 
-@torch.no_grad()
-def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
-    """A layer's attention in the middle of the load, in some configurations, beside its floor."""
-    from expo_fast.kernels import cascade, decode
+class AttentionCase:
+    """A layer's attention in the middle of a load: queries, and pages that samples share."""
 
-    shape, page, device = model.shape, CudaEngine.page, model.device
-    rows, seen = load.prompts * load.samples, load.prompt_tokens + load.new_tokens // 2
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, load: Load, device: str):
+        from expo_fast.kernels import cascade, decode
+
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        page, rows = CudaEngine.page, load.prompts * load.samples
+        self.tables = shared_tables(load)
+        size = (1 + int(self.tables.max()), LAYERS, 2, page, kv_heads, head_dim)
+        self.slab = torch.randn(size, device=device).bfloat16()
+        address = torch.tensor([self.slab.data_ptr()], device=device)
+        self.cache = decode.Paged(address, LAYERS, page, kv_heads, head_dim)
+        self.sizes = cascade.Sizes(rows, self.tables.shape[1])
+        self.work = decode.Work.room(self.sizes, heads, head_dim, torch.device(device))
+        self.q = torch.randn(rows, heads, head_dim, device=device).bfloat16()
+        seen = load.prompt_tokens + load.new_tokens // 2
+        self.given = self.tables.to(device), torch.full((rows,), seen - 1, device=device)
+        tokens = load.prompts * load.prompt_tokens + rows * load.new_tokens // 2
+        self.moved = tokens * self.slab[0, 0, :, 0].nbytes + 2 * self.q.nbytes  # bytes, at least
+
+    def plan(self, together: int) -> None:
+        """Share what rows have in common among that many."""
+        from expo_fast.kernels import cascade
+
+        self.work.load(*cascade.plan(self.tables, self.sizes, together))
+
+    def run(self, layer: int, tile: Any = None) -> None:
+        from expo_fast.kernels import decode
+
+        scale = self.head_dim**-0.5
+        decode.attend(self.cache, layer, self.q, *self.given, self.work, scale, None, tile)
+
+
+def shared_tables(load: Load) -> torch.Tensor:  # (rows, W) int32
+    """Pages of a load's rows: those of a prompt for all its samples, then each row's own."""
+    page, rows = CudaEngine.page, load.prompts * load.samples
     whole, own = load.prompt_tokens // page, -(-load.new_tokens // page)
     prompts = 1 + torch.arange(load.prompts * whole).view(load.prompts, whole)
     tails = 1 + load.prompts * whole + torch.arange(rows * own).view(rows, own)
-    tables = torch.cat([prompts.repeat_interleave(load.samples, 0), tails], 1).int()
-    size = (1 + int(tables.max()), LAYERS, 2, page, shape.kv_heads, shape.head_dim)
-    slab = torch.randn(size, device=device).bfloat16()
-    address = torch.tensor([slab.data_ptr()], device=device)
-    cache = decode.Paged(address, LAYERS, page, shape.kv_heads, shape.head_dim)
-    sizes = cascade.Sizes(rows, tables.shape[1])
-    work = decode.Work.room(sizes, shape.heads, shape.head_dim, device)
-    q = torch.randn(rows, shape.heads, shape.head_dim, device=device).bfloat16()
-    given = tables.to(device), torch.full((rows,), seen - 1, device=device)
-    tokens = load.prompts * load.prompt_tokens + rows * load.new_tokens // 2
-    moved = tokens * slab[0, 0, :, 0].nbytes + 2 * q.nbytes  # keys and values of a token
+    return torch.cat([prompts.repeat_interleave(load.samples, 0), tails], 1).int()
+
+
+@torch.no_grad()
+def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
+    """A layer's attention in the middle of the load, in some configurations, beside its floor."""
+    from expo_fast.kernels import decode
+
+    shape, device = model.shape, str(model.device)
+    case = AttentionCase(shape.heads, shape.kv_heads, shape.head_dim, load, device)
     found = {}
 
-    def each_layer() -> None:
+    def each_layer(tile: decode.Tile) -> None:
         for layer in range(LAYERS):
-            decode.attend(cache, layer, q, *given, work, shape.head_dim**-0.5, None)
+            case.run(layer, tile)
 
-    shipped = decode.TOKENS, decode.WARPS, decode.STAGES
+    shipped = decode.tile_for(case.q.dtype, shape.head_dim)
     together = decode.rows_together(shape.heads, shape.kv_heads)
-    for alone, *config in [(False, *shipped), (True, *shipped)] + [
-        (False, tokens, warps, stages)
-        for tokens, warps, stages in ((64, 4, 2), (64, 4, 4), (128, 4, 2), (32, 4, 4), (64, 8, 3))
-    ]:
-        work.load(*cascade.plan(tables, sizes, 1 if alone else together))
-        decode.TOKENS, decode.WARPS, decode.STAGES = config
-        name = f"{'no cascade, ' if alone else ''}{tuple(config)}"
+    others = [(64, 4, 2), (64, 4, 4), (128, 4, 2), (32, 4, 4), (64, 8, 3)]
+    todo = [(False, shipped), (True, shipped)]
+    todo += [(False, decode.Tile(*sizes)) for sizes in others]
+    for alone, tile in todo:
+        case.plan(1 if alone else together)
+        sizes = (tile.tokens, tile.warps, tile.stages)
+        name = f"{'no cascade, ' if alone else ''}{sizes}"
         try:
-            found[name] = replayed(each_layer, str(device)) / LAYERS
+            found[name] = replayed(partial(each_layer, tile), device) / LAYERS
         except Exception as e:  # too large for shared memory
             found[name] = reason(e)
-    decode.TOKENS, decode.WARPS, decode.STAGES = shipped
-    floor = moved / best.bytes
+    floor = case.moved / best.bytes
     print(f"attention of a layer: floor {floor * 1e6:.1f} us, (tokens, warps, stages):")
     for name, s in found.items():
         rate = (
             "" if isinstance(s, str) else f"{s * 1e6:.1f} us, {floor / s:.0%} of the floor's rate"
         )
         print(f"    {name}: {rate or brief(str(s))}")
-    return {"floor_seconds": floor, "bytes": moved, "seconds": found}
+    return {"floor_seconds": floor, "bytes": case.moved, "seconds": found}
 
 
 def replayed(work: Callable[[], None], device: str) -> float:
     """Seconds of the work as a CUDA graph: to launch its kernels one by one takes the host longer
-    than they run.
+    than they run. On a CPU: of the work itself.
     """
     work()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with uncollected(), torch.cuda.graph(graph):
-        work()
-    stopwatch, seconds = Stopwatch(device), []
+    run, stopwatch, seconds = work, Stopwatch(device), []
+    if device != "cpu":
+        graph = torch.cuda.CUDAGraph()
+        with uncollected(), torch.cuda.graph(graph):
+            work()
+        run = graph.replay
     for _ in range(5):
         stopwatch.start()
-        graph.replay()
+        run()
         seconds.append(stopwatch.stop()[0])
     return min(seconds)

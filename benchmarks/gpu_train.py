@@ -9,9 +9,12 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,19 +23,19 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_decode import MODELS, TINY, Sizes, random_model
-from expo_fast.algorithms.explanations import Explanations, keep_best
-from expo_fast.algorithms.grpo import Grpo
-from expo_fast.algorithms.rollout import Sampler
+from expo_fast.algorithms import grpo
+from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.trainer import Trainer, make_trainer
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, load_problems
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
+from expo_fast.reporting.timing import Phases
 from expo_fast.reward import score_answers
 
 SHAPES = {"smollm2-135m": Sizes(30, 576, 1536, 9, 3, 49152), **MODELS}
-SHOWN = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b")
 STEPS = 4  # the first, which compiles and captures, is not counted; the last is profiled
 LOAD = Train(
     steps=STEPS,
@@ -41,9 +44,12 @@ LOAD = Train(
     num_generations=8,
     explanations_per_question=8,
     max_completion_length=256,
-    pack_tokens=16384,  # at 1.5B 100 kB a token and layer are kept for the backward: 46 GB
+    pack_tokens=16384,
     learning_rate=1e-6,
 )
+# At 1.5B the backward needs 128 kB a token and layer: 59 GB for 16384 tokens, beside 34 GB of
+# parameters and optimizer. 80 GB do not hold both.
+PACK_TOKENS = {"qwen2.5-1.5b": 8192}
 SMOKE = replace(  # on a CPU
     LOAD,
     prompts_per_step=2,
@@ -62,25 +68,21 @@ KINDS = {  # what a kernel does, by its name
 }
 
 
-class Lenient(Sampler):
-    """Samples as many explanations as ever, and chooses among all of them."""
-
-    def explanations(self, questions: Sequence[Problem], step: int) -> Explanations:
-        c, K = self.config, self.config.explanations_per_question
-        asked = [
-            self._request(self.prompter.explain(q), c.explain_temperature, "explain", step, q.id, k)
-            for q in questions
-            for k in range(K)
-        ]
-        said = [tuple(done.token_ids) for done in self.generator.sample(asked)]
-        every = {q.id: said[K * i : K * (i + 1)] for i, q in enumerate(questions)}
-        kept = keep_best(every, {q.id: q for q in questions}, c.keep_explanations, self.rank)
-        return Explanations(kept, n_questions=len(questions), n_sampled=len(asked))
+def accept_all(
+    questions: Sequence[Problem], completions: Sequence[Completion], *_: Any, **__: Any
+) -> Explanations:
+    """Stand for `accept_explanations`: random weights explain nothing right, so accept all."""
+    per_question = len(completions) // len(questions)
+    found = Explanations(n_questions=len(questions), n_sampled=len(completions))
+    for i, question in enumerate(questions):
+        own = completions[i * per_question : (i + 1) * per_question]
+        found.accepted[question.id] = [tuple(completion.token_ids) for completion in own]
+    return found
 
 
 @dataclass
 class Count:
-    """FLOPs of products with weights, and tokens, that go through a learner."""
+    """FLOPs of products with weights, and tokens, of a trainer's steps."""
 
     model: Decoder
     flops: float = 0.0
@@ -93,36 +95,55 @@ class Count:
         self.body = sum(p.numel() for p in self.model.model.layers.parameters())
         self.head = self.model.shape.vocabulary * self.model.shape.hidden
 
-    def watch(self, learner: Grpo) -> None:
-        hidden, sample = self.model.hidden, learner.generator.sample
-        backward = learner.policy_backward
+    def watch(self, generator: Any) -> None:
+        """Count what the model and the generator compute from now on."""
+        hidden = self.model.hidden
+        sample = generator.sample
 
         def watched_hidden(
             tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, parents: Tensor | None = None
         ) -> Tensor:
-            self.flops += 2 * self.body * len(tokens) * (3 if torch.is_grad_enabled() else 1)
+            passes = 3 if torch.is_grad_enabled() else 1  # a backward is two forwards
+            self.flops += 2 * self.body * len(tokens) * passes
             return hidden(tokens, positions, cu_seqlens, parents)
 
         def watched_sample(requests: Sequence[Request]) -> list[Completion]:
             done = sample(requests)
-            new = sum(len(c.token_ids) for c in done)
-            prompts = sum(map(len, {tuple(r.prompt_ids) for r in requests}))
+            new = sum(len(completion.token_ids) for completion in done)
+            prompts = sum(len(prompt) for prompt in {tuple(r.prompt_ids) for r in requests})
             self.sampled += new
             self.flops += 2 * self.body * (prompts + new) + 2 * self.head * new
             return done
 
-        def watched_backward(samples: Sequence[Sample]) -> dict[str, float]:
-            rows = sum(len(s.completion_ids) for s in samples)
+        self.model.hidden = watched_hidden
+        generator.sample = watched_sample
+
+    def counted(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `policy_backward` or `sft_backward` with its tokens and FLOPs counted."""
+
+        def watched_backward(model: Decoder, samples: Sequence[Sample], *more: Any, **named: Any):
+            rows = sum(len(sample.completion_ids) for sample in samples)
             self.learnt += rows
             self.flops += 3 * 2 * self.head * rows
-            return backward(samples)
+            return backward(model, samples, *more, **named)
 
-        self.model.hidden = watched_hidden
-        learner.generator.sample = watched_sample
-        learner.policy_backward = watched_backward
+        return watched_backward
 
 
-def parity(_: object, texts: list[str], completions: list[Completion]) -> list[float | None]:
+@contextmanager
+def lenient_and_counted(count: Count) -> Iterator[None]:
+    """Meanwhile all explanations are accepted, and the losses of `grpo` are counted."""
+    with (
+        patch.object(grpo, "accept_explanations", accept_all),
+        patch.object(grpo, "policy_backward", count.counted(grpo.policy_backward)),
+        patch.object(grpo, "sft_backward", count.counted(grpo.sft_backward)),
+    ):
+        yield
+
+
+def parity(
+    _: object, texts: Sequence[str], completions: Sequence[Completion]
+) -> list[float | None]:
     return [float(sum(c.token_ids) % 2) for c in completions]
 
 
@@ -139,38 +160,37 @@ def letters() -> Any:
     return tokenizer
 
 
-def build(name: str, device: str) -> Grpo:
+def build(name: str, device: str) -> Trainer:
     gpu = device != "cpu"
     model = random_model(SHAPES[name] if gpu else TINY, device)
     config = replace(LOAD if gpu else SMOKE, device=device)
+    if gpu:
+        config = replace(config, pack_tokens=PACK_TOKENS.get(name, LOAD.pack_tokens))
     problems = load_problems("builtin:arithmetic-2:train", limit=STEPS * config.prompts_per_step)
     prompter = Prompter(letters())
-    learner = Grpo(config, model, None, prompter, problems, parity, score_answers)
-    learner.sampler = Lenient(**vars(learner.sampler))
-    return learner
+    return make_trainer(config, model, None, prompter, problems, parity, score_answers)
 
 
-def measure(name: str, device: str, flops: float) -> dict[str, Any]:
-    """Plain data; flops: a second, of the device's products.
+def measure(name: str, device: str, flops: float, trace: Path | None = None) -> dict[str, Any]:
+    """Plain data; flops: a second, of the device's products; trace: where to save a step's.
 
     RuntimeError where a step learns nothing.
     """
-    learner = build(name, device)
+    trainer = build(name, device)
     rows: list[dict[str, Any]] = []
     seconds: list[float] = []
-    count = Count(learner.model)
-    count.watch(learner)
+    count = Count(trainer.model)
+    count.watch(trainer.generator)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     for step in range(STEPS - 1):
         if step == 1:
             count.flops, count.sampled, count.learnt = 0.0, 0, 0
         began = time.perf_counter()
-        row, _ = learner.step(step)
+        row = run_step(trainer, step, count)
         seconds.append(time.perf_counter() - began)
         rows.append(row)
-        if not row["grad_norm"] > 0 or not row["exp/accepted"]:
-            raise RuntimeError(f"step {step + 1} learnt nothing: {row}")
+        require_learning(step, row)
     steady = STEPS - 2
     total = sum(seconds[1:])
     phases = {key for key in rows[-1] if key.startswith("time/")}
@@ -190,12 +210,26 @@ def measure(name: str, device: str, flops: float) -> dict[str, Any]:
     }
     if device != "cpu":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found |= profiled(learner, total / steady)
+        found |= profiled(trainer, count, total / steady, trace)
     show(found)
     return found
 
 
-def profiled(learner: Grpo, seconds: float) -> dict[str, Any]:
+def require_learning(step: int, row: Mapping[str, Any]) -> None:
+    """RuntimeError unless the step had something to learn and learnt it."""
+    if not row["grad_norm"] > 0 or not row["exp/accepted"]:
+        raise RuntimeError(f"step {step + 1} learnt nothing: {row}")
+
+
+def run_step(trainer: Trainer, step: int, count: Count) -> dict[str, Any]:
+    """Run a step and return its metrics, seconds by phase included."""
+    phases = Phases()
+    with lenient_and_counted(count):
+        metrics, _ = grpo.run_step(trainer, step, phases)
+    return {**metrics, **phases.seconds()}
+
+
+def profiled(trainer: Trainer, count: Count, seconds: float, trace: Path | None) -> dict[str, Any]:
     """Of the last step: seconds of each kind of kernel, and of the longest others.
 
     The host is slower while it is watched, so what is idle is told from an ordinary step's seconds.
@@ -203,9 +237,11 @@ def profiled(learner: Grpo, seconds: float) -> dict[str, Any]:
     torch.cuda.synchronize()
     began = time.perf_counter()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        learner.step(STEPS - 1)
+        run_step(trainer, STEPS - 1, count)
         torch.cuda.synchronize()
         wall = time.perf_counter() - began
+    if trace:
+        profiler.export_chrome_trace(str(trace))
     events: Any = profiler.events()
     on_device = [e for e in events if str(e.device_type).endswith("CUDA")]
     kernels = ((e.name, e.time_range.elapsed_us() / 1e6) for e in on_device)

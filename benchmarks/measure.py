@@ -8,7 +8,7 @@ import ctypes
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,13 +183,18 @@ def gemms(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     return {name: partial(torch.mm, a, b, out=out) for name, (a, b, out) in products.items()}
 
 
-def warm_up(group: Group, device: str) -> Race:
-    """Runs and judges each contestant once. Raises Wrong if ours is off, and whatever it raises."""
+def warm_up(group: Group, device: str, without: Collection[str] = ()) -> Race:
+    """Runs and judges each contestant once, but for those that are to be left out.
+
+    Raises Wrong if ours is off, and whatever it raises.
+    """
     # with the default of 8 recompilations a peer would quietly fall back to slower code
     torch._dynamo.config.recompile_limit = 1000
     case, op = group.case(device), OPS[group.op]
     measure, race = yardstick(case, op), Race(group, device, case)
     for name, contestant in op.contestants(device):
+        if name in without:
+            continue
         try:
             race.errors[name] = attempt(race, contestant, measure)
             race.works[name] = partial(op.run, contestant, case)
@@ -214,8 +219,11 @@ def attempt(race: Race, contestant: Contestant, measure: Yardstick) -> Errors:
     return found
 
 
-def measure(group: Group, device: str, repeats: int) -> dict[str, Any]:
-    race = warm_up(group, device)
+def measure(
+    group: Group, device: str, repeats: int, without: Collection[str] = ()
+) -> dict[str, Any]:
+    """Plain data; without: contestants that are left out."""
+    race = warm_up(group, device, without)
     for _ in range(repeats):
         race.lap()
     return race.result()
@@ -231,6 +239,27 @@ def gemm_rate(device: str, **how: Any) -> float:
         torch.mm(a, b.T, **how)
         seconds.append(stopwatch.stop()[0])
     return 2 * m * k * n / min(seconds)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at its best."""
+
+    flops: float  # a second, of torch.mm in bf16
+    bytes: float  # a second, read and written by a copy
+
+
+def ceilings(device: str) -> Ceilings:
+    """Measure them."""
+    room = torch.empty(
+        (4 << 30) if device != "cpu" else (256 << 20), dtype=torch.int8, device=device
+    )
+    twin, stopwatch, seconds = room.clone(), Stopwatch(device), []
+    for _ in range(5):
+        stopwatch.start()
+        twin.copy_(room)
+        seconds.append(stopwatch.stop()[0])
+    return Ceilings(gemm_rate(device), 2 * room.nbytes / min(seconds))
 
 
 def foreseen_seconds(group: Group, device: str, repeats: int, rate: float) -> float:

@@ -1,4 +1,4 @@
-// What every kernel here needs: dtypes, memory, threads.
+// Shared by all kernels: dtypes, memory, threads.
 #pragma once
 
 #include <omp.h>
@@ -48,7 +48,8 @@ struct Scratch {
   std::unique_ptr<T[], Free> data;
 };
 
-// An exception may not leave an OpenMP region: the first one is thrown behind it.
+// Runs f(t) on each thread. An exception must not leave an OpenMP region: the first one is thrown
+// again after it.
 template <class F>
 void parallel(int threads, F f) {
   std::vector<std::exception_ptr> failed(threads);
@@ -79,7 +80,7 @@ class Team {
     }
   }
 
-  // One phase: f(0) ... f(n - 1), each by whoever is free, and nobody goes on before all are done.
+  // One phase: f(0) ... f(n - 1), each on the next free thread. Every thread waits for all of them.
   template <class F>
   void each(int64_t n, F f) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
@@ -92,8 +93,8 @@ class Team {
   alignas(64) std::atomic<int> waiting{0};
   alignas(64) std::atomic<int> phase{0};
 
-  // Where threads outnumber free cores, one that only spins keeps the one it waits for from running:
-  // OpenMP's own barrier then makes decoding 13 times slower.
+  // With more threads than free cores, a thread that only spins keeps the thread that it waits for
+  // from running: OpenMP's own barrier then makes decoding 13 times slower.
   void wait() {
     const int now = phase.load(std::memory_order_relaxed);
     if (waiting.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {

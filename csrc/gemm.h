@@ -1,5 +1,5 @@
-// Small matrix products inside one thread: C (M, N) = A (M, K) @ B (K, N), or C += that; sums in
-// fp32. N is a multiple of 16. A bf16 B holds rows in pairs, (K / 2, N, 2), and K is even.
+// Small matrix products inside one thread: C (M, N) = A (M, K) @ B (K, N), or C += A @ B, with sums
+// in fp32. N is a multiple of 16. A bf16 B holds its rows in pairs, (K / 2, N, 2), and K is even.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@
 #define EXPO_FAST_BF16  // products of bf16 values are faster than of their fp32 copies
 #endif
 
-// How many neighbouring rows of B, or values of a row of A, go into one step along K.
+// Neighbouring rows of B, or values of a row of A, that one step along K multiplies.
 template <class T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
 
@@ -33,20 +33,20 @@ inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
 }
 #endif
 
-// R x J vectors of C stay in registers while K runs: 24 of AVX-512's 32, 12 of AVX2's 16. They start
-// at 0 and meet C at the end: rounded once to its size, not at every step.
+// R x J vectors of C stay in registers during the loop over K: 24 of AVX-512's 32, 12 of AVX2's 16.
+// They start at 0 and are added to C at the end: rounded once to C's magnitude, not at every step.
 template <int R, int J, class T>
 inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
                        int64_t ldc, bool add) {
   Lanes sum[R][J] = {};
-  for (int r = 0; r < R; ++r)  // a C that lies in L3 is here when K is done: d_hidden 9% sooner
+  for (int r = 0; r < R; ++r)  // a C in L3 has arrived when K is done: d_hidden is 9% faster
     for (int j = 0; j < J; ++j) __builtin_prefetch(c + r * ldc + j * kLanes, 1);
   for (int64_t k = 0; k < steps; ++k) {
     if (k * kPair<T> * sizeof(T) % 64 == 0)  // the rows of the next block, line by line
       for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * lda + k * kPair<T>);
     Lanes row[J];
     for (int j = 0; j < J; ++j) row[j] = load<Lanes>(b + (k * ldb + j * kLanes) * kPair<T>);
-#pragma GCC unroll 12  // or the sums of many rows would not stay in registers
+#pragma GCC unroll 12  // without it the sums of many rows do not stay in registers
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j)
         sum[r][j] = multiply_add(sum[r][j], a + r * lda + k * kPair<T>, row[j]);
@@ -67,7 +67,7 @@ constexpr int64_t kTall = 126;  // ... and leaves no remainder of kTileRows
 
 constexpr int fewer(int rows) { return rows > kTileRows ? rows / 2 : rows - 1; }
 
-// R rows at a time, then what is left in one block of at most kTileRows after another.
+// Multiplies R rows at a time, then the rest in blocks of at most kTileRows.
 template <int R, int J, class T>
 inline void gemm_columns(int64_t m, int64_t steps, const T* a, int64_t lda, const T* b,
                          int64_t ldb, float* c, int64_t ldc, bool add) {
@@ -81,14 +81,14 @@ template <class T>
 inline void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                  float* c, int64_t ldc, bool add) {
   constexpr int J = kLanes == 16 ? 4 : 2, R = kTileRows;
-  // Of K at a time: a panel of B stays in cache, and fp32's sums are short. bf16 has lost more than
-  // they could to rounding its factors, and runs 4% faster over long rows of A (Zen 5).
+  // Steps of K at a time: a panel of B stays in cache, and fp32 sums are short. With bf16 factors
+  // rounding has cost more than long sums would, and long rows of A are 4% faster (Zen 5).
   constexpr int64_t kDepth = kPair<T> == 2 ? 1024 : 256;
   for (int64_t k0 = 0; k0 < k; k0 += kDepth, add = true) {
     const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kPair<T>;
     const T *a0 = a + k0, *b0 = b + k0 * ldb;
     int64_t j = 0;
-    auto columns = [&](auto rows, auto width) {  // as many sums are under way in each shape
+    auto columns = [&](auto rows, auto width) {  // each shape has as many independent sums
       for (; j + width * kLanes <= n; j += width * kLanes)
         gemm_columns<rows, width>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
     };
@@ -106,7 +106,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, co
 }
 #endif
 
-// After a thread's last product: the state of AMX tiles would slow its other code.
+// Call after a thread's last product: the state of AMX tiles would slow down its other code.
 inline void gemm_done() {
 #if defined(EXPO_FAST_AMX)
   at::native::cpublas::brgemm_release(true);

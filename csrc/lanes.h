@@ -1,5 +1,5 @@
-// Vectors of the width that the compiler was asked for, in GCC's and clang's own portable notation:
-// one source for AVX-512, AVX2 and anything else.
+// Vectors of the target's width, in the vector extensions of GCC and clang: one source for AVX-512,
+// AVX2 and all other targets.
 #pragma once
 
 #include <cstdint>
@@ -45,9 +45,9 @@ inline To bits_as(From v) {
   return to;
 }
 
-// x -> 2^(k x), k > 0: exact 0 below -126.5, inf from 127.5, NaN stays NaN. The polynomial's relative
-// error is 2e-9 (fitted on [-1/2, 1/2]), and k x is not rounded before its integer part is taken
-// off, so that large exponents cost no digits.
+// x -> 2^(k x), k > 0: exactly 0 below -126.5, inf from 127.5, NaN for NaN. The relative error of
+// the polynomial is 2e-9 (fitted on [-1/2, 1/2]), and k x is not rounded before its integer part is
+// subtracted, so large exponents lose no digits.
 struct Power {
   Lanes k, low, high;
 
@@ -70,7 +70,7 @@ struct Power {
   }
 };
 
-// To bf16 in the upper half of each lane, to nearest, ties to even.
+// Rounds to bf16, in the upper half of each lane, to nearest, ties to even.
 inline BitLanes rounded_to_bf16(Lanes x) {
 #if defined(__AVX512BF16__)
   const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
@@ -83,7 +83,7 @@ inline BitLanes rounded_to_bf16(Lanes x) {
 #endif
 }
 
-// 4 x 4 values to their transpose, four 16-bit values to a word: rows of `from` to rows of `to`.
+// Transposes 4 x 4 values; in bf16 with four values in a 64-bit word.
 inline void transpose4(const bf16* from, int64_t from_stride, bf16* to, int64_t to_stride) {
   const uint64_t even = 0x0000ffff0000ffff, low = 0x00000000ffffffff;
   uint64_t a = load<uint64_t>(from), b = load<uint64_t>(from + from_stride);
@@ -108,7 +108,7 @@ inline float widen(bf16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
 inline float widen(fp16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return bits_as<float>(sign | 0x7f800000u | (rest & 0x3ff) << 13);
-  // exponents differ by 112; the product rights subnormals too
+  // exponents differ by 112; the product is right for subnormals too
   return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(rest << 13) * 0x1p112f));
 }
 

@@ -5,10 +5,11 @@
 //   backward  dz_j = exp(u_j) (c0 + c1 (z_j - base)) for j != y,    dz_y given
 //             d_hidden = dz @ weight    d_weight = dz.T @ hidden    d_bias = sum_n dz
 //
-// Tokens lie along the vector lanes: Z.T = weight @ hidden.T takes weight as it lies in memory, and
-// sums over the vocabulary are vertical. Threads split the vocabulary, so that each owns its rows of
-// d_weight; their partial sums are added in order of thread: same threads, same bits. Forward is one
-// GEMM; backward three, for it recomputes Z. Read per SPAN tokens: weight once, from memory.
+// Tokens lie along the vector lanes: Z.T = weight @ hidden.T reads weight as it is in memory, and
+// sums over the vocabulary are vertical. Threads split the vocabulary, so that each owns its rows
+// of d_weight; their partial sums are added in the order of threads: the same number of threads
+// gives the same bits. Forward is one GEMM; backward three, because it recomputes Z. Each kSpan tokens
+// read weight once from memory.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +22,7 @@
 
 namespace {
 
-constexpr int64_t kSpan = 1024;    // tokens that pass over weight together: both packings stay in L3
+constexpr int64_t kSpan = 1024;    // tokens that share a pass over weight: both packings stay in L3
 constexpr int64_t kForward = kTall;          // vocabulary rows of a tile: its logits stay in L1
 constexpr int64_t kBackward = 4 * kForward;  // ... its weight, dz and logits stay in L2 or near
 constexpr int64_t kPad = 32;       // elements that keep rows from sharing cache sets
@@ -59,7 +60,7 @@ void with_gradient_dtype(int32_t dtype, F f) {
   if (dtype == kBFloat16) f(bf16{});
 }
 
-// Some tokens, packed for both products that they enter.
+// A span of tokens, packed for both products that they are a factor of.
 template <class T>
 struct Span {
   int64_t start, n, lanes;  // lanes: n rounded up to 16
@@ -125,7 +126,7 @@ struct Span {
   }
 };
 
-// Rows [start, start + rows) of weight as T; where they lie in memory if they can be used there.
+// Rows [start, start + rows) of weight as T; used in place in memory if possible, else a copy.
 template <class T>
 struct WeightTile {
   WeightTile(const Head& head, int64_t rows)
@@ -182,7 +183,7 @@ void copy_padded(const float* from, int64_t n, int64_t lanes, float pad, float* 
   std::fill(std::copy_n(from, n, to), to + lanes, pad);
 }
 
-// What backward knows of each token of a span, padded so that dz is 0.
+// Backward's inputs for each token of a span, padded so that dz is 0.
 struct Lane {
   float base[kSpan], exponent[kSpan], c0[kSpan], c1[kSpan];
 
@@ -198,9 +199,10 @@ float bias_of(const Head& head, int64_t row) {
   return head.bias ? std::max(head.bias[row], kNever) : 0.0f;
 }
 
-// Running sums over the vocabulary, per token: sum exp((z - base) / T), and the same times z - base.
-// base starts at the target's logit, so that nothing cancels as p_y -> 1, and moves up where a tile
-// dwarfs all before it, so that the terms which matter are exponentials of small numbers.
+// Running sums over the vocabulary, per token: sum exp((z - base) / T), and that times z - base.
+// base starts at the target's logit, so that nothing cancels as p_y -> 1. It moves up where the sum
+// of a tile is much larger than all before it, so that the largest terms are exponentials of small
+// numbers.
 struct Sums {
   double *other, *moment;
   float *base, *exponent;
@@ -220,7 +222,7 @@ struct Sums {
   }
 };
 
-// Adds a tile's part, of one block's lanes.
+// Adds the part of one tile and block of tokens to the sums.
 void add_exponentials(const Head& head, const float* z, int64_t start, int64_t rows, int64_t w,
                       Sums to) {
   for (int64_t i = 0; i < w; i += kLanes) {
@@ -368,7 +370,7 @@ class Backward {
         if (r >= rows) return Lanes{};
         Lanes x = load<Lanes>(&z.data[r * w + i]) - base;
         if (head.bias) x += bias_of(head, start + r);
-        x = x < power.low ? power.low : x;  // or a large c1 would make inf of kNever
+        x = x < power.low ? power.low : x;  // without it a large c1 times kNever would be inf
         const Lanes d = power(x) * (c0 + c1 * x);
         if (g.d_bias) bias_sum[r] += d;
         return d;
@@ -501,7 +503,7 @@ extern "C" {
 
 const char* expo_fast_error() { return last_error; }
 
-// Whether oneDNN has AMX to multiply with: the CPU may, and ONEDNN_MAX_CPU_ISA forbid it.
+// Whether oneDNN multiplies with AMX here: ONEDNN_MAX_CPU_ISA may forbid what the CPU has.
 int32_t expo_fast_has_amx() {
 #if defined(EXPO_FAST_AMX)
   return at::native::cpublas::could_pack(at::kBFloat16);
@@ -530,7 +532,8 @@ int32_t expo_fast_anchor(const Head* head, float* out) {
   return 0;
 }
 
-// other and moment, (N,) fp64, are relative to base, (N,): not the given one where p_y is small.
+// Writes other and moment, (N,) fp64, and the base (N,) that they are relative to: it is not
+// head->base where p_y is small.
 int32_t expo_fast_forward(const Head* head, double* other, double* moment, float* base) {
   return with_product(*head, [&](auto type) {
     forward<decltype(type)>(*head, other, moment, base);

@@ -1,7 +1,8 @@
-"""Every knob of a run, in one place, with its unit and where its default comes from.
+"""Options of training and evaluation, with their units and the sources of their defaults.
 
-Flags and TOML keys derive from the fields; what can be computed is not a knob. The defaults are the
-default job: SmolLM2-135M on built-in arithmetic, sized for two CPU cores.
+Flags and TOML keys are the fields of these dataclasses. What can be computed from other options is
+a property and not a field. The defaults are those of the default job: SmolLM2-135M on built-in
+arithmetic, sized for two CPU cores.
 """
 
 import dataclasses
@@ -9,63 +10,56 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-# what may differ between a run and its resume
-ADJUSTABLE = ("output_dir", "resume", "dry_run", "steps", "eval_every", "checkpoint_every")
-ADJUSTABLE += ("keep_checkpoints", "diagnose")
+from expo_fast.methods import METHODS, OPTIONS, MethodSpec, methods_that_read
+from expo_fast.objectives import POLICY_OBJECTIVES, PREFERENCE_OBJECTIVES, ignored_options
 
-Method = Literal["expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo", "dpo", "sft"]
-GROUPS = ("expo-grpo", "grpo", "expert-grpo", "star")  # the methods of grpo.py
-PAIRS = ("expo-dpo", "expert-dpo", "dpo")  # of dpo.py
-EXPLAINING = ("expo-grpo", "star", "expo-dpo")
-REFERENCE_FREE = ("simpo", "cpo", "orpo")  # preferences
-POLICY = ("expo-grpo", "grpo", "expert-grpo")  # those with a policy-gradient term
-SUPERVISED = ("expo-grpo", "expert-grpo", "star")  # those with an SFT term beside it, or alone
-SAMPLING = (*GROUPS, "expo-dpo", "expert-dpo")  # those that train on what the model says
-# options that only some methods read: set for another, they would be ignored without a word
-READERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("top_p", "top_k", "min_p", "reward", "right_above"), SAMPLING),
-    **dict.fromkeys(("num_generations", "generation_budget", "mask_truncated"), SAMPLING),
-    "dynamic_sampling": ("grpo",),  # it replaces the very questions that the others learn from
-    **dict.fromkeys(("kl_coef", "entropy_coef", "objective", "loss", "advantage_scale"), POLICY),
-    **dict.fromkeys(("clip_low", "clip_high", "overlong_buffer"), POLICY),
-    "updates_per_batch": GROUPS,
-    **dict.fromkeys(("exp_sft_coef", "exp_sft_schedule", "exp_sft_max_accuracy"), SUPERVISED),
-    "exp_sft_reduction": (*SUPERVISED, "sft"),
-    **dict.fromkeys(("explanations_per_question", "keep_explanations"), EXPLAINING),
-    **dict.fromkeys(("choose_explanations", "shuffle_explanations"), EXPLAINING),
-    **dict.fromkeys(("explain_temperature", "append_answer"), EXPLAINING),
-    "explain_every": ("expo-grpo", "star"),  # expo-dpo has pairs_every
-    **dict.fromkeys(("pairs_every", "refresh_reference"), ("expo-dpo", "expert-dpo")),
-    "pairs_per_question": ("expo-dpo", "expert-dpo"),
-    **dict.fromkeys(("preference", "dpo_beta", "label_smoothing"), PAIRS),
-}
+# Options that may differ between a run and its resume.
+ADJUSTABLE = (
+    "output_dir",
+    "resume",
+    "dry_run",
+    "steps",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "diagnose",
+)
+if TYPE_CHECKING:
+    Method = str
+    Objective = str
+    Preference = str
+else:  # the choices of --method, --objective and --preference
+    Method = Literal[tuple(METHODS)]
+    Objective = Literal[tuple(POLICY_OBJECTIVES)]
+    Preference = Literal[tuple(PREFERENCE_OBJECTIVES)]
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """What is asked of which model."""
+    """Options of prompts and sampling that training and evaluation share."""
 
     model: str = "smollm2-135m"
     """Folder, .gguf file, hub id, or smollm2-135m."""
     shots: int = 2
     """Worked examples shown as earlier turns of every prompt."""
     shots_data: str | None = None
-    """Where they come from; None: the data itself (of built-in data the train split)."""
+    """Source of the worked examples; None: the data (of built-in data, their train split)."""
     system_prompt: str | None = None
-    """None: what the chat template does by itself."""
+    """None: the chat template's own."""
     instruction: str = INSTRUCTION
-    """Put behind each question; empty: nothing."""
+    """Text after each question; empty: none."""
     levels: tuple[int, ...] = ()
     """Use only problems of these levels; empty: all."""
     max_completion_length: int = 64
-    """Tokens sampled for one completion at most."""
+    """Most tokens sampled for one completion."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto: cuda if there is a GPU, else cpu."""
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -79,7 +73,7 @@ class Prompting:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Prompting):
-    """Train a model with ExP-GRPO or ExP-DPO (arXiv:2507.02834), or what they are compared with."""
+    """Train a model with ExP-GRPO or ExP-DPO (arXiv:2507.02834), or with one of their controls."""
 
     method: Method = "expo-grpo"
     """grpo alone; with SFT on self-explanations (expo-grpo), or on the data's solutions
@@ -104,14 +98,14 @@ class Train(Prompting):
     """auto: from the newest valid checkpoint in output_dir, if any; never; or a path."""
 
     temperature: float = 1.0
-    """Of the G samples, and so of the policy whose log-probs any method's loss takes."""
+    """Of the G attempts, and of the policy whose log-probs the loss uses."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     reward: str | None = None
     """Dotted path of f(prompts, completions, completion_ids, **columns); None: the boxed answer."""
     right_above: float = 0.0
-    """A sample whose reward is higher is right: for accuracies, and never on the rejected side."""
+    """An attempt with a higher reward is right: it counts in accuracies and is never rejected."""
 
     generation_budget: int = 0
     """Completions sampled for a question in a step, explanations among them, whatever the method;
@@ -121,7 +115,7 @@ class Train(Prompting):
     overlong_buffer: int = 0
     """Tokens before the length limit over which the reward falls by 1 (DAPO, eq. 13); 0: none."""
 
-    objective: Literal["clipped", "gspo", "cispo", "sapo"] = "clipped"
+    objective: Objective = "clipped"
     """clipped: PPO's; gspo: the same on a sequence's ratio (arXiv:2507.18071); cispo: ratio capped
     at 1 + clip_high (2506.13585); sapo: a soft gate in place of the clip (2511.20347)."""
     loss: Literal["grpo", "dapo", "dr-grpo"] = "grpo"
@@ -141,21 +135,21 @@ class Train(Prompting):
     """Weight of the SFT term on explanations (best of the paper's Table 5)."""
     exp_sft_reduction: Literal["token_mean", "seq_sum"] = "token_mean"
     exp_sft_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the coefficient goes over the run: to 0 at its end, unless constant."""
+    """Schedule of the coefficient; linear and cosine fall to 0 at the end of the run."""
     exp_sft_max_accuracy: float = 1.0
     """Questions get the term up to this share of right samples: 1 all (the paper's formula), 0
     those whose samples all fail."""
     explanations_per_question: int = 8
-    """K, sampled with the answer shown."""
+    """K, explanations sampled with the answer shown."""
     keep_explanations: int = 2
-    """Of the accepted ones of a question, the best by choose_explanations; 0: all."""
+    """Explanations of a question that are trained on: the best accepted ones; 0: all."""
     choose_explanations: Literal["likelihood", "lift", "first"] = "likelihood"
-    """Best is the likeliest under the plain question; what makes the answer likeliest, where it
-    does not state it; or the first."""
+    """Which explanations are best. likelihood: the likeliest under the plain question. lift: those
+    that make the answer likeliest, with their statements of it masked. first: as sampled."""
     append_answer: bool = False
-    """An explanation that reaches the answer and boxes nothing gets its box put behind it."""
+    """Append the boxed answer to an explanation that reaches it and has no box."""
     shuffle_explanations: bool = False
-    """A control: each question gets another's explanations."""
+    """A control: each question gets another question's explanations."""
     explain_every: int = 1
     """Steps for which a question's accepted explanations are reused; 0: for the whole run."""
     explain_temperature: float = 0.8
@@ -166,13 +160,15 @@ class Train(Prompting):
     """Online: the model that sampled a round of pairs is their reference, not the initial one."""
     pairs_per_question: int = 2
     """Failed attempts of a question that get a pair, at most."""
-    preference: Literal["dpo", "ipo", "hinge", "simpo", "cpo", "orpo", "dpop"] = "dpo"
+    preference: Preference = "dpo"
     """Loss of a pair (arXiv:2305.18290, 2310.12036, 2305.10425, 2405.14734, 2401.08417, 2403.07691,
-    2402.13228)."""
+    2402.13228, 2403.19159)."""
     dpo_beta: float = 0.1
-    """Per nat. SimPO wants about 2."""
+    """Per nat. SimPO needs about 2."""
     label_smoothing: float = 0.0
-    """Of dpo: the chance that a pair is the wrong way round."""
+    """Of dpo: the probability that the two sides of a pair are swapped."""
+    rdpo_alpha: float = 0.0
+    """Of rdpo: weight of the difference in length between chosen and rejected text, per token."""
 
     lora_rank: int = 0
     """Train adapters of this rank on all projections, by PEFT, in place of the weights; 0: none."""
@@ -187,7 +183,7 @@ class Train(Prompting):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     pack_tokens: int = 4096
-    """Tokens in one forward and backward at most: the memory knob. It never changes the result."""
+    """Most tokens in one forward and backward pass: bounds memory, does not change the loss."""
     gradient_checkpointing: bool = False
     batch_invariant: bool = False
     """Sampled and recomputed log-probs agree to the bit, for one forward more; on a CPU."""
@@ -208,100 +204,162 @@ class Train(Prompting):
 
     def __post_init__(self):
         super().__post_init__()
-        positive = ("steps", "prompts_per_step", "updates_per_batch", "pack_tokens", "eval_limit")
-        positive += ("eval_samples", "keep_checkpoints", "explanations_per_question", "top_p")
-        positive += ("learning_rate", "temperature", "eps", "max_grad_norm", "clip_low")
-        positive += ("pairs_per_question", "dpo_beta", "lora_alpha")
-        for name in (*positive, "clip_high"):
+        for name in MORE_THAN_0:
             _require(self, name, getattr(self, name) > 0, "more than 0")
-        natural = ("kl_coef", "exp_sft_coef", "eval_every", "checkpoint_every", "diagnose")
-        natural += ("generation_budget", "dynamic_sampling", "overlong_buffer", "pairs_every")
-        natural += ("label_smoothing", "exp_sft_max_accuracy", "lora_rank")
-        natural += ("explain_every", "keep_explanations", "warmup_steps", "weight_decay")
-        for name in (*natural, "top_k", "min_p", "explain_temperature", "eval_temperature"):
+        for name in AT_LEAST_0:
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy"):
+        for name in AT_MOST_1:
             _require(self, name, getattr(self, name) <= 1, "at most 1")
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "each at least 0 and below 1")
         _require(self, "output_dir", self.output_dir != "", "a folder, or to be left out")
         _require(self, "resume", self.resume != "", "auto, never or a checkpoint's folder")
-        self._check_method()
-
-    def _check_method(self) -> None:
-        least = 2 if self.method in GROUPS else 1  # a group of one has no baseline
-        _require(self, "num_generations", self.num_generations >= least, f"at least {least}")
-        _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
-        short = self.overlong_buffer < self.max_completion_length
-        _require(self, "overlong_buffer", short, "less than max_completion_length")
-        if self.generation_budget:
-            least += self.n_explanations
-            need = f"at least {least}, {self.n_explanations} of them explanations"
-            _require(self, "generation_budget", self.generation_budget >= least, need)
-            spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
-            need = "0 with explain_every or exp_sft_max_accuracy, which leave some of it unspent"
-            _require(self, "generation_budget", spent, need)
-            need = "0 with dynamic_sampling, which spends more"
-            _require(self, "generation_budget", not self.dynamic_sampling, need)
-        U, P = self.updates_per_batch, self.prompts_per_step
-        _require(self, "updates_per_batch", P % U == 0, f"a divisor of prompts_per_step={P}")
-        for field in dataclasses.fields(self):
-            readers = READERS.get(field.name, (self.method,))
-            if self.method not in readers and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"{field.name}={getattr(self, field.name)!r} means nothing to "
-                    f"method={self.method}: it is for {', '.join(readers)}"
-                )
-        if self.method == "star":
-            _require(self, "exp_sft_coef", self.exp_sft_coef > 0, "more than 0: star has no more")
-        if self.refresh_reference:
-            _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
-        bounds = {"sapo": ("clip_low", "clip_high"), "cispo": ("clip_low",)}
-        for name in bounds.get(self.objective, ()):
-            unset = getattr(self, name) == type(self).__dataclass_fields__[name].default
-            _require(
-                self, name, unset, f"the default: objective={self.objective} has no such bound"
-            )
-        if self.refresh_reference:
-            need = f"False: preference={self.preference} has no reference"
-            _require(self, "refresh_reference", self.preference not in REFERENCE_FREE, need)
-        if self.label_smoothing:
-            _require(self, "preference", self.preference == "dpo", "dpo with label_smoothing")
-        if self.dynamic_sampling:
-            need = "group or none with dynamic_sampling, which has no whole batch"
-            _require(self, "advantage_scale", self.advantage_scale != "batch", need)
+        self._check_sampling()
+        self._check_options_of_the_method()
+        self._check_objective()
+        self._check_preference()
         if self.lora_rank and self.batch_invariant:
             raise ValueError(
                 f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one"
             )
 
+    def _check_sampling(self) -> None:
+        least = 2 if self.spec.groups else 1  # a group of one has no baseline
+        _require(self, "num_generations", self.num_generations >= least, f"at least {least}")
+        fits = self.overlong_buffer < self.max_completion_length
+        _require(self, "overlong_buffer", fits, "less than max_completion_length")
+        if self.generation_budget:
+            self._check_generation_budget(least)
+        size = self.prompts_per_step
+        divides = size % self.updates_per_batch == 0
+        _require(self, "updates_per_batch", divides, f"a divisor of prompts_per_step={size}")
+
+    def _check_generation_budget(self, least_attempts: int) -> None:
+        least = least_attempts + self.n_explanations
+        need = f"at least {least}, {self.n_explanations} of them explanations"
+        _require(self, "generation_budget", self.generation_budget >= least, need)
+        spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
+        need = "0 with explain_every or exp_sft_max_accuracy, which leave some of it unspent"
+        _require(self, "generation_budget", spent, need)
+        need = "0 with dynamic_sampling, which spends more"
+        _require(self, "generation_budget", not self.dynamic_sampling, need)
+
+    def _check_options_of_the_method(self) -> None:
+        """Refuse an option that the method would ignore."""
+        for capability, options in OPTIONS.items():
+            if getattr(self.spec, capability):
+                continue
+            for name in options:
+                if getattr(self, name) != _default_of(self, name):
+                    readers = ", ".join(methods_that_read(name))
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} means nothing to "
+                        f"method={self.method}: it is for {readers}"
+                    )
+        if not self.spec.policy_term and self.spec.exp_sft_term:
+            need = f"more than 0: {self.method} has no more"
+            _require(self, "exp_sft_coef", self.exp_sft_coef > 0, need)
+
+    def _check_objective(self) -> None:
+        for name in ignored_options(POLICY_OBJECTIVES, self.objective):
+            unset = getattr(self, name) == _default_of(self, name)
+            need = f"the default: objective={self.objective} does not read it"
+            _require(self, name, unset, need)
+        if self.dynamic_sampling:
+            need = "group or none with dynamic_sampling, which has no complete batch"
+            _require(self, "advantage_scale", self.advantage_scale != "batch", need)
+
+    def _check_preference(self) -> None:
+        if self.refresh_reference:
+            _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
+            need = f"False: preference={self.preference} has no reference"
+            needs_reference = PREFERENCE_OBJECTIVES[self.preference].needs_reference
+            _require(self, "refresh_reference", needs_reference, need)
+        _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
+        if self.preference == "rdpo":
+            _require(self, "rdpo_alpha", self.rdpo_alpha > 0, "more than 0: at 0 rdpo is dpo")
+        for name in ignored_options(PREFERENCE_OBJECTIVES, self.preference):
+            unset = getattr(self, name) == _default_of(self, name)
+            need = f"the default: preference={self.preference} does not read it"
+            _require(self, name, unset, need)
+
+    @property
+    def spec(self) -> MethodSpec:
+        return METHODS[self.method]
+
     @property
     def explains(self) -> bool:
-        """Does the method sample explanations with the answer shown?"""
-        return self.method == "expo-dpo" or (
-            self.method in ("expo-grpo", "star") and self.exp_sft_coef > 0
-        )
+        """Whether the run samples explanations with the answer shown."""
+        if self.spec.exp_sft_term and self.exp_sft_coef == 0:
+            return False
+        return self.spec.explains
 
     @property
     def n_explanations(self) -> int:
-        """Sampled for a question."""
+        """Explanations sampled for a question in a step."""
         return self.explanations_per_question if self.explains else 0
 
     @property
     def group_size(self) -> int:
-        """G, own attempts at a question."""
+        """G, attempts at a question in a step."""
         if not self.generation_budget:
             return self.num_generations
         return self.generation_budget - self.n_explanations
 
     @property
     def run_dir(self) -> Path:
-        """output_dir, or a folder of its own for whatever differs from other runs."""
+        """Return output_dir, or runs/METHOD-HASH, a folder of its own for each configuration."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         values = dataclasses.asdict(self).items()
         identity = sorted((k, v) for k, v in values if k not in ADJUSTABLE)
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()
         return Path("runs") / f"{self.method}-{digest[:8]}"
+
+
+MORE_THAN_0 = (
+    "steps",
+    "prompts_per_step",
+    "updates_per_batch",
+    "pack_tokens",
+    "eval_limit",
+    "eval_samples",
+    "keep_checkpoints",
+    "explanations_per_question",
+    "top_p",
+    "learning_rate",
+    "temperature",
+    "eps",
+    "max_grad_norm",
+    "clip_low",
+    "clip_high",
+    "pairs_per_question",
+    "dpo_beta",
+    "lora_alpha",
+)
+AT_LEAST_0 = (
+    "kl_coef",
+    "exp_sft_coef",
+    "eval_every",
+    "checkpoint_every",
+    "diagnose",
+    "generation_budget",
+    "dynamic_sampling",
+    "overlong_buffer",
+    "pairs_every",
+    "label_smoothing",
+    "rdpo_alpha",
+    "exp_sft_max_accuracy",
+    "lora_rank",
+    "explain_every",
+    "keep_explanations",
+    "warmup_steps",
+    "weight_decay",
+    "top_k",
+    "min_p",
+    "explain_temperature",
+    "eval_temperature",
+)
+AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,3 +390,7 @@ class Evaluate(Prompting):
 def _require(config: Any, name: str, ok: bool, need: str) -> None:
     if not ok:
         raise ValueError(f"{name}={getattr(config, name)!r}: need {need}")
+
+
+def _default_of(config: Any, name: str) -> Any:
+    return type(config).__dataclass_fields__[name].default

@@ -1,204 +1,188 @@
 """Accuracy on held-out problems: python -m expo_fast.evaluate --model M --data SRC.
 
-pass@k is estimated without bias from K samples of which c are right, 1 - C(K-c, k) / C(K, k)
-(arXiv:2107.03374, eq. 1); majority is the share of problems whose most common answer is right
-(arXiv:2203.11171). Their intervals are a bootstrap over the problems. The last line of stdout is
-one JSON object.
+The last line of stdout is one JSON object: `Evaluation.summary`, and which model and data.
 """
 
 import json
-import random
 import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import comb
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from expo_fast.algorithms.explanation_filter import leaks
-from expo_fast.algorithms.explanations import Score
+from expo_fast.algorithms.rollout import Verifier
+from expo_fast.algorithms.training_data import check_answers
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
-from expo_fast.data.answer_grading import decide, tidy
+from expo_fast.data.answer_grading import last_boxed
 from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
-from expo_fast.reward import grader_hash, last_boxed, score_answers
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.reporting.accuracy import Graded, accuracy, by_level, by_problem
+from expo_fast.reward import grader_hash, score_answers
 from expo_fast.storage.files import output_file, replace_file
 from expo_fast.weights import load_model
-
-RESAMPLES = 1000  # of the bootstrap
-
-
-@dataclass(frozen=True)
-class Graded:
-    """One completion and what the verifier says of it: a row of --output."""
-
-    id: str  # of the problem
-    sample: int  # of the problem's K
-    level: int | None  # of the problem
-    completion: str
-    verdict: float | None  # 1.0 right, 0.0 wrong, None undecided, which counts as wrong
-    finish_reason: str
-    tokens: int  # sampled
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What K samples of each problem showed."""
+    """The graded samples of an evaluation, and what they were made with."""
 
-    graded: Sequence[Graded]  # the K of a problem behind one another
-    samples: int  # K
+    graded: Sequence[Graded]  # the K samples of a problem follow each other
+    samples: int  # K of each problem
     k: tuple[int, ...]  # of pass@k, beside 1 and K
     template: str  # Prompter.template_hash
-    grader: str | None  # grader_hash; None: another score than score_answers
+    grader: str | None  # grader_hash; None: another verifier than score_answers
     seconds: float
 
     def summary(self) -> dict[str, Any]:
-        """JSON-ready; k is spelt out in the keys."""
-        g, n = self.graded, self.samples
-        groups = [g[i : i + n] for i in range(0, len(g), n)]
-        levels = sorted({x.level for x in g if x.level is not None})
-        row: dict[str, Any] = {"problems": len(groups), "samples": n} | self._accuracy(groups)
-        row["levels"] = [self._level_row(at, groups) for at in levels]
-        row["undecided"] = [x.verdict for x in g].count(None)
-        row["boxed_ratio"] = fmean([last_boxed(x.completion) is not None for x in g])
-        row["leak_rate"] = fmean([leaks(x.completion) for x in g])
-        row["mean_length"] = fmean([x.tokens for x in g])
-        row["clipped_ratio"] = fmean([x.finish_reason == "length" for x in g])
-        row |= {"template": self.template, "grader": self.grader}
-        return row | {"tokens": sum(x.tokens for x in g), "seconds": round(self.seconds, 3)}
+        """Return accuracies, overall and by level, and statistics of the samples, as JSON has them.
 
-    def _level_row(self, level: int, groups: Sequence[Sequence[Graded]]) -> dict[str, Any]:
-        mine = [group for group in groups if group[0].level == level]
-        return {"level": level, "problems": len(mine)} | self._accuracy(mine)
-
-    def _accuracy(self, groups: Sequence[Sequence[Graded]]) -> dict[str, Any]:
-        right = [[x.verdict for x in group].count(1.0) for group in groups]
-        row: dict[str, Any] = {}
-        for k in sorted({1, *self.k, self.samples}):
-            row |= _measured(f"pass@{k}", [pass_at(k, self.samples, c) for c in right])
-        row["all_fail"] = right.count(0) / len(right)
-        return row | _measured("majority", [float(vote_is_right(group)) for group in groups])
-
-
-def pass_at(k: int, n: int, c: int) -> float:
-    """Chance that k of n samples, of which c are right, hold a right one."""
-    return 1 - comb(n - c, k) / comb(n, k)
-
-
-def vote_is_right(group: Sequence[Graded]) -> bool:
-    """Is the answer that most samples box right? Of two as common, the one boxed first.
-
-    Two spellings that the verifier takes for one without math-verify are one answer, and right
-    where a sample that votes for it is. A sample without an answer in a box does not vote.
-    """
-    answers: list[tuple[str, list[Graded]]] = []  # (first spelling, who voted), as first boxed
-    for x in group:
-        box = tidy(last_boxed(x.completion) or "")
-        same = (voters for first, voters in answers if decide(first, box))
-        if (voters := next(same, None)) is not None:
-            voters.append(x)
-        elif box:
-            answers.append((box, [x]))
-    voters = max((voters for _, voters in answers), key=len, default=[])
-    return any(x.verdict == 1.0 for x in voters)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% bootstrap interval of the mean, over the problems that have these values."""
-    rng = random.Random(0)
-    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    return means[RESAMPLES // 40], means[-RESAMPLES // 40 - 1]
-
-
-def _measured(name: str, values: Sequence[float]) -> dict[str, Any]:
-    return {name: fmean(values), f"{name}/interval": list(interval(values))}
+        The values of k are spelt out in the keys: `pass@1`, `pass@1/interval`.
+        """
+        graded = self.graded
+        problems = by_problem(graded, self.samples)
+        ks = sorted({1, *self.k, self.samples})
+        levels = []
+        for level, some in by_level(problems).items():
+            head = {"level": level, "problems": len(some)}
+            levels.append(head | accuracy(some, ks))
+        return {
+            "problems": len(problems),
+            "samples": self.samples,
+            **accuracy(problems, ks),
+            "levels": levels,
+            "undecided": [x.verdict for x in graded].count(None),
+            "boxed_ratio": fmean([last_boxed(x.completion) is not None for x in graded]),
+            "leak_rate": fmean([leaks(x.completion) for x in graded]),
+            "mean_length": fmean([x.tokens for x in graded]),
+            "clipped_ratio": fmean([x.finish_reason == "length" for x in graded]),
+            "template": self.template,
+            "grader": self.grader,
+            "tokens": sum(x.tokens for x in graded),
+            "seconds": round(self.seconds, 3),
+        }
 
 
 def evaluate(
     generator: Generator,
     prompter: Prompter,
     problems: Sequence[Problem],
-    score: Score,
+    verify: Verifier,
     *,
-    samples: int,  # K
+    samples: int,
     temperature: float,
     max_new_tokens: int,
     seed: int,
-    k: tuple[int, ...] = (),  # of pass@k, beside 1 and K
+    k: tuple[int, ...] = (),
 ) -> Evaluation:
-    """Sample every problem K times under its plain question, and check the boxed answers."""
+    """Sample every problem under its plain question, and check the boxed answers.
+
+    verify: a function from reference answers and completions to verdicts.
+    samples: K of each problem.
+    k: of pass@k, beside 1 and K; each from 1 to K.
+    """
     assert all(1 <= each <= samples for each in k), k
     start = time.monotonic()
-    asked = [(p, i) for p in problems for i in range(samples)]
-    prompts = {p.id: prompter.solve(p) for p in problems}
+    asked = [(problem, i) for problem in problems for i in range(samples)]
+    prompts = {problem.id: prompter.solve(problem) for problem in problems}
     requests = [
         Request(
-            prompts[p.id],
+            prompts[problem.id],
             max_new_tokens,
             temperature=temperature,
-            seed=request_seed(seed, "evaluate", p.id, i),
+            seed=request_seed(seed, "evaluate", problem.id, i),
             stop_strings=prompter.stop_strings,
         )
-        for p, i in asked
+        for problem, i in asked
     ]
     completions = generator.sample(requests)
-    texts = [prompter.text(c.token_ids) for c in completions]
-    verdicts = score([p.answer for p, _ in asked], texts)
+    texts = [prompter.text(completion.token_ids) for completion in completions]
+    verdicts = verify([problem.answer for problem, _ in asked], texts)
+    results = zip(asked, completions, texts, verdicts, strict=True)
     graded = [
-        Graded(p.id, i, p.level, text, verdict, c.finish_reason, len(c.token_ids))
-        for (p, i), text, verdict, c in zip(asked, texts, verdicts, completions, strict=True)
+        Graded(
+            id=problem.id,
+            sample=i,
+            level=problem.level,
+            completion=text,
+            verdict=verdict,
+            finish_reason=completion.finish_reason,
+            tokens=len(completion.token_ids),
+        )
+        for (problem, i), completion, text, verdict in results
     ]
-    grader = grader_hash() if score is score_answers else None
-    seconds = time.monotonic() - start
-    return Evaluation(graded, samples, k, prompter.template_hash, grader, seconds)
-
-
-def check_answers(source: str, problems: Sequence[Problem]) -> None:
-    """ValueError where an attempt at a problem can't be judged."""
-    for p in problems:
-        if not p.answer:
-            raise ValueError(f"{source}: problem {p.id} has no 'answer' to judge attempts by")
+    return Evaluation(
+        graded,
+        samples,
+        k,
+        template=prompter.template_hash,
+        grader=grader_hash() if verify is score_answers else None,
+        seconds=time.monotonic() - start,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
+    """Evaluate a model. Raise ValueError or OSError for what a user can correct."""
     config = parse(Evaluate, argv)
-    c = config
-    output = None if c.output is None else output_file(c.output)
-    problems = load_problems(c.data, levels=c.levels, limit=c.limit)
-    check_answers(c.data, problems)
-    source = c.shots_data or re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", c.data)
-    shots, _ = worked_examples(load_problems(source, levels=c.levels), c.shots)
-    shown = overlap(shots, problems)
-    problems = [p for p in problems if p not in shown]
-    model, tokenizer = load_model(c.model, dtype=getattr(torch, c.dtype), device=c.device)
-    prompter = Prompter(tokenizer, shots, c.system_prompt, c.instruction)
-    if not problems:
-        raise ValueError(f"{c.data} has no problem beside the {c.shots} worked examples")
-    for problem in problems:
-        new, context = c.max_completion_length, model.shape.context
-        check_length(problem, prompter.solve(problem), new=new, context=context)
+    output = None if config.output is None else output_file(config.output)
+    problems, shots = load_data(config)
+    dtype = getattr(torch, config.dtype)
+    model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
+    prompter = Prompter(tokenizer, shots, config.system_prompt, config.instruction)
+    check_prompts(config, model, prompter, problems)
     result = evaluate(
         Generator(model, tokenizer=tokenizer),
         prompter,
         problems,
         score_answers,
-        samples=c.samples,
-        temperature=c.temperature,
-        max_new_tokens=c.max_completion_length,
-        seed=c.seed,
-        k=c.k,
+        samples=config.samples,
+        temperature=config.temperature,
+        max_new_tokens=config.max_completion_length,
+        seed=config.seed,
+        k=config.k,
     )
     if output is not None:
-        rows = (json.dumps(asdict(x)) + "\n" for x in result.graded)
-        replace_file(output, "".join(rows).encode())
-    print(json.dumps({"model": c.model, "data": c.data} | result.summary()), flush=True)
+        lines = [json.dumps(asdict(row)) + "\n" for row in result.graded]
+        replace_file(output, "".join(lines).encode())
+    summary = {"model": config.model, "data": config.data} | result.summary()
+    print(json.dumps(summary), flush=True)
+
+
+def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
+    """Return the problems, and the worked examples, which are not among them.
+
+    Built-in data take their worked examples from the train split.
+    """
+    levels = config.levels
+    problems = load_problems(config.data, levels=levels, limit=config.limit)
+    check_answers(config.data, problems)
+    train_split = re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", config.data)
+    source = config.shots_data or train_split
+    candidates = load_problems(source, levels=levels)
+    shots, _ = worked_examples(candidates, config.shots)
+    shown = overlap(shots, problems)
+    problems = [problem for problem in problems if problem not in shown]
+    return problems, shots
+
+
+def check_prompts(
+    config: Evaluate, model: Decoder, prompter: Prompter, problems: Sequence[Problem]
+) -> None:
+    """Raise ValueError where no problem is left, or one does not fit the model's context."""
+    if not problems:
+        raise ValueError(f"{config.data} has no problem beside the {config.shots} worked examples")
+    for problem in problems:
+        prompt = prompter.solve(problem)
+        new_tokens = config.max_completion_length
+        check_length(problem, prompt, new=new_tokens, context=model.shape.context)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""From hidden states to log-probs and losses without (N, V) logits: the front door to the kernels.
+"""Losses and log-probs from hidden states, without (N, V) logits: the public interface of the ops.
 
     linear_logprob          log-prob, entropy and log-sum-exp of each target
     linear_policy_loss      GRPO and its relatives, in one pass where rows are independent
     linear_preference_loss  DPO and its relatives, over pairs of packed sequences
     group_advantage         rewards -> advantages
 
-Hidden states of rows without a target or weight are never read. Whatever the inputs' dtype,
+Hidden states of rows without a target or weight are never read. For any dtype of the inputs,
 logits, results and the weight gradient's sums are fp32 (fp64 where an input is fp64); each gradient
-comes back in its input's dtype, to be differentiated no further. On a CPU they run C++, compiled on
-first use (native.py), on a GPU Triton (fused.py). Under autocast hidden states and weights are cast
-as a linear layer's are. torch.compile keeps each op whole (custom_ops.py).
+has its input's dtype and cannot be differentiated again. On a CPU the ops run C++, compiled on
+first use (op_backends/cpu.py), on a GPU Triton (op_backends/triton_fused.py). Under autocast hidden
+states and weights are cast as a linear layer's are. torch.compile keeps each op as one graph node
+(op_backends/custom_ops.py).
 """
 
 from typing import NamedTuple
@@ -17,36 +18,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expo_fast.kernels import objectives as o
-from expo_fast.kernels import preferences as p
+from expo_fast.kernels import objectives, preferences
 from expo_fast.kernels.head import IGNORE, LogProb
-from expo_fast.kernels.objectives import Cispo, Clipped, SequenceClipped, SoftAdaptive
-from expo_fast.kernels.preferences import Cpo, Dpo, DpoPositive, Hinge, Ipo, Orpo, RDpo, SimPo
+from expo_fast.kernels.objectives import *  # noqa: F403 (the classes in its __all__)
+from expo_fast.kernels.objectives import Clipped, PolicyObjective
+from expo_fast.kernels.preferences import *  # noqa: F403
+from expo_fast.kernels.preferences import Dpo, PreferenceObjective
 from expo_fast.op_backends import custom_ops
-from expo_fast.op_backends.objective_codes import described
+from expo_fast.op_backends.objective_codes import encode
 
 __all__ = [
     "IGNORE",
-    "Cispo",
-    "Clipped",
-    "Cpo",
-    "Dpo",
-    "DpoPositive",
-    "Hinge",
-    "Ipo",
     "LogProb",
-    "Orpo",
     "PolicyLoss",
     "PreferenceLoss",
-    "RDpo",
-    "SequenceClipped",
-    "SimPo",
-    "SoftAdaptive",
     "group_advantage",
     "linear_logprob",
     "linear_policy_loss",
     "linear_preference_loss",
 ]
+__all__ += objectives.__all__
+__all__ += preferences.__all__
 
 
 def linear_logprob(
@@ -56,28 +48,39 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,  # scalar, or one a row in targets' shape
-    backend: str | None = None,  # None picks; "torch" | "native" | "triton"
-) -> LogProb:  # logp, entropy, lse: targets' shape, nats, 0 where there is no target
-    """Log-prob of each target under softmax((hidden @ weight.T + bias) / temperature).
+    backend: str | None = None,  # "torch" | "native" | "triton"; None: the fastest
+) -> LogProb:
+    """Return the log-prob of each target under softmax((hidden @ weight.T + bias) / temperature).
 
-    Differentiable in hidden, weight and bias through all three results. Forward is one GEMM; a
-    backward two more and, for rows whose exponentials were not kept, one to recompute their logits:
-    in C++ all, in Triton those beyond a share of the GPU's memory. Relative accuracy of logp holds
-    as the probability goes to 1.
-    Raises ValueError for shapes that do not fit, a target outside [0, V), and a backend not built.
+    The results logp, entropy and lse have targets' shape, in nats, 0 where there is no target. All
+    three are differentiable in hidden, weight and bias. Forward is one GEMM; a backward takes two
+    more and, for rows whose exponentials were not kept, one to recompute their logits: in C++ that
+    is all rows, in Triton those beyond a share of the GPU's memory. logp keeps its relative
+    accuracy as the probability goes to 1.
+    Raise ValueError for shapes that do not fit, a target outside [0, V), and a backend that does
+    not run these inputs.
     """
     _check_head(hidden, weight, targets, temperature, bias)
-    (hidden, weight, bias), needs = _inputs(hidden, weight, bias)
-    rows, d = hidden.reshape(-1, hidden.shape[-1]), targets.shape
-    given = targets.reshape(-1), *_temperatures(temperature), backend, needs
-    logp, entropy, lse, *_ = custom_ops.logprob(rows, weight, bias, *given)
-    return LogProb(logp.view(d), entropy.view(d), lse.view(d))
+    hidden, weight, bias = _cast_as_autocast(hidden, weight, bias)
+    temperatures, scalar_temperature = _temperatures(temperature)
+    logp, entropy, lse, *_ = custom_ops.logprob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        targets.reshape(-1),
+        temperatures,
+        scalar_temperature,
+        backend,
+        _need_gradients(hidden, weight, bias),
+    )
+    shape = targets.shape
+    return LogProb(logp.view(shape), entropy.view(shape), lse.view(shape))
 
 
 class PolicyLoss(NamedTuple):
-    """`loss` supports backward(); the rest is detached. 0-dim fp32 unless shaped.
+    """`loss` supports backward(); the rest is detached. 0-dim fp32 unless a shape is given.
 
-    Policy rows are those with a target and a weight that are not on policy; a mean over none is 0.
+    Policy rows are those with a target and a weight that are not on-policy; a mean over none is 0.
     """
 
     loss: Tensor
@@ -88,7 +91,7 @@ class PolicyLoss(NamedTuple):
     kl: Tensor  # k3, mean over policy rows weighted by row_weight, nats; 0 without ref_logp
     mean_entropy: Tensor  # mean over policy rows weighted by row_weight, nats
     clip_low: Tensor  # share of policy rows whose ratio was clipped from below
-    clip_high: Tensor  # ... from above, by Clipped's or Cispo's cap too
+    clip_high: Tensor  # share clipped from above, also by the cap of Clipped or Cispo
     ratio_mean: Tensor  # mean over policy rows
     ratio_max: Tensor  # over policy rows
 
@@ -98,9 +101,9 @@ def linear_policy_loss(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,) int32 or int64 in [0, V), or -100: no target
     advantage: Tensor,  # (N,)
-    row_weight: Tensor,  # (N,) carries every normalisation; a row of weight 0 is dropped
+    row_weight: Tensor,  # (N,) includes all normalisation; a row of weight 0 is dropped
     *,
-    objective: o.PolicyObjective = Clipped(0.2, 0.2),  # noqa: B008 (frozen)
+    objective: PolicyObjective = Clipped(0.2, 0.2),  # noqa: B008 (frozen)
     old_logp: Tensor | None = None,  # (N,) nats, of the policy that sampled; None: every ratio is 1
     ref_logp: Tensor | None = None,  # (N,) nats
     on_policy: Tensor | None = None,  # (N,) bool: rows that contribute -advantage * logp alone
@@ -110,29 +113,45 @@ def linear_policy_loss(
     sequence_ids: Tensor | None = None,  # (N,) int, for SequenceClipped
     backend: str | None = None,  # as in linear_logprob
 ) -> PolicyLoss:
-    """sum_t row_weight_t * (objective_t + kl_coef * k3_t - entropy_coef * H_t).
+    """Return sum_t row_weight_t * (objective_t + kl_coef * k3_t - entropy_coef * H_t).
 
-    k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html). Gradients come
-    with the loss: 3 GEMM equivalents, or 4 in C++, which keeps no logits, and where SequenceClipped
-    couples rows that do not fit into a GPU's budget. Its ratio is that of the sequence's rows of
-    non-zero weight, on-policy rows left out, so only whole sequences may be dropped. Ratios stop
-    growing at exp(20).
-    Raises ValueError for shapes that do not fit, a target outside [0, V), a kl_coef without
-    ref_logp, and SequenceClipped without whole sequences.
+    k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html). Gradients are
+    computed with the loss: 3 GEMM equivalents, or 4 in C++, which keeps no logits, and where
+    SequenceClipped couples rows that do not fit into the share of a GPU's memory. Its ratio is that
+    of the sequence's rows of non-zero weight without the on-policy ones, so a sequence must be
+    dropped completely or not at all. Ratios stop growing at exp(20).
+    Raise ValueError for shapes that do not fit, a target outside [0, V), a kl_coef without
+    ref_logp, and SequenceClipped without sequence_ids or with part of a sequence.
     """
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, advantage=advantage, row_weight=row_weight, old_logp=old_logp)
     _check_same_shape(targets, ref_logp=ref_logp, on_policy=on_policy, sequence_ids=sequence_ids)
     if kl_coef and ref_logp is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp, the reference's log-probs")
-    (hidden, weight), needs = _inputs(hidden, weight)
-    floats = (_flat(x) for x in (targets, advantage, row_weight, old_logp, ref_logp, on_policy))
+    hidden, weight, _ = _cast_as_autocast(hidden, weight)
+    temperatures, scalar_temperature = _temperatures(temperature)
+    code = encode(objective)
     loss, logp, entropy, statistics, *_ = custom_ops.policy_loss(
-        hidden.reshape(-1, hidden.shape[-1]), weight, *floats, _flat(sequence_ids),
-        *_temperatures(temperature), backend, needs,
-        *described(objective), kl_coef, entropy_coef,
-    )  # fmt: skip
-    logp, entropy = logp.detach().view(targets.shape), entropy.detach().view(targets.shape)
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        _need_gradients(hidden, weight),
+        code.name,
+        code.values,
+        _flat(targets),
+        _flat(advantage),
+        _flat(row_weight),
+        _flat(old_logp),
+        _flat(ref_logp),
+        _flat(on_policy),
+        _flat(sequence_ids),
+        temperatures,
+        scalar_temperature,
+        backend,
+        kl_coef,
+        entropy_coef,
+    )
+    logp = logp.detach().view(targets.shape)
+    entropy = entropy.detach().view(targets.shape)
     return PolicyLoss(loss, logp, entropy, *statistics.detach().unbind())
 
 
@@ -152,27 +171,44 @@ def linear_preference_loss(
     targets: Tensor,  # (N,) int32 or int64 in [0, V), or -100: no target
     sequence_ids: Tensor,  # (N,) int in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1
     *,
-    objective: p.PreferenceObjective = Dpo(beta=0.1),  # noqa: B008 (frozen)
+    objective: PreferenceObjective = Dpo(beta=0.1),  # noqa: B008 (frozen)
     ref_logp: Tensor | None = None,  # (2P,) summed, nats; None: a uniform reference, 0
     pair_weight: Tensor | None = None,  # (P,); None: 1/P
     temperature: float | Tensor = 1.0,  # scalar or (N,)
     backend: str | None = None,  # as in linear_logprob
 ) -> PreferenceLoss:
-    """sum_p pair_weight_p * objective_p, differentiable once; rows in any order.
+    """Return sum_p pair_weight_p * objective_p, differentiable once; rows in any order.
 
-    h = (chosen - its ref) - (rejected - its ref). P is half of ref_logp's length, or pair_weight's,
-    or follows from the largest id. 3 to 4 GEMM equivalents, as in linear_logprob. Raises ValueError
-    for shapes that do not fit, a target outside [0, V) and an id outside [0, 2P).
+    h = (chosen - its ref) - (rejected - its ref). P is half of ref_logp's length, or pair_weight's
+    length, or follows from the largest id. 3 to 4 GEMM equivalents, as in linear_logprob.
+    Raise ValueError for shapes that do not fit, a target outside [0, V) and an id outside [0, 2P).
     """
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, sequence_ids=sequence_ids)
-    (hidden, weight), needs = _inputs(hidden, weight)
-    loss, *rest = custom_ops.preference_loss(
-        hidden.reshape(-1, hidden.shape[-1]), weight, _flat(targets), _flat(sequence_ids),
-        _detached(ref_logp), _detached(pair_weight), *_temperatures(temperature), backend, needs,
-        *described(objective),
-    )  # fmt: skip
-    return PreferenceLoss(loss, *(x.detach() for x in rest[:4]))
+    hidden, weight, _ = _cast_as_autocast(hidden, weight)
+    temperatures, scalar_temperature = _temperatures(temperature)
+    code = encode(objective)
+    loss, chosen_logp, rejected_logp, margin, accuracy, *_ = custom_ops.preference_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        _need_gradients(hidden, weight),
+        code.name,
+        code.values,
+        _flat(targets),
+        _flat(sequence_ids),
+        _detached(ref_logp),
+        _detached(pair_weight),
+        temperatures,
+        scalar_temperature,
+        backend,
+    )
+    return PreferenceLoss(
+        loss,
+        chosen_logp.detach(),
+        rejected_logp.detach(),
+        margin.detach(),
+        accuracy.detach(),
+    )
 
 
 def group_advantage(
@@ -181,18 +217,24 @@ def group_advantage(
     *,
     scale: str = "group",
     eps: float = 1e-4,  # added to the standard deviation, TRL's value
-) -> Tensor:  # (M,) fp32
-    """Reward minus its group's mean, over a standard deviation (unbiased, n - 1) plus eps.
+) -> Tensor:
+    """Return rewards minus their group's mean, over a standard deviation plus eps: (M,) fp32.
 
-    `scale` is whose: "group" (GRPO, arXiv:2402.03300), "batch" (all rewards, Lite-PPO,
-    arXiv:2508.08221) or "none" (Dr.GRPO, arXiv:2503.20783). A NaN reward is left out of its group
-    and gets 0. So does a group of one, and a group whose rewards differ by float noise alone.
-    Raises ValueError for an unknown scale, shapes that do not fit and an infinite reward.
+    `scale` says whose unbiased (n - 1) standard deviation: "group" (GRPO, arXiv:2402.03300),
+    "batch" (all rewards, Lite-PPO, arXiv:2508.08221) or "none" (Dr.GRPO, arXiv:2503.20783). A NaN
+    reward is left out of its group and gets 0. A group of one gets 0 too, and so does a group whose
+    rewards differ by float noise alone.
+    Raise ValueError for an unknown scale, shapes that do not fit and an infinite reward. On a GPU
+    an infinite reward does not raise, because that would need a host sync: all known rewards of its
+    group get NaN, and with scale "batch" those of all groups that are not constant.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
     _check_same_shape(rewards, group_ids=group_ids)
     return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
+
+
+# Arguments
 
 
 def _check_head(
@@ -202,6 +244,7 @@ def _check_head(
     temperature: float | Tensor,
     bias: Tensor | None = None,
 ) -> None:
+    """Raise ValueError for types, shapes and devices that do not fit."""
     for name, x in (("hidden", hidden), ("weight", weight)):
         if not isinstance(x, Tensor):
             raise ValueError(
@@ -237,6 +280,7 @@ def _check_head(
 
 
 def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
+    """Raise ValueError for a tensor that has not the shape and device of `like`."""
     for name, x in given.items():
         if x is None:
             continue
@@ -246,18 +290,30 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
             raise ValueError(f"{name} is on {x.device}: must be on {like.device}")
 
 
-def _inputs(*inputs: Tensor | None) -> tuple[list, list[bool]]:
-    """Cast as autocast has it, and which of them need a gradient."""
-    assert inputs[0] is not None
-    device = inputs[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        inputs = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in inputs)
-    on = torch.is_grad_enabled()
-    return list(inputs), [on and x is not None and x.requires_grad for x in inputs]
+def _cast_as_autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the inputs in autocast's dtype where autocast is on; it leaves fp64 alone."""
+    device = hidden.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    if hidden.dtype != torch.float64:
+        hidden = hidden.to(dtype)
+    if weight.dtype != torch.float64:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype != torch.float64:
+        bias = bias.to(dtype)
+    return hidden, weight, bias
+
+
+def _need_gradients(*inputs: Tensor | None) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in inputs]
 
 
 def _temperatures(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """Return (per row, scalar); the scalar is read where there is no tensor."""
     if isinstance(temperature, Tensor):
         return temperature.detach().reshape(-1), 1.0
     return None, float(temperature)

@@ -1,6 +1,7 @@
-"""Rewards -> advantages: each reward minus its group's mean, over a standard deviation.
+"""Advantages: each reward minus its group's mean, divided by a standard deviation.
 
-A few thousand numbers a step, so in fp64 on the CPU, whose sums have a fixed order.
+There are a few thousand rewards a step, so they are computed in fp64 on the CPU, whose sums have a
+fixed order.
 """
 
 import torch
@@ -11,22 +12,38 @@ from expo_fast.kernels.products import segment_sum
 SAME_REWARD = 1e-6  # of max(1, |reward|): a smaller spread within a group is float noise
 
 
-def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) -> Tensor:  # (M,)
+def group_advantage(
+    rewards: Tensor,  # (M,); NaN: unknown
+    group_ids: Tensor,  # (M,) int, in any order
+    scale: str,
+    eps: float,
+) -> Tensor:
+    """Return (M,) fp32 on the rewards' device, as ops.group_advantage says.
+
+    Raise ValueError for an infinite reward.
+    """
     known = ~rewards.isnan()
     reward = rewards[known].to("cpu", torch.float64)
+    _check_finite(rewards, reward)
     ids = group_ids[known].cpu().unique(return_inverse=True)[1]
     advantage = _centred(reward, ids)
-    deviation = {"group": _group_std, "batch": _batch_std, "none": None}[scale]
-    if deviation:
-        scaled = advantage / (deviation(reward, advantage, ids) + eps)
+    if scale != "none":
+        deviation = _group_std(advantage, ids) if scale == "group" else _batch_std(reward)
+        scaled = advantage / (deviation + eps)
         advantage = torch.where(advantage == 0, 0, scaled)
     out = torch.zeros(rewards.shape, dtype=torch.float32, device=rewards.device)
     out[known] = advantage.to(out)
     return out
 
 
+def _check_finite(rewards: Tensor, known: Tensor) -> None:
+    if known.isinf().any():
+        index = int(rewards.isinf().nonzero()[0])
+        raise ValueError(f"rewards[{index}] is infinite: must be finite, or NaN if it is unknown")
+
+
 def _centred(reward: Tensor, ids: Tensor) -> Tensor:
-    """Rewards minus their group's mean; exact zeros in a group that is constant up to noise."""
+    """Return rewards minus their group's mean, (M,); exactly 0 where a group differs by noise."""
     n = int(ids.max()) + 1 if len(ids) else 0
     mean = segment_sum(reward, ids, n) / ids.bincount(minlength=n)
     top = reward.new_zeros(n).scatter_reduce(0, ids, reward, "amax", include_self=False)
@@ -36,11 +53,13 @@ def _centred(reward: Tensor, ids: Tensor) -> Tensor:
     return torch.where(constant[ids], 0, reward - mean[ids])
 
 
-def _group_std(reward: Tensor, centred: Tensor, ids: Tensor) -> Tensor:  # (M,)
+def _group_std(centred: Tensor, ids: Tensor) -> Tensor:
+    """Return the unbiased standard deviation of each reward's group, (M,)."""
     count = ids.bincount()
     variance = segment_sum(centred**2, ids, len(count)) / (count - 1).clamp(min=1)
     return variance.sqrt()[ids]
 
 
-def _batch_std(reward: Tensor, centred: Tensor, ids: Tensor) -> Tensor:  # (), 0 for one reward
+def _batch_std(reward: Tensor) -> Tensor:
+    """Return the unbiased standard deviation of all rewards, (); 0 for one reward."""
     return reward.std() if len(reward) > 1 else reward.new_zeros(())

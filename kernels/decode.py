@@ -38,10 +38,33 @@ from torch import Tensor
 from expo_fast.kernels.cascade import FIELDS, Sizes
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
-TOKENS = 64  # of a tile of keys
 FEW, MANY = 16, 64  # rows of a product: the least that mma.sync takes, and that wgmma takes
-WARPS, STAGES = 4, 3
+WIDEST = 256  # head_dim
 EVERYTHING = 1 << 30  # a window that no sequence fills
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program cuts its work."""
+
+    tokens: int  # keys at a time
+    warps: int
+    stages: int
+    few: int = FEW  # rows of the product for items of one row
+
+
+def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
+    """The largest tile that spills no registers, of those compiled for sm_90.
+
+    fp32 is multiplied on the CUDA cores, which takes more registers a number.
+    """
+    if head_dim > WIDEST:
+        raise ValueError(f"head_dim={head_dim}: decode attention takes at most {WIDEST}")
+    if dtype == torch.float32:
+        if head_dim <= 64:
+            return Tile(tokens=16, warps=8, stages=2)
+        return Tile(tokens=16, warps=16, stages=1, few=MANY)
+    return Tile(tokens=64 if head_dim <= 128 else 32, warps=4, stages=3)
 
 
 @dataclass(frozen=True)
@@ -309,9 +332,15 @@ def attend(
     work: Work,
     scale: float,
     window: int | None,
+    tile: Tile | None = None,
 ) -> Tensor:  # (B, H, Dh)
+    """Attention of each row's newest token.
+
+    tile: None takes that of `tile_for`. Raises ValueError for a head_dim beyond WIDEST.
+    """
     q, (n, heads, dim) = q.contiguous(), q.shape
     assert work.values.shape[0] == n and work.values.shape[2:] == (heads, dim)
+    tile = tile or tile_for(q.dtype, dim)
     slots, block = work.top.shape[1], max(16, triton.next_power_of_2(dim))
     found, out = (work.top, work.total, work.values), torch.empty_like(q)
     group = triton.next_power_of_2(heads // cache.kv_heads)
@@ -320,9 +349,9 @@ def attend(
         attend_items[(len(work.items), cache.kv_heads)](
             q, cache.address, tables, positions, work.items, *found,
             cache.layer(layer), bits, reach, tables.stride(0), slots,
-            **cache.constants, H=heads, FEW=max(FEW, group), MANY=max(MANY, group),
-            BN=TOKENS, BD=block, FIELDS=FIELDS, WIDE=INTERPRETED,
-            num_warps=WARPS, num_stages=STAGES,
+            **cache.constants, H=heads, FEW=max(tile.few, group), MANY=max(MANY, group),
+            BN=tile.tokens, BD=block, FIELDS=FIELDS, WIDE=INTERPRETED,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         add_slots[(n, heads)](
             *found, work.used, out, slots,

@@ -1,12 +1,15 @@
-"""Triton: advantages of ragged groups in any order, in one launch and with no look at the values.
+"""Triton kernel for advantages: ragged groups in any order, one launch, no host sync.
 
-A program takes BLOCK rewards and meets all M of them twice: first count, sum and extremes of each
-one's group, then its squared deviations. M^2 comparisons are nothing beside one step's GEMMs, and
-sums have a fixed order. fp64 throughout, as in advantage.py, which defines what is computed.
+A program takes BLOCK rewards and reads all M rewards twice: first for count, sum and extremes of
+each one's group, then for its squared deviations. M^2 comparisons are negligible beside one step's
+GEMMs, and sums have a fixed order. Values are fp64, as in advantage.py, which defines the result.
+
+There an infinite reward raises. To raise here would need a host sync, so all known rewards of its
+group get NaN, and with scale "batch" those of all groups that are not constant.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (of Triton's functions, which it takes for Python's)
+# (Triton's functions, which pyright takes for Python functions)
 
 import torch
 import triton
@@ -27,47 +30,71 @@ def centre_and_scale(
     SAME_REWARD: tl.constexpr, GROUP: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    reward, group = tl.load(rewards + row, row < M, 0.0), tl.load(ids + row, row < M, 0)
-    count, total, everyone, sum_of_all = reward * 0, reward * 0, reward * 0, reward * 0
-    top, bottom = reward * 0 - float("inf"), reward * 0 + float("inf")
+    reward = tl.load(rewards + row, row < M, 0.0)
+    group = tl.load(ids + row, row < M, 0)
+    count = reward * 0
+    total = reward * 0
+    count_of_all = reward * 0
+    total_of_all = reward * 0
+    top = reward * 0 - float("inf")
+    bottom = reward * 0 + float("inf")
     for first in range(0, M, BLOCK):
         r, known, mate = _others(rewards, ids, group, first, M, BLOCK)
         count += tl.sum(mate.to(tl.float64), 1)
         total += tl.sum(tl.where(mate, r, 0.0), 1)
         top = tl.maximum(top, tl.max(tl.where(mate, r, -float("inf")), 1))
         bottom = tl.minimum(bottom, tl.min(tl.where(mate, r, float("inf")), 1))
-        everyone += tl.sum(known.to(tl.float64), 1)
-        sum_of_all += tl.sum(tl.where(known, r, 0.0), 1)
+        count_of_all += tl.sum(known.to(tl.float64), 1)
+        total_of_all += tl.sum(tl.where(known, r, 0.0), 1)
     mean = total / count
     size = tl.maximum(tl.maximum(tl.abs(top), tl.abs(bottom)), 1.0)
     advantage = tl.where(top - bottom <= SAME_REWARD * size, 0.0, reward - mean)
+    # an infinite reward makes size infinite too, and the group would pass for a constant one
+    advantage = tl.where(size < float("inf"), advantage, float("nan"))
     if GROUP or BATCH:
-        around, squares = mean if GROUP else sum_of_all / everyone, reward * 0
+        centre = mean if GROUP else total_of_all / count_of_all
+        squares = reward * 0
         for first in range(0, M, BLOCK):
             r, known, mate = _others(rewards, ids, group, first, M, BLOCK)
-            apart = tl.where(mate if GROUP else known, r - around[:, None], 0.0)
-            squares += tl.sum(apart * apart, 1)
-        free = tl.maximum((count if GROUP else everyone) - 1, 1.0)
-        advantage = tl.where(advantage == 0, 0.0, advantage / (tl.sqrt(squares / free) + eps))
+            deviation = tl.where(mate if GROUP else known, r - centre[:, None], 0.0)
+            squares += tl.sum(deviation * deviation, 1)
+        freedom = tl.maximum((count if GROUP else count_of_all) - 1, 1.0)
+        scaled = advantage / (tl.sqrt(squares / freedom) + eps)
+        advantage = tl.where(advantage == 0, 0.0, scaled)
     advantage = tl.where(reward == reward, advantage, 0.0)
     tl.store(out + row, advantage.to(tl.float32), row < M)
 
 
 @triton.jit
 def _others(rewards, ids, group, first, M, BLOCK: tl.constexpr):
-    """(1, BLOCK) rewards, which of them are known, and which (BLOCK, BLOCK) of one's own group."""
+    """Return rewards (1, BLOCK), which are known, and which (BLOCK, BLOCK) share the group."""
     other = first + tl.arange(0, BLOCK)
     r = tl.load(rewards + other, other < M, float("nan"))[None, :]
     known = (r == r) & (group == group)[:, None]
     return r, known, known & (tl.load(ids + other, other < M, 0)[None, :] == group[:, None])
 
 
-def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) -> Tensor:  # (M,)
-    out = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
-    given = rewards.double().contiguous(), group_ids.long().contiguous(), out, len(out), eps
-    programs = triton.cdiv(len(out), BLOCK)
-    if programs:
-        how = {"GROUP": scale == "group", "BATCH": scale == "batch", "BLOCK": BLOCK}
-        with launch_device(rewards):
-            centre_and_scale[(programs,)](*given, SAME_REWARD, **how)
+def group_advantage(
+    rewards: Tensor,  # (M,); NaN: unknown
+    group_ids: Tensor,  # (M,) int, in any order
+    scale: str,
+    eps: float,
+) -> Tensor:
+    """Return (M,) fp32, as ops.group_advantage says; see above for infinite rewards."""
+    m = len(rewards)
+    out = torch.empty(m, dtype=torch.float32, device=rewards.device)
+    if not m:
+        return out
+    with launch_device(rewards):
+        centre_and_scale[(triton.cdiv(m, BLOCK),)](
+            rewards.double().contiguous(),
+            group_ids.long().contiguous(),
+            out,
+            m,
+            eps,
+            SAME_REWARD=SAME_REWARD,
+            GROUP=scale == "group",
+            BATCH=scale == "batch",
+            BLOCK=BLOCK,
+        )
     return out

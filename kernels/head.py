@@ -1,4 +1,4 @@
-"""A linear head, what is known of its rows, and the formulas that every backend shares.
+"""Inputs, results and gradients of a linear head, and the formulas that all backends share.
 
     z = (hidden @ weight.T + bias) / temperature      y the target, u_j = z_j - z_y - shift
     other = sum_{j != y} exp(u_j)    moment = sum_{j != y} exp(u_j) u_j    own = exp(-shift)
@@ -8,12 +8,12 @@
     dz_j = p_j (g_lse - g_logp - g_H (z_j - lse + H))    p_j = exp(z_j - lse)    for j != y
     dz_y = -g_logp expm1(logp) + p_y (g_lse - g_H (logp + H))
 
-Anchored at the target (shift = 0) nothing cancels as p_y -> 1.
+g_x is the derivative of the loss in x. Anchored at the target (shift = 0) nothing cancels as
+p_y -> 1.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,31 +22,31 @@ IGNORE = -100  # target of a row that has none
 
 
 class LogProb(NamedTuple):
-    """Per row, in nats; zero where there is no target."""
+    """Results of each row, (N,) each, in nats; 0 for a row without a target."""
 
     logp: Tensor  # log-prob of the target
-    entropy: Tensor  # of the whole distribution
+    entropy: Tensor  # of the distribution over the vocabulary
     lse: Tensor  # log-sum-exp of the logits
 
-    def take(self, rows: Tensor | slice) -> "LogProb":
-        return LogProb(*(x[rows] for x in self))
+    def take(self, rows: Tensor | slice | None) -> "LogProb":
+        """Return the results of some rows; None means all."""
+        return self if rows is None else LogProb(*(x[rows] for x in self))
 
     def to(self, dtype: torch.dtype) -> "LogProb":
         return LogProb(*(x.to(dtype) for x in self))
 
 
 class Forward(NamedTuple):
-    """What a forward leaves for its backward."""
+    """What a forward pass leaves for its backward pass."""
 
     results: LogProb  # (N,) each; may be wider than the logits
-    # E of the first K rows, (K, V padded) bf16, or dlogp/dhidden (N, D) fp32; None: recompute
-    kept: Tensor | None = None
-    log_total: Tensor | None = None  # (K,), with E
+    log_total: Tensor | None = None  # (N,) fp64, where the backend needs it to read `kept`
+    kept: Tensor | None = None  # (B,) uint8 in the backend's own format; None: recompute all
 
 
 @dataclass(frozen=True)
 class Head:
-    """Rows that have a target, and the layer they go through."""
+    """The rows that have a target, and the linear layer that their logits come from."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -56,7 +56,7 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits, results and accumulators: fp64 where an input is, else fp32."""
+        """Dtype of logits, results and accumulators: fp64 if an input is fp64, else fp32."""
         inputs = torch.promote_types(self.hidden.dtype, self.weight.dtype)
         return torch.promote_types(inputs, torch.float32)
 
@@ -67,27 +67,49 @@ class Head:
             return False
         return self.hidden.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-    def take(self, rows: Tensor | slice) -> "Head":
-        t = self.temperature
-        t = t[rows] if isinstance(t, Tensor) else t
-        return replace(self, hidden=self.hidden[rows], targets=self.targets[rows], temperature=t)
+    def take(self, rows: Tensor | slice | None) -> "Head":
+        """Return the head with some of its rows; None means all."""
+        if rows is None:
+            return self
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature[rows]
+        return replace(
+            self, hidden=self.hidden[rows], targets=self.targets[rows], temperature=temperature
+        )
 
 
-class Slopes(NamedTuple):
-    """Derivative of the loss in each row's results; None is zero."""
+class RowGrads(NamedTuple):
+    """Derivatives of the loss in each row's results, (N,) each; None means 0 in all rows."""
 
-    logp: Tensor | None  # (N,)
-    entropy: Tensor | None = None  # (N,)
-    lse: Tensor | None = None  # (N,)
+    logp: Tensor | None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
 
-    def take(self, rows: Tensor | slice) -> "Slopes":
-        return Slopes(*(g if g is None else g[rows] for g in self))
+    def take(self, rows: Tensor | slice | None) -> "RowGrads":
+        """Return the derivatives of some rows; None means all."""
+        if rows is None:
+            return self
+        return RowGrads(*(g if g is None else g[rows] for g in self))
 
-    def live(self) -> Tensor | None:
-        """Indices of the rows with any slope, None where all have one."""
+    def active_rows(self) -> Tensor | None:
+        """Return the indices of the rows with a derivative other than 0; None means all rows."""
         given = [g != 0 for g in self if g is not None]
-        some = torch.stack(given).any(0).nonzero()[:, 0]
-        return None if len(some) == len(given[0]) else some
+        active = torch.stack(given).any(0).nonzero()[:, 0]
+        return None if len(active) == len(given[0]) else active
+
+
+class RowwiseLoss(Protocol):
+    """A loss whose derivatives in a row's results depend on that row alone.
+
+    A backend can so make a chunk's gradients right after its log-probs.
+    """
+
+    def row_grads(
+        self,
+        rows: slice,  # of the N rows
+        logp: Tensor,  # (rows,) nats
+    ) -> RowGrads: ...  # (rows,) each
 
 
 class Needs(NamedTuple):
@@ -99,87 +121,98 @@ class Needs(NamedTuple):
 
 
 NOTHING = Needs(False, False, False)
-SlopesOf = Callable[[slice, Tensor], Slopes]  # of (rows, their logp)
 
 
 class Gradients(NamedTuple):
+    """Derivatives of the loss in a head's inputs; None where they are not wanted."""
+
     hidden: Tensor | None  # (N, D)
     weight: Tensor | None  # (V, D) in the accumulators' dtype
     bias: Tensor | None  # (V,) in the accumulators' dtype
 
     def at(self, rows: slice) -> "Gradients":
-        return self._replace(hidden=self.hidden if self.hidden is None else self.hidden[rows])
+        """Return views of some rows of the hidden states, and the weight and bias gradients."""
+        if self.hidden is None:
+            return self
+        return self._replace(hidden=self.hidden[rows])
 
+    def with_all_rows(self, rows: Tensor | None, n: int) -> "Gradients":
+        """Return gradients of n rows from gradients that hold only `rows`; the others get 0.
 
-def of_live_rows(
-    gradients: Callable[[Head, LogProb, Slopes, Needs], Gradients],
-    head: Head,
-    results: LogProb,
-    slopes: Slopes,
-    needs: Needs,
-) -> Gradients:
-    """`gradients` without the rows that have no slope, whose hidden gradient is 0."""
-    if not any(needs):
-        return Gradients(None, None, None)
-    live = slopes.live()
-    if live is None:
-        return gradients(head, results, slopes, needs)
-    grads = gradients(head.take(live), results.take(live), slopes.take(live), needs)
-    if grads.hidden is None:
-        return grads
-    d_hidden = grads.hidden.new_zeros(len(head.targets), grads.hidden.shape[1])
-    return grads._replace(hidden=d_hidden.index_copy_(0, live, grads.hidden))
+        None for `rows` means that all are there.
+        """
+        if rows is None or self.hidden is None:
+            return self
+        hidden = self.hidden.new_zeros(n, *self.hidden.shape[1:])
+        return self._replace(hidden=hidden.index_copy_(0, rows, self.hidden))
 
 
 def from_sums(
-    base: Tensor,  # (N,) what the sums are relative to, over temperature
+    base: Tensor,  # (N,) the logit that the sums are relative to, over temperature
     other: Tensor,  # (N,)
     moment: Tensor | None,  # (N,); None: entropy is not asked for, and 0
     shift: Tensor,  # (N,) base less the target's logit over temperature
-) -> tuple[LogProb, Tensor]:  # and log_total
+) -> tuple[LogProb, Tensor]:
+    """Return the results and log_total, (N,) each, from a row's sums over the vocabulary."""
     own = (-shift).exp()
     log_total = torch.log1p(other + torch.expm1(-shift))
-    logp, h = -shift - log_total, torch.zeros_like(log_total)
+    logp = -shift - log_total
+    entropy = torch.zeros_like(log_total)
     if moment is not None:
-        h = log_total - (moment - own * shift) / (own + other)
-    return LogProb(logp, h, base + log_total), log_total
+        entropy = log_total - (moment - own * shift) / (own + other)
+    return LogProb(logp, entropy, base + log_total), log_total
 
 
-def logit_slopes(
-    results: LogProb, slopes: Slopes, temperature: float | Tensor, log_total: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:  # (N,) each
-    """(c0, c1, dz_y), with dz_j = exp(u_j) (c0 + c1 u_j) and u_j = z_j - lse + log_total.
+class LogitGrads(NamedTuple):
+    """Coefficients of the derivative in the logits before temperature, (N,) each.
 
-    dz is the derivative in the logits before the temperature.
+    dz_j = exp(u_j) (c0 + c1 u_j) for j other than the target, with u_j relative to some base.
     """
+
+    c0: Tensor
+    c1: Tensor
+    at_target: Tensor  # dz_y
+
+
+def logit_grads(
+    results: LogProb,
+    row_grads: RowGrads,
+    temperature: float | Tensor,
+    log_total: Tensor | float = 0.0,
+) -> LogitGrads:
+    """Return the coefficients for u_j = z_j - lse + log_total."""
     logp, entropy, _ = results
     zero = torch.zeros_like(logp)
-    g_logp, g_entropy, g_lse = (zero if g is None else g for g in slopes)
-    t = temperature.to(zero) if isinstance(temperature, Tensor) else temperature
-    per_z = zero + 1 / t
+    g_logp, g_entropy, g_lse = (zero if g is None else g for g in row_grads)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(zero)
+    per_z = zero + 1 / temperature
     at_target = -g_logp * logp.expm1() + logp.exp() * (g_lse - g_entropy * (logp + entropy))
     c0 = g_lse - g_logp + g_entropy * (log_total - entropy)
     per_e = per_z * (zero - log_total).exp()
-    return c0 * per_e, -g_entropy * per_e, at_target * per_z
+    return LogitGrads(c0 * per_e, -g_entropy * per_e, at_target * per_z)
 
 
-def slopes_about_lse(
+def logit_grads_about_lse(
     results: LogProb,  # wider than fp32
-    slopes: Slopes,
+    row_grads: RowGrads,
     temperature: float | Tensor,
     per_nat: float | Tensor = 1.0,  # scalar or (N,): the unit that base and u are measured in
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) of dtype each
-    """(base, c0, c1, dz_y), with dz_j = exp(u_j) (c0 + c1 u_j) and u_j = z_j - base.
+) -> tuple[Tensor, LogitGrads]:
+    """Return base (N,) and the coefficients for u_j = z_j - base, contiguous and of `dtype`.
 
-    base is lse rounded to dtype. The rest would scale all of a row's probabilities, so it is put
-    into c0 and c1.
+    base is lse rounded to `dtype`. What the rounding leaves would scale all probabilities of a row,
+    so it goes into c0 and c1.
     """
-    c0, c1, at_target = logit_slopes(results, slopes, temperature)
+    c0, c1, at_target = logit_grads(results, row_grads, temperature)
     exact = results.lse * per_nat
     base = exact.to(dtype)
     rest = (exact - base) / per_nat
     scale = (-rest).exp()
-    given = base, scale * (c0 - rest * c1), scale * c1 / per_nat, at_target
-    base, c0, c1, at_target = (x.to(dtype).contiguous() for x in given)
-    return base, c0, c1, at_target
+    coefficients = LogitGrads(
+        c0=(scale * (c0 - rest * c1)).to(dtype).contiguous(),
+        c1=(scale * c1 / per_nat).to(dtype).contiguous(),
+        at_target=at_target.to(dtype).contiguous(),
+    )
+    return base.contiguous(), coefficients

@@ -7,7 +7,7 @@ Rows i of N, columns j of V, u_ij = z_ij - z_iy in nats, y the target:
 Anchored at the target there is no running maximum: tiles of columns write partial sums, which are
 added in a fixed order. Rows of which a sum passes SAFE_SUM are done again from their largest logit.
 
-    dz_ij = e_ij (c0_i + c1_i u_ij)    dz_iy given by its own formula    (head.logit_slopes)
+    dz_ij = e_ij (c0_i + c1_i u_ij)    dz_iy given by its own formula    (head.logit_grads)
 
 c1 = 0 in every loss without an entropy term. There E is dz up to a factor a row, once E_iy is
 patched to dz_iy / c0_i = expm1(logp) exp(log_total); so the gradients are two plain GEMMs on it:
@@ -19,11 +19,14 @@ patched to dz_iy / c0_i = expm1(logp) exp(log_total); so the gradients are two p
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (of Triton's functions, which it takes for Python's)
 
 import math
+import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +36,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expo_fast.kernels.head import Head, LogProb, Slopes, from_sums, logit_slopes, slopes_about_lse
+from expo_fast.kernels.head import (
+    Head,
+    LogProb,
+    RowGrads,
+    from_sums,
+    logit_grads,
+    logit_grads_about_lse,
+)
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
 SAFE_SUM = 2.0**60  # a target 41 nats from the others: squares of it still fit bf16's exponent
@@ -50,10 +60,28 @@ class Config:
     num_warps: int
     num_stages: int
     GROUP: int = 1  # row tiles that share a pass over the weight: 4096 rows of D 2048 stay in L2
+    FLATTEN: bool = True  # one loop over tiles and depth: loads run ahead into the next tile
+    # Of the forward only:
+    MASK_ALL: bool = True  # mask every tile, or only tiles with a target or a column beyond V
+    MOMENT: bool = True  # sum what the entropy needs; without it the entropy is NaN
 
 
-# 256 x 128: as few bytes a FLOP as 128 x 256, whose epilogue spills in triton 3.9
-GEMM = Config(256, 128, 64, num_warps=8, num_stages=3, GROUP=16)
+# 256 x 128 takes as few bytes a FLOP as 128 x 256, whose epilogue spills in triton 3.9.
+_SHIPPED = Config(256, 128, 64, num_warps=8, num_stages=3, GROUP=16)
+# "mask-some" spills 24 bytes in triton 3.9 where it stores E.
+VARIANTS = {
+    "256x128": _SHIPPED,
+    "256x128-mask-some": replace(_SHIPPED, MASK_ALL=False),
+    "256x128-nested": replace(_SHIPPED, FLATTEN=False),
+    "256x128-mask-some-nested": replace(_SHIPPED, MASK_ALL=False, FLATTEN=False),
+    "256x128-no-moment": replace(_SHIPPED, MOMENT=False),
+    "128x256-s3": Config(128, 256, 64, num_warps=8, num_stages=3, GROUP=32),
+    "128x128-s4": Config(128, 128, 64, num_warps=8, num_stages=4, GROUP=32),
+    "128x128-s5": Config(128, 128, 64, num_warps=8, num_stages=5, GROUP=32),
+}
+VARIANT = "EXPO_FAST_VARIANT"  # environment variable that names one of VARIANTS
+# The variant by the name that torch gives the GPU. No card has been measured yet.
+BY_CARD = {"default": "256x128"}
 ELEMENTS = 2048  # of a row, to a program that works element by element
 
 
@@ -101,22 +129,30 @@ def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS
     tl.store(out + row, z)
 
 
+@triton.jit
+def _masked(u, column, y, end):
+    """u without the target's column and those from `end` on: exp2(u) and exp2(u) u are 0 there."""
+    skip = (column[None, :] == y[:, None]) | (column >= end)[None, :]
+    return tl.where(skip, -1000.0, u)
+
+
 @triton.jit(do_not_specialize=["N"])
 def softmax_sums(
     x, w, e, bias,  # descriptors (N, D), (V, D), (N, V) out or None; (V,) or None
     targets, base, scale,  # (N,) int64; anchor, bits; log2(e) / temperature
     again,  # (1 + row tiles,) bool: whether any is to be done, and which; or None: all
-    other, moment,  # (column tiles, N) out, moment in bits
+    other, moment,  # (column tiles, N) out, moment in bits or None
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    FLATTEN: tl.constexpr, MASK_ALL: tl.constexpr, MOMENT: tl.constexpr,
     LARGEST: tl.constexpr = False,
 ):  # fmt: skip
     """`other` and `moment` tile by tile, and E; or, if LARGEST, each row's largest z in `other`."""
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
     if again is not None:
         tiles *= tl.load(again).to(tl.int32)
-    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=again is None):
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN and again is None):
         n, v = _place(index, N, V, BN, BV, GROUP)
         if again is None or tl.load(again + 1 + n // BN):
             z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
@@ -131,10 +167,13 @@ def softmax_sums(
             else:
                 u = z * s[:, None] - b[:, None]
                 # masked here and not after exp2, which would keep two tiles in registers
-                skip = (column[None, :] == y[:, None]) | (column >= V - v)[None, :]
-                u = tl.where(skip, -1000.0, u)
+                if MASK_ALL:  # noqa: SIM114, for this branch is taken by the compiler
+                    u = _masked(u, column, y, V - v)
+                elif (tl.max(((y >= 0) & (y < BV)).to(tl.int32), 0) > 0) | (v + BV > V):
+                    u = _masked(u, column, y, V - v)
                 p = tl.exp2(u)
-                tl.store(moment + at, tl.sum(p * u, 1), inside)
+                if MOMENT:
+                    tl.store(moment + at, tl.sum(p * u, 1), inside)
                 tl.store(other + at, tl.sum(p, 1), inside)
                 if STORE:
                     e.store([n, v], to_bf16(p, WIDE))
@@ -146,11 +185,11 @@ def logit_gradients(
     targets, scale, base, c0, c1, at_target,  # (N,); base and u in bits
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """dz of some columns, from a forward's results: base is lse, so exp(u_j) is p_j."""
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
-    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         n, v = _place(index, N, V, BN, BV, GROUP)
         z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
         row, column = n + tl.arange(0, BN), tl.arange(0, BV)
@@ -177,6 +216,23 @@ def scale_stored(e, dz, targets, c0, c1, at_target, V, se, BLOCK: tl.constexpr, 
     tl.store(dz + row * se + column, to_bf16(g, WIDE), column < V)
 
 
+def config_for(x: Tensor) -> Config:
+    """The variant that the environment names, else the one for the GPU of `x`.
+
+    Raises ValueError for a name that is not in VARIANTS.
+    """
+    card = _card(x.device) if x.is_cuda else "default"
+    name = os.environ.get(VARIANT) or BY_CARD.get(card, BY_CARD["default"])
+    if name not in VARIANTS:
+        raise ValueError(f"{VARIANT}={name}: must be one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
 def supports(head: Head) -> bool:
     """bf16 whose rows TMA can address, on Hopper or later, or anywhere in the interpreter."""
     hidden, weight = head.hidden, head.weight
@@ -187,45 +243,61 @@ def supports(head: Head) -> bool:
     return INTERPRETED or torch.cuda.get_device_capability(hidden.device)[0] >= 9
 
 
-def room_for_e(head: Head, rows: int) -> Tensor:  # (rows, V padded to 16 bytes) bf16
-    v = len(head.weight)
-    e = head.hidden.new_empty(rows, -(-v // 8) * 8, dtype=torch.bfloat16)
-    e[:, v:] = 0
+def width_of_e(head: Head) -> int:
+    """Return V padded to 16 bytes of bf16."""
+    return -(-len(head.weight) // 8) * 8
+
+
+def padded_e(head: Head, rows: int) -> Tensor:
+    """Return a buffer for E: (rows, V padded) bf16, 0 in the padding."""
+    e = head.hidden.new_empty(rows, width_of_e(head), dtype=torch.bfloat16)
+    e[:, len(head.weight) :] = 0
     return e
 
 
-def forward(head: Head, e: Tensor | None = None) -> tuple[LogProb, Tensor]:
-    """Results and log_total, (N,) fp64 each; fills `e` (N, V), patched as the gradients want it."""
-    call = _Call.of(head)
+def empty_e(head: Head, rows: int) -> Tensor:
+    """Return a buffer for E without the padding: (rows, V), a view of the padded one."""
+    return padded_e(head, rows)[:, : len(head.weight)]
+
+
+def forward(
+    head: Head, e: Tensor | None = None, config: Config | None = None
+) -> tuple[LogProb, Tensor]:
+    """Results and log_total, (N,) fp64 each; fills `e` (N, V), patched as the gradients want it.
+
+    config: None takes that of `config_for`.
+    """
+    call = _Call.of(head, config)
     z = call.target_logits()
     other, moment, base = call.safe_sums(z * call.scale, e)
     anchor = z * call.scale.double()
     shift = base - anchor  # that base is rounded to fp32 is part of it
-    results, log_total = from_sums(base / LOG2_E, other, moment / LOG2_E, shift / LOG2_E)
+    moment = torch.full_like(other, math.nan) if moment is None else moment / LOG2_E
+    results, log_total = from_sums(base / LOG2_E, other, moment, shift / LOG2_E)
     if e is not None:
         patch = results.logp.expm1() * log_total.exp()
         e.scatter_(1, head.targets[:, None], patch[:, None].to(e.dtype))
     return results, log_total
 
 
-def recomputed(head: Head, results: LogProb, slopes: Slopes, first: int, dz: Tensor) -> None:
+def recomputed(head: Head, results: LogProb, row_grads: RowGrads, first: int, dz: Tensor) -> None:
     """dz (N, S) bf16 from a forward's results, of the S columns from `first` on."""
     call, columns = _Call.of(head), slice(first, first + dz.shape[1])
-    given = slopes_about_lse(results, slopes, head.temperature, per_nat=LOG2_E)
+    base, given = logit_grads_about_lse(results, row_grads, head.temperature, per_nat=LOG2_E)
     sizes = call.n, dz.shape[1], call.d
     with call.device:
         logit_gradients[(call.programs(),)](
-            *call.operands(dz, columns), call.targets - first, call.scale, *given,
+            *call.operands(dz, columns), call.targets - first, call.scale, base, *given,
             *sizes, **call.meta(),
         )  # fmt: skip
 
 
 def from_stored(
-    head: Head, e: Tensor, log_total: Tensor, results: LogProb, slopes: Slopes, dz: Tensor
+    head: Head, e: Tensor, log_total: Tensor, results: LogProb, row_grads: RowGrads, dz: Tensor
 ) -> None:
     """dz (N, V) bf16, which may be `e`, where a slope in entropy or lse bends the rows of E."""
     call = _Call.of(head)
-    c0, c1, at_target = logit_slopes(results, slopes, head.temperature, log_total)
+    c0, c1, at_target = logit_grads(results, row_grads, head.temperature, log_total)
     given = map(_fp32, (c0, c1 / LOG2_E, at_target))
     with call.device:
         scale_stored[(call.n * triton.cdiv(call.v, ELEMENTS),)](
@@ -246,15 +318,19 @@ class _Call:
     bias: Tensor | None  # (V,) fp32
     targets: Tensor  # (N,) int64
     scale: Tensor  # (N,) fp32, log2(e) / temperature
+    config: Config
 
     @classmethod
-    def of(cls, head: Head) -> "_Call":
+    def of(cls, head: Head, config: Config | None = None) -> "_Call":
         hidden, t = head.hidden.contiguous(), head.temperature
         hidden = hidden.clone() if hidden.data_ptr() % 16 else hidden
         # a bias of -inf forbids a token: there p u must be 0, not 0 * inf
         bias = None if head.bias is None else _fp32(head.bias).clamp(min=-1e30)
         scale = hidden.new_full((len(hidden),), LOG2_E, dtype=torch.float32) / t
-        return cls(hidden, head.weight, bias, head.targets.contiguous(), _fp32(scale))
+        targets = head.targets.contiguous()
+        return cls(
+            hidden, head.weight, bias, targets, _fp32(scale), config or config_for(head.hidden)
+        )
 
     @property
     def n(self) -> int:
@@ -280,16 +356,19 @@ class _Call:
 
     def operands(self, out: Tensor | None, columns: slice = slice(None)) -> tuple:
         """Descriptors of hidden, of the weights' columns and of an (N, V) output, and the bias."""
+        tile = self.config
         return (
-            TensorDescriptor.from_tensor(self.hidden, [GEMM.BN, GEMM.BD]),
-            TensorDescriptor.from_tensor(self.weight[columns], [GEMM.BV, GEMM.BD]),
-            out if out is None else TensorDescriptor.from_tensor(out, [GEMM.BN, GEMM.BV]),
+            TensorDescriptor.from_tensor(self.hidden, [tile.BN, tile.BD]),
+            TensorDescriptor.from_tensor(self.weight[columns], [tile.BV, tile.BD]),
+            out if out is None else TensorDescriptor.from_tensor(out, [tile.BN, tile.BV]),
             self.bias if self.bias is None else self.bias[columns],
         )
 
     def meta(self) -> dict[str, Any]:
+        """What both GEMM kernels take by name."""
+        shared = {n: x for n, x in vars(self.config).items() if n not in ("MASK_ALL", "MOMENT")}
         known = {"PROGRAMS": self.programs(), "BIAS": self.bias is not None}
-        return vars(GEMM) | known | {"WIDE": INTERPRETED}
+        return shared | known | {"WIDE": INTERPRETED}
 
     def target_logits(self) -> Tensor:  # (N,) fp32, before temperature
         out, bias, x, w = torch.empty_like(self.scale), self.bias, self.hidden, self.weight
@@ -298,27 +377,31 @@ class _Call:
             target_logits[(self.n,)](x, w, bias, self.targets, out, *sizes, bias is not None)
         return out
 
-    def safe_sums(self, base: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def safe_sums(self, base: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """other, moment and the anchor that they are from, (N,) fp64; the last two in bits.
 
-        No look at the values stalls the GPU: the second and third pass find little to do there.
+        moment is None where the config asks for none. No look at the values stalls the GPU: the
+        second and third pass find little to do there.
         """
+        tile = self.config
         operands, sizes, meta = self.operands(e), (self.n, self.v, self.d), self.meta()
-        room = base.new_empty(2, triton.cdiv(self.v, GEMM.BV), self.n)
+        room = base.new_empty(1 + tile.MOMENT, triton.cdiv(self.v, tile.BV), self.n)
 
         def run(base: Tensor, again: Tensor | None, **mode: bool) -> Tensor:
             with self.device:
                 softmax_sums[(self.programs(),)](
-                    *operands, self.targets, base, self.scale, again, *room, *sizes,
-                    STORE=e is not None, **mode, **meta,
+                    *operands, self.targets, base, self.scale, again,
+                    room[0], room[1] if tile.MOMENT else None, *sizes,
+                    STORE=e is not None, MASK_ALL=tile.MASK_ALL, MOMENT=tile.MOMENT,
+                    **mode, **meta,
                 )  # fmt: skip
             return room
 
-        other, moment = run(base, None).sum(1, dtype=torch.float64)
-        wrong = ~(other < SAFE_SUM)
-        again = F.pad(wrong, (0, -self.n % GEMM.BN)).view(-1, GEMM.BN).any(1)
+        sums = run(base, None).sum(1, dtype=torch.float64)
+        wrong = ~(sums[0] < SAFE_SUM)
+        again = F.pad(wrong, (0, -self.n % tile.BN)).view(-1, tile.BN).any(1)
         again = torch.cat([again.any()[None], again])
         base = torch.where(wrong, run(base, again, LARGEST=True)[0].amax(0), base)
         redone = run(base, again).sum(1, dtype=torch.float64)
-        other, moment = (torch.where(wrong, *x) for x in zip(redone, (other, moment), strict=True))
-        return other, moment, base.double()
+        other, *moment = torch.where(wrong, redone, sums)
+        return other, moment[0] if moment else None, base.double()

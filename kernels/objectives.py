@@ -1,33 +1,45 @@
-"""What a row contributes to the policy loss, and its derivative in the row's log-prob.
+"""Policy objectives: each row's value and its derivative in the row's log-prob.
 
     loss = sum_t w_t (objective_t + kl_coef k3_t - entropy_coef H_t)
     k3 = exp(x) - x - 1, x = ref_logp - logp;  dk3/dlogp = 1 - exp(x)
-    rows on policy: -A_t logp_t alone
+    on-policy rows: w_t (-A_t logp_t) and nothing else
 
-Every exp(log-ratio) is capped at exp(MAX_LOG_RATIO), in values and derivatives alike: beyond it a
-batch is broken anyway, and fp32 would overflow at 88.
+Every exp(log-ratio) is capped at exp(MAX_LOG_RATIO), in values and in derivatives: a batch with
+larger ratios is broken anyway, and fp32 would overflow at 88.
+
+To add an objective, write its class here, name it in `__all__` and give it one line in
+expo_fast/objectives.py.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from expo_fast.kernels.head import RowGrads
 from expo_fast.kernels.products import segment_sum
+
+__all__ = ["Cispo", "Clipped", "SequenceClipped", "SoftAdaptive"]  # those that ops exports
 
 MAX_LOG_RATIO = 20.0  # nats
 
 
 class Surrogate(NamedTuple):
-    """A policy objective's value per row."""
+    """A policy objective's value per row, its derivative, and which rows it clipped."""
 
     value: Tensor  # (N,) to be minimised
-    slope: Tensor  # (N,) dvalue/dlogp, which is dvalue/dlog_ratio where the ratio is the row's own
+    grad: Tensor  # (N,) dvalue/dlogp, which is dvalue/dlog_ratio where the ratio is the row's own
     side: Tensor  # (N,) int8: -1 clipped for a low ratio, 1 for a high one, else 0
 
 
 class PolicyObjective(Protocol):
+    """A function of log-probs, ratios and advantages.
+
+    One with an attribute `sequence_level` that is true gets the mean log-ratio of the row's
+    sequence, and its `grad` is the derivative in that mean; it needs sequence_ids.
+    """
+
     def __call__(
         self,
         logp: Tensor,  # (N,) nats
@@ -36,11 +48,16 @@ class PolicyObjective(Protocol):
     ) -> Surrogate: ...
 
 
+def is_sequence_level(objective: PolicyObjective) -> bool:
+    return bool(getattr(objective, "sequence_level", False))
+
+
 def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def _side(low: Tensor, high: Tensor) -> Tensor:
+    """Return Surrogate.side from masks of the rows clipped for a low and for a high ratio."""
     return high.to(torch.int8) - low.to(torch.int8)
 
 
@@ -48,8 +65,9 @@ def _side(low: Tensor, high: Tensor) -> Tensor:
 class Clipped:
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv:1707.06347, eq. 7), GRPO, DAPO, Dr.GRPO.
 
-    `cap` bounds the loss of rows with A < 0 at -cap A: dual-clip PPO (arXiv:1912.09729, there 3),
-    which is INTELLECT-2's two-sided delta (arXiv:2505.07291) too.
+    `cap` bounds the loss of rows with A < 0 at -cap A: dual-clip PPO (arXiv:1912.09729, with a cap
+    of 3), which is also INTELLECT-2's two-sided delta (arXiv:2505.07291).
+    Raise ValueError where low is outside [0, 1], high negative, or cap not above 1 + high.
     """
 
     low: float = 0.2
@@ -68,17 +86,23 @@ class Clipped:
         capped = ratio if self.cap is None else ratio.clamp(max=self.cap)
         bounded = ratio.clamp(1 - self.low, 1 + self.high)
         value = -torch.minimum(capped * advantage, bounded * advantage)
-        low = (advantage < 0) & (ratio < 1 - self.low)
-        high = (advantage > 0) & (ratio > 1 + self.high) | (advantage < 0) & (ratio > capped)
-        return Surrogate(value, torch.where(low | high, 0, -ratio * advantage), _side(low, high))
+        clipped_low = (advantage < 0) & (ratio < 1 - self.low)
+        clipped_high = (advantage > 0) & (ratio > 1 + self.high)
+        clipped_high |= (advantage < 0) & (ratio > capped)
+        grad = torch.where(clipped_low | clipped_high, 0, -ratio * advantage)
+        return Surrogate(value, grad, _side(clipped_low, clipped_high))
 
 
 @dataclass(frozen=True)
 class SequenceClipped:
-    """GSPO (arXiv:2507.18071): `Clipped` on exp(mean over a sequence of logp - old_logp)."""
+    """GSPO (arXiv:2507.18071): `Clipped` on exp(mean over a sequence of logp - old_logp).
+
+    Raise ValueError where low is outside [0, 1] or high negative.
+    """
 
     low: float = 3e-4
     high: float = 4e-4
+    sequence_level: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_clip(self)
@@ -89,10 +113,11 @@ class SequenceClipped:
 
 @dataclass(frozen=True)
 class Cispo:
-    """-sg(min(r, cap)) A logp: the ratio is capped, no row loses its gradient.
+    """-sg(min(r, cap)) A logp, sg stop-gradient: ratios are capped, and no row loses its gradient.
 
     MiniMax-M1 (arXiv:2506.13585) and ScaleRL (arXiv:2510.13786), whose cap is 5. `cap` is the
     ratio's upper bound itself, not its distance from 1; there is no lower bound.
+    Raise ValueError where cap is below 1.
     """
 
     cap: float = 5.0
@@ -103,16 +128,17 @@ class Cispo:
 
     def __call__(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Surrogate:
         ratio = _bounded_exp(log_ratio)
-        slope = -ratio.clamp(max=self.cap) * advantage
-        high = ratio > self.cap
-        return Surrogate(slope * logp, slope, _side(torch.zeros_like(high), high))
+        grad = -ratio.clamp(max=self.cap) * advantage
+        capped = ratio > self.cap
+        return Surrogate(grad * logp, grad, _side(torch.zeros_like(capped), capped))
 
 
 @dataclass(frozen=True)
 class SoftAdaptive:
-    """SAPO (arXiv:2511.20347): -4/tau sigmoid(tau (r - 1)) A, a gate whose slope is 1 at r = 1.
+    """SAPO (arXiv:2511.20347): -4/tau sigmoid(tau (r - 1)) A, a gate with derivative 1 at r = 1.
 
     With s = sigmoid(tau (r - 1)), the derivative in logp is -4 s (1 - s) r A.
+    Raise ValueError where a tau is not positive.
     """
 
     tau_positive: float = 1.0  # for A > 0
@@ -120,17 +146,19 @@ class SoftAdaptive:
 
     def __post_init__(self):
         for name in ("tau_positive", "tau_negative"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"SoftAdaptive({name}={getattr(self, name)}): must be positive")
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"SoftAdaptive({name}={value}): must be positive")
 
     def __call__(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Surrogate:
         ratio = _bounded_exp(log_ratio)
-        tau = torch.full_like(ratio, self.tau_negative).masked_fill(
-            advantage > 0, self.tau_positive
-        )
-        s, rest = torch.sigmoid(tau * (ratio - 1)), torch.sigmoid(tau * (1 - ratio))
-        none = torch.zeros_like(ratio, dtype=torch.int8)
-        return Surrogate(-4 / tau * s * advantage, -4 * s * rest * ratio * advantage, none)
+        tau = torch.full_like(ratio, self.tau_negative)
+        tau = tau.masked_fill(advantage > 0, self.tau_positive)
+        s = torch.sigmoid(tau * (ratio - 1))
+        rest = torch.sigmoid(tau * (1 - ratio))  # 1 - s
+        value = -4 / tau * s * advantage
+        grad = -4 * s * rest * ratio * advantage
+        return Surrogate(value, grad, torch.zeros_like(ratio, dtype=torch.int8))
 
 
 def _check_clip(objective: Clipped | SequenceClipped) -> None:
@@ -142,7 +170,7 @@ def _check_clip(objective: Clipped | SequenceClipped) -> None:
 
 @dataclass(frozen=True)
 class PolicyRows:
-    """What the loss knows of each row beside its log-prob; floats in the logits' dtype."""
+    """Inputs of the policy loss for each row, beside its log-prob; floats in the logits' dtype."""
 
     advantage: Tensor  # (N,)
     weight: Tensor  # (N,) not 0
@@ -152,73 +180,93 @@ class PolicyRows:
     segments: Tensor | None  # (N,) int64 in [0, S), with a sequence-level objective only
 
     def take(self, rows: Tensor | slice) -> "PolicyRows":
-        given = {name: t for name, t in vars(self).items() if t is not None}
-        return replace(self, **{name: t[rows] for name, t in given.items()})
+        given = {name: x for name, x in vars(self).items() if x is not None}
+        return replace(self, **{name: x[rows] for name, x in given.items()})
 
 
 class PolicyTerms(NamedTuple):
-    """(N,) each; weights are in the slopes, not in the values."""
+    """Terms of the policy loss, (N,) each; row weights are in the derivatives, not the values."""
 
-    value: Tensor  # the objective, or -A logp on policy
-    ratio: Tensor  # 1 on policy
+    value: Tensor  # the objective, or -A logp for on-policy rows
+    ratio: Tensor  # 1 for on-policy rows
     side: Tensor  # as in Surrogate
-    k3: Tensor  # 0 on policy and without a reference
-    slope_logp: Tensor  # dloss/dlogp
-    slope_entropy: Tensor | None  # dloss/dentropy, None where the coefficient is 0
+    k3: Tensor  # 0 for on-policy rows and without a reference
+    grads: RowGrads  # derivatives of the loss; no entropy where its coefficient is 0
 
 
-def policy_terms(
-    objective: PolicyObjective,
-    rows: PolicyRows,
-    logp: Tensor,  # (N,)
-    kl_coef: float,
-    entropy_coef: float,
-) -> PolicyTerms:
-    policy = ~rows.on_policy
-    log_ratio = torch.zeros_like(logp)
-    if rows.old_logp is not None:
-        log_ratio = torch.where(policy, logp - rows.old_logp, 0)
-    if rows.segments is not None:
-        log_ratio = _segment_mean(log_ratio, rows)
-    value, slope, side = objective(logp, log_ratio, rows.advantage)
-    value = torch.where(policy, value, -rows.advantage * logp)
-    slope = rows.weight * torch.where(policy, slope, -rows.advantage)
-    if rows.segments is not None:
-        # the mean over a sequence is its own transpose: the same step takes the slopes back
-        slope = torch.where(policy, _segment_mean(slope, rows), slope)
-    k3, k3_slope = _k3(rows, logp)
-    slope_entropy = torch.where(policy, -entropy_coef * rows.weight, 0) if entropy_coef else None
-    return PolicyTerms(
-        value=value,
-        ratio=torch.where(policy, _bounded_exp(log_ratio), 1),
-        side=torch.where(policy, side, 0),
-        k3=k3,
-        slope_logp=slope + kl_coef * rows.weight * k3_slope,
-        slope_entropy=slope_entropy,
-    )
+@dataclass(frozen=True)
+class PolicyLossOfRows:
+    """The policy loss as a function of log-probs: a `RowwiseLoss` if there are no segments."""
+
+    objective: PolicyObjective
+    rows: PolicyRows
+    kl_coef: float
+    entropy_coef: float
+
+    def row_grads(self, rows: slice, logp: Tensor) -> RowGrads:
+        """Return the derivatives of the loss in the results of some rows, given their log-probs."""
+        return replace(self, rows=self.rows.take(rows)).terms(logp).grads
+
+    def terms(self, logp: Tensor) -> PolicyTerms:
+        """Return the terms of all rows, given their log-probs (N,)."""
+        rows = self.rows
+        is_policy = ~rows.on_policy
+        log_ratio = torch.zeros_like(logp)
+        if rows.old_logp is not None:
+            log_ratio = torch.where(is_policy, logp - rows.old_logp, 0)
+        if rows.segments is not None:
+            log_ratio = _segment_mean(log_ratio, rows)
+        value, grad, side = self.objective(logp, log_ratio, rows.advantage)
+        value = torch.where(is_policy, value, -rows.advantage * logp)
+        grad = rows.weight * torch.where(is_policy, grad, -rows.advantage)
+        if rows.segments is not None:
+            # the mean over a sequence is its own transpose: it also takes the derivatives back
+            grad = torch.where(is_policy, _segment_mean(grad, rows), grad)
+        k3, k3_grad = _k3(rows, logp)
+        grad_entropy = None
+        if self.entropy_coef:
+            grad_entropy = torch.where(is_policy, -self.entropy_coef * rows.weight, 0)
+        return PolicyTerms(
+            value=value,
+            ratio=torch.where(is_policy, _bounded_exp(log_ratio), 1),
+            side=torch.where(is_policy, side, 0),
+            k3=k3,
+            grads=RowGrads(grad + self.kl_coef * rows.weight * k3_grad, grad_entropy),
+        )
+
+    def total(self, terms: PolicyTerms, entropy: Tensor) -> Tensor:
+        """Return the loss (), given the rows' terms and entropies (N,)."""
+        loss = terms.value
+        if self.kl_coef:
+            loss = loss + self.kl_coef * terms.k3
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * torch.where(self.rows.on_policy, 0, entropy)
+        return (self.rows.weight * loss).sum()
 
 
-def policy_statistics(rows: PolicyRows, row: PolicyTerms, entropy: Tensor) -> tuple[Tensor, ...]:
-    """In PolicyLoss's order, from policy_loss on."""
-    policy = (~rows.on_policy).to(entropy.dtype)
-    weight, weighted = rows.weight * policy, rows.weight * row.value
-    total, count = weight.sum(), policy.sum().clamp(min=1)
-    total = torch.where(total == 0, 1, total)
-    ratio = row.ratio * policy
+def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> tuple[Tensor, ...]:
+    """Return the fields of ops.PolicyLoss from `policy_loss` on, in its order, () each."""
+    is_policy = (~rows.on_policy).to(entropy.dtype)
+    weight = rows.weight * is_policy
+    weighted_value = rows.weight * terms.value
+    total_weight = weight.sum()
+    total_weight = torch.where(total_weight == 0, 1, total_weight)
+    count = is_policy.sum().clamp(min=1)
+    ratio = terms.ratio * is_policy
     return (
-        (weighted * policy).sum(),
-        (weighted * rows.on_policy).sum(),
-        (weight * row.k3).sum() / total,
-        (weight * entropy).sum() / total,
-        (row.side < 0).sum() / count,
-        (row.side > 0).sum() / count,
+        (weighted_value * is_policy).sum(),
+        (weighted_value * rows.on_policy).sum(),
+        (weight * terms.k3).sum() / total_weight,
+        (weight * entropy).sum() / total_weight,
+        (terms.side < 0).sum() / count,
+        (terms.side > 0).sum() / count,
         ratio.sum() / count,
         ratio.max() if len(ratio) else ratio.new_zeros(()),
     )
 
 
 def _k3(rows: PolicyRows, logp: Tensor) -> tuple[Tensor, Tensor]:
-    """The k3 estimate of KL(policy || reference) and its derivative in logp."""
+    """Return the k3 estimate of KL(policy || reference) and its derivative in logp, (N,) each."""
     if rows.ref_logp is None:
         return torch.zeros_like(logp), torch.zeros_like(logp)
     x = torch.where(rows.on_policy, 0, rows.ref_logp - logp)
@@ -226,10 +274,10 @@ def _k3(rows: PolicyRows, logp: Tensor) -> tuple[Tensor, Tensor]:
     return growth - x, -growth
 
 
-def _segment_mean(x: Tensor, rows: PolicyRows) -> Tensor:  # (N,) each row its sequence's mean
+def _segment_mean(x: Tensor, rows: PolicyRows) -> Tensor:
+    """Return for each row the mean of x (N,) over the policy rows of its sequence."""
     assert rows.segments is not None
-    segments = rows.segments + 1
-    segments = torch.where(rows.on_policy, 0, segments)  # on-policy rows belong to no sequence
+    segments = torch.where(rows.on_policy, 0, rows.segments + 1)  # on-policy rows: a segment apart
     n = int(segments.max()) + 1 if len(segments) else 1
     count = segment_sum(torch.ones_like(x), segments, n)
     return (segment_sum(x, segments, n) / count.clamp(min=1))[segments]

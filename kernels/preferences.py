@@ -1,10 +1,14 @@
-"""What a pair of sequences contributes to the loss, and its derivative in their summed log-probs.
+"""Preference objectives: each pair's value and its derivatives in the pair's summed log-probs.
 
     loss = sum_p w_p objective_p
     h = (chosen - its ref) - (rejected - its ref), nats;  average = sum / targets
     most are -log sigmoid(s), s linear in the sums:  d/ds = -sigmoid(-s)
 
-A sequence without targets has sum and average 0. An objective that needs no reference ignores it.
+A pair is a chosen (w) and a rejected (l) sequence. A sequence without targets has sum and average
+0. An objective that needs no reference ignores it.
+
+To add an objective, write its class here, name it in `__all__` and give it one line in
+expo_fast/objectives.py.
 """
 
 import math
@@ -17,38 +21,47 @@ from torch import Tensor
 
 from expo_fast.kernels.products import segment_sum
 
-# Nats a target. Orpo takes no average for closer to 0, so 1 / (1 - p) stays below 1e20, finite in
+__all__ = ["Cpo", "Dpo", "DpoPositive", "Hinge", "Ipo", "Orpo", "RDpo", "SimPo"]  # ops exports
+
+# Nats a target. Orpo clamps averages at this value, so 1 / (1 - p) stays below 1e20, finite in
 # fp32. The odds of a likelier sequence, each target 46 nats ahead of the rest, have no gradient.
 CERTAIN = -1e-20
 
 
 class Pairs(NamedTuple):
-    """Sums over the targets of each chosen and rejected sequence, (P,) each."""
+    """Sums over the targets of each pair's sequences, (P,) each."""
 
     chosen: Tensor  # log-prob, nats
     rejected: Tensor
-    chosen_ref: Tensor  # the same under the reference
+    chosen_ref: Tensor  # log-prob under the reference, nats
     rejected_ref: Tensor
-    chosen_length: Tensor  # targets
+    chosen_length: Tensor  # number of targets
     rejected_length: Tensor
 
     @property
     def log_ratio(self) -> Tensor:
-        """How much more the policy prefers the chosen sequence than the reference does, nats."""
+        """h (P,): how much more the policy prefers the chosen sequence than the reference does."""
         return (self.chosen - self.chosen_ref) - (self.rejected - self.rejected_ref)
 
     @property
     def per_target(self) -> tuple[Tensor, Tensor]:
-        """What turns the sums of the chosen and of the rejected sequence into averages."""
-        return 1 / self.chosen_length.clamp(min=1), 1 / self.rejected_length.clamp(min=1)
+        """Factors (P,) that turn sums of the chosen and the rejected sequence into averages."""
+        per_chosen = 1 / self.chosen_length.clamp(min=1)
+        per_rejected = 1 / self.rejected_length.clamp(min=1)
+        return per_chosen, per_rejected
 
 
 def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None) -> int:
-    n = int(ids.max()) // 2 + 1 if ids.numel() else 0
+    """Return P: half of ref_logp's length, or pair_weight's length, or the least that fits all ids.
+
+    Raise ValueError where the lengths of ref_logp (2P,) and pair_weight (P,) do not agree.
+    """
     if ref_logp is not None:
         n = len(ref_logp) // 2
     elif pair_weight is not None:
         n = len(pair_weight)
+    else:
+        n = int(ids.max()) // 2 + 1 if ids.numel() else 0
     for name, x, size in (("ref_logp", ref_logp, 2 * n), ("pair_weight", pair_weight, n)):
         if x is not None and x.shape != (size,):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, {n} pairs need ({size},)")
@@ -56,6 +69,7 @@ def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None
 
 
 def check_pair_ids(ids: Tensor, n_pairs: int) -> None:
+    """Raise ValueError if an id lies outside [0, 2P)."""
     wrong = ids[(ids < 0) | (ids >= 2 * n_pairs)]
     if len(wrong):
         raise ValueError(
@@ -69,19 +83,33 @@ def sum_pairs(
     n_pairs: int,
     ref_logp: Tensor | None,  # (2P,) summed; None: 0
 ) -> Pairs:
+    """Return the sums of each sequence's rows, in a fixed order."""
     sums = segment_sum(logp, ids, 2 * n_pairs).view(-1, 2)
-    ref = torch.zeros_like(sums) if ref_logp is None else ref_logp.detach().to(sums).view(-1, 2)
+    ref = torch.zeros_like(sums)
+    if ref_logp is not None:
+        ref = ref_logp.detach().to(sums).view(-1, 2)
     length = segment_sum(torch.ones_like(logp), ids, 2 * n_pairs).view(-1, 2)
-    return Pairs(*(x[:, side] for x in (sums, ref, length) for side in (0, 1)))
+    return Pairs(
+        chosen=sums[:, 0],
+        rejected=sums[:, 1],
+        chosen_ref=ref[:, 0],
+        rejected_ref=ref[:, 1],
+        chosen_length=length[:, 0],
+        rejected_length=length[:, 1],
+    )
 
 
 class PairLoss(NamedTuple):
-    value: Tensor  # (P,)
-    slope_chosen: Tensor  # (P,) dvalue/dchosen
-    slope_rejected: Tensor  # (P,) dvalue/drejected
+    """A preference objective's value per pair and its derivatives, (P,) each."""
+
+    value: Tensor  # to be minimised
+    grad_chosen: Tensor  # dvalue/dchosen
+    grad_rejected: Tensor  # dvalue/drejected
 
 
 class PreferenceObjective(Protocol):
+    """A function of the pairs' sums."""
+
     def __call__(self, pairs: Pairs) -> PairLoss: ...
 
 
@@ -90,6 +118,7 @@ class Dpo:
     """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h the pair's log-ratio.
 
     arXiv:2305.18290, eq. 7; the label smoothing e is conservative DPO's chance of a flipped label.
+    Raise ValueError where beta is not positive and finite, or e outside [0, 0.5).
     """
 
     beta: float = 0.1  # per nat
@@ -101,8 +130,8 @@ class Dpo:
             raise ValueError(f"Dpo(label_smoothing={self.label_smoothing}): must lie in [0, 0.5)")
 
     def __call__(self, pairs: Pairs) -> PairLoss:
-        value, slope = _logistic(self.beta * pairs.log_ratio, self.label_smoothing)
-        return PairLoss(value, self.beta * slope, -self.beta * slope)
+        value, grad = _logistic(self.beta * pairs.log_ratio, self.label_smoothing)
+        return PairLoss(value, self.beta * grad, -self.beta * grad)
 
 
 @dataclass(frozen=True)
@@ -119,8 +148,9 @@ class Ipo:
         _check(self)
 
     def __call__(self, pairs: Pairs) -> PairLoss:
-        one = torch.ones_like(pairs.chosen)
-        per_chosen, per_rejected = pairs.per_target if self.average else (one, one)
+        per_chosen = per_rejected = torch.ones_like(pairs.chosen)
+        if self.average:
+            per_chosen, per_rejected = pairs.per_target
         chosen = (pairs.chosen - pairs.chosen_ref) * per_chosen
         rejected = (pairs.rejected - pairs.rejected_ref) * per_rejected
         gap = chosen - rejected - 1 / (2 * self.beta)
@@ -142,20 +172,20 @@ class Hinge:
 
     def __call__(self, pairs: Pairs) -> PairLoss:
         missing = 1 - self.beta * pairs.log_ratio
-        slope = torch.where(missing > 0, -self.beta, torch.zeros_like(missing))
-        return PairLoss(missing.clamp(min=0), slope, -slope)
+        grad = torch.where(missing > 0, -self.beta, torch.zeros_like(missing))
+        return PairLoss(missing.clamp(min=0), grad, -grad)
 
 
 @dataclass(frozen=True)
 class RDpo:
-    """-log sigmoid(beta h + alpha (L_w - L_l)), L the targets, h the pair's log-ratio.
+    """-log sigmoid(beta h + alpha (L_w - L_l)), L the number of targets, h the pair's log-ratio.
 
-    Length-regularised DPO (arXiv:2403.19159): the policy is to pay alpha for each target. A pair
-    whose chosen sequence is the longer one is pushed apart less than by Dpo, for its length may be
+    Length-regularised DPO (arXiv:2403.19159): the policy pays alpha for each target. A pair whose
+    chosen sequence is the longer one is pushed apart less than by Dpo, because its length may be
     why it was chosen; a pair whose chosen sequence is the shorter one is pushed apart more.
     """
 
-    alpha: float  # per target; no default, for it depends on how much the lengths differ
+    alpha: float  # per target; no default, because it depends on how much the lengths differ
     beta: float = 0.1  # per nat
 
     def __post_init__(self):
@@ -163,15 +193,15 @@ class RDpo:
 
     def __call__(self, pairs: Pairs) -> PairLoss:
         longer = pairs.chosen_length - pairs.rejected_length
-        value, slope = _logistic(self.beta * pairs.log_ratio + self.alpha * longer)
-        return PairLoss(value, self.beta * slope, -self.beta * slope)
+        value, grad = _logistic(self.beta * pairs.log_ratio + self.alpha * longer)
+        return PairLoss(value, self.beta * grad, -self.beta * grad)
 
 
 @dataclass(frozen=True)
 class DpoPositive:
     """-log sigmoid(beta (h - penalty max(0, chosen_ref - chosen))), h the pair's log-ratio.
 
-    DPOP of Smaug (arXiv:2402.13228): DPO that also pays for a chosen sequence that has become less
+    DPOP of Smaug (arXiv:2402.13228): DPO with a penalty where the chosen sequence has become less
     likely than under the reference.
     """
 
@@ -183,9 +213,10 @@ class DpoPositive:
 
     def __call__(self, pairs: Pairs) -> PairLoss:
         lost = (pairs.chosen_ref - pairs.chosen).clamp(min=0)
-        value, slope = _logistic(self.beta * (pairs.log_ratio - self.penalty * lost))
-        slope = self.beta * slope
-        return PairLoss(value, slope + torch.where(lost > 0, self.penalty * slope, 0), -slope)
+        value, grad = _logistic(self.beta * (pairs.log_ratio - self.penalty * lost))
+        grad = self.beta * grad
+        grad_penalty = torch.where(lost > 0, self.penalty * grad, 0)
+        return PairLoss(value, grad + grad_penalty, -grad)
 
 
 @dataclass(frozen=True)
@@ -205,18 +236,18 @@ class SimPo:
     def __call__(self, pairs: Pairs) -> PairLoss:
         per_chosen, per_rejected = pairs.per_target
         gap = pairs.chosen * per_chosen - pairs.rejected * per_rejected
-        value, slope = _logistic(self.beta * gap - self.gamma)
-        slope = self.beta * slope
-        return PairLoss(value, slope * per_chosen, -slope * per_rejected)
+        value, grad = _logistic(self.beta * gap - self.gamma)
+        grad = self.beta * grad
+        return PairLoss(value, grad * per_chosen, -grad * per_rejected)
 
 
 @dataclass(frozen=True)
 class Cpo:
     """-log sigmoid(beta (chosen - rejected)) - nll_coef average_w (arXiv:2401.08417); no reference.
 
-    The NLL is each chosen sequence's mean over its targets, so that the loss is a sum over pairs
-    however they are split into batches, and no length weighs more. The paper writes the sum over
-    the sequence; TRL takes the mean over all chosen targets of the batch.
+    The NLL is each chosen sequence's mean over its targets: the loss is then a sum over pairs for
+    any split into batches, and long sequences do not weigh more. The paper writes the sum over the
+    sequence; TRL takes the mean over all chosen targets of the batch.
     """
 
     beta: float = 0.1  # per nat
@@ -226,9 +257,11 @@ class Cpo:
         _check(self, "nll_coef")
 
     def __call__(self, pairs: Pairs) -> PairLoss:
-        value, slope = _logistic(self.beta * (pairs.chosen - pairs.rejected))
-        slope, nll_slope = self.beta * slope, -self.nll_coef * pairs.per_target[0]
-        return PairLoss(value + nll_slope * pairs.chosen, slope + nll_slope, -slope)
+        value, grad = _logistic(self.beta * (pairs.chosen - pairs.rejected))
+        grad = self.beta * grad
+        per_chosen, _ = pairs.per_target
+        grad_nll = -self.nll_coef * per_chosen
+        return PairLoss(value + grad_nll * pairs.chosen, grad + grad_nll, -grad)
 
 
 @dataclass(frozen=True)
@@ -247,33 +280,36 @@ class Orpo:
     def __call__(self, pairs: Pairs) -> PairLoss:
         per_chosen, per_rejected = pairs.per_target
         chosen = pairs.chosen * per_chosen
-        odds, odds_slope = _log_odds(chosen)
-        odds_rejected, odds_rejected_slope = _log_odds(pairs.rejected * per_rejected)
-        value, slope = _logistic(odds - odds_rejected)
-        slope = self.beta * slope
+        odds_chosen, odds_grad_chosen = _log_odds(chosen)
+        odds_rejected, odds_grad_rejected = _log_odds(pairs.rejected * per_rejected)
+        value, grad = _logistic(odds_chosen - odds_rejected)
+        grad = self.beta * grad
         return PairLoss(
-            self.beta * value - chosen,
-            (slope * odds_slope - 1) * per_chosen,
-            -slope * odds_rejected_slope * per_rejected,
+            value=self.beta * value - chosen,
+            grad_chosen=(grad * odds_grad_chosen - 1) * per_chosen,
+            grad_rejected=-grad * odds_grad_rejected * per_rejected,
         )
 
 
 def _logistic(s: Tensor, flipped: float = 0.0) -> tuple[Tensor, Tensor]:
-    """-(1 - flipped) log sigmoid(s) - flipped log sigmoid(-s), and its derivative in s."""
+    """Return -(1 - flipped) log sigmoid(s) - flipped log sigmoid(-s), and its derivative in s."""
     value = -(1 - flipped) * F.logsigmoid(s) - flipped * F.logsigmoid(-s)
-    return value, flipped * torch.sigmoid(s) - (1 - flipped) * torch.sigmoid(-s)
+    grad = flipped * torch.sigmoid(s) - (1 - flipped) * torch.sigmoid(-s)
+    return value, grad
 
 
 def _log_odds(logp: Tensor) -> tuple[Tensor, Tensor]:
-    """log(p / (1 - p)) and its derivative in log p, which is 0 beyond CERTAIN."""
+    """Return log(p / (1 - p)) and its derivative in log p, which is 0 beyond CERTAIN."""
     bounded = logp.clamp(max=CERTAIN)
-    rest = -torch.expm1(bounded)  # rounds to 1 for a small p, which bounded itself outweighs
+    rest = -torch.expm1(bounded)  # rounds to 1 for a small p, where `bounded` is much larger
     return bounded - rest.log(), torch.where(logp > CERTAIN, 0, 1 / rest)
 
 
 def _check(objective: PreferenceObjective, *coefficients: str) -> None:
+    """Raise ValueError unless beta is positive and finite and the coefficients finite and >= 0."""
     for name in ("beta", *coefficients):
-        value, positive = getattr(objective, name), name == "beta"
+        value = getattr(objective, name)
+        positive = name == "beta"
         if not 0 <= value < math.inf or (positive and value == 0):
             need = "positive" if positive else "at least 0"
             raise ValueError(

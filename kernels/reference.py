@@ -1,8 +1,9 @@
-"""Plain PyTorch: a linear head's log-prob, by definition and in sweeps that never hold (N, V).
+"""PyTorch backend: a linear head's log-probs by definition, and in chunks that never hold (N, V).
 
-The formulas are head.py's. A row whose largest logit exceeds the target's by over SAFE_GAP is
-anchored at that logit instead: shift is the gap.
-Chunk of C rows: two (C, V) buffers, 1 GEMM forward, 2 more for the gradients of hidden and weight.
+The formulas are those of head.py. A row whose largest logit exceeds the target's by more than
+SAFE_GAP is anchored at that logit instead: shift is then the gap.
+A chunk of C rows takes two (C, V) buffers and 1 GEMM forward, and 2 more GEMMs for the gradients of
+hidden and weight.
 """
 
 from collections.abc import Iterator
@@ -13,18 +14,16 @@ import torch
 from torch import Tensor
 
 from expo_fast.kernels.head import (
-    NOTHING,
     Forward,
     Gradients,
     Head,
     LogProb,
     Needs,
-    Slopes,
-    SlopesOf,
+    RowGrads,
+    RowwiseLoss,
     from_sums,
-    logit_slopes,
-    of_live_rows,
-    slopes_about_lse,
+    logit_grads,
+    logit_grads_about_lse,
 )
 from expo_fast.kernels.products import bf16_in, matmul
 
@@ -41,77 +40,170 @@ def linear_logprob(
     targets: Tensor,  # (N,) int64 in [0, V)
     bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,  # scalar or (N,)
-) -> LogProb:  # (N,) each, fp32 unless the logits are fp64
-    """The definition, and the yardstick: all logits at once, upcast to fp32, softmax in fp32."""
+) -> LogProb:
+    """Return the results (N,) by definition: all logits at once, upcast to fp32, softmax in fp32.
+
+    This is what backends are compared with. Results are fp32, or fp64 if the logits are.
+    """
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits if bias is None else logits + bias
-    logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    if bias is not None:
+        logits = logits + bias
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
+    logits = logits / temperature
     logp = logits.log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return LogProb(logp.gather(1, targets[:, None])[:, 0], entropy, logits.logsumexp(-1))
+    return LogProb(
+        logp=logp.gather(1, targets[:, None])[:, 0],
+        entropy=-(logp.exp() * logp).sum(-1),
+        lse=logits.logsumexp(-1),
+    )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A chunk of C rows between its forward and its backward, named as in head.py."""
+
+    results: LogProb  # (C,) fp64 each
+    e: Tensor  # (C, V) exp(u_j), 0 at the target
+    eu: Tensor  # (C, V) exp(u_j) u_j
+    log_total: Tensor | None  # (C,) fp64; None: anchored at lse, so that exp(u_j) is p_j
+
+    @classmethod
+    def softmax(cls, head: Head, z: Tensor, buffer: Tensor) -> "Tile":
+        """Return the tile of logits z (C, V); z and the buffer (C, V) become its memory."""
+        target = head.targets[:, None]
+        anchor = z.gather(1, target)
+        top = z.amax(1, keepdim=True)
+        base = torch.where(top - anchor > SAFE_GAP, top, anchor)
+        u = z.sub_(base)
+        e = torch.exp(u, out=buffer).scatter_(1, target, 0)
+        other = e.sum(1)
+        eu = u.mul_(e)
+        moment = eu.sum(1)
+        shift = (base.double() - anchor)[:, 0]
+        results, log_total = from_sums(
+            base[:, 0].double(),
+            other.double(),
+            moment.double(),
+            shift,
+        )
+        return cls(results, e, eu, log_total)
+
+    @classmethod
+    def known(cls, head: Head, results: LogProb, z: Tensor, buffer: Tensor) -> "Tile":
+        """Return the same from logits recomputed in a backward, given their results."""
+        u = z.sub_(results.lse.to(z.dtype)[:, None])
+        e = torch.exp(u, out=buffer).scatter_(1, head.targets[:, None], 0)
+        return cls(results, e, u.mul_(e), None)
+
+    def logit_gradients(self, head: Head, row_grads: RowGrads) -> tuple[Tensor, Tensor]:
+        """Return dz (C, V), and as much memory that is free now. The tile is overwritten."""
+        dtype = self.e.dtype
+        if self.log_total is None:
+            _, coefficients = logit_grads_about_lse(
+                self.results, row_grads, head.temperature, dtype=dtype
+            )
+        else:
+            coefficients = logit_grads(self.results, row_grads, head.temperature, self.log_total)
+        c0, c1, at_target = (x.to(dtype) for x in coefficients)
+        dz = self.e.mul_(c0[:, None])
+        if row_grads.entropy is not None:
+            dz.addcmul_(self.eu, c1[:, None])
+        return dz.scatter_(1, head.targets[:, None], at_target[:, None]), self.eu
 
 
 class Chunked:
-    """A backend (backends.Kernels) that multiplies chunk by chunk and then works row by row."""
+    """A backend (dispatch.OnePassKernels) that multiplies chunk by chunk, then works on rows."""
 
-    def __init__(self, tile: type["Tile"]):
+    def __init__(self, tile: type[Tile]):
         self.tile = tile
 
     def log_probs(self, head: Head, needs: Needs) -> Forward:
-        """Forward only: 1 GEMM, and nothing kept."""
-        return Forward(self._sweep(head, None, NOTHING)[0])
+        """Return the results from 1 GEMM. Nothing is kept for a backward."""
+        parts = [chunk.tile.results for chunk in self._chunks(head)]
+        return Forward(_concatenated(parts, head))
 
     def log_probs_and_gradients(
-        self, head: Head, slopes: SlopesOf, needs: Needs
+        self, head: Head, loss: RowwiseLoss, needs: Needs
     ) -> tuple[LogProb, Gradients]:
-        """One pass, 3 GEMMs: for losses whose slope in a row depends on that row alone."""
-        return self._sweep(head, slopes, needs)
+        """Return results and gradients from one pass of 3 GEMMs."""
+        grads = _zero_gradients(head, needs)
+        parts = []
+        for chunk in self._chunks(head):
+            parts.append(chunk.tile.results)
+            logp = chunk.tile.results.logp.to(head.dtype)
+            row_grads = loss.row_grads(chunk.rows, logp)
+            _add_gradients(chunk, row_grads, grads.at(chunk.rows))
+        return _concatenated(parts, head), grads
 
-    def gradients(self, head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
-        """From a forward's results: its logits are recomputed, its sums are not."""
-        return of_live_rows(self._gradients, head, forward.results, slopes, needs)
+    def gradients(
+        self, head: Head, forward: Forward, row_grads: RowGrads, needs: Needs
+    ) -> Gradients:
+        """Return gradients from a forward's results: it recomputes the logits, not their sums."""
+        if not any(needs):
+            return Gradients(None, None, None)
+        n = len(head.targets)
+        active = row_grads.active_rows()
+        head, row_grads = head.take(active), row_grads.take(active)
+        grads = _zero_gradients(head, needs)
+        for chunk in self._chunks(head, known=forward.results.take(active)):
+            _add_gradients(chunk, row_grads.take(chunk.rows), grads.at(chunk.rows))
+        return grads.with_all_rows(active, n)
 
-    def _gradients(self, head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
-        return self._sweep(head, lambda rows, _: slopes.take(rows), needs, results)[1]
+    def _chunks(self, head: Head, known: LogProb | None = None) -> Iterator["_Chunk"]:
+        """Yield the chunks in order, with the logits recomputed where the results are known.
 
-    def _sweep(
-        self,
-        head: Head,
-        slopes: SlopesOf | None,
-        needs: Needs,
-        known: LogProb | None = None,
-    ) -> tuple[LogProb, Gradients]:
-        n, vocabulary = len(head.targets), head.weight.shape[0]
-        grads, parts = _zero_gradients(head, needs), list[LogProb]()
-        spans = list(_chunks(n, vocabulary * head.dtype.itemsize, head.hidden.is_cuda))
+        They share their buffers: a chunk is used up when the next one is asked for.
+        """
+        v = len(head.weight)
+        row_bytes = v * head.dtype.itemsize
+        spans = list(_spans(len(head.targets), row_bytes, head.hidden.is_cuda))
         if not spans:
-            return LogProb(*head.hidden.new_zeros(3, 0, dtype=torch.float64)), grads
-        buffers = head.hidden.new_empty(2, spans[0].stop, vocabulary, dtype=head.dtype)
-        # bf16 products on a CPU take operands already widened: once here, not once a chunk
-        widen = head.dtype if head.hidden.device.type == "cpu" else head.weight.dtype
-        operand = head.weight.to(widen if head.narrow else head.dtype).T  # (D, V)
-        weight = head.weight if head.narrow else operand.T
-        for span in spans:
-            z, spare = (x[: span.stop - span.start] for x in (buffers[0], buffers[1]))
-            rows = head.take(span)
-            _write_logits(rows, operand, z)
-            if known:
-                tile = self.tile.known(rows, known.take(span), z, spare)
+            return
+        buffers = head.hidden.new_empty(2, spans[0].stop, v, dtype=head.dtype)
+        # bf16 products on a CPU take factors already widened: once here, not once a chunk
+        on_cpu = head.hidden.device.type == "cpu"
+        weight_dtype = head.weight.dtype if head.narrow and not on_cpu else head.dtype
+        factor = head.weight.to(weight_dtype)
+        for rows in spans:
+            part = head.take(rows)
+            z, buffer = buffers[:, : rows.stop - rows.start]
+            _write_logits(part, factor.T, z)
+            if known is None:
+                tile = self.tile.softmax(part, z, buffer)
             else:
-                tile = self.tile.softmax(rows, z, spare)
-            parts.append(tile.results)
-            if slopes:
-                slope = slopes(span, tile.results.logp.to(head.dtype))
-                _add_gradients(rows, weight, tile, slope, grads.at(span))
-        return LogProb(*map(torch.cat, zip(*parts, strict=True))), grads
+                tile = self.tile.known(part, known.take(rows), z, buffer)
+            yield _Chunk(rows, part, head.weight if head.narrow else factor, tile)
 
 
-def _chunks(n: int, row_bytes: int, cuda: bool) -> Iterator[slice]:
-    """Equal chunks within CHUNK_BYTES: a ragged last one would waste its GEMMs."""
-    count = -(-n // max(1, (CUDA_CHUNK_BYTES if cuda else CHUNK_BYTES) // row_bytes))
-    size = -(-n // max(1, count))
-    return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
+@dataclass(frozen=True)
+class _Chunk:
+    """C rows of a head, and what their gradients need."""
+
+    rows: slice  # of the head's
+    head: Head
+    weight: Tensor  # (V, D), the factor of d_hidden's GEMM
+    tile: Tile
+
+
+def _spans(n: int, row_bytes: int, cuda: bool) -> Iterator[slice]:
+    """Yield equal spans of rows within CHUNK_BYTES: a ragged last one would waste its GEMMs."""
+    most_rows = max(1, (CUDA_CHUNK_BYTES if cuda else CHUNK_BYTES) // row_bytes)
+    count = -(-n // most_rows)
+    size = max(1, -(-n // max(1, count)))
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _concatenated(parts: list[LogProb], head: Head) -> LogProb:
+    if not parts:
+        return LogProb(*head.hidden.new_zeros(3, 0, dtype=torch.float64))
+    return LogProb(
+        logp=torch.cat([part.logp for part in parts]),
+        entropy=torch.cat([part.entropy for part in parts]),
+        lse=torch.cat([part.lse for part in parts]),
+    )
 
 
 def _zero_gradients(head: Head, needs: Needs) -> Gradients:
@@ -120,51 +212,16 @@ def _zero_gradients(head: Head, needs: Needs) -> Gradients:
     return Gradients(
         zeros(head.hidden.shape, dtype=hidden_dtype) if needs.hidden else None,
         zeros(head.weight.shape, dtype=head.dtype) if needs.weight else None,
-        zeros(head.weight.shape[0], dtype=head.dtype) if needs.bias else None,
+        zeros(len(head.weight), dtype=head.dtype) if needs.bias else None,
     )
 
 
-@dataclass(frozen=True)
-class Tile:
-    """C rows between forward and backward, named as in head.py."""
-
-    results: LogProb  # (C,) fp64 each
-    e: Tensor  # (C, V) exp(u_j), 0 at the target
-    eu: Tensor  # (C, V) exp(u_j) u_j
-    log_total: Tensor | None  # (C,) fp64; None: anchored at lse, so that exp(u_j) is p_j
-
-    @classmethod
-    def softmax(cls, head: Head, z: Tensor, e: Tensor) -> "Tile":
-        target, anchor = head.targets[:, None], z.gather(1, head.targets[:, None])
-        top = z.amax(1, keepdim=True)
-        base = torch.where(top - anchor > SAFE_GAP, top, anchor)
-        u = z.sub_(base)
-        torch.exp(u, out=e).scatter_(1, target, 0)
-        sums = base[:, 0], e.sum(1), u.mul_(e).sum(1), (base.double() - anchor)[:, 0]
-        results, log_total = from_sums(*(x.double() for x in sums))
-        return cls(results, e, u, log_total)
-
-    @classmethod
-    def known(cls, head: Head, results: LogProb, z: Tensor, e: Tensor) -> "Tile":
-        u = z.sub_(results.lse.to(z.dtype)[:, None])
-        torch.exp(u, out=e).scatter_(1, head.targets[:, None], 0)
-        return cls(results, e, u.mul_(e), None)
-
-    def logit_gradients(self, head: Head, slopes: Slopes) -> tuple[Tensor, Tensor]:
-        """(C, V) of them, and as much memory that is free now; the tile is used up."""
-        given, dtype = (self.results, slopes, head.temperature), self.e.dtype
-        if self.log_total is None:
-            _, c0, c1, at_target = slopes_about_lse(*given, dtype=dtype)
-        else:
-            c0, c1, at_target = (x.to(dtype) for x in logit_slopes(*given, self.log_total))
-        dz = self.e.mul_(c0[:, None])
-        if slopes.entropy is not None:
-            dz.addcmul_(self.eu, c1[:, None])
-        return dz.scatter_(1, head.targets[:, None], at_target[:, None]), self.eu
-
-
-def _write_logits(head: Head, operand: Tensor, z: Tensor) -> None:
-    matmul(head.hidden, operand, z, narrow=head.narrow)
+def _write_logits(
+    head: Head,
+    weight: Tensor,  # (D, V)
+    z: Tensor,  # (N, V) out
+) -> None:
+    matmul(head.hidden, weight, z, narrow=head.narrow)
     if head.bias is not None:
         # a bias of -inf forbids a token: there exp(u) u must be 0, not 0 * inf
         z.add_(head.bias.clamp(min=-1e30))
@@ -174,19 +231,23 @@ def _write_logits(head: Head, operand: Tensor, z: Tensor) -> None:
         z.div_(head.temperature)
 
 
-def _add_gradients(
-    head: Head, weight: Tensor, tile: Tile, slopes: Slopes, grads: Gradients
-) -> None:
-    (dz, spare), hidden = tile.logit_gradients(head, slopes), head.hidden
-    live = slopes.live()
-    if live is not None:
-        dz, spare = torch.index_select(dz, 0, live, out=spare[: len(live)]), dz
-        hidden = hidden[live]
+def _add_gradients(chunk: _Chunk, row_grads: RowGrads, grads: Gradients) -> None:
+    """Write a chunk's rows of the hidden gradient, add to the others. The tile is overwritten."""
+    head = chunk.head
+    dz, spare = chunk.tile.logit_gradients(head, row_grads)
+    hidden = head.hidden
+    active = row_grads.active_rows()
+    if active is not None:
+        gathered = torch.index_select(dz, 0, active, out=spare[: len(active)])
+        dz, spare = gathered, dz
+        hidden = hidden[active]
     if grads.hidden is not None:
-        narrow_dz = dz if dz.dtype == grads.hidden.dtype else bf16_in(spare, dz.shape).copy_(dz)
+        narrow_dz = dz
+        if dz.dtype != grads.hidden.dtype:
+            narrow_dz = bf16_in(spare, dz.shape).copy_(dz)
         d_hidden = grads.hidden.new_empty(hidden.shape)
-        matmul(narrow_dz, weight, d_hidden)
-        grads.hidden[slice(None) if live is None else live] = d_hidden
+        matmul(narrow_dz, chunk.weight, d_hidden)
+        grads.hidden[slice(None) if active is None else active] = d_hidden
     if grads.weight is not None:
         matmul(dz.T, hidden, grads.weight, narrow=head.narrow, accumulate=True)
     if grads.bias is not None:

@@ -1,15 +1,18 @@
-"""Triton row kernels between cuBLAS GEMMs: a chunk's logits are read once forward, once backward.
+"""Triton backend of row kernels between cuBLAS GEMMs.
+
+A chunk's logits are read once in the forward pass and once in the backward pass.
 
     u_j = z_j - z_y    other = sum_{j != y} exp(u_j)    moment = sum_{j != y} exp(u_j) u_j
     dz_j = exp(z_j - lse) (c0 + c1 (z_j - lse))         dz_y given
 
-One program a row. A row whose sum passes SAFE_SUM is read again, from its largest logit. Bytes a
-logit, fp32 z and bf16 dz: 4 written by the GEMM, 4 read forward, 4 read and 2 written backward, 4
-read by the GEMMs for the gradients. Runs every dtype on any GPU that Triton knows.
+There is one program a row. A row whose sum exceeds SAFE_SUM is read again, with u relative to its
+largest logit. Bytes a logit with fp32 z and bf16 dz: 4 written by the GEMM, 4 read forward, 4 read
+and 2 written backward, 4 read by the GEMMs for the gradients. It runs every dtype on any GPU that
+Triton supports.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (of Triton's functions, which it takes for Python's)
+# (Triton's functions, which pyright takes for Python functions)
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.head import Head, LogProb, Slopes, from_sums, slopes_about_lse
+from expo_fast.kernels.head import Head, LogProb, RowGrads, from_sums, logit_grads_about_lse
 from expo_fast.kernels.products import bf16_in
 from expo_fast.kernels.reference import Chunked, Tile
 
@@ -31,14 +34,15 @@ LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def to_bf16(x, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # which cuts off what should be rounded to nearest, ties to even
+    """Round fp32 to bf16, to nearest, ties to even; the interpreter would truncate."""
+    if INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(tl.bfloat16)
 
 
 def launch_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Return a context in which Triton launches on the tensor's device, not the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -46,7 +50,8 @@ INTERPRETED = not isinstance(to_bf16, triton.JITFunction)  # TRITON_INTERPRET=1:
 
 
 @triton.jit
-def _sums(z, base, y, V, BLOCK: tl.constexpr):  # of exp(z - base) over all but y
+def _sums(z, base, y, V, BLOCK: tl.constexpr):
+    """Return other and moment of a row at z, with u relative to base."""
     other = tl.zeros([BLOCK], z.dtype.element_ty)
     moment = tl.zeros([BLOCK], z.dtype.element_ty)
     for v in range(0, V, BLOCK):
@@ -66,6 +71,7 @@ def row_sums(
     V, stride,
     SAFE_SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the sums of each row, and the logit that they are relative to."""
     row = tl.program_id(0)
     z += row.to(tl.int64) * stride
     y = tl.load(targets + row)
@@ -90,11 +96,15 @@ def row_gradients(
     V, stride,
     BLOCK: tl.constexpr, NARROW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """Write dz; base is lse, so exp(z - base) is a probability."""
     row = tl.program_id(0)
     z += row.to(tl.int64) * stride
     dz += row.to(tl.int64) * stride
-    y, anchor = tl.load(targets + row), tl.load(base + row)
-    a0, a1, own = tl.load(c0 + row), tl.load(c1 + row), tl.load(at_target + row)
+    y = tl.load(targets + row)
+    anchor = tl.load(base + row)
+    a0 = tl.load(c0 + row)
+    a1 = tl.load(c1 + row)
+    own = tl.load(at_target + row)
     for v in range(0, V, BLOCK):
         column = v + tl.arange(0, BLOCK)
         u = tl.load(z + column, column < V, -float("inf")) - anchor
@@ -104,31 +114,35 @@ def row_gradients(
 
 
 class RowTile(Tile):
-    """`eu` is the logits, and `e` room for their gradients."""
+    """A tile whose `eu` holds the logits, and whose `e` is the buffer for their gradients."""
 
     @classmethod
-    def softmax(cls, head: Head, z: Tensor, e: Tensor) -> "RowTile":
+    def softmax(cls, head: Head, z: Tensor, buffer: Tensor) -> "RowTile":
         n, v = z.shape
         other, moment, base = z.new_empty(3, n).unbind()
-        given = z, head.targets, other, moment, base, v, z.stride(0)
         with launch_device(z):
-            row_sums[(n,)](*given, SAFE_SUM, BLOCK, num_warps=WARPS)
+            row_sums[(n,)](
+                z, head.targets, other, moment, base, v, z.stride(0),
+                SAFE_SUM=SAFE_SUM, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
         shift = base.double() - z.gather(1, head.targets[:, None])[:, 0]
         results, _ = from_sums(base.double(), other.double(), moment.double(), shift)
-        return cls(results, e, z, None)
+        return cls(results, e=buffer, eu=z, log_total=None)
 
     @classmethod
-    def known(cls, head: Head, results: LogProb, z: Tensor, e: Tensor) -> "RowTile":
-        return cls(results, e, z, None)
+    def known(cls, head: Head, results: LogProb, z: Tensor, buffer: Tensor) -> "RowTile":
+        return cls(results, e=buffer, eu=z, log_total=None)
 
-    def logit_gradients(self, head: Head, slopes: Slopes) -> tuple[Tensor, Tensor]:
-        z, dz, results = self.eu, self.e, self.results
+    def logit_gradients(self, head: Head, row_grads: RowGrads) -> tuple[Tensor, Tensor]:
+        z, dz = self.eu, self.e
         if head.narrow:
             dz = bf16_in(dz, z.shape)
-        given = slopes_about_lse(results, slopes, head.temperature)
-        given = z, head.targets, *given, dz, z.shape[1], z.stride(0)
+        base, coefficients = logit_grads_about_lse(self.results, row_grads, head.temperature)
         with launch_device(z):
-            row_gradients[(len(z),)](*given, BLOCK, head.narrow, INTERPRETED, num_warps=WARPS)
+            row_gradients[(len(z),)](
+                z, head.targets, base, *coefficients, dz, z.shape[1], z.stride(0),
+                BLOCK=BLOCK, NARROW=head.narrow, INTERPRETED=INTERPRETED, num_warps=WARPS,
+            )  # fmt: skip
         return dz, bf16_in(z, z.shape) if head.narrow else z
 
 

@@ -1,4 +1,4 @@
-"""Every test starts from the same random state, on the cores that this process may use."""
+"""Fixtures of all tests: the same random state at the start, and ops on each backend."""
 
 import os
 import random
@@ -11,12 +11,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on a CPU; must come before triton
 
-from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Slopes
+from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, RowGrads, RowwiseLoss
 from expo_fast.op_backends import custom_ops, dispatch
 
 
 def pytest_configure() -> None:
-    # a shell's background job starts with SIGINT ignored, and so would everything started from here
+    # a shell's background job starts with SIGINT ignored, and so would each process started here
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # a core shared by two threads makes small matrix products some ten times slower
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
@@ -33,7 +33,7 @@ BACKENDS = ["torch", "native", "triton", *(["cuda"] if torch.cuda.is_available()
 
 @pytest.fixture(params=BACKENDS)
 def each_backend(request, monkeypatch) -> str:
-    """Ops that are asked for no backend get this one, but where it does not run."""
+    """Give ops that name no backend this one, except where it does not run."""
     if request.param == "triton":
         pytest.importorskip("triton")
 
@@ -48,8 +48,8 @@ def each_backend(request, monkeypatch) -> str:
     return request.param
 
 
-class Elsewhere(dispatch.Kernels):
-    """The fastest kernels of a device, for heads that lie on a CPU."""
+class Elsewhere(dispatch.OnePassKernels):
+    """The fastest kernels of a device, for heads on a CPU."""
 
     def __init__(self, device: str):
         self.device = device
@@ -58,16 +58,17 @@ class Elsewhere(dispatch.Kernels):
         there = self.move(head)
         return self.back(dispatch.choose(None, there).log_probs(there, needs))
 
-    def gradients(self, head, forward, slopes, needs):
+    def gradients(self, head, forward, row_grads, needs):
         there = self.move(head)
-        kernels, given = dispatch.choose(None, there), (self.move(forward), self.move(slopes))
-        return self.back(kernels.gradients(there, *given, needs))
+        kernels = dispatch.choose(None, there)
+        grads = kernels.gradients(there, self.move(forward), self.move(row_grads), needs)
+        return self.back(grads)
 
-    def log_probs_and_gradients(self, head, slopes, needs):
+    def log_probs_and_gradients(self, head, loss, needs):
         there = self.move(head)
-        results, grads = dispatch.choose(None, there).log_probs_and_gradients(
-            there, lambda span, logp: self.move(slopes(span, logp.cpu())), needs
-        )
+        kernels = dispatch.choose(None, there)
+        assert dispatch.has_one_pass(kernels)
+        results, grads = kernels.log_probs_and_gradients(there, LossElsewhere(loss, self), needs)
         return self.back(results), self.back(grads)
 
     def move(self, x: Any, to: str | None = None) -> Any:
@@ -75,9 +76,20 @@ class Elsewhere(dispatch.Kernels):
             return x.to(to or self.device)
         if isinstance(x, Head):
             return Head(*(self.move(y, to) for y in vars(x).values()))
-        if isinstance(x, Forward | Gradients | LogProb | Slopes):
+        if isinstance(x, Forward | Gradients | LogProb | RowGrads):
             return type(x)(*(self.move(y, to) for y in x))
         return x
 
     def back(self, x: Any) -> Any:
         return self.move(x, "cpu")
+
+
+class LossElsewhere:
+    """A loss of rows on a CPU, for kernels of another device."""
+
+    def __init__(self, loss: RowwiseLoss, there: Elsewhere):
+        self.loss = loss
+        self.there = there
+
+    def row_grads(self, rows: slice, logp: torch.Tensor) -> RowGrads:
+        return self.there.move(self.loss.row_grads(rows, logp.cpu()))

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from expo_fast.reward import Verifier, last_boxed, last_boxed_span
+from expo_fast.data.answer_grading import last_boxed, last_boxed_span
+from expo_fast.data.verifier import Verifier
 
 
 def box(text):
@@ -161,17 +162,17 @@ DEVIATIONS = [
 
 @pytest.mark.parametrize(("gold", "text"), RIGHT)
 def test_right_answers(verifier, gold, text):
-    assert verifier.score([gold], [box(text)]) == [1.0]
+    assert verifier.judge([gold], [box(text)]) == [1.0]
 
 
 @pytest.mark.parametrize(("gold", "text"), WRONG)
 def test_wrong_answers(verifier, gold, text):
-    assert verifier.score([gold], [box(text)]) == [0.0]
+    assert verifier.judge([gold], [box(text)]) == [0.0]
 
 
 @pytest.mark.parametrize(("gold", "text", "verdict"), DEVIATIONS)
 def test_known_deviations(verifier, gold, text, verdict):
-    assert verifier.score([gold], [box(text)]) == [verdict]
+    assert verifier.judge([gold], [box(text)]) == [verdict]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_text_is_never_code(verifier, monkeypatch, tmp_path, attack, gold):
     mark = tmp_path / "mark"
     attack = attack.replace("MARK", str(mark))
     with_nul = attack.startswith("8")  # a NUL is a blank, and 8 is 8
-    assert verifier.score([gold], [box(attack)]) == [1.0 if with_nul and gold == "8" else 0.0]
-    verifier.score([attack], [box(gold)])
+    assert verifier.judge([gold], [box(attack)]) == [1.0 if with_nul and gold == "8" else 0.0]
+    verifier.judge([attack], [box(gold)])
     assert not mark.exists()
-    assert verifier.score(["x+1", "x+1"], [box("x+2"), box("1+x")]) == [0.0, 1.0]
+    assert verifier.judge(["x+1", "x+1"], [box("x+2"), box("1+x")]) == [0.0, 1.0]

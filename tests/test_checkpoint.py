@@ -41,8 +41,10 @@ def save(run_dir, step, *, model=write_model, keep=KEEP, elements=300):
 
 
 def assert_holds(path, step):
-    tensors, values = checkpoint.load(path)
+    loaded = checkpoint.load(path)
+    tensors, values = loaded.tensors, loaded.values
     expected, expected_values = state(step)
+    assert loaded.path == path
     assert path.name == f"step-{step}"
     assert values == expected_values
     assert tensors.keys() == expected.keys()
@@ -87,6 +89,67 @@ def test_saves_and_restores_to_the_bit_and_keeps_the_newest(tmp_path):
         "trainer_state/state.safetensors",
     }
     assert checkpoint.newest(tmp_path / "empty") is None
+
+
+def test_resuming_hashes_each_file_once(tmp_path, monkeypatch):
+    path = save(tmp_path, 3)
+    hashed = []
+    sha256 = checkpoint._sha256
+
+    def counting(file):
+        hashed.append(file)
+        return sha256(file)
+
+    monkeypatch.setattr(checkpoint, "_sha256", counting)
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded.path == path
+    assert loaded.values == state(3)[1]
+    assert len(hashed) == len(set(hashed)) == 4
+    assert checkpoint.load_newest(tmp_path / "empty") is None
+
+
+def edit_version(path, version) -> None:
+    """Write a checkpoint's format version anew, None for none, with a manifest that fits."""
+    file = path / "trainer_state/state.json"
+    values = json.loads(file.read_text())
+    assert values.pop("format_version") == 2
+    if version is not None:
+        values["format_version"] = version
+    file.write_text(json.dumps(values))
+    (path / "MANIFEST.json").unlink()
+    checkpoint._write_manifest(path, int(path.name.removeprefix("step-")))
+
+
+def test_a_checkpoint_of_version_1_is_loaded(tmp_path):
+    path = save(tmp_path, 3)
+    edit_version(path, None)
+    assert_holds(path, 3)
+    assert_holds(newest_without_warning(tmp_path), 3)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path):
+    save(tmp_path, 2)
+    path = save(tmp_path, 3)
+    edit_version(path, 7)
+    message = r"step-3 has format version 7, this expo_fast reads versions up to 2: [^\n]+$"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_a_new_checkpoint_is_kept_beside_damaged_ones_of_later_steps(tmp_path):
+    """A run starts again because all its checkpoints have a flipped bit, at the same size."""
+    for step in (10, 20):
+        file = save(tmp_path, step) / "config.json"
+        file.write_bytes(file.read_bytes().swapcase())
+    with pytest.warns(UserWarning, match="is passed over"):
+        assert checkpoint.newest(tmp_path) is None
+    assert_holds(save(tmp_path, 5), 5)
+    assert names(tmp_path) == {"step-5", "step-10", "step-20"}
+    save(tmp_path, 6)
+    assert names(tmp_path) == {"step-6", "step-10", "step-20"}
 
 
 def test_a_sound_checkpoint_is_never_written_again(tmp_path):

@@ -1,4 +1,4 @@
-"""Configurations: what a TOML file and a flag may say, and how they are refused."""
+"""Configurations from TOML files and flags, and the errors for bad ones."""
 
 import math
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_a_value_out_of_range_is_refused_by_name(changes):
 
 
 @pytest.mark.parametrize("changes", [{"temperature": math.inf}, {"model": ""}, {"limit": 0}])
-def test_an_evaluation_refuses_what_a_training_would(changes):
+def test_an_evaluation_refuses_values_out_of_range_too(changes):
     ((name, _),) = changes.items()
     with pytest.raises(ValueError, match=f"{name}="):
         Evaluate(**changes)

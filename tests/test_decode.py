@@ -117,6 +117,11 @@ def test_any_head_size(dim):
     Scene(LENGTHS, 64, 4, dim=dim).check(50)
 
 
+def test_heads_that_are_too_wide_are_refused():
+    with pytest.raises(ValueError, match="head_dim=512: decode attention takes at most 256"):
+        Scene([3], 0, 1, dim=512).ours()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 66])
 def test_long_prompts_are_read_once_for_many_rows(rows):
     scene = Scene([300 + 3 * i for i in range(rows)], 290, 33, heads=(4, 2), dim=16)

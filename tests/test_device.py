@@ -2,14 +2,12 @@
 
 from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from expo_fast.algorithms.trainer import Learner
+from expo_fast.algorithms.grpo import PolicyLossConfig, policy_backward
 from expo_fast.config import Train
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
@@ -99,8 +97,8 @@ def samples() -> list[Sample]:
 
 def gradients(model: Decoder) -> list[Tensor]:
     model.requires_grad_()
-    me: Any = SimpleNamespace(config=Train(method="grpo", pack_tokens=40), model=model)
-    Learner.policy_backward(me, samples())
+    config = Train(method="grpo", pack_tokens=40)
+    policy_backward(model, samples(), PolicyLossConfig.of(config))
     return [p.grad.double().cpu() for p in model.parameters() if p.grad is not None]
 
 

@@ -6,9 +6,7 @@ The judge is eq. 7 of arXiv:2305.18290 in fp64, a pair and a token at a time, th
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expo_fast import train
-from expo_fast.algorithms.dpo import Preference, pair_samples, preference_objective
+from expo_fast.algorithms import dpo
+from expo_fast.algorithms.dpo import (
+    PreferenceLossConfig,
+    nll_metrics,
+    pair_metrics,
+    pair_samples,
+    preference_backward,
+)
 from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.logprobs import completion_logprobs, sequence_logprobs
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
-from expo_fast.algorithms.rollout import Rollout
-from expo_fast.algorithms.trainer import Learner, summed
+from expo_fast.algorithms.rollout import Group
+from expo_fast.algorithms.trainer import Trainer
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import pack
+from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from tiny import tiny_model, tiny_tokenizer
 
 T, BETA = 0.7, 0.3
@@ -63,10 +70,28 @@ def judge(model: Decoder, pairs: list[Pair], value: Any, averaged: bool = False)
     return total
 
 
-def learner(model: Decoder, c: Train) -> Any:
-    me: Any = SimpleNamespace(config=c, model=model)
-    me.nll = partial(Preference.nll, me)
-    return me
+def backward(model: Decoder, c: Train, pairs: list[Pair]) -> dict[str, Any]:
+    """Run the loss and its gradients over the packs; return its metrics."""
+    result = preference_backward(model, pairs, PreferenceLossConfig.of(c))
+    return pair_metrics(result) | nll_metrics(result, c)
+
+
+def trainer_of(c: Train, model: Any, prompter: Any, reference: Any = None) -> Trainer:
+    """A trainer whose parts that the test does not need are absent."""
+    absent: Any = None
+    return Trainer(
+        config=c,
+        model=model,
+        reference=reference,
+        prompter=prompter,
+        problems=[],
+        reward=absent,
+        verify=absent,
+        generator=absent,
+        optimizer=absent,
+        merged_copy=None,
+        initial_weights_hash="",
+    )
 
 
 VALUES = {
@@ -87,7 +112,7 @@ def test_gradient_equals_the_formula(name: str, pack_tokens: int):
     model.zero_grad()
     changes = {"label_smoothing": 0.2} if name == "smoothed" else {"preference": name}
     c = config(pack_tokens=pack_tokens, **changes)
-    row = Preference.backward(learner(model, c), PAIRS)
+    row = backward(model, c, PAIRS)
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
     for n, p in model.named_parameters():
         assert p.grad is not None
@@ -103,7 +128,7 @@ def test_metrics_are_those_of_the_pairs_however_they_are_packed():
     ]
     chosen, rejected = BETA * torch.tensor(ratios[::2]), BETA * torch.tensor(ratios[1::2])
     for pack_tokens in (1, 1000):
-        row = Preference.backward(learner(model, config(pack_tokens=pack_tokens)), PAIRS)
+        row = backward(model, config(pack_tokens=pack_tokens), PAIRS)
         assert row["pairs"] == 3
         assert row["rewards/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
         assert row["rewards/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-5)
@@ -123,35 +148,46 @@ def test_no_pair_is_torn_apart():
 
 
 def test_a_step_without_pairs_has_no_loss_and_moves_nothing():
-    row = Preference.backward(learner(tiny_model(), config()), [])
+    row = backward(tiny_model(), config(), [])
     assert row["pairs"] == 0
     assert row["loss"] is row["rewards/chosen"] is None
 
 
-@pytest.mark.parametrize("preference", ["dpo", "ipo", "hinge", "simpo", "cpo", "orpo", "dpop"])
+@pytest.mark.parametrize("preference", PREFERENCE_OBJECTIVES)
 def test_every_objective_takes_its_coefficient(preference: str):
-    objective = preference_objective(config(preference=preference))
-    assert objective.beta == BETA
+    alpha = {"rdpo_alpha": 0.1} if preference == "rdpo" else {}
+    objective = PreferenceLossConfig.of(config(preference=preference, **alpha)).objective
+    assert objective.beta == BETA  # pyright: ignore[reportAttributeAccessIssue]
     assert type(objective).__name__.lower().replace("positive", "p") == preference
 
 
-def rollout(rewards: list[float | None]) -> Rollout:
+def test_rdpo_charges_for_the_longer_text():
+    model = tiny_model(dtype=torch.float64)
+    total = 0.0
+    for p in PAIRS:
+        chosen = logp(model, p.prompt_ids, p.chosen_ids) - p.ref_logp[0]
+        rejected = logp(model, p.prompt_ids, p.rejected_ids) - p.ref_logp[1]
+        longer = len(p.chosen_ids) - len(p.rejected_ids)
+        total -= F.logsigmoid(BETA * (chosen - rejected) + 0.2 * longer).item() / len(PAIRS)
+    row = backward(model, config(preference="rdpo", rdpo_alpha=0.2), PAIRS)
+    assert row["loss"] == pytest.approx(total, rel=1e-6)
+
+
+def group(rewards: list[float | None]) -> Group:
     done = [Completion([50 + i, 1], torch.zeros(2), "stop") for i in range(len(rewards))]
     problem = Problem(id="q", prompt="Q?", answer="1", solution="S")
     n = len(rewards)
-    return Rollout(problem, (5, 6), done, ["No."] * n, rewards, [0.0] * n)
+    return Group(problem, (5, 6), done, ["No."] * n, rewards, [0.0] * n)
 
 
 def test_attempts_that_are_right_or_unjudged_are_never_rejected():
     found = Explanations({"q": [(90, 1), (91, 1)]}, n_questions=1)
-    me: Any = SimpleNamespace(
-        config=config(pairs_per_question=9), prompter=Prompter(tiny_tokenizer())
-    )
-    pairs = Preference.paired(me, [rollout([0.0, 1.0, None, 0.0, -1.0])], found)
+    me = trainer_of(config(pairs_per_question=9), None, Prompter(tiny_tokenizer()))
+    pairs = dpo.pairs_of_groups(me, [group([0.0, 1.0, None, 0.0, -1.0])], found)
     assert [p.rejected_ids for p in pairs] == [(50, 1), (53, 1), (54, 1)]
     assert [p.chosen_ids for p in pairs] == [(90, 1), (91, 1), (90, 1)]
-    assert Preference.paired(me, [rollout([1.0, None])], found) == []
-    assert Preference.paired(me, [rollout([0.0])], Explanations()) == []
+    assert dpo.pairs_of_groups(me, [group([1.0, None])], found) == []
+    assert dpo.pairs_of_groups(me, [group([0.0])], Explanations()) == []
 
 
 def test_each_failed_attempt_stands_in_one_pair_at_most():
@@ -162,16 +198,15 @@ def test_each_failed_attempt_stands_in_one_pair_at_most():
 
 def test_the_reference_is_the_initial_policy_or_with_refresh_the_one_that_sampled():
     now, initial = tiny_model(), tiny_model(seed=1)
-    me: Any = SimpleNamespace(config=config(), model=now, frozen=initial)
-    me._score = partial(Learner._score, me)
-    me.score, me.reference_score = partial(Learner.score, me), partial(Learner.reference_score, me)
+    me = trainer_of(config(), now, None, reference=initial)
 
     def got(policy_step: int) -> list[float]:
-        pairs = Preference.with_reference(me, PAIRS, policy_step)
+        pairs = dpo.with_reference_logprobs(me, PAIRS, policy_step)
         return [x for p in pairs for x in p.ref_logp]
 
     def under(model: Decoder) -> list[float]:
-        return summed(Learner._score(me, model, pair_samples(PAIRS))).tolist()
+        scored = completion_logprobs(model, pair_samples(PAIRS), temperature=T, max_tokens=1000)
+        return sequence_logprobs(scored).tolist()
 
     assert got(3) == under(initial) != under(now)
     assert got(0) == under(now)  # where nothing was trained yet the policy is the initial one
@@ -258,7 +293,7 @@ def test_a_stopped_run_goes_on_to_the_bit(
             if cut < 0:
                 patch.setattr(PairStore, "write", stop_amid_the_first_round())
             else:
-                patch.setattr(Preference, "learn", stopping)
+                patch.setitem(train.LOOPS, "dpo", stopping)
             train.main(given)
         train.main(given)
         assert record(run) == expected
@@ -280,15 +315,15 @@ def stop_amid_the_first_round() -> Any:
 
 
 def stop_at(cut: int) -> Any:
-    usual = Preference.learn
+    usual = train.LOOPS["dpo"]
 
-    def learn(self: Preference, step: int, phases: Any) -> Any:
-        found = usual(self, step, phases)
+    def run_step(trainer: Trainer, step: int, phases: Any) -> Any:
+        found = usual(trainer, step, phases)
         if step == cut:  # after its pairs are on disk, before its checkpoint
             raise KeyboardInterrupt
         return found
 
-    return learn
+    return run_step
 
 
 def test_offline_pairs_are_all_of_the_initial_policy_and_are_data_for_dpo(data, tmp_path):
@@ -346,7 +381,7 @@ def test_pairs_of_other_initial_weights_are_refused(data: Path, tmp_path: Path):
     shutil.copytree(data / "model", tmp_path / "model")
     given = job(data, tmp_path / "run", "expert-dpo", "--model", tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Preference, "learn", stop_at(0))
+        patch.setitem(train.LOOPS, "dpo", stop_at(0))
         train.main(given)
     save_model(tiny_model(seed=5), tiny_tokenizer(), tmp_path / "model")
     with pytest.raises(ValueError, match=r"provenance.json says weights='\w+', this run has"):
@@ -368,5 +403,5 @@ def test_simpo_is_measured_by_averages():
     ]
     # without a reference, whose log-probs are then 0
     bare = [replace(p, ref_logp=(0.0, 0.0)) for p in PAIRS]
-    row = Preference.backward(learner(model, config(preference="simpo", dpo_beta=2.0)), bare)
+    row = backward(model, config(preference="simpo", dpo_beta=2.0), bare)
     assert row["rewards/chosen"] == pytest.approx(sum(means) / 3, rel=1e-5)

@@ -1,4 +1,4 @@
-"""pass@k, majority votes and their intervals by hand; what an evaluation writes and refuses."""
+"""pass@k, majority votes and intervals computed by hand; what an evaluation writes and refuses."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -10,15 +10,16 @@ import pytest
 from expo_fast import evaluate, reward
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
-from expo_fast.data import answer_grading
-from expo_fast.evaluate import Evaluation, Graded, interval, pass_at, vote_is_right
+from expo_fast.data import answer_grading, verifier
+from expo_fast.evaluate import Evaluation
+from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is_right, pass_at_k
 from expo_fast.reward import grader_hash
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
 
 def graded(texts: list[str], right: set[str], level: int | None = None) -> list[Graded]:
-    """The samples of one problem; those whose text is in `right` were found right."""
+    """Return the samples of one problem; those whose text is in `right` have the verdict 1."""
     return [
         Graded("p", i, level, text, float(text in right), "stop", 10)
         for i, text in enumerate(texts)
@@ -40,7 +41,7 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(n: int):
         for k in range(1, n + 1):
             draws = list(combinations([True] * c + [False] * (n - c), k))
             truth = sum(any(draw) for draw in draws) / len(draws)
-            assert pass_at(k, n, c) == pytest.approx(truth)
+            assert pass_at_k(n, c, k) == pytest.approx(truth)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +67,13 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(n: int):
 )
 def test_the_most_common_answer_wins_and_of_two_the_first_boxed(texts, right, wins):
     found = set(boxes(right))
-    assert vote_is_right(graded(texts, found)) is wins
+    assert majority_is_right(graded(texts, found)) is wins
 
 
 def test_an_undecided_answer_does_not_win():
     (x,) = graded(boxes("4"), set())
     undecided = Graded(x.id, x.sample, x.level, x.completion, None, x.finish_reason, x.tokens)
-    assert not vote_is_right([undecided])
+    assert not majority_is_right([undecided])
     assert evaluation([[undecided]]).summary()["undecided"] == 1
 
 
@@ -109,7 +110,7 @@ def test_the_summary_by_hand_with_levels_apart():
     assert json.loads(json.dumps(row)) == row
 
 
-def test_pass_at_1_and_at_all_samples_are_there_unasked():
+def test_pass_at_1_and_at_all_samples_are_always_reported():
     row = evaluation([graded(boxes("1", "2", "1"), set(boxes("1")))]).summary()
     assert [key for key in row if key.startswith("pass@") and "/" not in key] == [
         "pass@1",
@@ -118,14 +119,14 @@ def test_pass_at_1_and_at_all_samples_are_there_unasked():
 
 
 def test_bootstrap_interval_covers_what_a_normal_one_does():
-    low, high = interval([0.0] * 150 + [1.0] * 50)
+    low, high = bootstrap_interval([0.0] * 150 + [1.0] * 50)
     half = 1.96 * (0.25 * 0.75 / 200) ** 0.5
     assert low == pytest.approx(0.25 - half, abs=0.015)
     assert high == pytest.approx(0.25 + half, abs=0.015)
 
 
 def test_interval_of_certainty_is_a_point():
-    assert interval([0.0] * 20) == (0.0, 0.0)
+    assert bootstrap_interval([0.0] * 20) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("k", [5, 0, -1])
@@ -135,7 +136,7 @@ def test_k_beyond_the_samples_is_refused_with_both_values(k: int):
     assert Evaluate(samples=5, k=(1, 5)).k == (1, 5)
 
 
-@pytest.mark.parametrize("module", [answer_grading, reward])
+@pytest.mark.parametrize("module", [answer_grading, reward, verifier])
 def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch):
     before = grader_hash()
     assert grader_hash() == before
@@ -147,7 +148,7 @@ def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch)
         assert (grader_hash() == before) is same
 
 
-def test_the_graders_hash_changes_with_math_verify_and_does_without(monkeypatch):
+def test_the_graders_hash_changes_with_math_verify_and_without_it(monkeypatch):
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)
 
@@ -160,7 +161,7 @@ def test_the_graders_hash_changes_with_math_verify_and_does_without(monkeypatch)
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """Flags for a tiny model and three problems, each sampled twice."""
+    """Return flags for a tiny model and three problems, each sampled twice."""
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     rows = [{"id": f"q{n}", "question": f"{n}?", "answer": "1", "level": n} for n in (1, 2, 3)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -226,7 +227,7 @@ def test_an_output_that_cannot_be_a_file_is_refused_first(
         evaluate.main([*given, "--output", output])
 
 
-def test_an_evaluation_says_how_it_asked_and_graded(given, capsys):
+def test_an_evaluation_records_its_template_and_grader(given, capsys):
     evaluate.main(given)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["grader"] == grader_hash()

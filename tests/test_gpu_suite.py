@@ -1,31 +1,66 @@
-"""benchmarks/gpu.py, as far as a CPU goes: its parts, forecasts and training steps."""
+"""benchmarks/lease.sh, as far as a CPU goes: its items, parts, forecasts and training steps."""
 
+import inspect
 import json
+import math
+import os
+import random
+import subprocess
 import sys
+import tarfile
 import time
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from benchmarks import floors, gpu, gpu_decode, gpu_train
+from benchmarks import floors, gpu_decode, gpu_train
 from benchmarks.cases import SHAPES
-from benchmarks.measure import brief
+from benchmarks.measure import Ceilings, brief
 from expo_fast.generate import Completion, Request
+from expo_fast.inference import cuda_engine, paged_attention
+from expo_fast.kernels.head import Head
+from expo_fast.modeling import attention
 from expo_fast.modeling.packing import Sample
+from expo_fast.op_backends import dispatch
 
 pytest.importorskip("triton")
+
+from benchmarks.lease import __main__ as command
+from benchmarks.lease import packs, runner, switches
+from benchmarks.lease.plan import CHECK, ITEMS, TIME, Item
+from benchmarks.lease.report import Mismatch, Report
+from benchmarks.lease.runner import Outcome, Run
+from expo_fast.kernels import logprob, rowwise
 
 
 @pytest.mark.parametrize("model", SHAPES)
 def test_nothing_is_expected_below_its_floor(model):
-    for name, work in floors.works(16384, *SHAPES[model]).items():
-        assert 0.5 * work.expected < work.floor <= work.expected, name
+    for best in floors.DATASHEETS.values():
+        for name, work in floors.works(16384, *SHAPES[model], best).items():
+            assert 0.4 * work.expected < work.floor <= work.expected, name
+
+
+def test_floors_are_those_of_the_card_that_was_measured(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "ceilings.json"
+    floors.write(file, {"some card": Ceilings(flops=5e14, bytes=2e12)})
+    assert floors.read(file) == {"some card": Ceilings(flops=5e14, bytes=2e12)}
+    asked = ["floors", "--ceilings", str(file), "--card", "some card", "--models", "qwen2.5-3b"]
+    monkeypatch.setattr(sys, "argv", asked)
+    floors.main()
+    out = capsys.readouterr().out
+    assert "some card: 500 TFLOP/s, 2000 GB/s" in out
+    v, d = SHAPES["qwen2.5-3b"]
+    assert f"| {2 * 16384 * v * d / 5e14 * 1e3:.2f} |" in out
+    monkeypatch.setattr(sys, "argv", ["floors", "--card", "unknown"])
+    with pytest.raises(SystemExit):
+        floors.main()
 
 
 def test_every_part_that_is_timed_has_a_forecast(monkeypatch, capsys):
@@ -34,11 +69,30 @@ def test_every_part_that_is_timed_has_a_forecast(monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("a small model's parts")
     monkeypatch.setitem(SHAPES, "small", (264, 64))
-    monkeypatch.setattr(parts, "CONFIGS", parts.CONFIGS[:2])
-    found = parts.parts("small", 64, "cpu", 1)
+    variants = {name: logprob.VARIANTS[name] for name in ("256x128", "128x128-s4")}
+    monkeypatch.setattr(logprob, "VARIANTS", variants)
+    found = parts.parts("small", 64, "cpu", 1, Ceilings(flops=1e12, bytes=1e10))
     assert not found["failed"]
-    assert {name.partition(", (")[0] for name in found["seconds"]} == set(found["foreseen"])
-    assert "expected on an H200" in capsys.readouterr().out
+    assert set(found["seconds"]) == set(found["floors"]) == set(found["expected"])
+    assert {f"fused forward with E, {name}" for name in variants} < set(found["seconds"])
+    assert "expected" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_broken_costs_no_other_part_its_time(monkeypatch):
+    from benchmarks import parts
+
+    if torch.cuda.is_available():
+        pytest.skip("a small model's parts")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(SHAPES, "small", (264, 64))
+    monkeypatch.setattr(logprob, "forward", broken)
+    found = parts.parts("small", 64, "cpu", 1, Ceilings(flops=1e12, bytes=1e10))
+    assert {"GEMM E @ weight, fp32", "dz from E", "row kernels, one pass"} <= set(found["seconds"])
+    assert "E" in found["failed"] and "fused forward, 256x128" in found["failed"]
+    assert all(brief(why) == "RuntimeError: no such kernel" for why in found["failed"].values())
 
 
 def test_what_is_timed_must_agree_with_plain_pytorch():
@@ -65,11 +119,10 @@ def test_training_steps_are_whole_and_counted(monkeypatch):
 def test_flops_are_those_of_what_runs():
     model = gpu_decode.random_model(gpu_decode.TINY, "cpu")
     done = [Completion([7, 8], torch.zeros(2), "length")] * 2
-    learner: Any = SimpleNamespace(
-        generator=SimpleNamespace(sample=lambda asked: done), policy_backward=lambda samples: {}
-    )
+    generator = SimpleNamespace(sample=lambda asked: done)
     count = gpu_train.Count(model)
-    count.watch(learner)
+    count.watch(generator)
+    backward = count.counted(lambda model, samples, config: None)
     ten = torch.arange(10), torch.arange(10), torch.tensor([0, 10], dtype=torch.int32)
 
     def counted(run: Callable[[], Any]) -> float:
@@ -81,9 +134,9 @@ def test_flops_are_those_of_what_runs():
     with torch.no_grad():
         assert counted(lambda: model.hidden(*ten)) == 2 * 10 * count.body
     asked = [Request((1, 2, 3, 4, 5), 2, seed=i) for i in range(2)]  # one prompt, computed once
-    sampled = counted(lambda: learner.generator.sample(asked))
+    sampled = counted(lambda: generator.sample(asked))
     assert sampled == 2 * count.body * (5 + 4) + 2 * count.head * 4
-    learnt = counted(lambda: learner.policy_backward([Sample((1,), (2, 3, 4))]))
+    learnt = counted(lambda: backward(model, [Sample((1,), (2, 3, 4))], None))
     assert learnt == 6 * count.head * 3
     assert (count.sampled, count.learnt) == (4, 3)
 
@@ -103,109 +156,256 @@ def test_kernels_are_told_apart_by_their_names():
     assert found["outside"] == pytest.approx(0.225)
 
 
-def test_a_stage_that_fails_is_named_and_the_next_begins(tmp_path, capsys):
-    run = gpu.Run(tmp_path, time.monotonic() + 1000)
+class Programs(Run):
+    """Runs a program of Python for each item, in place of its work."""
 
-    def work(name: str) -> dict[str, str]:
-        if name == "broken":
-            raise RuntimeError("no such kernel")
-        return {"model": name}
+    programs: ClassVar[dict[str, str]] = {}
 
-    run.models("train", ["broken", "whole"], work)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["train"] == [{"model": "whole"}]
-    (why,) = report["failed"].values()
-    assert why.startswith("Traceback") and "in work\n" in why  # where, too
-    assert brief(why) == "RuntimeError: no such kernel"
-    assert "no such kernel" in capsys.readouterr().out
+    def command(self, item: str, limit: float) -> list[str]:
+        begin = f"import json, os, time; file = {str(self.folder / item)!r} + '.json';"
+        return [sys.executable, "-c", begin + self.programs[item]]
 
 
-def test_warnings_are_part_of_the_report(tmp_path):
-    run = gpu.Run(tmp_path, time.monotonic() + 1000)
-    assert run.attempt("decode", lambda: warnings.warn("without CUDA graphs", stacklevel=1)) is None
-    assert run.report == {"warned": {"decode": ["without CUDA graphs"]}}
+def make_run(folder: Path, seconds: float = 1000, **programs: str) -> Programs:
+    work = folder / "work"
+    work.mkdir()
+    run = Programs("check", work, folder / "check.tar.gz", time.monotonic() + seconds)
+    run.programs = programs  # pyright: ignore[reportAttributeAccessIssue]
+    return run
 
 
-def test_no_stage_follows_on_a_device_that_is_lost(tmp_path, monkeypatch):
-    run = gpu.Run(tmp_path, time.monotonic() + 1000)
+def items_of(run: Programs, seconds: float = 60, **how: Any) -> list[Item]:
+    return [Item(name, "none:none", seconds, **how) for name in run.programs]
 
-    def lost() -> None:
-        raise torch.AcceleratorError("CUDA error: misaligned address\nCompile with ...")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    run.attempt("ops", lost)  # and yet the device answers
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(
-        SystemExit, match=r"parts broke the device's context: .*misaligned address$"
-    ):
-        run.attempt("parts", lost)
-    assert (
-        "misaligned address"
-        in json.loads((tmp_path / "report.json").read_text())["failed"]["parts"]
+def archived(run: Run) -> dict[str, bytes]:
+    with tarfile.open(run.archive) as tar:
+        files = {name: tar.extractfile(name) for name in tar.getnames()}
+        return {Path(name).name: file.read() for name, file in files.items() if file}
+
+
+SAVE = "saved = open(file, 'w'); saved.write(json.dumps({})); saved.close(); "
+
+
+def test_no_item_costs_another_its_figures(tmp_path, monkeypatch, capsys):
+    """One is whole, one fails, one is killed, one hangs after it has saved something."""
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 0)
+    run = make_run(
+        tmp_path,
+        first=SAVE.format("{'brief': {'ms': 1.5}}"),
+        fails=SAVE.format("{'error': 'Traceback\\n  in work\\nValueError: too large'}") + "exit(1)",
+        killed="os.kill(os.getpid(), 9)",
+        hangs=SAVE.format("{'brief': {'ms': 2.5}}") + "time.sleep(600)",
+        last=SAVE.format("{'brief': {'ms': 3.5}}"),
     )
-
-
-def test_stages_run_apart_and_their_reports_become_one(tmp_path, monkeypatch, capsys):
-    """Of three: one is whole, one fails in part and is killed, one leaves nothing."""
-    left = {
-        "ceilings": {"machine": {"device": "some"}, "ceilings": {"copy GB/s": 1.0}},
-        "parts": {"parts": [{"model": "a"}], "failed": {"parts, b": "too large"}},
+    monkeypatch.setattr(run, "probe", lambda: None)
+    items = items_of(run, alone=True)
+    items[3] = replace(items[3], seconds=2)
+    run.work(items, jobs=1)
+    states = {outcome.item.name: outcome.state for outcome in run.outcomes}
+    assert states == {
+        "first": "ok",
+        "fails": "failed",
+        "killed": "failed: exit code -9",
+        "hangs": "stopped after 2 s",
+        "last": "ok",
     }
-    stale = tmp_path / "train"
-    stale.mkdir()
-    (stale / "report.json").write_text('{"train": "of another run"}')
-    outcomes = {"ceilings": "exit code 0", "parts": "stopped after 3 s", "train": "exit code 1"}
-    commands = {}
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["item"] for line in lines] == list(states)
+    assert [line.get("ms") for line in lines] == [1.5, None, None, 2.5, 3.5]
+    assert lines[1]["error"] == "ValueError: too large"
+    (run.folder / "first.json").write_text("{")
+    assert run.found("first") == {"error": "first.json is not JSON"}
+    kept = archived(run)
+    assert {"first.json", "fails.json", "fails.log", "killed.log", "hangs.json"} < set(kept)
+    assert json.loads(kept["last.json"]) == {"brief": {"ms": 3.5}}
 
-    def bounded(command: list[str], log: Path, seconds: float) -> str:
-        flags = dict(pairwise(command))
-        stage, folder = flags["--stages"], Path(flags["--output"])
-        commands[stage] = flags
-        assert log == tmp_path / f"{stage}.txt" and folder == tmp_path / stage
-        assert float(flags["--seconds"]) == pytest.approx(seconds - gpu.MARGIN)
-        assert not (folder / "report.json").exists()
-        if stage in left:
-            folder.mkdir()
-            (folder / "report.json").write_text(json.dumps(left[stage]))
-        return outcomes[stage]
 
-    monkeypatch.setattr(gpu, "bounded", bounded)
-    asked = ["--output", str(tmp_path), "--stages", "train", "parts", "ceilings"]
-    monkeypatch.setattr(
-        sys, "argv", ["gpu.py", *asked, "--device", "cpu", "--models", "qwen2.5-3b"]
-    )
-    gpu.main()
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report.pop("failed") == {
-        "parts, b": "too large",
-        "parts": "stopped after 3 s, see parts.txt",
-        "train": "exit code 1, see train.txt",
-    }
-    assert report == left["ceilings"] | {"parts": [{"model": "a"}]}
-    assert list(commands) == ["ceilings", "parts", "train"]  # in the order that is best
-    assert float(commands["train"]["--seconds"]) > 500  # all that is left
-    assert all(flags["--models"] == "qwen2.5-3b" for flags in commands.values())
-    assert "parts: stopped after 3 s" in capsys.readouterr().out
+def test_the_archive_is_whole_after_every_item(tmp_path, monkeypatch):
+    run = make_run(tmp_path, a=SAVE.format("{}"), b=SAVE.format("{}"))
+    first, second = items_of(run)
+    run.one(first)
+    assert set(archived(run)) == {"a.json", "a.log"}
+    run.one(second)
+    assert set(archived(run)) == {"a.json", "a.log", "b.json", "b.log"}
+    monkeypatch.setattr(runner, "ARCHIVE_BYTES", 1 << 16)
+    (run.folder / "trace.json.gz").write_bytes(random.Random(0).randbytes(1 << 17))
+    run.pack()
+    assert set(archived(run)) == {"a.json", "a.log", "b.json", "b.log"}
+
+
+def test_no_item_is_begun_without_time_and_no_limit_is_negative(tmp_path):
+    run = make_run(tmp_path, 0, late="exit(0)")
+    run.work(items_of(run), jobs=2)
+    assert run.left() == 0
+    assert [outcome.state for outcome in run.outcomes] == ["not run: no time"]
 
 
 def test_what_hangs_is_stopped_with_all_that_it_started(tmp_path):
-    log = tmp_path / "log.txt"
+    run = make_run(tmp_path)
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert gpu.bounded([sys.executable, "-c", program], log, 5) == "stopped after 5 s"
+    assert run.bounded([sys.executable, "-c", program], "log.txt", 5) == "stopped after 5 s"
     deadline = time.monotonic() + 10
-    while running(int(log.read_text())):
+    while running(int((run.folder / "log.txt").read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert gpu.bounded([sys.executable, "-c", "raise SystemExit(3)"], log, 60) == "exit code 3"
+    failing = [sys.executable, "-c", "raise SystemExit(3)"]
+    assert run.bounded(failing, "log.txt", 60) == "exit code 3"
 
 
-def test_a_model_is_not_begun_without_time(tmp_path):
-    run = gpu.Run(tmp_path, time.monotonic())
-    run.models("decode", ["late"], lambda name: pytest.fail("began"))
-    assert run.report["failed"] == {"decode, late": "no time"}
+def test_nothing_is_begun_on_a_device_that_is_lost(tmp_path, monkeypatch):
+    run = make_run(
+        tmp_path, breaks=SAVE.format("{'error': 'x', 'lost': True}") + "exit(1)", after="0"
+    )
+    answers = iter(["exit code 1", "exit code 1"])
+    bounded = run.bounded
+
+    def with_probes(command: list[str], log: str, seconds: float) -> str:
+        return next(answers) if log == "probe.log" else bounded(command, log, seconds)
+
+    monkeypatch.setattr(run, "bounded", with_probes)
+    run.work(items_of(run, alone=True), jobs=1)
+    assert [o.state for o in run.outcomes] == ["failed", "not run: the device is lost"]
+
+
+def test_a_context_that_is_lost_ends_one_item_alone(tmp_path, monkeypatch):
+    run = make_run(
+        tmp_path, breaks=SAVE.format("{'error': 'x', 'lost': True}") + "exit(1)", after="0"
+    )
+    bounded = run.bounded
+
+    def with_probes(command: list[str], log: str, seconds: float) -> str:
+        return "exit code 0" if log == "probe.log" else bounded(command, log, seconds)
+
+    monkeypatch.setattr(run, "bounded", with_probes)
+    run.work(items_of(run, alone=True), jobs=1)
+    assert [o.state for o in run.outcomes] == ["failed", "ok"]
+
+
+def test_an_item_keeps_its_traceback_its_warnings_and_what_it_had_found(tmp_path, monkeypatch):
+    def work(item: Item, report: Report) -> None:
+        report.add(early=1)
+        warnings.warn("without CUDA graphs", stacklevel=1)
+        report.compare("z", torch.tensor([math.nan]), torch.ones(1), 1.0)
+
+    monkeypatch.setattr(Item, "run", work)
+    monkeypatch.setattr(command, "lost", lambda device: False)
+    assert command.item("versions", tmp_path, 60, dry=False) == 1
+    found = json.loads((tmp_path / "versions.json").read_text())
+    assert found["early"] == 1 and found["warned"] == ["without CUDA graphs"]
+    assert found["error"].startswith("Traceback") and "in work\n" in found["error"]  # where, too
+    assert "z: error nan, allowed 1e+00" in brief(found["error"])
+    assert set(torch.load(tmp_path / "versions.pt")) == {"got", "truth"}
+
+
+def test_a_lost_context_is_told_from_an_error(monkeypatch):
+    def gone() -> None:
+        raise torch.AcceleratorError("CUDA error: misaligned address\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    assert command.lost("cuda") and not command.lost("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not command.lost("cuda")
+
+
+def test_a_failed_comparison_keeps_at_most_a_megabyte(tmp_path):
+    report = Report("item", tmp_path)
+    large = torch.randn(1 << 20)
+    with pytest.raises(Mismatch) as caught:
+        report.compare("z", large, large + 1, 0.1)
+    report.dump(caught.value.tensors)
+    assert (tmp_path / "item.pt").stat().st_size < 1.1 * (1 << 20)
+
+
+def test_what_fails_in_a_check_is_switched_off_in_the_timings(tmp_path):
+    run = make_run(tmp_path)
+    states = {"target-logits": "failed", "capture": "stopped after 45 s", "varlen": "ok"}
+    states |= {"attend": "not run: no time", "varlen-gqa": "failed"}
+    run.outcomes = [Outcome(ITEMS[name], state) for name, state in states.items()]
+    command.finish_check(run, [tmp_path])
+    assert switches.load([tmp_path / "nowhere", tmp_path]) == ["LEASE_ROWS", "LEASE_NO_GRAPHS"]
+    assert switches.load([tmp_path / "nowhere"]) == []
+    assert switches.wanted({"LEASE_SDPA": "1", "LEASE_ROWS": "0"}) == ["LEASE_SDPA"]
+
+
+def test_switches_take_the_ways_that_they_name(monkeypatch):
+    for owner, name in (
+        (logprob, "supports"),
+        (cuda_engine, "supports"),
+        (paged_attention, "varlen_attention"),
+        (attention, "varlen_attention"),
+        (cuda_engine.CudaEngine, "__init__"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
+    for name in switches.MEANING:
+        monkeypatch.setenv(name, "1")
+    switches.apply()
+    hidden = torch.randn(3, 16).bfloat16()
+    head = Head(hidden, torch.randn(9, 16).bfloat16(), None, torch.zeros(3).long(), 1.0)
+    assert dispatch.choose("triton", head) is rowwise.ROWWISE
+    model = gpu_decode.random_model(gpu_decode.TINY, "cpu")
+    monkeypatch.setattr(cuda_engine, "has_triton", lambda device: True)
+    assert not cuda_engine.CudaEngine(model).wants_graphs
+    assert not cuda_engine.supports(model)
+    assert paged_attention.varlen_attention is attention.varlen_attention is switches.each_sequence
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_of_each_sequence_is_that_of_all(window):
+    report = Report("varlen", Path(), dry=True)
+    q, k, v, cu_queries, cu_keys = packs.sequences(report)
+    layer = attention.Layer(0, packs.DIM**-0.5, window)
+    got = switches.each_sequence(layer, q, k, v, cu_queries, cu_keys, 0, 0)
+    truth = packs.by_definition(layer, *(x.double() for x in (q, k, v)))
+    assert (got - truth).norm() < packs.ERROR * truth.norm()
+
+
+@pytest.mark.parametrize("item", ITEMS.values(), ids=lambda item: item.name)
+def test_every_item_names_work_that_is_there(item: Item):
+    module, function = item.work.split(":")
+    work = getattr(import_module(f"benchmarks.lease.{module}"), function)
+    inspect.signature(work).bind(Report(item.name, Path()), **item.given)
+
+
+def test_plans_fit_the_time_that_they_are_given():
+    """Of a check, some items run side by side; of the timings, late ones may find no time."""
+    assert {item.name for item in CHECK}.isdisjoint(item.name for item in TIME)
+    assert sum(item.seconds for item in CHECK if item.alone) < command.SECONDS["check"]
+    assert all(item.alone for item in TIME)
+    assert {item.switch for item in CHECK} - {None} == set(switches.MEANING)
+
+
+def dry_run(folder: Path, what: str, *names: str) -> list[dict[str, Any]]:
+    """The lines of JSON that a dry run prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHON": sys.executable}
+    called = ["bash", "benchmarks/lease.sh", what, *names, "--dry-run", "--keep", str(folder)]
+    done = subprocess.run(called, cwd=runner.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (folder / f"{what}.tar.gz").exists()
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_a_dry_run_compiles_what_it_would_launch(tmp_path):
+    lines = dry_run(tmp_path, "check", "addmm-fp32-out", "append")
+    assert {line["item"]: line["state"] for line in lines} == {
+        "addmm-fp32-out": "ok",
+        "append": "ok",
+    }
+    assert json.loads((tmp_path / "check/append.json").read_text())["launches"] == {
+        "append_tokens": 1
+    }
+    assert (tmp_path / "switches.env").read_text() == ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["check", "time"])
+def test_a_dry_run_goes_through_every_item(tmp_path, what):
+    lines = dry_run(tmp_path, what)
+    assert {line["item"]: line["state"] for line in lines} == {
+        item.name: "ok" for item in (CHECK if what == "check" else TIME)
+    }
 
 
 def running(pid: int) -> bool:

@@ -5,26 +5,32 @@ ExP-SFT 2507.02834), in fp64, a sequence and a token at a time, through full log
 """
 
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from expo_fast.algorithms.explanations import Explanations, sft_samples
-from expo_fast.algorithms.grpo import Grpo, exp_sft_coef, parts, policy_samples
-from expo_fast.algorithms.rollout import Rollout, explained_metrics, overlong
-from expo_fast.algorithms.rollout import sampled_metrics as measure
-from expo_fast.algorithms.trainer import Learner, batch
+from expo_fast.algorithms import grpo
+from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.grpo import (
+    PolicyLossConfig,
+    exp_sft_coef,
+    policy_backward,
+    policy_samples,
+    split_evenly,
+)
+from expo_fast.algorithms.rollout import Group, attempt_metrics, overlong_punishment
+from expo_fast.algorithms.sft import sft_backward, sft_samples
+from expo_fast.algorithms.trainer import Trainer, questions_of_step
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.optimizer import StepReport
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import group_advantage
-from expo_fast.reporting.run_log import Phases
+from expo_fast.reporting.timing import Phases
 from tiny import tiny_model
 
 P, G, L_MAX = 3, 4, 12
@@ -45,7 +51,7 @@ def problem(q: int) -> Problem:
     return Problem(id=f"q{q}", prompt=f"question {q}", answer=str(q))
 
 
-def rollouts(rewards: list[list[float | None]]) -> list[Rollout]:
+def groups(rewards: list[list[float | None]]) -> list[Group]:
     """P questions with G samples of ragged lengths, and old log-probs near the current ones."""
     random = torch.Generator().manual_seed(3)
     flat = torch.tensor([float("nan") if r is None else r for row in rewards for r in row])
@@ -59,7 +65,8 @@ def rollouts(rewards: list[list[float | None]]) -> list[Rollout]:
             ids = torch.randint(8, 100, (n,), generator=random).tolist()
             completions.append(Completion(ids, torch.zeros(n), "stop"))
         prompt = (*SHOTS, *range(30, 32 + q))
-        made.append(Rollout(problem(q), prompt, completions, [""] * G, row, advantages[q]))
+        group = Group(problem(q), prompt, completions, [""] * G, row, advantages[q])
+        made.append(group)
     return made
 
 
@@ -69,7 +76,7 @@ REWARDS: list[list[float | None]] = [[1, 0, 0, 1], [0, 0, 0, 0], [1, None, 0, 0]
 class Prompter:
     """Stands for the templates alone: the ids that each question is asked with."""
 
-    def __init__(self, made: list[Rollout]):
+    def __init__(self, made: list[Group]):
         self.prompts = {r.problem.id: r.prompt_ids for r in made}
 
     def solve(self, asked: Problem) -> tuple[int, ...]:
@@ -84,11 +91,11 @@ def full_logp(model: Decoder, prompt: tuple[int, ...], ids: list[int]) -> Tensor
     return logp[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).squeeze(1)
 
 
-def with_old_logp(model: Decoder, made: list[Rollout]) -> list[Rollout]:
+def with_old_logp(model: Decoder, made: list[Group]) -> list[Group]:
     """Ratios on both sides of the clip range."""
     random = torch.Generator().manual_seed(9)
 
-    def old(r: Rollout, done: Completion) -> Tensor:
+    def old(r: Group, done: Completion) -> Tensor:
         logp = full_logp(model, r.prompt_ids, done.token_ids).detach()
         return (logp + 0.3 * torch.randn(len(logp), generator=random)).float()
 
@@ -97,7 +104,7 @@ def with_old_logp(model: Decoder, made: list[Rollout]) -> list[Rollout]:
     ]
 
 
-def attempts(made: list[Rollout], c: Train) -> list[Sample]:
+def attempts(made: list[Group], c: Train) -> list[Sample]:
     """The trainer's samples; of later updates, with the completions' log-probs as the old ones."""
     samples = policy_samples(made, c)
     if c.updates_per_batch == 1:
@@ -106,7 +113,7 @@ def attempts(made: list[Rollout], c: Train) -> list[Sample]:
     return [replace(s, old_logp=old[s.prompt_ids, s.completion_ids]) for s in samples]
 
 
-def judge(model: Decoder, made: list[Rollout], c: Train, reference: Decoder | None) -> Tensor:
+def judge(model: Decoder, made: list[Group], c: Train, reference: Decoder | None) -> Tensor:
     """The policy term, from the formulas."""
     scored = []
     for r in made:
@@ -148,17 +155,64 @@ def surrogate(c: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tenso
 def run(model: Decoder, c: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
     """The trainer's own backward over the packs."""
     model.zero_grad()
-    trainer: Any = SimpleNamespace(config=c, model=model)
-    loss = Learner.policy_backward(trainer, samples)["loss"]
-    return loss, {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    result = policy_backward(model, samples, PolicyLossConfig.of(c))
+    return result.loss, gradients_of(model)
+
+
+def gradients_of(model: Decoder) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class NoGradSums:
+    """Stands for the gradient sums: leaves the gradients where autograd put them."""
+
+    def start_new_term(self) -> None: ...
+
+    def term_norms(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
+class RecordedOptimizer:
+    """Stands for the optimizer: does not move the weights."""
+
+    skipped = 0
+    grad_sums = NoGradSums()
+
+    def step(self, lr: float, max_grad_norm: float) -> StepReport:
+        return StepReport(grad_norm=0.0, update_norm=0.0, applied=False)
+
+
+class ScriptedGenerator:
+    """Stands for the generator: completions of one to three tokens."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[int, ...]]] = []  # prompts of each call
+
+    def sample(self, requests: list[Any]) -> list[Completion]:
+        self.asked.append([tuple(request.prompt_ids) for request in requests])
+        lengths = [1 + i % 3 for i in range(len(requests))]
+        return [Completion([9] * n, torch.zeros(n), "stop") for n in lengths]
+
+
+def trainer_of(c: Train, model: Any, prompter: Any, **changes: Any) -> Trainer:
+    """A trainer whose parts that the test does not need are absent."""
+    parts: dict[str, Any] = {
+        "reference": None,
+        "problems": [],
+        "reward": None,
+        "verify": None,
+        "generator": ScriptedGenerator(),
+        "optimizer": RecordedOptimizer(),
+        "merged_copy": None,
+        "initial_weights_hash": "",
     }
+    return Trainer(config=c, model=model, prompter=prompter, **(parts | changes))
 
 
 def gradients(model: Decoder, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients_of(model)
 
 
 def assert_same(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
@@ -175,7 +229,7 @@ def assert_same(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: flo
 def test_policy_term_equals_the_formula(loss: str, off_policy: bool, pack_tokens: int):
     model = tiny_model(dtype=torch.float64)
     c = config(loss=loss, pack_tokens=pack_tokens, updates_per_batch=P if off_policy else 1)
-    made = with_old_logp(model, rollouts(REWARDS))
+    made = with_old_logp(model, groups(REWARDS))
     truth = judge(model, made, c, None)
     expected = gradients(model, truth)
     value, got = run(model, c, attempts(made, c))
@@ -190,7 +244,7 @@ def test_other_objectives_equal_their_formulas(objective: str, pack_tokens: int)
     model = tiny_model(dtype=torch.float64)
     c = config(objective=objective, pack_tokens=pack_tokens, updates_per_batch=P)
     c = replace(c, clip_low=0.05, clip_high=0.05) if objective == "gspo" else c
-    made = with_old_logp(model, rollouts(REWARDS))
+    made = with_old_logp(model, groups(REWARDS))
     truth = judge(model, made, c, None)
     expected = gradients(model, truth)
     value, got = run(model, c, attempts(made, c))
@@ -201,13 +255,11 @@ def test_other_objectives_equal_their_formulas(objective: str, pack_tokens: int)
 def test_kl_reaches_sequences_without_advantage():
     model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, seed=1)
     c = config(kl_coef=0.1)
-    made = rollouts(REWARDS)
+    made = groups(REWARDS)
     truth = judge(model, made, c, reference)
     expected = gradients(model, truth)
-    trainer: Any = SimpleNamespace(config=c, model=model, frozen=reference)
-    trainer.reference_score = partial(Learner.reference_score, trainer)
-    trainer._score = partial(Learner._score, trainer)
-    samples = Grpo.with_reference(trainer, policy_samples(made, c))
+    trainer = trainer_of(c, model, None, reference=reference)
+    samples = grpo.with_reference_logprobs(trainer, policy_samples(made, c))
     assert len(samples) == P * G - 1  # the one without a reward
     value, got = run(model, c, samples)
     assert_same(got, expected, 1e-6)
@@ -218,7 +270,7 @@ def test_kl_reaches_sequences_without_advantage():
 @pytest.mark.parametrize("pack_tokens", [1, 1000])
 def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
     model = tiny_model(dtype=torch.float64)
-    made = rollouts(REWARDS)
+    made = groups(REWARDS)
     explained = [  # two of three questions, one of them twice
         (problem(0), [(50, 51, 52, 1), (60, 1)]),
         (problem(2), [(70, 71, 1)]),
@@ -232,7 +284,13 @@ def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
     expected = gradients(model, truth)
     prompter: Any = Prompter(made)
     samples = sft_samples(explained, prompter, coef=0.04, n_questions=P, reduction=reduction)
-    # neither clip, KL nor entropy may touch these rows
+    model.zero_grad()
+    result = sft_backward(model, samples, temperature=T, max_tokens=pack_tokens)
+    assert result.loss == pytest.approx(truth.item(), rel=1e-6)
+    assert_same(gradients_of(model), expected, 1e-6)
+    means = [full_logp(model, s.prompt_ids, list(s.completion_ids)).mean() for s in samples]
+    assert result.nll == pytest.approx(-torch.stack(means).sum().item() / 3, rel=1e-6)
+    # In the policy loss, neither clip, KL nor entropy may touch these rows.
     c = config(pack_tokens=pack_tokens, clip_low=0.01, clip_high=0.01, entropy_coef=0.5)
     value, got = run(model, c, samples)
     assert value == pytest.approx(truth.item(), rel=1e-6)
@@ -244,7 +302,7 @@ EXPLAINED = {"q0": [(50, 51, 52, 1), (60, 1)], "q2": [(70, 71, 1)]}  # two of th
 
 @pytest.mark.parametrize("method", ["grpo", "expo-grpo", "expert-grpo", "star"])
 def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
-    model, made = tiny_model(dtype=torch.float64), rollouts(REWARDS)
+    model, made = tiny_model(dtype=torch.float64), groups(REWARDS)
     term = {} if method == "grpo" else {"exp_sft_coef": 0.3, "exp_sft_schedule": "linear"}
     c = config(method=method, steps=10, **term)
     prompter: Any = Prompter(made)
@@ -259,21 +317,16 @@ def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
             sft = sft - 0.3 * 0.8 * logp / (P * len(completions))  # two of ten steps are done
     expected = gradients(model, policy + sft)
     model.zero_grad()
-    optimizer = SimpleNamespace(mark=lambda: None, norms_since_mark=lambda: (0.0, 0.0))
-    trainer: Any = SimpleNamespace(config=c, model=model, prompter=prompter, optimizer=optimizer)
-    trainer.policy_backward = partial(Learner.policy_backward, trainer)
-    trainer.with_reference = partial(Grpo.with_reference, trainer)
-    trainer.apply = lambda number, phases: {}
-    mine = Grpo.attempts(trainer, [made])[0]
-    row = Grpo.update(trainer, made, mine, Explanations(positives), 2, Phases())
-    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert_same(got, expected, 1e-6)
+    trainer = trainer_of(c, model, prompter)
+    (mine,) = grpo.attempts_of_updates(trainer, [made])
+    row = grpo.update_weights(trainer, made, mine, Explanations(positives), 2, Phases())
+    assert_same(gradients_of(model), expected, 1e-6)
     assert row["exp_sft_coef"] == (None if method == "grpo" else pytest.approx(0.24))
 
 
 def test_fp32_gradient_does_not_depend_on_the_packing():
     model = tiny_model()
-    made = rollouts(REWARDS)
+    made = groups(REWARDS)
     _, whole = run(model, config(), policy_samples(made, config()))
     for pack_tokens in (1, 20, 33):
         c = config(pack_tokens=pack_tokens)
@@ -284,7 +337,7 @@ def test_fp32_gradient_does_not_depend_on_the_packing():
 def test_statistics_do_not_depend_on_the_packing():
     model = tiny_model(dtype=torch.float64)
     c = config(updates_per_batch=P, kl_coef=0.1)
-    samples = attempts(with_old_logp(model, rollouts(REWARDS)), c)
+    samples = attempts(with_old_logp(model, groups(REWARDS)), c)
     likely = [full_logp(model, s.prompt_ids, list(s.completion_ids)).detach() for s in samples]
     samples = [
         replace(s, ref_logp=(x + 0.1 * i).float())
@@ -292,19 +345,18 @@ def test_statistics_do_not_depend_on_the_packing():
     ]
 
     def statistics(pack_tokens: int) -> dict[str, float]:
-        trainer: Any = SimpleNamespace(config=replace(c, pack_tokens=pack_tokens), model=model)
-        return Learner.policy_backward(trainer, samples)
+        loss = PolicyLossConfig.of(replace(c, pack_tokens=pack_tokens))
+        return vars(policy_backward(model, samples, loss))
 
-    whole = statistics(1000)
-    assert whole["nll"] == pytest.approx(-sum(float(x.mean()) for x in likely) / len(samples))
-    assert whole["kl"] > 0 and whole["clip_low"] > 0 and whole["clip_high"] > 0
+    one_pack = statistics(1000)
+    assert one_pack["kl"] > 0 and one_pack["clip_low"] > 0 and one_pack["clip_high"] > 0
     for pack_tokens in (1, 20, 33):
-        assert statistics(pack_tokens) == pytest.approx(whole, rel=1e-5)
+        assert statistics(pack_tokens) == pytest.approx(one_pack, rel=1e-5)
 
 
 def test_sequences_without_gradient_are_not_packed_but_counted():
     c = config()
-    samples = policy_samples(rollouts(REWARDS), c)
+    samples = policy_samples(groups(REWARDS), c)
     assert len(samples) == 4 + 0 + 3  # the all-fail group and the unscored sample are left out
     weights = [s.row_weight * len(s.completion_ids) for s in samples]
     assert weights == pytest.approx([1 / 11] * 7)  # N = 12 - 1
@@ -313,7 +365,7 @@ def test_sequences_without_gradient_are_not_packed_but_counted():
 def test_gradient_checkpointing_changes_no_bit():
     plain, again = tiny_model(), tiny_model()
     again.checkpointing = True
-    samples = policy_samples(rollouts(REWARDS), config())
+    samples = policy_samples(groups(REWARDS), config())
     _, a = run(plain, config(), samples)
     _, b = run(again, config(), samples)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -321,24 +373,27 @@ def test_gradient_checkpointing_changes_no_bit():
 
 def test_batches_visit_every_problem_once_an_epoch_in_an_order_known_from_the_seed():
     problems = [problem(q) for q in range(10)]
-    seen = [p.id for step in range(4) for p in batch(problems, step, 5, seed=1)]
+    seen = [p.id for step in range(4) for p in questions_of_step(problems, step, 5, seed=1)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in problems)
     assert seen[:10] != seen[10:]
-    assert [p.id for p in batch(problems, 2, 5, seed=1)] == seen[10:15]
-    assert [p.id for p in batch(problems, 2, 5, seed=2)] != seen[10:15]
+    assert [p.id for p in questions_of_step(problems, 2, 5, seed=1)] == seen[10:15]
+    assert [p.id for p in questions_of_step(problems, 2, 5, seed=2)] != seen[10:15]
     for step in range(20):  # 4 do not divide 10: no question is twice in a batch
-        assert len({p.id for p in batch(problems, step, 4, seed=1)}) == 4
+        assert len({p.id for p in questions_of_step(problems, step, 4, seed=1)}) == 4
 
 
 def test_a_batch_splits_into_equal_shares():
-    made = rollouts([*REWARDS, [0.0] * G])
-    assert [[r.problem.id for r in part] for part in parts(made, 2)] == [["q0", "q1"], ["q2", "q3"]]
+    made = groups([*REWARDS, [0.0] * G])
+    assert [[r.problem.id for r in part] for part in split_evenly(made, 2)] == [
+        ["q0", "q1"],
+        ["q2", "q3"],
+    ]
 
 
 def test_shares_differ_by_one_at_most_and_none_is_empty():
-    made = rollouts([*REWARDS, [0.0] * G, [1.0] * G])
-    assert [len(part) for part in parts(made, 3)] == [1, 2, 2]
-    assert [len(part) for part in parts(made[:2], 3)] == [1, 1]
+    made = groups([*REWARDS, [0.0] * G, [1.0] * G])
+    assert [len(part) for part in split_evenly(made, 3)] == [1, 2, 2]
+    assert [len(part) for part in split_evenly(made[:2], 3)] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -354,52 +409,52 @@ def test_the_coefficient_goes_to_zero_at_the_end_of_the_run(schedule: str, expec
     assert [exp_sft_coef(c, step) for step in range(5)] == pytest.approx(expected, abs=1e-7)
 
 
-class Sampled:
-    """Stands for the sampler: groups by the questions' names; what was asked to be explained."""
-
-    def __init__(self, made: dict[str, list[float | None]]):
-        self.made, self.asked, self.explained = made, [], []
-
-    def rollouts(self, questions: list[Problem], step: int, phases: Any) -> list[Rollout]:
-        self.asked.append([q.id for q in questions])
-        groups = rollouts([self.made[q.id] for q in questions])
-        pulled = [0.1, -0.1] * (G // 2)  # by their lengths, however equal the rewards
-        made = zip(groups, questions, strict=True)
-        return [replace(r, problem=q, advantages=pulled) for r, q in made]
-
-    def explanations(self, questions: list[Problem], step: int) -> Explanations:
-        self.explained = [q.id for q in questions]
-        return Explanations()
-
-
 @pytest.mark.parametrize(
     ("most", "expected"), [(1.0, "q0 q1 q2 q3"), (0.5, "q0 q1 q2"), (0.3, "q1"), (0.0, "q1")]
 )
 def test_questions_are_explained_up_to_an_accuracy(most: float, expected: str):
-    made = rollouts([*REWARDS, [None] * G])  # accuracies 1/2, 0, 1/3 and unknown
-    sampler = Sampled({})
-    trainer: Any = SimpleNamespace(config=config(exp_sft_max_accuracy=most), sampler=sampler)
-    Grpo.positives(trainer, made, 0)
-    assert " ".join(sampler.explained) == expected
+    made = groups([*REWARDS, [None] * G])  # accuracies 1/2, 0, 1/3 and unknown
+    questions = grpo.questions_with_sft_term(made, config(exp_sft_max_accuracy=most))
+    assert " ".join(question.id for question in questions) == expected
+
+
+class SamplingPrompter:
+    """Stands for the templates: a prompt is the number of its question."""
+
+    stop_strings = ()
+
+    def solve(self, asked: Problem) -> tuple[int, ...]:
+        return (int(asked.id[1:]),)
+
+    def text(self, ids: list[int]) -> str:
+        return ""
 
 
 @pytest.mark.parametrize("again", [0, 1, 9])
 def test_dynamic_sampling_replaces_groups_of_equal_rewards(again: int):
     problems = [problem(q) for q in range(12)]
-    mixed: list[float | None] = [1, 0, 0, 0]
-    sampler = Sampled({p.id: mixed if n % 4 == 0 else [0.0] * G for n, p in enumerate(problems)})
-    c = config(method="grpo", dynamic_sampling=again)
-    trainer: Any = SimpleNamespace(config=c, problems=problems, sampler=sampler)
-    trainer.batch = partial(Learner.batch, trainer)
-    sampled, kept = Grpo.rollouts(trainer, 0, Phases())
-    asked = [q for round_ in sampler.asked for q in round_]
-    assert len(asked) == len(set(asked)) == len(sampled)
-    assert sampler.asked[0] == [q.id for q in batch(problems, 0, P, c.seed)]
+
+    def reward(asked: list[Problem], texts: list[str], done: list[Completion]) -> list[float]:
+        """Every fourth question has unequal rewards."""
+        return [float(q.id in ("q0", "q4", "q8") and i % G == 0) for i, q in enumerate(asked)]
+
+    # However equal the rewards, their lengths make advantages: those do not count.
+    c = config(method="grpo", dynamic_sampling=again, overlong_buffer=11)
+    prompter = SamplingPrompter()
+    trainer = trainer_of(c, None, prompter, problems=problems, reward=reward)
+    sampled = grpo.with_advantages(grpo.sample_groups(trainer, 0, Phases()), c)
+    kept = grpo.groups_to_learn_from(sampled, c)
+    asked = [group.problem.id for group in sampled]
+    assert len(asked) == len(set(asked))
+    first = [q.id for q in questions_of_step(problems, 0, P, c.seed)]
+    assert asked[:P] == first
+    assert all(len(group.completions) == len(group.advantages) == G for group in sampled)
+    assert all(any(group.advantages) for group in sampled)
     if again == 0:
         assert kept == sampled
         assert len(kept) == P
     if again == 9:
-        assert [r.problem.id for r in kept] == [q for q in asked if int(q[1:]) % 4 == 0]
+        assert [group.problem.id for group in kept] == [q for q in asked if int(q[1:]) % 4 == 0]
         assert len(kept) == P
 
 
@@ -407,8 +462,8 @@ def test_overlong_completions_are_punished_softly():
     c = config(max_completion_length=12, overlong_buffer=4)
     lengths = {5: 0, 8: 0, 9: 0.25, 11: 0.75, 12: 1.0}
     for n, punishment in lengths.items():
-        assert overlong(Completion([9] * n, torch.zeros(n), "stop"), c) == punishment
-        assert overlong(Completion([9] * n, torch.zeros(n), "stop"), config()) == 0
+        assert overlong_punishment(Completion([9] * n, torch.zeros(n), "stop"), c) == punishment
+        assert overlong_punishment(Completion([9] * n, torch.zeros(n), "stop"), config()) == 0
 
 
 def test_the_generation_budget_is_the_same_for_all_methods():
@@ -422,7 +477,7 @@ def test_the_generation_budget_is_the_same_for_all_methods():
 
 
 def test_sampled_metrics():
-    row = measure(rollouts(REWARDS))
+    row = attempt_metrics(groups(REWARDS))
     assert row["reward"] == pytest.approx((0.5 + 0 + 1 / 3) / 3)
     assert row["frac_all_fail"] == pytest.approx(1 / 3)
     assert row["frac_reward_zero_std"] == pytest.approx(1 / 3)
@@ -430,16 +485,16 @@ def test_sampled_metrics():
     assert row["completions/clipped_ratio"] == row["completions/error_ratio"] == 0
     assert row["own/leak_rate"] == 0
     leaky = [
-        replace(r, texts=["The given answer is 5.", "3 + 4 = 7", "", ""]) for r in rollouts(REWARDS)
+        replace(r, texts=["The given answer is 5.", "3 + 4 = 7", "", ""]) for r in groups(REWARDS)
     ]
-    assert measure(leaky)["own/leak_rate"] == 1 / 4
+    assert attempt_metrics(leaky)["own/leak_rate"] == 1 / 4
 
 
 def test_explained_metrics_are_null_where_nothing_was_explained():
-    assert set(explained_metrics(Explanations()).values()) == {None, 0}
+    assert set(Explanations().metrics().values()) == {None, 0}
     found = Explanations({"q0": [(1, 2), (3, 4, 5, 6)]}, n_questions=4, n_sampled=8, n_right=3)
     found.n_leaked, found.n_unfit = 1, 2
-    row = explained_metrics(found)
+    row = found.metrics()
     assert row["exp/rate"] == 0.25
     assert row["exp/accepted"] == 2
     assert row["exp/mean_length"] == 3

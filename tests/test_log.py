@@ -1,4 +1,4 @@
-"""What is logged is what happened, once; no log costs a run its life or a terminal its state."""
+"""Each step is logged once; a log that fails ends no run and leaves the terminal as it was."""
 
 import io
 import json
@@ -11,7 +11,9 @@ import warnings
 import pytest
 import torch
 
-from expo_fast.reporting.run_log import Phases, RunLog
+from expo_fast.reporting.jsonl import read_rows
+from expo_fast.reporting.run_log import RunLog
+from expo_fast.reporting.timing import Phases
 from expo_fast.storage.files import replace_file
 
 
@@ -27,6 +29,11 @@ def quiet_log(run_dir, **options):
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps_of(path):
+    """The steps of the rows that can be read."""
+    return [row["step"] for row in read_rows(path)]
 
 
 def lines(stream):
@@ -62,11 +69,13 @@ def test_truncation_cuts_later_steps_and_mends_torn_lines(tmp_path):
     metrics.write_bytes(whole[: whole.index(b'{"step": 2')] + b'{"step": 9, "re\n' + whole[-150:])
     with open(tmp_path / "evaluations.jsonl", "ab") as file:
         file.write(b'{"step": 7, "pass')
+    assert steps_of(metrics) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(tmp_path / "evaluations.jsonl") == [0, 3, 6]
     log = quiet_log(tmp_path)
-    assert log.cursor() == {"metrics.jsonl": 6, "evaluations.jsonl": 6}
     metrics.write_bytes(whole + b'{"step": 4, "rew')
     log.truncate_to(4)
-    assert log.cursor() == {"metrics.jsonl": 4, "evaluations.jsonl": 3}
+    assert steps_of(metrics) == [1, 2, 3, 4]
+    assert steps_of(tmp_path / "evaluations.jsonl") == [0, 3]
     assert metrics.read_bytes() == whole[: whole.index(b'{"step": 5')]
     names = {path.name for path in (tmp_path / "completions").iterdir()}
     assert names == {f"step-{step}.jsonl" for step in range(1, 5)}
@@ -93,13 +102,15 @@ def test_truncation_ends_a_whole_last_row_that_lacks_its_newline(tmp_path):
     log.truncate_to(2)
     log.write_step({"step": 3})
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert quiet_log(tmp_path / "fresh").cursor() == {
-        "metrics.jsonl": None,
-        "evaluations.jsonl": None,
-    }
 
 
-def test_a_deleted_directory_is_said_once_and_costs_nothing(tmp_path):
+def test_a_fresh_folder_has_nothing_to_truncate(tmp_path):
+    quiet_log(tmp_path).truncate_to(2)
+    assert [*tmp_path.iterdir()] == []
+    assert steps_of(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_deleted_directory_gives_one_warning_and_ends_nothing(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     log = quiet_log(run_dir)
@@ -131,7 +142,7 @@ def test_a_full_disk_leaves_no_half_row(tmp_path):
     assert steps == [*range(1, 11), 30]
 
 
-def test_a_closed_console_costs_nothing(tmp_path):
+def test_a_closed_console_ends_nothing(tmp_path):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")
@@ -228,7 +239,7 @@ def test_tensorboard_has_the_scalars_and_forgets_what_a_resume_rewrites(tmp_path
     "module, said",
     [("torch.utils.tensorboard", "tensorboard is not installed"), ("rich.live", "rich is not")],
 )
-def test_an_absent_module_is_said_once(tmp_path, monkeypatch, module, said):
+def test_an_absent_module_is_reported_once(tmp_path, monkeypatch, module, said):
     monkeypatch.setitem(sys.modules, module, None)
     stream = Terminal()
     console = "live" if module == "rich.live" else "plain"

@@ -8,18 +8,15 @@ import pytest
 import torch
 
 from expo_fast import train
-from expo_fast.algorithms.explanations import sft_samples
-from expo_fast.algorithms.sft import Sft
-from expo_fast.algorithms.trainer import Learner
+from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import parse, presets
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
+from expo_fast.methods import METHODS
 from expo_fast.weights import load_model, save_model
 from tiny import tiny_model, tiny_tokenizer
-
-METHODS = ["expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo", "dpo", "sft"]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +85,7 @@ def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
         "--exp-sft-reduction seq_sum",
         "--method expo-dpo --pairs-every 1 --preference simpo --dpo-beta 2",
         "--method expo-dpo --shuffle-explanations --preference orpo",
+        "--method expo-dpo --preference rdpo --rdpo-alpha 0.1",
         "--method expo-grpo --kl-coef 0.1 --generation-budget 12",
         "--method expo-grpo --kl-coef 0.1 --updates-per-batch 2 --objective gspo",
     ],
@@ -106,7 +104,7 @@ def test_there_is_a_preset_for_every_method_and_each_says_what_it_is():
     from expo_fast.cli.flags import PRESETS
 
     named = {parse(Train, ["--config", name]).method for name in presets()}
-    assert named == set(METHODS)
+    assert named == METHODS.keys()
     for name in presets():
         assert (PRESETS / f"{name}.toml").read_text().startswith("# ")
     assert {"dr-grpo", "dapo", "gspo", "cispo"} <= set(presets())
@@ -183,12 +181,11 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
     model.zero_grad()
     targets = [(p, [prompter.target(p)]) for p in problems]
     samples = sft_samples(targets, prompter, coef=1.0, n_questions=2, reduction="token_mean")
-    me: Any = type("", (), {"config": Train(method="sft"), "model": model})
-    assert Sft.policy_backward(me, samples)["loss"] == pytest.approx(total.item(), rel=1e-6)
+    result = sft_backward(model, samples, temperature=1.0, max_tokens=4096)
+    assert result.loss == pytest.approx(total.item(), rel=1e-6)
     for name, p in model.named_parameters():
         assert p.grad is not None
         assert float((p.grad - truth[name]).norm() / truth[name].norm()) < 1e-6
-    assert Learner.policy_backward is Sft.policy_backward
 
 
 @pytest.mark.parametrize(
@@ -204,7 +201,12 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
         ("--method sft --preference ipo", "preference='ipo' means nothing to method=sft"),
         ("--method expo-dpo --explain-every 2", "explain_every=2 means nothing to method=expo-dpo"),
         ("--method expo-dpo --refresh-reference", "pairs_every=0: need more than 0"),
-        ("--method dpo --preference ipo --label-smoothing 0.1", "preference='ipo': need dpo with"),
+        (
+            "--method dpo --preference ipo --label-smoothing 0.1",
+            "label_smoothing=0.1: need the default: preference=ipo does not read it",
+        ),
+        ("--method dpo --rdpo-alpha 0.1", "rdpo_alpha=0.1: need the default: preference=dpo"),
+        ("--method dpo --preference rdpo", "rdpo_alpha=0.0: need more than 0"),
         ("--method star --exp-sft-coef 0", "exp_sft_coef=0.0: need more than 0"),
         ("--method expert-dpo --dpo-beta -1", "dpo_beta=-1.0: need more than 0"),
         ("--method expert-dpo --pairs-per-question 0", "pairs_per_question=0: need more than 0"),

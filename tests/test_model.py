@@ -226,10 +226,10 @@ def test_eos_ids_come_from_the_generation_config_first():
 def test_an_end_that_the_checkpoint_does_not_name_is_the_tokenizers():
     model, unnamed = tiny_model(eos_token_id=2), tiny_model(eos_token_id=None)
     for one in (model, unnamed):
-        one.settle_eos(None)
+        one.complete_eos(None)
     assert (model.eos_ids, unnamed.eos_ids) == ((2,), ())
     for one in (model, unnamed):
-        one.settle_eos(tiny_tokenizer())
+        one.complete_eos(tiny_tokenizer())
     assert (model.eos_ids, unnamed.eos_ids) == ((2,), (1,))
     prompt = tiny_tokenizer()("1 + 1").input_ids
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.kernels import reference
-from expo_fast.kernels.head import Head, Needs, Slopes
+from expo_fast.kernels.head import Head, Needs, RowGrads
 from expo_fast.op_backends import cpu, dispatch, native_library
 from expo_fast.ops import linear_logprob
 
@@ -56,8 +56,8 @@ def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tens
 
 def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
     forward = cpu.log_probs(head)
-    slopes = Slopes(upstream[0], upstream[1], upstream[2])
-    grads = cpu.gradients(head, forward, slopes, Needs(True, True, True))
+    row_grads = RowGrads(upstream[0], upstream[1], upstream[2])
+    grads = cpu.gradients(head, forward, row_grads, Needs(True, True, True))
     return [x for x in (*forward.results.to(torch.float32), *grads) if x is not None]
 
 
@@ -134,9 +134,9 @@ def test_large_logits_cost_the_gradient_no_digits(isa):
     weight = 4096 + torch.arange(200.0).remainder(4)[:, None]  # exact in fp32, and so are logits
     hidden, targets = torch.ones(20, 1), torch.arange(20)
     head = Head(hidden, weight, torch.zeros(200), targets, torch.ones(20))
-    slopes = torch.stack([torch.ones(20), torch.full((20,), 0.3), torch.full((20,), 0.2)])
-    truth = by_definition(head, slopes, torch.float64)[-1]
-    assert off(by_kernels(head, slopes)[-1], truth) < 1e-6
+    row_grads = torch.stack([torch.ones(20), torch.full((20,), 0.3), torch.full((20,), 0.2)])
+    truth = by_definition(head, row_grads, torch.float64)[-1]
+    assert off(by_kernels(head, row_grads)[-1], truth) < 1e-6
 
 
 @pytest.mark.parametrize("gap", [50.0, 94.0, 1000.0, 1e5])
@@ -161,7 +161,7 @@ def test_phantom_columns_never_enter(isa):
         )
 
 
-def test_a_row_of_nan_poisons_its_own_results_alone(isa):
+def test_a_row_of_nan_changes_its_own_results_alone(isa):
     head = make_head(40, 8, 300, BOTH[0])
     head.hidden[7] = math.nan
     got = cpu.log_probs(head).results
@@ -181,7 +181,7 @@ def test_forbidden_tokens_get_no_gradient(isa):
 
 
 def test_a_large_bias_stays_out_of_the_padding(isa):
-    """Rows up to the next 16 see the bias as their whole logit; 2^bias may be inf."""
+    """Rows of padding, up to the next 16, have the bias as their logit; 2^bias may be inf."""
     head = make_head(3, 8, 40, BOTH[0])
     assert head.bias is not None
     head.bias[2] = 300.0
@@ -190,13 +190,13 @@ def test_a_large_bias_stays_out_of_the_padding(isa):
         assert worst(o, t) <= 1e-4 * max(1.0, t.abs().max().item())
 
 
-def test_a_large_slope_of_entropy_makes_no_nan_of_a_forbidden_token(isa):
+def test_a_large_entropy_gradient_makes_no_nan_of_a_forbidden_token(isa):
     head = make_head(20, 8, 40, BOTH[0])
     assert head.bias is not None
     head.bias[7] = -math.inf
     head = Head(head.hidden, head.weight, head.bias, head.targets % 7, 0.05)
-    slopes = Slopes(None, torch.full((20,), 1e9))
-    grads = cpu.gradients(head, cpu.log_probs(head), slopes, Needs(True, True, True))
+    row_grads = RowGrads(None, torch.full((20,), 1e9))
+    grads = cpu.gradients(head, cpu.log_probs(head), row_grads, Needs(True, True, True))
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 
@@ -232,10 +232,10 @@ linear_logprob(x, x, torch.zeros(20, dtype=torch.int64), backend="native")
 def test_frozen_inputs_get_no_gradient(isa, wanted):
     head = make_head(70, 8, 300, BOTH[1])
     forward = cpu.log_probs(head)
-    whole = cpu.gradients(head, forward, Slopes(torch.ones(70)), Needs(True, True, False))
+    every = cpu.gradients(head, forward, RowGrads(torch.ones(70)), Needs(True, True, False))
     needs = Needs(wanted[0], wanted[1], False)
-    some = cpu.gradients(head, forward, Slopes(torch.ones(70)), needs)
-    for want, a, b in zip(needs, some, whole, strict=True):
+    some = cpu.gradients(head, forward, RowGrads(torch.ones(70)), needs)
+    for want, a, b in zip(needs, some, every, strict=True):
         assert (a is not None) is want
         assert a is None or (b is not None and torch.equal(a, b))
 

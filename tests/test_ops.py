@@ -1,6 +1,8 @@
 """The ops against the papers' formulas, written out in fp64 and differentiated by autograd."""
 
+import gc
 import math
+import weakref
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ from expo_fast.kernels import reference
 from expo_fast.op_backends import custom_ops
 from expo_fast.ops import (
     Clipped,
+    Dpo,
     SequenceClipped,
     group_advantage,
     linear_logprob,
@@ -277,6 +280,47 @@ def test_bad_input_is_named(change, message):
     given |= {"targets": torch.tensor([0, 1])} | change
     with pytest.raises(ValueError, match=message):
         linear_logprob(**given)
+
+
+# objectives of the caller's own
+
+
+def test_a_custom_objective_is_held_no_longer_than_its_graph():
+    case, ones = make_head(), torch.ones(61)
+    held = weakref.WeakSet()
+
+    def fresh():
+        def objective(logp, log_ratio, advantage):
+            return Clipped()(logp, log_ratio, advantage)
+
+        held.add(objective)
+        return objective
+
+    hidden = case.hidden.clone().requires_grad_()
+    for _ in range(20):
+        given = (hidden, case.weight, case.targets, ones, ones)
+        loss = linear_policy_loss(*given, objective=fresh()).loss
+        gc.collect()
+        assert len(held) == 1
+        loss.backward()
+        del loss
+    gc.collect()
+    assert len(held) == 0
+
+
+def test_a_custom_objective_serves_backward_after_backward():
+    case, ones, ids = make_head(60).to(torch.float64), torch.ones(60), torch.arange(60) // 15
+    for built_in, call in (
+        (Clipped(0.1, 0.1), partial(linear_policy_loss, *case[:2], case.targets, ones, ones)),
+        (Dpo(0.3), partial(linear_preference_loss, *case[:2], case.targets, ids)),
+    ):
+        custom = call(objective=lambda *given, f=built_in: f(*given)).loss
+        other = call(objective=lambda *given, f=built_in: f(*given)).loss
+        truth = torch.autograd.grad(call(objective=built_in).loss, case[:2])
+        gc.collect()
+        for loss in (custom, other, custom, custom):
+            grads = torch.autograd.grad(loss, case[:2], retain_graph=True)
+            assert all(map(torch.equal, grads, truth))
 
 
 # what is computed, and what is not

@@ -174,7 +174,7 @@ def test_the_split_into_micro_batches_changes_nothing(method, dtype):
     b = make_batch()
     b = replace(b, **{k: v.to(dtype) for k, v in vars(b).items() if v.is_floating_point()})
     off = torch.zeros_like(b.ids, dtype=torch.bool)
-    whole = gradients(lambda *inputs: our_loss(b, method, off, 0.1, 0.01, *inputs).loss, b)
+    undivided = gradients(lambda *inputs: our_loss(b, method, off, 0.1, 0.01, *inputs).loss, b)
     loss, d_weight, d_hidden = 0.0, torch.zeros_like(b.weight), torch.zeros_like(b.hidden)
     for group in ([0, 1], [2], [3, 4, 5]):
         keep = torch.isin(b.ids, torch.tensor(group))
@@ -183,7 +183,7 @@ def test_the_split_into_micro_batches_changes_nothing(method, dtype):
         part_loss, d_hidden[keep], d_part = gradients(f, part)
         loss, d_weight = loss + part_loss, d_weight + d_part
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    for a, t in zip((loss, d_hidden, d_weight), whole, strict=True):
+    for a, t in zip((loss, d_hidden, d_weight), undivided, strict=True):
         assert worst(a, t) < tolerance
 
 
@@ -244,15 +244,15 @@ def test_statistics_are_those_of_the_policy_rows():
         assert getattr(got, name).item() == pytest.approx(truth.item(), abs=1e-12), name
 
 
-def test_slopes_are_derivatives_and_vanish_where_a_row_is_clipped():
+def test_grads_are_derivatives_and_vanish_where_a_row_is_clipped():
     g = torch.Generator().manual_seed(3)
     logp, old, a = (torch.randn(500, generator=g, dtype=torch.float64) for _ in range(3))
     for objective in (Clipped(), Clipped(0.1, 0.3, cap=2.0), SoftAdaptive()):
         x = logp.clone().requires_grad_()
-        value, slope, side = objective(x, x - old, a)
-        assert worst(slope, torch.autograd.grad(value.sum(), x)[0]) < 1e-12
+        value, grad, side = objective(x, x - old, a)
+        assert worst(grad, torch.autograd.grad(value.sum(), x)[0]) < 1e-12
         if isinstance(objective, Clipped):
-            assert ((slope == 0) == (side != 0)).all() and side.unique().tolist() == [-1, 0, 1]
+            assert ((grad == 0) == (side != 0)).all() and side.unique().tolist() == [-1, 0, 1]
 
 
 def test_extreme_ratios_stay_finite():

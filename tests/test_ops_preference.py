@@ -202,8 +202,8 @@ def test_extreme_sums_cost_fp32_nothing(name):
     got = objective(Pairs(*torch.cat([grid, length], 1).T))
     policy, ref = grid.double().view(-1, 2, 2).unbind(1)
     value = formula(policy.requires_grad_(), ref, length.double())
-    (slopes,) = torch.autograd.grad(value.sum(), policy)
-    for a, t in zip(got, (value, *slopes.T), strict=True):
+    (pair_grads,) = torch.autograd.grad(value.sum(), policy)
+    for a, t in zip(got, (value, *pair_grads.T), strict=True):
         assert a.dtype == torch.float32 and a.isfinite().all()
         assert ((a - t).abs() <= 1e-5 * (1 + t.abs())).all()
 
@@ -235,9 +235,9 @@ def test_rdpo_pushes_less_where_the_chosen_sequence_is_the_longer_one():
     chosen, rejected = torch.tensor([[10.0, 5.0], [5.0, 5.0], [5.0, 10.0]]).T
     logp = torch.full((3,), -10.0)
     pairs = Pairs(logp, logp, logp, logp, chosen, rejected)
-    push = -RDpo(alpha=0.2)(pairs).slope_chosen
+    push = -RDpo(alpha=0.2)(pairs).grad_chosen
     assert 0 < push[0] < push[1] < push[2]
-    assert push[1] == -Dpo()(pairs).slope_chosen[1]
+    assert push[1] == -Dpo()(pairs).grad_chosen[1]
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
@@ -253,11 +253,11 @@ def test_pairs_split_into_micro_batches_add_up(name):
         part = REF[2 * pairs.start : 2 * pairs.stop]
         return loss(h, w, targets, ids, ref_logp=part, pair_weight=share[pairs]).loss
 
-    def whole(h, w):
+    def undivided(h, w):
         return loss(h, w, rows.targets, rows.ids, ref_logp=REF).loss
 
     parts = [gradients(partial(loss_of, pairs), rows) for pairs in (slice(0, 1), slice(1, 3))]
-    for truth, *split in zip(gradients(whole, rows), *parts, strict=True):
+    for truth, *split in zip(gradients(undivided, rows), *parts, strict=True):
         assert worst(sum(split), truth) < 1e-12
 
 

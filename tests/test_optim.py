@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from expo_fast.modeling.optimizer import Optimizer, learning_rate
+from expo_fast.modeling.optimizer import Optimizer
+from expo_fast.modeling.schedule import learning_rate
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -154,15 +155,15 @@ def test_norm_is_exact_where_fp32_is_not():
     parameter = nn.Parameter(torch.zeros(5_000_000))
     optimizer = Optimizer([("w", parameter)], **ADAM)
     give(parameter, torch.full_like(parameter, 1e-25))  # its square underflows fp32
-    assert optimizer.grad_norm() == pytest.approx(1e-25 * math.sqrt(5e6), rel=1e-6)
-    optimizer.zero_grad()
+    assert optimizer.grad_sums.norm() == pytest.approx(1e-25 * math.sqrt(5e6), rel=1e-6)
+    optimizer.grad_sums.clear()
     give(parameter, torch.full_like(parameter, 1e25))  # and here it overflows
     report = optimizer.step(0.0, 1.0)
     assert report.grad_norm == pytest.approx(1e25 * math.sqrt(5e6), rel=1e-6)
     assert report.applied
 
 
-def test_mark_separates_two_terms_and_changes_no_sum():
+def test_start_new_term_separates_two_terms_and_changes_no_sum():
     g = torch.Generator().manual_seed(3)
     parameters = {name: nn.Parameter(torch.zeros(50)) for name in ("both", "first", "second")}
     optimizer = Optimizer(parameters.items(), **ADAM)
@@ -170,7 +171,7 @@ def test_mark_separates_two_terms_and_changes_no_sum():
     for i in (0, 1):
         for name in ("both", "first"):
             give(parameters[name], draws[name][i])
-    optimizer.mark()
+    optimizer.grad_sums.start_new_term()
     for i in (2, 3):
         for name in ("both", "second"):
             give(parameters[name], draws[name][i])
@@ -178,23 +179,23 @@ def test_mark_separates_two_terms_and_changes_no_sum():
     def norm(*terms):
         return math.sqrt(sum(float(t.double().sum(0).square().sum()) for t in terms))
 
-    before, after = optimizer.norms_since_mark()
+    before, after = optimizer.grad_sums.term_norms()
     assert before == pytest.approx(norm(draws["both"][:2], draws["first"][:2]), rel=1e-6)
     assert after == pytest.approx(norm(draws["both"][2:], draws["second"][2:]), rel=1e-6)
     total = norm(draws["both"], draws["first"][:2], draws["second"][2:])
-    assert optimizer.grad_norm() == pytest.approx(total, rel=1e-6)
+    assert optimizer.grad_sums.norm() == pytest.approx(total, rel=1e-6)
     assert optimizer.step(1e-3, math.inf).grad_norm == pytest.approx(total, rel=1e-6)
-    assert optimizer.norms_since_mark() == (0.0, 0.0)
+    assert optimizer.grad_sums.term_norms() == (0.0, 0.0)
 
 
-def test_mark_before_any_gradient_takes_no_second_buffer():
+def test_a_new_term_before_any_gradient_takes_no_second_buffer():
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = Optimizer([("w", parameter)], **ADAM)
-    optimizer.mark()
+    optimizer.grad_sums.start_new_term()
     give(parameter, torch.full((4,), 3.0))
-    assert optimizer.norms_since_mark() == (0.0, 6.0)
+    assert optimizer.grad_sums.term_norms() == (0.0, 6.0)
     optimizer.step(1e-3, 1.0)
-    assert len(optimizer._spare["w"]) == 1
+    assert len(optimizer.grad_sums._free["w"]) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

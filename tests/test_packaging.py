@@ -1,4 +1,4 @@
-"""What pip installs: the two links become real folders, and the ops work with torch alone."""
+"""What pip installs: links become folders, every module imports, the ops need torch alone."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel made of the source distribution, unpacked."""
+    """Return the folder of the unpacked wheel, made from the source distribution."""
     folder = tmp_path_factory.mktemp("packaging")
     checkout = folder / "checkout"
     skip = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info")
@@ -43,12 +43,36 @@ def run(code: str, cwd: Path, **environment: str) -> str:
 
 
 def test_the_wheel_holds_every_source_and_nothing_else(installed: Path):
-    python = {f"expo_fast/{p.name}" for p in ROOT.glob("expo_fast/*.py")}
-    kernels = {f"expo_fast/kernels/{p.name}" for p in ROOT.glob("kernels/*.py")}
-    csrc = {f"expo_fast/csrc/{p.name}" for p in ROOT.glob("csrc/*")}
-    presets = {f"expo_fast/presets/{p.name}" for p in ROOT.glob("expo_fast/presets/*.toml")}
-    shipped = {p.relative_to(installed).as_posix() for p in installed.rglob("*") if p.is_file()}
-    assert {p for p in shipped if ".dist-info/" not in p} == python | kernels | csrc | presets
+    kernels = {f"expo_fast/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
+    csrc = {f"expo_fast/csrc/{path.name}" for path in ROOT.glob("csrc/*")}
+    presets = {f"expo_fast/presets/{path.name}" for path in ROOT.glob("expo_fast/presets/*.toml")}
+    files = [path for path in installed.rglob("*") if path.is_file()]
+    shipped = {path.relative_to(installed).as_posix() for path in files}
+    ours = {path for path in shipped if ".dist-info/" not in path}
+    assert ours == sources() | kernels | csrc | presets | {"expo_fast/py.typed"}
+
+
+def sources() -> set[str]:
+    """Return the Python files of the package, without those behind links."""
+    found = set()
+    for path in ROOT.glob("expo_fast/**/*.py"):
+        if not path.parent.is_symlink():
+            found.add(path.relative_to(ROOT).as_posix())
+    return found
+
+
+def test_every_module_of_the_wheel_imports(installed: Path):
+    modules = [path.removesuffix(".py").replace("/", ".") for path in sorted(sources())]
+    assert "expo_fast.reporting.run_log" in modules
+    code = f"""
+import importlib
+for name in {modules!r}:
+    module = importlib.import_module(name.removesuffix(".__init__"))
+    print(module.__file__)
+"""
+    files = run(code, cwd=installed.parent, PYTHONPATH=str(installed)).splitlines()
+    assert len(files) == len(modules)
+    assert [path for path in files if installed not in Path(path).parents] == []
 
 
 def test_the_wheel_carries_its_license(installed: Path):

@@ -25,7 +25,7 @@ MAX_LENGTH = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of T rows, as Liger takes them; ours sees the same as B * T rows."""
+    """B sequences of T rows, as Liger takes them; our ops take them as B * T rows."""
 
     hidden: Tensor  # (B, T, D)
     weight: Tensor  # (V, D)

@@ -1,4 +1,4 @@
-"""Bugs that other implementations of these ops had, one section each: may none of them be ours.
+"""Bugs that other implementations of these ops had: one section each shows that ours has not.
 
 Numbers 12 to 16 and 22, on what torch does around the ops, are in test_pitfalls_torch.py.
 """
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from expo_fast.generate import Generator, Request
 from expo_fast.kernels import reference
-from expo_fast.kernels.head import Head, Slopes
+from expo_fast.kernels.head import Head, RowGrads
 from expo_fast.modeling.packing import Sample, pack
 from expo_fast.ops import (
     Cispo,
@@ -39,7 +39,7 @@ ROUNDED = {FP32: 2e-5, BF16: 8e-3}  # how far a gradient may be off, relative
 
 
 class Case(NamedTuple):
-    """What an op is given, on the CPU: it is called where its backend runs."""
+    """Arguments of an op, on the CPU; they are moved to the device that its backend runs on."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -54,19 +54,19 @@ class Case(NamedTuple):
         return tree_map_only(Tensor, Tensor.cpu, op(*given, backend=self.backend, **named))
 
     def run(self, loss: Callable) -> list[Tensor]:
-        """loss(op), op called as this case is, and its gradients."""
+        """Return loss(op), where op is this case's `__call__`, and its gradients."""
         hidden, weight = inputs = [x.detach().requires_grad_() for x in self[:2]]
         value = loss(self._replace(hidden=hidden, weight=weight))
         return [value.detach(), *torch.autograd.grad(value, inputs)]
 
     def truth(self, loss: Callable) -> list[Tensor]:
-        """loss(logp, entropy, lse) of the definition in fp64, and its gradients."""
+        """Return loss(logp, entropy, lse) of the definition in fp64, and its gradients."""
         hidden, weight = inputs = [x.detach().double().requires_grad_() for x in self[:2]]
         value = loss(*by_definition(hidden, weight, self.targets))
         return [value.detach(), *torch.autograd.grad(value, inputs)]
 
     def exactly(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(logp, entropy, lse) in fp64."""
+        """Return (logp, entropy, lse) in fp64."""
         return by_definition(self.hidden.double(), self.weight.double(), self.targets)
 
     def rows(self, rows: Any) -> "Case":
@@ -74,7 +74,7 @@ class Case(NamedTuple):
 
 
 def by_definition(hidden: Tensor, weight: Tensor, targets: Tensor):
-    """(logp, entropy, lse) of (N, V) logits, 0 for rows without target."""
+    """Return (logp, entropy, lse) of (N, V) logits, 0 for rows without target."""
     logits = hidden @ weight.T
     logp, lse = logits.log_softmax(-1), logits.logsumexp(-1)
     own = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
@@ -118,19 +118,19 @@ def close(got: list[Tensor], truth: list[Tensor], tolerance: float) -> bool:
 
 @pytest.fixture
 def far_apart(tmp_path):
-    """Copies rows to 2^30 elements from each other, on pages that cost memory once written."""
+    """Copy rows to 2^30 elements from each other, in files whose pages take memory once written."""
     if GPU.type == "cuda":
         pytest.skip("a GPU's memory is taken when it is asked for")
-    rooms = []
+    files = []
 
     def place(x: Tensor) -> Tensor:
-        rooms.append(tmp_path / str(len(rooms)))
-        size = 2**32 + 4096  # where an int32 offset would wrap around to is in it too
-        room = torch.from_file(str(rooms[-1]), shared=True, size=size, dtype=x.dtype)
-        return room.as_strided(x.shape, (2**30 + 8, 1), 2**31).copy_(x)
+        files.append(tmp_path / str(len(files)))
+        size = 2**32 + 4096  # a wrapped int32 offset falls into it too
+        memory = torch.from_file(str(files[-1]), shared=True, size=size, dtype=x.dtype)
+        return memory.as_strided(x.shape, (2**30 + 8, 1), 2**31).copy_(x)
 
     yield place
-    assert sum(os.stat(room).st_blocks for room in rooms) * 512 < 1e6
+    assert sum(os.stat(file).st_blocks for file in files) * 512 < 1e6
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, HALF])
@@ -152,17 +152,17 @@ def test_offsets_beyond_2_to_the_31_in_what_the_kernels_store(far_apart):
     call = logprob._Call.of(head)
     far = replace(call, hidden=far_apart(head.hidden))
     assert torch.equal(call.target_logits(), far.target_logits())
-    near = logprob.room_for_e(head, 3)[:, :200]
+    near = logprob.empty_e(head, 3)
     far = far_apart(near.zero_())
     results, log_total = logprob.forward(head, near)
     logprob.forward(head, far)
     assert torch.equal(near, far) and near.count_nonzero() == near.numel()
-    slopes = Slopes(torch.randn(3), torch.randn(3))
+    row_grads = RowGrads(torch.randn(3), torch.randn(3))
     for e in (near, far):
-        logprob.from_stored(head, e, log_total, results, slopes, e)
+        logprob.from_stored(head, e, log_total, results, row_grads, e)
     assert torch.equal(near, far)
     for dz in (near.zero_(), far.zero_()):
-        logprob.recomputed(head, results, slopes, 0, dz)
+        logprob.recomputed(head, results, row_grads, 0, dz)
     assert torch.equal(near, far) and near.count_nonzero() == near.numel()
 
     head = Head(case.hidden.float(), case.weight.float(), None, case.targets, 1.0)
@@ -170,7 +170,7 @@ def test_offsets_beyond_2_to_the_31_in_what_the_kernels_store(far_apart):
     far = far_apart(near)
     tiles = [rowwise.RowTile.softmax(head, z, z) for z in (near, far)]
     assert all(map(torch.equal, *(t.results for t in tiles)))
-    assert torch.equal(*(t.logit_gradients(head, slopes)[0] for t in tiles))
+    assert torch.equal(*(t.logit_gradients(head, row_grads)[0] for t in tiles))
 
 
 @pytest.mark.skipif(GPU.type != "cuda", reason="needs 5 GB of E on a GPU")
@@ -206,7 +206,9 @@ def test_every_kernel_is_launched_on_a_grid_of_one_dimension(monkeypatch):
 
     monkeypatch.setattr(KernelInterface, "__getitem__", note)
     for dtype, fit in ((FP32, 8), (BF16, 8), (BF16, 3)):  # fewer than 5: recomputed
-        monkeypatch.setattr("expo_fast.op_backends.triton_fused._rows", lambda *_, fit=fit: fit)
+        monkeypatch.setattr(
+            "expo_fast.op_backends.triton_fused._rows_within", lambda *_, fit=fit: fit
+        )
         case = make_case("triton", dtype, 5)
         case.run(lambda op: torch.stack(op(linear_logprob)).sum())
     expected = {"target_logits", "softmax_sums", "logit_gradients", "scale_stored"}
@@ -225,7 +227,9 @@ def test_vocabulary_not_a_multiple_of_the_tile_adds_no_phantom_tokens(
         from expo_fast.kernels import logprob
 
         width = 128 if v < 5000 else 2048  # the interpreter's time goes by tiles and their rows
-        monkeypatch.setattr(logprob, "GEMM", replace(logprob.GEMM, BN=16, BV=width, BD=16))
+        name = logprob.BY_CARD["default"]
+        small = replace(logprob.VARIANTS[name], BN=16, BV=width, BD=16)
+        monkeypatch.setitem(logprob.VARIANTS, name, small)
     case = make_case(backend, dtype, 3, 8, v)
     case.hidden[:, 0], case.weight[:, 0] = 1, -30
     case.weight[:, 1:] *= 0.25
@@ -242,7 +246,10 @@ TIGHT = {FP32: 2e-5, BF16: 3 * 2.0**-8}  # of one value: E, its factor and the s
 
 
 def sure_case(backend, dtype, v=1000) -> tuple[Case, Tensor, Tensor]:
-    """Row i is unit vector i, so that weight's gradient is dz.T; and the rows' logp and 1 - p."""
+    """Return a case whose row i is unit vector i, the rows' logp, and 1 - p.
+
+    The weight's gradient is then dz.T.
+    """
     gaps = torch.tensor([math.log(rest / (v - 1)) for rest in SURE]).to(dtype)
     weight, targets = gaps.repeat(v, 1), torch.arange(8) + 400
     weight[targets, torch.arange(8)] = 0
@@ -271,8 +278,8 @@ def test_relative_accuracy_of_a_preference_loss_as_the_probability_goes_to_one(b
     dpo = partial(linear_preference_loss, objective=Dpo(beta=0.3))
     _, _, d_weight = case.run(lambda op: op(dpo, torch.arange(8)).loss)
     chosen, rejected = logp.view(4, 2).T
-    slope = -0.3 * torch.sigmoid(-0.3 * (chosen - rejected)) / 4
-    truth = torch.stack([slope, -slope], 1).view(-1) * rest
+    grad = -0.3 * torch.sigmoid(-0.3 * (chosen - rejected)) / 4
+    truth = torch.stack([grad, -grad], 1).view(-1) * rest
     dz = d_weight[case.targets, torch.arange(8)].double()
     assert (dz / truth - 1).abs().max() < TIGHT[dtype]
 
@@ -281,7 +288,7 @@ def test_relative_accuracy_of_a_preference_loss_as_the_probability_goes_to_one(b
 
 
 class Known(NamedTuple):
-    """What the losses below know of 16 rows: four sequences, two pairs."""
+    """Arguments of the losses below for 16 rows: four sequences, two pairs."""
 
     old: Tensor
     ref: Tensor
@@ -355,7 +362,7 @@ def test_weight_gradient_of_64_chunks_is_as_accurate_as_of_one(backend, monkeypa
     monkeypatch.setattr(reference, "CHUNK_BYTES", n * 40 * 4 // 64)
     monkeypatch.setattr(reference, "CUDA_CHUNK_BYTES", n * 40 * 4 // 64)
     if backend == "triton":
-        monkeypatch.setattr("expo_fast.op_backends.triton_fused._rows", lambda *_: n // 64)
+        monkeypatch.setattr("expo_fast.op_backends.triton_fused._rows_within", lambda *_: n // 64)
     assert error(case) <= 2 * once + 1e-5  # csrc's SPAN makes 64 chunks by itself
 
 
@@ -521,12 +528,12 @@ def test_equal_calls_give_equal_bits(backend, dtype, name):
 
 def test_a_rows_log_prob_depends_on_its_batch_by_rounding_alone(backend, dtype):
     case = make_case(backend, dtype)
-    whole = case(linear_logprob).logp[3]
+    in_full_batch = case(linear_logprob).logp[3]
     for rows in (slice(3, 4), slice(3, 8), torch.tensor([3, 20, 5, 11, 3])):
-        assert worst(case.rows(rows)(linear_logprob).logp[0], whole) < 1e-5
+        assert worst(case.rows(rows)(linear_logprob).logp[0], in_full_batch) < 1e-5
 
 
-# 18. A target out of range reads whatever lies there, or stalls the GPU to look (Liger FLSCE)
+# 18. A target out of range reads other memory, or its check stalls the GPU (Liger FLSCE)
 
 
 @pytest.mark.parametrize("wrong", [300, -1, -101, 2**31 - 1, -(2**31)])
@@ -614,7 +621,7 @@ def test_a_sequences_length_is_that_of_its_targets(backend):
     policy = partial(linear_policy_loss, objective=SequenceClipped(0.1, 0.1))
 
     def run(more: Tensor) -> list[Tensor]:
-        """With so many rows that are no targets behind each."""
+        """Return loss and gradients with so many rows that are no targets after each row."""
         at = torch.arange(24).repeat_interleave(1 + more)
         first = torch.cat([torch.tensor([True]), at[1:] != at[:-1]])
         long = case.rows(at)

@@ -200,7 +200,7 @@ def test_an_input_changed_before_backward_is_noticed(backend, which):
 
 @pytest.mark.parametrize("name", ["policy", "preference"])
 def test_an_input_changed_before_backward_changes_no_gradient_of_a_loss(name, backend):
-    """It came with the loss. One that is to be made again is refused."""
+    """The first was computed with the loss. One that has to be computed again is refused."""
     leaves = make_inputs()
     _, *truth = gradients(LOSSES[name], *leaves, backend=backend)
     changed = [x * 1 for x in leaves]
@@ -345,10 +345,10 @@ def test_targets_may_be_any_column_of_anything(loss_of, backend, dtype, kind):
 def test_shifted_hidden_states_and_labels_need_no_copy(loss_of, backend, dtype):
     hidden, weight, _ = make_inputs(dtype, 2 * 7)
     labels = torch.randint(V, (2, 7))
-    whole = hidden.detach().view(2, 7, D).requires_grad_()
-    loss = loss_of(whole[:, :-1], weight, labels[:, 1:], backend=backend)
-    got = torch.autograd.grad(loss, (whole, weight))
-    rows = whole.detach()[:, :-1].reshape(N, D).requires_grad_()
+    sequences = hidden.detach().view(2, 7, D).requires_grad_()
+    loss = loss_of(sequences[:, :-1], weight, labels[:, 1:], backend=backend)
+    got = torch.autograd.grad(loss, (sequences, weight))
+    rows = sequences.detach()[:, :-1].reshape(N, D).requires_grad_()
     _, *truth = gradients(loss_of, rows, weight, labels[:, 1:].reshape(N), backend=backend)
     assert not got[0][:, -1].count_nonzero()
     same([got[0][:, :-1].reshape(N, D), got[1]], truth, 2e-6)
@@ -473,7 +473,7 @@ def test_batches_of_any_size_share_a_graph(name):
 
 
 def opcheck(monkeypatch, name: str, which: Sequence[str], call: Callable[[], Any]) -> None:
-    """What torch.library's own checks find, on the arguments that a call gives the op."""
+    """Run torch.library's own checks on the arguments that a call gives the op."""
     op, seen = getattr(custom_ops, name), []
     with monkeypatch.context() as patch:
         patch.setattr(custom_ops, name, lambda *given: seen.append(given) or op(*given))
@@ -508,8 +508,8 @@ def test_fakes_have_the_shapes_strides_and_dtypes_of_the_real_thing(
 
 @pytest.mark.parametrize("name", [name for name in OPS if name != "logprob_backward"])
 def test_forward_and_backward_can_be_traced_with_any_size(name, backend, monkeypatch, request):
-    if name == "policy_loss":  # and nobody sees that output but opcheck
-        reason = "backward scales in place what the op has returned too"
+    if name == "policy_loss":  # as its docstring says; ops.py does not return that output
+        reason = "backward scales in place the gradients that the op has returned"
         request.applymarker(known_bug(reason=reason))
     inputs, f = make_inputs(torch.bfloat16), OPS[name]
     which = ["test_aot_dispatch_dynamic"]

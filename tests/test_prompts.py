@@ -1,11 +1,9 @@
 """Solve and explain prompts differ in the stated answers and in nothing else."""
 
 import pytest
-import torch
 
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, expert_text, request_seed
-from expo_fast.generate import Completion
 from tiny import tiny_tokenizer
 
 SHOT = Problem(id="s", prompt="2 and 3?", answer="5", solution="2 + 3 = 5.")
@@ -125,14 +123,13 @@ def test_what_a_stop_string_ended_ends_as_all_else_does(text, reason, expected):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     ids = tokenizer(text).input_ids
-    got = Prompter(tokenizer).ended(Completion(ids, torch.zeros(len(ids)), reason))
+    got = Prompter(tokenizer).ended(ids, reason)
     whole = ids if expected is None else [*tokenizer(expected).input_ids, tokenizer.eos_token_id]
     assert got == tuple(whole)
 
 
 def test_with_a_chat_template_completions_stay_as_they_were_sampled():
-    done = Completion([50, 51, 1], torch.zeros(3), "stop")
-    assert Prompter(tiny_tokenizer()).ended(done) == (50, 51, 1)
+    assert Prompter(tiny_tokenizer()).ended([50, 51, 1], "stop") == (50, 51, 1)
 
 
 def test_the_instruction_stands_behind_each_question_or_nothing_does():

@@ -1,4 +1,4 @@
-"""The report says what the records say, and no more; text of a model stays text."""
+"""The report states what the records hold and no more; text of a model stays text."""
 
 import json
 from html.parser import HTMLParser
@@ -11,7 +11,17 @@ from expo_fast import report, train
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import dump_toml
 from expo_fast.config import Train
-from expo_fast.reporting import drawing
+from expo_fast.reporting.drawing import draw
+from expo_fast.reporting.panels import (
+    GRADIENT_NORM,
+    LEARNING,
+    PROPERTIES,
+    PlottedPanel,
+    curves,
+    plotted,
+    split_crowded,
+)
+from expo_fast.reporting.runs import Run, group_runs, load_run
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
@@ -50,21 +60,8 @@ def evaluation(step: int, right: float, **more: Any) -> dict[str, Any]:
     } | more
 
 
-TAGS = {
-    "html",
-    "head",
-    "meta",
-    "title",
-    "style",
-    "body",
-    "h1",
-    "h2",
-    "h3",
-    "section",
-    "p",
-    "b",
-    "br",
-}
+TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3"}
+TAGS |= {"section", "p", "b", "br"}
 TAGS |= {"ul", "li", "div", "table", "thead", "tr", "th", "td", "small", "dl", "dt", "dd", "pre"}
 TAGS |= {"figure", "svg", "g", "path", "defs", "use", "clippath", "rect", "text"}
 
@@ -104,7 +101,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
 
     def cells(self, first: str) -> list[str]:
-        """Of the first row that starts so, without its first cell."""
+        """Return the first row that starts so, without its first cell."""
         return next(row[1:] for row in self.rows if row and row[0].startswith(first))
 
 
@@ -166,7 +163,7 @@ def test_only_fields_that_differ_are_shown(tmp_path: Path):
     assert page.cells("3. grpo")
 
 
-def test_a_run_that_was_killed_says_so_and_counts_where_it_was_measured(tmp_path: Path):
+def test_a_killed_run_shows_its_steps_and_counts_where_it_was_measured(tmp_path: Path):
     whole = write_run(
         tmp_path / "a",
         rows=[{}] * 4,
@@ -190,7 +187,7 @@ def test_a_last_evaluation_before_the_last_step_is_dated(tmp_path: Path):
     assert page_of(tmp_path, run).cells("1. ")[1] == "3 of 9 evaluated after 2"
 
 
-def test_accuracy_by_level_is_there_where_there_are_levels(tmp_path: Path):
+def test_accuracy_by_level_is_shown_for_more_than_one_level(tmp_path: Path):
     def at(step: int, *right: float) -> dict[str, Any]:
         levels = [
             {"level": i, "problems": 10 * i, "pass@1": x, "pass@1/interval": [0, 1], "all_fail": 0}
@@ -209,7 +206,7 @@ def test_accuracy_by_level_is_there_where_there_are_levels(tmp_path: Path):
     assert "level 2 20 questions" in page.text
 
 
-def test_accuracies_that_were_not_measured_alike_are_called_that(tmp_path: Path):
+def test_accuracies_that_were_measured_differently_get_a_warning(tmp_path: Path):
     def run(name: str, **more: Any) -> str:
         rows = [evaluation(0, 0.1, **more), evaluation(1, 0.2, **more)]
         return write_run(tmp_path / name, evaluations=rows, steps=1, clip_low=0.1 * len(name))
@@ -217,7 +214,7 @@ def test_accuracies_that_were_not_measured_alike_are_called_that(tmp_path: Path)
     a, b, c = run("a", grader="x"), run("bb", grader="y", problems=8), run("ccc", grader="x")
     said = "evaluations differ in problems, grader."
     assert said in page_of(tmp_path, a, b).text
-    assert "Not measured alike" not in page_of(tmp_path, a, c).text
+    assert "Measured differently" not in page_of(tmp_path, a, c).text
 
 
 PROPERTY_ROWS = [
@@ -240,7 +237,7 @@ def test_the_two_properties_get_a_verdict_in_numbers(tmp_path: Path):
     ) in text
 
 
-def test_a_property_that_nobody_measured_gets_no_verdict(tmp_path: Path):
+def test_a_property_that_was_not_measured_gets_no_verdict(tmp_path: Path):
     plain = write_run(tmp_path / "a", rows=[{"own/nll": 0.4}], method="grpo", steps=1)
     text = page_of(tmp_path, plain).text
     assert "In-distribution: not measured." in text
@@ -273,8 +270,8 @@ def test_sections_without_data_are_left_out(tmp_path: Path):
 def test_norms_of_zero_are_counted_where_a_logarithm_cannot_show_them(tmp_path: Path):
     rows = [{"grad_norm/policy": x, "grad_norm/exp_sft": 0.1} for x in (0.0, 0.01, 30.0, 0.0, None)]
     run = write_run(tmp_path / "a", rows=rows)
-    groups = drawing.grouped([drawing.load_run(run)])
-    policy, sft = drawing.curves(groups, drawing.UPDATES[0])
+    groups = group_runs([load_run(run)])
+    policy, sft = curves(groups, GRADIENT_NORM)
     assert (policy.steps, sft.steps) == ([2, 3], [1, 2, 3, 4, 5])
     page = page_of(tmp_path, run)
     assert "Steps with a norm of 0, not drawn: 1. expo-grpo: policy 2 of 4." in page.text
@@ -291,22 +288,22 @@ def test_seconds_by_phase_are_means_of_a_step_with_shares(tmp_path: Path):
 
 
 def test_curves_are_means_and_ranges_over_runs(tmp_path: Path):
-    def run(seed: int, *rewards: float | None, right: float = 0.5, steps: int = 2) -> drawing.Run:
+    def run(seed: int, *rewards: float | None, right: float = 0.5, steps: int = 2) -> Run:
         at = [evaluation(0, right), evaluation(steps, right + 0.1)]
         path = write_run(
             tmp_path / str(seed), rows=[{"reward": r} for r in rewards], evaluations=at, seed=seed
         )
-        return drawing.load_run(path)
+        return load_run(path)
 
-    held_out, training, _ = drawing.LEARNING
-    groups = drawing.grouped([run(0, 0.0, None, 1.0), run(1, 0.5, None, 0.0, right=0.3, steps=3)])
-    (reward,) = drawing.curves(groups, training)
+    held_out, training, _ = LEARNING
+    groups = group_runs([run(0, 0.0, None, 1.0), run(1, 0.5, None, 0.0, right=0.3, steps=3)])
+    (reward,) = curves(groups, training)
     assert (reward.metric, reward.steps, reward.middle) == ("reward", [1, 3], [0.25, 0.5])
     assert (reward.low, reward.high) == ([0.0, 0.0], [0.5, 1.0])
-    (both,) = drawing.curves(groups, held_out)
+    (both,) = curves(groups, held_out)
     assert both.steps == [0, 2, 3]
     assert both.low == pytest.approx([0.3, 0.6, 0.4])  # of one run of two: no interval
-    (alone,) = drawing.curves(drawing.grouped([run(0, 1.0)]), held_out)
+    (alone,) = curves(group_runs([run(0, 1.0)]), held_out)
     assert alone.low == pytest.approx([0.45, 0.55])
     assert alone.high == pytest.approx([0.57, 0.67])
 
@@ -319,21 +316,24 @@ def test_a_crowded_panel_is_drawn_for_each_configuration_and_shares_its_scale(tm
         write_run(tmp_path / str(n), rows=rows, learning_rate=n * 1e-6)
         for n, rows in enumerate(kinds, 1)
     ]
-    groups = drawing.grouped([drawing.load_run(path) for path in runs])
-    names = [g.name for g in groups]
-    panels = [(panel, drawing.curves(groups, panel)) for panel in drawing.PROPERTIES]
+    groups = group_runs([load_run(path) for path in runs])
+    names = [group.name for group in groups]
+    panels = [PlottedPanel(panel, curves(groups, panel)) for panel in PROPERTIES]
     nll, lift = panels
-    assert [len(found) for _, found in panels] == [10, 8]
-    shown = drawing.apart([(drawing.LEARNING[0], lift[1]), *panels], names)
-    assert [(p.alone, p.title, len(found)) for p, found in shown] == [
-        *((n, p.title, 2 * (p is nll[0] or n != names[2])) for n in names for p, _ in panels),
-        ("", drawing.LEARNING[0].title, 8),  # of one metric: colours tell its curves apart
-    ]
-    source = drawing.draw("properties", panels, names)
-    assert [source.count(f">{n}</text>") for n in names] == [2, 2, 1, 2, 2]
+    assert (len(nll.curves), len(lift.curves)) == (10, 8)
+    one_metric = PlottedPanel(LEARNING[0], lift.curves)
+    shown = split_crowded([one_metric, *panels], names)
+    expected = []
+    for name in names:
+        expected.append((name, nll.panel.title, 2))
+        expected.append((name, lift.panel.title, 0 if name == names[2] else 2))
+    expected.append(("", LEARNING[0].title, 8))  # of one metric: colours tell its curves apart
+    assert [(x.panel.only, x.panel.title, len(x.curves)) for x in shown] == expected
+    source = draw("properties", panels, names)
+    assert [source.count(f">{name}</text>") for name in names] == [2, 2, 1, 2, 2]
     assert source.count(">40</text>") == 4  # on the axes of those, too, whose lift is 1 or 2
-    few = [(panel, drawing.curves(groups[:2], panel)) for panel in drawing.PROPERTIES]
-    assert drawing.apart(few, names[:2]) == few
+    few = plotted(PROPERTIES, groups[:2])
+    assert split_crowded(few, names[:2]) == few
 
 
 def test_text_of_models_and_configs_stays_text(tmp_path: Path):
@@ -409,7 +409,7 @@ def test_completions_of_the_first_and_last_step_are_shown(tmp_path: Path):
     assert "alone" not in text  # two questions are enough, and those with two kinds come first
 
 
-def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys):
+def test_an_error_is_one_sentence(tmp_path: Path, capsys):
     good = write_run(tmp_path / "good")
     unlogged = write_run(tmp_path / "unlogged", rows=[])
     broken = write_run(tmp_path / "broken")

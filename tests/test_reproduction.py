@@ -16,7 +16,7 @@ from benchmarks.reproduction.arms import ARMS, SIZES, target, train_flags
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Evaluate, Train
 from expo_fast.data.problems import Problem
-from expo_fast.reporting.drawing import Run
+from expo_fast.reporting.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from expo_fast import reward
 from expo_fast.data import answer_grading
-from expo_fast.reward import Verifier, call_reward, load_reward
+from expo_fast.data import verifier as verifier_module
+from expo_fast.data.problems import Problem
+from expo_fast.data.verifier import Verifier
+from expo_fast.generate import Completion
+from expo_fast.reward import (
+    boxed_answer_reward,
+    call_reward,
+    custom_reward,
+    load_reward,
+    reward_columns,
+)
 from expo_fast.reward import score_answers as score
 
 HANG = "1E+1000000000"  # minutes inside one C call of math-verify 0.9.0: no alarm gets through
@@ -55,7 +65,7 @@ def test_plain_answers_need_no_worker():
     with Verifier() as pool:
         golds = ["12", "3/4", "Sunday", "12", "", "1" * 1001]
         texts = [box("12.0"), box("0.75"), box("monday"), "no box", box("12"), box("1")]
-        assert pool.score(golds, texts) == [1.0, 1.0, 0.0, 0.0, None, None]
+        assert pool.judge(golds, texts) == [1.0, 1.0, 0.0, 0.0, None, None]
         assert not pool._pool
 
 
@@ -63,15 +73,15 @@ def test_results_keep_their_order(verifier):
     n = 60
     golds = [f"x^2 + {i % 7}" for i in range(n)]
     texts = [box(f"{i % 5} + x^2") for i in range(n)]
-    assert verifier.score(golds, texts) == [float(i % 7 == i % 5) for i in range(n)]
+    assert verifier.judge(golds, texts) == [float(i % 7 == i % 5) for i in range(n)]
 
 
 def test_a_hang_in_c_code_is_killed_and_hurts_nobody_else():
     with Verifier(workers=1, timeout_s=0.5) as pool:
-        pool.score(["x"], [box("y")])
+        pool.judge(["x"], [box("y")])
         before = time.monotonic()
         texts = [box("1+x"), box(HANG), box("x+1.0"), box("2x"), box("12")]
-        got = pool.score(["x+1", "x+1", "x+1", "x+1", "12"], texts)
+        got = pool.judge(["x+1", "x+1", "x+1", "x+1", "12"], texts)
         assert time.monotonic() - before < 10
         assert got == [1.0, None, 1.0, 0.0, 1.0]
         assert (pool.timeouts, pool.crashes) == (1, 0)
@@ -80,12 +90,12 @@ def test_a_hang_in_c_code_is_killed_and_hurts_nobody_else():
 @pytest.mark.parametrize("bomb", [HANG, "((100!)!)!", "(" * 300])
 def test_a_bomb_as_reference_is_as_harmless(bomb):
     with Verifier(workers=1, timeout_s=0.3) as pool:
-        assert pool.score([bomb, "x+1"], [box("8"), box("1+x")]) in ([None, 1.0], [0.0, 1.0])
+        assert pool.judge([bomb, "x+1"], [box("8"), box("1+x")]) in ([None, 1.0], [0.0, 1.0])
 
 
 def test_memory_is_capped():
     with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
-        assert pool.score(["x+1", "x+1"], [box("2^{2^{40}}"), box("1+x")]) == [None, 1.0]
+        assert pool.judge(["x+1", "x+1"], [box("2^{2^{40}}"), box("1+x")]) == [None, 1.0]
         assert (pool.timeouts, pool.crashes) == (0, 1)
         pid = pool._pool[0].process.pid
         limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
@@ -97,7 +107,7 @@ def test_memory_is_capped():
 def test_a_trainer_that_is_larger_than_its_workers_changes_nothing():
     ballast = bytearray(b"1") * (300 << 20)  # a child's getrusage starts from this peak
     with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
-        assert pool.score(["x+1", "x+1"], [box("2^{2^{40}}"), box("x+2")]) == [None, 0.0]
+        assert pool.judge(["x+1", "x+1"], [box("2^{2^{40}}"), box("x+2")]) == [None, 0.0]
         assert (pool.timeouts, pool.crashes) == (0, 1)
     del ballast
 
@@ -106,16 +116,16 @@ def test_bombs_leave_the_pool_as_fast_as_before():
     bombs = [box(f"1E+{10**9 + i}") for i in range(6)]
     fine = [box(f"x + {i}") for i in range(50)]
     with Verifier(workers=2, timeout_s=0.1) as pool:
-        assert pool.score(["x"] * 6, bombs) == [None] * 6
+        assert pool.judge(["x"] * 6, bombs) == [None] * 6
         assert pool.timeouts == 6
         start = time.monotonic()
-        assert pool.score(["x+7"] * 50, fine, timeout_s=10.0) == [float(i == 7) for i in range(50)]
+        assert pool.judge(["x+7"] * 50, fine, timeout_s=10.0) == [float(i == 7) for i in range(50)]
         assert time.monotonic() - start < 10
 
 
 def test_equal_pairs_are_judged_once():
     with Verifier(workers=2, timeout_s=0.3) as pool:
-        assert pool.score(["x"] * 64, [box(HANG)] * 64) == [None] * 64
+        assert pool.judge(["x"] * 64, [box(HANG)] * 64) == [None] * 64
         assert pool.timeouts == 1
 
 
@@ -124,7 +134,7 @@ def test_the_start_of_a_worker_is_off_the_clock(monkeypatch, tmp_path):
     slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(answer_grading.__file__).read_text()}")
     monkeypatch.setattr(answer_grading, "__file__", str(slow))
     with Verifier(workers=1, timeout_s=1.0) as pool:
-        assert pool.score(["x+1"], [box("1+x")]) == [1.0]
+        assert pool.judge(["x+1"], [box("1+x")]) == [1.0]
 
 
 def test_a_checker_that_cannot_start_is_an_error_and_no_verdict(monkeypatch, tmp_path):
@@ -135,49 +145,49 @@ def test_a_checker_that_cannot_start_is_an_error_and_no_verdict(monkeypatch, tmp
         Verifier() as pool,
         pytest.raises(RuntimeError, match="No module named 'math_verify_absent'"),
     ):
-        pool.score(["x+1"], [box("1+x")])
+        pool.judge(["x+1"], [box("1+x")])
     broken.write_text("raise SystemExit(3)")
     with Verifier() as pool, pytest.raises(RuntimeError, match="exit code 3"):
-        pool.score(["x+1"], [box("1+x")])
+        pool.judge(["x+1"], [box("1+x")])
 
 
 def test_no_process_outlives_its_pool():
     before = children()
     with Verifier(workers=2, timeout_s=0.2) as pool:
-        pool.score(["x", "x", "x"], [box(HANG), box("y"), box("(10^{10})!")])
+        pool.judge(["x", "x", "x"], [box(HANG), box("y"), box("(10^{10})!")])
         assert len(children() - before) <= 2  # those killed have been waited for: no zombies
     assert children() <= before
 
 
 def test_workers_are_replaced_after_their_share_of_jobs(monkeypatch):
-    monkeypatch.setattr(reward, "JOBS_PER_WORKER", 3)
+    monkeypatch.setattr(verifier_module, "JOBS_PER_WORKER", 3)
     with Verifier(workers=1, timeout_s=10.0) as pool:
-        pool.score(["x"], [box("x+1")])
+        pool.judge(["x"], [box("x+1")])
         first = pool._pool[0].process.pid
-        assert pool.score(["x+3"] * 7, [box(f"x + {i}") for i in range(7)]).count(1.0) == 1
+        assert pool.judge(["x+3"] * 7, [box(f"x + {i}") for i in range(7)]).count(1.0) == 1
         assert first not in children()
         assert (pool.timeouts, pool.crashes) == (0, 0)
 
 
 def test_a_worker_lost_between_calls_is_replaced():
     with Verifier(workers=1, timeout_s=10.0) as pool:
-        started = threading.Thread(target=pool.score, args=(["x"], [box("y")]))
+        started = threading.Thread(target=pool.judge, args=(["x"], [box("y")]))
         started.start()
         started.join()  # and the kernel kills the worker, for the thread that started it is gone
-        assert pool.score(["x+1"], [box("1+x")]) == [1.0]
+        assert pool.judge(["x+1"], [box("1+x")]) == [1.0]
         os.kill(pool._pool[0].process.pid, signal.SIGKILL)
         pool._pool[0].process.wait()
-        assert pool.score(["x+2"], [box("2+x")]) == [1.0]
+        assert pool.judge(["x+2"], [box("2+x")]) == [1.0]
         assert pool.crashes == 0
 
 
 PARENT = """
 import sys
-from expo_fast.reward import Verifier
+from expo_fast.data.verifier import Verifier
 pool = Verifier(workers=2, timeout_s=60.0)
-pool.score(["x", "x+1"], [r"\\boxed{y}", r"\\boxed{z}"])
+pool.judge(["x", "x+1"], [r"\\boxed{y}", r"\\boxed{z}"])
 print(*[w.process.pid for w in pool._pool], flush=True)
-pool.score(["x", "x"], [r"\\boxed{1E+1000000000}", r"\\boxed{1E+1000000001}"])
+pool.judge(["x", "x"], [r"\\boxed{1E+1000000000}", r"\\boxed{1E+1000000001}"])
 """
 
 
@@ -196,11 +206,11 @@ def test_workers_die_with_their_parent_even_in_c_code(kind):
 
 def test_an_interrupted_call_leaves_no_verdict_to_the_next():
     with Verifier(workers=1, timeout_s=30.0) as pool:
-        pool.score(["x"], [box("y")])
+        pool.judge(["x"], [box("y")])
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            pool.score(["x"], [box(HANG)])
-        assert pool.score(["x+1", "x+1"], [box("2x"), box("1+x")]) == [0.0, 1.0]
+            pool.judge(["x"], [box(HANG)])
+        assert pool.judge(["x+1", "x+1"], [box("2x"), box("1+x")]) == [0.0, 1.0]
 
 
 def test_score_answers_is_the_shared_pool_and_checks_its_arguments():
@@ -239,6 +249,42 @@ def test_a_reward_function_from_a_file_or_a_module(tmp_path, monkeypatch):
         )
         assert got == [1.0, 3.0]
     assert load_reward("math.sqrt") is math.sqrt
+
+
+PROBLEMS = [
+    Problem("a", "1 + 1?", "2", solution="1 + 1 = 2.", columns={"hint": "two"}),
+    Problem("b", "1 + 2?", "3", level=1, columns={"unit": "kg", "id": "a column is overruled"}),
+]
+
+
+def test_the_built_in_reward_is_the_verdict_on_the_boxed_answer():
+    assert boxed_answer_reward(PROBLEMS, [box("2"), box("2")], []) == [1.0, 0.0]
+    assert boxed_answer_reward([Problem("c", "?", "")], [box("2")], []) == [None]
+
+
+def test_a_custom_reward_gets_the_data_s_columns_and_those_of_the_problem():
+    expected = {
+        "hint": ["two", None],
+        "unit": [None, "kg"],
+        "id": ["a", "b"],
+        "answer": ["2", "3"],
+        "solution": ["1 + 1 = 2.", None],
+        "level": [None, 1],
+    }
+    assert reward_columns(PROBLEMS) == expected
+    given = {}
+
+    def fn(**columns):
+        given.update(columns)
+        return [1, None]
+
+    done = [Completion([5], torch.zeros(1), "stop"), Completion([6, 7], torch.zeros(2), "stop")]
+    assert custom_reward(fn)(PROBLEMS, ["x", "y"], done) == [1.0, None]
+    assert given == expected | {
+        "prompts": ["1 + 1?", "1 + 2?"],
+        "completions": ["x", "y"],
+        "completion_ids": [[5], [6, 7]],
+    }
 
 
 @pytest.mark.parametrize(

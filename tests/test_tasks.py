@@ -14,13 +14,13 @@ import pytest
 
 from expo_fast.data import arithmetic
 from expo_fast.data.problems import (
-    LINE_BYTES,
     Problem,
     fingerprint,
     load_problems,
     overlap,
     worked_examples,
 )
+from expo_fast.data.sources import LINE_BYTES
 
 ROW = {"problem": "What is 40 + 2?", "answer": "42"}
 TURN = {"role": "assistant", "content": "Well."}

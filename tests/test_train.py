@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from expo_fast import evaluate, train
-from expo_fast.algorithms import explanations
-from expo_fast.algorithms.trainer import Learner
+from expo_fast.algorithms import explanations, grpo, training_data
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
@@ -143,7 +142,9 @@ def test_kept_explanations_survive_a_resume(
     assert all(row["exp/accepted"] > 0 for row in rows(whole))
     if more == "--explain-every 0":
         assert rows(whole)[5]["exp/right_ratio"] is None  # all its questions were explained before
-    values = [checkpoint.load(run / "checkpoints/step-6")[1]["trainer"] for run in (whole, parts)]
+    values = [
+        checkpoint.load(run / "checkpoints/step-6").values["trainer"] for run in (whole, parts)
+    ]
     assert values[0] == values[1]
     assert bool(values[0]["earlier"]) is (more == "--shuffle-explanations")
     state = "checkpoints/step-6/trainer_state/state.safetensors"
@@ -188,12 +189,12 @@ def test_a_non_finite_gradient_is_skipped_counted_dumped_and_stops_the_run(
 
 
 def poison_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(self, samples):
-        for p in self.model.parameters():
+    def poisoned(model, samples, config):
+        for p in model.parameters():
             (p.sum() * float("nan")).backward()
-        return dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "nll"), 0.0)
+        return grpo.PolicyResult()
 
-    monkeypatch.setattr(Learner, "policy_backward", poisoned)
+    monkeypatch.setattr(grpo, "policy_backward", poisoned)
 
 
 def test_broken_steps_are_counted_across_a_resume(
@@ -395,23 +396,23 @@ def test_two_trainers_do_not_share_a_run_directory(folder: Path, tmp_path: Path,
     assert str(os.getpid()) in capsys.readouterr().err
 
 
-def test_training_data_in_the_evaluation_is_said(folder: Path, tmp_path: Path):
+def test_training_data_in_the_evaluation_is_warned_about(folder: Path, tmp_path: Path):
     with pytest.warns(UserWarning, match="9 problems of .* are also in"):
-        train.load_data(
+        training_data.load_training_data(
             parse(Train, flags(folder, tmp_path, eval_data=folder / "train.jsonl", eval_limit=9))
         )
 
 
 @pytest.mark.parametrize("solution", ["so \\boxed{41}", "so \\boxed{}", "so \\boxed{42"])
-def test_a_solution_that_boxes_another_answer_is_said(solution, recwarn):
+def test_a_solution_that_boxes_another_answer_is_warned_about(solution, recwarn):
     right = Problem("right", "Q?", "42", "so \\boxed{42.0}")
     other = Problem("other", "Q?", "42", solution)
     for method in ("expert-grpo", "expert-dpo", "sft"):
         with pytest.warns(UserWarning, match="1 solutions of .* the first is other"):
-            train.check_columns(Train(method=method), [right, other])
+            training_data.check_columns(Train(method=method), [right, other])
     recwarn.clear()
-    train.check_columns(Train(method="expert-grpo"), [right])
-    train.check_columns(Train(method="grpo"), [other])
+    training_data.check_columns(Train(method="expert-grpo"), [right])
+    training_data.check_columns(Train(method="grpo"), [other])
     assert not recwarn
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from expo_fast.kernels import advantage, groups, logprob, reference, rowwise
-from expo_fast.kernels.head import Head, Needs, Slopes
-from expo_fast.op_backends import dispatch, triton_fused
+from expo_fast.kernels.head import Head, Needs, RowGrads
+from expo_fast.op_backends import custom_ops, dispatch, triton_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = Needs(True, True, True)
@@ -49,7 +50,7 @@ def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tens
 
 def by_kernels(kernels, head: Head, upstream, needs=ALL) -> list:
     forward = kernels.log_probs(head, needs)
-    grads = kernels.gradients(head, forward, Slopes(*upstream), needs)
+    grads = kernels.gradients(head, forward, RowGrads(*upstream), needs)
     return [*forward.results, *grads]
 
 
@@ -122,26 +123,28 @@ def test_unlikely_targets_do_not_overflow(kernels, gap, needs):
 @pytest.mark.parametrize("kept", [0, 128, 300])
 @pytest.mark.parametrize("chunk", [64, 300])
 def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, chunk):
-    """Rows beyond the budget are recomputed; both kinds, in chunks, and with rows of no slope."""
+    """Rows beyond the budget are recomputed; both kinds, in chunks, and with inactive rows."""
     head = make_head(300, 16, 700)
-    monkeypatch.setattr(logprob, "GEMM", replace(logprob.GEMM, BN=64))
+    name = logprob.BY_CARD["default"]
+    monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=64))
     fits = {triton_fused.KEPT_SHARE: kept, triton_fused.CHUNK_SHARE: chunk}
-    monkeypatch.setattr(triton_fused, "_rows", lambda share, _: fits[share])
+    monkeypatch.setattr(triton_fused, "_rows_within", lambda share, _: fits[share])
     upstream = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     upstream[:, ::3] = 0
     upstream[:, 100:200] = 0  # few enough that the kept E of the others is gathered
     for given in (upstream, upstream[:1]):
-        whole = torch.cat([given, torch.zeros(3 - len(given), 300, device=DEVICE)])
-        truth = by_definition(head, whole, torch.float64)
+        padded = torch.cat([given, torch.zeros(3 - len(given), 300, device=DEVICE)])
+        truth = by_definition(head, padded, torch.float64)
         for t, o in zip(truth[3:], by_kernels(triton_fused, head, given)[3:], strict=True):
             assert off(o, t) < 8e-3
             assert (o[100:200] == 0).all() or len(o) != 300
 
-    def slopes(rows, logp):
-        return Slopes(upstream[0, rows], upstream[1, rows])
+    class Loss:
+        def row_grads(self, rows, logp):
+            return RowGrads(upstream[0, rows], upstream[1, rows])
 
     truth = by_definition(head, torch.cat([upstream[:2], upstream[:1] * 0]), torch.float64)
-    results, grads = triton_fused.log_probs_and_gradients(head, slopes, ALL)
+    results, grads = triton_fused.log_probs_and_gradients(head, Loss(), ALL)
     for t, o in zip(truth, (*results, *grads), strict=True):
         assert o is not None and off(o, t) < 8e-3
 
@@ -150,9 +153,9 @@ def test_a_frozen_head_multiplies_only_in_the_forward(monkeypatch):
     head, needs = make_head(300, 16, 700), Needs(True, False, False)
     forward = triton_fused.log_probs(head, needs)
     upstream = torch.randn(2, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    with_entropy = triton_fused.gradients(head, forward, Slopes(*upstream), needs).hidden
+    with_entropy = triton_fused.gradients(head, forward, RowGrads(*upstream), needs).hidden
     monkeypatch.delattr(triton_fused, "matmul")
-    of_logp = triton_fused.gradients(head, forward, Slopes(upstream[0]), needs).hidden
+    of_logp = triton_fused.gradients(head, forward, RowGrads(upstream[0]), needs).hidden
     zero = torch.zeros_like(upstream[:1])
     for got, g in ((of_logp, (upstream[:1], zero, zero)), (with_entropy, (upstream, zero))):
         truth = by_definition(head, torch.cat(g), torch.float64)[3]
@@ -171,6 +174,33 @@ def test_equal_calls_give_equal_bits(kernels):
     head, upstream = make_head(300, 16, 700), torch.ones(3, 300, device=DEVICE)
     for a, b in zip(*(by_kernels(kernels, head, upstream) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", logprob.VARIANTS)
+def test_every_variant_of_the_forward_is_right(name, monkeypatch):
+    monkeypatch.setenv(logprob.VARIANT, name)
+    head = make_head(270, 16, 300)
+    head.hidden[7] *= 20  # a row that is summed again from its largest logit
+    e = logprob.empty_e(head, 270)
+    shipped = logprob.VARIANTS[logprob.BY_CARD["default"]]
+    expected, _ = logprob.forward(head, config=shipped)
+    for got in (logprob.forward(head)[0], logprob.forward(head, e)[0]):
+        # The masks and the loops change no bit; other tiles add in another order.
+        allowed = 0.0 if name.startswith("256x128") else 1e-5
+        compared = ["logp", "lse"]
+        if logprob.VARIANTS[name].MOMENT:
+            compared.append("entropy")
+        else:
+            assert got.entropy.isnan().all()
+        for field in compared:
+            mine, theirs = getattr(got, field), getattr(expected, field)
+            torch.testing.assert_close(mine, theirs, rtol=allowed, atol=allowed)
+
+
+def test_a_variant_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv(logprob.VARIANT, "512x512")
+    with pytest.raises(ValueError, match="EXPO_FAST_VARIANT=512x512: must be one of 256x128, "):
+        logprob.forward(make_head(3, 16, 9))
 
 
 def test_odd_depths_and_strides_take_the_row_kernels():
@@ -195,6 +225,46 @@ def test_advantages_are_those_of_the_definition(scale, m):
     truth = advantage.group_advantage(rewards, ids, scale, 1e-4)
     assert torch.allclose(got.cpu(), truth, rtol=1e-6, atol=0)
     assert torch.equal(got.cpu() == 0, truth == 0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+def test_an_infinite_reward_makes_advantages_nan_and_not_zero(scale, infinite):
+    """On the CPU it raises. Here it would make its group pass for a constant one."""
+    rewards = torch.tensor([infinite, 0.0, 1.0, math.nan, 0.0, 1.0, 5.0, 5.0], device=DEVICE)
+    ids = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2], device=DEVICE)
+    got = groups.group_advantage(rewards, ids, scale, 1e-4)
+    assert got[:3].isnan().all() and got[3] == 0  # the last is unknown
+    assert (got[6:] == 0).all()
+    assert got[4:6].isnan().all() if scale == "batch" else got[4] == -got[5] < 0
+    with pytest.raises(ValueError, match=r"rewards\[0\] is infinite"):
+        advantage.group_advantage(rewards, ids, scale, 1e-4)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that bring a value from the device to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "expo_fast":
+            with self:
+                return custom_ops.group_advantage._init_fn(*args, **(kwargs or {}))
+        reads = ("_local_scalar_dense", "item", "is_nonzero", "nonzero")
+        self.count += func.overloadpacket.__name__ in reads
+        return func(*args, **(kwargs or {}))
+
+
+def test_advantages_of_a_gpu_are_computed_without_a_host_sync(monkeypatch):
+    monkeypatch.setattr(custom_ops, "advantages", lambda _: groups.group_advantage)
+    rewards, ids = torch.rand(40, device=DEVICE), torch.arange(40, device=DEVICE) // 5
+    with HostReads() as reads:
+        custom_ops.group_advantage(rewards, ids, "group", 1e-4)
+        assert reads.count == 0
+        assert not rewards.isinf().any()
+        assert reads.count == 1  # the counter works
 
 
 # offline evidence: what a Hopper GPU would run, and the oldest triton that is supported
@@ -234,10 +304,14 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
         assert row["stack"] == row["LDL"] == row["STL"] == 0, row
         assert row["shared"] <= 232448, row
         attends = row["kernel"] == "attend_items"
+        multiplies = attends and row["dtype"] != "fp32"  # which no tensor core multiplies exactly
         # its pages are gathered by pointers; items of one row are products of 16, HGMMA takes 64
         assert (row["UTMALDG"] > 0) == (row["kernel"] in multiply), row
-        assert (row["HGMMA"] > 0) == (row["kernel"] in multiply or attends), row
-        assert (row["HMMA"] > 0) == (row["LDGSTS"] > 0) == attends, row
+        assert (row["HGMMA"] > 0) == (row["kernel"] in multiply or multiplies), row
+        assert (row["HMMA"] > 0) == multiplies, row
+        assert (row["LDGSTS"] > 0) == attends or row.get("dtype") == "fp32", row
+    dtypes = {row["dtype"] for row in made["kernels"] if row["kernel"] == "attend_items"}
+    assert dtypes == {"bf16", "fp16", "fp32"}  # all that are accepted
 
 
 @pytest.mark.parametrize("environment", ["oldest"], indirect=True)

@@ -17,10 +17,10 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from expo_fast.algorithms.dpo import preference_objective
 from expo_fast.config import Train
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, pack
+from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import Cpo, Dpo, Hinge, Orpo, SimPo, linear_logprob, linear_preference_loss
 from tiny import tiny_model, tiny_tokenizer, transformers_twin
 
@@ -141,7 +141,8 @@ def ours(model: Decoder, pairs: list[Pair], objective: Any, reference: bool = Fa
     ],
 )
 def test_losses_with_a_reference(preference: Any, beta: float, loss_type: str, tmp_path: Path):
-    objective = preference_objective(Train(method="dpo", preference=preference, dpo_beta=beta))
+    config = Train(method="dpo", preference=preference, dpo_beta=beta)
+    objective = PREFERENCE_OBJECTIVES[preference].build(config)
     trainer = make_trainer(
         DPOTrainer, DPOConfig, RAGGED, tmp_path, loss_type=loss_type, beta=objective.beta
     )

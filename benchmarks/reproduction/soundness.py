@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 
 from expo_fast.algorithms.explanation_filter import miscalculates
-from expo_fast.algorithms.explanations import explain, ranking, score_tokens
-from expo_fast.data.problems import Problem, load_problems, worked_examples
+from expo_fast.algorithms.explanations import accept_explanations, ranking_samples, ranks_of
+from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.data.problems import load_problems, worked_examples
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Generator, Request
 from expo_fast.reward import score_answers
@@ -38,20 +39,25 @@ def main() -> None:
     problems = load_problems(given.data, limit=given.limit)
     prompter = Prompter(tokenizer, shots)
 
-    def request(p: Problem, k: int, prompt: tuple[int, ...]) -> Request:
-        return Request(prompt, given.length, temperature=0.8, seed=request_seed(0, p.id, k))
-
-    generator = Generator(model, tokenizer=tokenizer)
-    made_with = (prompter, generator, score_answers, request, given.samples, given.append_answer)
-    found = explain(problems, *made_with)
+    requests = []
+    for p in problems:
+        prompt_ids = prompter.explain(p)
+        for k in range(given.samples):
+            seed = request_seed(0, p.id, k)
+            requests.append(Request(prompt_ids, given.length, temperature=0.8, seed=seed))
+    completions = Generator(model, tokenizer=tokenizer).sample(requests)
+    found = accept_explanations(
+        problems, completions, prompter, score_answers, append_answer=given.append_answer
+    )
     by_id = {p.id: p for p in problems}
     candidates = [(by_id[key], ids) for key, each in found.accepted.items() for ids in each]
     sound = [is_sound(prompter.text(ids), p.answer) for p, ids in candidates]
     print(f"{len(problems)} questions, {found.n_sampled} explanations, right box: {found.n_right}")
     print(f"accepted: {len(candidates)} for {len(found.accepted)} questions; sound: {sum(sound)}")
     for name in ("likelihood", "lift"):
-        rank = ranking(name, prompter, lambda samples: score_tokens(model, samples, 1.0, 4096))
-        print(f"AUC of {name}: {auc(rank(candidates), sound):.2f}")
+        samples = ranking_samples(found, problems, prompter, name)
+        logprobs = completion_logprobs(model, samples, temperature=1.0, max_tokens=4096)
+        print(f"AUC of {name}: {auc(ranks_of(logprobs, name), sound):.2f}")
 
 
 def is_sound(text: str, answer: str) -> bool:

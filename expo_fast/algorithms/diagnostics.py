@@ -1,98 +1,160 @@
 """The two properties of a good positive sample (arXiv:2507.02834, section 3), measured every step.
 
-    in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, own attempt, expert solution
-                      (`exp/nll_over_expert`: the explanation's less the expert's, same questions)
-    learning signal:  lift   = log pi(a* | q, c~) - log mean_i pi(a* | q, c_i),  c_i own attempts
+    in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, attempt, expert solution
+    learning signal:  lift   = log pi(a* | q, c) - log mean_i pi(a* | q, c_i),  c_i the attempts
 
-All under the plain question; diagnostics, not theorems. An explanation that states a* has its lift
-by copying (`exp/lift_stated`), so the one to look at has a* masked in c~ and c_i (`exp/lift`). The
-first two nll fall out of the update and of sampling; here are the others, on a few questions.
+All are under the plain question. They are diagnostics, not theorems. An explanation that states a*
+has a lift by copying (`exp/lift_stated`), so `exp/lift` has a* masked in c and c_i.
+`exp/nll_over_expert` is the explanation's NLL less the expert's on the same questions. The NLL of
+explanations and attempts comes from the update and from sampling; the rest is measured here, on a
+few questions.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from expo_fast.algorithms.explanations import ScoreTokens, answer_behind
+from expo_fast.algorithms.explanations import answer_after
+from expo_fast.algorithms.rollout import mean
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.modeling.packing import Sample
 
-OWN = 2  # own attempts measured per question
+ATTEMPTS = 2  # attempts measured for a question
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One question and the texts to compare."""
+class DiagnosedQuestion:
+    """A question and the texts to compare."""
 
     problem: Problem
-    own: Sequence[Completion]  # with at least one token each; without log-probs it has no gap
-    explanation: Sequence[int] | None  # token ids of an accepted one
+    attempts: Sequence[Completion]
+    """Each with one token at least. Those without log-probs have no `logp_gap`."""
+    explanation: Sequence[int] | None
+    """Token ids of an accepted explanation."""
 
 
-def diagnose(
-    subjects: Sequence[Subject],
-    prompter: Prompter,
-    score: ScoreTokens,
+@dataclass(frozen=True)
+class DiagnosticSample:
+    """A sample to score, and what its log-probs measure."""
+
+    question: int
+    """Place of its question in the list."""
+    kind: str
+    """Kind of text: `attempt`, `expert` or `explanation`."""
+    sample: Sample
+    scores_answer: bool = False
+    """Whether the completion is the right answer after the text, and not the text itself."""
+    masked: bool = False
+    """Whether statements of the answer are masked in the text before it."""
+
+
+@dataclass
+class _Measured:
+    """Log-probs of the samples of one question."""
+
+    texts: dict[str, list[Tensor]] = field(default_factory=dict)
+    answers: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict)
+
+
+def diagnostic_samples(
+    questions: Sequence[DiagnosedQuestion], prompter: Prompter
+) -> list[DiagnosticSample]:
+    """Return the samples whose log-probs `diagnostic_metrics` needs."""
+    samples = []
+    for i, question in enumerate(questions):
+        problem = question.problem
+        prompt_ids = prompter.solve(problem)
+        attempts = [tuple(attempt.token_ids) for attempt in question.attempts[:ATTEMPTS]]
+        texts = [("attempt", ids) for ids in attempts]
+        if problem.solution is not None:
+            texts.append(("expert", prompter.expert(problem)))
+        if question.explanation is not None:
+            texts.append(("explanation", tuple(question.explanation)))
+        for kind, ids in texts:
+            samples.append(DiagnosticSample(i, kind, Sample(prompt_ids, ids)))
+        if question.explanation is None:
+            continue
+        for mask in (True, False):
+            before = [("explanation", tuple(question.explanation))]
+            before += [("attempt", ids) for ids in attempts]
+            for kind, ids in before:
+                sample = answer_after(problem, ids, prompter, mask=mask)
+                samples.append(DiagnosticSample(i, kind, sample, scores_answer=True, masked=mask))
+    return samples
+
+
+def diagnostic_metrics(
+    questions: Sequence[DiagnosedQuestion],
+    samples: Sequence[DiagnosticSample],
+    logprobs: Sequence[Tensor],
 ) -> dict[str, float | None]:
-    """Means over the subjects; None where no text of the kind is at hand.
+    """Return means over the questions; None where no question has a text of the kind.
 
-    logp_gap compares the generator's log-probs with the trainer's, on the own attempts' tokens.
+    logprobs: of the samples' completion tokens under the trained model, in nats. `logp_gap`
+    compares them with the generator's, on the attempts' tokens.
     """
-    named: list[tuple[tuple[str, int], Sample]] = []
-    for i, s in enumerate(subjects):
-        prompt, own = prompter.solve(s.problem), s.own[:OWN]
-        named += [(("own", i), Sample(prompt, tuple(c.token_ids))) for c in own]
-        if s.problem.solution is not None:
-            named.append((("expert", i), Sample(prompt, prompter.expert(s.problem))))
-        if s.explanation is not None:
-            named.append((("exp", i), Sample(prompt, tuple(s.explanation))))
-        for mask in (True, False) if s.explanation is not None else ():
-            texts = [("exp", s.explanation), *(("own", c.token_ids) for c in own)]
-            for whose, ids in texts:
-                sample = answer_behind(s.problem, ids, prompter, mask=mask)
-                named.append(((f"{whose} {mask}", i), sample))
-    found: dict[tuple[str, int], list[Tensor]] = {}
-    logps = score([sample for _, sample in named])
-    for (key, _), logp in zip(named, logps, strict=True):
-        found.setdefault(key, []).append(logp)
-    nll = {key: -float(x[0].mean()) for key, x in found.items()}
-    expert = {i: x for (name, i), x in nll.items() if name == "expert"}
-    over = [x - expert[i] for (name, i), x in nll.items() if name == "exp" and i in expert]
-    likelihoods = {"expert/nll": mean([*expert.values()]), "exp/nll_over_expert": mean(over)}
-    lifts = {"exp/lift": _mean_lift(found, True), "exp/lift_stated": _mean_lift(found, False)}
-    return likelihoods | lifts | _gap(subjects, found)
+    measured = [_Measured() for _ in questions]
+    for sample, values in zip(samples, logprobs, strict=True):
+        question = measured[sample.question]
+        if sample.scores_answer:
+            question.answers.setdefault((sample.kind, sample.masked), []).append(values)
+        else:
+            question.texts.setdefault(sample.kind, []).append(values)
+    expert_nlls = []
+    nlls_over_expert = []
+    for question in measured:
+        expert = _nll(question, "expert")
+        explanation = _nll(question, "explanation")
+        if expert is not None:
+            expert_nlls.append(expert)
+            if explanation is not None:
+                nlls_over_expert.append(explanation - expert)
+    metrics = {
+        "expert/nll": mean(expert_nlls),
+        "exp/nll_over_expert": mean(nlls_over_expert),
+        "exp/lift": _mean_lift(measured, masked=True),
+        "exp/lift_stated": _mean_lift(measured, masked=False),
+    }
+    return metrics | _logp_gap(questions, measured)
 
 
-def _mean_lift(found: dict[tuple[str, int], list[Tensor]], mask: bool) -> float | None:
+def _nll(question: _Measured, kind: str) -> float | None:
+    if kind not in question.texts:
+        return None
+    return -float(question.texts[kind][0].mean())
+
+
+def _mean_lift(measured: Sequence[_Measured], *, masked: bool) -> float | None:
     lifts = []
-    for (name, i), (explained, *_) in found.items():
-        own = [float(x.sum()) for x in found.get((f"own {mask}", i), [])]
-        if name == f"exp {mask}" and own:
-            top = max(own)
-            log_mean = top + math.log(mean([math.exp(x - top) for x in own]) or 0.0)
-            lifts.append(float(explained.sum()) - log_mean)
+    for question in measured:
+        after_attempts = question.answers.get(("attempt", masked), [])
+        if not after_attempts:
+            continue
+        attempts = [float(values.sum()) for values in after_attempts]
+        largest = max(attempts)
+        mean_ratio = mean([math.exp(logp - largest) for logp in attempts])
+        log_mean = largest + math.log(mean_ratio or 0.0)
+        (after_explanation,) = question.answers[("explanation", masked)]
+        lifts.append(float(after_explanation.sum()) - log_mean)
     return mean(lifts)
 
 
-def _gap(
-    subjects: Sequence[Subject], found: dict[tuple[str, int], list[Tensor]]
+def _logp_gap(
+    questions: Sequence[DiagnosedQuestion], measured: Sequence[_Measured]
 ) -> dict[str, float | None]:
-    gaps = [
-        (c.logp - logp).abs()
-        for i, s in enumerate(subjects)
-        for c, logp in zip(s.own[:OWN], found.get(("own", i), []), strict=True)
-        if len(c.logp)
-    ]
-    n = sum(map(len, gaps))
+    gaps = []
+    for question, found in zip(questions, measured, strict=True):
+        attempts = question.attempts[:ATTEMPTS]
+        for attempt, logp in zip(attempts, found.texts.get("attempt", []), strict=True):
+            if len(attempt.logp):
+                gaps.append((attempt.logp - logp).abs())
+    n_tokens = sum(len(gap) for gap in gaps)
+    total = sum(float(gap.sum()) for gap in gaps)
     return {
-        "logp_gap/max": max((float(g.max()) for g in gaps), default=None),
-        "logp_gap/mean": sum(float(g.sum()) for g in gaps) / n if n else None,
+        "logp_gap/max": max((float(gap.max()) for gap in gaps), default=None),
+        "logp_gap/mean": total / n_tokens if n_tokens else None,
     }
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

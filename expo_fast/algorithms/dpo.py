@@ -1,273 +1,451 @@
-"""DPO on self-explanations (ExP-DPO, arXiv:2507.02834, section 4.1), on expert solutions, on data.
+"""DPO on self-explanations (ExP-DPO, arXiv:2507.02834, section 4.1), expert solutions, or data.
 
-    L = -1/n sum log sigmoid(beta [log pi(w|q) / pi_ref(w|q) - log pi(l|q) / pi_ref(l|q)])
+    loss = -1/n sum log sigmoid(beta [log pi(w|q) / pi_ref(w|q) - log pi(l|q) / pi_ref(l|q)])
 
-over the n pairs of a step; w an explanation sampled with the answer shown, an expert's solution or
-the data's chosen text; l an own attempt known to be wrong, or the data's rejected text. Both are
-scored behind the plain question. Attempts that are right never stand on the rejected side.
+The sum is over the n pairs of a step. The chosen text w is an explanation sampled with the answer
+shown, an expert's solution, or the data's chosen text. The rejected text l is an attempt that is
+known to be wrong, or the data's rejected text. Both are scored under the plain question. Right
+attempts are never rejected.
 
-Offline all pairs are sampled before the first step, by the initial policy, which is the reference.
-Online they are sampled anew every `pairs_every` steps, a round, by the policy of that moment, while
-the reference stays or, with `refresh_reference`, is that policy.
+Offline, all pairs are sampled before the first step by the initial policy, which is the reference.
+Online, a round of pairs is sampled every `pairs_every` steps by the policy of that moment. The
+reference stays the initial policy or, with `refresh_reference`, is the policy that sampled.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from expo_fast.algorithms.diagnostics import Subject, mean
-from expo_fast.algorithms.explanations import Explanations
-from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
-from expo_fast.algorithms.rollout import Rollout, explained_metrics, said, sampled_metrics
-from expo_fast.algorithms.trainer import Learner, Metrics, summed
-from expo_fast.config import REFERENCE_FREE, Train
-from expo_fast.data.problems import Problem, fingerprint
-from expo_fast.generate import Completion
-from expo_fast.modeling.packing import Sample, forward
-from expo_fast.ops import (
-    Cpo,
-    Dpo,
-    DpoPositive,
-    Hinge,
-    Ipo,
-    Orpo,
-    PreferenceLoss,
-    SimPo,
-    linear_preference_loss,
+from expo_fast.algorithms.diagnostics import (
+    DiagnosedQuestion,
+    diagnostic_metrics,
+    diagnostic_samples,
 )
-from expo_fast.reporting.run_log import Phases
+from expo_fast.algorithms.explanations import (
+    ExplanationCache,
+    Explanations,
+    accept_explanations,
+    explanation_requests,
+    keep_best,
+    ranking_samples,
+    select_explanations,
+)
+from expo_fast.algorithms.logprobs import (
+    completion_logprobs,
+    reference_logprobs,
+    sequence_logprobs,
+)
+from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
+from expo_fast.algorithms.rollout import (
+    Group,
+    attempt_metrics,
+    attempt_requests,
+    completion_row,
+    judge_attempts,
+    mean,
+)
+from expo_fast.algorithms.trainer import (
+    Metrics,
+    StepResult,
+    Trainer,
+    optimizer_step,
+    questions_of_step,
+)
+from expo_fast.config import Train
+from expo_fast.data.problems import Problem, fingerprint
+from expo_fast.data.prompts import Prompter
+from expo_fast.generate import Completion
+from expo_fast.kernels.preferences import PreferenceObjective
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample, forward
+from expo_fast.objectives import PREFERENCE_OBJECTIVES
+from expo_fast.ops import linear_preference_loss
+from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
 
-Objective = Dpo | Ipo | Hinge | SimPo | Cpo | Orpo | DpoPositive
+
+def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
+    """Run one step: the pairs of the step, sampled now where a round begins, and one update."""
+    config = trainer.config
+    store = trainer.pair_store
+    assert store is not None, "open_pair_store comes before the first step"
+    source = make_round(trainer, store, step, phases)
+    metrics, pairs = store.read(source)
+    if config.spec.chosen_source == "data":
+        for pair in pairs:
+            trainer.data_tokens += len(pair.prompt_ids)
+            trainer.data_tokens += len(pair.chosen_ids) + len(pair.rejected_ids)
+    by_id = {problem.id: problem for problem in trainer.problems}
+    with phases.phase("diagnose"):
+        metrics |= diagnose(trainer, pairs, by_id)
+    with phases.phase("forward_backward"):
+        result = preference_backward(trainer.model, pairs, PreferenceLossConfig.of(config))
+    metrics |= pair_metrics(result)
+    metrics |= nll_metrics(result, config)
+    metrics |= optimizer_step(trainer, step, phases)
+    rows = []
+    for pair in pairs:
+        problem = by_id[pair.problem_id]
+        for kind, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+            rows.append(completion_row(problem, kind, trainer.prompter.text(ids)))
+    return metrics, rows
 
 
-class Preference(Learner):
-    """expo-dpo, expert-dpo and dpo."""
+def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) -> int:
+    """Make the missing pairs of the round that step `step` belongs to.
 
-    store: PairStore
-    by_id: dict[str, Problem]
+    Returns the step whose pairs are to be taken. It is another one in an offline run that was
+    prolonged beyond its round: the run then goes through its pairs again.
+    """
+    config = trainer.config
+    every = config.pairs_every
+    if not every and step:
+        return step % store.count()
+    first = step - step % every if every else 0
+    last = first + (every or config.steps)
+    for each in range(step, last):
+        if not store.has(each):
+            make_pairs(trainer, store, each, policy_step=step, phases=phases)
+        elif step == first:
+            # These were made before the process was stopped and started again.
+            earlier, _ = store.read(each)
+            trainer.sampled_tokens += earlier["pairs/tokens"]
+    return step
 
-    def check(self, run_dir: Path, start: int) -> None:
-        c, store = self.config, PairStore(run_dir / "pairs", self.provenance())
-        amid = start % c.pairs_every if c.pairs_every else start
-        if amid and not store.has(start if c.pairs_every else 0):
-            raise ValueError(
-                f"{store.folder} does not hold the pairs of step {start + 1}, which were sampled "
-                "before it with other weights: resume the run in its own --output-dir"
-            )
-        store.check()
 
-    def begin(self, run_dir: Path, start: int) -> None:
-        self.by_id = {p.id: p for p in self.problems}
-        self.store = PairStore(run_dir / "pairs", self.provenance())
-        self.store.begin(start)
+def make_pairs(
+    trainer: Trainer, store: PairStore, step: int, *, policy_step: int, phases: Phases
+) -> None:
+    """Sample or read the pairs of one step, add the reference's log-probs, and store them.
 
-    def provenance(self) -> dict[str, Any]:
-        """What the pairs were made from: JSON values."""
-        c = self.config
-        sampled = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "group_size")
-        sampled += (
-            "n_explanations",
-            "keep_explanations",
-            "choose_explanations",
-            "explain_temperature",
-            "append_answer",
+    policy_step: the step at which they are made, that is, whose weights sample them.
+    """
+    config = trainer.config
+    prompter = trainer.prompter
+    questions = questions_of_step(trainer.problems, step, config.prompts_per_step, config.seed)
+    tokens_before = trainer.sampled_tokens
+    metrics: dict[str, Any] = {"pairs/policy_step": policy_step}
+    if config.spec.chosen_source == "data":
+        pairs = [pair_of_data(trainer, question) for question in questions]
+    else:
+        # Sample G attempts at each question and judge them.
+        with phases.phase("generate"):
+            requests = attempt_requests(questions, prompter, config, step)
+            completions = trainer.generator.sample(requests)
+            trainer.count_tokens(requests, completions)
+        with phases.phase("reward"):
+            groups = judge_attempts(questions, completions, prompter, trainer.reward, config)
+        # Find a chosen text for each question with a failed attempt.
+        with phases.phase("explain"):
+            failed = [group.problem for group in groups if group.failed]
+            if config.explains:
+                chosen = explain(trainer, failed, step)
+            else:
+                chosen = Explanations({q.id: [prompter.expert(q)] for q in failed})
+        pairs = pairs_of_groups(trainer, groups, chosen)
+        if config.explains:
+            metrics |= chosen.metrics()
+        if policy_step == step:
+            # Pairs of older weights would say nothing about the weights of this step.
+            metrics |= attempt_metrics(groups)
+    metrics["pairs/tokens"] = trainer.sampled_tokens - tokens_before
+    with phases.phase("reference"):
+        pairs = with_reference_logprobs(trainer, pairs, policy_step)
+    by_id = {problem.id: problem for problem in questions}
+    texts = [pair_texts(trainer.prompter, by_id[pair.problem_id], pair) for pair in pairs]
+    store.write(step, metrics, pairs, texts)
+
+
+def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explanations:
+    """Sample explanations of the questions' answers and keep the best that are accepted."""
+    config = trainer.config
+    prompter = trainer.prompter
+    requests = explanation_requests(questions, prompter, config, step)
+    completions = trainer.generator.sample(requests)
+    trainer.count_tokens(requests, completions)
+    found = accept_explanations(
+        questions, completions, prompter, trainer.verify, append_answer=config.append_answer
+    )
+    samples = ranking_samples(found, questions, prompter, config.choose_explanations)
+    logprobs = completion_logprobs(
+        trainer.model,
+        samples,
+        temperature=config.temperature,
+        max_tokens=config.pack_tokens,
+    )
+    best = keep_best(
+        found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
+    )
+    # Each step of a round has explanations of its own. A resumed round knows no earlier ones.
+    cache = ExplanationCache()
+    return select_explanations(found, best, questions, cache, config, step)
+
+
+def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
+    """Return the data's own pair."""
+    assert problem.pair is not None
+    chosen, rejected = problem.pair
+    prompter = trainer.prompter
+    return Pair(
+        problem_id=problem.id,
+        prompt_ids=prompter.solve(problem),
+        chosen_ids=prompter.completion(chosen),
+        rejected_ids=prompter.completion(rejected),
+    )
+
+
+def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanations) -> list[Pair]:
+    """Return pairs of a chosen text and a failed attempt, up to `pairs_per_question` a question."""
+    prompter = trainer.prompter
+    pairs = []
+    for group in groups:
+        pairs += pair_up(
+            group.problem,
+            prompter,
+            chosen.accepted.get(group.problem.id, []),
+            [prompter.ended(done.token_ids, done.finish_reason) for done in group.failed],
+            trainer.config.pairs_per_question,
         )
-        sampled += ("shuffle_explanations", "pairs_every", "pairs_per_question", "seed", "method")
-        made = {name: getattr(c, name) for name in (*sampled, "model", "dtype", "lora_rank")}
-        made |= {"weights": self.origin, "data": fingerprint(self.problems)}
-        return made | {"template": self.prompter.template_hash, "grader": grader_hash()}
-
-    def learn(self, step: int, phases: Phases) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The step's pairs, made now where it begins a round; one update on them."""
-        head, pairs = self.store.read(self.make_round(step, phases))
-        if self.config.method == "dpo":
-            self.read += sum(len(p.prompt_ids + p.chosen_ids + p.rejected_ids) for p in pairs)
-        measured = self.diagnose(self.subjects(pairs), phases)
-        with phases.phase("forward_backward"):
-            row = self.backward(pairs)
-        return head | measured | row | self.apply(step, phases), self.rows(pairs)
-
-    def make_round(self, step: int, phases: Phases) -> int:
-        """Make what is missing of the step's round; the step whose pairs are to be taken.
-
-        That is another one in an offline run prolonged beyond its round, which begins it again.
-        """
-        every = self.config.pairs_every
-        if not every and step:
-            return step % self.store.count()
-        first = step - step % every if every else 0
-        for each in range(step, first + (every or self.config.steps)):
-            if not self.store.has(each):
-                self.make_pairs(each, policy_step=step, phases=phases)
-            elif step == first:  # made before this process was stopped and started again
-                self.sampler.n_tokens += self.store.read(each)[0]["pairs/tokens"]
-        return step
-
-    def make_pairs(self, step: int, *, policy_step: int, phases: Phases) -> None:
-        """Sample or read the pairs of one step, score them by the reference and keep them."""
-        questions, before = self.batch(step), self.sampler.n_tokens
-        head: dict[str, Any] = {"pairs/policy_step": policy_step}
-        if self.config.method == "dpo":
-            pairs = [self.given(p) for p in questions]
-        else:
-            rollouts = self.sampler.rollouts(questions, step, phases)
-            self.sampler.earlier.clear()  # a round that was stopped could not know them
-            with phases.phase("explain"):
-                found = self.positives([r.problem for r in rollouts if r.failed], step)
-            pairs = self.paired(rollouts, found)
-            if self.config.explains:
-                head |= explained_metrics(found)
-            if policy_step == step:  # of older weights these would say nothing of the step's
-                head |= sampled_metrics(rollouts)
-        head["pairs/tokens"] = self.sampler.n_tokens - before
-        with phases.phase("reference"):
-            pairs = self.with_reference(pairs, policy_step)
-        self.store.write(step, head, pairs, [self.shown(pair) for pair in pairs])
-
-    def shown(self, pair: Pair) -> dict[str, Any]:
-        """What a reader of the pair wants to see."""
-        problem, text = self.by_id[pair.problem_id], self.prompter.text
-        both = {
-            "chosen": text(pair.chosen_ids).strip(),
-            "rejected": text(pair.rejected_ids).strip(),
-        }
-        return {"prompt": problem.prompt, "answer": problem.answer} | both
-
-    def given(self, problem: Problem) -> Pair:
-        """The data's own pair."""
-        chosen, rejected = (self.prompter.completion(text) for text in problem.pair or ())
-        return Pair(problem.id, self.prompter.solve(problem), chosen, rejected)
-
-    def positives(self, questions: Sequence[Problem], step: int) -> Explanations:
-        if self.config.method == "expo-dpo":
-            return self.sampler.explanations(questions, step)
-        expert = {p.id: [self.prompter.expert(p)] for p in questions}
-        return Explanations(expert, n_questions=len(questions))
-
-    def paired(self, rollouts: Sequence[Rollout], found: Explanations) -> list[Pair]:
-        pairs = []
-        for r in rollouts:
-            chosen = found.accepted.get(r.problem.id, [])
-            rejected = [self.prompter.ended(done) for done in r.failed]
-            n = self.config.pairs_per_question
-            pairs += pair_up(r.problem, self.prompter, chosen, rejected, n)
-        return pairs
-
-    def with_reference(self, pairs: list[Pair], policy_step: int) -> list[Pair]:
-        """The pairs with the reference's log-probs; the initial policy is its own reference."""
-        if self.config.preference in REFERENCE_FREE:
-            return pairs
-        own = policy_step == 0 or self.config.refresh_reference
-        score = self.score if own else self.reference_score
-        logps = summed(score(pair_samples(pairs))).view(-1, 2).tolist() if pairs else []
-        scored = zip(pairs, logps, strict=True)
-        return [replace(pair, ref_logp=(chosen, rejected)) for pair, (chosen, rejected) in scored]
-
-    def backward(self, pairs: Sequence[Pair]) -> Metrics:
-        """Add the pairs' gradients, pack after pack; the loss and its statistics over the pairs."""
-        found: list[PreferenceLoss] = []
-        refs: list[torch.Tensor] = []
-        lengths: list[torch.Tensor] = []  # tokens of each sequence
-        samples, c = pair_samples(pairs), self.config
-        ref_logp = torch.tensor([logp for pair in pairs for logp in pair.ref_logp])
-        for p, hidden in forward(self.model, samples, c.pack_tokens, together=2):
-            ref = ref_logp[list(p.members)]
-            result = linear_preference_loss(
-                hidden,
-                self.model.head_weight,
-                p.targets,
-                p.sequence_ids,
-                objective=preference_objective(c),
-                ref_logp=ref.to(self.model.device),
-                pair_weight=torch.full((len(ref) // 2,), 1 / len(pairs), device=self.model.device),
-                temperature=c.temperature,
-            )
-            result.loss.backward()
-            found.append(PreferenceLoss(*(x.detach() for x in result)))
-            refs.append(ref)
-            lengths.append(torch.tensor(p.lengths))
-        found = [PreferenceLoss(*(x.cpu() for x in result)) for result in found]
-        averaged = c.preference in ("ipo", "simpo", "orpo")
-        scale = [c.dpo_beta / n if averaged else c.dpo_beta for n in lengths]
-        return pair_metrics(found, refs, scale) | self.nll(found, lengths)
-
-    def nll(self, found: Sequence[PreferenceLoss], lengths: Sequence[torch.Tensor]) -> Metrics:
-        """Of either side, mean over its sequences of the mean over tokens, nats; names as ever."""
-        method = self.config.method
-        sides = ["exp/nll" if self.config.explains else "expert/nll", "own/nll"]
-        logps = [torch.stack([r.chosen_logp, r.rejected_logp], 1) for r in found]
-        pairs = [logp / n.view(-1, 2) for logp, n in zip(logps, lengths, strict=True)]
-        if method == "dpo" or not pairs:
-            return {}
-        return dict(zip(sides, (-torch.cat(pairs).mean(0)).tolist(), strict=True))
-
-    def subjects(self, pairs: Sequence[Pair]) -> list[Subject]:
-        """What is compared: the chosen explanation, if it is one, and the rejected attempts."""
-        by_problem: dict[str, list[Pair]] = {}
-        for pair in pairs if self.config.method != "dpo" else ():
-            by_problem.setdefault(pair.problem_id, []).append(pair)
-        none = torch.empty(0)
-        return [
-            Subject(
-                self.by_id[key],
-                [Completion(list(p.rejected_ids), none, "stop") for p in group],
-                group[0].chosen_ids if self.config.explains else None,
-            )
-            for key, group in by_problem.items()
-        ]
-
-    def rows(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-        """What was compared, for completions/step-N.jsonl."""
-        return [
-            said(self.by_id[pair.problem_id], kind, self.prompter.text(ids))
-            for pair in pairs
-            for kind, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids))
-        ]
+    return pairs
 
 
-def preference_objective(config: Train) -> Objective:
-    beta = config.dpo_beta
+def pair_texts(prompter: Prompter, problem: Problem, pair: Pair) -> dict[str, Any]:
+    """Return a pair as text: a data row of `--method dpo`."""
     return {
-        "dpo": lambda: Dpo(beta, config.label_smoothing),
-        "ipo": lambda: Ipo(beta, average=True),
-        "hinge": lambda: Hinge(beta),
-        "simpo": lambda: SimPo(beta),
-        "cpo": lambda: Cpo(beta),
-        "orpo": lambda: Orpo(beta),
-        "dpop": lambda: DpoPositive(beta),
-    }[config.preference]()
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "chosen": prompter.text(pair.chosen_ids).strip(),
+        "rejected": prompter.text(pair.rejected_ids).strip(),
+    }
 
 
-def pair_samples(pairs: Sequence[Pair]) -> list[Sample]:
-    """Sample 2p is the chosen completion of pair p, 2p + 1 the rejected one."""
+def with_reference_logprobs(
+    trainer: Trainer, pairs: Sequence[Pair], policy_step: int
+) -> list[Pair]:
+    """Return the pairs with the reference's log-probs. The initial policy is its own reference."""
+    config = trainer.config
+    if not PREFERENCE_OBJECTIVES[config.preference].needs_reference or not pairs:
+        return list(pairs)
+    samples = pair_samples(pairs)
+    if policy_step == 0 or config.refresh_reference:
+        logprobs = completion_logprobs(
+            trainer.model,
+            samples,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+    else:
+        logprobs = reference_logprobs(
+            trainer.model,
+            trainer.reference,
+            samples,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+    sums = sequence_logprobs(logprobs).view(-1, 2).tolist()
     return [
-        Sample(p.prompt_ids, ids, row_weight=1.0)
-        for p in pairs
-        for ids in (p.chosen_ids, p.rejected_ids)
+        replace(pair, ref_logp=(chosen, rejected))
+        for pair, (chosen, rejected) in zip(pairs, sums, strict=True)
     ]
 
 
-def pair_metrics(
-    found: Sequence[PreferenceLoss],
-    refs: Sequence[torch.Tensor],  # (2P,) each: the reference's log-probs
-    scales: Sequence[torch.Tensor | float],  # what turns log-ratios into rewards; a tensor: (2P,)
-) -> Metrics:
-    """Means over the pairs, named as TRL's: rewards are beta times log-ratios or averages."""
-    logp = [torch.stack([r.chosen_logp, r.rejected_logp], 1).view(-1) for r in found]
-    rewards = [s * (x - ref) for x, ref, s in zip(logp, refs, scales, strict=True)]
-    reward, both = (torch.cat([torch.empty(0), *x]).view(-1, 2) for x in (rewards, logp))
-    margins = reward[:, 0] - reward[:, 1]
+def diagnose(trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem]) -> Metrics:
+    """Measure the two properties of a good positive sample on a few questions."""
+    config = trainer.config
+    questions = diagnosed_questions(pairs, by_id, config)[: config.diagnose]
+    samples = diagnostic_samples(questions, trainer.prompter)
+    logprobs = completion_logprobs(
+        trainer.model,
+        [each.sample for each in samples],
+        temperature=config.temperature,
+        max_tokens=config.pack_tokens,
+    )
+    return diagnostic_metrics(questions, samples, logprobs)
+
+
+def diagnosed_questions(
+    pairs: Sequence[Pair], by_id: dict[str, Problem], config: Train
+) -> list[DiagnosedQuestion]:
+    """Return each question with its chosen explanation, if it has one, and rejected attempts."""
+    if config.spec.chosen_source == "data":
+        return []
+    by_question: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_question.setdefault(pair.problem_id, []).append(pair)
+    no_logprobs = torch.empty(0)
+    questions = []
+    for problem_id, group in by_question.items():
+        attempts = [Completion(list(pair.rejected_ids), no_logprobs, "stop") for pair in group]
+        explanation = group[0].chosen_ids if config.explains else None
+        questions.append(DiagnosedQuestion(by_id[problem_id], attempts, explanation))
+    return questions
+
+
+@dataclass(frozen=True)
+class PreferenceLossConfig:
+    """What the preference loss needs to know of a run."""
+
+    objective: PreferenceObjective
+    beta: float
+    """Rewards are beta times log-ratios."""
+    averages_tokens: bool = False
+    """Rewards are beta times the mean log-ratio of a token."""
+    temperature: float = 1.0
+    max_tokens: int = 4096
+    """Tokens in one forward and backward pass at most. It does not change the result."""
+
+    @classmethod
+    def of(cls, config: Train) -> "PreferenceLossConfig":
+        entry = PREFERENCE_OBJECTIVES[config.preference]
+        return cls(
+            objective=entry.build(config),
+            beta=config.dpo_beta,
+            averages_tokens=entry.averages,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceResult:
+    """The loss of P pairs, and what their metrics are made of. Columns: chosen, rejected."""
+
+    loss: float | None
+    """None: there was no pair."""
+    logp: Tensor  # (P, 2) summed over a sequence, in nats
+    lengths: Tensor  # (P, 2) tokens
+    rewards: Tensor  # (P, 2)
+
+
+def preference_backward(
+    model: Decoder, pairs: Sequence[Pair], config: PreferenceLossConfig
+) -> PreferenceResult:
+    """Add the gradients of the preference loss of the pairs, pack by pack."""
+    ref_logp = torch.tensor([logp for pair in pairs for logp in pair.ref_logp])
+    samples = pair_samples(pairs)
+    losses = []
+    pair_logps = []  # (P, 2) of each pack
+    lengths = []  # (2P,)
+    members = []  # (2P,) places of the pack's samples
+    for pack, hidden in forward(model, samples, config.max_tokens, together=2):
+        n_pairs = len(pack.members) // 2
+        weight = torch.full((n_pairs,), 1 / len(pairs), device=model.device)
+        result = linear_preference_loss(
+            hidden,
+            model.head_weight,
+            pack.targets,
+            pack.sequence_ids,
+            objective=config.objective,
+            ref_logp=ref_logp[list(pack.members)].to(model.device),
+            pair_weight=weight,
+            temperature=config.temperature,
+        )
+        result.loss.backward()
+        losses.append(result.loss.detach())
+        pair_logps.append(torch.stack([result.chosen_logp, result.rejected_logp], 1))
+        lengths += pack.lengths
+        members += pack.members
+    if not losses:
+        none = torch.empty(0, 2)
+        return PreferenceResult(loss=None, logp=none, lengths=none, rewards=none)
+    # Read from the device once, when all packs are under way.
+    logp = torch.cat(pair_logps).cpu()
+    n_tokens = torch.tensor(lengths).view(-1, 2)
+    log_ratio = logp - ref_logp[members].view(-1, 2)
+    scale = config.beta / n_tokens if config.averages_tokens else config.beta
+    return PreferenceResult(
+        loss=float(sum(loss.cpu() for loss in losses)),
+        logp=logp,
+        lengths=n_tokens,
+        rewards=scale * log_ratio,
+    )
+
+
+def pair_samples(pairs: Sequence[Pair]) -> list[Sample]:
+    """Return sample 2p, the chosen text of pair p, and sample 2p + 1, the rejected one."""
+    samples = []
+    for pair in pairs:
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            samples.append(Sample(pair.prompt_ids, ids, row_weight=1.0))
+    return samples
+
+
+def pair_metrics(result: PreferenceResult) -> Metrics:
+    """Return means over the pairs, named as TRL's."""
+    chosen_rewards = result.rewards[:, 0]
+    rejected_rewards = result.rewards[:, 1]
+    margins = chosen_rewards - rejected_rewards
     return {
-        "loss": float(sum(r.loss for r in found)) if found else None,
+        "loss": result.loss,
         "pairs": len(margins),
-        "rewards/chosen": mean(reward[:, 0].tolist()),
-        "rewards/rejected": mean(reward[:, 1].tolist()),
+        "rewards/chosen": mean(chosen_rewards.tolist()),
+        "rewards/rejected": mean(rejected_rewards.tolist()),
         "rewards/margins": mean(margins.tolist()),
         "rewards/accuracies": mean((margins > 0).tolist()),
-        "logps/chosen": mean(both[:, 0].tolist()),
-        "logps/rejected": mean(both[:, 1].tolist()),
+        "logps/chosen": mean(result.logp[:, 0].tolist()),
+        "logps/rejected": mean(result.logp[:, 1].tolist()),
     }
+
+
+def nll_metrics(result: PreferenceResult, config: Train) -> Metrics:
+    """Return the NLL of either side: the mean over its sequences of the mean over tokens, nats."""
+    if config.spec.chosen_source == "data" or not len(result.logp):
+        return {}
+    chosen, rejected = (-(result.logp / result.lengths).mean(0)).tolist()
+    name = "exp/nll" if config.explains else "expert/nll"
+    return {name: chosen, "own/nll": rejected}
+
+
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Return what the pairs were made from, as JSON values."""
+    config = trainer.config
+    names = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_completion_length",
+        "group_size",
+        "n_explanations",
+        "keep_explanations",
+        "choose_explanations",
+        "explain_temperature",
+        "append_answer",
+        "shuffle_explanations",
+        "pairs_every",
+        "pairs_per_question",
+        "seed",
+        "method",
+        "model",
+        "dtype",
+        "lora_rank",
+    )
+    made_from = {name: getattr(config, name) for name in names}
+    made_from["weights"] = trainer.initial_weights_hash
+    made_from["data"] = fingerprint(trainer.problems)
+    made_from["template"] = trainer.prompter.template_hash
+    made_from["grader"] = grader_hash()
+    return made_from
+
+
+def check_pairs(trainer: Trainer, run_dir: Path, start: int) -> None:
+    """Raise ValueError where the run cannot continue from step `start` (from 0) in that folder."""
+    store = PairStore(run_dir / "pairs", provenance(trainer))
+    every = trainer.config.pairs_every
+    inside_a_round = start % every if every else start
+    if inside_a_round and not store.has(start if every else 0):
+        raise ValueError(
+            f"{store.folder} does not hold the pairs of step {start + 1}, which were sampled "
+            "before it with other weights: resume the run in its own --output-dir"
+        )
+    store.check()
+
+
+def open_pair_store(trainer: Trainer, run_dir: Path, start: int) -> None:
+    """Give the trainer the run's pairs. Pairs of steps after `start` are sampled again."""
+    trainer.pair_store = PairStore(run_dir / "pairs", provenance(trainer))
+    trainer.pair_store.begin(start)

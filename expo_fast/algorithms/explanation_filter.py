@@ -1,37 +1,40 @@
-"""Which texts are unfit to be learnt from, right as their answer may be.
+"""Filter of explanations: which texts with the right answer are unfit to learn from.
 
-A fit one boxes the right answer once, last, and names no other, does not speak of a given answer,
-does not start from it, reaches it before it boxes it, and calculates right on the way.
+A fit text boxes the right answer once, at the end, and names no other answer. It does not mention a
+given answer, does not start from the answer, reaches the answer before it boxes it, and has no
+false equation. A new filter is a function here and one line in `is_unfit`.
 """
 
 import re
 from fractions import Fraction
 
-from expo_fast.data.answer_grading import plain_number, same_number, tidy
+from expo_fast.data.answer_grading import last_boxed_span, plain_number, same_number, tidy
 from expo_fast.data.problems import Problem, last_question
-from expo_fast.reward import last_boxed_span
 
-MASK = "?"  # stands for the answer where the lift is to come from the reasoning
+MASK = "?"  # replaces the answer, so that a lift comes from the reasoning
 OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
 
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\\?\$")  # 1,200 and $12
 _EQUATION = re.compile(
     r"""
-    (?<![\w.)]) (?<![-+*/=]) (?<![-+*/=x]\s)  # not amid a longer expression
+    (?<![\w.)]) (?<![-+*/=]) (?<![-+*/=x]\s)  # not inside a longer expression
     (\d+(?:\.\d+)?) \s? ([-+*/x\u00d7\u00f7]) \s? (\d+(?:\.\d+)?) \s? = \s? (\d+(?:\.\d+)?)
     (?! [\d%] | \.\d | \s?[-+*/x\u00d7\u00f7]\s?\d )
     """,
     re.VERBOSE,
 )
-_CLAIM = re.compile(r"\banswer(?: is|:)[^.\n=]*(?=\.(?!\d)|\n|$)", re.IGNORECASE)  # and no equation
-_NAMED = re.compile(  # the answer is $25, but not: the answer is 18 - 10 = 8
+# "The answer is 7.", without an equation in it.
+_CLAIM = re.compile(r"\banswer(?: is|:)[^.\n=]*(?=\.(?!\d)|\n|$)", re.IGNORECASE)
+# "the answer is $25", but not "the answer is 18 - 10 = 8".
+_NAMED = re.compile(
     rf"\banswer(?: is|:)[^\w\n=+*/-]*(?:\\(?:boxed|text\w*)\W*)?({_NUMBER.pattern})"
     r"(?!\s?[-+*/x^=%\u00d7\u00f7]|\.?\d)",
     re.IGNORECASE,
 )
 _CLAIMS = re.compile(r"\banswer(?: is|:)", re.IGNORECASE)
-_CLAIMING = re.compile(  # with what leads to it: "\n3. So the final answer is 29"
+# The same with the words that lead to it: "\n3. So the final answer is 29".
+_CLAIMING = re.compile(
     r"[\s,;]*(?:(?<=\n)\d+\.\s*)?(?:\b(?:so|thus|therefore|hence|then),?\s+)?(?:\bthe\s+)?"
     rf"(?:\b(?:final|correct|right)\s+)?{_NAMED.pattern}",
     re.IGNORECASE,
@@ -42,7 +45,7 @@ _LEAK = re.compile(
     r"|\banswer (is|was|has been) (already )?(given|provided|stated|known)\b"
     r"|\b(given|told|know|knowing) that the (correct |final )?answer\b"
     r"|\bas (given|stated|provided)\b(?! (in|by) the (problem|question|text))"
-    r"|\(the answer is\b"  # the very words in which it was told
+    r"|\(the answer is\b"  # the words of the explain prompt
     r"|\banswer (that (was|is) )?given\b"
     r"|\banswer to (this|the) (problem|question) (is|was) given\b"
     r"|\bworking? backwards?\b"
@@ -52,32 +55,42 @@ _LEAK = re.compile(
 
 
 def is_unfit(text: str, problem: Problem) -> bool:
-    """Right, and yet no explanation to learn from."""
-    early = answer_first(text, problem.answer, last_question(problem))
-    unfounded = copied(text, problem.answer) or names_another(text, problem.answer)
-    return leaks(text) or early or unfounded or repeats(text) or miscalculates(text)
+    """Return whether a text with the right answer is no explanation to learn from."""
+    answer = problem.answer
+    return (
+        leaks(text)
+        or states_answer_first(text, answer, last_question(problem))
+        or copies_answer(text, answer)
+        or names_another_answer(text, answer)
+        or repeats_answer(text)
+        or miscalculates(text)
+    )
 
 
 def leaks(text: str) -> bool:
-    """Does it speak of an answer that was given?"""
+    """Return whether the text mentions an answer that was given."""
     return _LEAK.search(text) is not None
 
 
-def answer_first(text: str, answer: str, question: str) -> bool:
-    """Is the answer among the first words, and neither an equation's result nor the question's?"""
+def states_answer_first(text: str, answer: str, question: str) -> bool:
+    """Return whether the answer is among the first words.
+
+    There it may be the result of an equation, or a number of the question.
+    """
     opening = " ".join(text.split()[:OPENING_WORDS])
-    before = [opening[:at].rstrip(" $:") for at, _ in stated(opening, answer)]
+    if "\\boxed" in opening:
+        return True
+    before = [opening[:start].rstrip(" $:") for start, _ in stated(opening, answer)]
     if stated(question, answer):
-        early = any(b.endswith("answer is") for b in before)
-    else:
-        early = not all(b.endswith("=") for b in before)
-    return early or "\\boxed" in opening
+        return any(words.endswith("answer is") for words in before)
+    return not all(words.endswith("=") for words in before)
 
 
-def copied(text: str, answer: str) -> bool:
-    """Does it box a number that its reasoning never reached? Other answers have many spellings.
+def copies_answer(text: str, answer: str) -> bool:
+    """Return whether the text boxes a number that its reasoning did not reach.
 
-    "The answer is 7" is a claim, and reaches nothing.
+    "The answer is 7" is a claim and reaches nothing. Answers that are not numbers are not judged:
+    they have many spellings.
     """
     span = last_boxed_span(text)
     if span is None or _decimal(answer) is None:
@@ -86,67 +99,88 @@ def copied(text: str, answer: str) -> bool:
     return not stated(reasoning, answer) and not reasoning.endswith("=")
 
 
-def names_another(text: str, answer: str) -> bool:
-    """Does it say "the answer is" of another number than the answer?"""
+def names_another_answer(text: str, answer: str) -> bool:
+    """Return whether the text says "the answer is" of another number than the answer."""
     if _decimal(answer) is None:
         return False
     return not all(stated(number, answer) for number in _NAMED.findall(text))
 
 
-def repeats(text: str) -> bool:
-    """Does it box, or say "the answer is", more than once? Whoever learns that never ends."""
+def repeats_answer(text: str) -> bool:
+    """Return whether the text has a box, or "the answer is", more than once.
+
+    A model that learns from such texts does not learn to end.
+    """
     return text.count("\\boxed") > 1 or len(_CLAIMS.findall(text)) > 1
 
 
 def before_claim(text: str, answer: str) -> str:
-    """What stands before the first "the answer is" of the answer; a sentence that it leaves without
-    a number goes with it.
+    """Return the text before its first "the answer is ANSWER".
+
+    A sentence that is cut there and has no number is left out too.
     """
-    claims = [m.start() for m in _CLAIMING.finditer(text) if stated(m[1], answer)]
+    claims = [match.start() for match in _CLAIMING.finditer(text) if stated(match[1], answer)]
     if not claims:
         return text.rstrip()
     text = text[: claims[0]]
-    begun = re.split(r"[.\n](?!\d)", text)[-1]
-    return text.removesuffix(begun if _NUMBER.search(begun) is None else "").rstrip()
+    last_sentence = re.split(r"[.\n](?!\d)", text)[-1]
+    if _NUMBER.search(last_sentence) is None:
+        text = text.removesuffix(last_sentence)
+    return text.rstrip()
 
 
 def miscalculates(text: str) -> bool:
-    """Does it hold a false equation of two plain numbers, such as 6 * 4 = 26?
+    """Return whether the text has a false equation of two plain numbers, such as 6 * 4 = 26.
 
     Decimals may be rounded, 2 / 3 = 0.67. Longer expressions and negative results are not judged.
     """
-    return any(not _holds(*parts) for parts in _EQUATION.findall(_GROUPING.sub("", text)))
+    plain = _GROUPING.sub("", text)
+    return any(not _holds(*parts) for parts in _EQUATION.findall(plain))
 
 
 def _holds(x: str, sign: str, y: str, claimed: str) -> bool:
-    left, right = Fraction(x), Fraction(y)
-    if sign in "/\u00f7" and not right:
-        return False
-    results = {"+": left + right, "-": left - right, "/": left / right if right else left}
-    result = results.get({"\u00f7": "/"}.get(sign, sign), left * right)
+    left = Fraction(x)
+    right = Fraction(y)
+    if sign == "+":
+        result = left + right
+    elif sign == "-":
+        result = left - right
+    elif sign in "/\u00f7":
+        if right == 0:
+            return False
+        result = left / right
+    else:
+        result = left * right
     places = len(claimed.partition(".")[2])
     tolerance = Fraction(1, 2 * 10**places) if places else 0
     return abs(result - Fraction(claimed)) <= tolerance
 
 
 def masked(text: str, answer: str) -> str:
-    """The text with MASK wherever it states the answer."""
+    """Return the text with MASK in place of each statement of the answer."""
     for start, end in reversed(stated(text, answer)):
         text = text[:start] + MASK + text[end:]
     return text
 
 
 def stated(text: str, answer: str) -> list[tuple[int, int]]:
-    """Where the text has the answer; of a number any spelling, and either sign: - is minus too."""
+    """Return the spans of the text that state the answer.
+
+    A number is found in any spelling and with either sign, because "-" also means minus.
+    """
     number = _decimal(answer)
     if number is None:
         literal = rf"(?<![\w.,]){re.escape(answer)}(?!\w|[.,]\d)"
-        return [m.span() for m in re.finditer(literal, text)]
-    found = ((m.span(), _decimal(m[0])) for m in _NUMBER.finditer(text))
-    return [span for span, x in found if x and same_number(x, number)]
+        return [match.span() for match in re.finditer(literal, text)]
+    spans = []
+    for match in _NUMBER.finditer(text):
+        found = _decimal(match[0])
+        if found and same_number(found, number):
+            spans.append(match.span())
+    return spans
 
 
 def _decimal(text: str) -> tuple[Fraction, int | None] | None:
-    """The magnitude of an integer or decimal, however it is spelt, and its decimal places."""
+    """Return the magnitude of an integer or decimal in any spelling, and its decimal places."""
     text = tidy(text).lstrip("+-")
     return plain_number(text) if _NUMBER.fullmatch(text) else None

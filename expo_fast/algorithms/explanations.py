@@ -1,55 +1,61 @@
 """Self-explanations (ExPO, arXiv:2507.02834): sampled with the answer shown, trained without it.
 
-c~ ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids are re-attached
-behind q's own prompt, and never re-tokenised. It is accepted only if it ends by itself with the
-right answer and `fitness` finds nothing wrong with its text. What a question brings beyond the
-wanted number is cut by likelihood under the plain question: the copied and the wrongly reasoned are
-what the policy would hardly write itself.
+An explanation c ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids
+are placed after q's own prompt and are never tokenised again. It is accepted only if it ends with
+the right answer by itself and `explanation_filter` finds no fault in its text. Of a question's
+accepted explanations, those are kept that rank highest, by default in likelihood under the plain
+question: the policy would hardly write a copied or wrongly reasoned one itself.
+
+A round of explanations takes four calls, so that the algorithms show what is sampled and scored:
+
+    requests = explanation_requests(questions, ...)           for the generator
+    round = accept_explanations(questions, completions, ...)
+    samples = ranking_samples(round, ...)                     for completion_logprobs
+    keep_best(round, logprobs, ...)
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
+from expo_fast.algorithms.rollout import Verifier, make_request, mean
+from expo_fast.config import Train
+from expo_fast.data.answer_grading import last_boxed_span
 from expo_fast.data.problems import Problem
-from expo_fast.data.prompts import Prompter, boxed
-from expo_fast.generate import Generator, Request
-from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.packing import Sample, forward
-from expo_fast.ops import linear_logprob
-from expo_fast.reward import last_boxed_span
+from expo_fast.data.prompts import Prompter, boxed, request_seed
+from expo_fast.generate import Completion, Request
+from expo_fast.modeling.packing import Sample
 
-Score = Callable[[list[str], list[str]], list[float | None]]  # (answers, texts) -> 1 | 0 | None
-
-# (problem, completion ids) of each candidate -> how good it is
-Ranking = Callable[[list[tuple[Problem, tuple[int, ...]]]], list[float]]
-ScoreTokens = Callable[[Sequence[Sample]], list[Tensor]]  # log-probs of completions' tokens, nats
+TokenIds = tuple[int, ...]
+ByProblem = dict[str, list[TokenIds]]  # token ids of explanations by problem id
 
 
 @dataclass
 class Explanations:
-    """What one round of explaining a batch of questions brought."""
+    """The outcome of explaining the questions of a batch."""
 
-    accepted: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)  # by problem id
+    accepted: ByProblem = field(default_factory=dict)
     n_questions: int = 0
     n_sampled: int = 0
-    n_tokens: int = 0  # of prompts and completions sampled
-    n_right: int = 0  # ended by themselves with the right box
-    n_leaked: int = 0  # of the right ones, those that speak of a given answer
-    n_unfit: int = 0  # of the right ones, those that `is_unfit` rejects, the leaking among them
+    n_right: int = 0
+    """Explanations that end by themselves with the right boxed answer."""
+    n_leaked: int = 0
+    """Those of the right ones that mention a given answer."""
+    n_unfit: int = 0
+    """Those of the right ones that `is_unfit` rejects, the leaking ones included."""
 
     @property
     def rate(self) -> float | None:
-        """Share of questions with an accepted explanation (`exp/rate`)."""
+        """Share of the questions with an accepted explanation."""
         return len(self.accepted) / self.n_questions if self.n_questions else None
 
     @property
     def leak_rate(self) -> float | None:
-        """Share of the right explanations that speak of a given answer."""
+        """Share of the right explanations that mention a given answer."""
         return self.n_leaked / self.n_right if self.n_right else None
 
     @property
@@ -57,157 +63,252 @@ class Explanations:
         """Share of the right explanations that were rejected for their content."""
         return self.n_unfit / self.n_right if self.n_right else None
 
+    def metrics(self) -> dict[str, float | None]:
+        lengths = [len(ids) for kept in self.accepted.values() for ids in kept]
+        return {
+            "exp/rate": self.rate,
+            "exp/accepted": sum(len(kept) for kept in self.accepted.values()),
+            "exp/right_ratio": self.n_right / self.n_sampled if self.n_sampled else None,
+            "exp/leak_rate": self.leak_rate,
+            "exp/unfit_rate": self.unfit_rate,
+            "exp/mean_length": mean(lengths),
+        }
 
-def explain(
-    problems: Sequence[Problem],
+
+@dataclass
+class ExplanationCache:
+    """Accepted explanations of earlier steps, for `explain_every` and the shuffled control."""
+
+    fresh: dict[str, tuple[int, list[TokenIds]]] = field(default_factory=dict)
+    """(step that sampled them, explanations) by problem id."""
+    earlier: ByProblem = field(default_factory=dict)
+    """The last accepted explanations of each question. Filled for the shuffled control only."""
+
+    def is_fresh(self, problem_id: str, step: int, explain_every: int) -> bool:
+        """Return whether a question's explanations may be reused at `step`."""
+        if problem_id not in self.fresh:
+            return False
+        sampled_at, _ = self.fresh[problem_id]
+        return explain_every == 0 or step - sampled_at < explain_every
+
+    def update(self, accepted: ByProblem, step: int, explain_every: int) -> None:
+        """Add the explanations accepted at `step`, and drop those that are no longer fresh."""
+        for problem_id, explanations in accepted.items():
+            self.fresh[problem_id] = (step, explanations)
+        for problem_id in list(self.fresh):
+            if not self.is_fresh(problem_id, step, explain_every):
+                del self.fresh[problem_id]
+
+    def state(self) -> dict[str, Any]:
+        """Return JSON values for `load_state`."""
+        fresh = {}
+        for problem_id, (step, explanations) in self.fresh.items():
+            fresh[problem_id] = [step, [list(ids) for ids in explanations]]
+        earlier = {}
+        for problem_id, explanations in self.earlier.items():
+            earlier[problem_id] = [list(ids) for ids in explanations]
+        return {"explanations": fresh, "earlier": earlier}
+
+    def load_state(self, values: Mapping[str, Any]) -> None:
+        self.fresh = {}
+        for problem_id, (step, explanations) in values["explanations"].items():
+            self.fresh[problem_id] = (step, [tuple(ids) for ids in explanations])
+        self.earlier = {}
+        for problem_id, explanations in values["earlier"].items():
+            self.earlier[problem_id] = [tuple(ids) for ids in explanations]
+
+
+def questions_to_sample(
+    questions: Sequence[Problem], cache: ExplanationCache, config: Train, step: int
+) -> list[Problem]:
+    """Return the questions that have no explanation in the cache that may be reused."""
+    every = config.explain_every
+    return [question for question in questions if not cache.is_fresh(question.id, step, every)]
+
+
+def explanation_requests(
+    questions: Sequence[Problem], prompter: Prompter, config: Train, step: int
+) -> list[Request]:
+    """Return K requests for each question, with the answer shown in the prompt."""
+    requests = []
+    for question in questions:
+        prompt_ids = prompter.explain(question)
+        for k in range(config.explanations_per_question):
+            request = make_request(
+                prompt_ids,
+                prompter,
+                config,
+                temperature=config.explain_temperature,
+                seed_key=("explain", step, question.id, k),
+            )
+            requests.append(request)
+    return requests
+
+
+def accept_explanations(
+    questions: Sequence[Problem],
+    completions: Sequence[Completion],
     prompter: Prompter,
-    generator: Generator,
-    score: Score,
-    request: Callable[[Problem, int, tuple[int, ...]], Request],
-    per_question: int,
-    append: bool = False,
+    verify: Verifier,
+    *,
+    append_answer: bool,
 ) -> Explanations:
-    """Sample per_question explanations of each problem and keep what may be trained on.
+    """Keep the explanations that may be trained on.
 
-    append: one that states the answer and ends without a box gets it, in the place of "the answer
-    is 7" if it says so: the a* of the paper's log pi(c~, a* | q). It must be fit otherwise.
-
-    score: (answers, completions) -> 1.0 | 0.0 | None, the verifier of the reward.
-    request: (problem, sample, prompt ids) -> what to sample, with its seed.
+    completions: an equal number for each question, in the order of `explanation_requests`.
+    append_answer: an explanation that reaches the answer and has no box gets it appended, in place
+    of "the answer is 7" where it says so. That is the a* of the paper's log pi(c, a* | q).
     """
-    asked = [(p, k) for p in problems for k in range(per_question)]
-    prompts = {p.id: prompter.explain(p) for p in problems}
-    completions = generator.sample([request(p, k, prompts[p.id]) for p, k in asked])
-    texts = [prompter.text(c.token_ids) for c in completions]
-    verdicts = score([p.answer for p, _ in asked], texts)
-    n_tokens = sum(len(prompts[p.id]) for p, _ in asked)
-    n_tokens += sum(len(c.token_ids) for c in completions)
-    found = Explanations(n_questions=len(problems), n_sampled=len(asked), n_tokens=n_tokens)
-    for (p, _), completion, text, verdict in zip(asked, completions, texts, verdicts, strict=True):
+    per_question = len(completions) // len(questions) if questions else 0
+    asked = [question for question in questions for _ in range(per_question)]
+    texts = [prompter.text(completion.token_ids) for completion in completions]
+    verdicts = verify([question.answer for question in asked], texts)
+    found = Explanations(n_questions=len(questions), n_sampled=len(asked))
+    for question, completion, text, verdict in zip(
+        asked, completions, texts, verdicts, strict=True
+    ):
         if completion.finish_reason != "stop":
             continue
-        ids = prompter.ended(completion)
-        if append and stated(text, p.answer) and last_boxed_span(text) is None:
-            kept = before_claim(text, p.answer)
-            ids = prompter.longer(prompter.cut(ids, len(kept)), boxed(p.answer))
+        ids = prompter.ended(completion.token_ids, completion.finish_reason)
+        reaches_answer = bool(stated(text, question.answer))
+        if append_answer and reaches_answer and last_boxed_span(text) is None:
+            ids = with_appended_answer(ids, text, question, prompter)
             text = prompter.text(ids)
         elif verdict != 1.0:
             continue
         found.n_right += 1
         found.n_leaked += leaks(text)
-        if is_unfit(text, p):
+        if is_unfit(text, question):
             found.n_unfit += 1
         else:
-            found.accepted.setdefault(p.id, []).append(ids)
+            found.accepted.setdefault(question.id, []).append(ids)
     return found
 
 
+def with_appended_answer(
+    ids: TokenIds, text: str, question: Problem, prompter: Prompter
+) -> TokenIds:
+    """Return the token ids of an explanation with its boxed answer at the end."""
+    kept = before_claim(text, question.answer)
+    return prompter.longer(prompter.cut(ids, len(kept)), boxed(question.answer))
+
+
+def ranking_samples(
+    found: Explanations, questions: Sequence[Problem], prompter: Prompter, choose: str
+) -> list[Sample]:
+    """Return one sample for each accepted explanation, whose log-probs rank it.
+
+    choose: `likelihood`, the explanation under the plain question; `lift`, the answer after the
+    explanation, with the explanation's own statements of the answer masked; `first`, no sample.
+    """
+    if choose == "first":
+        return []
+    by_id = {question.id: question for question in questions}
+    samples = []
+    for problem_id, explanations in found.accepted.items():
+        question = by_id[problem_id]
+        for ids in explanations:
+            if choose == "likelihood":
+                samples.append(Sample(prompter.solve(question), ids))
+            else:
+                samples.append(answer_after(question, ids, prompter, mask=True))
+    return samples
+
+
+def ranks_of(logprobs: Sequence[Tensor], choose: str) -> list[float]:
+    """Return the rank of each explanation, higher is better, from the log-probs of its sample.
+
+    `likelihood`: their mean over the explanation's tokens. `lift`: their sum over the answer's.
+    """
+    if choose == "likelihood":
+        return [float(values.mean()) for values in logprobs]
+    return [float(values.sum()) for values in logprobs]
+
+
 def keep_best(
-    accepted: dict[str, list[tuple[int, ...]]],
-    problems: Mapping[str, Problem],
-    keep: int,
-    rank: Ranking,
-) -> dict[str, list[tuple[int, ...]]]:
-    """Of each problem's explanations the `keep` that rank highest, best first; all for 0."""
-    named = [(key, ids) for key, each in accepted.items() for ids in each]
-    ranks = rank([(problems[key], ids) for key, ids in named])
-    order = sorted(range(len(named)), key=lambda i: -ranks[i])
-    kept: dict[str, list[tuple[int, ...]]] = {key: [] for key in accepted}
-    for key, ids in (named[i] for i in order):
-        if not keep or len(kept[key]) < keep:
-            kept[key].append(ids)
+    found: Explanations, logprobs: Sequence[Tensor], *, choose: str, keep: int
+) -> ByProblem:
+    """Return the `keep` best explanations of each question, best first; all of them for 0.
+
+    logprobs: of the tokens of `ranking_samples`. `first` keeps the order of sampling.
+
+    Of the accepted explanations of the default job's first steps a third had correct equations.
+    They ranked above the others by likelihood in 94% of the pairs (benchmarks/RESULTS.md).
+    """
+    ranks = ranks_of(logprobs, choose)
+    kept: ByProblem = {}
+    start = 0
+    for problem_id, explanations in found.accepted.items():
+        order = list(range(len(explanations)))
+        if choose != "first":
+            own = ranks[start : start + len(explanations)]
+            order.sort(key=lambda i: -own[i])
+        start += len(explanations)
+        best = [explanations[i] for i in order]
+        kept[problem_id] = best[:keep] if keep else best
     return kept
 
 
-def ranking(name: str, prompter: Prompter, score: ScoreTokens) -> Ranking:
-    """likelihood: mean log-prob under the plain question. lift: log-prob of the answer behind the
-    explanation with its statements of it masked. first: as sampled.
+def select_explanations(
+    found: Explanations,
+    best: ByProblem,
+    questions: Sequence[Problem],
+    cache: ExplanationCache,
+    config: Train,
+    step: int,
+) -> Explanations:
+    """Return the explanations of all questions: those just sampled, and those in the cache.
 
-    Of the accepted explanations of the default job's first steps a third had sound equations; these
-    ranked above the others by likelihood in 94% of the pairs (benchmarks/RESULTS.md).
+    With `shuffle_explanations` each question gets another one's.
     """
+    cache.update(best, step, config.explain_every)
+    accepted: ByProblem = {}
+    for question in questions:
+        if question.id in cache.fresh:
+            _, accepted[question.id] = cache.fresh[question.id]
+    if config.shuffle_explanations:
+        cache.earlier |= accepted
+        seed = request_seed(config.seed, "shuffle", step)
+        accepted = shuffled(accepted, cache.earlier, seed)
+    found.accepted = accepted
+    found.n_questions = len(questions)
+    return found
 
-    def by_likelihood(candidates: list[tuple[Problem, tuple[int, ...]]]) -> list[float]:
-        samples = [Sample(prompter.solve(p), ids) for p, ids in candidates]
-        return [float(logp.mean()) for logp in score(samples)]
 
-    def by_lift(candidates: list[tuple[Problem, tuple[int, ...]]]) -> list[float]:
-        samples = [answer_behind(p, ids, prompter, mask=True) for p, ids in candidates]
-        return [float(logp.sum()) for logp in score(samples)]
+def shuffled(accepted: ByProblem, earlier: Mapping[str, list[TokenIds]], seed: int) -> ByProblem:
+    """Return each question with another question's explanations.
 
-    def as_sampled(candidates: list[tuple[Problem, tuple[int, ...]]]) -> list[float]:
-        return [-float(i) for i in range(len(candidates))]
+    This is the control for text that only looks right. The explanations of this step change places.
+    A single one gets explanations accepted earlier, if there are any.
+    """
+    draw = random.Random(seed)
+    problem_ids = sorted(accepted)
+    if len(problem_ids) > 1:
+        order = draw.sample(problem_ids, len(problem_ids))
+        others = order[1:] + order[:1]
+        return {mine: accepted[other] for mine, other in zip(order, others, strict=True)}
+    others = [problem_id for problem_id in sorted(earlier) if problem_id not in accepted]
+    return {mine: earlier[draw.choice(others)] for mine in problem_ids if others}
 
-    return {"likelihood": by_likelihood, "lift": by_lift, "first": as_sampled}[name]
 
-
-def answer_behind(
+def answer_after(
     problem: Problem, completion_ids: Sequence[int], prompter: Prompter, *, mask: bool
 ) -> Sample:
-    """The right answer in the box behind a chain of thought, under the plain question.
+    """Return the right answer, in a box after a chain of thought, as a sample to score.
 
-    What the chain itself boxes is cut off; one that boxes nothing gets its box at the end.
+    The prompt is the plain question and the chain up to its last box. mask: each statement of the
+    answer in the chain is replaced.
     """
     tokenizer = prompter.tokenizer
-    ids = [t for t in completion_ids if t not in tokenizer.all_special_ids]
+    ids = [token for token in completion_ids if token not in tokenizer.all_special_ids]
     span = last_boxed_span(tokenizer.decode(ids))
     while span is not None and ids and len(tokenizer.decode(ids)) > span[0]:
         ids.pop()
     text = tokenizer.decode(ids)
-    if mask and masked(text, problem.answer) != text:
-        hidden = masked(text, problem.answer)
-        ids = tokenizer(hidden, add_special_tokens=False).input_ids
+    masked_text = masked(text, problem.answer)
+    if mask and masked_text != text:
+        ids = tokenizer(masked_text, add_special_tokens=False).input_ids
     box = tokenizer(" \\boxed{", add_special_tokens=False).input_ids
-    answer = tokenizer(problem.answer, add_special_tokens=False).input_ids  # "}." may be one token
+    # The closing brace is left out: "}." may be one token.
+    answer = tokenizer(problem.answer, add_special_tokens=False).input_ids
     return Sample((*prompter.solve(problem), *ids, *box), tuple(answer))
-
-
-def shuffled(
-    accepted: dict[str, list[tuple[int, ...]]],
-    earlier: Mapping[str, list[tuple[int, ...]]],  # accepted before, by problem id
-    seed: int,
-) -> dict[str, list[tuple[int, ...]]]:
-    """Each question gets another's explanations: the control for text that only looks right.
-
-    Those of this step change places; a single one gets earlier ones, if there are any.
-    """
-    draw, keys = random.Random(seed), sorted(accepted)
-    if len(keys) > 1:
-        keys = draw.sample(keys, len(keys))
-        return {key: accepted[other] for key, other in zip(keys, keys[1:] + keys[:1], strict=True)}
-    others = [key for key in sorted(earlier) if key not in accepted]
-    return {key: earlier[draw.choice(others)] for key in keys if others}
-
-
-def sft_samples(
-    chosen: Sequence[tuple[Problem, Sequence[tuple[int, ...]]]],
-    prompter: Prompter,
-    *,
-    coef: float,
-    n_questions: int,  # P: all questions of the batch, explained or not
-    reduction: str,  # "token_mean" | "seq_sum"
-) -> list[Sample]:
-    """The ExP-SFT term: -coef/P sum_q 1/K_q sum_k log pi(c_k, a* | q), a mean over |c_k| tokens.
-
-    The condition is the plain question; seq_sum leaves out the mean, as the paper prints it.
-    """
-    samples = []
-    for problem, completions in chosen:
-        for ids in completions:
-            tokens = len(ids) if reduction == "token_mean" else 1
-            weight = coef / (n_questions * len(completions) * tokens)
-            samples.append(Sample(prompter.solve(problem), tuple(ids), 1.0, weight, on_policy=True))
-    return samples
-
-
-@torch.no_grad()
-def score_tokens(
-    model: Decoder, samples: Sequence[Sample], temperature: float, max_tokens: int
-) -> list[Tensor]:
-    """For each sample (len(completion_ids),) fp32 nats: log pi of its completion's tokens."""
-    out: list[Tensor] = [torch.empty(0)] * len(samples)
-    for p, hidden in forward(model, samples, max_tokens):
-        logp = linear_logprob(hidden, model.head_weight, p.targets, temperature=temperature).logp
-        for i, values in p.split(logp.cpu()):  # one copy a pack, not one a sample
-            out[i] = values
-    return out

@@ -1,191 +1,443 @@
-"""GRPO, and the ExP-SFT term beside it (ExPO, arXiv:2507.02834, section 4.2).
+"""GRPO, and GRPO with an SFT term on explanations (ExP-GRPO, arXiv:2507.02834, section 4.2).
 
-    J = 1/N sum_i 1/T_i sum_t min(r_it A_i, clip(r_it) A_i)
-      + exp_sft_coef / P sum_q 1/K_q sum_k mean_t log pi(c_qk,t | q)
+    loss = -1/N sum_i 1/T_i sum_t min(r_it A_i, clip(r_it) A_i)
+           - exp_sft_coef / P sum_q 1/K_q sum_k mean_t log pi(c_qk,t | q)
 
-    N = P G samples of the plain questions, A_i = (R_i - mean R) / std R over the G of a question,
-    r_it = pi / pi_old of a token; c_qk are the K_q accepted explanations of question q.
+N = P G attempts at the P plain questions have the advantages A_i = (R_i - mean R) / std R over the
+G attempts of a question. r_it = pi / pi_old is the ratio of a token. c_qk are the K_q accepted
+explanations of question q: they have no advantage, ratio, clip or KL.
 
-The explanation stands outside the group: no advantage, ratio, clip or KL. expert-grpo puts the
-data's solution in its place, grpo leaves the term out, and star leaves out all but the term. Every
-normaliser is a weight of a row, fixed before the first backward, so how samples are packed changes
-nothing.
+`--method expert-grpo` puts the data's solutions in the place of explanations, `grpo` has no SFT
+term, and `star` has nothing else. Every normaliser is a weight of a row that is fixed before the
+first backward pass, so the packing of the samples does not change the result.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import pairwise
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from expo_fast.algorithms.diagnostics import Subject
-from expo_fast.algorithms.explanations import Explanations, sft_samples
-from expo_fast.algorithms.rollout import (
-    Rollout,
-    completion_rows,
-    explained_metrics,
-    sampled_metrics,
+import torch
+
+from expo_fast.algorithms.diagnostics import (
+    DiagnosedQuestion,
+    diagnostic_metrics,
+    diagnostic_samples,
 )
-from expo_fast.algorithms.trainer import Learner, Metrics, batch, mean_of
+from expo_fast.algorithms.explanations import (
+    Explanations,
+    accept_explanations,
+    explanation_requests,
+    keep_best,
+    questions_to_sample,
+    ranking_samples,
+    select_explanations,
+)
+from expo_fast.algorithms.logprobs import completion_logprobs, reference_logprobs
+from expo_fast.algorithms.rollout import (
+    Group,
+    attempt_metrics,
+    attempt_requests,
+    completion_rows,
+    judge_attempts,
+    mean,
+    overlong_punishment,
+)
+from expo_fast.algorithms.sft import sft_backward, sft_samples
+from expo_fast.algorithms.trainer import (
+    Metrics,
+    StepResult,
+    Trainer,
+    optimizer_step,
+    questions_of_step,
+)
 from expo_fast.config import Train
+from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import request_seed
-from expo_fast.modeling.packing import Sample
-from expo_fast.reporting.run_log import Phases
+from expo_fast.kernels.objectives import PolicyObjective
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample, forward
+from expo_fast.objectives import POLICY_OBJECTIVES
+from expo_fast.ops import group_advantage, linear_policy_loss
+from expo_fast.reporting.timing import Phases
 
 
-class Grpo(Learner):
-    """grpo, expo-grpo, expert-grpo and star."""
+def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
+    """Run one step: sample, judge, explain, and update the weights `updates_per_batch` times."""
+    config = trainer.config
 
-    def learn(self, step: int, phases: Phases) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One batch of P questions: sample, reward, explain, update."""
-        sampled, kept = self.rollouts(step, phases)
-        with phases.phase("explain"):
-            found = self.positives(kept, step)
-        shown = found.accepted if self.config.explains else {}
-        subjects = [
-            Subject(r.problem, r.usable, next(iter(shown.get(r.problem.id, ())), None))
-            for r in kept
-        ]
-        measured = self.diagnose(subjects, phases)
-        U = self.config.updates_per_batch
-        shares = [*parts(kept, U)]
-        with phases.phase("forward_backward"):
-            attempts = self.attempts(shares)
-        updates = [
-            self.update(share, samples, found, step * U + i, phases)
-            for i, (share, samples) in enumerate(zip(shares, attempts, strict=True))
-        ]
-        explained = explained_metrics(found if self.config.explains else Explanations())
-        row = sampled_metrics(sampled) | explained | measured | mean_of(updates)
-        kind = "expert" if self.config.method == "expert-grpo" else "explanation"
-        return row, completion_rows(kept, found, self.prompter, kind)
+    # Sample G attempts at each question, judge them, and compare those of a question.
+    sampled = sample_groups(trainer, step, phases)
+    sampled = with_advantages(sampled, config)
+    groups = groups_to_learn_from(sampled, config)
 
-    def rollouts(self, step: int, phases: Phases) -> tuple[list[Rollout], list[Rollout]]:
-        """All groups sampled for this step, and those to learn from.
+    # Sample explanations of the known answers, or take the data's solutions.
+    with phases.phase("explain"):
+        questions = questions_with_sft_term(groups, config)
+        if config.explains:
+            positives = explain(trainer, questions, step)
+        else:
+            positives = solutions(trainer, questions)
+    with phases.phase("diagnose"):
+        diagnosed = diagnose(trainer, groups, positives)
 
-        They differ where DAPO's dynamic sampling (arXiv:2503.14476, section 3.2) replaces groups
-        whose rewards are all equal, as far as `dynamic_sampling` further batches allow.
-        """
-        c = self.config
-        sampled = self.sampler.rollouts(self.batch(step), step, phases)
-        for again in range(c.dynamic_sampling):
-            if sum(r.mixed for r in sampled) >= c.prompts_per_step:
-                break
-            asked = {r.problem.id for r in sampled}
-            seed = request_seed(c.seed, "refill", again)
-            more = batch(self.problems, step, c.prompts_per_step, seed)
-            sampled += self.sampler.rollouts([q for q in more if q.id not in asked], step, phases)
-        mixed = [r for r in sampled if r.mixed] if c.dynamic_sampling else sampled
-        return sampled, (mixed or sampled)[: c.prompts_per_step]
+    # Each update learns from its own share of the questions.
+    shares = split_evenly(groups, config.updates_per_batch)
+    with phases.phase("forward_backward"):
+        attempts = attempts_of_updates(trainer, shares)
+    updates = []
+    for i, share in enumerate(shares):
+        update = step * config.updates_per_batch + i
+        metrics = update_weights(trainer, share, attempts[i], positives, update, phases)
+        updates.append(metrics)
 
-    def positives(self, rollouts: Sequence[Rollout], step: int) -> Explanations:
-        """What the ExP-SFT term is to train on, by problem id: explanations, or the expert's."""
-        c = self.config
-        chosen = [
-            r.problem
-            for r in rollouts
-            if c.exp_sft_max_accuracy == 1
-            or (r.accuracy is not None and r.accuracy <= c.exp_sft_max_accuracy)
-        ]
-        if c.explains:
-            return self.sampler.explanations(chosen, step)
-        if c.method == "expert-grpo" and c.exp_sft_coef:
-            expert = {p.id: [self.prompter.expert(p)] for p in chosen}
-            return Explanations(expert, n_questions=len(chosen))
+    explained = positives if config.explains else Explanations()
+    metrics = attempt_metrics(sampled) | explained.metrics() | diagnosed | mean_metrics(updates)
+    kind = "expert" if config.spec.sft_source == "solutions" else "explanation"
+    return metrics, completion_rows(groups, positives.accepted, trainer.prompter, kind)
+
+
+def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
+    """Sample and judge the groups of a step.
+
+    Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2) samples up to `dynamic_sampling` further
+    batches, until `prompts_per_step` groups have unequal rewards.
+    """
+    config = trainer.config
+    size = config.prompts_per_step
+    questions = questions_of_step(trainer.problems, step, size, config.seed)
+    groups = sample_and_judge(trainer, questions, step, phases)
+    for refill in range(config.dynamic_sampling):
+        if sum(group.has_unequal_rewards for group in groups) >= size:
+            break
+        sampled = {group.problem.id for group in groups}
+        seed = request_seed(config.seed, "refill", refill)
+        more = questions_of_step(trainer.problems, step, size, seed)
+        new = [question for question in more if question.id not in sampled]
+        groups += sample_and_judge(trainer, new, step, phases)
+    return groups
+
+
+def sample_and_judge(
+    trainer: Trainer, questions: Sequence[Problem], step: int, phases: Phases
+) -> list[Group]:
+    config = trainer.config
+    with phases.phase("generate"):
+        requests = attempt_requests(questions, trainer.prompter, config, step)
+        completions = trainer.generator.sample(requests)
+        trainer.count_tokens(requests, completions)
+    with phases.phase("reward"):
+        return judge_attempts(questions, completions, trainer.prompter, trainer.reward, config)
+
+
+def with_advantages(groups: Sequence[Group], config: Train) -> list[Group]:
+    """Return the groups with the advantage of each attempt within its group."""
+    rewards = []
+    for group in groups:
+        for completion, reward in zip(group.completions, group.rewards, strict=True):
+            if reward is None:
+                rewards.append(math.nan)
+            else:
+                rewards.append(reward - overlong_punishment(completion, config))
+    group_ids = torch.arange(len(groups)).repeat_interleave(config.group_size)
+    advantages = group_advantage(
+        torch.tensor(rewards), group_ids, scale=config.advantage_scale
+    ).tolist()
+    size = config.group_size
+    return [
+        replace(group, advantages=advantages[i * size : (i + 1) * size])
+        for i, group in enumerate(groups)
+    ]
+
+
+def groups_to_learn_from(groups: Sequence[Group], config: Train) -> list[Group]:
+    """Return `prompts_per_step` groups; dynamic sampling takes those with unequal rewards."""
+    chosen = list(groups)
+    if config.dynamic_sampling:
+        chosen = [group for group in groups if group.has_unequal_rewards] or chosen
+    return chosen[: config.prompts_per_step]
+
+
+def questions_with_sft_term(groups: Sequence[Group], config: Train) -> list[Problem]:
+    """Return the questions of which at most `exp_sft_max_accuracy` of the attempts are right."""
+    limit = config.exp_sft_max_accuracy
+    questions = []
+    for group in groups:
+        accuracy = group.accuracy
+        if limit == 1 or (accuracy is not None and accuracy <= limit):
+            questions.append(group.problem)
+    return questions
+
+
+def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explanations:
+    """Sample explanations of the questions' answers and keep the best that are accepted."""
+    config = trainer.config
+    prompter = trainer.prompter
+    cache = trainer.explanations
+    new = questions_to_sample(questions, cache, config, step)
+    requests = explanation_requests(new, prompter, config, step)
+    completions = trainer.generator.sample(requests)
+    trainer.count_tokens(requests, completions)
+    found = accept_explanations(
+        new, completions, prompter, trainer.verify, append_answer=config.append_answer
+    )
+    samples = ranking_samples(found, new, prompter, config.choose_explanations)
+    logprobs = completion_logprobs(
+        trainer.model,
+        samples,
+        temperature=config.temperature,
+        max_tokens=config.pack_tokens,
+    )
+    best = keep_best(
+        found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
+    )
+    return select_explanations(found, best, questions, cache, config, step)
+
+
+def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Explanations:
+    """Return the data's solutions in the place of explanations, where the method uses them."""
+    config = trainer.config
+    if config.spec.sft_source != "solutions" or config.exp_sft_coef == 0:
         return Explanations()
+    expert = {question.id: [trainer.prompter.expert(question)] for question in questions}
+    return Explanations(expert, n_questions=len(questions))
 
-    def attempts(self, shares: Sequence[Sequence[Rollout]]) -> list[list[Sample]]:
-        """What each update's policy term is made of.
 
-        From the second update on that is with the log-probs under the policy that sampled, as the
-        trainer computes them in the same packs: the generator's are off by more, in bf16, than the
-        whole clip range of GSPO.
-        """
-        if self.config.method == "star":
-            return [[] for _ in shares]
-        first, *later = [policy_samples(share, self.config) for share in shares]
-        return [first, *(self.with_old(samples) for samples in later)]
+def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Explanations) -> Metrics:
+    """Measure the two properties of a good positive sample on a few questions."""
+    config = trainer.config
+    questions = []
+    for group in groups[: config.diagnose]:
+        explanation = None
+        if config.explains and group.problem.id in positives.accepted:
+            explanation = positives.accepted[group.problem.id][0]
+        questions.append(DiagnosedQuestion(group.problem, group.judged, explanation))
+    samples = diagnostic_samples(questions, trainer.prompter)
+    logprobs = completion_logprobs(
+        trainer.model,
+        [each.sample for each in samples],
+        temperature=config.temperature,
+        max_tokens=config.pack_tokens,
+    )
+    return diagnostic_metrics(questions, samples, logprobs)
 
-    def with_old(self, samples: list[Sample]) -> list[Sample]:
-        logps = self.score(samples)
-        return [replace(s, old_logp=logp) for s, logp in zip(samples, logps, strict=True)]
 
-    def update(
-        self,
-        part: list[Rollout],
-        attempts: list[Sample],
-        found: Explanations,
-        number: int,
-        phases: Phases,
-    ) -> Metrics:
-        """One optimizer step on its share of the batch; `number` counts them over the run."""
-        c = self.config
-        coef = exp_sft_coef(c, number // c.updates_per_batch)
-        chosen = [r.problem for r in part if r.problem.id in found.accepted]
-        with phases.phase("forward_backward"):
-            policy = self.policy_backward(self.with_reference(attempts))
-            self.optimizer.mark()
-            positives = sft_samples(
-                [(p, found.accepted[p.id]) for p in chosen],
-                self.prompter,
-                coef=coef,
-                n_questions=len(part),
-                reduction=c.exp_sft_reduction,
+def attempts_of_updates(trainer: Trainer, shares: Sequence[Sequence[Group]]) -> list[list[Sample]]:
+    """Return the samples of the policy term of each update.
+
+    Updates after the first need the log-probs under the policy that sampled. The trainer computes
+    them, in the same packs: in bf16 the generator's differ by more than GSPO's clip range.
+    """
+    config = trainer.config
+    if not config.spec.policy_term:
+        return [[] for _ in shares]
+    first, *later = [policy_samples(share, config) for share in shares]
+    attempts = [first]
+    for samples in later:
+        old = completion_logprobs(
+            trainer.model,
+            samples,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+        attempts.append(
+            [replace(sample, old_logp=logp) for sample, logp in zip(samples, old, strict=True)]
+        )
+    return attempts
+
+
+def policy_samples(groups: Sequence[Group], config: Train) -> list[Sample]:
+    """Return the attempts with the normaliser of `config.loss` as the weight of each token.
+
+    grpo: 1/(N T_i); dapo: 1/T; dr-grpo: 1/(N L_max). N attempts and T tokens do not count those
+    without a reward. An attempt that cannot have a gradient is left out of the samples, not of N.
+    """
+    judged = []
+    for group in groups:
+        for completion, reward, advantage in zip(
+            group.completions, group.rewards, group.advantages, strict=True
+        ):
+            if reward is not None:
+                judged.append((group.prompt_ids, completion, advantage))
+    n_attempts = len(judged)
+    n_tokens = sum(len(completion.token_ids) for _, completion, _ in judged)
+    always_has_gradient = bool(config.kl_coef or config.entropy_coef)
+    samples = []
+    for prompt_ids, completion, advantage in judged:
+        if advantage == 0 and not always_has_gradient:
+            continue
+        normaliser = {
+            "grpo": n_attempts * len(completion.token_ids),
+            "dapo": n_tokens,
+            "dr-grpo": n_attempts * config.max_completion_length,
+        }[config.loss]
+        sample = Sample(
+            prompt_ids=prompt_ids,
+            completion_ids=tuple(completion.token_ids),
+            advantage=advantage,
+            row_weight=1 / normaliser,
+        )
+        samples.append(sample)
+    return samples
+
+
+def update_weights(
+    trainer: Trainer,
+    groups: Sequence[Group],
+    attempts: Sequence[Sample],
+    positives: Explanations,
+    update: int,
+    phases: Phases,
+) -> Metrics:
+    """Run forward and backward passes on a share of the batch, then one optimizer step.
+
+    update: number of the update in the run, from 0.
+    """
+    config = trainer.config
+    model = trainer.model
+    grad_sums = trainer.optimizer.grad_sums  # what each loss.backward() adds its gradients to
+    coef = exp_sft_coef(config, update // config.updates_per_batch)
+    with phases.phase("forward_backward"):
+        attempts = with_reference_logprobs(trainer, attempts)
+        policy = policy_backward(model, attempts, PolicyLossConfig.of(config))
+        grad_sums.start_new_term()
+
+        questions = [g.problem for g in groups if g.problem.id in positives.accepted]
+        explanations = sft_samples(
+            [(question, positives.accepted[question.id]) for question in questions],
+            trainer.prompter,
+            coef=coef,
+            n_questions=len(groups),
+            reduction=config.exp_sft_reduction,
+        )
+        sft = sft_backward(
+            model,
+            explanations,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+        policy_norm, sft_norm = grad_sums.term_norms()
+    metrics: Metrics = {
+        "loss": policy.loss + sft.loss,
+        "kl": policy.kl if config.kl_coef else None,
+        "clip_ratio/low": policy.clip_low,
+        "clip_ratio/high": policy.clip_high,
+        "grad_norm/policy": policy_norm,
+        "grad_norm/exp_sft": sft_norm,
+        "exp_sft_coef": coef if config.spec.sft_term else None,
+        "exp/nll": sft.nll if explanations and config.explains else None,
+    }
+    return metrics | optimizer_step(trainer, update, phases)
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """What the policy loss needs to know of a run."""
+
+    objective: PolicyObjective
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    temperature: float = 1.0
+    max_tokens: int = 4096
+    """Tokens in one forward and backward pass at most. It does not change the result."""
+
+    @classmethod
+    def of(cls, config: Train) -> "PolicyLossConfig":
+        return cls(
+            objective=POLICY_OBJECTIVES[config.objective].build(config),
+            kl_coef=config.kl_coef,
+            entropy_coef=config.entropy_coef,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    """The policy loss and its statistics: sums over the packs, or means over rows."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+
+
+def policy_backward(
+    model: Decoder, samples: Sequence[Sample], config: PolicyLossConfig
+) -> PolicyResult:
+    """Add the gradients of the policy loss of the samples, pack by pack."""
+    total_weight = sum(sample.row_weight * len(sample.completion_ids) for sample in samples)
+    n_rows = sum(len(sample.completion_ids) for sample in samples)
+    sums = []
+    for pack, hidden in forward(model, samples, config.max_tokens):
+        result = linear_policy_loss(
+            hidden,
+            model.head_weight,
+            pack.targets,
+            pack.advantage,
+            pack.row_weight,
+            objective=config.objective,
+            old_logp=pack.old_logp,
+            ref_logp=pack.ref_logp,
+            on_policy=pack.on_policy,
+            kl_coef=config.kl_coef if pack.ref_logp is not None else 0.0,
+            entropy_coef=config.entropy_coef,
+            temperature=config.temperature,
+            sequence_ids=pack.sequence_ids,
+        )
+        result.loss.backward()
+        share = len(pack.rows) / n_rows
+        kl = result.kl * pack.row_weight.sum() / total_weight
+        sums.append(
+            torch.stack(
+                [result.loss.detach(), kl, result.clip_low * share, result.clip_high * share]
             )
-            sft = self.policy_backward(positives)
-            policy_norm, sft_norm = self.optimizer.norms_since_mark()
-        return {
-            "loss": policy["loss"] + sft["loss"],
-            "kl": policy["kl"] if c.kl_coef else None,
-            "clip_ratio/low": policy["clip_low"],
-            "clip_ratio/high": policy["clip_high"],
-            "grad_norm/policy": policy_norm,
-            "grad_norm/exp_sft": sft_norm,
-            "exp_sft_coef": coef if c.method != "grpo" else None,
-            "exp/nll": sft["nll"] if positives and c.explains else None,
-        } | self.apply(number, phases)
+        )
+    if not sums:
+        return PolicyResult()
+    # Read from the device once, when all packs are under way.
+    return PolicyResult(*torch.stack(sums).double().sum(0).tolist())
 
-    def with_reference(self, samples: list[Sample]) -> list[Sample]:
-        if not self.config.kl_coef:
-            return samples
-        logps = self.reference_score(samples)
-        return [replace(s, ref_logp=logp) for s, logp in zip(samples, logps, strict=True)]
+
+def with_reference_logprobs(trainer: Trainer, samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples with their log-probs under the initial policy, if there is a KL term."""
+    config = trainer.config
+    if not config.kl_coef:
+        return list(samples)
+    logprobs = reference_logprobs(
+        trainer.model,
+        trainer.reference,
+        samples,
+        temperature=config.temperature,
+        max_tokens=config.pack_tokens,
+    )
+    return [replace(sample, ref_logp=logp) for sample, logp in zip(samples, logprobs, strict=True)]
 
 
 def exp_sft_coef(config: Train, step: int) -> float:
-    """The coefficient of step `step` (from 0): constant, or falling to 0 at the run's end."""
-    done = min(1.0, step / config.steps)
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.exp_sft_coef * left[config.exp_sft_schedule]
+    """Return the coefficient of the SFT term at step `step` (from 0): constant, or falling to 0."""
+    progress = min(1.0, step / config.steps)
+    remaining = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return config.exp_sft_coef * remaining[config.exp_sft_schedule]
 
 
-def parts(rollouts: Sequence[Rollout], n: int) -> Iterator[list[Rollout]]:
-    """n shares that differ by one at most; none is empty."""
-    borders = [i * len(rollouts) // n for i in range(n + 1)]
-    yield from (list(rollouts[a:b]) for a, b in pairwise(borders) if a < b)
+def split_evenly(groups: Sequence[Group], n: int) -> list[list[Group]]:
+    """Split into n shares whose sizes differ by one at most. Empty shares are left out."""
+    shares = []
+    for i in range(n):
+        share = groups[i * len(groups) // n : (i + 1) * len(groups) // n]
+        if share:
+            shares.append(list(share))
+    return shares
 
 
-def policy_samples(rollouts: Sequence[Rollout], config: Train) -> list[Sample]:
-    """The group's samples with the normaliser of `config.loss` on each token.
-
-    grpo: 1/(N T_i); dapo: 1/T; dr-grpo: 1/(N L_max). N sequences and T tokens leave out those
-    without a reward. A sequence that can't have a gradient is left out of the pack, not of N.
-    """
-    scored = [
-        (r, done, advantage)
-        for r in rollouts
-        for done, reward, advantage in zip(r.completions, r.rewards, r.advantages, strict=True)
-        if reward is not None
-    ]
-    N, T = len(scored), sum(len(done.token_ids) for _, done, _ in scored)
-    tokens = {
-        "grpo": lambda done: N * len(done.token_ids),
-        "dapo": lambda done: T,
-        "dr-grpo": lambda done: N * config.max_completion_length,
-    }[config.loss]
-    pulled = bool(config.kl_coef or config.entropy_coef)
-    return [
-        Sample(r.prompt_ids, tuple(done.token_ids), advantage, 1 / tokens(done))
-        for r, done, advantage in scored
-        if advantage or pulled
-    ]
+def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Return the mean of each metric over the updates of a step, missing values left out."""
+    means: Metrics = {}
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        means[name] = mean([value for value in values if value is not None])
+    return means

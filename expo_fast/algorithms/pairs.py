@@ -1,10 +1,10 @@
-"""Preference pairs: which answers are compared, and their record on disk.
+"""Preference pairs: which texts are compared, and their record on disk.
 
-    RUN/pairs/provenance.json   what they were made from; another run's pairs are refused
-    RUN/pairs/step-N.jsonl      the pairs of step N; training data of --method dpo too, as text
-    RUN/pairs/step-N.json       who sampled them, with which success; there once they are whole
+    RUN/pairs/provenance.json   what the pairs were made from; another run's pairs are refused
+    RUN/pairs/step-N.jsonl      the pairs of step N, also as text: data rows of --method dpo
+    RUN/pairs/step-N.json       metrics of their sampling; it exists once the pairs are complete
 
-A step's pairs are made once, with the reference's log-probs, and read from there ever after.
+The pairs of a step are made once, with the reference's log-probs, and are read from here after.
 """
 
 import json
@@ -18,7 +18,7 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.storage.files import replace_file
 
-Ids = tuple[int, ...]
+TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,37 @@ class Pair:
     """Two completions of one prompt, the first preferred."""
 
     problem_id: str
-    prompt_ids: Ids
-    chosen_ids: Ids
-    rejected_ids: Ids
-    ref_logp: tuple[float, float] = (0.0, 0.0)  # of chosen and rejected, summed, nats
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+    ref_logp: tuple[float, float] = (0.0, 0.0)
+    """The reference's log-probs of chosen and rejected, summed over tokens, in nats."""
 
 
 def pair_up(
-    problem: Problem, prompter: Prompter, chosen: Sequence[Ids], rejected: Sequence[Ids], most: int
+    problem: Problem,
+    prompter: Prompter,
+    chosen: Sequence[TokenIds],
+    rejected: Sequence[TokenIds],
+    most: int,
 ) -> list[Pair]:
-    """Up to `most` pairs: each rejected answer in one, the chosen ones in turn, the best first."""
+    """Return up to `most` pairs. Each rejected text is in one pair.
+
+    The chosen texts take turns, the best first.
+    """
     if not chosen:
         return []
-    both = zip(cycle(chosen), rejected[:most], strict=False)
-    prompt = prompter.solve(problem)
-    return [Pair(problem.id, prompt, tuple(better), tuple(worse)) for better, worse in both]
+    prompt_ids = prompter.solve(problem)
+    pairs = []
+    for better, worse in zip(cycle(chosen), rejected[:most], strict=False):
+        pair = Pair(
+            problem_id=problem.id,
+            prompt_ids=prompt_ids,
+            chosen_ids=tuple(better),
+            rejected_ids=tuple(worse),
+        )
+        pairs.append(pair)
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -51,76 +67,89 @@ class PairStore:
     provenance: Mapping[str, Any]  # JSON values
 
     def check(self) -> None:
-        """ValueError where the folder holds the pairs of another run."""
+        """Raise ValueError where the folder holds the pairs of another run."""
         record = self.folder / "provenance.json"
-        made = _read_json(record) if record.exists() else self.provenance
+        found = _read_json(record) if record.exists() else self.provenance
         for name, value in self.provenance.items():
-            if made.get(name) != value:
+            if found.get(name) != value:
                 raise ValueError(
-                    f"{record} says {name}={made.get(name)!r}, this run has {value!r}: "
+                    f"{record} says {name}={found.get(name)!r}, this run has {value!r}: "
                     "choose another --output-dir"
                 )
 
     def begin(self, start: int) -> None:
-        """Make the folder's record that of a run resumed at step `start`.
+        """Prepare the folder for a run that continues at step `start`.
 
-        Pairs sampled by later weights go: the resumed run samples them again.
+        Pairs that were sampled by later weights are removed: the run samples them again.
         """
         self.check()
         self.folder.mkdir(exist_ok=True)
-        made = json.dumps(self.provenance, indent=1).encode() + b"\n"
-        replace_file(self.folder / "provenance.json", made)
-        for head in self.folder.glob("step-*.json"):
-            if _read_json(head)["pairs/policy_step"] > start:
-                head.unlink()
+        record = json.dumps(self.provenance, indent=1).encode() + b"\n"
+        replace_file(self.folder / "provenance.json", record)
+        for metrics in self.folder.glob("step-*.json"):
+            if _read_json(metrics)["pairs/policy_step"] > start:
+                metrics.unlink()
 
     def has(self, step: int) -> bool:
-        return self._head(step).exists()
+        return self._metrics_file(step).exists()
 
     def count(self) -> int:
-        """Steps that have pairs, from the first one without a gap."""
+        """Return the number of steps that have pairs, from the first one without a gap."""
         return next(step for step in count() if not self.has(step))
 
     def write(
         self,
         step: int,
-        head: dict[str, Any],  # JSON values, `pairs/policy_step` among them
+        metrics: Mapping[str, Any],
         pairs: Sequence[Pair],
-        texts: Sequence[dict[str, Any]],  # one a pair: what a reader wants to see of it
+        texts: Sequence[Mapping[str, Any]],
     ) -> None:
-        rows = [asdict(pair) | text for pair, text in zip(pairs, texts, strict=True)]
-        replace_file(self._rows(step), b"".join(json.dumps(r).encode() + b"\n" for r in rows))
-        replace_file(self._head(step), json.dumps(head).encode() + b"\n")
+        """Write the pairs of a step.
+
+        metrics: JSON values, `pairs/policy_step` among them.
+        texts: one row a pair, for readers.
+        """
+        lines = []
+        for pair, text in zip(pairs, texts, strict=True):
+            row = {**asdict(pair), **text}
+            lines.append(json.dumps(row).encode() + b"\n")
+        replace_file(self._pairs_file(step), b"".join(lines))
+        # Last: its presence says that the pairs are complete.
+        replace_file(self._metrics_file(step), json.dumps(metrics).encode() + b"\n")
 
     def read(self, step: int) -> tuple[dict[str, Any], list[Pair]]:
-        rows = _read_rows(self._rows(step))
-        pairs = [
-            Pair(
-                r["problem_id"],
-                *(tuple(r[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")),
-                ref_logp=tuple(r["ref_logp"]),
+        """Return the metrics and pairs that `write` was given."""
+        pairs = []
+        for row in _read_json_lines(self._pairs_file(step)):
+            pair = Pair(
+                problem_id=row["problem_id"],
+                prompt_ids=tuple(row["prompt_ids"]),
+                chosen_ids=tuple(row["chosen_ids"]),
+                rejected_ids=tuple(row["rejected_ids"]),
+                ref_logp=tuple(row["ref_logp"]),
             )
-            for r in rows
-        ]
-        return _read_json(self._head(step)), pairs
+            pairs.append(pair)
+        return _read_json(self._metrics_file(step)), pairs
 
-    def _rows(self, step: int) -> Path:
+    def _pairs_file(self, step: int) -> Path:
         return self.folder / f"step-{step + 1}.jsonl"
 
-    def _head(self, step: int) -> Path:
+    def _metrics_file(self, step: int) -> Path:
         return self.folder / f"step-{step + 1}.json"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    (value,) = _read_rows(path, whole=True)
-    return value
+    return _parse(path, path.read_text())
 
 
-def _read_rows(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
-    text = path.read_text()
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [_parse(path, line) for line in path.read_text().splitlines()]
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        return [json.loads(part) for part in ([text] if whole else text.splitlines())]
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}): remove its folder, and the run samples its pairs anew"
+            f"{path} is damaged ({error}): remove its folder, and the run samples its pairs again"
         ) from None

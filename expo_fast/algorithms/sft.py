@@ -1,28 +1,123 @@
-"""Supervised fine-tuning on the data's own texts: -1/P sum_q mean_t log pi(c_q,t | q)."""
+"""Supervised fine-tuning (SFT) on given texts under the plain question.
 
-from typing import Any
+    loss = -coef / P sum_q 1 / K_q sum_k mean_t log pi(c_qk,t | q)
 
-from expo_fast.algorithms.explanations import sft_samples
-from expo_fast.algorithms.rollout import said
-from expo_fast.algorithms.trainer import Learner
-from expo_fast.reporting.run_log import Phases
+P is the number of questions and c_qk are the K_q texts of question q. `--method sft` trains on the
+data's own texts with coef = 1; GRPO adds the same loss on explanations or expert solutions
+(ExP-SFT, arXiv:2507.02834, section 4.2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expo_fast.algorithms.rollout import completion_row
+from expo_fast.algorithms.trainer import (
+    Metrics,
+    StepResult,
+    Trainer,
+    optimizer_step,
+    questions_of_step,
+)
+from expo_fast.data.problems import Problem
+from expo_fast.data.prompts import Prompter
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.packing import Sample, forward
+from expo_fast.ops import linear_policy_loss
+from expo_fast.reporting.timing import Phases
 
 
-class Sft(Learner):
-    """sft: nothing is sampled but for evaluations."""
+@dataclass(frozen=True)
+class SftResult:
+    loss: float
+    nll: float
+    """Mean over the samples of the mean NLL of a completion's tokens, in nats."""
 
-    def learn(self, step: int, phases: Phases) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        questions, c = self.batch(step), self.config
-        targets = [(p, [self.prompter.target(p)]) for p in questions]
-        samples = sft_samples(
-            targets,
-            self.prompter,
-            coef=1.0,
-            n_questions=len(questions),
-            reduction=c.exp_sft_reduction,
+
+def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
+    """Train on the texts of one batch of questions. Nothing is sampled."""
+    config = trainer.config
+    prompter = trainer.prompter
+    questions = questions_of_step(trainer.problems, step, config.prompts_per_step, config.seed)
+    texts = [(question, [prompter.target(question)]) for question in questions]
+    samples = sft_samples(
+        texts,
+        prompter,
+        coef=1.0,
+        n_questions=len(questions),
+        reduction=config.exp_sft_reduction,
+    )
+    for sample in samples:
+        trainer.data_tokens += len(sample.prompt_ids) + len(sample.completion_ids)
+    with phases.phase("forward_backward"):
+        result = sft_backward(
+            trainer.model,
+            samples,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
         )
-        self.read += sum(len(s.prompt_ids + s.completion_ids) for s in samples)
-        with phases.phase("forward_backward"):
-            result = self.policy_backward(samples)
-        row = {"loss": result["loss"], "expert/nll": result["nll"]} | self.apply(step, phases)
-        return row, [said(p, "expert", self.prompter.text(ids)) for p, (ids,) in targets]
+    metrics: Metrics = {"loss": result.loss, "expert/nll": result.nll}
+    metrics |= optimizer_step(trainer, step, phases)
+    rows = []
+    for question, (ids,) in texts:
+        rows.append(completion_row(question, "expert", prompter.text(ids)))
+    return metrics, rows
+
+
+def sft_samples(
+    texts: Sequence[tuple[Problem, Sequence[tuple[int, ...]]]],
+    prompter: Prompter,
+    *,
+    coef: float,
+    n_questions: int,
+    reduction: str,
+) -> list[Sample]:
+    """Return the samples of the SFT loss.
+
+    texts: each question with the token ids of its K_q texts.
+    n_questions: P, all questions of the batch, whether they have a text or not.
+    reduction: `token_mean`, or `seq_sum` for the sum over a text's tokens, as the paper prints it.
+    """
+    samples = []
+    for problem, completions in texts:
+        for ids in completions:
+            tokens = len(ids) if reduction == "token_mean" else 1
+            sample = Sample(
+                prompt_ids=prompter.solve(problem),
+                completion_ids=tuple(ids),
+                advantage=1.0,
+                row_weight=coef / (n_questions * len(completions) * tokens),
+                on_policy=True,
+            )
+            samples.append(sample)
+    return samples
+
+
+def sft_backward(
+    model: Decoder, samples: Sequence[Sample], *, temperature: float, max_tokens: int
+) -> SftResult:
+    """Add the gradients of the SFT loss of the samples, pack by pack.
+
+    max_tokens: tokens in one forward and backward pass at most. It does not change the result.
+    """
+    sums = []
+    for pack, hidden in forward(model, samples, max_tokens):
+        result = linear_policy_loss(
+            hidden,
+            model.head_weight,
+            pack.targets,
+            pack.advantage,
+            pack.row_weight,
+            on_policy=pack.on_policy,
+            temperature=temperature,
+        )
+        result.loss.backward()
+        mean_logps = [logp.mean() for _, logp in pack.split(result.logp)]
+        nll = -torch.stack(mean_logps).sum() / len(samples)
+        sums.append(torch.stack([result.loss.detach(), nll]))
+    if not sums:
+        return SftResult(loss=0.0, nll=0.0)
+    # Read from the device once, when all packs are under way.
+    loss, nll = torch.stack(sums).double().sum(0).tolist()
+    return SftResult(loss=loss, nll=nll)

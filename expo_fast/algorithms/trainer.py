@@ -1,229 +1,181 @@
-"""What the loops have in common: weights, reference, optimizer, and the record of a step.
+"""The state of a training run, and the parts of a step that all algorithms share.
 
-A loop (grpo.py, dpo.py, sft.py) adds gradients with `policy_backward` or its own, ends each update
-with `apply`, and returns a row of metrics and what was said. The reference is the initial policy: a
-frozen copy or, with LoRA, the same weights with the adapter switched off.
+`Trainer` holds what a run consists of. It has no loop: `grpo.step`, `dpo.step` and `sft.step` take
+a trainer and the number of a step. What an exact resume needs of it is `Trainer.state()`.
 """
 
 import hashlib
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expo_fast.algorithms.diagnostics import Subject, diagnose, mean
-from expo_fast.algorithms.explanations import Score, ranking, score_tokens
-from expo_fast.algorithms.rollout import Reward, Sampler
+from expo_fast.algorithms.explanations import ExplanationCache
+from expo_fast.algorithms.pairs import PairStore
+from expo_fast.algorithms.rollout import Verifier
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, request_seed
-from expo_fast.generate import Generator
+from expo_fast.generate import Completion, Generator, Request
 from expo_fast.inference.exact_hidden import exact_hidden
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.lora import Twin, is_attached, sampling_twin, switched_off
-from expo_fast.modeling.optimizer import Optimizer, learning_rate
-from expo_fast.modeling.packing import Sample, forward
-from expo_fast.ops import Cispo, Clipped, SequenceClipped, SoftAdaptive, linear_policy_loss
-from expo_fast.reporting.run_log import Phases
+from expo_fast.modeling.lora import MergedCopy, is_attached, merged_copy
+from expo_fast.modeling.optimizer import Optimizer
+from expo_fast.modeling.schedule import learning_rate
+from expo_fast.reporting.timing import Phases
+from expo_fast.reward import Reward
 
 Metrics = dict[str, float | None]
-STATISTICS = ("loss", "kl", "clip_low", "clip_high", "nll")  # of `policy_backward`
+TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
+StepResult = tuple[Metrics, TextRows]
 
 
 @dataclass
-class Learner(ABC):
-    """One run's loop state. What a resume needs of it is `state()`."""
+class Trainer:
+    """What a training run consists of."""
 
     config: Train
     model: Decoder
-    frozen: Decoder | None  # the reference, where it is a model of its own
+    reference: Decoder | None
+    """A frozen copy of the initial model. None: the run needs none, or takes the adapter off."""
     prompter: Prompter
     problems: Sequence[Problem]
     reward: Reward
-    verify: Score  # of explanations
-    generator: Generator = field(init=False)
-    sampler: Sampler = field(init=False)
-    optimizer: Optimizer = field(init=False)
-    twin: Twin | None = field(init=False)  # plain weights to sample from, where adapters are on
-    origin: str = field(init=False)  # of the weights that the run began with: see `checksum`
-    broken: int = 0  # steps in a row up to now without finite logits or an update
-    read: int = 0  # tokens of data that no sampler drew
+    verify: Verifier
+    """Verifier of explanations; the reward may be another."""
+    generator: Generator
+    optimizer: Optimizer
+    merged_copy: MergedCopy | None
+    """With LoRA: plain weights to sample from, refreshed after each update."""
+    initial_weights_hash: str
+    pair_store: PairStore | None = None
+    """The pairs of a DPO run."""
+    explanations: ExplanationCache = field(default_factory=ExplanationCache)
+    sampled_tokens: int = 0
+    """Prompt and completion tokens of all requests so far."""
+    data_tokens: int = 0
+    """Tokens of the data's own texts that were trained on so far."""
+    broken_steps: int = 0
+    """Steps in a row up to now without finite logits or without an update."""
 
-    def __post_init__(self):
-        c = self.config
-        self.origin = checksum(self.model)
-        self.twin = sampling_twin(self.model) if is_attached(self.model) else None
-        sampled = self.model if self.twin is None else self.twin.model
-        tokenizer, exact = self.prompter.tokenizer, c.batch_invariant
-        self.generator = Generator(sampled, tokenizer=tokenizer, batch_invariant=exact)
-        self.model.exact = exact_hidden(self.model) if exact else None
-        self.sampler = Sampler(
-            c,
-            self.prompter,
-            self.generator,
-            self.reward,
-            self.verify,
-            ranking(c.choose_explanations, self.prompter, self.score),
-        )
-        self.optimizer = Optimizer(
-            self.model.named_parameters(), betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
-        )
-
-    def check(self, run_dir: Path, start: int) -> None:  # noqa: B027, most loops need nothing
-        """ValueError where the run can't go on from step `start` (from 0) in that folder."""
-
-    def begin(self, run_dir: Path, start: int) -> None:  # noqa: B027
-        """Called once, before step `start`, with the folder that the run may write to."""
-
-    def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One update or several: the row of metrics, and what was said as rows of text."""
-        skipped, phases = self.optimizer.skipped, Phases()
-        row, texts = self.learn(step, phases)
-        row |= {"skipped_steps": self.optimizer.skipped}
-        row |= {"num_tokens": self.sampler.n_tokens + self.read} | phases.seconds()
-        broken = row.get("completions/error_ratio") == 1 or self.optimizer.skipped > skipped
-        self.broken = self.broken + 1 if broken else 0
-        return {"step": step + 1} | row, texts
-
-    @abstractmethod
-    def learn(self, step: int, phases: Phases) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What `step` returns, short of what all loops report."""
-
-    def batch(self, step: int) -> list[Problem]:
-        return batch(self.problems, step, self.config.prompts_per_step, self.config.seed)
-
-    def policy_backward(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Add the samples' gradients, pack after pack; the loss and its statistics.
-
-        The statistics are read from the device once, when all packs are under way.
-        """
-        c = self.config
-        weight = sum(s.row_weight * len(s.completion_ids) for s in samples)
-        n_rows = sum(len(s.completion_ids) for s in samples)
-        found: list[Tensor] = []
-        for p, hidden in forward(self.model, samples, c.pack_tokens):
-            result = linear_policy_loss(
-                hidden,
-                self.model.head_weight,
-                p.targets,
-                p.advantage,
-                p.row_weight,
-                objective=policy_objective(c),
-                old_logp=p.old_logp,
-                ref_logp=p.ref_logp,
-                on_policy=p.on_policy,
-                kl_coef=c.kl_coef if p.ref_logp is not None else 0.0,
-                entropy_coef=c.entropy_coef,
-                temperature=c.temperature,
-                sequence_ids=p.sequence_ids,
-            )
-            result.loss.backward()
-            share = len(p.rows) / n_rows
-            kl = result.kl * p.row_weight.sum() / weight
-            nll = -torch.stack([logp.mean() for _, logp in p.split(result.logp)]).sum()
-            clips = result.clip_low * share, result.clip_high * share
-            found.append(torch.stack([result.loss.detach(), kl, *clips, nll / len(samples)]))
-        totals = torch.stack(found).double().sum(0).tolist() if found else [0.0] * len(STATISTICS)
-        return dict(zip(STATISTICS, totals, strict=True))
-
-    def apply(self, number: int, phases: Phases) -> Metrics:
-        """One optimizer step with the gradients added so far; `number` counts them over the run."""
-        c = self.config
-        lr = learning_rate(
-            number,
-            peak=c.learning_rate,
-            warmup_steps=c.warmup_steps,
-            total_steps=c.steps * c.updates_per_batch,
-            schedule=c.schedule,
-        )
-        with phases.phase("optimizer"):
-            report = self.optimizer.step(lr, c.max_grad_norm)
-            if self.twin is not None:
-                self.twin.refresh()
-        return {
-            "grad_norm": report.grad_norm,
-            "update_norm": report.update_norm,
-            "learning_rate": lr,
-        }
-
-    def score(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Log-probs of each completion's tokens under the policy, fp32 nats."""
-        return self._score(self.model, samples)
-
-    def reference_score(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """The same under the initial policy."""
-        if self.frozen is not None:
-            return self._score(self.frozen, samples)
-        with switched_off(self.model):
-            return self._score(self.model, samples)
-
-    def _score(self, model: Decoder, samples: Sequence[Sample]) -> list[Tensor]:
-        c = self.config
-        return score_tokens(model, samples, c.temperature, c.pack_tokens)
-
-    def diagnose(self, subjects: Sequence[Subject], phases: Phases) -> Metrics:
-        with phases.phase("diagnose"):
-            return diagnose(subjects[: self.config.diagnose], self.prompter, self.score)
+    def count_tokens(self, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
+        """Add the tokens of requests and their completions to `sampled_tokens`."""
+        self.sampled_tokens += sum(len(request.prompt_ids) for request in requests)
+        self.sampled_tokens += sum(len(completion.token_ids) for completion in completions)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What an exact resume needs beside the weights and the step's number."""
-        tensors, values = self.optimizer.state_dict()
-        counts = {"broken": self.broken, "read": self.read}
-        return tensors, {"optimizer": values, **counts, **self.sampler.state()}
+        """Return the tensors and JSON values that an exact resume needs beside the weights."""
+        tensors, optimizer = self.optimizer.state_dict()
+        values = {
+            "optimizer": optimizer,
+            "broken": self.broken_steps,
+            "read": self.data_tokens,
+            "n_tokens": self.sampled_tokens,
+            **self.explanations.state(),
+        }
+        return tensors, values
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Restore what `state` returned. The model's weights must be restored before."""
         self.optimizer.load_state_dict(tensors, values["optimizer"])
-        self.broken, self.read = values["broken"], values["read"]
-        self.sampler.load_state(values)
-        if self.twin is not None:
-            self.twin.refresh()
+        self.broken_steps = values["broken"]
+        self.data_tokens = values["read"]
+        self.sampled_tokens = values["n_tokens"]
+        self.explanations.load_state(values)
+        if self.merged_copy is not None:
+            self.merged_copy.refresh()
 
 
-def checksum(model: Decoder) -> str:
-    """Of the parameters' bits, in integers: the same for any number of threads."""
+def make_trainer(
+    config: Train,
+    model: Decoder,
+    reference: Decoder | None,
+    prompter: Prompter,
+    problems: Sequence[Problem],
+    reward: Reward,
+    verify: Verifier,
+) -> Trainer:
+    """Return a trainer with the generator and optimizer that the configuration asks for."""
+    initial_weights_hash = weights_hash(model)
+    merged = merged_copy(model) if is_attached(model) else None
+    model.exact = exact_hidden(model) if config.batch_invariant else None
+    generator = Generator(
+        model if merged is None else merged.model,
+        tokenizer=prompter.tokenizer,
+        batch_invariant=config.batch_invariant,
+    )
+    optimizer = Optimizer(
+        model.named_parameters(),
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    return Trainer(
+        config=config,
+        model=model,
+        reference=reference,
+        prompter=prompter,
+        problems=problems,
+        reward=reward,
+        verify=verify,
+        generator=generator,
+        optimizer=optimizer,
+        merged_copy=merged,
+        initial_weights_hash=initial_weights_hash,
+    )
+
+
+def weights_hash(model: Decoder) -> str:
+    """Return a hash of the bits of all parameters.
+
+    Bits are summed as integers, so the hash does not depend on the number of threads.
+    """
     digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        bits = p.detach().view(torch.int16 if p.dtype.itemsize == 2 else torch.int32)
-        total = sum(int(piece.sum()) for piece in bits.flatten().split(1 << 24))
-        digest.update(f"{name} {tuple(p.shape)} {total}\n".encode())
+    for name, parameter in model.named_parameters():
+        integer = torch.int16 if parameter.dtype.itemsize == 2 else torch.int32
+        bits = parameter.detach().view(integer).flatten()
+        total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
+        digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def policy_objective(config: Train) -> Clipped | SequenceClipped | Cispo | SoftAdaptive:
-    low, high = config.clip_low, config.clip_high
-    return {
-        "clipped": lambda: Clipped(low, high),
-        "gspo": lambda: SequenceClipped(low, high),
-        "cispo": lambda: Cispo(1 + high),
-        "sapo": SoftAdaptive,
-    }[config.objective]()
+def questions_of_step(
+    problems: Sequence[Problem], step: int, size: int, seed: int
+) -> list[Problem]:
+    """Return the `size` questions of step `step` (from 0).
 
-
-def batch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
-    """The step's questions: each epoch is a permutation of its own, known from (seed, epoch).
-
-    An epoch leaves out what does not fill a batch, so that no question is twice in one.
+    Each epoch is a permutation that (seed, epoch) determines. An epoch leaves out the questions
+    that do not fill a batch, so that no question is in a batch twice.
     """
-    epoch, place = divmod(step, len(problems) // size)
-    order = _permutation(len(problems), seed, epoch)
+    steps_per_epoch = len(problems) // size
+    epoch, place = divmod(step, steps_per_epoch)
+    shuffle = random.Random(request_seed(seed, "order", epoch))
+    order = shuffle.sample(range(len(problems)), len(problems))
     return [problems[i] for i in order[place * size : (place + 1) * size]]
 
 
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
-    return random.Random(request_seed(seed, "order", epoch)).sample(range(n), n)
+def optimizer_step(trainer: Trainer, update: int, phases: Phases) -> Metrics:
+    """Update the weights with the gradients summed so far.
 
-
-def mean_of(updates: Sequence[Metrics]) -> Metrics:
-    """Over the batch's optimizer steps."""
-    columns = {name: [u[name] for u in updates] for name in updates[0]}
-    return {name: mean([x for x in xs if x is not None]) for name, xs in columns.items()}
-
-
-def summed(logps: Sequence[Tensor]) -> Tensor:
-    """(S,) fp32 nats: each sequence's log-prob."""
-    return torch.stack([logp.sum() for logp in logps])
+    update: number of the update in the run, from 0. It determines the learning rate.
+    """
+    config = trainer.config
+    rate = learning_rate(
+        update,
+        peak=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.steps * config.updates_per_batch,
+        schedule=config.schedule,
+    )
+    with phases.phase("optimizer"):
+        report = trainer.optimizer.step(rate, config.max_grad_norm)
+        if trainer.merged_copy is not None:
+            trainer.merged_copy.refresh()
+    return {
+        "grad_norm": report.grad_norm,
+        "update_norm": report.update_norm,
+        "learning_rate": rate,
+    }

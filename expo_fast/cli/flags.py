@@ -15,68 +15,92 @@ from expo_fast.config import Evaluate, Train
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
-C = TypeVar("C")  # a dataclass of fields that are flags
+C = TypeVar("C")  # a dataclass whose fields are flags
 
 
 def parse(kind: type[C], argv: Sequence[str]) -> C:
-    """`--config` (a TOML file or the name of a preset), overridden by flags.
+    """Return the configuration that `--config` gives and the other flags override.
 
-    ValueError on an unknown key or a bad value.
+    `--config` takes a TOML file or the name of a preset. Raise ValueError for an unknown key or a
+    bad value, FileNotFoundError for a missing file.
     """
-    argv = [word for given in argv for word in _separate(given)]
+    words = []
+    for word in argv:
+        if word.startswith("--config="):
+            words += ["--config", word.removeprefix("--config=")]
+        else:
+            words.append(word)
     default = kind()
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 == len(words):
             raise ValueError("--config needs a TOML file behind it, or the name of a preset")
-        default = from_toml(kind, preset_or_file(argv[at + 1]))
-        del argv[at : at + 2]
+        default = from_toml(kind, preset_or_file(words[at + 1]))
+        del words[at : at + 2]
     about = (
         f"{kind.__doc__} --config FILE.toml, or the name of a preset ({', '.join(presets())}), "
         "gives defaults, which flags override."
     )
-    return from_flags(kind, argv, about, {"default": default})
+    return from_flags(kind, words, about, default)
 
 
-def from_flags(kind: type[C], argv: Sequence[str], about: str, options: dict[str, Any]) -> C:
-    """A dataclass from flags; a field without a default is positional. ValueError as `parse`."""
+def from_flags(kind: type[C], argv: Sequence[str], about: str, default: C | None = None) -> C:
+    """Return the dataclass that the flags describe; a field without a default is positional.
+
+    about: the description in --help.
+    default: values of fields without a flag; None takes the dataclass's own.
+
+    Raise ValueError for an unknown flag or a bad value.
+    """
     import tyro
 
-    positional, said = tyro.conf.PositionalRequiredArgs, io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=argv, description=about, config=(positional,), **options)
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                kind,
+                args=argv,
+                description=about,
+                config=(tyro.conf.PositionalRequiredArgs,),
+                **options,
+            )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise ValueError(_sentence(said.getvalue())) from None
+        raise ValueError(_sentence(printed.getvalue())) from None
 
 
-def _sentence(box: str) -> str:
-    """What tyro says inside the frame that it draws: no colours, title or advice."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [re.sub(r"[^ -~]|--+$", "", line).strip() for line in plain.splitlines()]
-    _, *said = filter(None, lines)
-    advice = ("Argument helptext", "Perhaps", "For full helptext", "Similar arguments")
-    end = next((i for i, line in enumerate(said) if line.startswith(advice)), len(said))
-    return " ".join(said[:end]) + "; see --help"
-
-
-def _separate(word: str) -> list[str]:
-    return ["--config", word[9:]] if word.startswith("--config=") else [word]
+def _sentence(printed: str) -> str:
+    """Return the message in the frame that tyro prints: no colours, title or advice."""
+    without_colors = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    lines = [re.sub(r"[^ -~]|--+$", "", line).strip() for line in without_colors.splitlines()]
+    _, *rest = filter(None, lines)
+    message = []
+    for line in rest:
+        if line.startswith(("Argument helptext", "Perhaps", "For full helptext", "Similar arg")):
+            break
+        message.append(line)
+    return " ".join(message) + "; see --help"
 
 
 def presets() -> list[str]:
+    """Return the names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 def preset_or_file(given: str) -> Path:
-    """What is no preset's name is a file."""
-    return PRESETS / f"{given}.toml" if given in presets() else Path(given)
+    """Return the path of the preset, or of the file where no preset has that name."""
+    if given in presets():
+        return PRESETS / f"{given}.toml"
+    return Path(given)
 
 
 def from_toml(kind: type[C], path: Path) -> C:
-    """A config from a TOML file of its fields."""
+    """Return the configuration in a TOML file; a key is a field, with - or _.
+
+    Raise FileNotFoundError for a missing file, ValueError for an unknown key or a bad value.
+    """
     if not path.is_file():
         known = ", ".join(presets())
         raise FileNotFoundError(f"no file {path}: --config needs a TOML file, or one of {known}")
@@ -84,7 +108,8 @@ def from_toml(kind: type[C], path: Path) -> C:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    types, fields = get_type_hints(kind), {}
+    types = get_type_hints(kind)
+    fields: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in types:
@@ -94,46 +119,57 @@ def from_toml(kind: type[C], path: Path) -> C:
         try:
             fields[name] = _typed(value, types[name])
         except (TypeError, OverflowError):
-            raise ValueError(f"{path}: {name}={value!r}: need {_named(types[name])}") from None
+            need = _type_in_words(types[name])
+            raise ValueError(f"{path}: {name}={value!r}: need {need}") from None
     return kind(**fields)
 
 
 def _typed(value: Any, wanted: Any) -> Any:
-    """The TOML value as a field's type; TypeError where it is none."""
+    """Return the TOML value as a field's type. Raise TypeError where it has another type."""
     arguments = get_args(wanted)
+    if get_origin(wanted) is tuple:
+        return _typed_tuple(value, arguments)
     if get_origin(wanted) is Literal:
         fits = value in arguments
-    elif get_origin(wanted) is tuple:
-        fits = isinstance(value, list) and (... in arguments or len(value) == len(arguments))
-        value = tuple(_typed(x, arguments[0]) for x in value) if fits else value
     elif wanted is float:
         fits = type(value) in (int, float)
-        value = float(value) if fits else value
     else:
-        fits = type(value) in (arguments or (wanted,))  # not isinstance: true is no 1
+        # not isinstance, for which true is an integer; the arguments are those of a union
+        fits = type(value) in (arguments or (wanted,))
     if not fits:
         raise TypeError
-    return value
+    return float(value) if wanted is float else value
 
 
-def _named(wanted: Any) -> str:
-    """A field's type in plain words."""
-    plain = [t for t in get_args(wanted) or (wanted,) if t is not type(None)]
+def _typed_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    any_length = ... in arguments
+    if not isinstance(value, list):
+        raise TypeError
+    if not any_length and len(value) != len(arguments):
+        raise TypeError
+    return tuple(_typed(element, arguments[0]) for element in value)
+
+
+def _type_in_words(wanted: Any) -> str:
+    types = [each for each in get_args(wanted) or (wanted,) if each is not type(None)]
     if get_origin(wanted) is Literal:
-        return f"one of {', '.join(map(repr, plain))}"
+        return f"one of {', '.join(map(repr, types))}"
     if get_origin(wanted) is tuple:
-        count = "" if ... in plain else f"{len(plain)} "
-        return f"a list of {count}{plain[0].__name__}"
-    return f"the type {plain[0].__name__}"
+        count = "" if ... in types else f"{len(types)} "
+        return f"a list of {count}{types[0].__name__}"
+    return f"the type {types[0].__name__}"
 
 
 def dump_toml(config: Train | Evaluate) -> str:
-    """The TOML that `from_toml` reads back; what is None is left out."""
-    values = dataclasses.asdict(config).items()
-    return "".join(f"{name} = {_toml(value)}\n" for name, value in values if value is not None)
+    """Return the TOML that `from_toml` reads back; fields that are None are left out."""
+    lines = []
+    for name, value in dataclasses.asdict(config).items():
+        if value is not None:
+            lines.append(f"{name} = {_toml_value(value)}\n")
+    return "".join(lines)
 
 
-def _toml(value: Any) -> str:
+def _toml_value(value: Any) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "inf"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,16 +1,13 @@
-"""Arithmetic word problems with worked solutions: seeded, unlimited, levels 1-5.
+"""Arithmetic word problems with worked solutions: seeded, unlimited, of levels 1 to 5.
 
-Level 1 is one sum or difference; 2 a product and one of those; 3 a product, a difference and a sum;
-4 adds a division or a second product; 5 takes five or six steps with fractions, percentages and
-comparisons.
+Level 1 is one sum or difference. Level 2 is a product and one of those. Level 3 is a product, a
+difference and a sum. Level 4 adds a division or a second product. Level 5 takes five or six steps
+with fractions, percentages and comparisons.
 
-A template is a question and its steps. `[m * n = x]` in a step computes x, and reads "4 * 6 = 24".
-Letters that no step computes are drawn from RANGES. Every number, given or computed, is an integer
-of at least 2, so plurals are always right; and the answer is never a number of the question, so
-copying one is never right.
+Every number, given or computed, is an integer of at least 2, so plurals are always right. The
+answer is never a number of the question, so copying one is never right.
 
-A problem belongs to the split that a hash of its text says, so train and eval share none under any
-seeds.
+A hash of a problem's text decides its split. So train and eval share no problem under any seeds.
 """
 
 import hashlib
@@ -21,303 +18,134 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
+from expo_fast.data.arithmetic_templates import TEMPLATES
+
 SPLITS = ("train", "eval")
 LEVELS = (1, 2, 3, 4, 5)
 DEFAULT_COUNT = 1000  # problems of one load
 EVAL_SHARE = 1 / 8  # of all texts
-LARGEST = 300  # of the numbers computed: a small model must have a chance
+LARGEST = 300  # of the computed numbers, so that a small model has a chance
 
+# Where the letters of a template are drawn from.
 RANGES = {
-    **dict.fromkeys("abc", range(2, 21)),  # terms
-    **dict.fromkeys("jkmn", range(2, 10)),  # factors
-    "t": range(20, 101),  # a total to take from
+    "a": range(2, 21),  # terms
+    "b": range(2, 21),
+    "c": range(2, 21),
+    "j": range(2, 10),  # factors
+    "k": range(2, 10),
+    "m": range(2, 10),
+    "n": range(2, 10),
+    "t": range(20, 101),  # a total to subtract from
     "f": range(2, 5),  # {times} as many
     "d": range(2, 6),  # {fraction} of them, 1/d
     "p": (2, 4, 5, 10),  # {percent}% of them, {part}, 1/p
 }
 TIMES = {2: "twice", 3: "three times", 4: "four times"}
-PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth", 10: "a tenth"}
+PARTS = {
+    2: "half",
+    3: "a third",
+    4: "a quarter",
+    5: "a fifth",
+    10: "a tenth",
+}
 
-SHE = "Anna Clara Emma Grace Hannah Julia Laura Maria Nina Olivia Priya Rosa Sara Yuki Zoe Leila"
-HE = "Adam Ben Carlos David Felix Henry Ivan Jack Kofi Leo Marco Noah Omar Peter Ravi Tom"
+WOMEN = "Anna Clara Emma Grace Hannah Julia Laura Maria Nina Olivia Priya Rosa Sara Yuki Zoe Leila"
+MEN = "Adam Ben Carlos David Felix Henry Ivan Jack Kofi Leo Marco Noah Omar Peter Ravi Tom"
 ITEMS = (
     "beads books buttons candles cards coins crayons erasers marbles pencils pens postcards "
     "ribbons shells stamps stickers toys tiles"
 )
 FOODS = "apples bananas carrots cookies muffins oranges pancakes pears plums sandwiches tomatoes"
 FRUITS = "apples apricots cherries figs lemons mangoes oranges peaches pears plums"
-BOXES = {"bags": "bag", "baskets": "basket", "boxes": "box", "crates": "crate", "packs": "pack"}
-
-TEMPLATES = {
-    1: """
-{A} has {a} {items}. {B} gives {him} {b} more. How many {items} does {A} have now?
-{A} now has [a + b = x] {items}.
-
-{A} has {a} {items} and gives {b} of them to {B}. How many {items} does {A} have left?
-{A} has [a - b = x] {items} left.
-
-There are {a} {items} on a table and {b} {items} on a shelf. How many {items} are there in all?
-In all there are [a + b = x] {items}.
-
-{A} picked {a} {fruits} and used {b} of them for a cake. How many {fruits} are left?
-There are [a - b = x] {fruits} left.
-
-{A} read {a} pages on Monday and {b} pages on Tuesday. How many pages did {he} read in all?
-In all {A} read [a + b = x] pages.
-
-{A} drives a bus with {a} passengers. At the next stop {b} more get on, and nobody gets off. \
-How many passengers does {A} have now?
-{A} now has [a + b = x] passengers.
-
-{A} has {a} dollars and buys a hat for {b} dollars. How many dollars does {he} have left?
-{A} has [a - b = x] dollars left.
-
-{A} found {a} {items} and {B} found {b} {items}. \
-How many more {items} did {A} find than {B}?
-{A} found [a - b = x] more {items} than {B}.
-""",
-    2: """
-{A} has {m} {boxes} of {n} {items} and {a} loose {items}. \
-How many {items} does {A} have in all?
-{m} {boxes} of {n} {items} are [m * n = x] {items}.
-With the loose {items} that makes [x + a = y] {items}.
-
-{A} buys {m} {boxes} with {n} {items} in each {box}. {He} gives {a} {items} to {B}. \
-How many {items} does {A} have left?
-{m} {boxes} of {n} {items} are [m * n = x] {items}.
-{A} has [x - a = y] {items} left.
-
-{A} sets up {m} rows of {n} chairs in a hall. Then {B} brings in {a} more chairs. \
-How many chairs are in the hall now?
-{m} rows of {n} chairs are [m * n = x] chairs.
-Now there are [x + a = y] chairs in the hall.
-
-{A} works {m} hours for {n} dollars an hour and then spends {a} dollars. \
-How many of the dollars does {he} have left?
-In {m} hours {A} earns [m * n = x] dollars.
-{He} has [x - a = y] dollars left.
-
-{A} buys {m} tickets for {n} dollars each and a drink for {a} dollars. \
-How many dollars does {A} spend?
-{m} tickets for {n} dollars each cost [m * n = x] dollars.
-With the drink {A} spends [x + a = y] dollars.
-
-{A} reads {n} pages a day for {m} days. Then {he} has {a} pages left to read. \
-How many pages does the book have?
-In {m} days {A} reads [m * n = x] pages.
-The book has [x + a = y] pages.
-
-On {A}'s farm {m} children pick {n} {fruits} each. They eat {a} of the {fruits}. \
-How many {fruits} are left?
-{m} children with {n} {fruits} each pick [m * n = x] {fruits}.
-There are [x - a = y] {fruits} left.
-
-{A} has {a} {items}, and {B} has {times} as many. How many {items} do they have together?
-{B} has {times} as many, which is [f * a = x] {items}.
-Together they have [x + a = y] {items}.
-""",
-    3: """
-{A} has {m} {boxes} of {n} {items}. {He} gives {a} {items} to {B} and then finds {b} more. \
-How many {items} does {A} have now?
-{m} {boxes} of {n} {items} are [m * n = x] {items}.
-After the gift {A} has [x - a = y] {items}.
-With the ones {he} finds {A} has [y + b = z] {items}.
-
-{A}'s shop has {a} {items}. It gets {m} {boxes} of {n} {items} and then sells {b} {items}. \
-How many {items} does the shop have now?
-{m} {boxes} of {n} {items} are [m * n = x] {items}.
-With them the shop has [a + x = y] {items}.
-After the sale it has [y - b = z] {items}.
-
-{A} saves {n} dollars a week for {m} weeks. {B} gives {him} {a} dollars, \
-and {he} spends {b} dollars on a game. How many dollars does {A} have now?
-In {m} weeks {A} saves [m * n = x] dollars.
-With the gift {he} has [x + a = y] dollars.
-After buying the game {he} has [y - b = z] dollars.
-
-{A} drives a train that has {m} cars with {n} passengers in each car. At a station {a} passengers \
-get off and {b} get on. How many passengers are on the train now?
-{m} cars of {n} passengers are [m * n = x] passengers.
-After some get off, there are [x - a = y] passengers.
-After others get on, there are [y + b = z] passengers.
-
-{A} bakes {m} trays of {n} muffins. {His} family eats {a} of them, and {B} brings {b} more. \
-How many muffins are there now?
-{m} trays of {n} muffins are [m * n = x] muffins.
-After the family eats there are [x - a = y] muffins.
-With those that {B} brings there are [y + b = z] muffins.
-
-{A} has {t} dollars. {He} buys {m} tickets for {n} dollars each and a drink for {a} dollars. \
-How many dollars does {A} have left?
-{m} tickets for {n} dollars each cost [m * n = x] dollars.
-With the drink {A} spends [x + a = y] dollars.
-{He} has [t - y = z] dollars left.
-
-A garden has {m} rows of {n} roses. {A} cuts {a} of the roses and plants {b} new ones. \
-How many roses are in the garden now?
-{m} rows of {n} roses are [m * n = x] roses.
-After the cut there are [x - a = y] roses.
-With the new ones there are [y + b = z] roses.
-
-{A} has {a} {items}. {B} had {times} as many, but lost {b} of them. \
-How many {items} do they have together?
-{B} had {times} as many, which is [f * a = x] {items}.
-After the loss {B} has [x - b = y] {items}.
-Together they have [y + a = z] {items}.
-""",
-    4: """
-{A} has {m} {boxes} of {n} {items} and {a} loose {items}. {He} loses {b} of all these {items} \
-and shares the rest equally among {k} friends. How many {items} does each friend get?
-{m} {boxes} of {n} {items} are [m * n = x] {items}.
-With the loose {items} that makes [x + a = y] {items}.
-After the loss {A} has [y - b = z] {items}.
-Each of the {k} friends gets [z / k = w] {items}.
-
-{A} buys {m} {boxes} of {n} {foods}, and {B} buys {k} {boxes} of {j} {foods}. \
-Together they eat {a} {foods}. How many {foods} are left?
-{A} buys [m * n = x] {foods}.
-{B} buys [k * j = y] {foods}.
-Together they have [x + y = z] {foods}.
-There are [z - a = w] {foods} left.
-
-{A} has {t} dollars. {He} buys {m} books for {n} dollars each and {k} pens for {j} dollars each. \
-How many dollars does {A} have left?
-The books cost [m * n = x] dollars.
-The pens cost [k * j = y] dollars.
-Together they cost [x + y = z] dollars.
-{A} has [t - z = w] dollars left.
-
-{A} picks {n} {fruits} from each of {m} trees. {He} throws {a} bad ones away and buys {b} more. \
-Then {he} puts all the {fruits} into {boxes} of {k}. How many {boxes} does {he} fill?
-From {m} trees {A} picks [m * n = x] {fruits}.
-Without the bad ones there are [x - a = y] {fruits}.
-With the new ones there are [y + b = z] {fruits}.
-They fill [z / k = w] {boxes}.
-
-A book has {t} pages. {A} reads {n} pages a day for {m} days and then {a} pages on Sunday. \
-{He} reads the rest in {k} days, the same number of pages each day. \
-How many pages a day does {A} read at the end?
-In the first {m} days {A} reads [m * n = x] pages.
-With Sunday that makes [x + a = y] pages.
-There are [t - y = z] pages left.
-In {k} days {A} reads [z / k = w] pages a day.
-
-{A} works {m} hours for {n} dollars an hour and gets {a} dollars more as a tip. \
-{B} works {k} hours for {j} dollars an hour. How many more dollars does {A} get than {B}?
-For the hours {A} earns [m * n = x] dollars.
-With the tip {he} gets [x + a = y] dollars.
-{B} earns [k * j = z] dollars.
-{A} gets [y - z = w] dollars more.
-
-{A} plans a trip for {m} classes of {n} children. On the day {a} children are ill and stay at \
-home, and {b} parents come along. Each van takes {k} people. How many full vans do they need?
-{m} classes of {n} children are [m * n = x] children.
-Without the ill ones there are [x - a = y] children.
-With the parents there are [y + b = z] people.
-They need [z / k = w] vans.
-""",
-    5: """
-{A} has {m} {boxes} of {n} {items}. {He} gives {fraction} of the {items} to {B}, \
-who already has {a}, and then gives {b} {items} to {C}. \
-How many more {items} does {A} have than {B} now?
-{m} {boxes} of {n} {items} are [m * n = x] {items}.
-{B} gets {fraction} of them, which is [x / d = y] {items}.
-{A} then has [x - y = z] {items}.
-After the gift to {C} {he} has [z - b = w] {items}.
-{B} now has [a + y = v] {items}.
-{A} has [w - v = u] more {items} than {B}.
-
-{A}'s shop has {t} {items}. It sells {percent}% of them on Monday and {fraction} of the rest on \
-Tuesday. Then it gets {m} {boxes} of {n} {items}. How many {items} does the shop have now?
-{percent}% is {part}, so on Monday the shop sells [t / p = x] {items}.
-After Monday it has [t - x = y] {items}.
-On Tuesday it sells {fraction} of them, which is [y / d = z] {items}.
-After Tuesday it has [y - z = w] {items}.
-The {m} new {boxes} hold [m * n = v] {items}.
-Now the shop has [w + v = u] {items}.
-
-{A} works {m} hours for {n} dollars an hour and spends {fraction} of the money on food. \
-{B} has {times} as many dollars as {A} has left. How many dollars do they have together?
-In {m} hours {A} earns [m * n = x] dollars.
-The food costs {fraction} of that, which is [x / d = y] dollars.
-{A} has [x - y = z] dollars left.
-{B} has {times} as many, which is [f * z = w] dollars.
-Together they have [z + w = v] dollars.
-
-{A} teaches at a school with {m} classes of {n} children. To come to school {percent}% of the \
-children walk, {fraction} of the others ride a bike, and the rest take the bus. \
-How many more children take the bus than walk?
-{m} classes of {n} children are [m * n = x] children.
-{percent}% is {part}, so [x / p = y] children walk.
-The others are [x - y = z] children.
-Of these {fraction} ride a bike, which is [z / d = w] children.
-The bus takes [z - w = v] children.
-That is [v - y = u] more children than walk.
-
-{A} has {t} dollars. {He} buys {m} books for {n} dollars each and {k} pens for {j} dollars each. \
-The shop takes {percent}% off the total. How many dollars does {A} have left?
-The books cost [m * n = x] dollars.
-The pens cost [k * j = y] dollars.
-The total is [x + y = z] dollars.
-{percent}% is {part}, so the shop takes off [z / p = w] dollars.
-{A} pays [z - w = v] dollars.
-{He} has [t - v = u] dollars left.
-
-A garden has {m} rows of {n} trees. Of these trees {fraction} are pear trees, and the others are \
-plum trees. {A} cuts down {a} plum trees and plants {b} pear trees. \
-How many more plum trees than pear trees are there now?
-{m} rows of {n} trees are [m * n = x] trees.
-The pear trees are {fraction} of them, which is [x / d = y] trees.
-The plum trees are [x - y = z] trees.
-After the cut there are [z - a = w] plum trees.
-With the new ones there are [y + b = v] pear trees.
-There are [w - v = u] more plum trees than pear trees.
-
-{A} scores {a} points in a game. {B} scores {times} as many, and {C} scores {b} fewer than {B}. \
-The rest of the team scores {fraction} of what these three score together. \
-How many points does the whole team score?
-{B} scores {times} as many, which is [f * a = x] points.
-{C} scores [x - b = y] points.
-{A} and {B} together score [a + x = z] points.
-With {C} that makes [z + y = w] points.
-The rest score {fraction} of that, which is [w / d = v] points.
-The whole team scores [w + v = u] points.
-""",
+BOXES = {
+    "bags": "bag",
+    "baskets": "basket",
+    "boxes": "box",
+    "crates": "crate",
+    "packs": "pack",
 }
 
 EQUATION = re.compile(r"\[(\w) ([-+*/]) (\w) = (\w)\]")
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+OPERATIONS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+}
+
+
+Numbers = dict[str, int]  # by the letter of a template
 
 
 class WordProblem(NamedTuple):
+    """A generated problem."""
+
     question: str
     answer: int
-    solution: str  # one step a line, the last "The answer is \boxed{N}."
+    solution: str  # one step per line, the last "The answer is \boxed{N}."
+
+
+class Equation(NamedTuple):
+    """One computation of a template, in letters."""
+
+    left: str
+    sign: str
+    right: str
+    result: str
 
 
 class Template(NamedTuple):
+    """A parsed template. `question` and `solution` have format fields."""
+
     question: str
     solution: str
-    equations: tuple[tuple[str, ...], ...]  # (left, sign, right, result), in order
+    equations: tuple[Equation, ...]  # in the order of computation
     drawn: tuple[str, ...]  # the letters that no equation computes
+
+    @property
+    def answer(self) -> str:
+        """The letter of the answer."""
+        return self.equations[-1].result
 
 
 @cache
 def templates(level: int) -> tuple[Template, ...]:
-    return tuple(map(_parse, TEMPLATES[level].strip().split("\n\n")))
+    """Return the parsed templates of a level."""
+    texts = TEMPLATES[level].strip().split("\n\n")
+    return tuple(map(_parse, texts))
 
 
 def _parse(text: str) -> Template:
-    equations = tuple(match.groups() for match in EQUATION.finditer(text))
-    computed = {result for *_, result in equations}
-    question, steps = EQUATION.sub(r"{\1} \2 {\3} = {\4}", text).split("\n", 1)
-    operands = {letter for left, _, right, _ in equations for letter in (left, right)}
-    ending = "\nThe answer is \\boxed{{{" + equations[-1][-1] + "}}}."
-    return Template(question, steps + ending, equations, tuple(sorted(operands - computed)))
+    found = EQUATION.findall(text)
+    equations = tuple(Equation(*letters) for letters in found)
+    operands: set[str] = set()
+    for equation in equations:
+        operands |= {equation.left, equation.right}
+    computed = {equation.result for equation in equations}
+    with_fields = EQUATION.sub(r"{\1} \2 {\3} = {\4}", text)
+    question, steps = with_fields.split("\n", 1)
+    # a format string, in which braces are doubled
+    ending = "\nThe answer is \\boxed{{{" + equations[-1].result + "}}}."
+    return Template(
+        question=question,
+        solution=steps + ending,
+        equations=equations,
+        drawn=tuple(sorted(operands - computed)),
+    )
 
 
-def word_problem(level: int, index: int, *, split: str = "train", seed: int = 0) -> WordProblem:
-    """Problem `index` of an endless sequence: the same arguments always give the same problem."""
+def word_problem(
+    level: int,
+    index: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+) -> WordProblem:
+    """Return problem `index` of an endless sequence.
+
+    The same arguments always give the same problem. Raises ValueError for an unknown level or
+    split.
+    """
     if level not in LEVELS or split not in SPLITS:
         known = f"levels {LEVELS[0]}-{LEVELS[-1]} and splits {', '.join(SPLITS)}"
         raise ValueError(f"builtin:arithmetic has {known}, not level {level} of split {split!r}")
@@ -329,67 +157,99 @@ def word_problem(level: int, index: int, *, split: str = "train", seed: int = 0)
 
 
 def rows(
-    split: str, levels: Sequence[int], count: int | None, seed: int
+    split: str,
+    levels: Sequence[int],  # taken in turns; all if empty
+    count: int | None,  # None: DEFAULT_COUNT
+    seed: int,
 ) -> Iterator[dict[str, object]]:
-    """`count` rows (DEFAULT_COUNT where None) that take turns over `levels` (all where empty)."""
+    """Yield `count` problems as data rows."""
     chosen = sorted(set(levels)) or LEVELS
-    for turn in range(count or DEFAULT_COUNT):
-        index, place = divmod(turn, len(chosen))
-        level = chosen[place]
-        question, answer, solution = word_problem(level, index, split=split, seed=seed)
-        name = f"arithmetic/{split}/seed-{seed}/level-{level}/{index}"
-        yield dict(id=name, problem=question, answer=answer, solution=solution, level=level)
+    for number in range(count or DEFAULT_COUNT):
+        index, turn = divmod(number, len(chosen))
+        level = chosen[turn]
+        problem = word_problem(level, index, split=split, seed=seed)
+        yield {
+            "id": f"arithmetic/{split}/seed-{seed}/level-{level}/{index}",
+            "problem": problem.question,
+            "answer": problem.answer,
+            "solution": problem.solution,
+            "level": level,
+        }
 
 
 def split_of(question: str) -> str:
-    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) / 2**64  # [0, 1)
-    return "eval" if bucket < EVAL_SHARE else "train"
+    """Return the split that a hash of the question puts it into."""
+    digest = hashlib.sha256(question.encode()).digest()
+    share = int.from_bytes(digest[:8]) / 2**64  # in [0, 1)
+    return "eval" if share < EVAL_SHARE else "train"
 
 
 def _draw(level: int, rng: random.Random) -> WordProblem:
     template = rng.choice(templates(level))
     words = _draw_words(rng)
     while True:
-        numbers = _compute(template.equations, {v: rng.choice(RANGES[v]) for v in template.drawn})
+        drawn: Numbers = {}
+        for letter in template.drawn:
+            drawn[letter] = rng.choice(RANGES[letter])
+        numbers = _compute(template, drawn)
         if numbers is None:
             continue
         fields = words | numbers | _in_words(numbers)
         question = template.question.format_map(fields)
-        answer = numbers[template.equations[-1][-1]]
+        answer = numbers[template.answer]
         if str(answer) not in re.findall(r"\d+", question):
-            return WordProblem(question, answer, template.solution.format_map(fields))
+            solution = template.solution.format_map(fields)
+            return WordProblem(question, answer, solution)
 
 
-def _compute(equations: Sequence[Sequence[str]], numbers: dict[str, int]) -> dict[str, int] | None:
-    """All numbers of the template, or None where one is no integer of 2 to LARGEST."""
-    for left, sign, right, result in equations:
-        a, b = numbers[left], numbers[right]
+def _compute(template: Template, drawn: Numbers) -> Numbers | None:
+    """Return all numbers of a template, or None if one is not an integer from 2 to LARGEST."""
+    numbers = dict(drawn)
+    for left, sign, right, result in template.equations:
+        a = numbers[left]
+        b = numbers[right]
         if sign == "/" and a % b:
             return None
-        numbers[result] = OPERATIONS[sign](a, b)
-        if not 2 <= numbers[result] <= LARGEST:
+        value = OPERATIONS[sign](a, b)
+        if not 2 <= value <= LARGEST:
             return None
+        numbers[result] = value
     return numbers
 
 
 def _draw_words(rng: random.Random) -> dict[str, str]:
-    women, men = SHE.split(), HE.split()
-    a, b, c = rng.sample(women + men, 3)
-    he, his, him = ("she", "her", "her") if a in women else ("he", "his", "him")
+    """Draw the words of a template: three people, the pronouns of the first, and things."""
+    women = WOMEN.split()
+    first, second, third = rng.sample(women + MEN.split(), 3)
+    if first in women:
+        he, his, him = "she", "her", "her"
+    else:
+        he, his, him = "he", "his", "him"
     boxes, box = rng.choice(list(BOXES.items()))
-    words = dict(
-        A=a, B=b, C=c, he=he, him=him, He=he.title(), His=his.title(), boxes=boxes, box=box
-    )
-    kinds = dict(items=ITEMS, foods=FOODS, fruits=FRUITS)
-    return words | {kind: rng.choice(names.split()) for kind, names in kinds.items()}
+    return {
+        "A": first,
+        "B": second,
+        "C": third,
+        "he": he,
+        "him": him,
+        "He": he.title(),
+        "His": his.title(),
+        "boxes": boxes,
+        "box": box,
+        "items": rng.choice(ITEMS.split()),
+        "foods": rng.choice(FOODS.split()),
+        "fruits": rng.choice(FRUITS.split()),
+    }
 
 
-def _in_words(numbers: dict[str, int]) -> dict[str, object]:
+def _in_words(numbers: Numbers) -> dict[str, object]:
+    """Return the words for the numbers that a template names in words."""
     words: dict[str, object] = {}
     if "f" in numbers:
         words["times"] = TIMES[numbers["f"]]
     if "d" in numbers:
         words["fraction"] = PARTS[numbers["d"]]
     if "p" in numbers:
-        words |= {"part": PARTS[numbers["p"]], "percent": 100 // numbers["p"]}
+        words["part"] = PARTS[numbers["p"]]
+        words["percent"] = 100 // numbers["p"]
     return words

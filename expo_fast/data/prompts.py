@@ -1,7 +1,7 @@
-"""What the model is asked: to solve a question, or to explain its known answer.
+"""Prompts that ask the model to solve a question, or to explain its known answer.
 
-Both prompts share system prompt, worked examples, wording and output format and differ in one short
-remark, so that an explanation is text that the model could have written as a solution (the
+Both prompts have the same system prompt, worked examples, wording and output format, and differ in
+one short remark. So an explanation is text that the model could have written as a solution (the
 in-distribution property of arXiv:2507.02834, section 3). The wording is ours, not the paper's.
 """
 
@@ -13,31 +13,35 @@ from textwrap import shorten
 from typing import Any
 
 from expo_fast.config import INSTRUCTION
+from expo_fast.data.columns import Message
 from expo_fast.data.problems import Problem
-from expo_fast.generate import Completion
 
-EXPLAIN = "{question} (The answer is {answer}.)"  # stands where the question does
+TokenIds = tuple[int, ...]
+
+EXPLAIN = "{question} (The answer is {answer}.)"  # in place of the question
 PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template
 PLAIN_STOP = "\nQuestion:"
-# Templates that state the day (Llama 3, SmolLM3) state this one, or a run resumed tomorrow and an
-# evaluation next week would ask something else. A macro, as newer transformers let no function in.
+
+# Templates that state the day (Llama 3, SmolLM3) get this one. Otherwise a run resumed tomorrow and
+# an evaluation next week would ask something else. It is given as a macro, because newer
+# transformers accept no function.
 TODAY = datetime(2026, 1, 1)
 DATE_CODES = [f"%{code}" for code in "aAbBdejmyYHIMSp"] + ["%-d", "%-m"]
-STRFTIME_NOW = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
-    + " }}{% endmacro %}\n"
-)
+REPLACE_DATES = "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
+STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + REPLACE_DATES + " }}{% endmacro %}\n"
 
 
 @dataclass(frozen=True)
 class Prompter:
-    """Renders problems for one tokenizer; `shots` are worked examples shown as earlier turns."""
+    """Renders problems as token ids for one tokenizer.
+
+    Raises ValueError if there is no tokenizer, or if it has no end token.
+    """
 
     tokenizer: Any
-    shots: tuple[Problem, ...] = ()
+    shots: tuple[Problem, ...] = ()  # worked examples, shown as earlier turns
     system: str | None = None  # None: what the chat template does by itself
-    instruction: str = INSTRUCTION  # behind each question; "": none
+    instruction: str = INSTRUCTION  # appended to each question; "": none
 
     def __post_init__(self):
         if self.tokenizer is None:
@@ -47,112 +51,151 @@ class Prompter:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token: name one in tokenizer_config.json")
 
-    def solve(self, problem: Problem) -> tuple[int, ...]:
-        """Token ids of the plain question, ready for the answer."""
+    # Prompts
+
+    def solve(self, problem: Problem) -> TokenIds:
+        """Return the token ids of the plain question, up to the start of the answer."""
         return self._render(problem, explain=False)
 
-    def explain(self, problem: Problem) -> tuple[int, ...]:
-        """The same with the answers stated: the problem's and the worked examples'."""
+    def explain(self, problem: Problem) -> TokenIds:
+        """Return the same with the answers stated, of the problem and the worked examples."""
         return self._render(problem, explain=True)
 
-    def expert(self, problem: Problem) -> tuple[int, ...]:
-        """Completion ids of the expert's solution, its answer boxed."""
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end a completion, for a tokenizer without a chat template."""
+        return () if self._has_chat_template else (PLAIN_STOP,)
+
+    @property
+    def template_hash(self) -> str:
+        """A hash that changes with everything that changes a prompt."""
+        probe = Problem(id="probe", prompt="Q?", answer="A", solution="S")
+        rendered = (self.solve(probe), self.explain(probe))
+        digest = hashlib.sha256(repr(rendered).encode())
+        return digest.hexdigest()[:16]
+
+    # Completions
+
+    def expert(self, problem: Problem) -> TokenIds:
+        """Return the completion ids of the expert's solution, with its answer boxed."""
         return self.completion(expert_text(problem))
 
-    def target(self, problem: Problem) -> tuple[int, ...]:
-        """Completion ids of what the data prefer: a pair's chosen text, else the solution."""
-        return self.completion(problem.pair[0]) if problem.pair else self.expert(problem)
+    def target(self, problem: Problem) -> TokenIds:
+        """Return the completion ids that the data prefer: a pair's chosen text, or the solution."""
+        if problem.pair is not None:
+            chosen, _ = problem.pair
+            return self.completion(chosen)
+        return self.expert(problem)
 
-    def completion(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text in the place of the model's own, ended as the model ends."""
-        text = " " * (not self._chats) + text
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return (*ids, self.tokenizer.eos_token_id)
+    def completion(self, text: str) -> TokenIds:
+        """Return the ids of a text as a completion of the model, with the end token."""
+        if not self._has_chat_template:
+            text = " " + text
+        return (*self._encode(text), self.tokenizer.eos_token_id)
 
-    def ended(self, done: Completion) -> tuple[int, ...]:
-        """Token ids of a sampled completion; one that a stop string ended is cut before it, and
-        ends as all others do."""
-        ids = list(done.token_ids)
-        if done.finish_reason != "stop" or not self.stop_strings:
+    def ended(self, token_ids: Sequence[int], finish_reason: str) -> TokenIds:
+        """Return the ids of a sampled completion that ends like all others.
+
+        If a stop string ended it, it is cut before the string and gets the end token.
+        """
+        ids = list(token_ids)
+        if finish_reason != "stop" or not self.stop_strings:
             return tuple(ids)
         text = self.text(ids)
-        cut = min(
-            [text.find(stop) for stop in self.stop_strings if stop in text], default=len(text)
-        )
-        return (*self.cut(ids, len(text[:cut].rstrip())), self.tokenizer.eos_token_id)
+        end = len(text)
+        for stop in self.stop_strings:
+            if stop in text:
+                end = min(end, text.find(stop))
+        before = text[:end].rstrip()
+        kept = self.cut(ids, len(before))
+        return (*kept, self.tokenizer.eos_token_id)
 
     def cut(self, ids: Sequence[int], length: int) -> list[int]:
-        """The first of the tokens, with `length` characters of text at most."""
+        """Return the longest prefix of the tokens whose text has at most `length` characters."""
         ids = list(ids)
         while ids and len(self.text(ids)) > length:
             ids.pop()
         return ids
 
-    def longer(self, ids: Sequence[int], more: str) -> tuple[int, ...]:
-        """An ended completion with a text before its end; the sampled tokens stay as they were."""
+    def longer(self, ids: Sequence[int], more: str) -> TokenIds:
+        """Return an ended completion with a text inserted before its end token.
+
+        The sampled tokens are not changed.
+        """
         special = self.tokenizer.all_special_ids
-        added = self.tokenizer(more, add_special_tokens=False).input_ids
-        return (*(t for t in ids if t not in special), *added, self.tokenizer.eos_token_id)
+        written = [token for token in ids if token not in special]
+        return (*written, *self._encode(more), self.tokenizer.eos_token_id)
 
     def text(self, completion_ids: Sequence[int]) -> str:
-        """What the model wrote, without its end token."""
+        """Return what the model wrote, without the end token."""
         return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
 
-    def _fill(self, turns: list[dict[str, str]]) -> str:
+    @property
+    def _has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _render(self, problem: Problem, *, explain: bool) -> TokenIds:
+        turns = self._turns(problem, explain)
+        if self._has_chat_template:
+            text = self._fill(turns)
+        else:
+            text = (self.tokenizer.bos_token or "") + _plain(turns)
+        return tuple(self._encode(text))
+
+    def _turns(self, problem: Problem, explain: bool) -> list[Message]:
+        """Return the conversation: system messages first, worked examples, the question."""
+        turns: list[Message] = []
+        if self.system:
+            turns.append({"role": "system", "content": self.system})
+        asked = self._question(problem, explain)
+        turns += [turn for turn in asked if turn["role"] == "system"]
+        for shot in self.shots:
+            question = self._question(shot, explain)
+            turns += [turn for turn in question if turn["role"] != "system"]
+            turns.append({"role": "assistant", "content": expert_text(shot)})
+        turns += [turn for turn in asked if turn["role"] != "system"]
+        return turns
+
+    def _question(self, problem: Problem, explain: bool) -> list[Message]:
+        """Return the messages of a problem, with the instruction in the last."""
+        if isinstance(problem.prompt, str):
+            earlier = []
+            last = {"role": "user", "content": problem.prompt}
+        else:
+            *earlier, last = problem.prompt
+        content = last["content"]
+        if explain:
+            content = EXPLAIN.format(question=content, answer=problem.answer)
+        if self.instruction:
+            content = f"{content}\n\n{self.instruction}"
+        return [*earlier, {**last, "content": content}]
+
+    def _fill(self, turns: list[Message]) -> str:
         try:
             template = STRFTIME_NOW + self.tokenizer.get_chat_template()
             return self.tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=True
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:  # a template is a program: it may raise anything
             roles = ", ".join(turn["role"] for turn in turns)
             reason = shorten(f"{type(error).__name__}: {error}", 300)
             raise ValueError(f"the chat template refuses the turns ({roles}): {reason}") from error
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return () if self._chats else (PLAIN_STOP,)
 
-    @property
-    def template_hash(self) -> str:
-        """Changes with anything that changes a prompt."""
-        probe = Problem(id="probe", prompt="Q?", answer="A", solution="S")
-        rendered = repr((self.solve(probe), self.explain(probe)))
-        return hashlib.sha256(rendered.encode()).hexdigest()[:16]
-
-    @property
-    def _chats(self) -> bool:
-        return bool(self.tokenizer.chat_template)
-
-    def _render(self, problem: Problem, *, explain: bool) -> tuple[int, ...]:
-        turns = [{"role": "system", "content": self.system}] if self.system else []
-        asked = self._question(problem, explain)
-        turns += [turn for turn in asked if turn["role"] == "system"]
-        for shot in self.shots:
-            turns += [turn for turn in self._question(shot, explain) if turn["role"] != "system"]
-            turns.append({"role": "assistant", "content": expert_text(shot)})
-        turns += [turn for turn in asked if turn["role"] != "system"]
-        if self._chats:
-            text = self._fill(turns)
-        else:
-            text = (self.tokenizer.bos_token or "") + _plain(turns)
-        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def _question(self, problem: Problem, explain: bool) -> list[dict[str, str]]:
-        *earlier, last = (
-            [{"role": "user", "content": problem.prompt}]
-            if isinstance(problem.prompt, str)
-            else list(problem.prompt)
-        )
-        question = last["content"]
-        if explain:
-            question = EXPLAIN.format(question=question, answer=problem.answer)
-        parts = [question, self.instruction] if self.instruction else [question]
-        return [*earlier, {**last, "content": "\n\n".join(parts)}]
-
-
-def check_length(problem: Problem, prompt: Sequence[int], *, new: int, context: int) -> None:
-    """ValueError where a prompt and its completion do not fit the model's context."""
+def check_length(
+    problem: Problem,
+    prompt: Sequence[int],
+    *,
+    new: int,  # tokens of the completion
+    context: int,  # tokens of the model's context
+) -> None:
+    """Raise ValueError if a prompt and its completion do not fit the model's context."""
     if len(prompt) + new > context:
         raise ValueError(
             f"problem {problem.id} takes {len(prompt)} prompt tokens + max_completion_length={new}"
@@ -161,7 +204,10 @@ def check_length(problem: Problem, prompt: Sequence[int], *, new: int, context: 
 
 
 def expert_text(problem: Problem) -> str:
-    """The expert's solution with its answer in a box: data sets differ in whether they have one."""
+    """Return the expert's solution with its answer in a box, which is added if it has none.
+
+    Raises ValueError if the problem has no solution.
+    """
     if problem.solution is None:
         raise ValueError(
             f"problem {problem.id} has no expert solution: worked examples (--shots) and "
@@ -173,25 +219,30 @@ def expert_text(problem: Problem) -> str:
 
 
 def boxed(answer: str) -> str:
-    """What is put behind reasoning that has no box of its own."""
+    """Return the sentence that is appended to reasoning without a box."""
     return f"\nThe answer is \\boxed{{{answer}}}."
 
 
 def request_seed(*key: int | str) -> int:
-    """The 63-bit seed of one request, from what names it: (run seed, purpose, step, problem, k).
+    """Return the 63-bit seed of one request from the names (run seed, purpose, step, problem, k).
 
-    Nothing that a run samples depends on what it sampled before, so a resumed run needs no
-    generator's state to go on bit for bit.
+    What a run samples does not depend on what it sampled before. So a resumed run needs no random
+    state to continue bit for bit.
     """
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    name = "/".join(map(str, key))
+    digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
-def _plain(turns: Sequence[dict[str, str]]) -> str:
-    parts = []
+def _plain(turns: Sequence[Message]) -> str:
+    """Render turns for a tokenizer without a chat template."""
+    text = ""
     for turn in turns:
+        content = turn["content"]
         if turn["role"] == "user":
-            parts.append(PLAIN_TURN.format(question=turn["content"]))
+            text += PLAIN_TURN.format(question=content)
+        elif turn["role"] == "assistant":
+            text += f" {content}\n\n"
         else:
-            parts.append(f"{' ' * (turn['role'] == 'assistant')}{turn['content']}\n\n")
-    return "".join(parts)
+            text += f"{content}\n\n"
+    return text

@@ -1,28 +1,31 @@
-"""Samples -> packed rows of tokens, each shared prefix in them once.
+"""Pack samples into rows of tokens in which every shared prefix is stored once.
 
-A pack is a tree of segments: what all its prompts start with, under it each prompt's own rest,
-under that the completions. A token is in the pack once however many samples continue it, and the
-last token of a completion not at all, since nothing is predicted from it.
+A pack is a tree of segments: the common prefix of all its prompts, under it the rest of each
+prompt, and under that the completions. A token is stored once for all samples that continue it. The
+last token of a completion is not stored, since nothing is predicted from it.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from expo_fast.modeling.decoder import Decoder
 
+Prompt = tuple[int, ...]  # token ids
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, one completion of it, and how the loss is to weigh the completion's tokens."""
+    """A prompt, one completion of it, and how the loss weighs the completion's tokens."""
 
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Prompt
     completion_ids: tuple[int, ...]
     advantage: float = 0.0
-    row_weight: float = 0.0  # of each completion token; carries every normaliser of the loss
+    row_weight: float = 0.0  # of each completion token; includes every normalizer of the loss
     on_policy: bool = False  # True: plain log-likelihood, no ratio, clip, KL or entropy (ExP-SFT)
     old_logp: Tensor | None = None  # (len(completion_ids),) fp32 nats under the sampling policy
     ref_logp: Tensor | None = None  # (len(completion_ids),) fp32 nats under the reference
@@ -33,135 +36,223 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pack:
-    """N tokens of S segments for the model; R rows of them for the loss, one a completion token."""
+    """N tokens in S segments for the model, and R rows for the loss, one per completion token."""
 
     tokens: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64, in the sample's own sequence
     cu_seqlens: Tensor  # (S+1,) int32
     parents: Tensor  # (S,) int64, -1 for a root
-    rows: Tensor  # (R,) int64, the token whose hidden state predicts targets
+    rows: Tensor  # (R,) int64, the token whose hidden state predicts the target
     targets: Tensor  # (R,) int64
-    sequence_ids: Tensor  # (R,) int64, index of the row's sample in `members`
+    sequence_ids: Tensor  # (R,) int64, the index of the row's sample in `members`
     advantage: Tensor  # (R,) fp32
     row_weight: Tensor  # (R,) fp32
     on_policy: Tensor  # (R,) bool
     old_logp: Tensor | None  # (R,) fp32
     ref_logp: Tensor | None  # (R,) fp32
-    members: tuple[int, ...]  # the samples' places in the list that was packed
-    lengths: tuple[int, ...]  # tokens of their completions
+    members: tuple[int, ...]  # the indices of the samples in the list that was packed
+    lengths: tuple[int, ...]  # the number of tokens of their completions
 
     def to(self, device: torch.device) -> "Pack":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+        """Return a pack with all tensors on the device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device)
+        return replace(self, **moved)
 
     def split(self, per_row: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(place of the sample, its own values) out of one value a row."""
-        yield from zip(self.members, per_row.split(self.lengths), strict=True)
+        """Split (R, ...) values by sample: yield each sample's index and its own values."""
+        parts = per_row.split(self.lengths)
+        yield from zip(self.members, parts, strict=True)
 
 
-def pack(samples: Sequence[Sample], max_tokens: int, *, together: int = 1) -> Iterator[Pack]:
-    """Packs of at most max_tokens tokens (a longer sample gets its own), prompts kept together.
+def pack(
+    samples: Sequence[Sample],
+    max_tokens: int,
+    *,
+    together: int = 1,
+) -> Iterator[Pack]:
+    """Yield packs of at most `max_tokens` tokens. A longer sample gets a pack of its own.
 
-    together: so many samples after one another, of one prompt, go into one pack in their order.
+    Samples of one prompt are kept together as far as possible.
+
+    together: never separate this number of successive samples of one prompt, and keep their order.
     """
-    order: dict[tuple[int, ...], list[int]] = {}
-    for i, sample in enumerate(samples):
-        order.setdefault(sample.prompt_ids, []).append(i)
-    root = common_prefix(order) if order else 0
+    by_prompt: dict[Prompt, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_prompt.setdefault(sample.prompt_ids, []).append(index)
+    if not by_prompt:
+        return
+    n_shared = common_prefix(by_prompt)
     members: list[int] = []
-    size, last = root, None
-    for prompt, group in order.items():
-        for at in range(0, len(group), together):
-            unit = group[at : at + together]
-            own = sum(len(samples[i].completion_ids) - 1 for i in unit)
-            new = own + (0 if prompt == last else len(prompt) - root)
-            if members and size + new > max_tokens:
+    size = n_shared
+    last_prompt = None
+    for prompt, group in by_prompt.items():
+        n_rest = len(prompt) - n_shared
+        for start in range(0, len(group), together):
+            unit = group[start : start + together]
+            completions = [samples[index].completion_ids for index in unit]
+            n_own = sum(map(len, completions)) - len(unit)
+            n_added = n_own if prompt == last_prompt else n_own + n_rest
+            if members and size + n_added > max_tokens:
                 yield _build(samples, members)
-                members, size, new = [], root, own + len(prompt) - root
+                members = []
+                size = n_shared
+                n_added = n_own + n_rest
             members.extend(unit)
-            size, last = size + new, prompt
-    if members:
-        yield _build(samples, members)
+            size += n_added
+            last_prompt = prompt
+    yield _build(samples, members)
 
 
 def forward(
-    model: Decoder, samples: Sequence[Sample], max_tokens: int, *, together: int = 1
+    model: Decoder,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    *,
+    together: int = 1,
 ) -> Iterator[tuple[Pack, Tensor]]:
-    """The packs on the model's device, each with the (R, D) hidden states of its rows."""
-    for p in pack(samples, max_tokens, together=together):
-        p = p.to(model.device)
-        yield p, model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
+    """Yield each pack on the model's device, with the (R, D) hidden states of its rows."""
+    for on_cpu in pack(samples, max_tokens, together=together):
+        p = on_cpu.to(model.device)
+        hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)
+        yield p, hidden[p.rows]
 
 
-def common_prefix(prompts: Iterable[tuple[int, ...]]) -> int:
-    """Tokens that all prompts start with, short of the last of any: each keeps one of its own."""
+def common_prefix(prompts: Iterable[Prompt]) -> int:
+    """Return the length of the common prefix, at most one less than the shortest prompt.
+
+    So each prompt keeps a token of its own.
+    """
     prompts = list(prompts)
-    low, high = min(prompts), max(prompts)  # whatever these two share lies in all between them
+    low = min(prompts)
+    high = max(prompts)  # the prompts between these two in order share what the two share
     limit = min(map(len, prompts)) - 1
-    return next((n for n in range(limit) if low[n] != high[n]), limit)
+    for n in range(limit):
+        if low[n] != high[n]:
+            return n
+    return limit
 
 
 @dataclass(frozen=True)
 class _Segment:
     tokens: tuple[int, ...]
-    start: int  # position of its first token in the sequence
-    parent: int  # segment that it continues, or -1
+    start: int  # the position of its first token in the sequence
+    parent: int  # the index of the segment that it continues, or -1
+
+
+class _Tree:
+    """The segments of a pack, and the rows that predict its completions."""
+
+    def __init__(self, shared: tuple[int, ...]):
+        """shared: the common prefix of all prompts, which may be empty."""
+        self.segments: list[_Segment] = []
+        self.boundaries = [0]  # of the segments in the pack
+        self.rows: list[int] = []
+        self.root = -1
+        self.n_shared = len(shared)
+        if shared:
+            root = _Segment(shared, start=0, parent=-1)
+            self.root = self._append(root)
+        self._prompts: dict[Prompt, int] = {}  # the segment of each prompt's rest
+
+    def _append(self, segment: _Segment) -> int:
+        end = self.boundaries[-1] + len(segment.tokens)
+        self.segments.append(segment)
+        self.boundaries.append(end)
+        return len(self.segments) - 1
+
+    def add_single(self, sample: Sample) -> None:
+        """Add the only sample of its prompt. One segment attends faster than two."""
+        completion = sample.completion_ids[:-1]
+        tokens = sample.prompt_ids[self.n_shared :] + completion
+        segment = _Segment(tokens, start=self.n_shared, parent=self.root)
+        self._append(segment)
+        end = self.boundaries[-1]
+        first_row = end - len(completion) - 1
+        self.rows.extend(range(first_row, end))
+
+    def add(self, sample: Sample) -> None:
+        """Add one of several samples of a prompt."""
+        prompt = sample.prompt_ids
+        if prompt not in self._prompts:
+            rest = prompt[self.n_shared :]
+            segment = _Segment(rest, start=self.n_shared, parent=self.root)
+            self._prompts[prompt] = self._append(segment)
+        parent = self._prompts[prompt]
+        # the last token of the prompt predicts the first of the completion
+        self.rows.append(self.boundaries[parent + 1] - 1)
+        completion = sample.completion_ids[:-1]
+        if completion:
+            segment = _Segment(completion, start=len(prompt), parent=parent)
+            self._append(segment)
+            start, end = self.boundaries[-2:]
+            self.rows.extend(range(start, end))
+
+    def tokens(self) -> Tensor:
+        ids: list[int] = []
+        for segment in self.segments:
+            ids.extend(segment.tokens)
+        return torch.tensor(ids)
+
+    def positions(self) -> Tensor:
+        places = []
+        for segment in self.segments:
+            end = segment.start + len(segment.tokens)
+            places.append(torch.arange(segment.start, end))
+        return torch.cat(places)
 
 
 def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
-    chosen = [samples[i] for i in members]
-    root = common_prefix(s.prompt_ids for s in chosen)
-    segments = [_Segment(chosen[0].prompt_ids[:root], 0, -1)] if root else []
-    ends: list[int] = [root] if root else []  # tokens in the pack up to each segment's end
-    prompts: dict[tuple[int, ...], int] = {}
-    rows: list[int] = []
+    chosen = [samples[index] for index in members]
+    n_shared = common_prefix(sample.prompt_ids for sample in chosen)
+    tree = _Tree(chosen[0].prompt_ids[:n_shared])
+    n_samples = Counter(sample.prompt_ids for sample in chosen)
+    targets: list[int] = []
+    for sample in chosen:
+        if n_samples[sample.prompt_ids] == 1:
+            tree.add_single(sample)
+        else:
+            tree.add(sample)
+        targets.extend(sample.completion_ids)
+    lengths = [len(sample.completion_ids) for sample in chosen]
+    repeats = torch.tensor(lengths)
 
-    def append(segment: _Segment) -> int:
-        segments.append(segment)
-        ends.append((ends[-1] if ends else 0) + len(segment.tokens))
-        return len(segments) - 1
-
-    shared = Counter(s.prompt_ids for s in chosen)
-    for s in chosen:
-        rest, own = s.prompt_ids[root:], s.completion_ids[:-1]
-        parent = 0 if root else -1
-        if shared[s.prompt_ids] == 1:  # one segment attends faster than two
-            append(_Segment(rest + own, root, parent))
-            rows.extend(range(ends[-1] - len(own) - 1, ends[-1]))
-            continue
-        if s.prompt_ids not in prompts:
-            prompts[s.prompt_ids] = append(_Segment(rest, root, parent))
-        prompt = prompts[s.prompt_ids]
-        rows.append(ends[prompt] - 1)  # the prompt's last token predicts the completion's first
-        if own:
-            append(_Segment(own, len(s.prompt_ids), prompt))
-            rows.extend(range(ends[-2], ends[-1]))
-    lengths = tuple(len(s.completion_ids) for s in chosen)
-
-    def per_row(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(lengths))
+    def per_row(values: Sequence, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(repeats)
 
     return Pack(
-        tokens=torch.tensor([t for s in segments for t in s.tokens]),
-        positions=torch.cat([torch.arange(s.start, s.start + len(s.tokens)) for s in segments]),
-        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
-        parents=torch.tensor([s.parent for s in segments]),
-        rows=torch.tensor(rows),
-        targets=torch.tensor([t for s in chosen for t in s.completion_ids]),
-        sequence_ids=per_row(list(range(len(chosen))), torch.int64),
+        tokens=tree.tokens(),
+        positions=tree.positions(),
+        cu_seqlens=torch.tensor(tree.boundaries, dtype=torch.int32),
+        parents=torch.tensor([segment.parent for segment in tree.segments]),
+        rows=torch.tensor(tree.rows),
+        targets=torch.tensor(targets),
+        sequence_ids=per_row(range(len(chosen)), torch.int64),
         advantage=per_row([s.advantage for s in chosen], torch.float32),
         row_weight=per_row([s.row_weight for s in chosen], torch.float32),
         on_policy=per_row([s.on_policy for s in chosen], torch.bool),
-        old_logp=_logps([s.old_logp for s in chosen], lengths),
-        ref_logp=_logps([s.ref_logp for s in chosen], lengths),
+        old_logp=_concatenated([s.old_logp for s in chosen], lengths),
+        ref_logp=_concatenated([s.ref_logp for s in chosen], lengths),
         members=tuple(members),
-        lengths=lengths,
+        lengths=tuple(lengths),
     )
 
 
-def _logps(values: list[Tensor | None], lengths: Sequence[int]) -> Tensor | None:
-    """(R,), zeros for a sample without: it is on policy, and ignores them. None: none has any."""
-    if all(v is None for v in values):
+def _concatenated(
+    logps: Sequence[Tensor | None],
+    lengths: Sequence[int],
+) -> Tensor | None:
+    """Return the (R,) log-probs of all samples, or None if no sample has any.
+
+    A sample without log-probs gets zeros. It is on policy, and the loss ignores them.
+    """
+    if all(logp is None for logp in logps):
         return None
-    filled = zip(values, lengths, strict=True)
-    return torch.cat([torch.zeros(n) if v is None else v.float() for v, n in filled])
+    filled = []
+    for logp, length in zip(logps, lengths, strict=True):
+        values = torch.zeros(length) if logp is None else logp.float()
+        filled.append(values)
+    return torch.cat(filled)

@@ -1,7 +1,7 @@
 """Call the C++ kernels of csrc/linear_logprob.cpp with torch's own memory.
 
-native_library.py compiles and loads them. Nothing of size (N, V) is kept: a backward recomputes the
-logits.
+native_library.py compiles and loads them. Nothing of size (N, V) is kept, so a backward recomputes
+the logits.
 """
 
 import ctypes
@@ -17,13 +17,10 @@ from expo_fast.kernels.head import (
     Forward,
     Gradients,
     Head,
-    LogProb,
     Needs,
-    Slopes,
-    SlopesOf,
+    RowGrads,
     from_sums,
-    of_live_rows,
-    slopes_about_lse,
+    logit_grads_about_lse,
 )
 from expo_fast.op_backends import native_library
 from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
@@ -56,31 +53,26 @@ def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     return Forward(results)
 
 
-def log_probs_and_gradients(
-    head: Head, slopes: SlopesOf, needs: Needs
-) -> tuple[LogProb, Gradients]:
-    """Four GEMMs, for nothing of size (N, V) is kept; but only one for a row without slope."""
-    forward = log_probs(head)
-    logp = forward.results.logp.to(head.dtype)
-    grads = gradients(head, forward, slopes(slice(0, len(logp)), logp), needs)
-    return forward.results, grads
+def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
+    """Return gradients from a forward's results.
 
-
-def gradients(head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
-    """From a forward's results: one GEMM recomputes the logits, and one a gradient follows."""
-    return of_live_rows(_gradients, head, forward.results, slopes, needs)
-
-
-def _gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gradients:
-    head = _as_kernels_read(head)
+    One GEMM recomputes the logits, and each gradient takes one more. Rows without a derivative cost
+    nothing.
+    """
+    if not any(needs):
+        return Gradients(None, None, None)
+    n = len(head.targets)
+    active = row_grads.active_rows()
+    head = _as_kernels_read(head.take(active))
+    results = forward.results.take(active)
     t = head.temperature
     # csrc's logits are before temperature
-    base, c0, c1, at_target = slopes_about_lse(results, slopes, t, per_nat=t)
+    base, coefficients = logit_grads_about_lse(results, row_grads.take(active), t, per_nat=t)
     grads = _empty_gradients(head, needs)
     outputs = _Gradients(
-        c0=address(c0),
-        c1=address(c1),
-        at_target=address(at_target),
+        c0=address(coefficients.c0),
+        c1=address(coefficients.c1),
+        at_target=address(coefficients.at_target),
         d_hidden=address(grads.hidden),
         d_weight=address(grads.weight),
         d_bias=address(grads.bias),
@@ -88,7 +80,7 @@ def _gradients(head: Head, results: LogProb, slopes: Slopes, needs: Needs) -> Gr
         d_weight_dtype=0 if grads.weight is None else DTYPE_CODES[grads.weight.dtype],
     )
     _run("backward", head, base, outputs=[outputs])
-    return grads
+    return grads.with_all_rows(active, n)
 
 
 def _empty_gradients(head: Head, needs: Needs) -> Gradients:

@@ -1,77 +1,103 @@
-"""Which kernels run an op: plain PyTorch, C++ on a CPU, or Triton."""
+"""Choose the kernels that run an op.
+
+"torch"   PyTorch: any device and dtype
+"native"  C++ on a CPU
+"triton"  Triton on a GPU, or in its interpreter on a CPU
+"""
 
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from expo_fast.kernels import advantage
-from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Needs, Slopes, SlopesOf
+from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Needs, RowGrads, RowwiseLoss
 from expo_fast.kernels.reference import PLAIN
 from expo_fast.op_backends import cpu, native_library
 
-
-class Kernels(Protocol):
-    """What a backend is: a module or an object with these."""
-
-    def log_probs(self, head: Head, needs: Needs) -> Forward:
-        """`needs` is what a backward may ask for; where none is, nothing is kept for it."""
-        ...
-
-    def gradients(
-        self, head: Head, forward: Forward, slopes: Slopes, needs: Needs
-    ) -> Gradients: ...
-
-    def log_probs_and_gradients(
-        self, head: Head, slopes: SlopesOf, needs: Needs
-    ) -> tuple[LogProb, Gradients]: ...
-
-
-def choose(name: str | None, head: Head) -> Kernels:
-    """The kernels of that name, or the fastest for `head` where it is None.
-
-    Raises ValueError for an unknown name and for a head that the named kernels do not run.
-    """
-    if name not in (None, *RUNS):
-        raise ValueError(f"backend={name!r}: must be None, 'torch', 'native' or 'triton'")
-    if name is not None and not runs(name, head):
-        hidden, weight = head.hidden, head.weight
-        raise ValueError(
-            f"backend={name!r} runs {RUNS[name]}, not {hidden.dtype} hidden states on"
-            f" {hidden.device} with {weight.dtype} weights on {weight.device}"
-        )
-    if name == "native" or (name is None and runs("native", head) and compiles()):
-        return cpu
-    if name == "triton" or (name is None and head.hidden.is_cuda and runs("triton", head)):
-        return _triton_kernels(head)
-    return PLAIN
-
-
-def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
-    """The kernel for `group_advantage`. Without triton, a GPU's rewards visit the CPU."""
-    if rewards.is_cuda:
-        try:
-            from expo_fast.kernels import groups
-        except ImportError:
-            return advantage.group_advantage
-        return groups.group_advantage
-    return advantage.group_advantage
-
-
-RUNS = {
+BACKENDS = {  # what each runs
     "torch": "anything",
     "native": "fp32, bf16 and fp16 on a CPU",
     "triton": "fp32, bf16 and fp16 on a GPU for which triton is installed",
 }
 
 
+class Kernels(Protocol):
+    """What a backend is: a module or an object with these."""
+
+    def log_probs(self, head: Head, needs: Needs) -> Forward:
+        """Return the results, and for the gradients in `needs` what a backward would read."""
+        ...
+
+    def gradients(
+        self, head: Head, forward: Forward, row_grads: RowGrads, needs: Needs
+    ) -> Gradients:
+        """Return the gradients, given `log_probs(head, needs)` of the same head."""
+        ...
+
+
+class OnePassKernels(Kernels, Protocol):
+    """A backend that can make a chunk's gradients while it still holds the chunk's logits.
+
+    That takes one GEMM less than `log_probs` and `gradients` where those do not keep the logits.
+    """
+
+    def log_probs_and_gradients(
+        self, head: Head, loss: RowwiseLoss, needs: Needs
+    ) -> tuple[LogProb, Gradients]:
+        """Return both, of a loss whose derivatives in a row depend on that row alone."""
+        ...
+
+
+def has_one_pass(kernels: Kernels) -> TypeGuard[OnePassKernels]:
+    """Return whether the backend has `log_probs_and_gradients`."""
+    # isinstance with a runtime-checkable protocol takes 0.1 ms
+    return hasattr(kernels, "log_probs_and_gradients")
+
+
+def choose(name: str | None, head: Head) -> Kernels:
+    """Return the kernels of that name, or the fastest for `head` where it is None.
+
+    Raise ValueError for an unknown name and for a head that the named kernels do not run.
+    """
+    if name is None:
+        name = _fastest(head)
+    elif name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: must be None, 'torch', 'native' or 'triton'")
+    elif not runs(name, head):
+        hidden, weight = head.hidden, head.weight
+        raise ValueError(
+            f"backend={name!r} runs {BACKENDS[name]}, not {hidden.dtype} hidden states on"
+            f" {hidden.device} with {weight.dtype} weights on {weight.device}"
+        )
+    if name == "native":
+        return cpu
+    if name == "triton":
+        return _triton_kernels(head)
+    return PLAIN
+
+
+def _fastest(head: Head) -> str:
+    if runs("native", head) and compiles():
+        return "native"
+    if head.hidden.is_cuda and runs("triton", head):
+        return "triton"
+    return "torch"
+
+
 def runs(name: str, head: Head) -> bool:
-    """Triton's also on a CPU, in its interpreter, where TRITON_INTERPRET=1 was set before it."""
-    if name != "triton":
-        return name == "torch" or cpu.supports(head)
+    """Return whether the backend of that name can run the head here."""
+    if name == "native":
+        return cpu.supports(head)
+    if name == "triton":
+        return _triton_runs(head)
+    return True
+
+
+def _triton_runs(head: Head) -> bool:
     if head.dtype != torch.float32 or head.hidden.device != head.weight.device:
         return False
     try:
@@ -88,9 +114,20 @@ def _triton_kernels(head: Head) -> Kernels:
     return triton_fused if logprob.supports(head) else rowwise.ROWWISE
 
 
+def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
+    """Return the kernel for `group_advantage`. Without triton, a GPU's rewards visit the CPU."""
+    if rewards.is_cuda:
+        try:
+            from expo_fast.kernels import groups
+        except ImportError:
+            return advantage.group_advantage
+        return groups.group_advantage
+    return advantage.group_advantage
+
+
 @cache
 def compiles(part: str = "ops") -> bool:
-    """Whether there are CPU kernels; without, says once that the slower path is taken."""
+    """Return whether there are C++ kernels; if not, warn once that the slower path is taken."""
     try:
         native_library.library(native_library.isa(), part)
     except native_library.Unavailable as why:

@@ -1,13 +1,18 @@
-"""The Triton backend: what of E (kernels/logprob.py) is kept, and the GEMMs between the kernels.
+"""Triton backend: which exponentials E (kernels/logprob.py) it keeps, and its GEMMs.
 
 forward alone      1 GEMM, nothing of size (N, V)
 one pass           3 GEMMs, over chunks of rows whose E shares one buffer
 forward, backward  3 GEMMs for the rows whose E fits into a share of memory, 4 for the
                    others: their backward recomputes slices of the vocabulary
-frozen head        2 GEMMs: each row's gradient per unit of slope is made with the forward
+frozen head        2 GEMMs: the forward makes dlogp/dhidden, which the backward scales
+
+`Forward.kept` holds the bytes of E of the first K rows, (K, V padded to 16 bytes) bf16, or with a
+frozen head those of dlogp/dhidden, (N, D) fp32.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,196 +25,322 @@ from expo_fast.kernels.head import (
     Head,
     LogProb,
     Needs,
-    Slopes,
-    SlopesOf,
-    logit_slopes,
+    RowGrads,
+    RowwiseLoss,
+    logit_grads,
 )
 from expo_fast.kernels.products import matmul
 
-# Shares of the GPU's memory, and not of what is free of it: same input, same bits.
+# Shares of the GPU's memory, not of its free memory: the same input gives the same bits.
 KEPT_SHARE = 0.125  # for the E that a forward leaves its backward
-CHUNK_SHARE = 0.0625  # for E or dz that is done with at once
-INTERPRETED_BYTES = 4 << 30  # of a CPU
+CHUNK_SHARE = 0.0625  # for E or dz of one chunk
+INTERPRETED_BYTES = 4 << 30  # memory that the interpreter's shares are taken of
 # More rows a chunk: fewer passes over the fp32 weight gradient, and fuller waves of hidden's GEMM,
 # which for 16384 rows of D 896 is 128 x 7 tiles on 132 SMs.
 MOST_ROWS = 16384
 MOST_COLUMNS = 32768  # of recomputed dz
-FEW = 0.8  # share of live rows below which to gather their E costs less than to multiply all
+GATHER_BELOW = 0.8  # share of active rows below which gathering their E costs less than a full GEMM
 
 
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
-    """Keeps E of the rows that fit, or where the head is frozen dlogp/dhidden."""
-    n, d = head.hidden.shape
-    results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
+    """Return the results, and E of the rows that fit, or dlogp/dhidden with a frozen head."""
+    results = _empty_results(head)
     if needs.weight or needs.bias:
-        fit = _rows(KEPT_SHARE, head)
-        fit = n if fit >= n else fit // k.GEMM.BN * k.GEMM.BN
-        e = k.room_for_e(head, fit)
-        log_total = _forward(head, slice(0, fit), results, e[:, : len(head.weight)])
-        _forward(head, slice(fit, n), results)
-        return Forward(results, e, log_total)
-    if not needs.hidden:
-        _forward(head, slice(0, n), results)
-        return Forward(results)
-    unit, one = head.hidden.new_empty(n, d, dtype=torch.float32), torch.ones_like(results.logp)
-    spans = list(_spans(head))
-    room = k.room_for_e(head, spans[0].stop if spans else 0)
-    for span in spans:
-        e = room[: span.stop - span.start, : len(head.weight)]
-        log_total = _forward(head, span, results, e)
-        out = Gradients(unit[span], None, None)
-        _add(head.take(span), e, log_total, results.take(span), Slopes(one[span]), out)
-    return Forward(results, unit)
+        return _keep_exponentials(head, results)
+    if needs.hidden:
+        return _keep_hidden_gradients(head, results)
+    _forward(head, slice(0, len(head.targets)), results)
+    return Forward(results)
+
+
+def _empty_results(head: Head) -> LogProb:
+    n = len(head.targets)
+    logp, entropy, lse = head.hidden.new_empty(3, n, dtype=torch.float64)
+    return LogProb(logp, entropy, lse)
+
+
+def _keep_exponentials(head: Head, results: LogProb) -> Forward:
+    n = len(head.targets)
+    fit = min(n, _rows_within(KEPT_SHARE, head))
+    if fit < n:
+        fit -= fit % k.config_for(head.hidden).BN
+    padded = k.padded_e(head, fit)
+    e = padded[:, : len(head.weight)]
+    log_total = results.logp.new_zeros(n)
+    log_total[:fit] = _forward(head, slice(0, fit), results, e)
+    _forward(head, slice(fit, n), results)
+    return Forward(results, log_total, _as_bytes(padded))
+
+
+def _keep_hidden_gradients(head: Head, results: LogProb) -> Forward:
+    hidden_grads = _empty_like(head.hidden, torch.float32)
+    ones = torch.ones_like(results.logp)
+    for span, chunk in _stored_chunks(head, results):
+        out = Gradients(hidden_grads[span], weight=None, bias=None)
+        _add_gradients(chunk, RowGrads(ones[span]), out)
+    return Forward(results, kept=_as_bytes(hidden_grads))
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return contiguous memory of x's shape, for any layout of x."""
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def log_probs_and_gradients(
-    head: Head, slopes: SlopesOf, needs: Needs
+    head: Head, loss: RowwiseLoss, needs: Needs
 ) -> tuple[LogProb, Gradients]:
-    """One pass: a row's slope is known as soon as its chunk's log-probs are."""
-    n = len(head.targets)
-    results = LogProb(*head.hidden.new_empty(3, n, dtype=torch.float64))
-    spans = list(_spans(head))
-    grads = _room(head, needs, several=len(spans) != 1)
-    room = k.room_for_e(head, spans[0].stop if spans else 0)
-    for span in spans:
-        e = room[: span.stop - span.start, : len(head.weight)]
-        log_total = _forward(head, span, results, e)
-        rows, at = head.take(span), results.take(span)
-        slope = slopes(span, at.logp.to(head.dtype))
-        _add(rows, e, log_total, at, slope, grads.at(span), span.start > 0, spare=e)
+    """Return results and gradients from one pass of 3 GEMMs."""
+    results = _empty_results(head)
+    n_chunks = len(list(_spans(head)))
+    grads = _empty_gradients(head, needs, n_chunks)
+    for span, chunk in _stored_chunks(head, results):
+        logp = chunk.results.logp.to(head.dtype)
+        row_grads = loss.row_grads(span, logp)
+        _add_gradients(chunk, row_grads, grads.at(span), accumulate=span.start > 0)
     return results, grads
 
 
-def gradients(head: Head, forward: Forward, slopes: Slopes, needs: Needs) -> Gradients:
-    """From what `log_probs` kept; the logits of other rows are recomputed."""
-    results, kept, log_total = forward
-    if kept is not None and log_total is None and slopes.entropy is None and slopes.lse is None:
-        assert slopes.logp is not None
-        d_hidden = kept * slopes.logp.float()[:, None]
-        return Gradients(d_hidden.to(head.hidden.dtype), None, None)
-    n, fit = len(head.targets), 0 if log_total is None else len(log_total)
+def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
+    """Return gradients from what `log_probs` kept; the logits of other rows are recomputed."""
+    only_logp = row_grads.entropy is None and row_grads.lse is None
+    if _keeps_hidden_gradients(forward, needs) and only_logp:
+        return _scaled_hidden_gradients(head, forward, row_grads)
+    n = len(head.targets)
+    results = forward.results
+    e = _kept_exponentials(head, forward, needs)
+    fit = len(e)
     spans = list(_spans(head.take(slice(fit))))
-    grads = _room(head, needs, several=len(spans) + (fit < n) != 1)
-    if kept is not None and log_total is not None:
-        for span in spans:
-            rows, at, slope = head.take(span), results.take(span), slopes.take(span)
-            e = kept[span, : len(head.weight)]
-            _add(rows, e, log_total[span], at, slope, grads.at(span), span.start > 0)
-    rest = slice(fit, n)
+    n_sums = len(spans) + (fit < n)
+    grads = _empty_gradients(head, needs, n_sums)
+    for span in spans:
+        assert forward.log_total is not None
+        chunk = _Chunk(
+            head=head.take(span),
+            results=results.take(span),
+            e=e[span],
+            log_total=forward.log_total[span],
+        )
+        _add_gradients(chunk, row_grads.take(span), grads.at(span), accumulate=span.start > 0)
     if fit < n and any(needs):
-        rows, at, slope = head.take(rest), results.take(rest), slopes.take(rest)
-        _add_recomputed(rows, at, slope, grads.at(rest), fit > 0)
+        rest = slice(fit, n)
+        _add_recomputed(
+            head.take(rest),
+            results.take(rest),
+            row_grads.take(rest),
+            grads.at(rest),
+            accumulate=fit > 0,
+        )
     return grads
 
 
-def _forward(head: Head, span: slice, results: LogProb, e: Tensor | None = None) -> Tensor:
-    """Fills a span's results, and its E; returns its log_total."""
+# What a forward keeps, as bytes
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8).view(-1)
+
+
+def _kept_exponentials(head: Head, forward: Forward, needs: Needs) -> Tensor:
+    """Return E (K, V) of the first K rows; K is 0 where none is kept."""
+    if forward.kept is None or not (needs.weight or needs.bias):
+        return k.empty_e(head, 0)
+    padded = forward.kept.view(torch.bfloat16)
+    return padded.view(-1, k.width_of_e(head))[:, : len(head.weight)]
+
+
+def _keeps_hidden_gradients(forward: Forward, needs: Needs) -> bool:
+    return forward.kept is not None and needs == Needs(True, False, False)
+
+
+def _scaled_hidden_gradients(head: Head, forward: Forward, row_grads: RowGrads) -> Gradients:
+    assert forward.kept is not None and row_grads.logp is not None
+    hidden_grads = forward.kept.view(torch.float32)
+    d_hidden = hidden_grads.view(head.hidden.shape) * row_grads.logp.float()[:, None]
+    return Gradients(d_hidden.to(head.hidden.dtype), None, None)
+
+
+# Chunks of rows whose E is stored
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """C rows between forward and backward."""
+
+    head: Head
+    results: LogProb  # (C,)
+    e: Tensor  # (C, V)
+    log_total: Tensor  # (C,)
+    reusable: bool = False  # whether E may be overwritten
+
+    def gathered(self, rows: Tensor) -> "_Chunk":
+        """Return some of the rows, with a copy of their E."""
+        e = k.empty_e(self.head, len(rows))
+        return _Chunk(
+            head=self.head.take(rows),
+            results=self.results.take(rows),
+            e=torch.index_select(self.e, 0, rows, out=e),
+            log_total=self.log_total[rows],
+            reusable=True,
+        )
+
+
+def _stored_chunks(head: Head, results: LogProb) -> Iterator[tuple[slice, _Chunk]]:
+    """Yield spans of rows with their chunks, and fill `results`. The chunks share one buffer."""
+    buffer = None
+    for span in _spans(head):
+        if buffer is None:
+            buffer = k.empty_e(head, span.stop)
+        e = buffer[: span.stop - span.start]
+        log_total = _forward(head, span, results, e)
+        chunk = _Chunk(
+            head=head.take(span),
+            results=results.take(span),
+            e=e,
+            log_total=log_total,
+            reusable=True,
+        )
+        yield span, chunk
+
+
+def _forward(
+    head: Head,
+    span: slice,
+    results: LogProb,
+    e: Tensor | None = None,
+) -> Tensor:
+    """Fill a span's results, and E where it is given. Return its log_total."""
     if span.start == span.stop:
         return results.logp[:0]
-    some, log_total = k.forward(head.take(span), e)
-    for whole, part in zip(results, some, strict=True):
-        whole[span] = part
+    found, log_total = k.forward(head.take(span), e)
+    for all_rows, some_rows in zip(results, found, strict=True):
+        all_rows[span] = some_rows
     return log_total
 
 
-def _add(
-    head: Head,  # C rows
-    e: Tensor,  # (C, V)
-    log_total: Tensor,  # (C,)
-    results: LogProb,
-    slopes: Slopes,
-    grads: Gradients,
-    accumulate: bool = False,
-    spare: Tensor | None = None,  # (C, V) to be overwritten; may be e
+def _add_gradients(
+    chunk: _Chunk, row_grads: RowGrads, grads: Gradients, accumulate: bool = False
 ) -> None:
-    live = slopes.live()
-    if live is not None and len(live) >= FEW * len(e):
-        live = None
-    if live is not None:
-        head, results, slopes = head.take(live), results.take(live), slopes.take(live)
-        log_total, room = log_total[live], k.room_for_e(head, len(live))[:, : e.shape[1]]
-        spare = e = torch.index_select(e, 0, live, out=room)
-    factor = None
-    if slopes.entropy is None and slopes.lse is None:
-        factor = logit_slopes(results, slopes, head.temperature, log_total)[0].float()[:, None]
+    """Write the chunk's rows of the hidden gradient, and write or add to the other gradients."""
+    active = row_grads.active_rows()
+    if active is not None:
+        if len(active) < GATHER_BELOW * len(chunk.e):
+            chunk = chunk.gathered(active)
+            row_grads = row_grads.take(active)
+        else:
+            active = None
+    head = chunk.head
+    e = chunk.e
+    factor = None  # (C, 1): dz is factor * e
+    if row_grads.entropy is None and row_grads.lse is None:
+        coefficients = logit_grads(
+            chunk.results, row_grads, head.temperature, log_total=chunk.log_total
+        )
+        factor = coefficients.c0.float()[:, None]
     elif len(e):
-        dz = k.room_for_e(head, len(e))[:, : e.shape[1]] if spare is None else spare
-        k.from_stored(head, e, log_total, results, slopes, dz)
+        dz = e if chunk.reusable else k.empty_e(head, len(e))
+        k.from_stored(head, e, chunk.log_total, chunk.results, row_grads, dz)
         e = dz
     if grads.hidden is not None:
-        wide = head.hidden.new_empty(head.hidden.shape, dtype=torch.float32)
+        wide = _empty_like(head.hidden, torch.float32)
         matmul(e, head.weight, wide, narrow=True)
-        _write(grads.hidden, live, wide if factor is None else wide.mul_(factor))
-    hidden = head.hidden if factor is None else (factor * head.hidden).to(head.hidden.dtype)
+        if factor is not None:
+            wide.mul_(factor)
+        _write_rows(grads.hidden, active, wide)
+    hidden = head.hidden
+    if factor is not None:
+        hidden = (factor * hidden).to(hidden.dtype)
     _add_to_weights(e, hidden, factor, grads, accumulate)
 
 
 def _add_to_weights(
-    dz: Tensor, hidden: Tensor, factor: Tensor | None, grads: Gradients, accumulate: bool
+    e: Tensor,  # (C, V)
+    hidden: Tensor,  # (C, D), times factor where there is one
+    factor: Tensor | None,  # (C, 1): dz is factor * e; None: dz is e
+    grads: Gradients,
+    accumulate: bool,
 ) -> None:
-    """dz.T @ hidden, and dz's sums over rows, of which each is to be multiplied by its factor."""
+    """Write or add the rows' part of the weight and bias gradients."""
     if grads.weight is not None:
         narrow = grads.weight.dtype == torch.float32
-        matmul(dz.T, hidden, grads.weight, narrow=narrow, accumulate=accumulate)
+        matmul(e.T, hidden, grads.weight, narrow=narrow, accumulate=accumulate)
     if grads.bias is not None:
-        factor = torch.ones_like(dz[:, :1]) if factor is None else factor
-        matmul(factor.T, dz, grads.bias[None], narrow=True, accumulate=accumulate)
+        if factor is None:
+            factor = torch.ones_like(e[:, :1])
+        matmul(factor.T, e, grads.bias[None], narrow=True, accumulate=accumulate)
 
 
 def _add_recomputed(
-    head: Head, results: LogProb, slopes: Slopes, grads: Gradients, accumulate: bool
+    head: Head, results: LogProb, row_grads: RowGrads, grads: Gradients, accumulate: bool
 ) -> None:
-    live = slopes.live()
-    if live is not None:
-        head, results, slopes = head.take(live), results.take(live), slopes.take(live)
-    n, (v, d) = len(head.targets), head.weight.shape
-    fit = _rows(CHUNK_SHARE, head) * v // max(1, n)
-    width = max(128, min(MOST_COLUMNS, fit, v) // 128 * 128)
+    """The same as `_add_gradients` for rows whose E is not stored, a slice of columns at a time."""
+    active = row_grads.active_rows()
+    head = head.take(active)
+    results = results.take(active)
+    row_grads = row_grads.take(active)
+    n = len(head.targets)
+    v, d = head.weight.shape
+    columns_within_share = _rows_within(CHUNK_SHARE, head) * v // max(1, n)
+    width = max(128, min(MOST_COLUMNS, columns_within_share, v) // 128 * 128)
     wide = head.hidden.new_zeros(n, d, dtype=torch.float32)
-    room = head.hidden.new_empty(n, width)
+    buffer = head.hidden.new_empty(n, width)
     for first in range(0, v, width):
         columns = slice(first, min(first + width, v))
-        dz = room[:, : columns.stop - first]
+        dz = buffer[:, : columns.stop - first]
         if n:
-            k.recomputed(head, results, slopes, first, dz)
+            k.recomputed(head, results, row_grads, first, dz)
         if grads.hidden is not None:
             matmul(dz, head.weight[columns], wide, narrow=True, accumulate=True)
-        part = Gradients(None, *(g if g is None else g[columns] for g in grads[1:]))
+        part = Gradients(
+            hidden=None,
+            weight=None if grads.weight is None else grads.weight[columns],
+            bias=None if grads.bias is None else grads.bias[columns],
+        )
         _add_to_weights(dz, head.hidden, None, part, accumulate)
     if grads.hidden is not None:
-        _write(grads.hidden, live, wide)
+        _write_rows(grads.hidden, active, wide)
 
 
-def _write(out: Tensor, live: Tensor | None, rows: Tensor) -> None:
-    if live is None:
+def _write_rows(out: Tensor, indices: Tensor | None, rows: Tensor) -> None:
+    """Write rows to `out`: all of them, or those of the indices with 0 in the others."""
+    if indices is None:
         out.copy_(rows)
     else:
-        out.zero_().index_copy_(0, live, rows.to(out.dtype))
+        out.zero_().index_copy_(0, indices, rows.to(out.dtype))
 
 
-def _room(head: Head, needs: Needs, *, several: bool) -> Gradients:
-    """Zeros where there is no row; a weight gradient of several sums is fp32."""
-    hidden, weight = head.hidden, head.weight
-    dtype = torch.float32 if several else weight.dtype
-    make = torch.empty if len(head.targets) else torch.zeros
-    return Gradients(
-        make(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs.hidden else None,
-        make(weight.shape, dtype=dtype, device=weight.device) if needs.weight else None,
-        make(len(weight), dtype=torch.float32, device=weight.device) if needs.bias else None,
-    )
+def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
+    """Return memory for the gradients: zeros if there is no row that would write it.
+
+    A weight gradient that is not one product, but the sum of `n_sums`, is fp32.
+    """
+    device = head.hidden.device
+    make = partial(torch.empty if len(head.targets) else torch.zeros, device=device)
+    d_hidden = d_weight = d_bias = None
+    if needs.hidden:
+        d_hidden = make(head.hidden.shape, dtype=head.hidden.dtype)
+    if needs.weight:
+        dtype = head.weight.dtype if n_sums == 1 else torch.float32
+        d_weight = make(head.weight.shape, dtype=dtype)
+    if needs.bias:
+        d_bias = make(len(head.weight), dtype=torch.float32)
+    return Gradients(d_hidden, d_weight, d_bias)
 
 
 def _spans(head: Head) -> Iterator[slice]:
-    """Of as many rows as there may be in a chunk, about equal, in whole tiles."""
+    """Yield spans of rows that fit into CHUNK_SHARE, about equal, and of complete tiles."""
     n = len(head.targets)
-    count = -(-n // max(1, min(MOST_ROWS, _rows(CHUNK_SHARE, head))))
+    most_rows = max(1, min(MOST_ROWS, _rows_within(CHUNK_SHARE, head)))
+    count = -(-n // most_rows)
     size = -(-n // max(1, count))
-    size = size if count == 1 else -(-size // k.GEMM.BN) * k.GEMM.BN
-    return (slice(start, min(start + size, n)) for start in range(0, n, max(1, size)))
+    if count != 1:
+        tile_rows = k.config_for(head.hidden).BN
+        size = -(-size // tile_rows) * tile_rows
+    for start in range(0, n, max(1, size)):
+        yield slice(start, min(start + size, n))
 
 
-def _rows(share: float, head: Head) -> int:
-    """Of E, in that share of the device's memory."""
+def _rows_within(share: float, head: Head) -> int:
+    """Return how many rows of E fit into a share of the device's memory."""
     memory = INTERPRETED_BYTES
     if head.hidden.is_cuda:
         memory = torch.cuda.get_device_properties(head.hidden.device).total_memory

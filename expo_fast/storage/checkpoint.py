@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or absent, and the lock of their run directory.
+"""Atomic, verified checkpoints, and the lock of a run directory.
 
     RUN/.lock                                     held by the one trainer of this run
     RUN/checkpoints/step-N/                       a Hugging Face model folder, and
     RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json: an exact resume
     RUN/checkpoints/step-N/MANIFEST.json          bytes and sha256 of every other file
 
-A checkpoint is written as `.tmp-step-N-PID`, made durable file by file, and renamed: step-N never
-holds half of anything. The manifest is there for what happens later: safetensors loads a flipped
-bit without a word. No pickle, so that loading a checkpoint runs no code of its author.
+A checkpoint is written as `.tmp-step-N-PID`, synced file by file, and renamed. A folder `step-N`
+therefore never holds a partial checkpoint. The manifest detects later damage: safetensors loads a
+flipped bit without an error. No file is a pickle, so loading a checkpoint runs no code from it.
 """
 
 import fcntl
@@ -18,12 +18,26 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
+STATE_FOLDER = "trainer_state"
+STATE_TENSORS = "state.safetensors"
+STATE_VALUES = "state.json"
+FORMAT_VERSION = 2  # of trainer_state; version 1 did not record its version
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The trainer state of a checkpoint, as it was given to `save`."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # on the CPU
+    values: dict[str, Any]  # JSON: tuples come back as lists, keys as strings
 
 
 def save(
@@ -31,15 +45,17 @@ def save(
     step: int,
     write_model: Callable[[Path], None],  # writes the Hugging Face files into a folder
     tensors: dict[str, Tensor],
-    values: dict[str, Any],  # JSON: tuples come back as lists, keys as strings
+    values: dict[str, Any],  # JSON values
     *,
-    keep: int,  # newest checkpoints that stay
+    keep: int,  # how many of the newest checkpoints to keep
 ) -> Path:
-    """Write RUN/checkpoints/step-N durably, then remove all but the `keep` newest.
+    """Write RUN/checkpoints/step-N durably, then remove all but the `keep` newest checkpoints.
 
-    A sound step-N is kept as it is; a damaged one is set aside. Raises OSError, with older
-    checkpoints untouched and nothing half-written, where the disk is full or fails.
-    The caller holds `run_lock`.
+    An existing undamaged step-N is not written again. A damaged one is renamed first. The caller
+    must hold `run_lock`.
+
+    Raises OSError if the disk is full or fails. Older checkpoints are then untouched, and no
+    partial checkpoint is left.
     """
     assert keep >= 1, keep
     folder = run_dir / "checkpoints"
@@ -49,21 +65,21 @@ def save(
         if reason is None:
             return final
         _set_aside(final, reason)
-    aside = folder / f".tmp-step-{step}-{os.getpid()}"
+    temporary = folder / f".tmp-step-{step}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
         _check_space(folder, tensors)
-        aside.mkdir()
-        write_model(aside)
-        _write_state(aside / "trainer_state", tensors, values)
-        _write_manifest(aside, step)
-        _sync_tree(aside)
-        aside.rename(final)
+        temporary.mkdir()
+        write_model(temporary)
+        _write_state(temporary / STATE_FOLDER, tensors, values)
+        _write_manifest(temporary, step)
+        _sync_tree(temporary)
+        temporary.rename(final)
         _sync(folder)
         _sync(run_dir)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if _is_disk_error(error):
             raise OSError(
                 f"checkpoint {final} could not be written ({error}); "
@@ -75,9 +91,10 @@ def save(
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The checkpoint of the highest step that is whole to the bit, or None.
+    """Return the undamaged checkpoint with the highest step, or None if there is none.
 
-    Each damaged one that is passed over is named in a warning, with what is wrong with it.
+    Every file of it is hashed. A warning names each damaged checkpoint that is skipped, and what is
+    wrong with it.
     """
     for path in reversed(_checkpoints(run_dir / "checkpoints")):
         reason = fault(path)
@@ -87,34 +104,45 @@ def newest(run_dir: Path) -> Path | None:
     return None
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and values that `save` was given.
+def load_newest(run_dir: Path) -> Checkpoint | None:
+    """Load the checkpoint that `newest` returns, without hashing its files a second time.
 
-    Raises FileNotFoundError where there is no such folder, ValueError where a file of it, the
-    model's included, is not what was saved.
+    Raises ValueError if it was written in a newer format.
     """
-    from safetensors.torch import load_file
+    path = newest(run_dir)
+    if path is None:
+        return None
+    return _read(path)
 
+
+def load(path: Path) -> Checkpoint:
+    """Load one checkpoint after hashing all its files.
+
+    Raises FileNotFoundError if there is no such folder. Raises ValueError if a file of it, the
+    model's files included, is not what was saved, or if it was written in a newer format.
+    """
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     reason = fault(path)
     if reason is not None:
         raise ValueError(f"checkpoint {path} is damaged: {reason}; resume from another one")
-    state = path / "trainer_state"
-    return load_file(state / "state.safetensors"), json.loads((state / "state.json").read_text())
+    return _read(path)
 
 
 def fault(path: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, None where it is whole. `contents=False`: sizes only."""
+    """Return what is wrong with a checkpoint, or None if it is complete and unchanged.
+
+    contents: also hash the files. If False, only their sizes are compared.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        files = {name: (row["bytes"], row["sha256"]) for name, row in manifest["files"].items()}
         if path.name != f"step-{manifest['step']}":
             return f"{MANIFEST} is that of step {manifest['step']}"
-        for name, (size, sha256) in files.items():
-            if (path / name).stat().st_size != size:
-                return f"{name} has {(path / name).stat().st_size} bytes, not {size}"
-            if contents and _sha256(path / name) != sha256:
+        for name, record in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != record["bytes"]:
+                return f"{name} has {size} bytes, not {record['bytes']}"
+            if contents and _sha256(path / name) != record["sha256"]:
                 return f"{name} has another sha256 than when it was saved"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
@@ -126,7 +154,7 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
 
 
 def set_aside_after(run_dir: Path, step: int) -> None:
-    """Rename checkpoints of steps beyond `step`: a run resumed there takes another course."""
+    """Rename the checkpoints of later steps: a run resumed at `step` may differ from them."""
     for path in _checkpoints(run_dir / "checkpoints"):
         if _step_of(path) > step:
             _set_aside(path, f"the run was resumed at step {step}")
@@ -134,9 +162,10 @@ def set_aside_after(run_dir: Path, step: int) -> None:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory, made where missing, for this process; its death frees it.
+    """Create a run directory if necessary and lock it for this process.
 
-    Raises OSError naming the process that holds it.
+    The lock is released at the end of the block, or when the process dies. Raises OSError with the
+    id of the process that holds the lock.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+") as file:
@@ -144,11 +173,13 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            holder = file.read().strip() or "unknown"
             raise OSError(
-                f"{run_dir} is in use by process {file.read().strip() or 'unknown'}; "
+                f"{run_dir} is in use by process {holder}; "
                 "wait for it to end, or choose another output directory"
             ) from error
-        # a forked child shares the lock: it would outlive a killed trainer by its workers
+        # A forked child shares the lock. Without this, the workers of a killed trainer would keep
+        # the run locked.
         os.register_at_fork(after_in_child=file.close)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -156,8 +187,13 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _checkpoints(folder: Path) -> list[Path]:  # by rising step
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders in order of their steps."""
+    found = []
+    for path in folder.glob("step-*"):
+        step = path.name.removeprefix("step-")
+        if step.isdecimal() and path.is_dir():
+            found.append(path)
     return sorted(found, key=_step_of)
 
 
@@ -166,15 +202,21 @@ def _step_of(path: Path) -> int:
 
 
 def _set_aside(path: Path, reason: str) -> None:
-    bad = next(p for k in range(1000) if not (p := path.with_name(f"{path.name}.bad-{k}")).exists())
-    path.rename(bad)
-    warnings.warn(f"checkpoint {path} is now {bad.name}: {reason}", stacklevel=3)
+    number = 0
+    while (renamed := path.with_name(f"{path.name}.bad-{number}")).exists():
+        number += 1
+    path.rename(renamed)
+    warnings.warn(f"checkpoint {path} is now {renamed.name}: {reason}", stacklevel=3)
 
 
 def _remove_stale(folder: Path) -> None:
+    """Remove what earlier saves of this process, or of processes that died, left unfinished."""
     for path in folder.glob(".tmp-step-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+        owner = path.name.rpartition("-")[2]
+        if not owner.isdecimal():
+            continue
+        pid = int(owner)
+        if pid == os.getpid() or not _is_alive(pid):
             shutil.rmtree(path)
 
 
@@ -183,43 +225,72 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # the process of another user
         return True
     return True
 
 
 def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse before the first byte. The model's files add half of the moments' size at most."""
-    needed = int(1.6 * sum(t.nbytes for t in tensors.values()))
-    if earlier := _checkpoints(folder):
-        files = (p for p in earlier[-1].rglob("*") if p.is_file())
-        needed = max(needed, int(1.1 * sum(p.stat().st_size for p in files)))
+    """Raise OSError before anything is written if the disk has too little free space.
+
+    The model's files add at most half of the size of AdamW's moments.
+    """
+    state_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    needed = int(1.6 * state_bytes)
+    earlier = _checkpoints(folder)
+    if earlier:
+        last = sum(path.stat().st_size for path in _files(earlier[-1]))
+        needed = max(needed, int(1.1 * last))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{free / 1e9:.2f} GB are free, about {needed / 1e9:.2f} GB are needed")
 
 
-def _write_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+def _write_state(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    values: dict[str, Any],
+) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    save_file(
-        {name: t.detach().contiguous() for name, t in tensors.items()}, folder / "state.safetensors"
-    )
-    (folder / "state.json").write_text(json.dumps(values))
+    contiguous = {}
+    for name, tensor in tensors.items():
+        contiguous[name] = tensor.detach().contiguous()
+    save_file(contiguous, folder / STATE_TENSORS)
+    assert "format_version" not in values
+    versioned = {"format_version": FORMAT_VERSION, **values}
+    (folder / STATE_VALUES).write_text(json.dumps(versioned))
+
+
+def _read(path: Path) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    folder = path / STATE_FOLDER
+    values = json.loads((folder / STATE_VALUES).read_text())
+    version = values.pop("format_version", 1)
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(
+            f"checkpoint {path} has format version {version}, this expo_fast reads versions up to "
+            f"{FORMAT_VERSION}: resume it with the expo_fast that wrote it, or a newer one"
+        )
+    return Checkpoint(path, load_file(folder / STATE_TENSORS), values)
 
 
 def _write_manifest(folder: Path, step: int) -> None:
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    text = json.dumps({"step": step, "files": files}, separators=(",", ":"))
+    files = {}
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        size = path.stat().st_size
+        files[name] = {"bytes": size, "sha256": _sha256(path)}
+    manifest = {"step": step, "files": files}
+    text = json.dumps(manifest, separators=(",", ":"))
     (folder / MANIFEST).write_text(text)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files of a folder and its subfolders, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _sha256(path: Path) -> str:
@@ -241,21 +312,29 @@ def _sync(path: Path) -> None:
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    from safetensors import SafetensorError  # how it reports a full disk
+    from safetensors import SafetensorError  # raised by safetensors for a full disk
 
-    return isinstance(error, OSError) or (
-        isinstance(error, SafetensorError) and "os error" in str(error)
-    )
+    if isinstance(error, SafetensorError):
+        return "os error" in str(error)
+    return isinstance(error, OSError)
 
 
 def _prune(folder: Path, keep: int, *, fresh: Path) -> None:
-    whole = [p for p in _checkpoints(folder) if fault(p, contents=False) is None]
-    for path in whole[:-keep]:
+    """Remove all but the `keep` newest complete checkpoints, and never the fresh one.
+
+    The fresh one is not always among the newest: a run that starts again because all its
+    checkpoints have flipped bits finds later ones of the right sizes.
+    """
+    complete = []
+    for path in _checkpoints(folder):
+        if fault(path, contents=False) is None:
+            complete.append(path)
+    for path in complete[:-keep]:
         if path == fresh:
             continue
         doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
-            path.rename(doomed)  # so that a kill amid the removal leaves no half checkpoint
+            path.rename(doomed)  # a kill during the removal then leaves no partial checkpoint
             shutil.rmtree(doomed)
         except OSError as error:
             warnings.warn(f"old checkpoint {path} could not be removed ({error})", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Files of any kind: the cache folder, atomic writes, and errors of readers as one sentence."""
+"""General file helpers: the cache folder, atomic writes, and one-sentence errors of readers."""
 
 import os
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from textwrap import shorten
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: compiled kernels and the default model.
+    """Return the folder for compiled kernels and the default model, which can be made again.
 
-    It is $EXPO_FAST_CACHE where that is set, else $XDG_CACHE_HOME/expo_fast, else
-    ~/.cache/expo_fast. Nothing is created. Raises RuntimeError where there is no home folder.
+    It is $EXPO_FAST_CACHE if set, else $XDG_CACHE_HOME/expo_fast if that is set, else
+    ~/.cache/expo_fast. Nothing is created. Raises RuntimeError if there is no home folder.
     """
     named = os.environ.get("EXPO_FAST_CACHE")
     if named:
@@ -24,7 +24,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """Around a library's call, which may raise anything and name no file: ValueError, one line."""
+    """Turn any exception of the block into a ValueError of one line that names `what`.
+
+    For calls into libraries, which may raise anything and name no file.
+    """
     try:
         yield
     except Exception as error:
@@ -33,7 +36,10 @@ def reading(what: str | Path) -> Iterator[None]:
 
 
 def output_file(name: str) -> Path:
-    """Refuse, before any work, what cannot become a file: a folder, or a device like /dev/null."""
+    """Return the path of an output file that can be written.
+
+    Raises ValueError if its folder does not exist, or if it is a folder or a device.
+    """
     path = Path(name)
     if not path.parent.is_dir():
         raise ValueError(f"--output {name!r}: there is no folder {path.parent}")
@@ -43,10 +49,10 @@ def output_file(name: str) -> Path:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write the file so that a kill leaves the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
+    """Write a file atomically: a kill leaves the old content or the new, never a part of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    temporary.replace(path)

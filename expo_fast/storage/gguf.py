@@ -1,8 +1,8 @@
-"""GGUF files: llama.cpp's names, layout and tokenizer turned into Hugging Face's.
+"""Read GGUF files: convert llama.cpp's names, layout and tokenizer to Hugging Face's.
 
-transformers reads the config and builds the tokenizer. What it gets wrong of the latter is mended
-here: it knows no `smollm` pre-tokenizer (so "a  1" and "\\n\\n1" are cut where the model never saw
-a cut), and it gives Qwen's and Llama 3's vocabularies no normalizer and no `ignore_merges`.
+transformers reads the config and builds the tokenizer. Two of its errors are corrected here. It has
+no `smollm` pre-tokenizer, so "a  1" and "\\n\\n1" would be split where the model never saw a split.
+It gives the vocabularies of Qwen and Llama 3 no normalizer and no `ignore_merges`.
 """
 
 import re
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.storage.files import reading
+from expo_fast.storage.hf_files import StoredModel, StoredTensor
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -37,34 +38,40 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-# How Qwen2 and Llama 3 cut text; they differ in how many digits go together.
+# The regular expression with which Qwen2 and Llama 3 split text. They differ in DIGITS.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def read_gguf(path: Path) -> tuple[Any, Iterator[tuple[str, Tensor, Path]], Any]:
-    """(config, (Hugging Face name, fp32 tensor, path) one at a time, tokenizer).
+def read_gguf(path: Path) -> StoredModel:
+    """Read a GGUF file. The tensors are dequantized to fp32, one at a time.
 
-    ValueError: no GGUF file, a damaged one, an architecture, a RoPE scaling or a pre-tokenizer that
-    is not ours.
+    Raises ValueError for a file that is damaged or not GGUF, and for an unsupported architecture,
+    RoPE scaling or pre-tokenizer.
     """
     from transformers import AutoConfig
 
     reader = _open(path)
-    kind = _field(reader, "general.architecture")
-    if kind not in ARCHITECTURES:
+    architecture = _field(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{path}: GGUF architecture {kind!r} is not supported, need {', '.join(ARCHITECTURES)}"
+            f"{path}: GGUF architecture {architecture!r} is not supported, "
+            f"need {', '.join(ARCHITECTURES)}"
         )
-    _refuse_rope_scaling(path, reader, kind)
+    _refuse_rope_scaling(path, reader, architecture)
     with reading(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config.name_or_path = ""  # transformers puts the model's title there
-    if head_dim := _field(reader, f"{kind}.attention.key_length"):
+    head_dim = _field(reader, f"{architecture}.attention.key_length")
+    if head_dim:
         config.head_dim = head_dim
-    return config, _tensors(path, reader, config, kind), _tokenizer(path, reader, config)
+    return StoredModel(
+        config=config,
+        tensors=_tensors(path, reader, config, architecture),
+        tokenizer=_tokenizer(path, reader, config),
+    )
 
 
 def _open(path: Path) -> "GGUFReader":
@@ -82,11 +89,14 @@ def _field(reader: "GGUFReader", name: str) -> Any:
     return None if field is None else field.contents()
 
 
-def _refuse_rope_scaling(path: Path, reader: "GGUFReader", kind: str) -> None:
-    """GGUF keeps Llama 3's scaling as ready factors, and transformers' reading drops every kind."""
-    scaling = _field(reader, f"{kind}.rope.scaling.type")
-    factors = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
-    if factors or scaling not in (None, "none"):
+def _refuse_rope_scaling(path: Path, reader: "GGUFReader", architecture: str) -> None:
+    """Raise ValueError for RoPE scaling.
+
+    GGUF stores Llama 3's scaling as computed factors, and transformers ignores every kind.
+    """
+    scaling = _field(reader, f"{architecture}.rope.scaling.type")
+    has_factors = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    if has_factors or scaling not in (None, "none"):
         raise ValueError(
             f"{path}: RoPE scaling ({scaling or 'rope_freqs.weight'}) cannot be read from GGUF, "
             "load the model's safetensors folder instead"
@@ -94,8 +104,8 @@ def _refuse_rope_scaling(path: Path, reader: "GGUFReader", kind: str) -> None:
 
 
 def _tensors(
-    path: Path, reader: "GGUFReader", config: Any, kind: str
-) -> Iterator[tuple[str, Tensor, Path]]:
+    path: Path, reader: "GGUFReader", config: Any, architecture: str
+) -> Iterator[StoredTensor]:
     from gguf.quants import dequantize
 
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
@@ -103,18 +113,19 @@ def _tensors(
         with reading(f"{path}: {stored.name}"):
             tensor = torch.tensor(dequantize(stored.data, stored.tensor_type))
             rotated = re.search(r"\.attn_([qk])\.", stored.name)
-            if rotated and kind == "llama":
+            if rotated and architecture == "llama":
                 tensor = halve_pairs(tensor, heads[rotated[1]])
-        yield hugging_face_name(stored.name), tensor, path
+        yield StoredTensor(hugging_face_name(stored.name), tensor, path)
 
 
 def halve_pairs(rows: Tensor, heads: int) -> Tensor:
-    """(heads * Dh, ...) with RoPE's two coordinates side by side -> in the halves of each head."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    """Reorder (heads * Dh, ...) rows from RoPE's adjacent pairs to the two halves of each head."""
+    pairs = rows.unflatten(0, (heads, -1, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def hugging_face_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown ones stay."""
+    """Map `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; keep unknown names."""
     parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if parts is None or parts[2] not in NAMES:
         return name
@@ -129,15 +140,18 @@ def _tokenizer(path: Path, reader: "GGUFReader", config: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if _field(reader, "tokenizer.ggml.model") == "gpt2":
         try:
-            mend_splitting(tokenizer.backend_tokenizer, _field(reader, "tokenizer.ggml.pre"))
+            set_pre_tokenizer(tokenizer.backend_tokenizer, _field(reader, "tokenizer.ggml.pre"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
 
 
-def mend_splitting(backend: Any, pre: str | None) -> None:
-    """Make a byte-level tokenizer cut text before its merges as `tokenizer.ggml.pre` says."""
+def set_pre_tokenizer(backend: Any, pre: str | None) -> None:
+    """Set the pre-tokenizer of a byte-level tokenizer to the one that `tokenizer.ggml.pre` names.
+
+    Raises ValueError for one that is not supported.
+    """
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     ByteLevel = pre_tokenizers.ByteLevel
@@ -146,20 +160,19 @@ def mend_splitting(backend: Any, pre: str | None) -> None:
         return
     if pre == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, ByteLevel(add_prefix_space=False)])
+        byte_level = ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
         return
     if pre not in ("qwen2", "llama-bpe"):
         raise ValueError(
             f"its pre-tokenizer {pre!r} is not supported (need gpt-2, smollm, qwen2 or llama-bpe), "
             "load the model's safetensors folder instead"
         )
-    words = Regex(WORDS.replace("DIGITS", "" if pre == "qwen2" else "{1,3}"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "isolated"),
-            ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    digits = "" if pre == "qwen2" else "{1,3}"
+    words = Regex(WORDS.replace("DIGITS", digits))
+    split = pre_tokenizers.Split(words, "isolated")
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     else:

@@ -1,10 +1,12 @@
-"""The files of a Hugging Face model folder: config, tensors and tokenizer. Never a pickle.
+"""Read and write Hugging Face model folders: config, tensors and tokenizer. Pickles are refused.
 
-What is damaged, or none of ours, is refused in one sentence that names the file.
+Errors are one sentence that names the file.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,52 @@ from expo_fast.storage.files import reading
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PT = {"format": "pt"}  # transformers refuses a file that does not say so
+METADATA = {"format": "pt"}  # transformers refuses a file without it
+SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
-def read_config(folder: Path, check: Callable[[dict[str, Any]], None]) -> Any:
+# Raises ValueError for values of config.json that the caller does not support.
+CheckConfig = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, on the CPU."""
+
+    key: str  # its Hugging Face name
+    tensor: Tensor
+    file: Path
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The content of a model folder or file."""
+
+    config: Any  # a transformers config
+    tensors: Iterator[StoredTensor]  # read while it is iterated
+    tokenizer: Any  # None if there is none
+    generation_config: Any = None  # None if there is none
+
+
+def read_model(folder: Path, check: CheckConfig) -> StoredModel:
+    """Read a model folder. The tensors are views of the mapped files.
+
+    check: see `read_config`. Raises FileNotFoundError or ValueError for missing or damaged files.
+    """
+    return StoredModel(
+        config=read_config(folder, check),
+        tensors=read_tensors(folder),
+        tokenizer=read_tokenizer(folder),
+        generation_config=_read_generation_config(folder),
+    )
+
+
+def read_config(folder: Path, check: CheckConfig) -> Any:
     """Return the transformers config of a model folder.
 
-    check: raises ValueError for values of config.json that the caller does not support. It is
-    called before transformers, which may not know the architecture either.
+    check: is called before transformers, which may not know the architecture either.
     """
     from transformers import AutoConfig
 
@@ -38,7 +76,7 @@ def read_config(folder: Path, check: Callable[[dict[str, Any]], None]) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def read_generation_config(folder: Path) -> Any:
+def _read_generation_config(folder: Path) -> Any:
     from transformers import GenerationConfig
 
     file = folder / "generation_config.json"
@@ -50,46 +88,47 @@ def read_generation_config(folder: Path) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object of a file. Raises ValueError if it holds anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are the former
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}, need a JSON object")
     return values
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
-    """(key, tensor on the CPU, its file), views of the mapped files, shard by shard."""
+def read_tensors(folder: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of a model folder, shard by shard, as views of the mapped files."""
     for file in _tensor_files(folder):
-        yield from tensors_of(file)
+        yield from read_tensor_file(file)
 
 
-def tensors_of(file: Path) -> Iterator[tuple[str, Tensor, Path]]:
-    """What `read_tensors` gives, of one .safetensors file."""
+def read_tensor_file(file: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of one .safetensors file, as views of the mapped file."""
     from safetensors import safe_open
 
-    file.open("rb").close()  # safetensors calls a file that it may not read absent
+    file.open("rb").close()  # safetensors reports a file without read permission as missing
     with reading(f"{file} is damaged or cut short"), safe_open(file, framework="pt") as shard:
         for key in shard.keys():  # noqa: SIM118, no dict
-            yield key, shard.get_tensor(key), file
+            yield StoredTensor(key, shard.get_tensor(key), file)
 
 
 def _tensor_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    if not (folder / INDEX).exists():
-        pickles = next(folder.glob("*.bin"), None)
-        because = f"{pickles.name} is a pickle, which may run code: convert it" if pickles else ""
-        raise FileNotFoundError(
-            f"{folder} has no {SINGLE} and no {INDEX}" + (f" ({because})" if because else "")
-        )
     index = folder / INDEX
+    if not index.exists():
+        message = f"{folder} has no {SINGLE} and no {INDEX}"
+        pickled = next(folder.glob("*.bin"), None)
+        if pickled:
+            message += f" ({pickled.name} is a pickle, which may run code: convert it)"
+        raise FileNotFoundError(message)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
-    for name in names:  # the name, not what it resolves to: the hub's cache is made of links
+    for name in names:  # check the name, not its target: the hub's cache is made of links
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} points to {name!r}, need a .safetensors file beside it")
         if not (folder / name).exists():
@@ -98,44 +137,91 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def read_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a folder, or None if it has none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    present = [n for n in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS) if (folder / n).exists()]
+    candidates = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    present = [name for name in candidates if (folder / name).exists()]
     if not set(TOKENIZER_FILES).intersection(present):
         return None
     for name in present:
         if name.endswith(".json"):
             read_json(folder / name)
-    # transformers 5 rebuilds some classes from the vocabulary alone and so loses, for one, the
-    # Digits step of SmolLM2's tokenizer.json; this class takes that file as it is.
+    # transformers 5 builds some tokenizer classes from the vocabulary alone. SmolLM2's then loses
+    # the Digits step of its tokenizer.json. This class takes the file as it is.
     kind = PreTrainedTokenizerFast if "tokenizer.json" in present else AutoTokenizer
     with reading(f"{folder}: tokenizer ({', '.join(present)})"):
         return kind.from_pretrained(folder)
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+def write_model(
+    folder: Path,
+    config: Any,
+    tensors: dict[str, Tensor],  # by Hugging Face name, all of one dtype
+    tokenizer: Any,  # None: write none
+    *,
+    generation_config: Any = None,  # None: write none
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    The tensors keep their dtype, and the config records it. The given config is not changed.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.dtype = next(iter(tensors.values())).dtype
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.save_pretrained(folder)
+    if generation_config is not None:  # save_pretrained refuses what some checkpoints hold
+        generation_config.to_json_file(folder / "generation_config.json")
+    _write_tensors(tensors, folder, shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def write_tensor_file(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one .safetensors file."""
     from safetensors.torch import save_file
 
+    contiguous = {}
+    for key, tensor in tensors.items():
+        contiguous[key] = tensor.detach().contiguous()
+    save_file(contiguous, file, METADATA)
+
+
+def _write_tensors(
+    tensors: dict[str, Tensor],
+    folder: Path,
+    shard_bytes: int,
+) -> None:
     shards = _shards(tensors, shard_bytes)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = _shard_names(len(shards))
+    weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
-        save_file({key: t.detach().contiguous() for key, t in shard.items()}, folder / name, PT)
-    for stale in folder.glob("model*.safetensors"):  # a reader would prefer them
+        write_tensor_file(shard, folder / name)
+        weight_map |= dict.fromkeys(shard, name)
+    for stale in folder.glob("model*.safetensors"):  # readers would prefer them to the new files
         if stale.name not in names:
             stale.unlink()
     if len(shards) == 1:
         (folder / INDEX).unlink(missing_ok=True)
         return
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    total = sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
-    """In order, each of at most shard_bytes unless a single tensor is larger."""
+    """Group the tensors in order, each shard at most shard_bytes unless one tensor is larger."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for key, tensor in tensors.items():

@@ -1,19 +1,21 @@
 """Which explanations are kept, and what of them is trained on."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from expo_fast.algorithms.explanations import (
-    explain,
+    Explanations,
+    accept_explanations,
+    explanation_requests,
     keep_best,
-    ranking,
-    score_tokens,
-    sft_samples,
+    ranking_samples,
     shuffled,
 )
+from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.algorithms.sft import sft_samples
+from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion, Request
@@ -24,6 +26,9 @@ from tiny import tiny_model, tiny_tokenizer
 ANSWER = "7319"
 PROBLEM = Problem(id="a", prompt="How many?", answer=ANSWER, solution="1 + 1 = 2.")
 GOOD = rf"First 7000 + 319 = {ANSWER}. The answer is \boxed{{{ANSWER}}}."
+
+
+PROBLEMS = [PROBLEM, Problem(id="b", prompt="And?", answer="1")]
 
 
 class Scripted:
@@ -45,13 +50,12 @@ class Scripted:
 
 
 def run(texts: list[tuple[str, str]], problems: list[Problem], n: int, *, append: bool = False):
-    generator: Any = Scripted(texts)
+    generator = Scripted(texts)
     prompter = Prompter(tiny_tokenizer())
-
-    def request(p: Problem, k: int, prompt: tuple[int, ...]) -> Request:
-        return Request(prompt, 64, seed=k)
-
-    found = explain(problems, prompter, generator, score_answers, request, n, append)
+    requests = explanation_requests(problems, prompter, Train(explanations_per_question=n), 0)
+    found = accept_explanations(
+        problems, generator.sample(requests), prompter, score_answers, append_answer=append
+    )
     return found, generator.requests
 
 
@@ -135,50 +139,44 @@ def test_the_answer_is_in_the_explain_prompt_and_nowhere_in_what_is_trained():
 
 
 def test_the_likeliest_explanations_under_the_plain_question_are_kept():
-    model, problems, prompter = (
-        tiny_model(dtype=torch.float64),
-        pair_of_problems(),
-        plain_prompter(),
-    )
-    accepted = {"a": [(9, 10, 11), (12, 13), (14,), (15, 16)], "b": [(17, 18)]}
+    model = tiny_model(dtype=torch.float64)
+    prompter = plain_prompter()
+    accepted: Any = {"a": [(9, 10, 11), (12, 13), (14,), (15, 16)], "b": [(17, 18)]}
 
-    def score(samples: Sequence[Sample]) -> list[torch.Tensor]:
-        return score_tokens(model, samples, 1.0, 1000)
+    def score(samples: list[Sample]) -> list[torch.Tensor]:
+        return completion_logprobs(model, samples, temperature=1.0, max_tokens=1000)
 
-    kept = keep_best(accepted, problems, 2, ranking("likelihood", prompter, score))
-    prompt = prompter.solve(problems["a"])
+    found = Explanations(accepted)
+    samples = ranking_samples(found, PROBLEMS, prompter, "likelihood")
+    kept = keep_best(found, score(samples), choose="likelihood", keep=2)
+    prompt = prompter.solve(PROBLEM)
     means = {ids: float(score([Sample(prompt, ids)])[0].mean()) for ids in accepted["a"]}
     assert kept["a"] == sorted(means, key=lambda ids: -means[ids])[:2]
     assert kept["b"] == [(17, 18)]
 
 
 def test_explanations_are_kept_by_the_answer_that_they_lead_to_and_not_by_stating_it():
-    prompter, problems = plain_prompter(), pair_of_problems()
-    copied, derived = encode("It is 7319."), encode("7000 + 319 gives it.")
-    asked: list[str] = []
-
-    def score(samples: Sequence[Sample]) -> list[torch.Tensor]:
-        texts = [prompter.tokenizer.decode(s.prompt_ids) for s in samples]
-        asked.extend(texts)
-        assert {prompter.tokenizer.decode(s.completion_ids) for s in samples} == {ANSWER}
-        return [torch.tensor([-1.0 if "7000" in text else -5.0]) for text in texts]
-
-    kept = keep_best({"a": [copied, derived]}, problems, 1, ranking("lift", prompter, score))
+    prompter = plain_prompter()
+    copied = encode("It is 7319.")
+    derived = encode("7000 + 319 gives it.")
+    found = Explanations({"a": [copied, derived]})
+    samples = ranking_samples(found, PROBLEMS, prompter, "lift")
+    asked = [prompter.tokenizer.decode(s.prompt_ids) for s in samples]
+    assert {prompter.tokenizer.decode(s.completion_ids) for s in samples} == {ANSWER}
+    logprobs = [torch.tensor([-1.0 if "7000" in text else -5.0]) for text in asked]
+    kept = keep_best(found, logprobs, choose="lift", keep=1)
     assert kept == {"a": [derived]}
     assert all(ANSWER not in text for text in asked)
     assert asked[0].endswith("It is ?. \\boxed{")
 
 
 def test_the_first_explanations_are_kept_as_sampled():
-    first = ranking("first", plain_prompter(), lambda samples: [])
-    accepted = {"a": [(9,), (10,), (11,)], "b": [(12,)]}
-    problems = pair_of_problems()
-    assert keep_best(accepted, problems, 2, first) == {"a": [(9,), (10,)], "b": [(12,)]}
-    assert keep_best(accepted, problems, 0, first) == accepted
-
-
-def pair_of_problems() -> dict[str, Problem]:
-    return {"a": PROBLEM, "b": Problem(id="b", prompt="And?", answer="1")}
+    accepted: Any = {"a": [(9,), (10,), (11,)], "b": [(12,)]}
+    found = Explanations(accepted)
+    assert ranking_samples(found, PROBLEMS, plain_prompter(), "first") == []
+    two = keep_best(found, [], choose="first", keep=2)
+    assert two == {"a": [(9,), (10,)], "b": [(12,)]}
+    assert keep_best(found, [], choose="first", keep=0) == accepted
 
 
 def plain_prompter() -> Prompter:
@@ -202,14 +200,15 @@ def test_shuffled_explanations_are_all_of_other_questions():
     assert {tuple(each) for each in drawn} == {((2,),), ((3,), (4,))}
 
 
-def test_score_tokens_equals_a_full_forward_of_each_sample():
+def test_completion_logprobs_equal_a_full_forward_of_each_sample():
     model = tiny_model(dtype=torch.float64)
     samples = [
         Sample((5, 6, 7, 8), (9, 10, 11)),
         Sample((5, 6, 7), (12,)),
         Sample((5, 6, 7, 8), (13, 14)),
     ]
-    for sample, got in zip(samples, score_tokens(model, samples, 0.6, 9), strict=True):
+    scored = completion_logprobs(model, samples, temperature=0.6, max_tokens=9)
+    for sample, got in zip(samples, scored, strict=True):
         whole = torch.tensor([*sample.prompt_ids, *sample.completion_ids])
         borders = torch.tensor([0, len(whole)], dtype=torch.int32)
         logits = model.hidden(whole, torch.arange(len(whole)), borders) @ model.head_weight.T / 0.6

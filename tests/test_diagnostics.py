@@ -6,13 +6,16 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from expo_fast.algorithms.diagnostics import Subject, diagnose
-from expo_fast.algorithms.explanations import score_tokens
+from expo_fast.algorithms.diagnostics import (
+    DiagnosedQuestion,
+    diagnostic_metrics,
+    diagnostic_samples,
+)
+from expo_fast.algorithms.logprobs import completion_logprobs
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.packing import Sample
 from tiny import tiny_model, tiny_tokenizer
 
 PROBLEM = Problem(id="a", prompt="3 + 4?", answer="7", solution="3 + 4 = 7.")
@@ -41,13 +44,12 @@ def attempt(text: str, drift: float = 0.0) -> Completion:
     return Completion(tokens, (own + drift).float(), "stop")
 
 
-def measured(subjects: list[Subject]) -> dict[str, float | None]:
-    model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
-
-    def score(samples: Sequence[Sample]) -> list[torch.Tensor]:
-        return score_tokens(model, samples, 1.0, 10_000)
-
-    return diagnose(subjects, prompter, score)
+def measured(questions: list[DiagnosedQuestion]) -> dict[str, float | None]:
+    model = tiny_model(dtype=torch.float64)
+    samples = diagnostic_samples(questions, Prompter(tiny_tokenizer()))
+    scored = [each.sample for each in samples]
+    logprobs = completion_logprobs(model, scored, temperature=1.0, max_tokens=10_000)
+    return diagnostic_metrics(questions, samples, logprobs)
 
 
 def behind(chain: str) -> float:
@@ -58,7 +60,9 @@ def behind(chain: str) -> float:
 
 
 def test_lift_compares_the_answer_behind_explanation_and_attempts():
-    subject = Subject(PROBLEM, [attempt(text) for text in ATTEMPTS], [*ids(EXPLANATION), 1])
+    subject = DiagnosedQuestion(
+        PROBLEM, [attempt(text) for text in ATTEMPTS], [*ids(EXPLANATION), 1]
+    )
     row = measured([subject])
     # what stands before the box; an answer that is stated is masked there
     masked = ("3 + 4 = ?. The answer is ", "It is 9, so ", "? or 8")
@@ -72,7 +76,9 @@ def test_lift_compares_the_answer_behind_explanation_and_attempts():
 def test_the_experts_likelihood_is_a_mean_over_its_tokens():
     model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
     expected = -logp(model, prompter.solve(PROBLEM), prompter.expert(PROBLEM)).mean().item()
-    row = measured([Subject(PROBLEM, [], None), Subject(OTHER, [], None)])  # one has no solution
+    row = measured(
+        [DiagnosedQuestion(PROBLEM, [], None), DiagnosedQuestion(OTHER, [], None)]
+    )  # one has no solution
     assert row["expert/nll"] == pytest.approx(expected, rel=1e-5)
     assert row["exp/lift"] is row["logp_gap/max"] is None
 
@@ -81,14 +87,14 @@ def test_explanation_and_expert_are_compared_on_the_same_questions():
     model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
     prompt, text = prompter.solve(PROBLEM), [*ids(EXPLANATION), 1]
     expected = [-logp(model, prompt, t).mean().item() for t in (text, prompter.expert(PROBLEM))]
-    unexplained, unsolved = Subject(PROBLEM, [], None), Subject(OTHER, [], text)
-    row = measured([unexplained, Subject(PROBLEM, [], text), unsolved])
+    unexplained, unsolved = DiagnosedQuestion(PROBLEM, [], None), DiagnosedQuestion(OTHER, [], text)
+    row = measured([unexplained, DiagnosedQuestion(PROBLEM, [], text), unsolved])
     assert row["exp/nll_over_expert"] == pytest.approx(expected[0] - expected[1], rel=1e-4)
     assert measured([unexplained, unsolved])["exp/nll_over_expert"] is None
 
 
 def test_the_gap_is_that_of_the_samplers_log_probs():
-    row = measured([Subject(PROBLEM, [attempt("1", 0.25), attempt("22", -0.5)], None)])
+    row = measured([DiagnosedQuestion(PROBLEM, [attempt("1", 0.25), attempt("22", -0.5)], None)])
     assert row["logp_gap/max"] == pytest.approx(0.5, abs=1e-5)
     assert row["logp_gap/mean"] == pytest.approx((2 * 0.25 + 3 * 0.5) / 5, abs=1e-5)
-    assert measured([Subject(PROBLEM, [attempt("1")], None)])["logp_gap/max"] is None
+    assert measured([DiagnosedQuestion(PROBLEM, [attempt("1")], None)])["logp_gap/max"] is None

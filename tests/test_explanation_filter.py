@@ -3,14 +3,14 @@
 import pytest
 
 from expo_fast.algorithms.explanation_filter import (
-    answer_first,
     before_claim,
-    copied,
+    copies_answer,
     leaks,
     masked,
     miscalculates,
-    names_another,
-    repeats,
+    names_another_answer,
+    repeats_answer,
+    states_answer_first,
 )
 
 
@@ -63,7 +63,7 @@ def test_plain_reasoning_is_no_leak(text: str):
     ],
 )
 def test_answer_first(text: str, first: bool):
-    assert answer_first(text, "27", "3 boxes hold 9 pens each. How many pens?") is first
+    assert states_answer_first(text, "27", "3 boxes hold 9 pens each. How many pens?") is first
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_answer_first(text: str, first: bool):
     ],
 )
 def test_copied(text: str, answer: str, is_copied: bool):
-    assert copied(text, answer) is is_copied
+    assert copies_answer(text, answer) is is_copied
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_miscalculates(text: str, false: bool):
     ],
 )
 def test_names_another(text: str, answer: str, another: bool):
-    assert names_another(text, answer) is another
+    assert names_another_answer(text, answer) is another
 
 
 @pytest.mark.parametrize(
@@ -168,16 +168,16 @@ def test_before_claim(text: str, answer: str, before: str):
 
 
 def test_who_says_it_twice_is_not_learnt_from():
-    assert repeats(r"It is \boxed{7}. Yes, \boxed{7}")
-    assert repeats(r"The answer is 7. The answer is \boxed{7}.")
-    assert not repeats(r"To answer, add: 3 + 4 = 7. The answer is \boxed{7}.")
+    assert repeats_answer(r"It is \boxed{7}. Yes, \boxed{7}")
+    assert repeats_answer(r"The answer is 7. The answer is \boxed{7}.")
+    assert not repeats_answer(r"To answer, add: 3 + 4 = 7. The answer is \boxed{7}.")
 
 
 def test_answer_first_of_thousands_and_of_words():
-    assert answer_first("1,200 it is", "1200", "How many?")
-    assert not answer_first("1,200 of them", "200", "How many?")
-    assert answer_first("Sunday, since it is late", "Sunday", "Which day?")
-    assert not answer_first("Sundays are late", "Sunday", "Which day?")
+    assert states_answer_first("1,200 it is", "1200", "How many?")
+    assert not states_answer_first("1,200 of them", "200", "How many?")
+    assert states_answer_first("Sunday, since it is late", "Sunday", "Which day?")
+    assert not states_answer_first("Sundays are late", "Sunday", "Which day?")
 
 
 @pytest.mark.parametrize(
@@ -195,5 +195,7 @@ def test_the_answer_is_masked_in_any_spelling(text: str, answer: str, hidden: st
 
 def test_an_answer_that_the_question_names_may_open_an_explanation():
     question = "Tom has 5 apples and gives 0 away. How many has he?"
-    assert not answer_first("Tom has 5 apples and gives 0 away, so 5 - 0 = 5.", "5", question)
-    assert answer_first("The answer is 5 because he keeps all.", "5", question)
+    assert not states_answer_first(
+        "Tom has 5 apples and gives 0 away, so 5 - 0 = 5.", "5", question
+    )
+    assert states_answer_first("The answer is 5 because he keeps all.", "5", question)

@@ -1,0 +1,82 @@
+"""Whole ops against their peers, and against themselves."""
+
+from functools import partial
+
+from torch import Tensor
+
+from benchmarks.cases import OPS, OURS, SHAPES, Case, Group, groups
+from benchmarks.lease.report import Mismatch, Report
+from benchmarks.measure import measure
+from benchmarks.summary import ms, show
+
+MODELS = ["qwen2.5-0.5b", "qwen2.5-3b", "smollm2-135m"]
+ROWS = [16384, 4096, 1024]  # what matters most first: the time may run out
+WITHOUT = ("eager, torch.compile",)  # which compiles for longer than all else runs
+REPEATS = 7
+SECONDS = 6  # left, or no more is begun
+SAME = 50  # calls whose results must be equal to the bit
+SMALL = "small"
+
+
+def timed(report: Report) -> None:
+    """Each op against eager PyTorch and what is installed of its peers, judged in fp64."""
+    if report.dry:
+        return every_contestant(report)
+    todo = [group for group in groups(MODELS, ROWS) if not group.zeros]
+    todo += [group for group in groups(MODELS, ROWS) if group.zeros]
+    for group in todo:
+        if report.left() < SECONDS:
+            report.extend("not_reached", str(group))
+            continue
+        # What fails is ours: a peer's failure is part of what `measure` finds.
+        found = report.attempt(str(group), partial(measure, group, report.device, REPEATS, WITHOUT))
+        if found:
+            show(found)
+            report.extend("results", found)
+    results = report.found.get("results", [])
+    for result in results:
+        group = Group(*(result[name] for name in Group.__dataclass_fields__))
+        ours = result["contestants"][OURS]
+        if group.rows == ROWS[0] and group.model == MODELS[0] and not group.zeros:
+            shown = f"{ms(ours['median_s'])} ms, {ours['of_limit']:.0%} of limit"
+            report.show(**{group.op: shown})
+    report.show(groups=len(results), failed=len(report.found.get("failed", {})))
+    report.require_all()
+    if not results:
+        raise Mismatch("nothing was timed", {})
+
+
+def every_contestant(report: Report) -> None:
+    """Run each once, on a few rows."""
+    for op in OPS:
+        case = small_case(op)
+        for name, contestant in OPS[op].contestants("cpu"):
+            if name == OURS:
+                OPS[op].run(contestant, case)
+    report.show(ops=len(OPS))
+
+
+def small_case(op: str) -> Case:
+    SHAPES[SMALL] = (264, 64)
+    return Group(op, SMALL, 64, zeros=False).case("cpu")
+
+
+def repeated(report: Report) -> None:
+    """Each op many times on the same inputs: values and gradients are equal to the bit."""
+    calls = 2 if report.dry else SAME
+    for op in OPS:
+        group = Group(op, MODELS[0], ROWS[1], zeros=False)
+        case = small_case(op) if report.dry else group.case(report.device)
+        contestant = dict(OPS[op].contestants(report.device))[OURS]
+
+        def call(op: str = op, case: Case = case, contestant: object = contestant) -> list[Tensor]:
+            case.hidden.grad = case.weight.grad = None
+            value = OPS[op].run(contestant, case)  # pyright: ignore[reportArgumentType]
+            grads = (case.hidden.grad, case.weight.grad)
+            return [value, *(g for g in grads if g is not None)]
+
+        first = call()
+        for _ in range(calls - 1):
+            for name, a, b in zip(("value", "d_hidden", "d_weight"), first, call(), strict=False):
+                report.require_equal(f"{op}, {name}", a, b)
+    report.show(ops=len(OPS), calls=calls)

@@ -1,0 +1,87 @@
+"""Varlen attention against fp64: forward, backward, windows, and keys that are not repeated."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.lease import switches
+from benchmarks.lease.report import Report
+from expo_fast.modeling import attention
+from expo_fast.modeling.attention import Layer
+
+ERROR = 1e-2  # of a norm: bf16
+HEADS, KV_HEADS, DIM = 14, 2, 64
+QUERIES = (65, 1, 300, 128)
+KEYS = (65, 40, 812, 128)  # of each sequence, those of its queries last
+
+
+def sequences(report: Report) -> tuple[Tensor, ...]:
+    """q, k, v, and the borders of queries and keys."""
+    g = torch.Generator(report.device).manual_seed(0)
+
+    def normal(n: int, heads: int) -> Tensor:
+        x = torch.randn(n, heads, DIM, generator=g, device=report.device)
+        return x.bfloat16().requires_grad_()
+
+    borders = (
+        torch.tensor([0, *lengths], device=report.device).cumsum(0).int()
+        for lengths in (QUERIES, KEYS)
+    )
+    nq, nk = sum(QUERIES), sum(KEYS)
+    return normal(nq, HEADS), normal(nk, KV_HEADS), normal(nk, KV_HEADS), *borders
+
+
+def varlen(report: Report) -> None:
+    """As the trainer and the prefill call it."""
+    for window in (None, 50):
+        layer = Layer(0, DIM**-0.5, window)
+        q, k, v, cu_queries, cu_keys = sequences(report)
+        given = (cu_queries, cu_keys, max(QUERIES), max(KEYS))
+        function = switches.each_sequence if report.dry else attention.varlen_attention
+        inputs = (q, k, v)
+        out = function(layer, *inputs, *given)
+        upstream = torch.randn_like(out)
+        grads = torch.autograd.grad(out, inputs, upstream)
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        truth = by_definition(layer, *wide)
+        true_grads = torch.autograd.grad(truth, wide, upstream.double())
+        report.compare(f"window {window}", out.detach(), truth.detach(), ERROR)
+        for name, got, expected in zip("qkv", grads, true_grads, strict=True):
+            report.compare(f"d{name}, window {window}", got, expected, ERROR)
+
+
+def grouped(report: Report) -> None:
+    """Whether torch's kernel takes fewer key heads than query heads, which would save a copy."""
+    if report.dry:
+        return
+    from torch.nn.attention.varlen import varlen_attn
+
+    layer = Layer(0, DIM**-0.5, None)
+    q, k, v, cu_queries, cu_keys = sequences(report)
+    given = (cu_queries, cu_keys, max(QUERIES), max(KEYS))
+    out = varlen_attn(q, k, v, *given, scale=layer.scale, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth = by_definition(layer, *wide)
+    true_grads = torch.autograd.grad(truth, wide, upstream.double())
+    report.compare("out", out.detach(), truth.detach(), ERROR)
+    for name, got, expected in zip("qkv", grads, true_grads, strict=True):
+        report.compare(f"d{name}", got, expected, ERROR)
+
+
+def by_definition(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each sequence's attention, in the dtype of the inputs."""
+    each = zip(q.split(QUERIES), k.split(KEYS), v.split(KEYS), strict=True)
+    out = []
+    for queries, keys, values in each:
+        group = HEADS // KV_HEADS
+        keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * layer.scale
+        last = torch.arange(len(queries), device=q.device) + len(keys) - len(queries)
+        ahead = last[:, None] - torch.arange(len(keys), device=q.device)
+        seen = (ahead >= 0) & (ahead < (layer.window or len(keys)))
+        weights = F.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(out)

@@ -1,0 +1,85 @@
+"""The items of a check and of the timings, in their order."""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from benchmarks.lease import switches
+from benchmarks.lease.report import Report
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to check or to time, in a process of its own."""
+
+    name: str
+    work: str  # module of benchmarks.lease, and its function of (Report, **given)
+    seconds: float  # its limit
+    given: dict[str, Any] = field(default_factory=dict)
+    switch: str | None = None  # to be set for the timings where the item fails
+    alone: bool = False  # nothing else may use the device meanwhile
+    sanitized: bool = False  # whether a failure is run again under compute-sanitizer
+
+    def run(self, report: Report) -> None:
+        module, function = self.work.split(":")
+        getattr(import_module(f"benchmarks.lease.{module}"), function)(report, **self.given)
+
+
+def kernel(name: str, work: str, switch: str | None, **given: Any) -> Item:
+    """An item that checks one kernel."""
+    return Item(name, work, 45, given, switch, sanitized=True)
+
+
+# N, D, V; the second is ragged in all of them
+SHAPES = {"small": (300, 64, 509), "ragged": (1023, 72, 50257), "large": (1024, 896, 151936)}
+HEAD = [
+    kernel(f"{name}-{size}", "heads:forward", switches.ROWS, shape=shape, store=store)
+    for size, shape in SHAPES.items()
+    for name, store in (("softmax-sums", False), ("softmax-sums-e", True))
+]
+CHECK = [
+    Item("versions", "machine:versions", 30, alone=True),
+    kernel("addmm-fp32-out", "heads:products", None),
+    kernel("row-kernels", "heads:row_kernels", None),
+    kernel("target-logits", "heads:target_logits", switches.ROWS),
+    *HEAD,
+    kernel("logit-gradients", "heads:logit_gradients", switches.ROWS),
+    kernel("scale-stored", "heads:scale_stored", switches.ROWS),
+    kernel("varlen", "packs:varlen", switches.SDPA),
+    kernel("varlen-gqa", "packs:grouped", None),
+    kernel("append", "decoding:append", switches.TORCH_ENGINE),
+    kernel("attend", "decoding:attend", switches.TORCH_ENGINE, dims=(64, 128)),
+    kernel("attend-other", "decoding:attend", None, dims=(96, 256)),
+    kernel("attend-fp32", "decoding:attend", None, dims=(64, 128), dtype="float32"),
+    kernel("layer", "decoding:layers", switches.TORCH_ENGINE),
+    kernel("blocks", "decoding:draws", switches.TORCH_ENGINE),
+    kernel("truncate", "decoding:truncated", switches.TORCH_ENGINE),
+    kernel("capture", "decoding:capture", switches.NO_GRAPHS),
+    kernel("generator", "decoding:generator", switches.TORCH_ENGINE),
+    Item("ceilings", "machine:ceilings", 30, alone=True),
+    Item("tests", "suites:tests", 120, alone=True),
+]
+MODELS = {"0.5b": "qwen2.5-0.5b", "3b": "qwen2.5-3b", "1.5b": "qwen2.5-1.5b"}
+TIME = [
+    Item("compile", "variants:compiled", 40, alone=True),
+    *(
+        Item(f"parts-{size}", "variants:timed", 45, {"model": MODELS[size]}, alone=True)
+        for size in ("0.5b", "3b")
+    ),
+    *(
+        Item(f"ncu-{kernel_name}", "profiles:counters", 20, {"kernel": kernel_name}, alone=True)
+        for kernel_name in ("softmax_sums", "attend_items", "draw_allowed")
+    ),
+    Item("ops", "ops:timed", 80, alone=True),
+    *(
+        Item(f"decode-{size}", "sampling:timed", 45, {"model": MODELS[size]}, alone=True)
+        for size in ("0.5b", "3b")
+    ),
+    Item("train-135m", "training:timed", 30, {"model": "smollm2-135m"}, alone=True),
+    Item("train-0.5b", "training:timed", 35, {"model": MODELS["0.5b"]}, alone=True),
+    Item("train-1.5b", "training:timed", 40, {"model": MODELS["1.5b"]}, alone=True),
+    Item("repeats", "ops:repeated", 30, alone=True),
+    Item("decode-peer", "sampling:beside_peer", 60, {"model": MODELS["0.5b"]}, alone=True),
+]
+PLANS = {"check": CHECK, "time": TIME}
+ITEMS = {item.name: item for plan in PLANS.values() for item in plan}

@@ -1,0 +1,82 @@
+"""Fallbacks, as environment variables: what a check found broken is left out of the timings.
+
+They are applied in an item's process, before it starts; the package itself reads none of them.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partialmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expo_fast.inference import cuda_engine, paged_attention
+from expo_fast.modeling import attention
+from expo_fast.modeling.attention import Layer, causal_attention
+
+ROWS = "LEASE_ROWS"
+NO_GRAPHS = "LEASE_NO_GRAPHS"
+TORCH_ENGINE = "LEASE_TORCH_ENGINE"
+SDPA = "LEASE_SDPA"
+MEANING = {
+    ROWS: "row kernels instead of the fused head",
+    NO_GRAPHS: "no CUDA graphs",
+    TORCH_ENGINE: "the torch engine instead of Triton's",
+    SDPA: "SDPA for each sequence instead of varlen attention",
+}
+FILE = "switches.env"
+
+
+def wanted(environment: Mapping[str, str]) -> list[str]:
+    """Switches that are on."""
+    return [name for name in MEANING if environment.get(name, "") not in ("", "0")]
+
+
+def save(folder: Path, names: Sequence[str]) -> None:
+    """Write the switches to a file that `load` reads."""
+    (folder / FILE).write_text("".join(f"{name}=1\n" for name in names))
+
+
+def load(folders: Sequence[Path]) -> list[str]:
+    """Switches of the first folder that has a file of them."""
+    for folder in folders:
+        if (folder / FILE).exists():
+            pairs = [line.split("=") for line in (folder / FILE).read_text().split()]
+            return wanted({name: value for name, value in pairs})
+    return []
+
+
+def apply() -> None:
+    """Make this process fall back as its environment asks."""
+    on = wanted(os.environ)
+    if ROWS in on:
+        from expo_fast.kernels import logprob
+
+        logprob.supports = lambda head: False
+    if NO_GRAPHS in on:
+        engine = cuda_engine.CudaEngine
+        engine.__init__ = partialmethod(engine.__init__, graphs=False)  # pyright: ignore
+    if TORCH_ENGINE in on:
+        cuda_engine.supports = lambda model: False
+    if SDPA in on:
+        attention.varlen_attention = each_sequence
+        paged_attention.varlen_attention = each_sequence
+
+
+def each_sequence(
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+) -> Tensor:
+    """`attention.varlen_attention` by one call a sequence."""
+    queries = q.split(cu_queries.diff().tolist())
+    keys = k.split(cu_keys.diff().tolist())
+    values = v.split(cu_keys.diff().tolist())
+    each = zip(queries, keys, values, strict=True)
+    return torch.cat([causal_attention(layer, *of_one) for of_one in each])

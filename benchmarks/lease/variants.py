@@ -1,0 +1,80 @@
+"""The parts of the head's ops, and the variants of its fused forward, side by side."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
+from benchmarks import parts
+from benchmarks.cases import SHAPES
+from benchmarks.lease.machine import best
+from benchmarks.lease.report import Mismatch, Report
+from benchmarks.measure import brief, reason
+from expo_fast.kernels import logprob as k
+from expo_fast.kernels.head import Head
+
+ROWS = (16384, 4096, 1024)
+REPEATS = 7
+SMALL = "small"  # the shape of a dry run
+
+
+def compiled(report: Report) -> None:
+    """Compile every variant, several at a time, into the cache that the timings read."""
+    todo = [(name, store, report.dry) for name in k.VARIANTS for store in (False, True)]
+    jobs = min(len(todo), max(1, len(os.sched_getaffinity(0)) - 1))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        outcomes = list(pool.map(compile_one, *zip(*todo, strict=True)))
+    found = dict(zip((f"{n}{', E' * s}" for n, s, _ in todo), outcomes, strict=True))
+    report.add(compiled=found)
+    report.show(variants=sum(why == "ok" for why in outcomes), of=len(outcomes))
+    if found[k.BY_CARD["default"]] != "ok":
+        raise Mismatch(f"the default variant: {brief(found[k.BY_CARD['default']])}", {})
+
+
+def compile_one(variant: str, store: bool, dry: bool) -> str:
+    """Launch a variant on few rows: its sizes are specialised as those of real heads are."""
+    if dry:
+        from benchmarks.lease import fake_driver
+
+        fake_driver.install()
+    device = "cpu" if dry else "cuda"
+    hidden = torch.randn(256, 64, device=device).bfloat16()
+    weight = torch.randn(1024, 64, device=device).bfloat16()
+    head = Head(hidden, weight, None, torch.zeros(256, dtype=torch.int64, device=device), 1.0)
+    try:
+        e = k.padded_e(head, 256)[:, :1024] if store else None
+        k.forward(head, e, k.VARIANTS[variant])
+        if not dry:
+            torch.cuda.synchronize()
+    except Exception as error:  # one that does not fit; the others go on
+        return reason(error)
+    return "ok"
+
+
+def timed(report: Report, model: str) -> None:
+    """Every part and every variant at some numbers of rows."""
+    if report.dry:
+        SHAPES[SMALL] = (264, 64)
+        parts.check = lambda logp, expected: None
+    ceilings = best(report)
+    for rows in (64,) if report.dry else ROWS:
+        if report.left() < 8:
+            report.extend("not_reached", rows)
+            continue
+        repeats = 1 if report.dry else REPEATS
+        named = SMALL if report.dry else model
+        found = parts.parts(named, rows, report.device, repeats, ceilings)
+        report.extend("parts", found)
+        if report.dry and found["failed"]:
+            raise Mismatch("; ".join(f"{n}: {brief(w)}" for n, w in found["failed"].items()), {})
+        ms = {
+            name.removeprefix("fused forward with E, "): seconds * 1e3
+            for name, seconds in found["seconds"].items()
+            if name.startswith("fused forward with E, ")
+        }
+        if ms:
+            fastest = min(ms, key=lambda name: ms[name])
+            report.show(**{f"{rows}_rows": f"{fastest} {ms[fastest]:.3f} ms"})
+    if not report.found.get("parts"):
+        raise Mismatch("nothing was timed", {})

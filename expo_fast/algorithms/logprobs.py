@@ -1,0 +1,54 @@
+"""Log-probs of given completions, without gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.lora import switched_off
+from expo_fast.modeling.packing import Sample, forward
+from expo_fast.ops import linear_logprob
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: Decoder, samples: Sequence[Sample], *, temperature: float, max_tokens: int
+) -> list[Tensor]:
+    """Return the log-probs of each sample's completion tokens under the model.
+
+    max_tokens: tokens in one forward pass at most. It does not change the result.
+    Returns one fp32 tensor of shape (len(completion_ids),) a sample, in nats, on the CPU.
+    """
+    logprobs: list[Tensor] = [torch.empty(0)] * len(samples)
+    for pack, hidden in forward(model, samples, max_tokens):
+        result = linear_logprob(hidden, model.head_weight, pack.targets, temperature=temperature)
+        # One copy to the CPU a pack, not one a sample.
+        for i, values in pack.split(result.logp.cpu()):
+            logprobs[i] = values
+    return logprobs
+
+
+def reference_logprobs(
+    model: Decoder,
+    reference: Decoder | None,
+    samples: Sequence[Sample],
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> list[Tensor]:
+    """Return `completion_logprobs` under the initial policy.
+
+    reference: the frozen copy of it. None: the model's LoRA adapter is taken off meanwhile.
+    """
+    if reference is not None:
+        return completion_logprobs(
+            reference, samples, temperature=temperature, max_tokens=max_tokens
+        )
+    with switched_off(model):
+        return completion_logprobs(model, samples, temperature=temperature, max_tokens=max_tokens)
+
+
+def sequence_logprobs(logprobs: Sequence[Tensor]) -> Tensor:
+    """Return the sum of each sequence's token log-probs: (S,) fp32, in nats."""
+    return torch.stack([values.sum() for values in logprobs])

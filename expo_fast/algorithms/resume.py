@@ -1,0 +1,143 @@
+"""Saving and resuming a training run: its directory, identity and checkpoints.
+
+A resumed run equals one that was never stopped, bit for bit on a CPU. A run directory belongs to
+one configuration: only the options in `config.ADJUSTABLE` may differ on a resume.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from expo_fast.algorithms.trainer import Trainer
+from expo_fast.cli.flags import dump_toml, from_toml
+from expo_fast.config import ADJUSTABLE, Train
+from expo_fast.data.problems import fingerprint
+from expo_fast.modeling.lora import load_adapter, save_adapter
+from expo_fast.modeling.shape import Shape
+from expo_fast.reporting.run_log import RunLog
+from expo_fast.storage import checkpoint
+from expo_fast.storage.files import replace_file
+from expo_fast.weights import find_model, load_weights_into, save_model, stored_shape
+
+
+def check_run_dir(config: Train) -> None:
+    """Raise an error for a run directory that cannot be made, or that holds another run."""
+    run_dir = config.run_dir
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--output-dir {run_dir}: {existing} is a file, need a folder")
+    record = run_dir / "config.toml"
+    if record.exists():
+        if config.resume == "never":
+            raise ValueError(f"{run_dir} already holds a run: choose another --output-dir")
+        check_same_run(config, record)
+
+
+def check_same_run(config: Train, record: Path) -> None:
+    """Raise ValueError where the recorded configuration is another run's."""
+    old = asdict(from_toml(Train, record))
+    new = asdict(config)
+    for name in old:
+        if old[name] != new[name] and name not in ADJUSTABLE:
+            raise ValueError(
+                f"{record.parent} holds a run with {name}={old[name]!r}, not {new[name]!r}: "
+                "choose another --output-dir"
+            )
+
+
+def names_checkpoint(config: Train) -> bool:
+    """Return whether --resume is the path of a checkpoint."""
+    return config.resume not in ("auto", "never")
+
+
+def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
+    """Restore the trainer from a checkpoint and return the checkpoint's path and step.
+
+    It is the checkpoint that --resume names, or the newest valid one. Returns (None, 0) where
+    there is none. No file is written.
+    """
+    loaded = None
+    if config.resume == "auto":
+        loaded = checkpoint.load_newest(config.run_dir)
+    elif names_checkpoint(config):
+        loaded = checkpoint.load(Path(config.resume))
+    if loaded is None:
+        return None, 0
+    path = loaded.path
+    if not config.lora_rank:
+        check_same_shape(config, trainer.model.shape, path)
+    for what, value in identity(trainer).items():
+        if loaded.values["identity"].get(what) != value:
+            raise ValueError(f"{path} was made with other {what}: a resume needs the same")
+    if config.lora_rank:
+        load_adapter(trainer.model, path)
+    else:
+        load_weights_into(trainer.model, path)
+    trainer.load_state(loaded.tensors, loaded.values["trainer"])
+    return path, loaded.values["step"]
+
+
+def check_same_shape(config: Train, shape: Shape, path: Path) -> None:
+    """Raise ValueError where the checkpoint is of a model with another shape."""
+    ours = asdict(shape)
+    theirs = asdict(stored_shape(path))
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ValueError(
+                f"{path} is of a model with {name}={theirs[name]}, {config.model} has {value}: "
+                "a resume needs the --model that the checkpoint began with"
+            )
+
+
+def identity(trainer: Trainer) -> dict[str, str]:
+    """Return what a resumed run must have in common with the run that it continues."""
+    return {
+        "method": trainer.config.method,
+        "initial weights": trainer.initial_weights_hash,
+        "training data": fingerprint(trainer.problems),
+        "prompt template": trainer.prompter.template_hash,
+    }
+
+
+def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunLog) -> None:
+    """Make the run directory the record of a run with `start` steps done."""
+    run_dir = config.run_dir
+    if resumed_from is not None:
+        log.note(f"resumed from {resumed_from}")
+        checkpoint.set_aside_after(run_dir, start)
+    elif (run_dir / "metrics.jsonl").exists():
+        log.note("no complete checkpoint to resume from: the run starts again")
+    record = run_dir / "config.toml"
+    text = dump_toml(config).encode()
+    if not record.exists() or record.read_bytes() != text:
+        replace_file(record, text)
+    log.truncate_to(start or -1)  # a run that starts again evaluates step 0 again
+    if start >= config.steps:
+        log.note(
+            f"step {start} is done already: there is nothing to do up to --steps {config.steps}"
+        )
+
+
+def save_checkpoint(trainer: Trainer, step: int) -> None:
+    """Write the checkpoint of step `step` into the run directory."""
+    config = trainer.config
+    tensors, values = trainer.state()
+    checkpoint.save(
+        config.run_dir,
+        step,
+        model_writer(trainer),
+        tensors,
+        {"step": step, "identity": identity(trainer), "trainer": values},
+        keep=config.keep_checkpoints,
+    )
+
+
+def model_writer(trainer: Trainer) -> Callable[[Path], None]:
+    """Return the function that writes the model, or its adapter, into a folder."""
+    model = trainer.model
+    tokenizer = trainer.prompter.tokenizer
+    if trainer.config.lora_rank:
+        base = str(find_model(trainer.config.model))
+        return partial(save_adapter, model, tokenizer, base=base)
+    return partial(save_model, model, tokenizer)

@@ -1,0 +1,141 @@
+"""The problems of a training run, and the checks that they fit the method and the model."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from expo_fast.config import Train
+from expo_fast.data.answer_grading import decide, last_boxed, tidy
+from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
+from expo_fast.data.prompts import Prompter, check_length, expert_text
+
+REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids"}  # given to a reward function
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    problems: list[Problem]
+    shots: tuple[Problem, ...]
+    """Worked examples, none of which is among the problems."""
+    held_out: list[Problem]
+    """Problems of the evaluations; empty where the run has none."""
+
+
+def load_training_data(config: Train) -> TrainingData:
+    """Load the problems of a run.
+
+    Raises ValueError where they do not fit the configuration, and warns where training and
+    evaluation data overlap.
+    """
+    problems = load_problems(config.train_data, levels=config.levels)
+    shots_source = problems
+    if config.shots_data:
+        shots_source = load_problems(config.shots_data, levels=config.levels)
+    shots, _ = worked_examples(shots_source, config.shots)
+    shown = overlap(shots, problems)
+    problems = [problem for problem in problems if problem not in shown]
+    held_out = []
+    if config.eval_every:
+        held_out = load_problems(config.eval_data, levels=config.levels, limit=config.eval_limit)
+        check_answers(config.eval_data, held_out)
+    if len(problems) < config.prompts_per_step:
+        raise ValueError(
+            f"{config.train_data} has {len(problems)} problems after {config.shots} worked "
+            f"examples, a step takes prompts_per_step={config.prompts_per_step}"
+        )
+    check_columns(config, problems)
+    both = overlap([*shots, *problems], held_out)
+    if both:
+        warnings.warn(
+            f"{len(both)} problems of {config.eval_data} are also in {config.train_data}, "
+            f"the first is {both[0].id}: its accuracy is not a held-out one",
+            stacklevel=2,
+        )
+    return TrainingData(problems, shots, held_out)
+
+
+def check_answers(source: str, problems: Sequence[Problem]) -> None:
+    """Raise ValueError where a problem has no answer to judge attempts by."""
+    for problem in problems:
+        if not problem.answer:
+            raise ValueError(f"{source}: problem {problem.id} has no 'answer' to judge attempts by")
+
+
+def check_columns(config: Train, problems: Sequence[Problem]) -> None:
+    """Raise ValueError for problems that lack what the method trains on."""
+    spec = config.spec
+    contradicting = []
+    for problem in problems:
+        trains_on_solution = spec.needs_solutions or (
+            spec.sft_source == "data" and problem.pair is None
+        )
+        if trains_on_solution:
+            solution = expert_text(problem)  # raises ValueError where there is none
+            if problem.answer and boxes_another_answer(solution, problem.answer):
+                contradicting.append(problem)
+        if spec.chosen_source == "data" and problem.pair is None:
+            raise ValueError(
+                f"problem {problem.id} has no 'chosen' and 'rejected' columns: "
+                f"--method {config.method} trains on them; expo-dpo and expert-dpo sample what "
+                "they compare"
+            )
+        if spec.needs_answers and not problem.answer:
+            raise ValueError(
+                f"problem {problem.id} has a preference pair and no 'answer': "
+                f"--method {config.method} needs one to judge attempts; --method dpo trains on "
+                "pairs"
+            )
+        if config.reward:
+            check_reward_columns(config.train_data, problem)
+    if contradicting:
+        warnings.warn(
+            f"{len(contradicting)} solutions of {config.train_data} box another answer than their "
+            f"row's, the first is {contradicting[0].id}: they are trained on as they are",
+            stacklevel=2,
+        )
+
+
+def boxes_another_answer(solution: str, answer: str) -> bool:
+    boxed = last_boxed(solution) or ""
+    return decide(tidy(answer), tidy(boxed)) is False
+
+
+def check_reward_columns(source: str, problem: Problem) -> None:
+    taken = REWARD_ARGUMENTS.intersection(problem.columns)
+    if taken:
+        raise ValueError(
+            f"{source} has a column {min(taken)!r}, which a reward function gets from the "
+            "trainer: rename it"
+        )
+
+
+def check_lengths(
+    config: Train,
+    prompter: Prompter,
+    problems: Sequence[Problem],
+    held_out: Sequence[Problem],
+    context: int,
+) -> None:
+    """Raise ValueError, before any work, for a problem that does not fit the model's context."""
+    new = config.max_completion_length
+    for problem in problems:
+        prompt = prompter.explain(problem) if config.explains else prompter.solve(problem)
+        check_length(problem, prompt, new=new, context=context)
+        for text in texts_trained_on(config, prompter, problem):
+            check_length(problem, prompter.solve(problem) + text, new=0, context=context)
+    for problem in held_out:
+        check_length(problem, prompter.solve(problem), new=new, context=context)
+
+
+def texts_trained_on(
+    config: Train, prompter: Prompter, problem: Problem
+) -> Iterator[tuple[int, ...]]:
+    """Yield the token ids of the data's texts that the method trains on."""
+    spec = config.spec
+    if spec.needs_solutions:
+        yield prompter.expert(problem)
+    if spec.sft_source == "data":
+        yield prompter.target(problem)
+    if spec.chosen_source == "data" and problem.pair:
+        for text in problem.pair:
+            yield prompter.completion(text)

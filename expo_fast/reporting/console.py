@@ -1,0 +1,224 @@
+"""What a training run shows on the console: nothing, one line a step, or a live panel.
+
+Completions are hostile text: nothing in them reaches the terminal as a control code.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO
+
+from expo_fast.reporting.jsonl import Row
+from expo_fast.reporting.text import is_number, printable, short_number, short_numbers
+
+ConsoleKind = Literal["auto", "live", "plain", "quiet"]
+
+PANEL_METRICS = {  # label of a row of the panel: metrics shown there, if the step has them
+    "reward": ("reward", "reward_std", "frac_reward_zero_std"),
+    "explanations": ("exp/rate", "exp/nll", "exp/lift", "exp/leak_rate"),
+    "policy": ("kl", "entropy", "logp_gap/max"),
+    "completions": ("completions/mean_length", "completions/clipped_ratio"),
+    "gradient": ("grad_norm", "grad_norm/policy", "grad_norm/exp_sft", "learning_rate"),
+}
+LINE_METRICS = {  # label in a plain line: metric
+    "reward": "reward",
+    "zero_std": "frac_reward_zero_std",
+    "exp": "exp/rate",
+    "nll": "exp/nll",
+    "kl": "kl",
+    "length": "completions/mean_length",
+    "grad": "grad_norm",
+    "lr": "learning_rate",
+}
+PROMPT_CHARACTERS = 160  # shown in the panel: the end of a longer prompt or completion
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run goes, after one of its steps."""
+
+    tokens_per_s: float | None  # None: not known from the first step alone
+    time_left: str  # H:MM:SS
+
+
+class Pace:
+    """Measures the speed of a run.
+
+    Tokens per second are those of the last step. The time left is what the remaining steps need at
+    the mean pace of this process: a resumed run starts at its own pace.
+    """
+
+    def __init__(self, total_steps: int):
+        self.total_steps = total_steps
+        self._start = time.monotonic()
+        self._last = self._start
+        self._steps = 0
+        self._tokens: float | None = None  # cumulative, at the last step
+
+    def after(self, row: Row) -> Speed:
+        """Return the speed after the step with these metrics."""
+        now = time.monotonic()
+        tokens = row.get("num_tokens")
+        tokens_per_s = None
+        if tokens is not None and self._tokens is not None and now > self._last:
+            tokens_per_s = (tokens - self._tokens) / (now - self._last)
+        self._last = now
+        self._tokens = tokens
+        self._steps += 1
+        remaining = self.total_steps - row["step"]
+        left = remaining * (now - self._start) / self._steps
+        return Speed(tokens_per_s, _hours(left))
+
+
+def _hours(seconds: float) -> str:
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class QuietConsole:
+    """Shows nothing; the base class of the other two."""
+
+    def show_step(self, row: Row) -> None:
+        """Show a step's metrics."""
+
+    def show_evaluation(self, row: Row) -> None:
+        """Show an evaluation's numbers as one line."""
+        numbers = [f"{key} {short_number(x)}" for key, x in row.items() if is_number(x)]
+        self.note(f"evaluation: {'  '.join(numbers)}")
+
+    def show_completions(self, rows: Sequence[Row]) -> None:
+        """Show `prompt`, `completion` and `reward` of a few samples."""
+
+    def note(self, text: str) -> None:
+        """Show one line."""
+
+    def close(self) -> None:
+        """Leave the terminal in its usual state."""
+
+
+class LineConsole(QuietConsole):
+    """One line a step."""
+
+    def __init__(self, stream: TextIO, total_steps: int):
+        self._stream = stream
+        self._pace = Pace(total_steps)
+
+    def show_step(self, row: Row) -> None:
+        speed = self._pace.after(row)
+        parts = [f"step {row['step']}/{self._pace.total_steps}"]
+        for label, key in LINE_METRICS.items():
+            if key in row:
+                parts.append(f"{label} {short_number(row[key])}")
+        times = [x for x in _times(row).values() if is_number(x)]
+        parts.append(f"tok/s {short_number(speed.tokens_per_s)}")
+        parts.append(f"{sum(times):.1f} s")
+        parts.append(f"left {speed.time_left}")
+        self.note("  ".join(parts))
+
+    def note(self, text: str) -> None:
+        line = _encodable(printable(text), self._stream)
+        print(line, file=self._stream, flush=True)
+
+
+class LiveConsole(QuietConsole):
+    """One panel that stays at the bottom of a terminal, drawn again after each step.
+
+    Raise ModuleNotFoundError where rich is not installed.
+    """
+
+    def __init__(self, stream: TextIO, total_steps: int):
+        from rich.console import Console
+        from rich.live import Live
+
+        self._stream = stream
+        self._pace = Pace(total_steps)
+        self._row: Row = {}
+        self._speed = Speed(None, "-")
+        self._completions: Sequence[Row] = []
+        self._live = Live(console=Console(file=stream), auto_refresh=False)
+        self._live.start()
+
+    def show_step(self, row: Row) -> None:
+        self._row = row
+        self._speed = self._pace.after(row)
+        self._live.update(self._panel(), refresh=True)
+
+    def show_completions(self, rows: Sequence[Row]) -> None:
+        self._completions = rows
+        if self._row:
+            self._live.update(self._panel(), refresh=True)
+
+    def note(self, text: str) -> None:
+        line = _encodable(printable(text), self._stream)
+        self._live.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _panel(self) -> Any:
+        from rich.console import Group
+        from rich.panel import Panel
+
+        step = f"step {self._row['step']}/{self._pace.total_steps}"
+        title = f"{step}, {self._speed.time_left} left"
+        content = Group(self._metrics(), self._samples())
+        return Panel(content, title=title, title_align="left")
+
+    def _metrics(self) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        row = self._row
+        bar = ProgressBar(total=self._pace.total_steps, completed=row["step"], width=40)
+        table = Table.grid(padding=(0, 2))
+        table.add_row("progress", bar)
+        for label, keys in PANEL_METRICS.items():
+            known = {key: row[key] for key in keys if key in row}
+            table.add_row(label, Text(short_numbers(known)))
+        table.add_row("tokens/s", Text(short_number(self._speed.tokens_per_s)))
+        table.add_row("seconds", Text(short_numbers(_times(row))))
+        return table
+
+    def _samples(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        for sample in self._completions:
+            prompt = self._end_of(sample.get("prompt", ""))
+            completion = self._end_of(sample.get("completion", ""))
+            reward = short_number(sample.get("reward"))
+            table.add_row(Text(reward), Text(f"{prompt}\n> {completion}"))
+        return table
+
+    def _end_of(self, value: Any) -> str:
+        text = " ".join(str(value).split())
+        if len(text) > PROMPT_CHARACTERS:
+            text = "..." + text[-PROMPT_CHARACTERS:]
+        return _encodable(printable(text), self._stream)
+
+
+def open_console(kind: ConsoleKind, stream: TextIO, total_steps: int) -> QuietConsole:
+    """Return the console of that kind. "auto" is live on a terminal, otherwise a line a step.
+
+    Without rich, say so once and fall back to a line a step.
+    """
+    if kind == "quiet":
+        return QuietConsole()
+    if kind == "live" or (kind == "auto" and stream.isatty()):
+        try:
+            return LiveConsole(stream, total_steps)
+        except ModuleNotFoundError:
+            print("rich is not installed: one line a step instead of the panel", file=stream)
+    return LineConsole(stream, total_steps)
+
+
+def _times(row: Row) -> dict[str, Any]:
+    return {key: x for key, x in row.items() if key.startswith("time/")}
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Return the text with characters that the stream's encoding lacks escaped."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

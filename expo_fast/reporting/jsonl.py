@@ -1,0 +1,76 @@
+"""JSON Lines files that survive a kill: durable appends, and readers that skip torn lines."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def json_value(value: Any) -> Any:
+    """Return the value as JSON has it.
+
+    Tensor and numpy scalars become numbers, NaN and infinities None, keys strings.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_value(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(each) for each in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def encode_row(row: Row) -> bytes:
+    """Return the row as one line. Raise ValueError for a number that is not finite."""
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append one row and wait until the disk has it.
+
+    Raise OSError where that fails. A write that fails half-way removes its half again.
+    """
+    line = encode_row(row)
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            written = file.write(line)
+            if written != len(line):
+                raise OSError(f"{written} of {len(line)} bytes fit on the disk")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of the file; see `read_lines`."""
+    for _, row in read_lines(path):
+        yield row
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield each line that holds an object, ended by a line feed, and the object.
+
+    Other lines, which a kill has torn, are skipped. A file that does not exist has no lines.
+    """
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield line + b"\n", row
+
+
+def has_step(row: Row) -> bool:
+    """Return whether the row has an integer `step`, as each row of a run's record has."""
+    return type(row.get("step")) is int

@@ -1,0 +1,217 @@
+"""Tables of the report: configurations with their accuracy, accuracy by level, time by phase."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import chain
+from statistics import fmean
+
+from expo_fast.reporting.jsonl import Row
+from expo_fast.reporting.markup import escaped, remark, small, table
+from expo_fast.reporting.runs import (
+    Group,
+    Spread,
+    differing_fields,
+    level_rows,
+    number,
+    numbers,
+    row_of_level,
+    spread,
+)
+
+# What an evaluation records of how it measured, and the fields that decide it.
+MEASURED_WITH = ("problems", "samples", "template", "grader")
+EVALUATION_FIELDS = ("eval_data", "eval_temperature", "levels", "shots", "system_prompt")
+
+
+def overview(groups: Sequence[Group]) -> str:
+    """Return one row a configuration: how it differs, its accuracy, tokens and time."""
+    formats = _accuracy_formats(groups)
+    fields = differing_fields(groups)
+    head = ["configuration"]
+    if fields:
+        head.append("differs in")
+    head += ["seeds", "steps"]
+    head += [key.replace("_", " ") for key in formats]
+    head += ["tokens", "time of steps"]
+    rows = [_overview_row(group, fields, formats) for group in groups]
+    note = (
+        "Held-out accuracy before &rarr; after, the mean over runs. Under it, of several runs the "
+        "smallest and the largest (a&thinsp;&hellip;&thinsp;b), of one run its 95% bootstrap "
+        "interval over questions ([a, b]). Tokens and time are a run's, without its evaluations; "
+        "tokens count prompts too."
+    )
+    return table(head, rows) + remark(note)
+
+
+def _accuracy_formats(groups: Sequence[Group]) -> dict[str, str]:
+    """Return the keys of accuracies that an evaluation has, and how each is written."""
+    ks = {1}
+    for group in groups:
+        for run in group.runs:
+            if run.samples:
+                ks.add(run.samples)
+    formats = {f"pass@{k}": ".3f" for k in sorted(ks)}
+    formats |= {"majority": ".3f", "all_fail": ".0%"}
+    known = {}
+    for key, form in formats.items():
+        if any(before_and_after(group, key, form) for group in groups):
+            known[key] = form
+    return known
+
+
+def _overview_row(group: Group, fields: Sequence[str], formats: dict[str, str]) -> list[str]:
+    row = [escaped(group.name)]
+    if fields:
+        lines = []
+        for name in fields:
+            value = group.config.get(name, "unset")
+            lines.append(f"{escaped(name, 80)}&nbsp;{escaped(value, 80)}")
+        row.append("<br>".join(lines))
+    seeds = [run.config.get("seed", "?") for run in group.runs]
+    row.append(", ".join(escaped(seed, 20) for seed in seeds))
+    row.append(_steps_done(group))
+    row += [before_and_after(group, key, form) for key, form in formats.items()]
+    row.append(_tokens(group))
+    row.append(_duration(group))
+    return row
+
+
+def _steps_done(group: Group) -> str:
+    done = {run.steps[-1]["step"] for run in group.runs}
+    wanted = group.config.get("steps")
+    ends = sorted({min(done), max(done)})
+    text = "&ndash;".join(map(str, ends))
+    if wanted is not None and done != {wanted}:
+        text += f" of {escaped(wanted, 20)}"
+    evaluated = {run.after["step"] for run in group.runs if run.after}
+    earlier = sorted(evaluated - done)
+    if earlier:
+        text += small(f"evaluated after {', '.join(map(str, earlier))}")
+    return text
+
+
+def _tokens(group: Group) -> str:
+    totals = []
+    for run in group.runs:
+        counts = numbers(run.steps, "num_tokens")  # cumulative
+        if counts:
+            totals.append(max(counts))
+    return f"{fmean(totals):,.0f}" if totals else ""
+
+
+def _duration(group: Group) -> str:
+    seconds = sum(group.seconds_by_phase.values()) / len(group.runs)
+    return str(timedelta(seconds=round(seconds))) if seconds else ""
+
+
+def before_and_after(group: Group, key: str, form: str, level: int | None = None) -> str:
+    """Return a number of the evaluations before and after as HTML; empty where there is neither.
+
+    It is the mean over the runs that have both, or over all where none has. `form` formats it. With
+    a level, it is that level's number.
+    """
+    pairs = []
+    complete = []
+    for run in group.runs:
+        pair = (run.before, run.after)
+        if level is not None:
+            pair = (row_of_level(run.before, level), row_of_level(run.after, level))
+        pairs.append(pair)
+        if len(numbers(pair, key)) == 2:
+            complete.append(pair)
+    shown = complete or pairs
+    before = spread([row for row, _ in shown], key)
+    after = spread([row for _, row in shown], key)
+    if before is None and after is None:
+        return ""
+    cell = f"{_mean(before, form)} &rarr; {_mean(after, form)}"
+    ranges = [_range(before, form), _range(after, form)]
+    if any(ranges):
+        cell += small(" &rarr; ".join(ranges))
+    if 0 < len(complete) < len(pairs):
+        cell += small(f"{len(complete)} of {len(pairs)} runs")
+    return cell
+
+
+def _mean(x: Spread | None, form: str) -> str:
+    return format(x.mean, form) if x else "&ndash;"
+
+
+def _range(x: Spread | None, form: str) -> str:
+    if x is None or x.low is None or x.high is None:
+        return ""
+    low = format(x.low, form)
+    high = format(x.high, form)
+    if x.n_runs > 1:
+        return f"{low}&thinsp;&hellip;&thinsp;{high}"
+    return f"[{low}, {high}]"
+
+
+def measured_differently(groups: Sequence[Group]) -> str:
+    """Return a warning where accuracies cannot be compared; empty where they can."""
+    evaluations = [row for group in groups for row in group.evaluations]
+    differing = []
+    for name in MEASURED_WITH:
+        values = {repr(row[name]) for row in evaluations if name in row}
+        if len(values) > 1:
+            differing.append(name)
+    differing += [name for name in differing_fields(groups) if name in EVALUATION_FIELDS]
+    if not differing:
+        return ""
+    return remark(f"<b>Measured differently:</b> evaluations differ in {', '.join(differing)}.")
+
+
+def levels(groups: Sequence[Group]) -> str:
+    """Return accuracy with one column a level; empty for a single level, as the overview has it."""
+    evaluations = [row for group in groups for row in group.evaluations]
+    rows = [row for evaluation in evaluations for row in level_rows(evaluation)]
+    row_of: dict[int, Row] = {}
+    for row in rows:
+        level = number(row, "level")
+        if level is not None:
+            row_of[int(level)] = row
+    if len(row_of) < 2:
+        return ""
+    columns = sorted(row_of)
+    keys = sorted({key for row in rows for key in row if _is_pass_at_k(key)})
+    head = ["configuration"]
+    for level in columns:
+        count = escaped(row_of[level].get("problems"), 20)
+        head.append(f"level {level}" + small(f"{count} questions"))
+    lines = []
+    for group in groups:
+        for key in keys:
+            cells = [before_and_after(group, key, ".3f", level) for level in columns]
+            if any(cells):
+                lines.append([f"{escaped(group.name)}, {escaped(key)}", *cells])
+    return table(head, lines)
+
+
+def _is_pass_at_k(key: str) -> bool:
+    return key.startswith("pass@") and "/" not in key  # pass@1/interval is no accuracy
+
+
+def phases(groups: Sequence[Group]) -> str:
+    """Return mean seconds of a step by phase; empty where no run has them."""
+    spent = {group.name: group.seconds_by_phase for group in groups}
+    columns = list(dict.fromkeys(chain(*spent.values())))
+    rows = []
+    for group in groups:
+        seconds = spent[group.name]
+        total = sum(seconds.values())
+        if not total:
+            continue
+        n_steps = len(group.steps)
+        row = [escaped(group.name)]
+        for phase in columns:
+            cell = ""
+            if phase in seconds:
+                cell = f"{seconds[phase] / n_steps:.3g}" + small(f"{seconds[phase] / total:.0%}")
+            row.append(cell)
+        row.append(f"{total / n_steps:.3g}")
+        rows.append(row)
+    if not rows:
+        return ""
+    names = [escaped(phase, 40).replace("_", " ") for phase in columns]
+    head = ["configuration", *names, "sum"]
+    return table(head, rows) + remark("Mean seconds of a step, and the phase's share of their sum.")

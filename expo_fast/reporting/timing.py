@@ -1,0 +1,30 @@
+"""Host time of a training step by phase."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Phases:
+    """Seconds of host time, summed by phase. A phase inside another counts in both.
+
+    A GPU's work counts in the phase that waits for it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to the phase, also where the block raises."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            key = f"time/{name}"
+            self._seconds[key] = self._seconds.get(key, 0.0) + self._clock() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds so far, keyed `time/NAME` as in metrics.jsonl."""
+        return dict(self._seconds)

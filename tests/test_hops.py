@@ -1,0 +1,38 @@
+"""A training step has few hops to a kernel, and no two modules call each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from expo_fast import train
+from expo_fast.methods import METHODS
+from expo_fast.weights import save_model
+from hops import trace
+from tiny import tiny_model, tiny_tokenizer
+
+MOST_MODULES_IN_A_CHAIN = 6  # from the command line to the backend
+
+
+@pytest.mark.parametrize("method", ["expo-grpo", "expo-dpo", "sft"])
+def test_a_step_is_a_short_chain_without_call_backs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    # A random model explains nothing right.
+    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    rows = [
+        {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
+        for n in range(4)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        f"--method {method} --model {tmp_path}/model --train-data {tmp_path}/train.jsonl "
+        f"--output-dir {tmp_path}/run --shots 0 --eval-every 0 --steps 1 --prompts-per-step 4 "
+        "--max-completion-length 20 --dtype float32"
+    )
+    hops = trace(train.main, flags.split())
+    assert hops.mutual_pairs == []
+    assert len(hops.longest_chain) <= MOST_MODULES_IN_A_CHAIN, hops.longest_chain
+    loop = METHODS[method].loop
+    assert {f"algorithms.{loop}", "op_backends.custom_ops"} <= hops.modules
