@@ -28,7 +28,8 @@ def test_a_fork_that_adds_nothing_holds_full_pages_only():
 
 
 def test_no_page_is_lost_and_none_has_two_owners():
-    chance, pages = random.Random(0), Pages(60, 4)
+    chance = random.Random(0)
+    pages = Pages(60, 4)
     held: list[tuple[list[int], int, list[int]]] = []  # table, tokens, pages that others share
     for _ in range(2000):
         parent, begun, _ = chance.choice(held) if held and chance.random() < 0.6 else ([], 0, [])

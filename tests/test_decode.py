@@ -87,7 +87,8 @@ class Scene:
         return by_definition(self.q.to(dtype), keys, values, positions, self.scale, window)
 
     def check(self, window=None, **how) -> None:
-        truth, got = self.theirs(torch.float64, window), self.ours(window, **how)
+        truth = self.theirs(torch.float64, window)
+        got = self.ours(window, **how)
         plain = self.theirs(torch.float32, window).to(self.q.dtype)
         assert got.dtype == self.q.dtype
         worst, allowed = ((x.double() - truth).abs().max().item() for x in (got, plain))
@@ -131,24 +132,27 @@ def test_rows_without_pages_get_zeros_and_a_larger_batch_changes_nothing():
     scene = Scene(LENGTHS, 64, 4)
     alone = scene.ours()
     wide = Scene(LENGTHS, 64, 4)
-    idle = len(LENGTHS), 3
-    wide.tables = torch.cat([scene.tables, scene.tables.new_zeros(idle[1], scene.width)])
-    wide.positions = torch.cat([scene.positions, scene.positions.new_zeros(idle[1])])
-    wide.q = torch.cat([scene.q, scene.q[: idle[1]]])
-    assert torch.equal(wide.ours()[: idle[0]], alone)
-    assert (wide.ours()[idle[0] :] == 0).all()
+    n = len(LENGTHS)
+    n_idle = 3
+    wide.tables = torch.cat([scene.tables, scene.tables.new_zeros(n_idle, scene.width)])
+    wide.positions = torch.cat([scene.positions, scene.positions.new_zeros(n_idle)])
+    wide.q = torch.cat([scene.q, scene.q[:n_idle]])
+    assert torch.equal(wide.ours()[:n], alone)
+    assert (wide.ours()[n:] == 0).all()
 
 
 def test_equal_calls_give_equal_bits_wherever_the_slab_lies():
     scene = Scene(LENGTHS, 64, 4)
-    first, again = scene.ours(), scene.ours()
+    first = scene.ours()
+    again = scene.ours()
     scene.slab = scene.slab.clone()
     assert torch.equal(first, again) and torch.equal(first, scene.ours())
 
 
 def test_a_nan_of_one_row_leaves_the_others_unchanged():
     scene = Scene(LENGTHS, 64, 4)
-    clean, row = scene.ours(), LENGTHS.index(190)
+    clean = scene.ours()
+    row = LENGTHS.index(190)
     scene.slab[int(scene.tables[row, 4])] = math.nan  # that page is the row's alone
     got = scene.ours()
     assert got[row].isnan().all()
@@ -157,7 +161,8 @@ def test_a_nan_of_one_row_leaves_the_others_unchanged():
 
 
 def test_new_keys_and_values_land_on_their_pages():
-    scene, g = Scene(LENGTHS, 64, 4), torch.Generator().manual_seed(1)
+    scene = Scene(LENGTHS, 64, 4)
+    g = torch.Generator().manual_seed(1)
     k, v = torch.randn(2, len(LENGTHS), 2, 64, generator=g).bfloat16()
     expected = scene.slab.clone()
     for row, position in enumerate(scene.positions.tolist()):
@@ -184,7 +189,8 @@ def test_the_fused_kernels_compute_what_the_model_computes():
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rope", [False, True])
 def test_heads_are_normed_rotated_and_placed(norm: bool, rope: bool):
-    scene, g = Scene(LENGTHS, 64, 4, dim=80), torch.Generator().manual_seed(1)
+    scene = Scene(LENGTHS, 64, 4, dim=80)
+    g = torch.Generator().manual_seed(1)
     n = len(LENGTHS)
     q, k, v = (torch.randn(n, h, 80, generator=g).bfloat16().to(DEVICE) for h in (6, 2, 2))
     norms = [RMSNorm(80, 1e-6).bfloat16().to(DEVICE) for _ in range(2)]
@@ -247,7 +253,8 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
         *((20, 0.8, 0.01), (3, 0.99, 0.2), (200, 0.999, 1e-4), (7, 1.0, 1.0)),
         (0, 1.0, 0.0),
     ]
-    each, n = 6, 6 * len(rules)
+    each = 6
+    n = 6 * len(rules)
     logits = 3 * torch.randn(n, columns, generator=g)
     logits[::3] = (2 * logits[::3]).round() / 2  # ties, at the borders too
     logits[1::6, 100:] = -math.inf
@@ -257,7 +264,9 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     temperature = torch.linspace(0.4, 1.6, n)
     temperature[5::6] = 0
     u = torch.rand(n, dtype=torch.float64, generator=g)
-    u[::6], u[1::6], u[3::6] = 0, 1 - 2.0**-53, 0.9
+    u[::6] = 0
+    u[1::6] = 1 - 2.0**-53
+    u[3::6] = 0.9
     tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
     logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
     found = blocks.blocks_of(logits, temperature, block)
@@ -272,7 +281,8 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
 def test_a_truncated_row_with_a_nan_ends_with_a_token_and_no_logp():
     logits = torch.randn(2, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[0, 600] = math.nan
-    temperature, u = torch.ones(2, device=DEVICE), torch.full((2,), 0.5, device=DEVICE).double()
+    temperature = torch.ones(2, device=DEVICE)
+    u = torch.full((2,), 0.5, device=DEVICE).double()
     found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
     token, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
     k, p, m = (torch.full((2,), x, device=DEVICE) for x in (5, 0.9, 0.01))
@@ -362,7 +372,8 @@ def sample(model, asked, backend, rows=64) -> list[Completion]:
     "kind", ["llama-biases", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows"]
 )
 def test_the_engine_samples_what_the_others_sample(kind):
-    model, asked = tiny_model(kind).to(DEVICE), requests()
+    model = tiny_model(kind).to(DEVICE)
+    asked = requests()
     assert set(model.shape.windows) != {None} or "window" not in kind
     ours = sample(model, asked, "triton")
     assert_same(ours, sample(model, asked, "torch"))
@@ -370,7 +381,8 @@ def test_the_engine_samples_what_the_others_sample(kind):
 
 
 def test_refill_and_ends_inside_a_burst():
-    model, asked = shallow(), requests(max_new_tokens=7)
+    model = shallow()
+    asked = requests(max_new_tokens=7)
     free = sample(model, asked, "torch")
     asked = [replace(r, stop_ids=(d.token_ids[3],)) for r, d in zip(asked, free, strict=True)]
     done = sample(model, asked, "triton", rows=3)
@@ -386,7 +398,8 @@ def test_truncated_and_greedy_rows_in_one_batch():
 
 
 def test_the_default_dtype_of_torch_changes_nothing():
-    model, asked = shallow(), requests()[:2]
+    model = shallow()
+    asked = requests()[:2]
     expected = sample(model, asked, "triton")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -400,7 +413,8 @@ def test_the_default_dtype_of_torch_changes_nothing():
 
 
 def test_sixteen_bits_and_a_nan():
-    model, asked = shallow(dtype=torch.bfloat16), requests()
+    model = shallow(dtype=torch.bfloat16)
+    asked = requests()
     clean = sample(model, asked, "triton")
     for request, done in zip(asked, clean, strict=True):
         whole = torch.tensor([*request.prompt_ids, *done.token_ids], device=DEVICE)
@@ -419,7 +433,8 @@ def test_sixteen_bits_and_a_nan():
 
 
 def test_steps_outlive_the_slab_but_not_a_change_of_the_model():
-    model, asked = shallow(), requests()[:2]
+    model = shallow()
+    asked = requests()[:2]
     generator = Generator(model, backend="triton")
     generator.sample(asked)
     engine = generator.engine()
@@ -450,14 +465,16 @@ def test_rows_are_loaded_again_only_after_many_have_ended(monkeypatch):
 
     monkeypatch.setattr(CudaEngine, "load", counted)
     monkeypatch.setattr(CudaEngine, "burst", 2)
-    model, lengths = tiny_model(num_hidden_layers=1).to(DEVICE), (6, 4, 6, 8, 8, 8, 8, 8, 3)
+    model = tiny_model(num_hidden_layers=1).to(DEVICE)
+    lengths = (6, 4, 6, 8, 8, 8, 8, 8, 3)
     asked = [Request((5, 6, 7), n, seed=i, stop_ids=()) for i, n in enumerate(lengths)]
     assert_same(sample(model, asked, "triton", rows=8), sample(model, asked, "torch"))
     assert loads == [8, 8, 6]  # the last is replaced by the first; one ends; another ends
 
 
 def test_two_streams_of_a_generator_do_not_share_a_slab():
-    model, asked = shallow(), requests()
+    model = shallow()
+    asked = requests()
     generator = Generator(model, backend="triton")
     found = {}
     for i, done in generator.stream(asked[2:]):  # which do not end in the same burst
@@ -510,5 +527,6 @@ def test_a_gpu_computes_prompts_in_one_call_per_layer(monkeypatch):
 
     monkeypatch.setattr(paged_attention, "varlen_attention", varlen)
     monkeypatch.setattr(CudaEngine, "attention", paged_attention.VarlenPagedAttention)
-    model, asked = tiny_model("mistral-window").to(DEVICE), requests(max_new_tokens=1)
+    model = tiny_model("mistral-window").to(DEVICE)
+    asked = requests(max_new_tokens=1)
     assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))

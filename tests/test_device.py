@@ -89,7 +89,8 @@ def samples() -> list[Sample]:
     made = []
     for q in range(3):
         for k in range(2):
-            prompt, ids = (5, 6, 7, *range(20, 24 + q)), tuple(range(30 + q, 38 + 2 * q + k))
+            prompt = (5, 6, 7, *range(20, 24 + q))
+            ids = tuple(range(30 + q, 38 + 2 * q + k))
             made.append(Sample(prompt, ids, (-1.0) ** k, 0.1))
     return made
 

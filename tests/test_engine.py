@@ -21,7 +21,8 @@ from expo_fast.op_backends import native_library
 from expo_fast.weights import load_model
 from tiny import VARIANTS, tiny_model
 
-V, DRAWS = 700, 20_000  # several tiles of csrc, the last one partial
+V = 700  # several tiles of csrc, the last one partial
+DRAWS = 20_000
 ISAS = [name for name in native_library.COMPILER_FLAGS if native_library.supports_isa(name)]
 
 
@@ -52,10 +53,12 @@ def opened(engine):
 )
 def test_frequencies_match_the_distribution(kind, dtype, temperature, top_k, top_p, min_p):
     model = tiny_model(vocab_size=V, dtype=dtype)
-    engine, hidden = opened(kind(model)), (torch.randn(48) / 2).to(dtype)
+    engine = opened(kind(model))
+    hidden = (torch.randn(48) / 2).to(dtype)
     logits = model.head_weight.detach().double() @ hidden.double() / temperature
     expected = DRAWS * allowed(logits.softmax(-1), top_k, top_p, min_p)
-    counts, logp = torch.zeros(V), logits.log_softmax(-1)
+    counts = torch.zeros(V)
+    logp = logits.log_softmax(-1)
     asked = sampling(DRAWS, temperature, top_k, top_p, min_p)
     for rows in torch.arange(DRAWS).split(2000):
         drawn = engine.draw(hidden.expand(len(rows), -1).contiguous(), rows * 0 + 7, asked[rows])
@@ -65,8 +68,11 @@ def test_frequencies_match_the_distribution(kind, dtype, temperature, top_k, top
 
 
 def test_both_engines_draw_the_same_tokens():
-    model, n = tiny_model(vocab_size=V), 500
-    hidden, positions, asked = torch.randn(n, 48), torch.arange(n), sampling(n)
+    model = tiny_model(vocab_size=V)
+    n = 500
+    hidden = torch.randn(n, 48)
+    positions = torch.arange(n)
+    asked = sampling(n)
     asked.temperature[:50] = 0
     asked.truncation.top_p[25:100] = 0.7
     engines = [opened(kind(model)) for kind in (TorchEngine, NativeEngine)]
@@ -78,8 +84,10 @@ def test_both_engines_draw_the_same_tokens():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_reported_and_leave_other_rows_unchanged(bad: float):
-    model, hidden = tiny_model(vocab_size=V), torch.randn(3, 48)
-    engine, asked = opened(NativeEngine(model)), sampling(3)
+    model = tiny_model(vocab_size=V)
+    hidden = torch.randn(3, 48)
+    engine = opened(NativeEngine(model))
+    asked = sampling(3)
     clean = engine.draw(hidden, torch.arange(3), asked)
     hidden[1, 5] = bad
     tokens, logp = engine.draw(hidden, torch.arange(3), asked)
@@ -158,7 +166,7 @@ def test_odd_sizes(sizes, dtype):
 
 def test_a_struct_that_differs_from_csrc_is_refused(monkeypatch):
     class Short(ctypes.Structure):
-        _fields_ = native_structs.DrawStruct._fields_[:-1]
+        _fields_ = native_structs.DrawStruct._fields_[1:]  # without `hidden`
 
     cpu_engine._library.cache_clear()
     monkeypatch.setitem(native_structs.STRUCTS, "draw", Short)
@@ -210,7 +218,9 @@ def test_in_bf16_the_gap_to_the_trainer_is_no_larger_than_transformers_to_itself
     prompt = tokenizer("Anna has 12 apples and buys 5 more. How many does she have?").input_ids
     asked = [Request(prompt, 48, seed=i, stop_ids=()) for i in range(16)]
     done = Generator(model).sample(asked)
-    n, ours, own = len(prompt), [], []
+    n = len(prompt)
+    ours = []
+    own = []
     for completion in done:
         whole = torch.tensor([*prompt, *completion.token_ids])
         borders = torch.tensor([0, len(whole)], dtype=torch.int32)
@@ -219,7 +229,8 @@ def test_in_bf16_the_gap_to_the_trainer_is_no_larger_than_transformers_to_itself
         targets = whole[n:, None]
         ours.append(full[n - 1 : -1].gather(1, targets).squeeze(1) - completion.logp)
         full = theirs(whole[None]).logits[0].float().log_softmax(-1)
-        cache, steps = theirs(whole[None, :n], use_cache=True), []
+        cache = theirs(whole[None, :n], use_cache=True)
+        steps = []
         for token in whole[n:]:
             steps.append(cache.logits[0, -1].float().log_softmax(-1))
             cache = theirs(token[None, None], past_key_values=cache.past_key_values, use_cache=True)

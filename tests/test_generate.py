@@ -79,7 +79,8 @@ def test_long_prompts_may_be_computed_in_pieces(prefill: int, backend: str, monk
 
 
 def test_refill_and_prefix_sharing_change_no_token(monkeypatch):
-    model, asked = tiny_model(dtype=torch.float64), requests() + requests(6, SEVERAL_PAGES)
+    model = tiny_model(dtype=torch.float64)
+    asked = requests() + requests(6, SEVERAL_PAGES)
     alone = [Generator(model).sample([request])[0] for request in asked]
     for rows in (1, 3, 7, 64):
         monkeypatch.setattr(generate, "MAX_ROWS", rows)
@@ -90,7 +91,8 @@ def test_refill_and_prefix_sharing_change_no_token(monkeypatch):
 
 
 def test_a_repeated_call_gives_the_same_tokens_and_log_probs(backend: str):
-    model, asked = tiny_model(), requests()
+    model = tiny_model()
+    asked = requests()
     generator = Generator(model, backend=backend)
     first = generator.sample(asked)
     assert same(first, generator.sample(asked))
@@ -120,9 +122,11 @@ def test_batch_order_and_refill_change_no_bit(dtype, exact: bool, monkeypatch):
 
 
 def test_without_csrc_the_batch_invariant_mode_samples_one_by_one():
-    model, asked = tiny_model(), requests()
+    model = tiny_model()
+    asked = requests()
     generator = Generator(model, batch_invariant=True, backend="torch")
-    together, half = generator.sample(asked), generator.sample(asked[1::2][::-1])[::-1]
+    together = generator.sample(asked)
+    half = generator.sample(asked[1::2][::-1])[::-1]
     assert same(half, together[1::2])
 
 
@@ -162,7 +166,8 @@ def test_exact_hidden_states_have_the_gradient_of_pytorchs():
 
 
 def test_weights_changed_in_place_are_seen_at_once(backend: str):
-    model, asked = tiny_model(), requests(3)
+    model = tiny_model()
+    asked = requests(3)
     generator = Generator(model, backend=backend)
     before = generator.sample(asked)
     with torch.no_grad():
@@ -198,7 +203,8 @@ def test_the_models_own_eos_is_the_default_stop(backend: str):
 
 
 def test_stop_string_across_token_borders(backend: str):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model = tiny_model()
+    tokenizer = tiny_tokenizer()
     free = Generator(model, backend=backend).sample(requests(1, max_new_tokens=12, stop_ids=()))[0]
     text = tokenizer.decode(free.token_ids)
     stop = text[3:6]  # three characters, and so up to three tokens
@@ -210,9 +216,11 @@ def test_stop_string_across_token_borders(backend: str):
 
 
 def test_budget_bounds_the_cache_and_changes_no_token(backend: str, monkeypatch):
-    model, asked = tiny_model(), requests() + requests(6, SEVERAL_PAGES)
+    model = tiny_model()
+    asked = requests() + requests(6, SEVERAL_PAGES)
     generator = Generator(model, backend=backend)
-    engine, opened = type(generator.engine()), []
+    engine = type(generator.engine())
+    opened = []
     page = generator.engine().page_bytes()
 
     def open_(self, n_pages, n_positions, open=engine.open):
@@ -234,7 +242,8 @@ def test_budget_bounds_the_cache_and_changes_no_token(backend: str, monkeypatch)
 
 
 def test_memory_is_returned_after_sampling_and_after_an_interruption(monkeypatch):
-    model, asked = tiny_model(), requests()
+    model = tiny_model()
+    asked = requests()
     engines: list[NativeEngine] = []
 
     class Spy(NativeEngine):
@@ -273,14 +282,16 @@ class Adapter(torch.nn.Module):
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
-        self.base, self.extra = base, torch.nn.Linear(base.in_features, base.out_features)
+        self.base = base
+        self.extra = torch.nn.Linear(base.in_features, base.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.extra(x)
 
 
 def test_sampling_goes_through_adapters_and_hooks():
-    asked, model = requests(6), tiny_model()
+    asked = requests(6)
+    model = tiny_model()
     assert isinstance(Generator(model).engine(), NativeEngine)
     hook = model.model.norm.register_forward_hook(lambda *_: _[2] * 2)
     doubled = Generator(model).sample(asked)
@@ -360,7 +371,8 @@ def test_a_request_too_large_is_refused_before_any_other_is_served():
 
 
 def test_the_default_dtype_and_device_of_torch_change_nothing(backend: str):
-    model, asked = tiny_model(), requests()
+    model = tiny_model()
+    asked = requests()
     expected = Generator(model, backend=backend).sample(asked)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -399,7 +411,8 @@ def test_a_common_prefix_is_computed_once(monkeypatch):
 def test_greedy_tokens_have_their_log_prob_at_temperature_one(exact: bool, backend: str):
     if exact and backend == "torch":
         pytest.skip("only csrc's log-probs are the ops'")
-    model, asked = tiny_model(), requests(6, temperature=0.0)
+    model = tiny_model()
+    asked = requests(6, temperature=0.0)
     done = Generator(model, backend=backend, batch_invariant=exact).sample(asked)
     with torch.no_grad():
         for request, completion in zip(asked, done, strict=True):
@@ -418,7 +431,8 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_a_nan_ends_its_request_and_leaves_no_trace(backend: str):
-    model, asked = tiny_model(), requests(3)
+    model = tiny_model()
+    asked = requests(3)
     generator = Generator(model, backend=backend)
     sampled = {t for done in generator.sample(asked) for t in done.token_ids}
     bad = next(t for t in range(40, 100) if t not in sampled)

@@ -9,7 +9,8 @@ from torch import Tensor
 from distribution import allowed, assert_drawn_from
 from expo_fast.inference.sampling import Truncation, draw, uniform
 
-V, DRAWS = 700, 40_000  # more than two blocks of columns, and a ragged last one
+V = 700  # more than two blocks of columns, the last one partial
+DRAWS = 40_000
 
 
 def truncation(n: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Truncation:
@@ -62,7 +63,8 @@ def test_ties_are_broken_the_same_way_in_any_batch(cut: dict):
     logits[:, 300:] = logits[:, 300:301]  # 400 equal weights, of which the rules allow some
     alone = truncation(9, **cut)
     beside = Truncation(*(x.clone() for x in vars(alone).values()))
-    beside.top_p[8], beside.top_k[8] = 0.9999, 0  # needs all columns
+    beside.top_p[8] = 0.9999
+    beside.top_k[8] = 0  # needs all columns
     u = torch.linspace(0, 0.999, 9, dtype=torch.float64)
     a, _ = draw(logits[:8].clone(), torch.ones(8), alone[:8], u[:8])
     b, _ = draw(logits.clone(), torch.ones(9), beside, u)
