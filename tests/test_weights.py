@@ -25,7 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from expo_fast import weights
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.op_backends import cpu
+from expo_fast.op_backends import native_library
 from expo_fast.storage import default_model, hub
 from expo_fast.storage.files import cache_folder
 from expo_fast.storage.gguf import NAMES, set_pre_tokenizer
@@ -663,8 +663,8 @@ def test_the_default_model_and_the_cpu_kernels_use_the_same_folder(
     assert cache_folder() == tmp_path / folder
     assert find_model(default_model.DEFAULT_MODEL).parent == tmp_path / folder
     monkeypatch.setenv("CXX", "false")  # a compiler that fails, after the folder has been made
-    with pytest.raises(cpu.Unavailable):
-        cpu.library.__wrapped__("portable")
+    with pytest.raises(native_library.Unavailable):
+        native_library.library.__wrapped__("portable")
     assert list((tmp_path / folder / "native").iterdir())
 
 
