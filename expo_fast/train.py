@@ -26,6 +26,7 @@ from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
 from expo_fast.modeling.lora import attach
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
+from expo_fast.op_backends import dispatch
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import boxed_answer_reward, custom_reward, load_reward, score_answers
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> None:
     check_run_dir(config)
     data = load_training_data(config)
     trainer = build_trainer(config, data)
+    if trainer.model.device.type == "cpu":
+        dispatch.compiles()  # now: a missing compiler is reported before the run begins
     context = trainer.model.shape.context
     check_lengths(config, trainer.prompter, data.problems, data.held_out, context)
     # A named checkpoint is read before the run directory is made, so that a wrong one leaves none.

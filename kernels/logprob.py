@@ -88,11 +88,15 @@ ELEMENTS = 2048  # of a row, to a program that works element by element
 @triton.jit
 def _place(index, N, V, BN: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr):
     """First row and column of a tile. Neighbours in time share weights; a group shares its rows."""
-    tiles_n, tiles_v = tl.cdiv(N, BN), tl.cdiv(V, BV)
-    first = index // (GROUP * tiles_v) * GROUP
+    tiles_n = tl.cdiv(N, BN)
+    tiles_v = tl.cdiv(V, BV)
+    tiles_of_group = GROUP * tiles_v
+    first = index // tiles_of_group * GROUP
     size = min(tiles_n - first, GROUP)
-    inside = index % (GROUP * tiles_v)
-    return (first + inside % size) * BN, inside // size * BV
+    inside = index % tiles_of_group
+    row = (first + inside % size) * BN
+    column = inside // size * BV
+    return row, column
 
 
 @triton.jit
@@ -103,9 +107,11 @@ def _logits(
     """(BN, BV) fp32, before temperature; beyond V and N they are 0."""
     z = tl.zeros([BN, BV], tl.float32)
     for d in range(0, D, BD):
-        a, b = x.load([n, d]), w.load([v, d])
+        a = x.load([n, d])
+        b = w.load([v, d])
         if WIDE:  # the interpreter multiplies bf16 wrongly
-            a, b = a.to(tl.float32), b.to(tl.float32)
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
         z = tl.dot(a, b.T, z)
     if BIAS:
         column = v + tl.arange(0, BV)
@@ -122,7 +128,8 @@ def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS
     for d in range(0, D, BLOCK):
         k = d + tl.arange(0, BLOCK)
         a = tl.load(x + row * sx + k, k < D, 0.0).to(tl.float32)
-        total += a * tl.load(w + y * sw + k, k < D, 0.0).to(tl.float32)
+        b = tl.load(w + y * sw + k, k < D, 0.0).to(tl.float32)
+        total += a * b
     z = tl.sum(total, 0)
     if BIAS:
         z += tl.load(bias + y)
@@ -132,8 +139,9 @@ def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS
 @triton.jit
 def _masked(u, column, y, end):
     """u without the target's column and those from `end` on: exp2(u) and exp2(u) u are 0 there."""
-    skip = (column[None, :] == y[:, None]) | (column >= end)[None, :]
-    return tl.where(skip, -1000.0, u)
+    is_target = column[None, :] == y[:, None]
+    is_beyond = (column >= end)[None, :]
+    return tl.where(is_target | is_beyond, -1000.0, u)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -156,13 +164,16 @@ def softmax_sums(
         n, v = _place(index, N, V, BN, BV, GROUP)
         if again is None or tl.load(again + 1 + n // BN):
             z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
-            row, column = n + tl.arange(0, BN), tl.arange(0, BV)
+            row = n + tl.arange(0, BN)
+            column = tl.arange(0, BV)
             inside = row < N
             y = tl.load(targets + row, inside, 0).to(tl.int32) - v
-            s, b = tl.load(scale + row, inside, 0.0), tl.load(base + row, inside, 0.0)
+            s = tl.load(scale + row, inside, 0.0)
+            b = tl.load(base + row, inside, 0.0)
             at = (v // BV).to(tl.int64) * N + row
             if LARGEST:
-                z = tl.where((column >= V - v)[None, :], -float("inf"), z * s[:, None])
+                is_beyond = (column >= V - v)[None, :]
+                z = tl.where(is_beyond, -float("inf"), z * s[:, None])
                 tl.store(other + at, tl.max(z, 1), inside)
             else:
                 u = z * s[:, None] - b[:, None]
@@ -192,11 +203,14 @@ def logit_gradients(
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         n, v = _place(index, N, V, BN, BV, GROUP)
         z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
-        row, column = n + tl.arange(0, BN), tl.arange(0, BV)
+        row = n + tl.arange(0, BN)
+        column = tl.arange(0, BV)
         inside = row < N
         y = tl.load(targets + row, inside, -1).to(tl.int32) - v
-        s, b = tl.load(scale + row, inside, 0.0), tl.load(base + row, inside, 0.0)
-        a0, a1 = tl.load(c0 + row, inside, 0.0), tl.load(c1 + row, inside, 0.0)
+        s = tl.load(scale + row, inside, 0.0)
+        b = tl.load(base + row, inside, 0.0)
+        a0 = tl.load(c0 + row, inside, 0.0)
+        a1 = tl.load(c1 + row, inside, 0.0)
         own = tl.load(at_target + row, inside, 0.0)
         u = z * s[:, None] - b[:, None]
         g = tl.exp2(u) * (a0[:, None] + a1[:, None] * u)
@@ -207,12 +221,17 @@ def logit_gradients(
 @triton.jit
 def scale_stored(e, dz, targets, c0, c1, at_target, V, se, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """dz = e (c0 + c1 log e), for losses with an entropy or lse term. dz may be e."""
-    row = (tl.program_id(0) // tl.cdiv(V, BLOCK)).to(tl.int64)
-    column = tl.program_id(0) % tl.cdiv(V, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(V, BLOCK)  # of a row
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    column = block * BLOCK + tl.arange(0, BLOCK)
     p = tl.load(e + row * se + column, column < V, 0.0).to(tl.float32)
-    y, a0, a1 = tl.load(targets + row), tl.load(c0 + row), tl.load(c1 + row)
+    y = tl.load(targets + row)
+    a0 = tl.load(c0 + row)
+    a1 = tl.load(c1 + row)
+    own = tl.load(at_target + row)
     u = tl.log2(tl.where(p > 0, p, 1.0))  # log2: c1 is per bit
-    g = tl.where(column == y, tl.load(at_target + row), p * (a0 + a1 * u))
+    g = tl.where(column == y, own, p * (a0 + a1 * u))
     tl.store(dz + row * se + column, to_bf16(g, WIDE), column < V)
 
 
@@ -235,12 +254,20 @@ def _card(device: torch.device) -> str:
 
 def supports(head: Head) -> bool:
     """bf16 whose rows TMA can address, on Hopper or later, or anywhere in the interpreter."""
-    hidden, weight = head.hidden, head.weight
-    bf16 = hidden.dtype == weight.dtype == torch.bfloat16
-    aligned = weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.data_ptr() % 16 == 0
-    if not bf16 or not aligned or weight.shape[1] % 8 or hidden.device != weight.device:
+    hidden = head.hidden
+    weight = head.weight
+    if hidden.device != weight.device:
         return False
-    return INTERPRETED or torch.cuda.get_device_capability(hidden.device)[0] >= 9
+    if not hidden.dtype == weight.dtype == torch.bfloat16:
+        return False
+    row_stride, column_stride = weight.stride()
+    contiguous = column_stride == 1 and row_stride % 8 == 0 and weight.shape[1] % 8 == 0
+    if not contiguous or weight.data_ptr() % 16:
+        return False
+    if INTERPRETED:
+        return True
+    major, _ = torch.cuda.get_device_capability(hidden.device)
+    return major >= 9
 
 
 def width_of_e(head: Head) -> int:
@@ -263,9 +290,10 @@ def empty_e(head: Head, rows: int) -> Tensor:
 def forward(
     head: Head, e: Tensor | None = None, config: Config | None = None
 ) -> tuple[LogProb, Tensor]:
-    """Results and log_total, (N,) fp64 each; fills `e` (N, V), patched as the gradients want it.
+    """Return the results and log_total, (N,) fp64 each.
 
-    config: None takes that of `config_for`.
+    e: (N, V) buffer to fill with E, patched as the gradients need it.
+    config: None takes the one of `config_for`.
     """
     call = _Call.of(head, config)
     z = call.target_logits()
@@ -281,10 +309,12 @@ def forward(
 
 
 def recomputed(head: Head, results: LogProb, row_grads: RowGrads, first: int, dz: Tensor) -> None:
-    """dz (N, S) bf16 from a forward's results, of the S columns from `first` on."""
-    call, columns = _Call.of(head), slice(first, first + dz.shape[1])
+    """Fill dz (N, S) bf16, the S columns from `first` on, from a forward's results."""
+    call = _Call.of(head)
+    width = dz.shape[1]
+    columns = slice(first, first + width)
     base, given = logit_grads_about_lse(results, row_grads, head.temperature, per_nat=LOG2_E)
-    sizes = call.n, dz.shape[1], call.d
+    sizes = call.n, width, call.d
     with call.device:
         logit_gradients[(call.programs(),)](
             *call.operands(dz, columns), call.targets - first, call.scale, base, *given,
@@ -295,13 +325,22 @@ def recomputed(head: Head, results: LogProb, row_grads: RowGrads, first: int, dz
 def from_stored(
     head: Head, e: Tensor, log_total: Tensor, results: LogProb, row_grads: RowGrads, dz: Tensor
 ) -> None:
-    """dz (N, V) bf16, which may be `e`, where a slope in entropy or lse bends the rows of E."""
+    """Fill dz (N, V) bf16, which may be `e`, for a loss with a gradient in entropy or lse."""
     call = _Call.of(head)
     c0, c1, at_target = logit_grads(results, row_grads, head.temperature, log_total)
-    given = map(_fp32, (c0, c1 / LOG2_E, at_target))
+    programs = call.n * triton.cdiv(call.v, ELEMENTS)
     with call.device:
-        scale_stored[(call.n * triton.cdiv(call.v, ELEMENTS),)](
-            e, dz, call.targets, *given, call.v, e.stride(0), ELEMENTS, INTERPRETED
+        scale_stored[(programs,)](
+            e,
+            dz,
+            call.targets,
+            _fp32(c0),
+            _fp32(c1 / LOG2_E),
+            _fp32(at_target),
+            call.v,
+            e.stride(0),
+            ELEMENTS,
+            INTERPRETED,
         )
 
 
@@ -322,14 +361,21 @@ class _Call:
 
     @classmethod
     def of(cls, head: Head, config: Config | None = None) -> "_Call":
-        hidden, t = head.hidden.contiguous(), head.temperature
-        hidden = hidden.clone() if hidden.data_ptr() % 16 else hidden
-        # a bias of -inf forbids a token: there p u must be 0, not 0 * inf
-        bias = None if head.bias is None else _fp32(head.bias).clamp(min=-1e30)
-        scale = hidden.new_full((len(hidden),), LOG2_E, dtype=torch.float32) / t
-        targets = head.targets.contiguous()
+        hidden = head.hidden.contiguous()
+        if hidden.data_ptr() % 16:
+            hidden = hidden.clone()
+        bias = None
+        if head.bias is not None:
+            # A bias of -inf forbids a token. There p u must be 0, not 0 * inf.
+            bias = _fp32(head.bias).clamp(min=-1e30)
+        log2_e = hidden.new_full((len(hidden),), LOG2_E, dtype=torch.float32)
         return cls(
-            hidden, head.weight, bias, targets, _fp32(scale), config or config_for(head.hidden)
+            hidden=hidden,
+            weight=head.weight,
+            bias=bias,
+            targets=head.targets.contiguous(),
+            scale=_fp32(log2_e / head.temperature),
+            config=config or config_for(head.hidden),
         )
 
     @property
@@ -366,42 +412,60 @@ class _Call:
 
     def meta(self) -> dict[str, Any]:
         """What both GEMM kernels take by name."""
-        shared = {n: x for n, x in vars(self.config).items() if n not in ("MASK_ALL", "MOMENT")}
-        known = {"PROGRAMS": self.programs(), "BIAS": self.bias is not None}
-        return shared | known | {"WIDE": INTERPRETED}
+        meta = dict(vars(self.config))
+        del meta["MASK_ALL"], meta["MOMENT"]  # of the forward only
+        meta["PROGRAMS"] = self.programs()
+        meta["BIAS"] = self.bias is not None
+        meta["WIDE"] = INTERPRETED
+        return meta
 
     def target_logits(self) -> Tensor:  # (N,) fp32, before temperature
-        out, bias, x, w = torch.empty_like(self.scale), self.bias, self.hidden, self.weight
-        sizes = self.d, x.stride(0), w.stride(0), ELEMENTS
+        out = torch.empty_like(self.scale)
         with self.device:
-            target_logits[(self.n,)](x, w, bias, self.targets, out, *sizes, bias is not None)
+            target_logits[(self.n,)](
+                self.hidden,
+                self.weight,
+                self.bias,
+                self.targets,
+                out,
+                self.d,
+                self.hidden.stride(0),
+                self.weight.stride(0),
+                ELEMENTS,
+                self.bias is not None,
+            )
         return out
 
     def safe_sums(self, base: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """other, moment and the anchor that they are from, (N,) fp64; the last two in bits.
+        """Return other, moment and their anchor, (N,) fp64; the last two in bits.
 
-        moment is None where the config asks for none. No look at the values stalls the GPU: the
-        second and third pass find little to do there.
+        moment is None where the config asks for none. There is no host sync: the second and third
+        pass find on the GPU whether there is anything to do.
         """
         tile = self.config
-        operands, sizes, meta = self.operands(e), (self.n, self.v, self.d), self.meta()
-        room = base.new_empty(1 + tile.MOMENT, triton.cdiv(self.v, tile.BV), self.n)
+        operands = self.operands(e)
+        sizes = self.n, self.v, self.d
+        meta = self.meta()
+        partials = base.new_empty(1 + tile.MOMENT, triton.cdiv(self.v, tile.BV), self.n)
+        moments = partials[1] if tile.MOMENT else None
 
         def run(base: Tensor, again: Tensor | None, **mode: bool) -> Tensor:
             with self.device:
                 softmax_sums[(self.programs(),)](
                     *operands, self.targets, base, self.scale, again,
-                    room[0], room[1] if tile.MOMENT else None, *sizes,
+                    partials[0], moments, *sizes,
                     STORE=e is not None, MASK_ALL=tile.MASK_ALL, MOMENT=tile.MOMENT,
                     **mode, **meta,
                 )  # fmt: skip
-            return room
+            return partials
 
         sums = run(base, None).sum(1, dtype=torch.float64)
         wrong = ~(sums[0] < SAFE_SUM)
-        again = F.pad(wrong, (0, -self.n % tile.BN)).view(-1, tile.BN).any(1)
-        again = torch.cat([again.any()[None], again])
-        base = torch.where(wrong, run(base, again, LARGEST=True)[0].amax(0), base)
+        padded = F.pad(wrong, (0, -self.n % tile.BN))
+        wrong_tiles = padded.view(-1, tile.BN).any(1)
+        again = torch.cat([wrong_tiles.any()[None], wrong_tiles])
+        largest = run(base, again, LARGEST=True)[0].amax(0)
+        base = torch.where(wrong, largest, base)
         redone = run(base, again).sum(1, dtype=torch.float64)
         other, *moment = torch.where(wrong, redone, sums)
         return other, moment[0] if moment else None, base.double()

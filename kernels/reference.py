@@ -168,7 +168,8 @@ class Chunked:
         factor = head.weight.to(weight_dtype)
         for rows in spans:
             part = head.take(rows)
-            z, buffer = buffers[:, : rows.stop - rows.start]
+            z = buffers[0, : rows.stop - rows.start]
+            buffer = buffers[1, : rows.stop - rows.start]
             _write_logits(part, factor.T, z)
             if known is None:
                 tile = self.tile.softmax(part, z, buffer)

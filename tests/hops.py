@@ -2,8 +2,8 @@
 
     python tests/hops.py [FLAGS OF expo_fast.train]
 
-A hop is a change of module among the modules of expo_fast. Modules of kernels/ are not counted:
-they are what a chain leads to.
+A hop is a change of module among the modules of expo_fast. A chain ends at the call of a backend.
+Modules of kernels/ are not counted.
 """
 
 import sys
@@ -16,6 +16,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1] / "expo_fast"
 KERNELS = (PACKAGE / "kernels").resolve()
+BACKENDS = ("op_backends.cpu", "op_backends.triton_fused", "inference.cpu_engine")
 SMALL_STEP = (
     "--steps 1 --eval-every 0 --checkpoint-every 0 --prompts-per-step 2 --num-generations 2 "
     "--explanations-per-question 2 --max-completion-length 40"
@@ -59,7 +60,7 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Hops:
         if stack and stack[-1] != module:
             hops.edges.add((stack[-1], module))
         stack.append(module)
-        chain = [name for i, name in enumerate(stack) if i == 0 or stack[i - 1] != name]
+        chain = chain_to_backend(stack)
         if len(chain) > len(hops.longest_chain):
             hops.longest_chain = chain
 
@@ -69,6 +70,17 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Hops:
     finally:
         sys.setprofile(None)
     return hops
+
+
+def chain_to_backend(stack: list[str]) -> list[str]:
+    """Return the modules of a stack of calls, up to the first call of a backend."""
+    chain: list[str] = []
+    for module in stack:
+        if chain and chain[-1] in BACKENDS:
+            break
+        if not chain or chain[-1] != module:
+            chain.append(module)
+    return chain
 
 
 def module_of(code: CodeType) -> str | None:

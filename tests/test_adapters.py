@@ -1,4 +1,4 @@
-"""LoRA on our decoder: what PEFT reads of it, what we read of PEFT, and the twin that samples."""
+"""LoRA: training, interchange with PEFT in both directions, and the merged copy for sampling."""
 
 import json
 from collections.abc import Callable
@@ -39,21 +39,21 @@ Q_LORA_B = f"base_model.model.{Q_PROJ}.lora_B.weight"
 
 
 def hidden(model: Decoder, tokens: Tensor = TOKENS) -> Tensor:
-    """(N, D)"""
+    """Return (N, D)."""
     borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
     return model.hidden(tokens, torch.arange(len(tokens)), borders)
 
 
 @torch.no_grad()
 def logits(model: Decoder) -> Tensor:
-    """(N, V)"""
+    """Return (N, V)."""
     return hidden(model) @ model.head_weight.T
 
 
 def adapted(
     kind: str = "llama-biases", *, rank: int = 4, alpha: float = 6, **given: Any
 ) -> Decoder:
-    """A tiny model whose adapters have a B as large as trained ones."""
+    """Return a tiny model with adapters whose B is as large as after training."""
     model = tiny_model(kind, **given)
     attach(model, rank=rank, alpha=alpha, seed=0)
     randomize(model)
@@ -61,7 +61,7 @@ def adapted(
 
 
 def randomize(model: Decoder, seed: int = 0) -> None:
-    """Every B anew."""
+    """Draw every B again."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -81,7 +81,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def folders(tmp_path: Path, tokenizer: Any = None, **given: Any) -> tuple[Decoder, Path]:
-    """A model with adapters, these saved in tmp_path/adapter, its base in tmp_path/base."""
+    """Save a model's adapters in tmp_path/adapter, its base in tmp_path/base. Return both."""
     base = tiny_model("llama-biases", **given)
     save_model(base, tokenizer, tmp_path / "base")
     model = adapted(**given)
@@ -147,7 +147,7 @@ def test_a_is_drawn_from_the_seed_alone():
         ({"alpha": float("inf")}, "alpha is inf"),
     ],
 )
-def test_what_makes_no_adapter_is_refused(given: dict[str, Any], message: str):
+def test_invalid_ranks_and_alphas_are_refused(given: dict[str, Any], message: str):
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         attach(model, **({"rank": 4, "alpha": 8, "seed": 0} | given))
@@ -212,7 +212,7 @@ def test_gradients_are_those_of_the_full_weights_by_the_chain_rule(checkpointing
 
 
 def test_a_reference_between_forward_and_backward_changes_no_gradient():
-    """As in DPO with a checkpointed policy, whose layers run again after the switch."""
+    """DPO with a checkpointed policy does this: its layers run again after the switch."""
     grads = []
     for between in (False, True):
         model = adapted()
@@ -321,11 +321,11 @@ def test_an_adapter_folder_loads_as_its_merged_model(dtype: torch.dtype, tmp_pat
     assert tokenizer is None
     assert not is_attached(merged) and isinstance(Generator(merged).engine(), NativeEngine)
     assert all(p.requires_grad for p in merged.parameters())
-    twin = merged_copy(model).model
-    assert_same(dict(merged.state_dict()), dict(twin.state_dict()))
+    copied = merged_copy(model).model
+    assert_same(dict(merged.state_dict()), dict(copied.state_dict()))
     save_model(merged, None, tmp_path / "merged")
     assert_same(
-        dict(load_model(tmp_path / "merged", dtype=dtype)[0].state_dict()), twin.state_dict()
+        dict(load_model(tmp_path / "merged", dtype=dtype)[0].state_dict()), copied.state_dict()
     )
 
 
@@ -341,13 +341,13 @@ def test_an_fp32_adapter_is_merged_into_a_bf16_base_with_one_rounding(tmp_path: 
 
 
 def assert_rounded_once(weight: Tensor, exact: Tensor) -> None:
-    """The fp32 sum before the rounding is off by 1e-7: it shows where W and s B A cancel."""
+    """Allow for the 1e-7 error of the fp32 sum, which shows if W and s B A cancel."""
     error = (weight.double() - exact).abs()
     assert (error <= 0.501 * spacing(exact) + 1e-7).all()
 
 
 def spacing(x: Tensor) -> Tensor:
-    """Of the bf16 numbers around x, which have 8 bits."""
+    """Return the distance of the bf16 numbers around x, which have 8 bits."""
     return torch.exp2(x.abs().log2().floor() - 7)
 
 
@@ -362,7 +362,7 @@ def test_the_tokenizer_is_the_adapters_else_the_bases(tmp_path: Path):
 
 
 @pytest.mark.parametrize("tokenizer", [None, tiny_tokenizer()])
-def test_an_end_that_only_the_adapters_tokenizer_names_is_taken(tmp_path: Path, tokenizer: Any):
+def test_a_missing_end_token_is_taken_from_the_adapters_tokenizer(tmp_path: Path, tokenizer: Any):
     model, _ = folders(tmp_path, eos_token_id=None)
     save_adapter(model, tokenizer, tmp_path / "adapter", str(tmp_path / "base"))
     assert load_model(tmp_path / "adapter")[0].eos_ids == (() if tokenizer is None else (1,))
@@ -510,8 +510,8 @@ def test_tensors_that_are_no_adapter_are_named(tmp_path: Path, change: Any, mess
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path):
     _, folder = folders(tmp_path)
-    whole = (folder / TENSORS).read_bytes()
-    (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
+    content = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(content[: len(content) // 2])
     refusal(folder, f"{TENSORS} is damaged or cut short")
     (folder / TENSORS).unlink()
     refusal(folder, f"has no {TENSORS}$")
@@ -537,48 +537,48 @@ def test_an_adapter_that_is_not_lora_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["llama-biases", "llama-tied", "qwen3"])
-def test_a_twin_shares_all_but_the_merged_projections(kind: str):
+def test_a_merged_copy_shares_all_but_the_merged_projections(kind: str):
     model = adapted(kind)
     model.generation_config = GenerationConfig(eos_token_id=[1, 2])
-    twin = merged_copy(model).model
+    copied = merged_copy(model).model
     ours = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
-    for name, p in twin.named_parameters():
+    for name, p in copied.named_parameters():
         assert not p.requires_grad
         merged = name.split(".")[-2] in PROJECTIONS and name.endswith("weight")
         assert (p is ours[name]) != merged
         assert (p.data_ptr() == ours[name].data_ptr()) != merged
-    assert twin.config is model.config and twin.eos_ids == model.eos_ids == (1, 2)
+    assert copied.config is model.config and copied.eos_ids == model.eos_ids == (1, 2)
     assert all(p.requires_grad == ("lora" in name) for name, p in model.named_parameters())
 
 
-def test_a_twin_is_refreshed_in_place():
+def test_a_merged_copy_is_refreshed_in_place():
     model = adapted()
-    twin = merged_copy(model)
-    places = [p.data_ptr() for p in twin.model.parameters()]
-    assert (logits(twin.model) - logits(model)).abs().max() < 1e-4
-    stale = logits(twin.model)
+    copied = merged_copy(model)
+    places = [p.data_ptr() for p in copied.model.parameters()]
+    assert (logits(copied.model) - logits(model)).abs().max() < 1e-4
+    stale = logits(copied.model)
     randomize(model, seed=1)
-    assert torch.equal(logits(twin.model), stale)
-    twin.refresh()
+    assert torch.equal(logits(copied.model), stale)
+    copied.refresh()
     assert (logits(model) - stale).abs().max() > 0.1
-    assert (logits(twin.model) - logits(model)).abs().max() < 1e-4
-    with switched_off(model):  # the reference is looked at amid a step
-        twin.refresh()
-    assert (logits(twin.model) - logits(model)).abs().max() < 1e-4
-    assert [p.data_ptr() for p in twin.model.parameters()] == places
+    assert (logits(copied.model) - logits(model)).abs().max() < 1e-4
+    with switched_off(model):  # the reference is computed during a step
+        copied.refresh()
+    assert (logits(copied.model) - logits(model)).abs().max() < 1e-4
+    assert [p.data_ptr() for p in copied.model.parameters()] == places
 
 
-def test_a_bf16_twin_is_rounded_once():
+def test_a_bf16_merged_copy_is_rounded_once():
     model = adapted(dtype=torch.bfloat16)
-    twin = merged_copy(model)
-    for merged in twin.merged:
+    copied = merged_copy(model)
+    for merged in copied.merged:
         layer, weight = merged.layer, merged.weight
         A, B = (x["default"].weight.double() for x in (layer.lora_A, layer.lora_B))
         exact = layer.base_layer.weight.double() + 1.5 * B @ A
         assert_rounded_once(weight, exact)
 
 
-def test_a_twin_samples_on_csrc_with_the_trainers_log_probs():
+def test_a_merged_copy_samples_in_cpp_with_the_trainers_log_probs():
     model = adapted("qwen2")
     assert not isinstance(Generator(model).engine(), NativeEngine)
     generator = Generator(merged_copy(model).model)
@@ -594,7 +594,7 @@ def test_a_twin_samples_on_csrc_with_the_trainers_log_probs():
         assert (done.logp - expected).abs().max() < 1e-4
 
 
-def test_a_hub_repository_of_an_adapter_is_fetched_whole(
+def test_all_files_of_an_adapter_on_the_hub_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, folder = folders(tmp_path)

@@ -1,5 +1,5 @@
-"""The boxed answer and its verdict: fair to every way of writing, deaf to every way of cheating."""
-# ruff: noqa: RUF001  (the characters which look like others are the point here)
+"""Verdicts on boxed answers: all spellings of right ones, and attempts to cheat."""
+# ruff: noqa: RUF001  (the characters that look like others are intended)
 
 import time
 

@@ -1,4 +1,4 @@
-"""The built-in generator: its arithmetic, its English, its levels and its splits."""
+"""Properties of the built-in generator: arithmetic, English, levels and splits."""
 
 import operator
 import random
@@ -140,7 +140,7 @@ def test_levels_have_their_operations(generated):
     assert all("/" in s for s in shapes(5))
 
 
-def test_numbers_are_small_where_a_small_model_must_have_a_chance(generated):
+def test_numbers_of_the_low_levels_are_small(generated):
     def largest(level):
         return max(int(n) for p in generated[level] for n in re.findall(r"\d+", p.solution))
 
@@ -185,7 +185,7 @@ def test_problems_rarely_repeat(generated):
 
 
 def test_answer_is_not_given_away(generated):
-    """No number of the question is the answer, and no answer is so common that guessing pays."""
+    """No number of the question is the answer, and no answer is so common that guessing works."""
     for level, problems in generated.items():
         assert not any(str(p.answer) in re.findall(r"\d+", p.question) for p in problems)
         if level >= 2:

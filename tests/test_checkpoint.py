@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent: killed at every line or any time, bit-flipped, out of disk."""
+"""Checkpoints are complete or absent after kills at any line, flipped bits and full disks."""
 
 import errno
 import json
@@ -66,7 +66,7 @@ def names(run_dir):
 
 
 def forked(work):
-    """The pid of a child that runs `work` and never returns into pytest."""
+    """Return the pid of a forked child that runs `work` and never returns into pytest."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -110,7 +110,7 @@ def test_resuming_hashes_each_file_once(tmp_path, monkeypatch):
 
 
 def edit_version(path, version) -> None:
-    """Write a checkpoint's format version anew, None for none, with a manifest that fits."""
+    """Change the format version of a checkpoint, None to remove it, and its manifest."""
     file = path / "trainer_state/state.json"
     values = json.loads(file.read_text())
     assert values.pop("format_version") == 2
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path
 
 
 def test_a_new_checkpoint_is_kept_beside_damaged_ones_of_later_steps(tmp_path):
-    """A run starts again because all its checkpoints have a flipped bit, at the same size."""
+    """This is a run that starts again because all its checkpoints have changed bytes."""
     for step in (10, 20):
         file = save(tmp_path, step) / "config.json"
         file.write_bytes(file.read_bytes().swapcase())
@@ -152,7 +152,7 @@ def test_a_new_checkpoint_is_kept_beside_damaged_ones_of_later_steps(tmp_path):
     assert names(tmp_path) == {"step-6", "step-10", "step-20"}
 
 
-def test_a_sound_checkpoint_is_never_written_again(tmp_path):
+def test_an_undamaged_checkpoint_is_never_written_again(tmp_path):
     path = save(tmp_path, 3)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
 
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_set_aside(tmp_path):
 
 
 def test_killed_at_every_line_of_a_save(tmp_path, monkeypatch):
-    """SIGKILL at the k-th line, for every k: the older checkpoint or the new one, never neither."""
+    """After a SIGKILL at the k-th line, for every k, the old or the new checkpoint is there."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses no written page
     run_dir = tmp_path / "run"
     for step in (1, 2):
@@ -199,7 +199,7 @@ def test_killed_at_every_line_of_a_save(tmp_path, monkeypatch):
 
 
 def killer(k):
-    """A trace function that kills its process at the k-th line of checkpoint.py that it reaches."""
+    """Return a trace function that kills its process at the k-th line of checkpoint.py."""
     reached = set()
 
     def trace(frame, event, _):
@@ -214,7 +214,7 @@ def killer(k):
     return trace
 
 
-def test_killed_amid_the_removal_of_an_old_one(tmp_path):
+def test_killed_during_the_removal_of_an_old_one(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
 
@@ -228,9 +228,9 @@ def test_killed_amid_the_removal_of_an_old_one(tmp_path):
 
     _, status = os.waitpid(forked(save_and_die), 0)
     assert os.WIFSIGNALED(status)
-    whole = {name for name in names(tmp_path) if name.startswith("step-")}
-    assert whole == {"step-2", "step-3"}
-    assert not [name for name in whole if checkpoint.fault(tmp_path / "checkpoints" / name)]
+    complete = {name for name in names(tmp_path) if name.startswith("step-")}
+    assert complete == {"step-2", "step-3"}
+    assert not [name for name in complete if checkpoint.fault(tmp_path / "checkpoints" / name)]
 
 
 @pytest.mark.parametrize("trial", range(15))
@@ -324,7 +324,7 @@ def test_failing_disk_at_every_sync_keeps_the_old(tmp_path, monkeypatch, k):
     assert_holds(newest_without_warning(tmp_path), 1 if k < 7 else 2)
 
 
-def test_too_little_room_is_refused_before_the_first_byte(tmp_path, monkeypatch):
+def test_too_little_space_is_refused_before_the_first_byte(tmp_path, monkeypatch):
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -337,7 +337,7 @@ def test_too_little_room_is_refused_before_the_first_byte(tmp_path, monkeypatch)
     assert names(tmp_path) == {"step-1"}
 
 
-def test_an_interrupt_amid_a_save_leaves_nothing(tmp_path):
+def test_an_interrupt_during_a_save_leaves_nothing(tmp_path):
     def interrupt(folder):
         write_model(folder)
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The decoder against transformers' models, and against itself one sequence at a time."""
+"""Compare the decoder with transformers' models, and packs with single sequences."""
 
 import re
 from itertools import accumulate
@@ -29,7 +29,7 @@ def sequences(V: int, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 
 
 def pack(parts: list[Tensor], starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, positions, cu_seqlens) of segments whose first tokens stand at `starts`."""
+    """Return (tokens, positions, cu_seqlens) of segments whose positions begin at `starts`."""
     places = [torch.arange(len(p)) + start for p, start in zip(parts, starts, strict=True)]
     borders = torch.tensor([0, *accumulate(map(len, parts))], dtype=torch.int32)
     return torch.cat(parts), torch.cat(places), borders
@@ -50,7 +50,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def worst_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest difference of any parameter's gradient, relative to that gradient's largest entry."""
+    """Return the largest difference of the gradients, each relative to its largest entry."""
     assert a.keys() == b.keys()
     return max(gap(a[key], b[key]) / b[key].abs().max().item() for key in a)
 
@@ -94,16 +94,16 @@ def test_a_pack_equals_its_sequences_one_by_one_in_fp64(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2-windows", "smollm3-windows"])
-def test_a_tree_of_segments_equals_whole_sequences_outputs_and_gradients(kind: str):
-    """worked examples -> two questions -> two samples each; every segment's rows count once."""
+def test_a_tree_of_segments_equals_complete_sequences_outputs_and_gradients(kind: str):
+    """The tree: worked examples, two questions, two samples of each."""
     model = tiny_model(kind, dtype=torch.float64)
     parts = sequences(model.shape.vocabulary, (11, 6, 4, 9, 1, 8, 3))
     parents = [-1, 0, 0, 1, 1, 2, 2]
     chains = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5], [0, 2, 6]]
     starts = [sum(len(parts[a]) for a in chain[:-1]) for chain in chains]
     tree = model.hidden(*pack(parts, starts), torch.tensor(parents))
-    wholes = [alone(model, torch.cat([parts[a] for a in chain])) for chain in chains]
-    tails = torch.cat([h[-len(part) :] for h, part in zip(wholes, parts, strict=True)])
+    complete = [alone(model, torch.cat([parts[a] for a in chain])) for chain in chains]
+    tails = torch.cat([h[-len(part) :] for h, part in zip(complete, parts, strict=True)])
     assert gap(tree, tails) < 1e-12
     random = torch.Generator().manual_seed(3)
     upstream = torch.randn(tree.shape, generator=random, dtype=torch.float64)
@@ -192,14 +192,14 @@ def test_bf16_forward_stays_near_fp32_far_into_the_context():
     assert (a - b).norm() / a.norm() < 0.03
 
 
-def test_a_tied_head_is_the_embedding_and_gets_both_gradients():
+def test_a_tied_head_is_the_embedding():
     tied, untied = tiny_model("llama-tied"), tiny_model("llama")
     assert tied.head_weight is tied.model.embed_tokens.weight
     assert "lm_head.weight" not in tied.state_dict()
     assert untied.head_weight is untied.lm_head.weight
 
 
-def test_what_is_not_supported_is_named():
+def test_unsupported_configs_are_refused():
     from transformers import GPT2Config
 
     with pytest.raises(ValueError, match=r"model_type 'gpt2' is not supported.*llama, mistral"):
@@ -223,7 +223,7 @@ def test_eos_ids_come_from_the_generation_config_first():
     assert tiny_model(eos_token_id=None).eos_ids == ()
 
 
-def test_an_end_that_the_checkpoint_does_not_name_is_the_tokenizers():
+def test_a_missing_end_token_is_taken_from_the_tokenizer():
     model, unnamed = tiny_model(eos_token_id=2), tiny_model(eos_token_id=None)
     for one in (model, unnamed):
         one.complete_eos(None)
@@ -250,11 +250,11 @@ def test_an_end_that_the_checkpoint_does_not_name_is_the_tokenizers():
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "give no 4 finite"),
     ],
 )
-def test_values_that_make_no_sense_are_named(changes: dict[str, Any], message: str):
+def test_invalid_config_values_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         Decoder(tiny_config("llama", **changes))
 
 
-def test_a_window_that_shows_nothing_is_refused():
+def test_an_empty_window_is_refused():
     with pytest.raises(ValueError, match="sliding_window is 0, need at least one token"):
         tiny_model("mistral-window", sliding_window=0)

@@ -1,4 +1,4 @@
-"""Every update is judged by torch's AdamW to the bit, or by AdamW written out in fp64."""
+"""Compare updates with torch's AdamW to the bit, and with AdamW written out in fp64."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def optimizer_of(model):
 
 
 def give(parameter, gradient):
-    """Make `gradient` the gradient of one backward()."""
+    """Run a backward() whose gradient is `gradient`."""
     (parameter * gradient).sum().backward()
 
 
@@ -73,7 +73,7 @@ def test_fp32_equals_torch_adamw_to_the_bit():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_adamw_written_out_in_fp64(dtype):
-    """Clipping, decay of matrices alone, the bf16 copy and the reported norms, over 20 updates."""
+    """Check clipping, decay of matrices alone, the bf16 copy and the norms over 20 updates."""
     g = torch.Generator().manual_seed(1)
     parameters = {
         "matrix": nn.Parameter(torch.randn(64, 33, generator=g).to(dtype)),

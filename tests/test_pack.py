@@ -1,4 +1,4 @@
-"""Packs hold every token once, and change neither loss nor gradient."""
+"""Packs hold every shared token once, and change neither loss nor gradient."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def samples() -> list[Sample]:
 
 
 def rows_of(p: Pack) -> list[tuple[int, tuple[int, ...], int]]:
-    """(sample, context that the model sees, target) of each row, read off the tree."""
+    """Return (sample, visible context, target) of each row, reconstructed from the tree."""
     borders, parents = p.cu_seqlens.tolist(), p.parents.tolist()
     read = []
     for row, target, member in zip(p.rows, p.targets, p.sequence_ids, strict=True):
@@ -88,9 +88,9 @@ def test_hidden_states_of_a_pack_are_those_of_the_sequences_alone(kind: str):
     for p in pack(given, 1000):
         packed = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
         for i, hidden in p.split(packed):
-            whole = torch.tensor([*given[i].prompt_ids, *given[i].completion_ids])
-            borders = torch.tensor([0, len(whole)], dtype=torch.int32)
-            alone = model.hidden(whole, torch.arange(len(whole)), borders)
+            complete = torch.tensor([*given[i].prompt_ids, *given[i].completion_ids])
+            borders = torch.tensor([0, len(complete)], dtype=torch.int32)
+            alone = model.hidden(complete, torch.arange(len(complete)), borders)
             torch.testing.assert_close(
                 hidden, alone[len(given[i].prompt_ids) - 1 : -1], rtol=1e-12, atol=1e-12
             )

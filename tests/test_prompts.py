@@ -119,20 +119,20 @@ def test_seeds_depend_on_every_part_of_the_key():
         ("It is 7.\n\nQuest", "length", None),  # cut at the limit: no end of the model's
     ],
 )
-def test_what_a_stop_string_ended_ends_as_all_else_does(text, reason, expected):
+def test_a_completion_that_a_stop_string_ended_gets_the_end_token(text, reason, expected):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     ids = tokenizer(text).input_ids
     got = Prompter(tokenizer).ended(ids, reason)
-    whole = ids if expected is None else [*tokenizer(expected).input_ids, tokenizer.eos_token_id]
-    assert got == tuple(whole)
+    complete = ids if expected is None else [*tokenizer(expected).input_ids, tokenizer.eos_token_id]
+    assert got == tuple(complete)
 
 
 def test_with_a_chat_template_completions_stay_as_they_were_sampled():
     assert Prompter(tiny_tokenizer()).ended([50, 51, 1], "stop") == (50, 51, 1)
 
 
-def test_the_instruction_stands_behind_each_question_or_nothing_does():
+def test_the_instruction_is_appended_to_each_question():
     problem = Problem("a", "How many?", "7")
     for instruction in ("Think.", ""):
         prompter = Prompter(tiny_tokenizer(), instruction=instruction)

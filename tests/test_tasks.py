@@ -1,4 +1,4 @@
-"""Data at the door: what loads, what is refused and in which words."""
+"""Data sources: what loads, what is refused, and the error messages."""
 
 import gzip
 import json
@@ -54,7 +54,7 @@ def test_prompt_comes_before_problem_and_question(save):
     assert problem.columns == {"question": "c", "problem": ROW["problem"]}
 
 
-def test_a_null_in_a_chat_message_is_as_good_as_absent(save):
+def test_a_null_in_a_chat_message_is_ignored(save):
     turns = [{"role": "user", "content": "Q?"}]
     (problem,) = load_problems(save(lines({"prompt": [turns[0] | {"name": None}], "answer": "A"})))
     assert problem.prompt == tuple(turns)
@@ -96,7 +96,7 @@ def test_gsm8k_answer_splits_into_solution_and_answer(save):
     assert problem.answer == "2400"
 
 
-def test_answer_with_hashes_stays_whole_beside_a_solution(save):
+def test_an_answer_with_hashes_is_not_split_if_there_is_a_solution(save):
     (problem,) = load_problems(save(lines({**ROW, "answer": "a #### 1", "solution": "s"})))
     assert (problem.answer, problem.solution) == ("a #### 1", "s")
 
@@ -362,7 +362,7 @@ def test_builtin_loads_what_is_asked_for():
         ("builtin:arithmetic", (2, 9), "levels 1-5 and splits train, eval, not level 9"),
     ],
 )
-def test_builtin_names_what_it_has(source, levels, message):
+def test_unknown_builtin_sources_are_refused(source, levels, message):
     with pytest.raises(ValueError, match=message):
         load_problems(source, levels=levels)
 

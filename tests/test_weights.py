@@ -1,4 +1,4 @@
-"""Folders and GGUF files in, folders out: the same bits, and what transformers makes of them."""
+"""Load folders and GGUF files, save folders: the same bits here and in transformers."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from expo_fast import weights
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.op_backends import cpu
+from expo_fast.op_backends import native_library
 from expo_fast.storage import default_model, hub
 from expo_fast.storage.files import cache_folder
 from expo_fast.storage.gguf import NAMES, set_pre_tokenizer
@@ -104,7 +104,7 @@ def test_a_bf16_model_is_saved_and_loaded_in_bf16(tmp_path: Path):
     assert model.config.architectures is None  # saving leaves the model alone
 
 
-def test_loaded_parameters_live_on_when_the_file_changes(folder: Path):
+def test_loaded_parameters_do_not_change_with_the_file(folder: Path):
     model, _ = load_model(folder, dtype=torch.float32)
     before = logits(model)
     with (folder / TENSORS).open("r+b") as file:
@@ -288,7 +288,7 @@ YARN_WITHOUT_FACTOR = {"rope_type": "yarn", "rope_theta": 10000.0}
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense_is_one_sentence(
+def test_an_invalid_config_is_refused_in_one_sentence(
     folder: Path, changes: dict[str, Any], value: str
 ):
     edit_config(folder, **changes)
@@ -308,7 +308,7 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, text: str):
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", TENSORS])
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, name: str):
-    """A folder in its place, as root may read every file."""
+    """A folder takes the place of the file, because root can read every file."""
     save_model(tiny_model(), tiny_tokenizer(), tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
@@ -324,7 +324,7 @@ def test_a_file_that_may_not_be_read_is_not_called_absent(folder: Path):
 
 
 def refusal(path: Path, name: str) -> str:
-    """The one sentence, naming the file, with which the model is refused."""
+    """Return the one-sentence error, which must name the file."""
     with pytest.raises((ValueError, OSError), match=re.escape(name)) as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
@@ -332,9 +332,7 @@ def refusal(path: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("named", [None, []])
-def test_an_end_that_only_the_tokenizer_names_ends_samples_and_is_saved(
-    tmp_path: Path, named: list[int] | None
-):
+def test_an_end_token_of_the_tokenizer_is_used_and_saved(tmp_path: Path, named: list[int] | None):
     model = tiny_model(eos_token_id=None)
     model.generation_config = GenerationConfig(eos_token_id=named)
     save_model(model, None, tmp_path)
@@ -347,7 +345,7 @@ def test_an_end_that_only_the_tokenizer_names_ends_samples_and_is_saved(
 
 
 @pytest.mark.parametrize("end", ["x", -1, 117, [1, 10**30], True, 1.5, {}])
-def test_an_end_that_is_no_token_is_refused(folder: Path, end: object):
+def test_an_end_token_outside_the_vocabulary_is_refused(folder: Path, end: object):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     wrong = end[1] if isinstance(end, list) else end
     expected = f"eos_token_id is {wrong!r}, need an integer in [0, 117)"
@@ -382,7 +380,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path):
 
 
 def test_tokenizer_json_wins_over_the_class_it_names(tmp_path: Path):
-    """transformers 5 rebuilds GPT2Tokenizer, SmolLM2's class, and forgets the Digits step."""
+    """transformers 5 rebuilds GPT2Tokenizer, the class of SmolLM2, without the Digits step."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     set_pre_tokenizer(tokenizer.backend_tokenizer, "smollm")
@@ -408,7 +406,7 @@ def write_gguf(
     stated_heads: int = 4,
     **fields: object,
 ) -> None:
-    """A random model as llama.cpp would write it: Q4_1 and Q8_0 matrices, fp32 vectors.
+    """Write a random model like llama.cpp: Q4_1 and Q8_0 matrices, fp32 vectors.
 
     stated_heads: what its header says of the 4; fields: those of its RoPE scaling.
     """
@@ -473,7 +471,7 @@ def add_quantized(writer: GGUFWriter, name: str, values: Tensor) -> None:
 
 
 def transformers_reading(file: Path, **fields: object) -> Any:
-    """What `from_pretrained(gguf_file=)` does, which itself asks for accelerate."""
+    """Do what `from_pretrained(gguf_file=)` does, which would need accelerate."""
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **fields)
     model = AutoModelForCausalLM.from_config(config)
     read = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
@@ -564,7 +562,7 @@ def test_gguf_names_cover_every_parameter_once():
         ("llama-bpe", ["it", "'s", "Ġ", "Ġ", "123", "4", "ĊĊ", "5"]),
     ],
 )
-def test_text_is_cut_as_the_pre_tokenizer_says(pre: str, pieces: list[str]):
+def test_text_is_split_as_the_pre_tokenizer_says(pre: str, pieces: list[str]):
     backend = tiny_tokenizer().backend_tokenizer
     set_pre_tokenizer(backend, pre)
     cut = backend.pre_tokenizer.pre_tokenize_str("it's  1234\n\n5")
@@ -573,7 +571,7 @@ def test_text_is_cut_as_the_pre_tokenizer_says(pre: str, pieces: list[str]):
     assert backend.model.ignore_merges == (pre == "llama-bpe")
 
 
-def test_what_is_no_model_is_refused_in_one_sentence(tmp_path: Path):
+def test_a_path_without_a_model_is_refused_in_one_sentence(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no model at nowhere: need a folder"):
         find_model("nowhere")
     (tmp_path / "notes.txt").touch()
@@ -600,7 +598,7 @@ def refuse(*_: object, **__: object) -> Path:
 
 @pytest.fixture
 def tiny_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """No hub, an empty cache, and a pip that gives a wheel with a tiny GGUF; returns its calls."""
+    """Replace hub, cache and pip, which gives a wheel with a tiny GGUF. Return its calls."""
     write_gguf(tmp_path / default_model.GGUF_NAME)
     wheel, calls = tmp_path / "tiny.whl", []
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -624,7 +622,7 @@ def tiny_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return calls
 
 
-def test_the_wheel_is_unpacked_once_by_whoever_comes_first(
+def test_the_wheel_is_unpacked_once_by_concurrent_callers(
     tiny_wheel: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     with ThreadPoolExecutor(4) as pool:
@@ -665,8 +663,8 @@ def test_the_default_model_and_the_cpu_kernels_use_the_same_folder(
     assert cache_folder() == tmp_path / folder
     assert find_model(default_model.DEFAULT_MODEL).parent == tmp_path / folder
     monkeypatch.setenv("CXX", "false")  # a compiler that fails, after the folder has been made
-    with pytest.raises(cpu.Unavailable):
-        cpu.library.__wrapped__("portable")
+    with pytest.raises(native_library.Unavailable):
+        native_library.library.__wrapped__("portable")
     assert list((tmp_path / folder / "native").iterdir())
 
 
@@ -719,7 +717,7 @@ def test_smollm2_equals_transformers_reading_of_its_gguf(smollm2: tuple[Path, De
         assert (hidden @ model.head_weight.T - expected.logits[0]).abs().max() < 1e-4
 
 
-def test_smollm2_tokenizer_is_whole(smollm2: tuple[Path, Decoder, Any]):
+def test_the_smollm2_tokenizer_is_complete(smollm2: tuple[Path, Decoder, Any]):
     _, model, tokenizer = smollm2
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [
         "<|endoftext|>",

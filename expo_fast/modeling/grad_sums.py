@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from expo_fast.modeling.norms import l2_norm
+from expo_fast.modeling.norms import L2Norm, l2_norm
 
 
 class GradSums:
@@ -73,7 +73,10 @@ class GradSums:
 
     def norm(self) -> float:
         """Return the L2 norm of all gradients since the last `clear`, reduced in fp64."""
-        return l2_norm(self._totals())
+        norm = L2Norm()
+        for total in self._totals():
+            norm.add(total)
+        return norm.value()
 
     def _totals(self) -> Iterator[Tensor]:
         """Yield the sum of the two terms of each parameter that has a gradient.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from expo_fast.modeling.grad_sums import GradSums
-from expo_fast.modeling.norms import l2_norm, pieces
+from expo_fast.modeling.norms import L2Norm, pieces
 
 Tensors = dict[str, Tensor]
 
@@ -121,7 +121,10 @@ class Optimizer:
             self._steps[name] = self._steps.get(name, 0) + 1
             if master is not parameter:
                 parameter.copy_(master)  # in place: the generator and CUDA graphs read this tensor
-        return l2_norm(self._update_pieces(grads, lr))
+        norm = L2Norm()
+        for piece in self._update_pieces(grads, lr):
+            norm.add(piece)
+        return norm.value()
 
     def _update_pieces(self, grads: Tensors, lr: float) -> Iterator[Tensor]:
         for name in self._masters:

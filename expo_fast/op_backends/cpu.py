@@ -28,12 +28,6 @@ from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fi
 SPAN = 1024  # csrc's kSpan, tokens: the weight gradient of more is summed in fp32 memory
 
 
-def supports(head: Head) -> bool:
-    """Return whether the kernels run on the head's device and dtypes."""
-    on_cpu = head.hidden.device.type == head.weight.device.type == "cpu"
-    return on_cpu and {head.hidden.dtype, head.weight.dtype} <= set(DTYPE_CODES)
-
-
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     """Return the results in fp64, from one GEMM.
 

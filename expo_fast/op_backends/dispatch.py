@@ -91,10 +91,15 @@ def _fastest(head: Head) -> str:
 def runs(name: str, head: Head) -> bool:
     """Return whether the backend of that name can run the head here."""
     if name == "native":
-        return cpu.supports(head)
+        return _native_runs(head)
     if name == "triton":
         return _triton_runs(head)
     return True
+
+
+def _native_runs(head: Head) -> bool:
+    on_cpu = head.hidden.device.type == head.weight.device.type == "cpu"
+    return on_cpu and {head.hidden.dtype, head.weight.dtype} <= set(native_library.DTYPE_CODES)
 
 
 def _triton_runs(head: Head) -> bool:
