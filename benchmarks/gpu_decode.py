@@ -151,7 +151,7 @@ class AttentionCase:
         address = torch.tensor([self.slab.data_ptr()], device=device)
         self.cache = decode.Paged(address, LAYERS, page, kv_heads, head_dim)
         self.sizes = cascade.Sizes(rows, self.tables.shape[1])
-        self.work = decode.Work.room(self.sizes, heads, head_dim, torch.device(device))
+        self.work = decode.Work.allocate(self.sizes, heads, head_dim, torch.device(device))
         self.q = torch.randn(rows, heads, head_dim, device=device).bfloat16()
         seen = load.prompt_tokens + load.new_tokens // 2
         self.given = self.tables.to(device), torch.full((rows,), seen - 1, device=device)

@@ -38,25 +38,27 @@ from torch import Tensor
 from expo_fast.kernels.cascade import FIELDS, Sizes
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
-FEW, MANY = 16, 64  # rows of a product: the least that mma.sync takes, and that wgmma takes
-WIDEST = 256  # head_dim
+FEW = 16  # rows of a product: the least that mma.sync takes
+MANY = 64  # the least that wgmma takes
+WIDEST = 256  # the largest head_dim
 EVERYTHING = 1 << 30  # a window that no sequence fills
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program cuts its work."""
+    """How a program of `attend_items` divides its work."""
 
-    tokens: int  # keys at a time
+    tokens: int  # keys per iteration
     warps: int
     stages: int
     few: int = FEW  # rows of the product for items of one row
 
 
 def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
-    """The largest tile that spills no registers, of those compiled for sm_90.
+    """Return the largest tile that spills no registers, of those compiled for sm_90.
 
-    fp32 is multiplied on the CUDA cores, which takes more registers a number.
+    fp32 is multiplied on the CUDA cores, which takes more registers per number. Raise ValueError
+    for a head_dim beyond WIDEST.
     """
     if head_dim > WIDEST:
         raise ValueError(f"head_dim={head_dim}: decode attention takes at most {WIDEST}")
@@ -107,7 +109,7 @@ class Work:
     values: Tensor  # (B, slots, H, Dh) fp32, sum of the weighted values
 
     @classmethod
-    def room(cls, sizes: Sizes, heads: int, head_dim: int, device: torch.device) -> "Work":
+    def allocate(cls, sizes: Sizes, heads: int, head_dim: int, device: torch.device) -> "Work":
         """Allocate the buffers of a batch, with no items."""
         shape = (sizes.rows, sizes.slots, heads)
         return cls(
@@ -334,27 +336,56 @@ def attend(
     window: int | None,
     tile: Tile | None = None,
 ) -> Tensor:  # (B, H, Dh)
-    """Attention of each row's newest token.
+    """Return the attention of each row's newest token.
 
-    tile: None takes that of `tile_for`. Raises ValueError for a head_dim beyond WIDEST.
+    tile: None takes that of `tile_for`. Raise ValueError for a head_dim beyond WIDEST.
     """
-    q, (n, heads, dim) = q.contiguous(), q.shape
-    assert work.values.shape[0] == n and work.values.shape[2:] == (heads, dim)
-    tile = tile or tile_for(q.dtype, dim)
-    slots, block = work.top.shape[1], max(16, triton.next_power_of_2(dim))
-    found, out = (work.top, work.total, work.values), torch.empty_like(q)
+    n_rows, heads, head_dim = q.shape
+    assert work.values.shape[0] == n_rows
+    assert work.values.shape[2:] == (heads, head_dim)
+    if tile is None:
+        tile = tile_for(q.dtype, head_dim)
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    slots = work.top.shape[1]
     group = triton.next_power_of_2(heads // cache.kv_heads)
-    bits, reach = scale * math.log2(math.e), EVERYTHING if window is None else window
+    block = max(16, triton.next_power_of_2(head_dim))
     with launch_device(q):
         attend_items[(len(work.items), cache.kv_heads)](
-            q, cache.address, tables, positions, work.items, *found,
-            cache.layer(layer), bits, reach, tables.stride(0), slots,
-            **cache.constants, H=heads, FEW=max(tile.few, group), MANY=max(MANY, group),
-            BN=tile.tokens, BD=block, FIELDS=FIELDS, WIDE=INTERPRETED,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        add_slots[(n, heads)](
-            *found, work.used, out, slots,
-            DH=dim, BS=triton.next_power_of_2(slots), BD=block, WIDE=INTERPRETED,
-        )  # fmt: skip
+            q,
+            cache.address,
+            tables,
+            positions,
+            work.items,
+            work.top,
+            work.total,
+            work.values,
+            cache.layer(layer),
+            scale * math.log2(math.e),
+            EVERYTHING if window is None else window,
+            tables.stride(0),
+            slots,
+            **cache.constants,
+            H=heads,
+            FEW=max(tile.few, group),
+            MANY=max(MANY, group),
+            BN=tile.tokens,
+            BD=block,
+            FIELDS=FIELDS,
+            WIDE=INTERPRETED,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        add_slots[(n_rows, heads)](
+            work.top,
+            work.total,
+            work.values,
+            work.used,
+            out,
+            slots,
+            DH=head_dim,
+            BS=triton.next_power_of_2(slots),
+            BD=block,
+            WIDE=INTERPRETED,
+        )
     return out

@@ -73,7 +73,7 @@ class Scene:
 
     def ours(self, window=None, layer=1, sizes=None) -> Tensor:
         sizes = sizes or Sizes(len(self.q), self.width)
-        work = decode.Work.room(sizes, self.heads, self.dim, self.q.device)
+        work = decode.Work.allocate(sizes, self.heads, self.dim, self.q.device)
         for x in (work.top, work.total, work.values):
             x.fill_(math.nan)  # stands for the results of an earlier call
         work.load(*plan(self.tables, sizes, decode.rows_together(self.heads, self.kv_heads)))

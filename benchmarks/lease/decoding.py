@@ -64,7 +64,7 @@ class Scene:
     def attended(self, window: int | None) -> Tensor:
         """By the kernel, from room that holds NaN."""
         sizes = Sizes(len(self.q), self.width)
-        work = decode.Work.room(sizes, self.heads, self.dim, self.q.device)
+        work = decode.Work.allocate(sizes, self.heads, self.dim, self.q.device)
         for x in (work.top, work.total, work.values):
             x.fill_(math.nan)
         together = decode.rows_together(self.heads, self.kv_heads)

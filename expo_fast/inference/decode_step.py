@@ -114,7 +114,7 @@ class DecodeStep:
             head_dim=shape.head_dim,
         )
         self.sizes = Sizes(n, key.table_width)
-        self.work = decode.Work.room(self.sizes, shape.heads, shape.head_dim, device)
+        self.work = decode.Work.allocate(self.sizes, shape.heads, shape.head_dim, device)
         self.rows_per_item = decode.rows_together(shape.heads, shape.kv_heads)
         self.hidden = zeros(n, shape.hidden, dtype=model.dtype)
         # (burst, token and log-prob, B): fp64 holds both exactly, and one copy fetches both
