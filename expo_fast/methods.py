@@ -12,7 +12,7 @@ class MethodSpec:
     """
 
     loop: Literal["grpo", "dpo", "sft"]
-    """Module of `expo_fast.algorithms` whose `step` runs it."""
+    """Module of `expo_fast.algorithms` whose `run_step` runs it."""
     policy_term: bool = False
     """The loss has a policy-gradient term on the model's own attempts."""
     sft_source: Literal["explanations", "solutions", "data"] | None = None

@@ -2,8 +2,9 @@
 
 To add one, write its class in kernels/objectives.py or kernels/preferences.py, name it in that
 file's `__all__`, and give it one line in a table below. The line says which training option sets
-which field of the class. From the tables follow the objects that training builds, the options that
-a run may not set because its objective ignores them, and how torch.compile holds an objective.
+which field of the class. Three things are derived from the tables: the objective that training
+creates, the options that are refused because the objective ignores them, and the encoding for
+torch.compile, which can hold fields that are numbers, booleans or None.
 """
 
 from collections.abc import Callable, Mapping
