@@ -1,7 +1,8 @@
 """The state of a training run, and the parts of a step that all algorithms share.
 
 `Trainer` holds what a run consists of. It has no loop: `grpo.run_step`, `dpo.run_step` and
-`sft.run_step` take a trainer and the number of a step. What an exact resume needs of it is `Trainer.state()`.
+`sft.run_step` take a trainer and the number of a step. What an exact resume needs of it is
+`Trainer.state()`.
 """
 
 import hashlib
