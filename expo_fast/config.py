@@ -26,6 +26,10 @@ ADJUSTABLE = (
     "keep_checkpoints",
     "diagnose",
 )
+# Options that older runs do not have. At their defaults they do not count in the hash of run_dir,
+# so that a run without --output-dir is found again.
+ADDED_LATER = ("rdpo_alpha",)
+
 if TYPE_CHECKING:
     Method = str
     Objective = str
@@ -310,8 +314,11 @@ class Train(Prompting):
         """Return output_dir, or runs/METHOD-HASH, a folder of its own for each configuration."""
         if self.output_dir is not None:
             return Path(self.output_dir)
-        values = dataclasses.asdict(self).items()
-        identity = sorted((k, v) for k, v in values if k not in ADJUSTABLE)
+        identity = []
+        for name, value in sorted(dataclasses.asdict(self).items()):
+            added = name in ADDED_LATER and value == _default_of(self, name)
+            if name not in ADJUSTABLE and not added:
+                identity.append((name, value))
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()
         return Path("runs") / f"{self.method}-{digest[:8]}"
 

@@ -93,3 +93,10 @@ def test_an_evaluation_refuses_values_out_of_range_too(changes):
     ((name, _),) = changes.items()
     with pytest.raises(ValueError, match=f"{name}="):
         Evaluate(**changes)
+
+
+def test_the_folder_of_a_run_outlives_new_options():
+    """The folders of runs made at c8c507a, before --rdpo-alpha."""
+    assert Train().run_dir == Path("runs/expo-grpo-0b30e83d")
+    assert Train(method="dpo").run_dir.name == "dpo-2bfd9111"
+    assert Train(method="dpo", preference="rdpo", rdpo_alpha=0.1).run_dir.name != "dpo-2bfd9111"

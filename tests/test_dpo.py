@@ -230,6 +230,12 @@ def test_pairs_come_back_as_they_were_written(tmp_path: Path):
             PairStore(tmp_path / "pairs", other).begin(0)
 
 
+def test_pairs_of_another_version_of_the_grader_are_kept_with_a_warning(tmp_path: Path):
+    PairStore(tmp_path / "pairs", {"seed": 0, "grader": "old"}).begin(0)
+    with pytest.warns(UserWarning, match="grader='old', this run has 'new'"):
+        PairStore(tmp_path / "pairs", {"seed": 0, "grader": "new"}).begin(0)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from expo_fast.weights import save_model

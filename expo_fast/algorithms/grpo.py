@@ -113,7 +113,8 @@ def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
         seed = request_seed(config.seed, "refill", refill)
         more = questions_of_step(trainer.problems, step, size, seed)
         new = [question for question in more if question.id not in sampled]
-        groups += sample_and_judge(trainer, new, step, phases)
+        if new:
+            groups += sample_and_judge(trainer, new, step, phases)
     return groups
 
 

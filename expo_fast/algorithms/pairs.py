@@ -8,6 +8,7 @@ The pairs of a step are made once, with the reference's log-probs, and are read 
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, cycle
@@ -67,11 +68,23 @@ class PairStore:
     provenance: Mapping[str, Any]  # JSON values
 
     def check(self) -> None:
-        """Raise ValueError where the folder holds the pairs of another run."""
+        """Raise ValueError where the folder holds the pairs of another run.
+
+        Pairs judged by another version of the grader are accepted with a warning.
+        """
         record = self.folder / "provenance.json"
         found = _read_json(record) if record.exists() else self.provenance
         for name, value in self.provenance.items():
-            if found.get(name) != value:
+            if found.get(name) == value:
+                continue
+            if name == "grader":
+                # Any edit of the grader's source changes its hash. The stored pairs are kept.
+                warnings.warn(
+                    f"{record} says grader={found.get(name)!r}, this run has {value!r}: its "
+                    "earlier pairs were judged by another version of the grader",
+                    stacklevel=2,
+                )
+            else:
                 raise ValueError(
                     f"{record} says {name}={found.get(name)!r}, this run has {value!r}: "
                     "choose another --output-dir"

@@ -65,7 +65,7 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
     if loaded is None:
         return None, 0
     path = loaded.path
-    if not config.lora_rank:
+    if (path / "config.json").exists():  # a LoRA checkpoint has none
         check_same_shape(config, trainer.model.shape, path)
     for what, value in identity(trainer).items():
         if loaded.values["identity"].get(what) != value:
