@@ -29,7 +29,7 @@ from expo_fast.kernels.advantage import SAME_REWARD
 SHOWN = ("STORE", "BIAS", "LARGEST", "H", "DH")  # constants that tell forms apart
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
-TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "stride"), "i32") | {
+TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "sdz", "stride"), "i32") | {
     "targets": "*i64",
     "again": "*i1",
 }

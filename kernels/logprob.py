@@ -219,8 +219,13 @@ def logit_gradients(
 
 
 @triton.jit
-def scale_stored(e, dz, targets, c0, c1, at_target, V, se, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """dz = e (c0 + c1 log e), for losses with an entropy or lse term. dz may be e."""
+def scale_stored(
+    e, dz,  # (N, V) in and out, which may be one
+    targets, c0, c1, at_target,  # (N,)
+    V, se, sdz,  # strides of rows
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dz = e (c0 + c1 log e), for losses with an entropy or lse term."""
     blocks = tl.cdiv(V, BLOCK)  # of a row
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -232,7 +237,7 @@ def scale_stored(e, dz, targets, c0, c1, at_target, V, se, BLOCK: tl.constexpr, 
     own = tl.load(at_target + row)
     u = tl.log2(tl.where(p > 0, p, 1.0))  # log2: c1 is per bit
     g = tl.where(column == y, own, p * (a0 + a1 * u))
-    tl.store(dz + row * se + column, to_bf16(g, WIDE), column < V)
+    tl.store(dz + row * sdz + column, to_bf16(g, WIDE), column < V)
 
 
 def config_for(x: Tensor) -> Config:
@@ -339,6 +344,7 @@ def from_stored(
             _fp32(at_target),
             call.v,
             e.stride(0),
+            dz.stride(0),
             ELEMENTS,
             INTERPRETED,
         )

@@ -173,6 +173,22 @@ def test_offsets_beyond_2_to_the_31_in_what_the_kernels_store(far_apart):
     assert torch.equal(*(t.logit_gradients(head, row_grads)[0] for t in tiles))
 
 
+def test_gradients_from_stored_e_may_have_rows_of_another_stride():
+    pytest.importorskip("triton")
+    from expo_fast.kernels import logprob
+
+    case = make_case("triton", BF16, 5, 16, 201)
+    head = Head(*case[:2], None, case.targets, 1.0)
+    e = logprob.empty_e(head, 5)  # its rows lie 208 apart
+    results, log_total = logprob.forward(head, e)
+    row_grads = RowGrads(*torch.randn(2, 5, device=e.device))
+    dense = torch.full((6, 201), torch.nan, dtype=BF16, device=e.device)
+    logprob.from_stored(head, e, log_total, results, row_grads, dense[:5])
+    assert dense[5].isnan().all()
+    logprob.from_stored(head, e, log_total, results, row_grads, e)
+    assert torch.equal(dense[:5], e)
+
+
 @pytest.mark.skipif(GPU.type != "cuda", reason="needs 5 GB of E on a GPU")
 def test_last_rows_of_16384_by_151936_are_right():
     case = make_case("triton", BF16, 16384, 64, 151936)

@@ -59,7 +59,7 @@ CHECK = [
     Item("ceilings", "machine:ceilings", 30, alone=True),
     Item("tests", "suites:tests", 120, alone=True),
 ]
-MODELS = {"0.5b": "qwen2.5-0.5b", "3b": "qwen2.5-3b", "1.5b": "qwen2.5-1.5b"}
+MODELS = {"135m": "smollm2-135m"} | {size: f"qwen2.5-{size}" for size in ("0.5b", "1.5b", "3b")}
 TIME = [
     Item("compile", "variants:compiled", 40, alone=True),
     *(
@@ -70,12 +70,15 @@ TIME = [
         Item(f"ncu-{kernel_name}", "profiles:counters", 20, {"kernel": kernel_name}, alone=True)
         for kernel_name in ("softmax_sums", "attend_items", "draw_allowed")
     ),
-    Item("ops", "ops:timed", 80, alone=True),
+    *(
+        Item(f"ops-{size}", "ops:timed", 45, {"model": MODELS[size]}, alone=True)
+        for size in ("0.5b", "3b", "135m")
+    ),
     *(
         Item(f"decode-{size}", "sampling:timed", 45, {"model": MODELS[size]}, alone=True)
         for size in ("0.5b", "3b")
     ),
-    Item("train-135m", "training:timed", 30, {"model": "smollm2-135m"}, alone=True),
+    Item("train-135m", "training:timed", 30, {"model": MODELS["135m"]}, alone=True),
     Item("train-0.5b", "training:timed", 35, {"model": MODELS["0.5b"]}, alone=True),
     Item("train-1.5b", "training:timed", 40, {"model": MODELS["1.5b"]}, alone=True),
     Item("repeats", "ops:repeated", 30, alone=True),

@@ -9,6 +9,7 @@ exactly the tokens that it would see if its complete sequence stood alone.
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
+from inspect import signature
 from itertools import accumulate, pairwise
 
 import torch
@@ -130,17 +131,17 @@ def varlen_attention(
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    group = q.shape[1] // k.shape[1]  # torch 2.11 has no enable_gqa
     out = varlen_attn(
         q,
-        k.repeat_interleave(group, 1),
-        v.repeat_interleave(group, 1),
+        k,
+        v,
         cu_queries,
         cu_keys,
         max_queries,
         max_keys,
         scale=layer.scale,
         window_size=(left, 0),
+        **_grouped_queries(),
     )
     assert isinstance(out, Tensor)
     return out
@@ -149,6 +150,15 @@ def varlen_attention(
 @cache
 def _has_flash_attn() -> bool:
     return find_spec("flash_attn") is not None
+
+
+@cache
+def _grouped_queries() -> dict[str, bool]:
+    """Return what allows fewer key heads than query heads: torch 2.11 does not ask for it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    asked = "enable_gqa" in signature(varlen_attn).parameters
+    return {"enable_gqa": True} if asked else {}
 
 
 def causal_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
