@@ -466,10 +466,41 @@ def test_rows_are_loaded_again_only_after_many_have_ended(monkeypatch):
     monkeypatch.setattr(CudaEngine, "load", counted)
     monkeypatch.setattr(CudaEngine, "burst", 2)
     model = tiny_model(num_hidden_layers=1).to(DEVICE)
-    lengths = (6, 4, 6, 8, 8, 8, 8, 8, 3)
+    lengths = (12, 4, 8, 12, 12, 12, 12, 12, 3)
     asked = [Request((5, 6, 7), n, seed=i, stop_ids=()) for i, n in enumerate(lengths)]
     assert_same(sample(model, asked, "triton", rows=8), sample(model, asked, "torch"))
     assert loads == [8, 8, 6]  # the last is replaced by the first; one ends; another ends
+
+
+def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
+    events: list[str] = []
+    start = CudaEngine._start_burst
+    read = cuda_engine.Burst.drawn
+
+    def started(self):
+        events.append("start")
+        return start(self)
+
+    def was_read(self):
+        events.append("read")
+        return read(self)
+
+    monkeypatch.setattr(CudaEngine, "_start_burst", started)
+    monkeypatch.setattr(cuda_engine.Burst, "drawn", was_read)
+    model = shallow()
+    asked = requests(max_new_tokens=13)  # three bursts of 4 after the first token
+    expected = sample(model, asked, "torch")
+    assert_same(sample(model, asked, "triton"), expected)
+    assert events == ["start", "start", "read", "start", "read", "read"]  # and none for nothing
+    # All of them end in the first burst, which is not known when the second is started.
+    events.clear()
+    asked = [replace(r, stop_ids=(d.token_ids[2],)) for r, d in zip(asked, expected, strict=True)]
+    generator = Generator(model, backend="triton")
+    assert_same(generator.sample(asked), sample(model, asked, "torch"))
+    assert events == ["start", "start", "read"]
+    engine = generator.engine()
+    assert not engine.runs_ahead  # the second is forgotten
+    assert_same(generator.sample(asked[:1]), sample(model, asked[:1], "torch"))
 
 
 def test_two_streams_of_a_generator_do_not_share_a_slab():

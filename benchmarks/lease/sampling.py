@@ -119,7 +119,7 @@ def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:
     kinds += [] if report.dry else [ProfilerActivity.CUDA]
     with profile(activities=kinds) as profiler:
         for _ in range(1 if report.dry else BURSTS):
-            engine.decode()
+            engine.decode(ahead=False)
     profiler.export_chrome_trace(str(report.folder / f"{report.name}.trace.json.gz"))
     sums: dict[str, float] = {}
     events: Any = profiler.events()

@@ -6,10 +6,12 @@ trainer may change them in place, and finds the key-value slab by an address in 
 
 What is replayed: a burst is `burst` replays. Each one feeds the tokens that it samples to the next.
 
-What the host does between bursts: it copies the sampled tokens in one transfer, which is the only
-wait, and decides which rows have ended. It loads rows again when sequences were admitted, or when
-too many rows have ended. A row that ended continues until then: it writes to page 0 or to pages
-that nobody else holds before the next load, and what it samples is not read.
+What the host does meanwhile: it reads the tokens of the burst before, and decides which rows have
+ended. So that the GPU never waits for that, a burst is started before the one before it is read,
+unless no row can go on. Waiting for a burst's copy of its tokens is the only host sync. Rows are
+loaded again when sequences were admitted, or when too many rows have ended. A row that ended
+continues until then: it writes to page 0 or to pages that nobody else holds before the next load,
+and what it samples is not read.
 
 What is kept between calls: the slab is freed after every call, for the trainer to use. The graphs
 stay, because capturing them takes about as long as a short call, while the model is made of plain
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from expo_fast.inference.engine import Rows
 from expo_fast.inference.kv_pages import pages_for
@@ -61,6 +64,21 @@ def has_triton(device: torch.device) -> bool:
     return INTERPRETED or device.type == "cuda"
 
 
+@dataclass(frozen=True)
+class Burst:
+    """The results of a burst, on their way to the host."""
+
+    both: Tensor  # (burst, token and log-prob, B) fp64
+    copied: torch.cuda.Event | None  # None: they are there
+
+    def drawn(self) -> Drawn:
+        """Wait for the results and return them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        tokens, logps = self.both.unbind(1)
+        return Drawn(tokens.long(), logps.float())
+
+
 class CudaEngine(TorchEngine):
     """Decodes with `DecodeStep`; prompts go through PyTorch.
 
@@ -90,6 +108,7 @@ class CudaEngine(TorchEngine):
         self.layout: list[TensorLayout] | None = None  # of the model that the steps were made for
         self.graph_pool: Any = None  # handle of the memory that all graphs share
         self.capture_stream: torch.cuda.Stream | None = None
+        self.started: Burst | None = None  # by `decode`, ahead of the call that returns it
 
     # One call: open, then load and decode, then close
 
@@ -127,6 +146,7 @@ class CudaEngine(TorchEngine):
 
     def close(self) -> None:
         super().close()
+        self.started = None  # what it still writes comes before any later use of the memory
         if self.layout is None:
             self.forget_steps()
 
@@ -137,6 +157,7 @@ class CudaEngine(TorchEngine):
 
     @torch.no_grad()
     def load(self, rows: Rows) -> None:
+        assert not self.runs_ahead
         from expo_fast.inference.decode_step import StepKey  # needs triton
 
         self.n_rows = len(rows.last_tokens)
@@ -153,12 +174,25 @@ class CudaEngine(TorchEngine):
         return self.n_rows - n_active <= MAX_ENDED_SHARE * self.n_rows
 
     @torch.no_grad()
-    def decode(self) -> Drawn:
+    def decode(self, *, ahead: bool) -> Drawn:
+        burst = self.started or self._start_burst()
+        self.started = self._start_burst() if ahead else None
+        return burst.drawn()
+
+    @property
+    def runs_ahead(self) -> bool:
+        return self.started is not None
+
+    def _start_burst(self) -> "Burst":
         for _ in range(self.burst):
             self.step.run()
-        drawn = self.step.drawn[:, :, : self.n_rows]
-        tokens, logps = drawn.cpu().unbind(1)  # the host waits here
-        return Drawn(tokens.long(), logps.float())
+        # into pinned memory, behind the burst on its stream and before the next burst
+        drawn = self.step.drawn.to("cpu", non_blocking=True, copy=True)
+        copied = None
+        if self.model.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        return Burst(drawn[:, :, : self.n_rows], copied)
 
     # Steps and their graphs
 

@@ -62,6 +62,11 @@ class Engine(ABC):
     burst: int = 1
     prefill_tokens: int = 512
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next call of `decode` returns a burst that has been started already."""
+        return False
+
     @abstractmethod
     def page_bytes(self) -> int:
         """Return the bytes of one page: keys and values of `page` tokens in all layers."""
@@ -93,7 +98,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self, rows: Rows) -> None:
-        """Set the rows that `decode` continues from now on."""
+        """Set the rows that `decode` continues from now on. No burst may be under way."""
 
     @abstractmethod
     def keeps_loaded(self, n_active: int) -> bool:
@@ -103,8 +108,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def decode(self) -> Drawn:
-        """Return the next tokens of the loaded rows, (burst, B) each."""
+    def decode(self, *, ahead: bool) -> Drawn:
+        """Return the next tokens of the loaded rows, (burst, B) each.
+
+        ahead: the burst after this one will be asked for too, so an engine that computes beside the
+        host may start it before it waits for this one.
+        """
 
 
 def padded_tables(tables: Sequence[Table]) -> Tensor:

@@ -105,7 +105,8 @@ def _check_stop_strings(index: int, request: Request, has_tokenizer: bool) -> No
 
 def _are_integers(x: Any) -> bool:
     is_sequence = hasattr(x, "__len__") and hasattr(x, "__iter__")
-    return is_sequence and all(map(_is_integer, x))
+    # tokens by the thousand are of few types
+    return is_sequence and all(map(_is_integer, set(map(type, x))))
 
 
 def _is_integer(x: Any) -> bool:

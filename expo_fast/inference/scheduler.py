@@ -115,11 +115,12 @@ class Scheduler:
 
     def _step(self) -> list[tuple[int, Completion]]:
         """Sample the first tokens of newly admitted sequences, or the next of all active ones."""
-        admission = self._admit()
-        if admission.sequences:
-            self._prefill(admission)
-            drawn = self._first_tokens(admission.sequences)
-            return self._collect(admission.sequences, drawn)
+        if not self.engine.runs_ahead:
+            admission = self._admit()
+            if admission.sequences:
+                self._prefill(admission)
+                drawn = self._first_tokens(admission.sequences)
+                return self._collect(admission.sequences, drawn)
         drawn = self._decode()
         return self._collect(self.loaded, drawn)
 
@@ -199,11 +200,23 @@ class Scheduler:
 
     def _decode(self) -> Drawn:
         """Sample the next tokens of the loaded sequences; (burst, B) each."""
-        n_active = len(self.active)
-        if not self.loaded or not self.engine.keeps_loaded(n_active):
-            self.engine.load(_rows(self.active))
+        engine = self.engine
+        keeps = bool(self.loaded) and engine.keeps_loaded(len(self.active))
+        if not keeps and not engine.runs_ahead:
+            engine.load(_rows(self.active))
             self.loaded = self.active
-        return self.engine.decode()
+            keeps = True
+        return engine.decode(ahead=keeps and self._outlast_a_burst())
+
+    def _outlast_a_burst(self) -> bool:
+        """Return whether the loaded rows should be decoded again after the burst that comes next.
+
+        What is not known yet is which sequences end before their limit.
+        """
+        left = [s.request.max_new_tokens - len(s.token_ids) for s in self.active]
+        if self.waiting:  # for the first row to end
+            return min(left) > self.engine.burst
+        return max(left) > self.engine.burst
 
     # Collect
 

@@ -85,7 +85,7 @@ class TorchEngine(Engine):
     def keeps_loaded(self, n_active: int) -> bool:
         return n_active == len(self.rows.last_tokens)
 
-    def decode(self) -> Drawn:
+    def decode(self, *, ahead: bool) -> Drawn:
         rows = self.rows
         hidden = self.run(rows.tokens())
         rows.positions += 1

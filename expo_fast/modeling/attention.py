@@ -11,6 +11,7 @@ from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from inspect import signature
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +154,7 @@ def _has_flash_attn() -> bool:
 
 
 @cache
-def _grouped_queries() -> dict[str, bool]:
+def _grouped_queries() -> dict[str, Any]:
     """Return what allows fewer key heads than query heads: torch 2.11 does not ask for it."""
     from torch.nn.attention.varlen import varlen_attn
 
