@@ -86,7 +86,8 @@ DECODERS = ((24, 14, 2, 64), (36, 16, 2, 128), (32, 32, 32, 96), (26, 8, 4, 256)
 
 def decoding(dtype: str) -> Iterator[Form]:
     """The kernels of a decode step for a model of that dtype."""
-    types: dict[str, str] = dict.fromkeys(("layer", "window", "W", "SLOTS", "n", "H"), "i32")
+    types: dict[str, str] = dict.fromkeys(("layer", "window", "W", "SLOTS", "width", "H"), "i32")
+    types |= dict.fromkeys(("q_row", "k_row", "v_row", "gate_row", "up_row"), "i32")
     types |= dict.fromkeys(("scale", "eps"), "fp32")
     types |= dict.fromkeys(("tables", "items", "used"), "*i32")
     types |= dict.fromkeys(("address", "positions"), "*i64")

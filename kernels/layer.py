@@ -69,13 +69,17 @@ def add_norm_rows(
 
 
 @triton.jit
-def swiglu_elements(gate, up, out, n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """One program per BLOCK elements."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    g = _load(gate + i, inside)
+def swiglu_elements(
+    gate, up, out,  # (B, M) thrice; gate and up with rows that far apart
+    width, gate_row, up_row, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program per row and BLOCK columns."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < width
+    g = _load(gate + row * gate_row + i, inside)
     silu = _rounded(g / (1 + tl.exp(-g)), gate, WIDE)
-    _store(out + i, silu * _load(up + i, inside), inside, WIDE)
+    _store(out + row * width + i, silu * _load(up + row * up_row + i, inside), inside, WIDE)
 
 
 @triton.jit
@@ -109,7 +113,7 @@ def _normed_and_rotated(
 def place_heads(
     q, k, v, q_norm, k_norm, cos, sin, out,  # (B, heads, Dh) thrice, (Dh,), (B, Dh/2); q' out
     address, tables, positions,  # as in `decode.append_tokens`
-    layer, W, eps, H,
+    layer, W, eps, H, q_row, k_row, v_row,  # numbers from a row of q, k and v to the next
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -122,20 +126,22 @@ def place_heads(
     cos += row * half
     sin += row * half
     if head < H:
+        q += row * q_row + head * DH
+        a, b = _normed_and_rotated(q, q_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
         at = (row * H + head) * DH
-        a, b = _normed_and_rotated(q + at, q_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
         _store(out + at + i, a, inside, WIDE)
         _store(out + at + half + i, b, inside, WIDE)
     else:
-        at = (row * HKV + head - H) * DH
-        a, b = _normed_and_rotated(k + at, k_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
+        k += row * k_row + (head - H) * DH
+        v += row * v_row + (head - H) * DH
+        a, b = _normed_and_rotated(k, k_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
         key = key_of_token(address, tables, positions, row, layer, W, k, STRIDE, PAGE, HKV, DH)
         key += (head - H) * DH
         _store(key + i, a, inside, WIDE)
         _store(key + half + i, b, inside, WIDE)
         value = key + PAGE * HKV * DH
-        tl.store(value + i, tl.load(v + at + i, inside), inside)
-        tl.store(value + half + i, tl.load(v + at + half + i, inside), inside)
+        tl.store(value + i, tl.load(v + i, inside), inside)
+        tl.store(value + half + i, tl.load(v + half + i, inside), inside)
 
 
 def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -162,11 +168,24 @@ def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up, elementwise."""
-    out = torch.empty_like(gate)
-    n = gate.numel()
+    """Return silu(gate) * up, elementwise.
+
+    gate, up: (B, M). They may be columns of one wider tensor.
+    """
+    n_rows, width = gate.shape
+    assert gate.stride(1) == up.stride(1) == 1
+    out = gate.new_empty(n_rows, width)
     with launch_device(gate):
-        swiglu_elements[(triton.cdiv(n, ELEMENTS),)](gate, up, out, n, ELEMENTS, INTERPRETED)
+        swiglu_elements[(n_rows, triton.cdiv(width, ELEMENTS))](
+            gate,
+            up,
+            out,
+            width,
+            gate.stride(0),
+            up.stride(0),
+            ELEMENTS,
+            INTERPRETED,
+        )
     return out
 
 
@@ -182,7 +201,7 @@ class HeadNorms:
 def place(
     cache: Paged,
     layer: int,
-    q: Tensor,  # (B, H, Dh), contiguous like all tensors here
+    q: Tensor,  # (B, H, Dh)
     k: Tensor,  # (B, Hkv, Dh)
     v: Tensor,  # (B, Hkv, Dh)
     *,
@@ -193,10 +212,14 @@ def place(
 ) -> Tensor:
     """Norm and rotate queries and keys; write keys and values of a layer to their pages.
 
+    q, k and v may be columns of one wider tensor: only a row of each must be contiguous.
+
     Return the queries (B, H, Dh), for attention.
     """
     n_rows, heads, head_dim = q.shape
-    out = torch.empty_like(q)
+    for x in (q, k, v):
+        assert x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim)
+    out = q.new_empty(q.shape)
     unused = q  # a pointer that the kernel does not read
     q_norm = k_norm = cos = sin = unused
     eps = 0.0
@@ -223,6 +246,9 @@ def place(
             tables.stride(0),
             eps,
             heads,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
             **cache.constants,
             BLOCK=triton.next_power_of_2(head_dim // 2),
             NORM=norms is not None,

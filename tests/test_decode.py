@@ -183,16 +183,37 @@ def test_the_fused_kernels_compute_what_the_model_computes():
         assert torch.equal(total, x if other is None else x + d)
         torch.testing.assert_close(normed, norm(total).detach(), rtol=2**-7, atol=0)
     expected = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(layer.swiglu(gate, up), expected, rtol=2**-6, atol=0)
+    got = layer.swiglu(gate, up)
+    torch.testing.assert_close(got, expected, rtol=2**-6, atol=0)
+    together = torch.cat([gate, up], 1)
+    assert torch.equal(layer.swiglu(*together.chunk(2, 1)), got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [1, 1500])
+def test_swiglu_of_columns_of_one_product(dtype, width):
+    both = torch.randn(3, 2 * width + 5, generator=torch.Generator().manual_seed(2)).to(dtype)
+    gate, up = both.to(DEVICE)[:, 5:].chunk(2, -1)
+    got = layer.swiglu(gate, up)
+    assert got.is_contiguous() and torch.equal(got, layer.swiglu(gate.clone(), up.clone()))
+    truth = torch.nn.functional.silu(gate.double()) * up.double()
+    info = torch.finfo(dtype)
+    atol = 4 * info.smallest_normal * info.eps
+    torch.testing.assert_close(got.double(), truth, rtol=2 * info.eps, atol=atol)
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rope", [False, True])
-def test_heads_are_normed_rotated_and_placed(norm: bool, rope: bool):
+@pytest.mark.parametrize("together", [False, True])
+def test_heads_are_normed_rotated_and_placed(norm: bool, rope: bool, together: bool):
+    """Of tensors of their own, and of columns of one product of all three."""
     scene = Scene(LENGTHS, 64, 4, dim=80)
     g = torch.Generator().manual_seed(1)
     n = len(LENGTHS)
     q, k, v = (torch.randn(n, h, 80, generator=g).bfloat16().to(DEVICE) for h in (6, 2, 2))
+    if together:
+        qkv = torch.cat([x.flatten(1) for x in (q, k, v)], 1)
+        q, k, v = (x.view(n, -1, 80) for x in qkv.split([480, 160, 160], 1))
     norms = [RMSNorm(80, 1e-6).bfloat16().to(DEVICE) for _ in range(2)]
     for each in norms:
         torch.nn.init.normal_(each.weight, 1, 0.3, generator=g if DEVICE == "cpu" else None)

@@ -119,7 +119,8 @@ def layers(report: Report) -> None:
 
     norm = RMSNorm(896, 1e-6).bfloat16().to(report.device)
     torch.nn.init.uniform_(norm.weight, 0.5, 2)
-    x, d, gate, up = (normal(64, 896) for _ in range(4))
+    x, d = normal(64, 896), normal(64, 896)
+    gate, up = normal(64, 2 * 896).chunk(2, 1)
     total, normed = layer.add_norm(x, d, norm.weight.detach(), norm.eps)
     report.require_equal("x + d", total, x + d)
     report.compare("norm", normed, norm((x + d).double()).detach(), ERROR[torch.bfloat16])
@@ -127,7 +128,8 @@ def layers(report: Report) -> None:
     report.compare("swiglu", layer.swiglu(gate, up), expected, ERROR[torch.bfloat16])
     scene = Scene(report, (14, 2), 64, torch.bfloat16)
     n = len(LENGTHS)
-    q, k, v = normal(n, 14, 64), normal(n, 2, 64), normal(n, 2, 64)
+    qkv = normal(n, 18 * 64).split([14 * 64, 2 * 64, 2 * 64], 1)
+    q, k, v = (x.view(n, -1, 64) for x in qkv)
     angles = torch.rand(n, 1, 32, generator=g, device=report.device) * 6
     turn = angles.cos().bfloat16(), angles.sin().bfloat16()
     norms = [RMSNorm(64, 1e-6).bfloat16().to(report.device) for _ in range(2)]
