@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.inference.engine import Rows
+from expo_fast.inference.joined_weights import JoinedWeights
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import has_hooks, is_plain
@@ -106,6 +107,7 @@ class CudaEngine(TorchEngine):
         self.slab_address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.steps: dict[StepKey, DecodeStep] = {}
         self.layout: list[TensorLayout] | None = None  # of the model that the steps were made for
+        self.joined: JoinedWeights | None = None  # for plain models
         self.graph_pool: Any = None  # handle of the memory that all graphs share
         self.capture_stream: torch.cuda.Stream | None = None
         self.started: Burst | None = None  # by `decode`, ahead of the call that returns it
@@ -119,6 +121,7 @@ class CudaEngine(TorchEngine):
         if layout is None or layout != self.layout:
             self.forget_steps()
         self.layout = layout
+        self._join_weights()
         self.graphs = self.wants_graphs and not has_hooks(model)
         if self.wants_graphs and not self.graphs:
             warnings.warn(
@@ -150,9 +153,18 @@ class CudaEngine(TorchEngine):
         if self.layout is None:
             self.forget_steps()
 
+    def _join_weights(self) -> None:
+        """Copy the weights that steps of a plain model read."""
+        if self.layout is None:
+            return
+        if self.joined is None:
+            self.joined = JoinedWeights(self.model)
+        self.joined.refresh()
+
     def forget_steps(self) -> None:
         """Free the graphs and their memory."""
         self.steps = {}
+        self.joined = None
         self.graph_pool = None
 
     @torch.no_grad()
@@ -206,7 +218,7 @@ class CudaEngine(TorchEngine):
             self.slab_address,
             page=self.page,
             burst=self.burst,
-            fused=self.layout is not None,
+            joined=self.joined,
         )
         if self.graphs:
             self._capture(step)
@@ -235,7 +247,8 @@ class CudaEngine(TorchEngine):
             torch.cuda.set_stream(main)  # torch leaves the other one where a capture's end fails
             self.graphs = False
             self.layout = None  # so that the steps end with this call, and the next one tries again
-            step.fused = False
+            self.joined = None
+            step.joined = None
             reason = str(error).splitlines()[0]
             warnings.warn(
                 f"decoding without CUDA graphs, which is slower: {reason}",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.inference.engine import Rows
+from expo_fast.inference.joined_weights import JoinedLayer, JoinedWeights
 from expo_fast.inference.sampling import BLOCK, Drawn, Truncation, draw_from_blocks, uniform
 from expo_fast.kernels import blocks, decode, truncate
 from expo_fast.kernels import layer as layer_kernels
@@ -73,8 +74,8 @@ class DecodeStep:
     slab_address: (1,) int64 on the device; see `kernels.decode.Paged`.
     page: tokens of a page.
     burst: steps whose results are kept until the host reads them.
-    fused: run the plain modules of the model with fused kernels between their GEMMs. Else the step
-    goes through `model.run`, and so through the model's adapters and hooks.
+    joined: run the plain modules of the model with these weights, and with fused kernels between
+    their GEMMs. None: go through `model.run`, and so through the model's adapters and hooks.
 
     A step holds no reference to its engine. In a reference cycle a graph would wait for the garbage
     collector, which may destroy it during another graph's capture and so break that.
@@ -89,14 +90,14 @@ class DecodeStep:
         *,
         page: int,
         burst: int,
-        fused: bool,
+        joined: JoinedWeights | None,
     ):
         shape = model.shape
         device = model.device
         self.key = key
         self.model = model
         self.head = head
-        self.fused = fused
+        self.joined = joined
         self.graph: torch.cuda.CUDAGraph | None = None  # of `launch`
         n = key.rows
         zeros = partial(torch.zeros, device=device)
@@ -145,8 +146,8 @@ class DecodeStep:
     def launch(self) -> None:
         """Launch the kernels of the step one by one."""
         inputs = self.inputs
-        if self.fused:
-            hidden = self._fused_forward(inputs.last_tokens, inputs.positions)
+        if self.joined is not None:
+            hidden = self._fused_forward(self.joined, inputs.last_tokens, inputs.positions)
         else:
             attend = self._append_and_attend
             hidden = self.model.run(inputs.last_tokens, inputs.positions, attend)
@@ -202,21 +203,26 @@ class DecodeStep:
 
     # With fused kernels
 
-    def _fused_forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _fused_forward(self, joined: JoinedWeights, tokens: Tensor, positions: Tensor) -> Tensor:
         """Compute `Decoder.run` of plain modules with one launch between two GEMMs."""
         body = self.model.model
         rotation = self.model.rotation(positions)
         x = body.embed_tokens(tokens)
         delta = None
-        for block in body.layers:
+        for block, projections in zip(body.layers, joined.layers, strict=True):
             assert isinstance(block, Block)
-            x, delta = self._fused_block(block, x, delta, rotation)
+            x, delta = self._fused_block(block, projections, x, delta, rotation)
         norm = body.norm
         _, normed = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
         return normed
 
     def _fused_block(
-        self, block: Block, x: Tensor, delta: Tensor | None, rotation: tuple[Tensor, Tensor]
+        self,
+        block: Block,
+        joined: JoinedLayer,
+        x: Tensor,
+        delta: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Run a block on x + delta, and return (x', delta') whose sum is its output.
 
@@ -224,15 +230,15 @@ class DecodeStep:
         """
         n = len(x)
         attention = block.self_attn
-        mlp = block.mlp
         norm = block.input_layernorm
         x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
+        q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in joined.qkv(h))
         q = layer_kernels.place(
             self.cache,
             attention.layer.index,
-            attention.q_proj(h).view(n, -1, attention.head_dim),
-            attention.k_proj(h).view(n, -1, attention.head_dim),
-            attention.v_proj(h).view(n, -1, attention.head_dim),
+            q,
+            k,
+            v,
             norms=_head_norms(attention.q_norm, attention.k_norm),
             rotation=rotation if attention.rope else None,
             tables=self.inputs.tables,
@@ -242,8 +248,8 @@ class DecodeStep:
         delta = attention.o_proj(mixed.view(n, -1))
         norm = block.post_attention_layernorm
         x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
-        activation = layer_kernels.swiglu(mlp.gate_proj(h), mlp.up_proj(h))
-        return x, mlp.down_proj(activation)
+        gate, up = joined.gate_up(h)
+        return x, block.mlp.down_proj(layer_kernels.swiglu(gate, up))
 
 
 def _head_norms(q_norm: torch.nn.Module, k_norm: torch.nn.Module) -> layer_kernels.HeadNorms | None:
