@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -171,10 +170,12 @@ def build(name: str, device: str) -> Trainer:
     return make_trainer(config, model, None, prompter, problems, parity, score_answers)
 
 
-def measure(name: str, device: str, flops: float, trace: Path | None = None) -> dict[str, Any]:
-    """Plain data; flops: a second, of the device's products; trace: where to save a step's.
+def measure(name: str, device: str, flops: float) -> Iterator[dict[str, Any]]:
+    """Yield plain data of some steps, and again with what a profile of one more step adds.
 
-    RuntimeError where a step learns nothing.
+    flops: a second, of the device's products.
+
+    Raise RuntimeError where a step learns nothing.
     """
     trainer = build(name, device)
     rows: list[dict[str, Any]] = []
@@ -210,9 +211,11 @@ def measure(name: str, device: str, flops: float, trace: Path | None = None) -> 
     }
     if device != "cpu":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found |= profiled(trainer, count, total / steady, trace)
+    yield found
+    if device != "cpu":
+        found |= profiled(trainer, count, total / steady)
     show(found)
-    return found
+    yield found
 
 
 def require_learning(step: int, row: Mapping[str, Any]) -> None:
@@ -229,23 +232,20 @@ def run_step(trainer: Trainer, step: int, count: Count) -> dict[str, Any]:
     return {**metrics, **phases.seconds()}
 
 
-def profiled(trainer: Trainer, count: Count, seconds: float, trace: Path | None) -> dict[str, Any]:
+def profiled(trainer: Trainer, count: Count, seconds: float) -> dict[str, Any]:
     """Of the last step: seconds of each kind of kernel, and of the longest others.
 
-    The host is slower while it is watched, so what is idle is told from an ordinary step's seconds.
+    seconds: of an ordinary step. The host is slower while it is watched, and stops when buffers of
+    events are full, so what is idle is told from those.
     """
-    torch.cuda.synchronize()
-    began = time.perf_counter()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run_step(trainer, STEPS - 1, count)
         torch.cuda.synchronize()
-        wall = time.perf_counter() - began
-    if trace:
-        profiler.export_chrome_trace(str(trace))
-    events: Any = profiler.events()
-    on_device = [e for e in events if str(e.device_type).endswith("CUDA")]
-    kernels = ((e.name, e.time_range.elapsed_us() / 1e6) for e in on_device)
-    return {"profiled_seconds": wall} | shares(kernels, seconds)
+    # `profiler.events()` takes a minute for half a million kernels
+    raw: Any = profiler.profiler
+    events = [e for e in raw.kineto_results.events() if "CUDA" in str(e.device_type())]
+    kernels = [(e.name(), e.duration_ns() / 1e9) for e in events]
+    return {"launches": len(kernels)} | shares(kernels, seconds)
 
 
 def shares(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, Any]:

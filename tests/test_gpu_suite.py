@@ -69,7 +69,7 @@ def test_every_part_that_is_timed_has_a_forecast(monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("a small model's parts")
     monkeypatch.setitem(SHAPES, "small", (264, 64))
-    variants = {name: logprob.VARIANTS[name] for name in ("256x128", "128x128-s4")}
+    variants = {name: logprob.VARIANTS[name] for name in ("256x128", "128x256-s4")}
     monkeypatch.setattr(logprob, "VARIANTS", variants)
     found = parts.parts("small", 64, "cpu", 1, Ceilings(flops=1e12, bytes=1e10))
     assert not found["failed"]
@@ -107,7 +107,7 @@ def test_what_is_timed_must_agree_with_plain_pytorch():
 def test_training_steps_are_whole_and_counted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("trains the whole models there")
-    found = gpu_train.measure("qwen2.5-0.5b", "cpu", 1e12)
+    *_, found = gpu_train.measure("qwen2.5-0.5b", "cpu", 1e12)
     assert {"generate", "explain", "forward_backward", "optimizer"} <= set(found["phases"])
     c = gpu_train.SMOKE
     attempts = c.prompts_per_step * c.num_generations * c.max_completion_length

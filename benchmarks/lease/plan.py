@@ -78,9 +78,9 @@ TIME = [
         Item(f"decode-{size}", "sampling:timed", 45, {"model": MODELS[size]}, alone=True)
         for size in ("0.5b", "3b")
     ),
-    Item("train-135m", "training:timed", 30, {"model": MODELS["135m"]}, alone=True),
-    Item("train-0.5b", "training:timed", 35, {"model": MODELS["0.5b"]}, alone=True),
-    Item("train-1.5b", "training:timed", 40, {"model": MODELS["1.5b"]}, alone=True),
+    Item("train-135m", "training:timed", 40, {"model": MODELS["135m"]}, alone=True),
+    Item("train-0.5b", "training:timed", 50, {"model": MODELS["0.5b"]}, alone=True),
+    Item("train-1.5b", "training:timed", 60, {"model": MODELS["1.5b"]}, alone=True),
     Item("repeats", "ops:repeated", 30, alone=True),
     Item("decode-peer", "sampling:beside_peer", 60, {"model": MODELS["0.5b"]}, alone=True),
 ]
