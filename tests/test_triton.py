@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from expo_fast.kernels import advantage, groups, logprob, reference, rowwise
-from expo_fast.kernels.head import Head, Needs, RowGrads
+from expo_fast.kernels import advantage, groups, logprob, reference, row_results, rowwise
+from expo_fast.kernels.head import Head, Needs, RowGrads, from_sums
 from expo_fast.op_backends import custom_ops, dispatch, triton_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,6 +197,93 @@ def test_every_variant_of_the_forward_is_right(name, monkeypatch):
             torch.testing.assert_close(mine, theirs, rtol=allowed, atol=allowed)
 
 
+class Sums:
+    """Partial sums of V columns in tiles of 10, and what row_results writes from them."""
+
+    def __init__(self, n: int, v: int, largest_exponent: float):
+        g = torch.Generator().manual_seed(n + v)
+        tiles = -(-v // 10)
+        # of e: from rows whose target is all but certain to rows that are done again
+        exponent = torch.linspace(-40, largest_exponent, n).expand(tiles, n)
+        self.other = (2.0**exponent * torch.rand(tiles, n, generator=g)).to(DEVICE)
+        self.moment = torch.randn(tiles, n, generator=g).to(DEVICE) * self.other
+        self.scale = (torch.rand(n, generator=g) + 1).to(DEVICE)
+        self.z = torch.randn(n, generator=g).to(DEVICE) * 10
+        self.base = self.z * self.scale
+        self.targets = torch.randint(v, (n,), generator=g).to(DEVICE)
+        self.marks = torch.zeros(1 + -(-n // 16) + n, dtype=torch.bool, device=DEVICE)
+        self.e = torch.zeros(n, v + 3, device=DEVICE).bfloat16()[:, :v]
+        self.out = torch.full((4, n), math.nan, dtype=torch.float64, device=DEVICE)
+        self.size = {"N": n, "V": v, "BN": 16, "BV": 10}
+        self.size |= {"ROWS": row_results.ROWS, "AT_ONCE": row_results.AT_ONCE}
+
+    def finish(self, redone: bool, moment: Tensor | None) -> None:
+        n = len(self.z)
+        row_results.row_results[(-(-n // row_results.ROWS),)](
+            self.other, moment, self.z, self.base, self.scale, self.targets, self.marks,
+            *self.out, self.e, self.e.stride(0), SAFE_SUM=logprob.SAFE_SUM, LOG2_E=logprob.LOG2_E,
+            REDONE=redone, WIDE=logprob.INTERPRETED, **self.size,
+        )  # fmt: skip
+
+    def truth(self) -> Tensor:
+        other, moment = (x.double().sum(0) for x in (self.other, self.moment))
+        base = self.base.double()
+        shift = base - self.z.double() * self.scale.double()
+        per_nat = logprob.LOG2_E
+        nats = (base / per_nat, other, moment / per_nat, shift / per_nat)
+        results, log_total = from_sums(*nats)
+        return torch.stack([*results, log_total])
+
+
+@pytest.mark.parametrize("n", [1, 31, 100])
+@pytest.mark.parametrize("v", [7, 320, 1003])
+def test_results_of_rows_are_those_of_their_sums(n, v):
+    sums = Sums(n, v, largest_exponent=45.0)
+    truth = sums.truth()
+    sums.finish(redone=False, moment=sums.moment)
+    torch.testing.assert_close(sums.out, truth, rtol=1e-13, atol=1e-15)
+    # as the probability goes to 1, what decides is what differs from it
+    torch.testing.assert_close(sums.out[0], truth[0], rtol=1e-9, atol=0)
+    patch = truth[0].expm1() * truth[3].exp()
+    expected = torch.zeros_like(sums.e).scatter_(1, sums.targets[:, None], patch[:, None].bfloat16())
+    assert torch.equal(sums.e, expected)
+    assert not sums.marks.any()
+    sums.finish(redone=False, moment=None)
+    assert sums.out[1].isnan().all()
+    assert torch.equal(sums.out[[0, 2, 3]].isnan(), truth[[0, 2, 3]].isnan())
+
+
+def test_rows_with_a_sum_beyond_the_safe_one_are_marked_and_done_again():
+    sums = Sums(100, 320, largest_exponent=30.0)
+    sums.other[3, 50] = math.nan
+    sums.other[2, 97] = logprob.SAFE_SUM
+    sums.finish(redone=False, moment=sums.moment)
+    n_tiles = 7
+    rows = sums.marks[1 + n_tiles :].nonzero()[:, 0]
+    assert rows.tolist() == [50, 97]
+    assert sums.marks[: 1 + n_tiles].tolist() == [True] + [i in (3, 6) for i in range(n_tiles)]
+
+    before = sums.base.clone()
+    row_results.largest_logits[(4,)](sums.other, sums.marks, sums.base, **sums.size)
+    assert sums.base[97] == logprob.SAFE_SUM
+    changed = (sums.base != before).nonzero()[:, 0].tolist()
+    assert changed in ([97], [50, 97])  # a maximum with NaN in it may be anything
+    sums.base[50] = 0
+    sums.other[3, 50] = 1
+    first = sums.out.clone()
+    sums.out.fill_(math.nan)
+    sums.e.fill_(math.nan)
+    sums.finish(redone=True, moment=sums.moment)
+    done = torch.zeros(100, dtype=torch.bool, device=DEVICE)
+    done[48:64] = done[96:] = True  # all rows of their tiles, of which E is written again
+    truth = sums.truth()
+    torch.testing.assert_close(sums.out[:, done], truth[:, done], rtol=1e-13, atol=1e-15)
+    assert sums.out[:, ~done].isnan().all()
+    assert sums.e.isfinite().sum(1).tolist() == done.int().tolist()
+    done[50] = done[97] = False
+    assert torch.equal(sums.out[:, done], first[:, done])
+
+
 def test_a_variant_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv(logprob.VARIANT, "512x512")
     with pytest.raises(ValueError, match="EXPO_FAST_VARIANT=512x512: must be one of 256x128, "):
@@ -294,6 +381,8 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
     decode |= {"add_norm_rows", "place_heads", "swiglu_elements", "block_sums", "draw_allowed"}
     rest = decode | {
         "target_logits",
+        "row_results",
+        "largest_logits",
         "scale_stored",
         "row_sums",
         "row_gradients",

@@ -209,11 +209,8 @@ def _forward(
     e: Tensor | None = None,
 ) -> Tensor:
     """Fill a span's results, and E where it is given. Return its log_total."""
-    if span.start == span.stop:
-        return results.logp[:0]
-    found, log_total = k.forward(head.take(span), e)
-    for all_rows, some_rows in zip(results, found, strict=True):
-        all_rows[span] = some_rows
+    log_total = results.logp.new_empty(span.stop - span.start)
+    k.forward(head.take(span), e, out=(results.take(span), log_total))
     return log_total
 
 
