@@ -22,9 +22,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expo_fast.inference.sampling import BLOCK
-from expo_fast.kernels import blocks, decode, groups, layer, row_results, rowwise, truncate
+from expo_fast.kernels import (
+    blocks,
+    decode,
+    groups,
+    layer,
+    policy_sums,
+    row_results,
+    rowwise,
+    selection,
+    truncate,
+)
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
+from expo_fast.kernels.head import IGNORE
 
 SHOWN = ("STORE", "BIAS", "LARGEST", "REDONE", "H", "DH")  # constants that tell forms apart
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,6 +63,16 @@ def launched() -> Iterator[Form]:
     for narrow, dz in ((False, "*fp32"), (True, "*bf16")):
         constants = block | {"NARROW": narrow, "INTERPRETED": False}
         yield rowwise.row_gradients, {"dz": dz}, constants, options
+
+    for targets in ("*i64", "*i32"):
+        for wanted in ({"wanted": None}, {}):
+            types = {"targets": targets, "wanted": "*i1", "rows": "*i64", "counts": "*i32"}
+            constants = wanted | {"IGNORE": IGNORE, "BLOCK": selection.BLOCK}
+            yield selection.select_rows, types, constants, {}
+
+    types = {"side": "*i8", "on_policy": "*i1", "kl_coef": "fp32", "entropy_coef": "fp32"}
+    options = {"num_warps": policy_sums.WARPS}
+    yield policy_sums.sum_policy_terms, types, {"BLOCK": policy_sums.BLOCK}, options
 
     for scale in ({"GROUP": True, "BATCH": False}, {"GROUP": False, "BATCH": True}):
         sizes = {"rewards": "*fp64", "ids": "*i64", "M": "i32", "eps": "fp32"}

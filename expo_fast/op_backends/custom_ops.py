@@ -16,10 +16,10 @@ from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Ne
 from expo_fast.kernels.objectives import (
     PolicyLossOfRows,
     PolicyRows,
+    PolicyTerms,
     is_sequence_level,
-    policy_statistics,
 )
-from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass
+from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
     among_all_rows,
@@ -246,22 +246,38 @@ def policy_loss(
     kernels = choose(backend, head)
     wanted = Needs(needs[0], needs[1], bias=False)
     if segments is None and any(needs) and has_one_pass(kernels):
-        results, grads = kernels.log_probs_and_gradients(head, loss, wanted)
+        spans = _TermsOfSpans(loss)
+        results, grads = kernels.log_probs_and_gradients(head, spans, wanted)
         results = results.to(head.dtype)
-        terms = loss.terms(results.logp)
+        terms = spans.terms or loss.terms(results.logp)
     else:
         forward = kernels.log_probs(head, wanted)
         results = forward.results.to(head.dtype)
         terms = loss.terms(results.logp)
         grads = kernels.gradients(head, forward, terms.grads, wanted)
     n = len(targets)
+    total, statistics = policy_sums(terms.value)(loss, terms, results.entropy)
     return (
-        loss.total(terms, results.entropy),
+        total,
         among_all_rows(results.logp, rows, n),
         among_all_rows(results.entropy, rows, n),
-        torch.stack(policy_statistics(known, terms, results.entropy)),
+        statistics,
         *_unscaled_gradients(grads, rows, hidden, weight),
     )
+
+
+class _TermsOfSpans:
+    """A RowwiseLoss that keeps the terms of a span of all rows, which need not be made twice."""
+
+    def __init__(self, loss: PolicyLossOfRows):
+        self._loss = loss
+        self.terms: PolicyTerms | None = None
+
+    def row_grads(self, rows: slice, logp: Tensor) -> RowGrads:
+        if len(logp) < len(self._loss.rows.weight):
+            return self._loss.row_grads(rows, logp)
+        self.terms = self._loss.terms(logp)
+        return self.terms.grads
 
 
 @policy_loss.register_fake
