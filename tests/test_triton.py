@@ -354,6 +354,7 @@ class Operators(TorchDispatchMode):
     FREE += ("numpy_T", "permute", "promote_types", "select", "slice", "t", "transpose", "unbind")
     FREE += ("unsqueeze", "view", "set_", "resolve_conj", "resolve_neg")
     READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "tolist")
+
     def __init__(self):
         super().__init__()
         self.count = 0
