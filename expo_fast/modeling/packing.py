@@ -52,15 +52,23 @@ class Pack:
     ref_logp: Tensor | None  # (R,) fp32
     members: tuple[int, ...]  # the indices of the samples in the list that was packed
     lengths: tuple[int, ...]  # the number of tokens of their completions
+    weighted: bool  # whether no row weight is 0
+    largest_target: int
 
     def to(self, device: torch.device) -> "Pack":
-        """Return a pack with all tensors on the device."""
+        """Return a pack with all tensors on the device, without waiting for it."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device)
+                if device.type == "cuda" and value.device.type == "cpu":
+                    value = value.pin_memory()  # else the copy waits for all that was launched
+                moved[field.name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
+
+    def has_targets_below(self, vocabulary: int) -> bool:
+        """Return whether all targets are tokens of the vocabulary, without a host sync."""
+        return self.largest_target < vocabulary
 
     def split(self, per_row: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Split (R, ...) values by sample: yield each sample's index and its own values."""
@@ -238,6 +246,8 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         ref_logp=_concatenated([s.ref_logp for s in chosen], lengths),
         members=tuple(members),
         lengths=tuple(lengths),
+        weighted=all(s.row_weight for s in chosen),
+        largest_target=max(targets),
     )
 
 

@@ -57,13 +57,16 @@ def logprob(
     temperatures: Tensor | None,  # (N,)
     temperature: float,  # where there are no temperatures
     backend: str | None,
+    complete: bool,
     needs: list[bool],  # the fields of Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logp, entropy and lse (N,), and what the backward reads.
 
     That is the same three and log_total in fp64 (N, 4), and `Forward.kept`, empty if there is none.
     """
-    head, rows = selected_head(hidden, weight, bias, targets, temperatures, temperature)
+    head, rows = selected_head(
+        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+    )
     kernels = choose(backend, head)
     results, log_total, kept = kernels.log_probs(head, Needs(*needs))
     if log_total is None:
@@ -83,7 +86,7 @@ def logprob(
 
 
 @logprob.register_fake
-def _(hidden, weight, bias, targets, temperatures, temperature, backend, needs):
+def _(hidden, weight, bias, targets, temperatures, temperature, backend, complete, needs):
     scalar = _fake_scalar(hidden, weight)
     exact = targets.new_empty(*targets.shape, 4, dtype=torch.float64)
     n_kept = 0
@@ -106,7 +109,7 @@ def _fake_scalar(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _save_logprob(ctx: Any, inputs, output) -> None:
-    *tensors, ctx.temperature, ctx.backend, ctx.needs = inputs
+    *tensors, ctx.temperature, ctx.backend, ctx.complete, ctx.needs = inputs
     _, _, _, exact, kept = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, exact, kept)
@@ -115,7 +118,7 @@ def _save_logprob(ctx: Any, inputs, output) -> None:
 @_differentiable_once
 def _logprob_backward(ctx: Any, *upstream):
     d_logp, d_entropy, d_lse, *_ = upstream
-    n_inputs = 8
+    n_inputs = 9
     if d_logp is None and d_entropy is None and d_lse is None:
         return (None,) * n_inputs
     grads = logprob_backward(
@@ -125,6 +128,7 @@ def _logprob_backward(ctx: Any, *upstream):
         d_lse,
         ctx.temperature,
         ctx.backend,
+        ctx.complete,
         ctx.needs,
     )
     return *_if_needed(grads, ctx.needs), *(None,) * (n_inputs - len(grads))
@@ -151,10 +155,13 @@ def logprob_backward(
     d_lse: Tensor | None,
     temperature: float,
     backend: str | None,
+    complete: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias in their dtypes, empty where not needed."""
-    head, rows = selected_head(hidden, weight, bias, targets, temperatures, temperature)
+    head, rows = selected_head(
+        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+    )
     *results, log_total = take_rows(exact, rows).T
     forward = Forward(LogProb(*results), log_total, kept)
     row_grads = RowGrads(
@@ -215,6 +222,7 @@ def policy_loss(
     temperatures: Tensor | None,
     temperature: float,
     backend: str | None,
+    complete: bool,
     kl_coef: float,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +232,14 @@ def policy_loss(
     must not read them, as no caller of `ops.linear_policy_loss` can.
     """
     head, rows = selected_head(
-        hidden, weight, None, targets, temperatures, temperature, wanted=row_weight != 0
+        hidden,
+        weight,
+        None,
+        targets,
+        temperatures,
+        temperature,
+        wanted=None if complete else row_weight != 0,
+        complete=complete,
     )
     chosen = decode(objective, values)
     segments = None

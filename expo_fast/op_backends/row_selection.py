@@ -20,13 +20,16 @@ def selected_head(
     temperatures: Tensor | None,  # (N,)
     temperature: float,  # where there are no temperatures
     wanted: Tensor | None = None,  # (N,) bool; None: all
+    complete: bool = False,  # whether all rows are wanted and have a valid target
 ) -> tuple[Head, Tensor | None]:
     """Return the head of the wanted rows that have a target, and which rows these are.
+
+    With `complete` there is nothing to find out, and no host sync.
 
     Raise ValueError for a target outside the vocabulary and for a selected row whose temperature is
     not positive and finite.
     """
-    rows = _selected(targets, wanted, len(weight))
+    rows = None if complete else _selected(targets, wanted, len(weight))
     head = Head(
         hidden=take_rows(hidden, rows),
         weight=weight,
