@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,7 +235,8 @@ class Sums:
 
     def finish(self, redone: bool, moment: Tensor | None) -> None:
         n = len(self.z)
-        row_results.row_results[(-(-n // row_results.ROWS),)](
+        kernel: Any = row_results.row_results
+        kernel[(-(-n // row_results.ROWS),)](
             self.other, moment, self.z, self.base, self.scale, self.targets, self.marks,
             *self.out, self.e, self.e.stride(0), SAFE_SUM=logprob.SAFE_SUM, LOG2_E=logprob.LOG2_E,
             REDONE=redone, WIDE=logprob.INTERPRETED, **self.size,
@@ -280,7 +282,8 @@ def test_rows_with_a_sum_beyond_the_safe_one_are_marked_and_done_again():
     assert sums.marks[: 1 + n_tiles].tolist() == [True] + [i in (3, 6) for i in range(n_tiles)]
 
     before = sums.base.clone()
-    row_results.largest_logits[(4,)](sums.other, sums.marks, sums.base, **sums.size)
+    kernel: Any = row_results.largest_logits
+    kernel[(4,)](sums.other, sums.marks, sums.base, **sums.size)
     assert sums.base[97] == logprob.SAFE_SUM
     changed = (sums.base != before).nonzero()[:, 0].tolist()
     assert changed in ([97], [50, 97])  # a maximum with NaN in it may be anything

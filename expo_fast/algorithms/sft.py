@@ -82,10 +82,11 @@ def sft_samples(
     """
     samples = []
     for problem, completions in texts:
+        prompt_ids = prompter.solve(problem)
         for ids in completions:
             tokens = len(ids) if reduction == "token_mean" else 1
             sample = Sample(
-                prompt_ids=prompter.solve(problem),
+                prompt_ids=prompt_ids,
                 completion_ids=tuple(ids),
                 advantage=1.0,
                 row_weight=coef / (n_questions * len(completions) * tokens),

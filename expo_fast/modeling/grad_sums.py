@@ -3,6 +3,9 @@
 In bf16, with 8 bits, a late micro-batch rounds to nothing when it is added to a large sum.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch documents its multi-tensor operations, and does not export their names)
+
 from collections.abc import Iterator, Mapping
 from functools import partial
 

@@ -4,6 +4,9 @@ A loop over the 290 parameters of a 0.5B model keeps a GPU waiting for the launc
 `_foreach` operations launch once for many tensors. On a CPU they are the same loop.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch documents its multi-tensor operations, and does not export their names)
+
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 

@@ -7,6 +7,9 @@ bf16 has 8 bits, so an update of 1e-6 to a weight of 0.1 rounds to nothing. The 
 and the bf16 weights are copies of them that are written in place.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch documents its multi-tensor operations, and does not export their names)
+
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
