@@ -22,11 +22,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expo_fast.inference.sampling import BLOCK
-from expo_fast.kernels import blocks, decode, groups, layer, rowwise, truncate
+from expo_fast.kernels import (
+    blocks,
+    decode,
+    groups,
+    layer,
+    policy_sums,
+    row_results,
+    rowwise,
+    selection,
+    truncate,
+)
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
+from expo_fast.kernels.head import IGNORE
 
-SHOWN = ("STORE", "BIAS", "LARGEST", "H", "DH")  # constants that tell forms apart
+SHOWN = ("STORE", "BIAS", "LARGEST", "REDONE", "H", "DH")  # constants that tell forms apart
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "sdz", "stride"), "i32") | {
@@ -44,6 +55,7 @@ def launched() -> Iterator[Form]:
     for bias in ({"BIAS": False, "bias": None}, {"BIAS": True}):
         pointers = {"x": "*bf16", "w": "*bf16"}
         yield k.target_logits, pointers, {"BLOCK": k.ELEMENTS} | bias, {}
+    yield from rows_of_head(k.VARIANTS[k.BY_CARD["default"]])
     elements = {"BLOCK": k.ELEMENTS, "WIDE": False}
     yield k.scale_stored, {"e": "*bf16", "dz": "*bf16"}, elements, {}
     block, options = {"BLOCK": rowwise.BLOCK}, {"num_warps": rowwise.WARPS}
@@ -51,6 +63,16 @@ def launched() -> Iterator[Form]:
     for narrow, dz in ((False, "*fp32"), (True, "*bf16")):
         constants = block | {"NARROW": narrow, "INTERPRETED": False}
         yield rowwise.row_gradients, {"dz": dz}, constants, options
+
+    for targets in ("*i64", "*i32"):
+        for wanted in ({"wanted": None}, {}):
+            types = {"targets": targets, "wanted": "*i1", "rows": "*i64", "counts": "*i32"}
+            constants = wanted | {"IGNORE": IGNORE, "BLOCK": selection.BLOCK}
+            yield selection.select_rows, types, constants, {}
+
+    types = {"side": "*i8", "on_policy": "*i1", "kl_coef": "fp32", "entropy_coef": "fp32"}
+    options = {"num_warps": policy_sums.WARPS}
+    yield policy_sums.sum_policy_terms, types, {"BLOCK": policy_sums.BLOCK}, options
 
     for scale in ({"GROUP": True, "BATCH": False}, {"GROUP": False, "BATCH": True}):
         sizes = {"rewards": "*fp64", "ids": "*i64", "M": "i32", "eps": "fp32"}
@@ -77,6 +99,20 @@ def fused_head(config: k.Config) -> Iterator[Form]:
             for mode in ({"again": None, "LARGEST": False}, {"LARGEST": True}, {"LARGEST": False}):
                 yield k.softmax_sums, given, tile | forward | bias | store | mode, options
         yield k.logit_gradients, given, tile | bias, options
+
+
+def rows_of_head(config: k.Config) -> Iterator[Form]:
+    """The kernels between the fused head's GEMMs."""
+    size = {"ROWS": row_results.ROWS, "AT_ONCE": row_results.AT_ONCE}
+    size |= {"BN": config.BN, "BV": config.BV}
+    types = dict.fromkeys(("logp", "entropy", "lse", "log_total"), "*fp64") | {"e": "*bf16"}
+    fixed = {"SAFE_SUM": k.SAFE_SUM, "LOG2_E": k.LOG2_E, "WIDE": False}
+    for store in ({"e": None, "se": 0}, {}):
+        for moment in ({"moment": None}, {}):
+            for redone in (False, True):
+                constants = size | fixed | store | moment | {"REDONE": redone}
+                yield row_results.row_results, types, constants, {}
+    yield row_results.largest_logits, types, size, {}
 
 
 # Layers, heads, key-value heads and head size: of Qwen2.5 0.5B and 3B, of Phi-3, whose heads are no

@@ -49,6 +49,7 @@ def linear_logprob(
     bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,  # scalar, or one a row in targets' shape
     backend: str | None = None,  # "torch" | "native" | "triton"; None: the fastest
+    complete: bool = False,  # promise: every target lies in [0, V)
 ) -> LogProb:
     """Return the log-prob of each target under softmax((hidden @ weight.T + bias) / temperature).
 
@@ -56,7 +57,8 @@ def linear_logprob(
     three are differentiable in hidden, weight and bias. Forward is one GEMM; a backward takes two
     more and, for rows whose exponentials were not kept, one to recompute their logits: in C++ that
     is all rows, in Triton those beyond a share of the GPU's memory. logp keeps its relative
-    accuracy as the probability goes to 1.
+    accuracy as the probability goes to 1. With `complete` targets are not checked, for which the
+    host would have to wait for a GPU.
     Raise ValueError for shapes that do not fit, a target outside [0, V), and a backend that does
     not run these inputs.
     """
@@ -71,6 +73,7 @@ def linear_logprob(
         temperatures,
         scalar_temperature,
         backend,
+        complete,
         _need_gradients(hidden, weight, bias),
     )
     shape = targets.shape
@@ -112,6 +115,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,  # scalar or (N,); old_logp and ref_logp are at the same
     sequence_ids: Tensor | None = None,  # (N,) int, for SequenceClipped
     backend: str | None = None,  # as in linear_logprob
+    complete: bool = False,  # promise: every target lies in [0, V), and no row weight is 0
 ) -> PolicyLoss:
     """Return sum_t row_weight_t * (objective_t + kl_coef * k3_t - entropy_coef * H_t).
 
@@ -119,7 +123,8 @@ def linear_policy_loss(
     computed with the loss: 3 GEMM equivalents, or 4 in C++, which keeps no logits, and where
     SequenceClipped couples rows that do not fit into the share of a GPU's memory. Its ratio is that
     of the sequence's rows of non-zero weight without the on-policy ones, so a sequence must be
-    dropped completely or not at all. Ratios stop growing at exp(20).
+    dropped completely or not at all. Ratios stop growing at exp(20). `complete` is as in
+    linear_logprob.
     Raise ValueError for shapes that do not fit, a target outside [0, V), a kl_coef without
     ref_logp, and SequenceClipped without sequence_ids or with part of a sequence.
     """
@@ -147,6 +152,7 @@ def linear_policy_loss(
         temperatures,
         scalar_temperature,
         backend,
+        complete,
         kl_coef,
         entropy_coef,
     )

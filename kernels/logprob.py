@@ -30,7 +30,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,10 +39,10 @@ from expo_fast.kernels.head import (
     Head,
     LogProb,
     RowGrads,
-    from_sums,
     logit_grads,
     logit_grads_about_lse,
 )
+from expo_fast.kernels.row_results import AT_ONCE, ROWS, largest_logits, row_results
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
 SAFE_SUM = 2.0**60  # a target 41 nats from the others: squares of it still fit bf16's exponent
@@ -126,8 +125,12 @@ def _logits(
 
 
 @triton.jit
-def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr):
-    """out (N,): each row's logit of its target, before temperature. One program a row."""
+def target_logits(
+    x, w, bias, targets, scale,
+    out, base,  # (N,) out
+    D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """out: each row's logit of its target, before temperature; base: in bits. A program a row."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row)
     total = tl.zeros([BLOCK], tl.float32)
@@ -140,6 +143,7 @@ def target_logits(x, w, bias, targets, out, D, sx, sw, BLOCK: tl.constexpr, BIAS
     if BIAS:
         z += tl.load(bias + y)
     tl.store(out + row, z)
+    tl.store(base + row, z * tl.load(scale + row))
 
 
 @triton.jit
@@ -154,7 +158,7 @@ def _masked(u, column, y, end):
 def softmax_sums(
     x, w, e, bias,  # descriptors (N, D), (V, D), (N, V) out or None; (V,) or None
     targets, base, scale,  # (N,) int64; anchor, bits; log2(e) / temperature
-    again,  # (1 + row tiles,) bool: whether any is to be done, and which; or None: all
+    again,  # (1 + row tiles + ...) bool: whether any is to be done, and which; or None: all
     other, moment,  # (column tiles, N) out, moment in bits or None
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
@@ -299,24 +303,23 @@ def empty_e(head: Head, rows: int) -> Tensor:
 
 
 def forward(
-    head: Head, e: Tensor | None = None, config: Config | None = None
+    head: Head,
+    e: Tensor | None = None,
+    config: Config | None = None,
+    out: tuple[LogProb, Tensor] | None = None,
 ) -> tuple[LogProb, Tensor]:
     """Return the results and log_total, (N,) fp64 each.
 
     e: (N, V) buffer to fill with E, patched as the gradients need it.
     config: None takes the one of `config_for`.
+    out: contiguous memory for what is returned.
     """
-    call = _Call.of(head, config)
-    z = call.target_logits()
-    other, moment, base = call.safe_sums(z * call.scale, e)
-    anchor = z * call.scale.double()
-    shift = base - anchor  # that base is rounded to fp32 is part of it
-    moment = torch.full_like(other, math.nan) if moment is None else moment / LOG2_E
-    results, log_total = from_sums(base / LOG2_E, other, moment, shift / LOG2_E)
-    if e is not None:
-        patch = results.logp.expm1() * log_total.exp()
-        e.scatter_(1, head.targets[:, None], patch[:, None].to(e.dtype))
-    return results, log_total
+    if out is None:
+        *results, log_total = head.hidden.new_empty(4, len(head.targets), dtype=torch.float64)
+        out = LogProb(*results), log_total
+    if len(head.targets):
+        _Call.of(head, config).fill(*out, e)
+    return out
 
 
 def recomputed(head: Head, results: LogProb, row_grads: RowGrads, first: int, dz: Tensor) -> None:
@@ -431,53 +434,61 @@ class _Call:
         meta["WIDE"] = INTERPRETED
         return meta
 
-    def target_logits(self) -> Tensor:  # (N,) fp32, before temperature
-        out = torch.empty_like(self.scale)
+    def target_logits(self) -> tuple[Tensor, Tensor]:
+        """Return the logits of the targets before temperature, and in bits: (N,) fp32 each."""
+        out, base = self.scale.new_empty(2, self.n)
         with self.device:
             target_logits[(self.n,)](
                 self.hidden,
                 self.weight,
                 self.bias,
                 self.targets,
+                self.scale,
                 out,
+                base,
                 self.d,
                 self.hidden.stride(0),
                 self.weight.stride(0),
                 ELEMENTS,
                 self.bias is not None,
             )
-        return out
+        return out, base
 
-    def safe_sums(self, base: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return other, moment and their anchor, (N,) fp64; the last two in bits.
+    def fill(self, results: LogProb, log_total: Tensor, e: Tensor | None) -> None:
+        """Write the results, log_total, and E where it is given.
 
-        moment is None where the config asks for none. There is no host sync: the second and third
-        pass find on the GPU whether there is anything to do.
+        There is no host sync: what redoes rows finds on the GPU whether there is anything to do.
         """
         tile = self.config
+        tiles_v = triton.cdiv(self.v, tile.BV)
+        tiles_n = triton.cdiv(self.n, tile.BN)
+        z, base = self.target_logits()
+        partials = self.scale.new_empty(1 + tile.MOMENT, tiles_v, self.n)
+        sums = partials[0], partials[1] if tile.MOMENT else None
+        marks = torch.zeros(1 + tiles_n + self.n, dtype=torch.bool, device=base.device)
         operands = self.operands(e)
-        sizes = self.n, self.v, self.d
         meta = self.meta()
-        partials = base.new_empty(1 + tile.MOMENT, triton.cdiv(self.v, tile.BV), self.n)
-        moments = partials[1] if tile.MOMENT else None
+        shape = {"N": self.n, "V": self.v, "BN": tile.BN, "BV": tile.BV}
+        shape |= {"ROWS": ROWS, "AT_ONCE": AT_ONCE}
 
-        def run(base: Tensor, again: Tensor | None, **mode: bool) -> Tensor:
-            with self.device:
-                softmax_sums[(self.programs(),)](
-                    *operands, self.targets, base, self.scale, again,
-                    partials[0], moments, *sizes,
-                    STORE=e is not None, MASK_ALL=tile.MASK_ALL, MOMENT=tile.MOMENT,
-                    **mode, **meta,
-                )  # fmt: skip
-            return partials
+        def sum_tiles(again: Tensor | None, **mode: bool) -> None:
+            softmax_sums[(self.programs(),)](
+                *operands, self.targets, base, self.scale, again, *sums,
+                self.n, self.v, self.d, STORE=e is not None, MASK_ALL=tile.MASK_ALL,
+                MOMENT=tile.MOMENT, **mode, **meta,
+            )  # fmt: skip
 
-        sums = run(base, None).sum(1, dtype=torch.float64)
-        wrong = ~(sums[0] < SAFE_SUM)
-        padded = F.pad(wrong, (0, -self.n % tile.BN))
-        wrong_tiles = padded.view(-1, tile.BN).any(1)
-        again = torch.cat([wrong_tiles.any()[None], wrong_tiles])
-        largest = run(base, again, LARGEST=True)[0].amax(0)
-        base = torch.where(wrong, largest, base)
-        redone = run(base, again).sum(1, dtype=torch.float64)
-        other, *moment = torch.where(wrong, redone, sums)
-        return other, moment[0] if moment else None, base.double()
+        def finish(redone: bool) -> None:
+            row_results[(triton.cdiv(self.n, ROWS),)](
+                *sums, z, base, self.scale, self.targets, marks, *results, log_total,
+                e, 0 if e is None else e.stride(0), SAFE_SUM=SAFE_SUM, LOG2_E=LOG2_E,
+                REDONE=redone, WIDE=INTERPRETED, **shape,
+            )  # fmt: skip
+
+        with self.device:
+            sum_tiles(None)
+            finish(redone=False)
+            sum_tiles(marks, LARGEST=True)
+            largest_logits[(triton.cdiv(self.n, ROWS),)](sums[0], marks, base, **shape)
+            sum_tiles(marks)
+            finish(redone=True)

@@ -244,6 +244,14 @@ class PolicyLossOfRows:
         return (self.rows.weight * loss).sum()
 
 
+def policy_sums(
+    loss: PolicyLossOfRows, terms: PolicyTerms, entropy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the loss () and its statistics (8,)."""
+    statistics = policy_statistics(loss.rows, terms, entropy)
+    return loss.total(terms, entropy), torch.stack(statistics)
+
+
 def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> tuple[Tensor, ...]:
     """Return the fields of ops.PolicyLoss from `policy_loss` on, in its order, () each."""
     is_policy = (~rows.on_policy).to(entropy.dtype)

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from expo_fast.modeling import grad_sums, norms
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.modeling.schedule import learning_rate
 
@@ -149,6 +151,86 @@ def test_256_micro_batches_sum_as_in_fp64():
     summed = optimizer.state_dict()[0]["w.exp_avg"].double() / (1 - 0.9)  # the first m is 0.1 g
     assert float((summed / truth - 1).abs().max()) < 1e-6
     assert float((in_bf16.double() / truth - 1).abs().max()) > 1e-2  # what the fp32 sum is for
+
+
+def ragged_run(micro_batches=3):
+    """Train parameters of many shapes; return what was reported and every bit of the state."""
+    g = torch.Generator().manual_seed(4)
+    shapes = [(70, 103), (5,), (1,), (0, 3), (64, 33), (), (3000,), (3, 500), (12, 7, 5), (17,)]
+    parameters = {}
+    for i, shape in enumerate(shapes):
+        dtype = torch.bfloat16 if i % 3 else torch.float32
+        parameters[f"p{i}"] = nn.Parameter(torch.randn(shape, generator=g).to(dtype))
+    parameters["transposed"] = nn.Parameter(torch.randn(30, 40, generator=g).t())
+    optimizer = Optimizer(parameters.items(), **ADAM)
+    reports = []
+    for step in range(4):
+        for micro_batch in range(micro_batches):
+            for i, parameter in enumerate(parameters.values()):
+                if (i + micro_batch + step) % 4:  # not all get a gradient
+                    give(parameter, torch.randn(parameter.shape, generator=g).to(parameter.dtype))
+            if micro_batch == 1:
+                optimizer.grad_sums.start_new_term()
+        reports.append(optimizer.grad_sums.term_norms())
+        reports.append(optimizer.grad_sums.norm())
+        reports.append(optimizer.step(1e-2 / (step + 1), 1.0))
+    tensors = {name: p.detach() for name, p in parameters.items()} | optimizer.state_dict()[0]
+    return reports, tensors
+
+
+@pytest.mark.parametrize("batch", [1, 100, 5000, 1 << 26])
+@pytest.mark.parametrize("pending", [0, 1000, 1 << 25])
+def test_batches_of_parameters_change_no_bit(monkeypatch, batch, pending):
+    """A GPU takes many parameters at once, a CPU few."""
+    expected = ragged_run()
+    monkeypatch.setattr(norms, "CPU_BATCH", batch)
+    monkeypatch.setattr(grad_sums, "CPU_PENDING", pending)
+    reports, tensors = ragged_run()
+    assert reports == expected[0]
+    assert tensors.keys() == expected[1].keys()
+    for key, x in tensors.items():
+        assert torch.equal(x, expected[1][key]), key
+
+
+def test_a_tensor_beyond_the_size_of_a_piece_is_split(monkeypatch):
+    expected, _ = ragged_run()
+    monkeypatch.setattr(norms, "CPU_PIECE", 1000)
+    reports, _ = ragged_run()
+    for got, other in zip(reports[2::3], expected[2::3], strict=True):
+        assert got.grad_norm == pytest.approx(other.grad_norm, rel=1e-12)
+        assert got.update_norm == pytest.approx(other.update_norm, rel=1e-6)
+    assert [len(p) for p in norms.pieces(torch.zeros(7, 300))] == [1000, 1000, 100]
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of the ATen operators; a multi-tensor one counts once."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_of_a_step_do_not_grow_with_the_parameters(monkeypatch):
+    """One loop over the parameters of a 0.5B model takes longer than a GPU needs for the update."""
+    monkeypatch.setattr(norms, "CPU_BATCH", norms.GPU_BATCH)
+    monkeypatch.setattr(grad_sums, "CPU_PENDING", grad_sums.GPU_PENDING)
+    counts = []
+    for n in (29, 290):
+        parameters = {f"p{i}": nn.Parameter(torch.randn(4 + i % 3).bfloat16()) for i in range(n)}
+        optimizer = Optimizer(parameters.items(), **ADAM)
+        for _ in range(2):
+            for parameter in parameters.values():
+                give(parameter, torch.ones_like(parameter))
+            with Operations() as operations:
+                optimizer.step(1e-3, 1.0)
+        work = [name for name in operations.names if name != "view"]
+        counts.append(len(work))
+        assert work.count("_local_scalar_dense") == 2
+    assert counts[0] == counts[1] <= 25
 
 
 def test_norm_is_exact_where_fp32_is_not():

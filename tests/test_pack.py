@@ -45,6 +45,17 @@ def test_each_target_sees_exactly_its_own_context(max_tokens: int):
     assert sorted(read) == sorted(expected)
 
 
+def test_a_pack_knows_what_the_ops_would_check():
+    (p,) = pack(samples(), 1000)
+    assert p.weighted
+    assert p.has_targets_below(21)
+    assert not p.has_targets_below(20)
+    without = [*samples(), Sample((5, 6, 7, 8), (30,), 1.0, 0.0)]
+    (p,) = pack(without, 1000)
+    assert not p.weighted
+    assert not p.has_targets_below(30)
+
+
 def test_shared_tokens_are_packed_once():
     (p,) = pack(samples(), 1000)
     # worked examples 3, rests of the prompts 2 + 1, completions without their last token

@@ -7,17 +7,32 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
 
-from expo_fast.kernels import advantage, groups, logprob, reference, rowwise
-from expo_fast.kernels.head import Head, Needs, RowGrads
-from expo_fast.op_backends import custom_ops, dispatch, triton_fused
+from triton.runtime.interpreter import GridExecutor
+
+from expo_fast import ops
+from expo_fast.kernels import (
+    advantage,
+    groups,
+    logprob,
+    objectives,
+    policy_sums,
+    reference,
+    row_results,
+    rowwise,
+    selection,
+)
+from expo_fast.kernels.head import Head, Needs, RowGrads, from_sums
+from expo_fast.kernels.objectives import Clipped, PolicyLossOfRows, PolicyRows, PolicyTerms
+from expo_fast.op_backends import custom_ops, dispatch, row_selection, triton_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = Needs(True, True, True)
@@ -129,6 +144,7 @@ def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, c
     monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=64))
     fits = {triton_fused.KEPT_SHARE: kept, triton_fused.CHUNK_SHARE: chunk}
     monkeypatch.setattr(triton_fused, "_rows_within", lambda share, _: fits[share])
+    monkeypatch.setattr(triton_fused, "GATHER_FROM", 0)
     upstream = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     upstream[:, ::3] = 0
     upstream[:, 100:200] = 0  # few enough that the kept E of the others is gathered
@@ -197,6 +213,96 @@ def test_every_variant_of_the_forward_is_right(name, monkeypatch):
             torch.testing.assert_close(mine, theirs, rtol=allowed, atol=allowed)
 
 
+class Sums:
+    """Partial sums of V columns in tiles of 10, and what row_results writes from them."""
+
+    def __init__(self, n: int, v: int, largest_exponent: float):
+        g = torch.Generator().manual_seed(n + v)
+        tiles = -(-v // 10)
+        # of e: from rows whose target is all but certain to rows that are done again
+        exponent = torch.linspace(-40, largest_exponent, n).expand(tiles, n)
+        self.other = (2.0**exponent * torch.rand(tiles, n, generator=g)).to(DEVICE)
+        self.moment = torch.randn(tiles, n, generator=g).to(DEVICE) * self.other
+        self.scale = (torch.rand(n, generator=g) + 1).to(DEVICE)
+        self.z = torch.randn(n, generator=g).to(DEVICE) * 10
+        self.base = self.z * self.scale
+        self.targets = torch.randint(v, (n,), generator=g).to(DEVICE)
+        self.marks = torch.zeros(1 + -(-n // 16) + n, dtype=torch.bool, device=DEVICE)
+        self.e = torch.zeros(n, v + 3, device=DEVICE).bfloat16()[:, :v]
+        self.out = torch.full((4, n), math.nan, dtype=torch.float64, device=DEVICE)
+        self.size = {"N": n, "V": v, "BN": 16, "BV": 10}
+        self.size |= {"ROWS": row_results.ROWS, "AT_ONCE": row_results.AT_ONCE}
+
+    def finish(self, redone: bool, moment: Tensor | None) -> None:
+        n = len(self.z)
+        kernel: Any = row_results.row_results
+        kernel[(-(-n // row_results.ROWS),)](
+            self.other, moment, self.z, self.base, self.scale, self.targets, self.marks,
+            *self.out, self.e, self.e.stride(0), SAFE_SUM=logprob.SAFE_SUM, LOG2_E=logprob.LOG2_E,
+            REDONE=redone, WIDE=logprob.INTERPRETED, **self.size,
+        )  # fmt: skip
+
+    def truth(self) -> Tensor:
+        other, moment = (x.double().sum(0) for x in (self.other, self.moment))
+        base = self.base.double()
+        shift = base - self.z.double() * self.scale.double()
+        per_nat = logprob.LOG2_E
+        nats = (base / per_nat, other, moment / per_nat, shift / per_nat)
+        results, log_total = from_sums(*nats)
+        return torch.stack([*results, log_total])
+
+
+@pytest.mark.parametrize("n", [1, 31, 100])
+@pytest.mark.parametrize("v", [7, 320, 1003])
+def test_results_of_rows_are_those_of_their_sums(n, v):
+    sums = Sums(n, v, largest_exponent=45.0)
+    truth = sums.truth()
+    sums.finish(redone=False, moment=sums.moment)
+    torch.testing.assert_close(sums.out, truth, rtol=1e-11, atol=1e-13)
+    # as the probability goes to 1, what decides is what differs from it
+    torch.testing.assert_close(sums.out[0], truth[0], rtol=1e-9, atol=0)
+    patch = truth[0].expm1() * truth[3].exp()
+    expected = torch.zeros_like(sums.e)
+    expected.scatter_(1, sums.targets[:, None], patch[:, None].bfloat16())
+    assert torch.equal(sums.e, expected)
+    assert not sums.marks.any()
+    sums.finish(redone=False, moment=None)
+    assert sums.out[1].isnan().all()
+    assert torch.equal(sums.out[[0, 2, 3]].isnan(), truth[[0, 2, 3]].isnan())
+
+
+def test_rows_with_a_sum_beyond_the_safe_one_are_marked_and_done_again():
+    sums = Sums(100, 320, largest_exponent=30.0)
+    sums.other[3, 50] = math.nan
+    sums.other[2, 97] = logprob.SAFE_SUM
+    sums.finish(redone=False, moment=sums.moment)
+    n_tiles = 7
+    rows = sums.marks[1 + n_tiles :].nonzero()[:, 0]
+    assert rows.tolist() == [50, 97]
+    assert sums.marks[: 1 + n_tiles].tolist() == [True] + [i in (3, 6) for i in range(n_tiles)]
+
+    before = sums.base.clone()
+    kernel: Any = row_results.largest_logits
+    kernel[(4,)](sums.other, sums.marks, sums.base, **sums.size)
+    assert sums.base[97] == logprob.SAFE_SUM
+    changed = (sums.base != before).nonzero()[:, 0].tolist()
+    assert changed in ([97], [50, 97])  # a maximum with NaN in it may be anything
+    sums.base[50] = 0
+    sums.other[3, 50] = 1
+    first = sums.out.clone()
+    sums.out.fill_(math.nan)
+    sums.e.fill_(math.nan)
+    sums.finish(redone=True, moment=sums.moment)
+    done = torch.zeros(100, dtype=torch.bool, device=DEVICE)
+    done[48:64] = done[96:] = True  # all rows of their tiles, of which E is written again
+    truth = sums.truth()
+    torch.testing.assert_close(sums.out[:, done], truth[:, done], rtol=1e-11, atol=1e-13)
+    assert sums.out[:, ~done].isnan().all()
+    assert sums.e.isfinite().sum(1).tolist() == done.int().tolist()
+    done[50] = done[97] = False
+    torch.testing.assert_close(sums.out[:, done], first[:, done], rtol=1e-13, atol=1e-15)
+
+
 def test_a_variant_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv(logprob.VARIANT, "512x512")
     with pytest.raises(ValueError, match="EXPO_FAST_VARIANT=512x512: must be one of 256x128, "):
@@ -241,30 +347,182 @@ def test_an_infinite_reward_makes_advantages_nan_and_not_zero(scale, infinite):
         advantage.group_advantage(rewards, ids, scale, 1e-4)
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the operators that bring a value from the device to Python."""
+class Operators(TorchDispatchMode):
+    """Counts the ATen operators, and those that bring a value from the device to Python.
+
+    Views, casts to the same dtype and allocations launch nothing and are not counted.
+    """
+
+    FREE = ("alias", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty")
+    FREE += ("numpy_T", "permute", "promote_types", "select", "slice", "t", "transpose", "unbind")
+    FREE += ("unsqueeze", "view", "set_", "resolve_conj", "resolve_neg")
+    READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "tolist")
 
     def __init__(self):
         super().__init__()
         self.count = 0
+        self.reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
         if func.namespace == "expo_fast":
+            op = getattr(custom_ops, name.removeprefix("linear_"))
             with self:
-                return custom_ops.group_advantage._init_fn(*args, **(kwargs or {}))
-        reads = ("_local_scalar_dense", "item", "is_nonzero", "nonzero")
-        self.count += func.overloadpacket.__name__ in reads
-        return func(*args, **(kwargs or {}))
+                return op._init_fn(*args, **kwargs)
+        out = func(*args, **kwargs)
+        unchanged = name == "to" and out is args[0]
+        self.count += name not in self.FREE and not unchanged
+        self.reads += name in self.READS
+        return out
 
 
 def test_advantages_of_a_gpu_are_computed_without_a_host_sync(monkeypatch):
     monkeypatch.setattr(custom_ops, "advantages", lambda _: groups.group_advantage)
     rewards, ids = torch.rand(40, device=DEVICE), torch.arange(40, device=DEVICE) // 5
-    with HostReads() as reads:
+    with Operators() as operators:
         custom_ops.group_advantage(rewards, ids, "group", 1e-4)
-        assert reads.count == 0
+        assert operators.reads == 0
         assert not rewards.isinf().any()
-        assert reads.count == 1  # the counter works
+        assert operators.reads == 1  # the counter works
+
+
+@pytest.fixture
+def on_gpu_paths(monkeypatch):
+    """Take the paths of a GPU, and count no operators of the interpreter."""
+    monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
+    monkeypatch.setattr(custom_ops, "policy_sums", lambda _: policy_sums.policy_sums)
+    launches = []
+    if logprob.INTERPRETED:
+        launch = GridExecutor.__call__
+
+        def quietly(self, *args, **kwargs):
+            launches.append(self.fn.__name__)
+            with _disable_current_modes():
+                launch(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", quietly)
+    return launches
+
+
+def test_operators_and_launches_around_the_products_are_few(on_gpu_paths):
+    """Each takes a host 25 us beside an H100, and 1024 rows are multiplied in 360."""
+    launches = on_gpu_paths
+    head = make_head(40, 16, 300)
+    hidden, weight = (x.clone().requires_grad_() for x in (head.hidden, head.weight))
+
+    def run(what) -> tuple:
+        launches.clear()
+        with Operators() as operators:
+            out = what()
+        return out, operators
+
+    def log_probs() -> Tensor:
+        return ops.linear_logprob(hidden, weight, head.targets, backend="triton").logp
+
+    logp, operators = run(log_probs)
+    assert operators.count <= 14
+    assert operators.reads == 0
+    assert len(launches) in (0, 8)
+    _, operators = run(logp.sum().backward)
+    assert operators.count <= 16
+    assert operators.reads == 0
+    assert len(launches) <= 1  # the selection of rows
+    rows = torch.ones(40, device=DEVICE)
+
+    def policy_loss() -> Tensor:
+        return ops.linear_policy_loss(
+            hidden, weight, head.targets, rows, rows, old_logp=-5 * rows, backend="triton"
+        ).loss
+
+    _, operators = run(policy_loss)
+    assert operators.count <= 70
+    assert operators.reads == 0
+    assert len(launches) <= 9
+
+
+def test_complete_rows_are_neither_selected_nor_checked(on_gpu_paths):
+    launches = on_gpu_paths
+    head = make_head(40, 16, 300)
+    rows = torch.linspace(-1, 1, 40, device=DEVICE)
+    outcomes = []
+    for complete in (False, True):
+        hidden, weight = (x.clone().requires_grad_() for x in (head.hidden, head.weight))
+        launches.clear()
+        named = {"backend": "triton", "complete": complete}
+        with Operators() as operators:
+            logp = ops.linear_logprob(hidden, weight, head.targets, **named).logp
+            loss = ops.linear_policy_loss(hidden, weight, head.targets, rows, rows + 2, **named)
+        assert operators.reads == 0
+        (logp.sum() + loss.loss).backward()
+        if complete:
+            assert "select_rows" not in launches
+        outcomes.append((logp, *loss, hidden.grad, weight.grad))
+    for a, b in zip(*outcomes, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [0, 1, 1024, 2500])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_are_selected_as_pytorch_selects_them(n, dtype):
+    g = torch.Generator().manual_seed(n)
+    targets = torch.randint(100, (n,), generator=g).to(DEVICE, dtype)
+    targets[torch.rand(n, generator=g).to(DEVICE) < 0.3] = -100
+    flags = torch.rand(2 * n, generator=g).to(DEVICE) < 0.5
+    for wanted in (None, flags[:n], flags[::2]):
+        mask = targets != -100
+        mask = mask if wanted is None else mask & wanted
+        rows, valid = selection.selected(targets, wanted, 100)
+        assert valid
+        assert rows.dtype == torch.int64
+        assert torch.equal(rows, mask.nonzero()[:, 0])
+        if n > 1:
+            for wrong in (-1, 100, -101, 2**31 - 1):
+                spoiled = targets.clone()
+                spoiled[n // 2] = wrong
+                assert not selection.selected(spoiled, wanted, 100)[1]
+
+
+def test_a_wrong_target_is_named_after_one_host_sync(on_gpu_paths):
+    head = make_head(40, 16, 300)
+    targets = head.targets.clone()
+    targets[7] = 300
+    with pytest.raises(ValueError, match=r"targets\[7\] is 300: must lie in \[0, 300\)"):
+        ops.linear_logprob(head.hidden, head.weight, targets, backend="triton")
+    targets[7] = -100
+    logp = ops.linear_logprob(head.hidden, head.weight, targets, backend="triton").logp
+    assert logp[7] == 0 and (logp != 0).sum() == 39
+
+
+@pytest.mark.parametrize("n", [0, 1, 1500])
+@pytest.mark.parametrize("special", ["none", "all on-policy", "nan", "weights cancel"])
+def test_sums_of_policy_terms_are_those_of_the_definition(n, special):
+    g = torch.Generator().manual_seed(n)
+
+    def normal() -> Tensor:
+        return torch.randn(n, generator=g).to(DEVICE)
+
+    on_policy = torch.rand(n, generator=g).to(DEVICE) < (2 if special == "all on-policy" else 0.3)
+    weight = normal()
+    if special == "weights cancel":
+        weight = torch.zeros_like(weight)
+    rows = PolicyRows(normal(), weight, None, None, on_policy, None)
+    side = torch.randint(-1, 2, (n,), generator=g).to(DEVICE, torch.int8)
+    ratio = normal().exp()
+    if special == "nan" and n:
+        ratio[n // 2] = math.nan
+    terms = PolicyTerms(normal(), ratio, side, normal(), RowGrads(None))
+    entropy = normal()
+    loss = PolicyLossOfRows(Clipped(0.2, 0.2), rows, kl_coef=0.3, entropy_coef=0.7)
+    got = policy_sums.policy_sums(loss, terms, entropy)
+    wide = PolicyRows(rows.advantage, weight.double(), None, None, on_policy, None)
+    floats = {name: getattr(terms, name).double() for name in ("value", "ratio", "k3")}
+    expected = objectives.policy_sums(
+        replace(loss, rows=wide), terms._replace(**floats), entropy.double()
+    )
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
 # offline evidence: what a Hopper GPU would run, and the oldest triton that is supported
@@ -294,6 +552,10 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
     decode |= {"add_norm_rows", "place_heads", "swiglu_elements", "block_sums", "draw_allowed"}
     rest = decode | {
         "target_logits",
+        "row_results",
+        "largest_logits",
+        "select_rows",
+        "sum_policy_terms",
         "scale_stored",
         "row_sums",
         "row_gradients",

@@ -100,8 +100,10 @@ def target_logits(report: Report) -> None:
         expected = (head.hidden.double() * rows).sum(1)
         if head.bias is not None:
             expected += head.bias.double()[head.targets]
-        got = k._Call.of(head).target_logits()
+        call = k._Call.of(head)
+        got, in_bits = call.target_logits()
         report.compare(f"bias {bias}", got, expected, 1e-4, worst=True)
+        report.require_equal(f"bias {bias}, in bits", in_bits, got * call.scale)
 
 
 def forward(report: Report, shape: Sequence[int], store: bool) -> None:

@@ -207,9 +207,10 @@ def ranking_samples(
     samples = []
     for problem_id, explanations in found.accepted.items():
         question = by_id[problem_id]
+        prompt_ids = prompter.solve(question)
         for ids in explanations:
             if choose == "likelihood":
-                samples.append(Sample(prompter.solve(question), ids))
+                samples.append(Sample(prompt_ids, ids))
             else:
                 samples.append(answer_after(question, ids, prompter, mask=True))
     return samples
@@ -300,7 +301,8 @@ def answer_after(
     answer in the chain is replaced.
     """
     tokenizer = prompter.tokenizer
-    ids = [token for token in completion_ids if token not in tokenizer.all_special_ids]
+    special = set(tokenizer.all_special_ids)  # which transformers makes anew at each access
+    ids = [token for token in completion_ids if token not in special]
     span = last_boxed_span(tokenizer.decode(ids))
     while span is not None and ids and len(tokenizer.decode(ids)) > span[0]:
         ids.pop()

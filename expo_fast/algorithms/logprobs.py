@@ -21,10 +21,19 @@ def completion_logprobs(
     Returns one fp32 tensor of shape (len(completion_ids),) a sample, in nats, on the CPU.
     """
     logprobs: list[Tensor] = [torch.empty(0)] * len(samples)
+    scored = []
     for pack, hidden in forward(model, samples, max_tokens):
-        result = linear_logprob(hidden, model.head_weight, pack.targets, temperature=temperature)
-        # One copy to the CPU a pack, not one a sample.
-        for i, values in pack.split(result.logp.cpu()):
+        result = linear_logprob(
+            hidden,
+            model.head_weight,
+            pack.targets,
+            temperature=temperature,
+            complete=pack.has_targets_below(len(model.head_weight)),
+        )
+        scored.append((pack, result.logp))
+    # One copy to the CPU a pack, not one a sample, when all packs are under way.
+    for pack, logp in scored:
+        for i, values in pack.split(logp.cpu()):
             logprobs[i] = values
     return logprobs
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from expo_fast.algorithms.rollout import completion_row
 from expo_fast.algorithms.trainer import (
@@ -23,7 +24,7 @@ from expo_fast.algorithms.trainer import (
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.packing import Sample, forward
+from expo_fast.modeling.packing import Pack, Sample, forward
 from expo_fast.ops import linear_policy_loss
 from expo_fast.reporting.timing import Phases
 
@@ -81,10 +82,11 @@ def sft_samples(
     """
     samples = []
     for problem, completions in texts:
+        prompt_ids = prompter.solve(problem)
         for ids in completions:
             tokens = len(ids) if reduction == "token_mean" else 1
             sample = Sample(
-                prompt_ids=prompter.solve(problem),
+                prompt_ids=prompt_ids,
                 completion_ids=tuple(ids),
                 advantage=1.0,
                 row_weight=coef / (n_questions * len(completions) * tokens),
@@ -101,7 +103,8 @@ def sft_backward(
 
     max_tokens: tokens in one forward and backward pass at most. It does not change the result.
     """
-    sums = []
+    losses: list[Tensor] = []
+    learnt: list[tuple[Pack, Tensor]] = []
     for pack, hidden in forward(model, samples, max_tokens):
         result = linear_policy_loss(
             hidden,
@@ -111,13 +114,18 @@ def sft_backward(
             pack.row_weight,
             on_policy=pack.on_policy,
             temperature=temperature,
+            complete=pack.weighted and pack.has_targets_below(len(model.head_weight)),
         )
         result.loss.backward()
-        mean_logps = [logp.mean() for _, logp in pack.split(result.logp)]
-        nll = -torch.stack(mean_logps).sum() / len(samples)
-        sums.append(torch.stack([result.loss.detach(), nll]))
-    if not sums:
+        losses.append(result.loss.detach())
+        learnt.append((pack, result.logp))
+    if not losses:
         return SftResult(loss=0.0, nll=0.0)
-    # Read from the device once, when all packs are under way.
-    loss, nll = torch.stack(sums).double().sum(0).tolist()
+    # Read from the device when all packs are under way.
+    on_cpu = torch.stack(losses).cpu()
+    nlls = []
+    for pack, logp in learnt:
+        mean_logps = [values.mean() for _, values in pack.split(logp.cpu())]
+        nlls.append(-torch.stack(mean_logps).sum() / len(samples))
+    loss, nll = torch.stack([on_cpu, torch.stack(nlls)], 1).double().sum(0).tolist()
     return SftResult(loss=loss, nll=nll)

@@ -3,13 +3,20 @@
 In bf16, with 8 bits, a late micro-batch rounds to nothing when it is added to a large sum.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch documents its multi-tensor operations, and does not export their names)
+
 from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from expo_fast.modeling.norms import L2Norm, l2_norm
+from expo_fast.modeling.norms import L2Norm, batches, l2_norm
+
+# Elements of gradients that wait until they are added together. On a GPU one launch adds many.
+CPU_PENDING = 0
+GPU_PENDING = 1 << 25
 
 
 class GradSums:
@@ -17,8 +24,8 @@ class GradSums:
 
     A hook on each parameter runs as soon as `loss.backward()` has computed its gradient. It adds
     `parameter.grad` to the sum and sets `parameter.grad` to None, which frees its memory before the
-    next layer's backward. No other code may read `.grad`, and a second GradSums on the same
-    parameters is an error.
+    next layer's backward. On a GPU, up to GPU_PENDING elements wait to be added together. No other
+    code may read `.grad`, and a second GradSums on the same parameters is an error.
 
     The sums are kept in two terms, so that the norms of two parts of a loss can be compared:
 
@@ -36,6 +43,8 @@ class GradSums:
         self._first: dict[str, Tensor] = {}  # by name; a parameter without a gradient has no entry
         self._second: dict[str, Tensor] = {}  # since `start_new_term`
         self._free: dict[str, list[Tensor]] = {}
+        self._pending: dict[str, Tensor] = {}  # gradients that are not yet in the second term
+        self._pending_elements = 0
         for name, parameter in self._parameters.items():
             buffer = torch.zeros_like(parameter, dtype=torch.float32)
             self._free[name] = [buffer]
@@ -45,10 +54,31 @@ class GradSums:
         grad = parameter.grad
         assert grad is not None, f"another Optimizer has taken the gradient of {name}"
         parameter.grad = None
-        if name in self._second:
-            self._second[name].add_(grad)
-        else:
-            self._second[name] = self._buffer(name).copy_(grad)
+        if name in self._pending:
+            self._add_pending()
+        self._pending[name] = grad
+        self._pending_elements += grad.numel()
+        most = CPU_PENDING if grad.device.type == "cpu" else GPU_PENDING
+        if self._pending_elements >= most:
+            self._add_pending()
+
+    @torch.no_grad()
+    def _add_pending(self) -> None:
+        """Add the gradients that wait to the second term."""
+        added: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for name, grad in self._pending.items():
+            if name in self._second:
+                added.append((self._second[name], grad))
+            else:
+                self._second[name] = self._buffer(name)
+                copied.append((self._second[name], grad))
+        self._pending.clear()
+        self._pending_elements = 0
+        if added:
+            torch._foreach_add_(*_columns(added))
+        if copied:
+            torch._foreach_copy_(*_columns(copied))
 
     def _buffer(self, name: str) -> Tensor:
         if self._free[name]:
@@ -57,25 +87,31 @@ class GradSums:
 
     def start_new_term(self) -> None:
         """Add the gradients summed so far to the first term. Later gradients form the second."""
+        self._add_pending()
+        both: list[tuple[Tensor, Tensor]] = []
         for name, grad in self._second.items():
             if name in self._first:
-                self._first[name].add_(grad)
+                both.append((self._first[name], grad))
                 self._free[name].append(grad)
             else:
                 self._first[name] = grad
+        if both:
+            torch._foreach_add_(*_columns(both))
         self._second = {}
 
     def term_norms(self) -> tuple[float, float]:
         """Return the L2 norms of the sums before and after the last `start_new_term`."""
+        self._add_pending()
         first = l2_norm(self._first.values())
         second = l2_norm(self._second.values())
         return first, second
 
     def norm(self) -> float:
         """Return the L2 norm of all gradients since the last `clear`, reduced in fp64."""
+        self._add_pending()
         norm = L2Norm()
-        for total in self._totals():
-            norm.add(total)
+        for batch in batches(zip(self._totals(), strict=True)):
+            norm.add(total for (total,) in batch)
         return norm.value()
 
     def _totals(self) -> Iterator[Tensor]:
@@ -100,6 +136,8 @@ class GradSums:
 
     def clear(self) -> None:
         """Forget all gradients. The buffers are kept."""
+        self._pending.clear()
+        self._pending_elements = 0
         for sums in (self._first, self._second):
             for name, grad in sums.items():
                 self._free[name].append(grad)
@@ -108,4 +146,9 @@ class GradSums:
     @property
     def empty(self) -> bool:
         """Whether no gradient has been added since the last `clear`."""
-        return not self._first and not self._second
+        return not self._pending and not self._first and not self._second
+
+
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the first tensors of the pairs, and the second."""
+    return [first for first, _ in pairs], [second for _, second in pairs]

@@ -7,16 +7,19 @@ bf16 has 8 bits, so an update of 1e-6 to a weight of 0.1 rounds to nothing. The 
 and the bf16 weights are copies of them that are written in place.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch documents its multi-tensor operations, and does not export their names)
+
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from expo_fast.modeling.grad_sums import GradSums
-from expo_fast.modeling.norms import L2Norm, pieces
+from expo_fast.modeling.norms import L2Norm, batches, pieces
 
 Tensors = dict[str, Tensor]
 
@@ -107,53 +110,62 @@ class Optimizer:
 
     def _update(self, grads: Tensors, lr: float, clip: float) -> float:
         """Apply AdamW with gradients that are scaled by `clip`; return the norm of the update."""
+        if clip != 1.0:
+            torch._foreach_mul_(list(grads.values()), clip)
         for name, grad in grads.items():
-            if clip != 1.0:
-                grad.mul_(clip)
             self._masters[name].grad = grad
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
+        parameters: list[Tensor] = []
+        masters: list[Tensor] = []
         for name in grads:
             master = self._masters[name]
             parameter = self._parameters[name]
             master.grad = None
             self._steps[name] = self._steps.get(name, 0) + 1
             if master is not parameter:
-                parameter.copy_(master)  # in place: the generator and CUDA graphs read this tensor
+                parameters.append(parameter)
+                masters.append(master)
+        if parameters:
+            # in place: the generator and CUDA graphs read these tensors
+            torch._foreach_copy_(parameters, masters)
         norm = L2Norm()
-        for piece in self._update_pieces(grads, lr):
-            norm.add(piece)
+        for batch in batches(self._pieces(grads)):
+            norm.add(self._updates(batch, lr))
         return norm.value()
 
-    def _update_pieces(self, grads: Tensors, lr: float) -> Iterator[Tensor]:
-        for name in self._masters:
-            if name in grads:
-                yield from self._pieces_of_update(name, lr)
+    def _pieces(self, grads: Tensors) -> Iterator["_Piece"]:
+        """Yield flat pieces of the parameters that have a gradient."""
+        for name, master in self._masters.items():
+            if name not in grads:
+                continue
+            state = self._adamw.state[master]
+            decay = self._weight_decay if master.ndim > 1 else 0.0
+            first_moments = pieces(state["exp_avg"])
+            second_moments = pieces(state["exp_avg_sq"])
+            weights = pieces(master)
+            for m, v, w in zip(first_moments, second_moments, weights, strict=True):
+                yield _Piece(m, v, w, t=self._steps[name], decay=decay)
 
-    def _pieces_of_update(self, name: str, lr: float) -> Iterator[Tensor]:
-        """Yield the update just made to a parameter, up to its sign, in flat pieces.
+    def _updates(self, batch: list["_Piece"], lr: float) -> list[Tensor]:
+        """Return the updates just made to some pieces, up to their sign.
 
-        It is computed from the new moments, so no copy of the old weights is needed. With a the
+        They are computed from the new moments, so no copy of the old weights is needed. With a the
         Adam term, w' = (1 - lr decay) w - lr a, so w - w' = (a + decay w') lr / (1 - lr decay).
         """
-        master = self._masters[name]
-        t = self._steps[name]
         beta1, beta2 = self._betas
-        decay = self._weight_decay if master.ndim > 1 else 0.0
-        state = self._adamw.state[master]
-        first_moments = pieces(state["exp_avg"])
-        second_moments = pieces(state["exp_avg_sq"])
-        weights = pieces(master)
-        for m, v, w in zip(first_moments, second_moments, weights, strict=True):
-            denominator = v.sqrt()
-            denominator.mul_((1 - beta2**t) ** -0.5)
-            denominator.add_(self._eps)
-            update = torch.div(m, denominator, out=denominator)
-            update.mul_(1 / (1 - beta1**t))
-            update.add_(w, alpha=decay)
-            update.mul_(lr / (1 - lr * decay))
-            yield update
+        denominators = torch._foreach_sqrt([p.v for p in batch])
+        torch._foreach_mul_(denominators, [(1 - beta2**p.t) ** -0.5 for p in batch])
+        torch._foreach_add_(denominators, self._eps)
+        updates = torch._foreach_div([p.m for p in batch], denominators)
+        torch._foreach_mul_(updates, [1 / (1 - beta1**p.t) for p in batch])
+        decayed = [i for i, p in enumerate(batch) if p.decay]
+        if decayed:
+            weights = [batch[i].w for i in decayed]
+            torch._foreach_add_([updates[i] for i in decayed], weights, alpha=self._weight_decay)
+        torch._foreach_mul_(updates, [lr / (1 - lr * p.decay) for p in batch])
+        return list(updates)
 
     def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
         """Return what an exact resume needs in addition to the weights: tensors and JSON values.
@@ -229,6 +241,16 @@ class Optimizer:
             if master is not self._parameters[name]:
                 expected[f"{name}.master"] = master
         return expected
+
+
+class _Piece(NamedTuple):
+    """A flat part of a parameter, with its moments."""
+
+    m: Tensor
+    v: Tensor
+    w: Tensor  # the master
+    t: int  # updates made so far
+    decay: float
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

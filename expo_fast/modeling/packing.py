@@ -5,6 +5,7 @@ prompt, and under that the completions. A token is stored once for all samples t
 last token of a completion is not stored, since nothing is predicted from it.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -52,15 +53,23 @@ class Pack:
     ref_logp: Tensor | None  # (R,) fp32
     members: tuple[int, ...]  # the indices of the samples in the list that was packed
     lengths: tuple[int, ...]  # the number of tokens of their completions
+    weighted: bool  # whether no row weight is 0
+    largest_target: int
 
     def to(self, device: torch.device) -> "Pack":
-        """Return a pack with all tensors on the device."""
+        """Return a pack with all tensors on the device, without waiting for it."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device)
+                if device.type == "cuda" and value.device.type == "cpu":
+                    value = value.pin_memory()  # else the copy waits for all that was launched
+                moved[field.name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
+
+    def has_targets_below(self, vocabulary: int) -> bool:
+        """Return whether all targets are tokens of the vocabulary, without a host sync."""
+        return self.largest_target < vocabulary
 
     def split(self, per_row: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Split (R, ...) values by sample: yield each sample's index and its own values."""
@@ -195,7 +204,7 @@ class _Tree:
         ids: list[int] = []
         for segment in self.segments:
             ids.extend(segment.tokens)
-        return torch.tensor(ids)
+        return _int64(ids)
 
     def positions(self) -> Tensor:
         places = []
@@ -227,9 +236,9 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         tokens=tree.tokens(),
         positions=tree.positions(),
         cu_seqlens=torch.tensor(tree.boundaries, dtype=torch.int32),
-        parents=torch.tensor([segment.parent for segment in tree.segments]),
-        rows=torch.tensor(tree.rows),
-        targets=torch.tensor(targets),
+        parents=_int64([segment.parent for segment in tree.segments]),
+        rows=_int64(tree.rows),
+        targets=_int64(targets),
         sequence_ids=per_row(range(len(chosen)), torch.int64),
         advantage=per_row([s.advantage for s in chosen], torch.float32),
         row_weight=per_row([s.row_weight for s in chosen], torch.float32),
@@ -238,7 +247,14 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         ref_logp=_concatenated([s.ref_logp for s in chosen], lengths),
         members=tuple(members),
         lengths=tuple(lengths),
+        weighted=all(s.row_weight for s in chosen),
+        largest_target=max(targets),
     )
+
+
+def _int64(values: list[int]) -> Tensor:
+    """Return torch.tensor(values), which takes seven times as long: 3 ms for 16384 values."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def _concatenated(

@@ -16,10 +16,10 @@ from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Ne
 from expo_fast.kernels.objectives import (
     PolicyLossOfRows,
     PolicyRows,
+    PolicyTerms,
     is_sequence_level,
-    policy_statistics,
 )
-from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass
+from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
     among_all_rows,
@@ -57,13 +57,16 @@ def logprob(
     temperatures: Tensor | None,  # (N,)
     temperature: float,  # where there are no temperatures
     backend: str | None,
+    complete: bool,
     needs: list[bool],  # the fields of Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logp, entropy and lse (N,), and what the backward reads.
 
     That is the same three and log_total in fp64 (N, 4), and `Forward.kept`, empty if there is none.
     """
-    head, rows = selected_head(hidden, weight, bias, targets, temperatures, temperature)
+    head, rows = selected_head(
+        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+    )
     kernels = choose(backend, head)
     results, log_total, kept = kernels.log_probs(head, Needs(*needs))
     if log_total is None:
@@ -83,7 +86,7 @@ def logprob(
 
 
 @logprob.register_fake
-def _(hidden, weight, bias, targets, temperatures, temperature, backend, needs):
+def _(hidden, weight, bias, targets, temperatures, temperature, backend, complete, needs):
     scalar = _fake_scalar(hidden, weight)
     exact = targets.new_empty(*targets.shape, 4, dtype=torch.float64)
     n_kept = 0
@@ -106,7 +109,7 @@ def _fake_scalar(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _save_logprob(ctx: Any, inputs, output) -> None:
-    *tensors, ctx.temperature, ctx.backend, ctx.needs = inputs
+    *tensors, ctx.temperature, ctx.backend, ctx.complete, ctx.needs = inputs
     _, _, _, exact, kept = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, exact, kept)
@@ -115,7 +118,7 @@ def _save_logprob(ctx: Any, inputs, output) -> None:
 @_differentiable_once
 def _logprob_backward(ctx: Any, *upstream):
     d_logp, d_entropy, d_lse, *_ = upstream
-    n_inputs = 8
+    n_inputs = 9
     if d_logp is None and d_entropy is None and d_lse is None:
         return (None,) * n_inputs
     grads = logprob_backward(
@@ -125,6 +128,7 @@ def _logprob_backward(ctx: Any, *upstream):
         d_lse,
         ctx.temperature,
         ctx.backend,
+        ctx.complete,
         ctx.needs,
     )
     return *_if_needed(grads, ctx.needs), *(None,) * (n_inputs - len(grads))
@@ -151,10 +155,13 @@ def logprob_backward(
     d_lse: Tensor | None,
     temperature: float,
     backend: str | None,
+    complete: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias in their dtypes, empty where not needed."""
-    head, rows = selected_head(hidden, weight, bias, targets, temperatures, temperature)
+    head, rows = selected_head(
+        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+    )
     *results, log_total = take_rows(exact, rows).T
     forward = Forward(LogProb(*results), log_total, kept)
     row_grads = RowGrads(
@@ -215,6 +222,7 @@ def policy_loss(
     temperatures: Tensor | None,
     temperature: float,
     backend: str | None,
+    complete: bool,
     kl_coef: float,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +232,14 @@ def policy_loss(
     must not read them, as no caller of `ops.linear_policy_loss` can.
     """
     head, rows = selected_head(
-        hidden, weight, None, targets, temperatures, temperature, wanted=row_weight != 0
+        hidden,
+        weight,
+        None,
+        targets,
+        temperatures,
+        temperature,
+        wanted=None if complete else row_weight != 0,
+        complete=complete,
     )
     chosen = decode(objective, values)
     segments = None
@@ -246,22 +261,38 @@ def policy_loss(
     kernels = choose(backend, head)
     wanted = Needs(needs[0], needs[1], bias=False)
     if segments is None and any(needs) and has_one_pass(kernels):
-        results, grads = kernels.log_probs_and_gradients(head, loss, wanted)
+        spans = _TermsOfSpans(loss)
+        results, grads = kernels.log_probs_and_gradients(head, spans, wanted)
         results = results.to(head.dtype)
-        terms = loss.terms(results.logp)
+        terms = spans.terms or loss.terms(results.logp)
     else:
         forward = kernels.log_probs(head, wanted)
         results = forward.results.to(head.dtype)
         terms = loss.terms(results.logp)
         grads = kernels.gradients(head, forward, terms.grads, wanted)
     n = len(targets)
+    total, statistics = policy_sums(terms.value)(loss, terms, results.entropy)
     return (
-        loss.total(terms, results.entropy),
+        total,
         among_all_rows(results.logp, rows, n),
         among_all_rows(results.entropy, rows, n),
-        torch.stack(policy_statistics(known, terms, results.entropy)),
+        statistics,
         *_unscaled_gradients(grads, rows, hidden, weight),
     )
+
+
+class _TermsOfSpans:
+    """A RowwiseLoss that keeps the terms of a span of all rows, which need not be made twice."""
+
+    def __init__(self, loss: PolicyLossOfRows):
+        self._loss = loss
+        self.terms: PolicyTerms | None = None
+
+    def row_grads(self, rows: slice, logp: Tensor) -> RowGrads:
+        if len(logp) < len(self._loss.rows.weight):
+            return self._loss.row_grads(rows, logp)
+        self.terms = self._loss.terms(logp)
+        return self.terms.grads
 
 
 @policy_loss.register_fake

@@ -13,8 +13,9 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from expo_fast.kernels import advantage
+from expo_fast.kernels import advantage, objectives
 from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, Needs, RowGrads, RowwiseLoss
+from expo_fast.kernels.objectives import PolicyLossOfRows, PolicyTerms
 from expo_fast.kernels.reference import PLAIN
 from expo_fast.op_backends import cpu, native_library
 
@@ -128,6 +129,20 @@ def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor
             return advantage.group_advantage
         return groups.group_advantage
     return advantage.group_advantage
+
+
+PolicySums = Callable[[PolicyLossOfRows, PolicyTerms, Tensor], tuple[Tensor, Tensor]]
+
+
+def policy_sums(value: Tensor) -> PolicySums:
+    """Return what makes the policy loss () and its statistics (8,) from terms like `value`."""
+    if value.is_cuda and value.dtype == torch.float32:
+        try:
+            from expo_fast.kernels import policy_sums
+        except ImportError:
+            return objectives.policy_sums
+        return policy_sums.policy_sums
+    return objectives.policy_sums
 
 
 @cache

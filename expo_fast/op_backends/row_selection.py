@@ -3,6 +3,7 @@
 A selection is a tensor of row indices, or None for all rows: then nothing is copied.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,19 +20,16 @@ def selected_head(
     temperatures: Tensor | None,  # (N,)
     temperature: float,  # where there are no temperatures
     wanted: Tensor | None = None,  # (N,) bool; None: all
+    complete: bool = False,  # whether all rows are wanted and have a valid target
 ) -> tuple[Head, Tensor | None]:
     """Return the head of the wanted rows that have a target, and which rows these are.
+
+    With `complete` there is nothing to find out, and no host sync.
 
     Raise ValueError for a target outside the vocabulary and for a selected row whose temperature is
     not positive and finite.
     """
-    _check_targets(targets, len(weight))
-    mask = targets != IGNORE
-    if wanted is not None:
-        mask = mask & wanted
-    rows = mask.nonzero()[:, 0]
-    if len(rows) == len(mask):
-        rows = None
+    rows = None if complete else _selected(targets, wanted, len(weight))
     head = Head(
         hidden=take_rows(hidden, rows),
         weight=weight,
@@ -42,6 +40,33 @@ def selected_head(
     if temperatures is not None:
         head = replace(head, temperature=_checked_temperatures(take_rows(temperatures, rows)))
     return head, rows
+
+
+def _selected(targets: Tensor, wanted: Tensor | None, vocabulary: int) -> Tensor | None:
+    """Return the indices of the wanted rows that have a target; None: all rows."""
+    select = _selection_kernel(targets)
+    if select is None:
+        _check_targets(targets, vocabulary)
+        mask = targets != IGNORE
+        if wanted is not None:
+            mask = mask & wanted
+        rows = mask.nonzero()[:, 0]
+    else:
+        rows, valid = select(targets, wanted, vocabulary)
+        if not valid:
+            _check_targets(targets, vocabulary)
+    return None if len(rows) == len(targets) else rows
+
+
+def _selection_kernel(targets: Tensor) -> Callable[..., tuple[Tensor, bool]] | None:
+    """Return the kernel that selects rows with one host sync; None: there is none."""
+    if not targets.is_cuda:
+        return None
+    try:
+        from expo_fast.kernels import selection
+    except ImportError:
+        return None
+    return selection.selected
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:

@@ -27,7 +27,6 @@ from expo_fast.kernels.head import (
     Needs,
     RowGrads,
     RowwiseLoss,
-    logit_grads,
 )
 from expo_fast.kernels.products import matmul
 
@@ -40,6 +39,7 @@ INTERPRETED_BYTES = 4 << 30  # memory that the interpreter's shares are taken of
 MOST_ROWS = 16384
 MOST_COLUMNS = 32768  # of recomputed dz
 GATHER_BELOW = 0.8  # share of active rows below which gathering their E costs less than a full GEMM
+GATHER_FROM = 4096  # rows; the GEMMs of fewer take no longer than the host sync that counts them
 
 
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
@@ -209,11 +209,8 @@ def _forward(
     e: Tensor | None = None,
 ) -> Tensor:
     """Fill a span's results, and E where it is given. Return its log_total."""
-    if span.start == span.stop:
-        return results.logp[:0]
-    found, log_total = k.forward(head.take(span), e)
-    for all_rows, some_rows in zip(results, found, strict=True):
-        all_rows[span] = some_rows
+    log_total = results.logp.new_empty(span.stop - span.start)
+    k.forward(head.take(span), e, out=(results.take(span), log_total))
     return log_total
 
 
@@ -221,7 +218,7 @@ def _add_gradients(
     chunk: _Chunk, row_grads: RowGrads, grads: Gradients, accumulate: bool = False
 ) -> None:
     """Write the chunk's rows of the hidden gradient, and write or add to the other gradients."""
-    active = row_grads.active_rows()
+    active = _active_rows(row_grads, len(chunk.e))
     if active is not None:
         if len(active) < GATHER_BELOW * len(chunk.e):
             chunk = chunk.gathered(active)
@@ -232,10 +229,10 @@ def _add_gradients(
     e = chunk.e
     factor = None  # (C, 1): dz is factor * e
     if row_grads.entropy is None and row_grads.lse is None:
-        coefficients = logit_grads(
-            chunk.results, row_grads, head.temperature, log_total=chunk.log_total
-        )
-        factor = coefficients.c0.float()[:, None]
+        assert row_grads.logp is not None
+        # logit_grads' c0 without an entropy or lse term
+        c0 = (-chunk.log_total).exp() * row_grads.logp / -head.temperature
+        factor = c0.float()[:, None]
     elif len(e):
         dz = e if chunk.reusable else k.empty_e(head, len(e))
         k.from_stored(head, e, chunk.log_total, chunk.results, row_grads, dz)
@@ -250,6 +247,11 @@ def _add_gradients(
     if factor is not None:
         hidden = (factor * hidden).to(hidden.dtype)
     _add_to_weights(e, hidden, factor, grads, accumulate)
+
+
+def _active_rows(row_grads: RowGrads, n: int) -> Tensor | None:
+    """Return the rows with a derivative other than 0; None: all are to be computed."""
+    return row_grads.active_rows() if n >= GATHER_FROM else None
 
 
 def _add_to_weights(
@@ -273,7 +275,7 @@ def _add_recomputed(
     head: Head, results: LogProb, row_grads: RowGrads, grads: Gradients, accumulate: bool
 ) -> None:
     """The same as `_add_gradients` for rows whose E is not stored, a slice of columns at a time."""
-    active = row_grads.active_rows()
+    active = _active_rows(row_grads, len(head.targets))
     head = head.take(active)
     results = results.take(active)
     row_grads = row_grads.take(active)
