@@ -25,6 +25,7 @@ from expo_fast.kernels.rowwise import INTERPRETED, launch_device
 __all__ = ["copy_keys", "rotate", "sum_copies", "swiglu", "swiglu_gradients"]
 
 ELEMENTS = 1024  # of each tensor in a program: 8 a thread, which are 16 bytes
+UNFUSED = {"enable_fp_fusion": False}  # a product that goes into an FMA would not be rounded
 TOGETHER = 4  # copies of a token whose loads are under way at the same time
 
 
@@ -175,8 +176,8 @@ def rotate(
     kv_heads = k.shape[1]
     q_out = q.new_empty(q.shape)
     k_out = k.new_empty(k.shape)
-    block = triton.next_power_of_2(head_dim // 2)
-    rows = max(1, ELEMENTS // block)
+    tile = heads_tile(heads, kv_heads, head_dim)
+    rows = tile["ROWS"]
     tiles = triton.cdiv(n_tokens * heads, rows) + triton.cdiv(n_tokens * kv_heads, rows)
     with launch_device(q):
         rotate_heads[(tiles,)](
@@ -187,13 +188,10 @@ def rotate(
             q_out,
             k_out,
             n_tokens,
-            H=heads,
-            HKV=kv_heads,
-            HALF=head_dim // 2,
+            **tile,
             INVERSE=inverse,
-            ROWS=rows,
-            BLOCK=block,
             WIDE=INTERPRETED,
+            **UNFUSED,
         )
     return q_out, k_out
 
@@ -207,7 +205,7 @@ def copy_keys(k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     shape = (n_copies, *k.shape[1:])
     k_out = k.new_empty(shape)
     v_out = v.new_empty(shape)
-    tile = _tile(k)
+    tile = keys_tile(*k.shape[1:])
     with launch_device(k):
         copy_key_rows[_programs(n_copies, tile)](k, v, rows, k_out, v_out, n_copies, **tile)
     return k_out, v_out
@@ -226,7 +224,7 @@ def sum_copies(
     shape = (n_tokens, *d_k.shape[1:])
     k_out = d_k.new_empty(shape)
     v_out = d_v.new_empty(shape)
-    tile = _tile(d_k)
+    tile = keys_tile(*d_k.shape[1:])
     with launch_device(d_k):
         sum_key_copies[_programs(n_tokens, tile)](
             d_k,
@@ -245,9 +243,17 @@ def sum_copies(
     return k_out, v_out
 
 
-def _tile(keys: Tensor) -> dict[str, int]:
-    """Return how programs divide (rows, Hkv, Dh)."""
-    width = keys.shape[1] * keys.shape[2]
+def heads_tile(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    """Return the constants of `rotate_heads` for q (N, H, Dh) and k (N, Hkv, Dh)."""
+    half = head_dim // 2
+    block = triton.next_power_of_2(half)
+    rows = max(1, ELEMENTS // block)
+    return {"H": heads, "HKV": kv_heads, "HALF": half, "ROWS": rows, "BLOCK": block}
+
+
+def keys_tile(kv_heads: int, head_dim: int) -> dict[str, int]:
+    """Return how programs divide rows of keys (Hkv, Dh)."""
+    width = kv_heads * head_dim
     block = min(triton.next_power_of_2(width), ELEMENTS)
     return {"WIDTH": width, "ROWS": ELEMENTS // block, "BLOCK": block}
 

@@ -118,7 +118,7 @@ def test_swiglu_of_columns_with_a_strided_gradient():
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("dim", [2, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize(("n", "heads"), [(0, (4, 2)), (1, (1, 1)), (37, (14, 2)), (9, (3, 3))])
+@pytest.mark.parametrize(("n", "heads"), [(0, (4, 2)), (1, (1, 1)), (19, (7, 2))])
 def test_rope_equals_that_of_plain_pytorch_to_the_bit(n, heads, dim, dtype):
     q, k = (normal(n, h, dim, dtype=dtype) for h in heads)
     upstream = [normal(n, h, dim, dtype=dtype, seed=1) for h in heads]
@@ -187,8 +187,18 @@ def rows_by_definition(tree: str) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("heads", [(1, 1), (2, 64), (5, 80), (4, 300)], ids=str)
-@pytest.mark.parametrize("tree", [tree for tree in TREES if tree != "flat"])
+@pytest.mark.parametrize(
+    ("tree", "heads"),
+    [
+        ("prefix", (2, 64)),
+        ("prefix", (1, 1)),
+        ("parents of parents", (2, 64)),
+        ("parents of parents", (5, 80)),
+        ("empty", (2, 64)),
+        ("empty", (4, 300)),  # wider than a program
+        ("many", (1, 24)),
+    ],
+)
 def test_shared_keys_are_copied_and_their_gradients_summed(tree, heads, dtype):
     pack = packed(tree)
     n = pack.boundaries[-1]
@@ -278,16 +288,16 @@ def make_model(kind: str, dtype: torch.dtype, adapters: bool = False) -> Decoder
 
 
 @pytest.mark.parametrize(
-    ("kind", "tree"),
+    ("how", "kind", "tree"),
     [
-        ("llama", "parents of parents"),
-        ("llama", "flat"),
-        ("qwen3", "prefix"),
-        ("smollm3-windows", "parents of parents"),
+        ("plainly", "llama", "parents of parents"),
+        ("plainly", "llama", "flat"),
+        ("plainly", "smollm3-windows", "parents of parents"),
+        ("checkpointing", "qwen3", "prefix"),
+        ("adapters", "qwen2", "prefix"),
     ],
 )
-@pytest.mark.parametrize("how", ["plainly", "checkpointing", "adapters"])
-def test_a_decoder_is_as_near_to_fp64_as_without_kernels(kind, tree, how, varlen, monkeypatch):
+def test_a_decoder_is_as_near_to_fp64_as_without_kernels(how, kind, tree, varlen, monkeypatch):
     if how == "adapters":
         pytest.importorskip("peft")
     half = torch.bfloat16
@@ -381,9 +391,11 @@ class Launches(TorchDispatchMode):
 
 
 def test_a_layer_needs_few_launches(monkeypatch):
-    """Of Qwen2.5, forward and backward, apart from attention itself."""
+    """Of Qwen2.5, forward and backward, apart from attention itself and from norms."""
     model = tiny_model("qwen2", dtype=torch.bfloat16).to(DEVICE)
     block = model.model.layers[0]
+    assert isinstance(block, Block)
+    block.input_layernorm = block.post_attention_layernorm = torch.nn.Identity()
     pack = packed("parents of parents")
     copies = pack._visible_keys.copies
     assert copies is not None
@@ -412,8 +424,8 @@ def test_a_layer_needs_few_launches(monkeypatch):
     assert plain >= MANY
 
 
-FEW = 62
-MANY = 100
+FEW = 48  # 21 of the products and their biases, 18 sums of gradients, 3 of biases, 6 of ours
+MANY = 83
 
 
 def one_operator(launcher: Callable[..., object]) -> Callable[..., object]:
