@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
 
@@ -395,7 +395,8 @@ def test_a_layer_needs_few_launches(monkeypatch):
     model = tiny_model("qwen2", dtype=torch.bfloat16).to(DEVICE)
     block = model.model.layers[0]
     assert isinstance(block, Block)
-    block.input_layernorm = block.post_attention_layernorm = torch.nn.Identity()
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        setattr(block, norm, torch.nn.Identity())
     pack = packed("parents of parents")
     copies = pack._visible_keys.copies
     assert copies is not None
@@ -430,7 +431,7 @@ MANY = 83
 
 def one_operator(launcher: Callable[..., object]) -> Callable[..., object]:
     def called(*args: object, **how: object) -> object:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             result = launcher(*args, **how)
         torch.zeros(1)
         return result
