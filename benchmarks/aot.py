@@ -31,13 +31,15 @@ from expo_fast.kernels import (
     row_results,
     rowwise,
     selection,
+    training_layer,
     truncate,
 )
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
 from expo_fast.kernels.head import IGNORE
 
-SHOWN = ("STORE", "BIAS", "LARGEST", "REDONE", "H", "DH")  # constants that tell forms apart
+# constants that tell forms apart
+SHOWN = ("STORE", "BIAS", "LARGEST", "REDONE", "H", "DH", "HALF", "INVERSE", "WIDTH")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "sdz", "stride"), "i32") | {
@@ -80,6 +82,8 @@ def launched() -> Iterator[Form]:
         yield groups.centre_and_scale, sizes, constants, {}
     for dtype in DTYPES:
         yield from decoding(dtype)
+    for dtype in ("bf16", "fp16"):
+        yield from training(dtype)
     yield from drawing()
 
 
@@ -148,6 +152,25 @@ def decoding(dtype: str) -> Iterator[Form]:
         yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
     elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
     yield layer.swiglu_elements, types, elements, {}
+
+
+def training(dtype: str) -> Iterator[Form]:
+    """The kernels between the GEMMs of a model of that dtype while it trains."""
+    names = "q k v cos sin q_out k_out v_out d_k d_v gate up d_out d_gate d_up"
+    types: dict[str, str] = dict.fromkeys(names.split(), f"*{dtype}")
+    types |= dict.fromkeys(("rows", "segments", "cu_seqlens", "first", "begins"), "*i32")
+    types |= {"n": "i32"}
+    elements = {"BLOCK": training_layer.ELEMENTS, "WIDE": False}
+    yield training_layer.swiglu_gradient_elements, types, elements, {}
+    for _, heads, kv_heads, dim in DECODERS:
+        tile = training_layer.heads_tile(heads, kv_heads, dim)
+        for inverse in (False, True):
+            turned = tile | {"INVERSE": inverse, "WIDE": False}
+            yield training_layer.rotate_heads, types, turned, training_layer.UNFUSED
+        tile = training_layer.keys_tile(kv_heads, dim)
+        yield training_layer.copy_key_rows, types, tile, {}
+        summed = tile | {"TOGETHER": training_layer.TOGETHER, "WIDE": False}
+        yield training_layer.sum_key_copies, types, summed, {}
 
 
 def drawing() -> Iterator[Form]:

@@ -22,7 +22,8 @@ from expo_fast.inference.sampling import Truncation
 from expo_fast.kernels import blocks, decode, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.modeling.attention import causal_attention
-from expo_fast.modeling.decoder import RMSNorm, rotate
+from expo_fast.modeling.decoder import RMSNorm
+from expo_fast.modeling.rope import rotate
 from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,6 +25,7 @@ from benchmarks.cases import SHAPES
 from benchmarks.measure import Ceilings, brief
 from expo_fast.generate import Completion, Request
 from expo_fast.inference import cuda_engine, paged_attention
+from expo_fast.kernels import fused
 from expo_fast.kernels.head import Head
 from expo_fast.modeling import attention
 from expo_fast.modeling.packing import Sample
@@ -335,6 +336,7 @@ def test_switches_take_the_ways_that_they_name(monkeypatch):
         (cuda_engine, "supports"),
         (paged_attention, "varlen_attention"),
         (attention, "varlen_attention"),
+        (fused, "runs"),
         (cuda_engine.CudaEngine, "__init__"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
@@ -348,6 +350,7 @@ def test_switches_take_the_ways_that_they_name(monkeypatch):
     monkeypatch.setattr(cuda_engine, "has_triton", lambda device: True)
     assert not cuda_engine.CudaEngine(model).wants_graphs
     assert not cuda_engine.supports(model)
+    assert fused.runs() is False
     assert paged_attention.varlen_attention is attention.varlen_attention is switches.each_sequence
 
 

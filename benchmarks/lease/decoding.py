@@ -16,7 +16,8 @@ from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.sampling import Truncation
 from expo_fast.kernels import blocks, decode, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
-from expo_fast.modeling.decoder import Decoder, RMSNorm, rotate
+from expo_fast.modeling.decoder import Decoder, RMSNorm
+from expo_fast.modeling.rope import rotate
 from expo_fast.ops import linear_logprob
 
 PAGE = 32

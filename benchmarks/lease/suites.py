@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from benchmarks.lease.report import Report
 from benchmarks.lease.runner import ROOT
 
-FILES = ("test_triton.py", "test_decode.py", "test_device.py", "test_ops*.py")
+FILES = ("test_triton.py", "test_fused.py", "test_decode.py", "test_device.py", "test_ops*.py")
 WITHOUT = "not hopper and not oldest"  # compile ahead of time, which needs no GPU
 PROCESSES = 8
 MARGIN = 5  # seconds to read the outcome in

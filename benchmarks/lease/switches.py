@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.inference import cuda_engine, paged_attention
+from expo_fast.kernels import fused
 from expo_fast.modeling import attention
 from expo_fast.modeling.attention import Layer, causal_attention
 
@@ -19,11 +20,13 @@ ROWS = "LEASE_ROWS"
 NO_GRAPHS = "LEASE_NO_GRAPHS"
 TORCH_ENGINE = "LEASE_TORCH_ENGINE"
 SDPA = "LEASE_SDPA"
+PLAIN_LAYER = "LEASE_PLAIN_LAYER"
 MEANING = {
     ROWS: "row kernels instead of the fused head",
     NO_GRAPHS: "no CUDA graphs",
     TORCH_ENGINE: "the torch engine instead of Triton's",
     SDPA: "SDPA for each sequence instead of varlen attention",
+    PLAIN_LAYER: "plain PyTorch between the products of a training layer",
 }
 FILE = "switches.env"
 
@@ -62,6 +65,8 @@ def apply() -> None:
     if SDPA in on:
         attention.varlen_attention = each_sequence
         paged_attention.varlen_attention = each_sequence
+    if PLAIN_LAYER in on:
+        fused.runs = lambda *tensors: False
 
 
 def each_sequence(

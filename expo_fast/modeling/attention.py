@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from inspect import signature
-from itertools import accumulate, pairwise
+from itertools import chain as chained
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from expo_fast.kernels import fused
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class _VisibleKeys:
-    """The keys of a pack, repeated for each segment that attends to them."""
+    """The keys that each segment of a pack attends to, in segment order."""
 
-    rows: Tensor  # (Nk,) the tokens of the pack that each segment attends to, in segment order
-    cu_seqlens: Tensor  # (S+1,) int32, the boundaries of the segments in `rows`
+    copies: fused.Copies | None  # of the pack's tokens; None: no key is shared
+    cu_seqlens: Tensor  # (S+1,) int32, the boundaries of the segments in the keys
     max_length: int
 
 
@@ -68,34 +71,80 @@ class PackedAttention:
 
     def _varlen(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         visible = self._visible_keys
+        if visible.copies is not None:
+            k, v = copy_keys(k, v, visible.copies)
         return varlen_attention(
             layer,
             q,
-            k[visible.rows],
-            v[visible.rows],
+            k,
+            v,
             cu_queries=self.cu_seqlens,
             cu_keys=visible.cu_seqlens,
-            max_queries=max(self.segment_lengths),
+            max_queries=self.max_length,
             max_keys=visible.max_length,
         )
 
     @cached_property
+    def max_length(self) -> int:
+        return max(self.segment_lengths)
+
+    @cached_property
     def _visible_keys(self) -> _VisibleKeys:
-        rows: list[int] = []
-        n_keys: list[int] = []
-        for chain in self.chains:
-            before = len(rows)
-            for segment in chain:
-                start = self.boundaries[segment]
-                rows.extend(range(start, self.boundaries[segment + 1]))
-            n_keys.append(len(rows) - before)
-        device = self.cu_seqlens.device
-        boundaries = [0, *accumulate(n_keys)]
-        return _VisibleKeys(
-            rows=torch.tensor(rows, device=device),
-            cu_seqlens=torch.tensor(boundaries, dtype=torch.int32, device=device),
-            max_length=max(n_keys),
-        )
+        if all(len(chain) == 1 for chain in self.chains):
+            return _VisibleKeys(None, self.cu_seqlens, self.max_length)
+        copies, boundaries = copy_chains(self.boundaries, self.chains, self.cu_seqlens)
+        max_length = int(boundaries.diff().max())
+        return _VisibleKeys(copies, _sent(boundaries, self.cu_seqlens.device), max_length)
+
+
+def copy_chains(
+    boundaries: list[int], chains: list[list[int]], cu_seqlens: Tensor
+) -> tuple[fused.Copies, Tensor]:
+    """Copy each segment to where its descendants and itself attend to it.
+
+    Return the copies, on the device of cu_seqlens, and the (S+1,) boundaries of the chains in them.
+    """
+    n_segments = len(chains)
+    begins = torch.tensor(boundaries)
+    lengths = begins.diff()
+    segments = torch.arange(n_segments)
+    copied = torch.tensor(list(chained.from_iterable(chains)))  # (P,) the segment of each copy
+    copied_lengths = lengths[copied]
+    ends = _from_zero(copied_lengths)
+    copy_begins = ends[:-1]
+    shift = begins[copied] - copy_begins
+    rows = torch.arange(int(ends[-1])) + shift.repeat_interleave(copied_lengths)
+    chain_sizes = torch.tensor([len(chain) for chain in chains])
+    by_segment = copied.argsort(stable=True)
+    device = cu_seqlens.device
+    copies = fused.Copies(
+        rows=_sent(rows, device),
+        segments=_sent(segments.repeat_interleave(lengths), device),
+        cu_seqlens=cu_seqlens,
+        first=_sent(_from_zero(copied.bincount(minlength=n_segments)), device),
+        begins=_sent(copy_begins[by_segment], device),
+    )
+    return copies, ends[_from_zero(chain_sizes)]
+
+
+def _from_zero(lengths: Tensor) -> Tensor:
+    """Return the boundaries of parts that have these lengths."""
+    return F.pad(lengths.cumsum(0), (1, 0))
+
+
+def _sent(indices: Tensor, device: torch.device) -> Tensor:
+    """Return the indices as int32 on a device. The host does not wait for a GPU."""
+    indices = indices.int()
+    if indices.is_cpu and device.type == "cuda":
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)
+
+
+def copy_keys(k: Tensor, v: Tensor, copies: fused.Copies) -> tuple[Tensor, Tensor]:
+    """Return the copied rows of k and v, both (N, Hkv, Dh)."""
+    if fused.runs(k, v):
+        return fused.copy_keys(k, v, copies)
+    return k[copies.rows], v[copies.rows]
 
 
 def varlen_attention(

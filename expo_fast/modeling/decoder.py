@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expo_fast.kernels import fused
 from expo_fast.modeling.attention import Layer, PackedAttention
-from expo_fast.modeling.rope import rope_frequencies, rotate
+from expo_fast.modeling.rope import rope_frequencies, rotate_heads
 from expo_fast.modeling.shape import Shape, read_shape
 
 # (model, tokens, positions, cu_seqlens, parents) -> (N, D), as `Decoder.hidden`
@@ -64,8 +65,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(heads))
         v = self.v_proj(x).view(heads)
         if self.rope:
-            q = rotate(q, *rotation)
-            k = rotate(k, *rotation)
+            q, k = rotate_heads(q, k, *rotation)
         attended = attend(self.layer, q, k, v)
         return self.o_proj(attended.reshape(len(x), -1))
 
@@ -90,8 +90,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""
-        gate = F.silu(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        return self.down_proj(swiglu(gate, up))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up."""
+    if fused.runs(gate, up):
+        return fused.swiglu(gate, up)
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):

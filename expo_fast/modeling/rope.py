@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expo_fast.kernels import fused
 from expo_fast.storage.files import reading
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -43,6 +44,13 @@ def _frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     initialize = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
     with cpu:
         return initialize(config, cpu)
+
+
+def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries (N, H, Dh) and keys (N, Hkv, Dh) by their positions, as `rotate` does."""
+    if fused.runs(q, k, cos, sin):
+        return fused.rotate(q, k, cos, sin)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
