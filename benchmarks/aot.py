@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expo_fast.inference.sampling import BLOCK
-from expo_fast.kernels import blocks, decode, groups, layer, rowwise, truncate
+from expo_fast.kernels import blocks, decode, draw, groups, layer, rowwise, truncate
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
 
@@ -86,7 +86,9 @@ DECODERS = ((24, 14, 2, 64), (36, 16, 2, 128), (32, 32, 32, 96), (26, 8, 4, 256)
 
 def decoding(dtype: str) -> Iterator[Form]:
     """The kernels of a decode step for a model of that dtype."""
-    types: dict[str, str] = dict.fromkeys(("layer", "window", "W", "SLOTS", "width", "H"), "i32")
+    types: dict[str, str] = dict.fromkeys(
+        ("layer", "window", "W", "SLOTS", "width", "H", "half"), "i32"
+    )
     types |= dict.fromkeys(("q_row", "k_row", "v_row", "gate_row", "up_row"), "i32")
     types |= dict.fromkeys(("scale", "eps"), "fp32")
     types |= dict.fromkeys(("tables", "items", "used"), "*i32")
@@ -108,6 +110,8 @@ def decoding(dtype: str) -> Iterator[Form]:
         for norm in (False, True):
             turned = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
             yield layer.place_heads, types, cache | turned, {"num_warps": 1}
+        turned = {"BLOCK": block["BD"] // 2, "WIDE": False}
+        yield layer.rotation_rows, types, turned, {"num_warps": 1}
     for nothing in ({"d": None, "total": None}, {}):
         yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
     elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
@@ -118,6 +122,13 @@ def drawing() -> Iterator[Form]:
     """The kernels of a draw, whose logits are always fp32."""
     columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
     yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
+    rows = {"BLOCKS": "i32", "B": "i32", "BURST": "i32", "u": "*fp64", "us": "*fp64"}
+    rows |= {"drawn": "*fp64"}
+    rows |= dict.fromkeys(("seeds", "last_tokens", "positions", "index", "tokens"), "*i64")
+    for record in (False, True):
+        forms = {"MANY": 1024, "BLOCK": BLOCK, "RECORD": record}
+        yield draw.draw_tokens, rows, forms, {}
+    yield draw.record_tokens, rows, {"ROWS": draw.ROWS}, {}
     rules = {"BLOCKS": "i32", "top_k": "*i64", "token": "*i64", "u": "*fp64"}
     columns |= {"TOGETHER": truncate.TOGETHER, "DEEPEST": truncate.DEEPEST}
     yield truncate.draw_allowed, rules, columns, {"num_warps": truncate.WARPS}

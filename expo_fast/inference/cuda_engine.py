@@ -156,7 +156,7 @@ class CudaEngine(TorchEngine):
     def decode(self) -> Drawn:
         for _ in range(self.burst):
             self.step.run()
-        drawn = self.step.drawn[:, :, : self.n_rows]
+        drawn = self.step.progress.drawn[:, :, : self.n_rows]
         tokens, logps = drawn.cpu().unbind(1)  # the host waits here
         return Drawn(tokens.long(), logps.float())
 
