@@ -91,7 +91,7 @@ def decoding(dtype: str) -> Iterator[Form]:
     )
     types |= dict.fromkeys(("q_row", "k_row", "v_row", "gate_row", "up_row"), "i32")
     types |= dict.fromkeys(("scale", "eps"), "fp32")
-    types |= dict.fromkeys(("tables", "items", "used"), "*i32")
+    types |= dict.fromkeys(("tables", "items", "count", "used"), "*i32")
     types |= dict.fromkeys(("address", "positions"), "*i64")
     types |= dict.fromkeys(("q", "k", "v", "out", "q_norm", "k_norm", "cos", "sin"), f"*{dtype}")
     types |= dict.fromkeys(("x", "d", "w", "total", "gate", "up"), f"*{dtype}")
@@ -101,10 +101,15 @@ def decoding(dtype: str) -> Iterator[Form]:
         tile = decode.tile_for(DTYPES[dtype], dim)
         rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
-        yield decode.attend_items, types, cache | rows | block | fixed, options
-        slots = {"DH": dim, "BS": 4, "WIDE": False} | block
-        yield decode.add_slots, types, slots, {}
+        if tile.registers:
+            options["maxnreg"] = tile.registers
+        fixed = {"FIELDS": decode.FIELDS, "LOOP": tile.per_sm is not None, "WIDE": False}
+        sums = {"total": "*fp32"}  # whatever the dtype of the model
+        yield decode.attend_items, types | sums, cache | rows | block | fixed, options
+        group = triton.next_power_of_2(heads // kv_heads)
+        slots = {"H": heads, "HKV": kv_heads, "DH": dim, "BG": group, "WIDE": False} | block
+        warps = {"num_warps": decode.slot_warps(group, block["BD"])}
+        yield decode.add_slots, types | sums, slots, warps
         new = {"BLOCK": triton.next_power_of_2(kv_heads * dim)}
         yield decode.append_tokens, types, cache | new, {}
         for norm in (False, True):

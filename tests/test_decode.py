@@ -77,14 +77,18 @@ class Scene:
         address = torch.tensor([self.slab.data_ptr()], device=DEVICE)
         return decode.Paged(address, 2, PAGE, self.kv_heads, self.dim)
 
-    def ours(self, window=None, layer=1, sizes=None) -> Tensor:
+    def ours(self, window=None, layer=1, sizes=None, tile=None, before=None) -> Tensor:
+        """`before`: tables of an earlier load, of as many rows or fewer."""
         sizes = sizes or Sizes(len(self.q), self.width)
         work = decode.Work.allocate(sizes, self.heads, self.dim, self.q.device)
         for x in (work.top, work.total, work.values):
             x.fill_(math.nan)  # stands for the results of an earlier call
-        work.load(*plan(self.tables, sizes, decode.rows_together(self.heads, self.kv_heads)))
+        together = decode.rows_together(self.heads, self.kv_heads)
+        if before is not None:
+            work.load(*plan(before, sizes, 1))
+        work.load(*plan(self.tables, sizes, together))
         given = self.tables.to(DEVICE), self.positions.to(DEVICE)
-        return decode.attend(self.cache, layer, self.q, *given, work, self.scale, window)
+        return decode.attend(self.cache, layer, self.q, *given, work, self.scale, window, tile)
 
     def theirs(self, dtype, window=None, layer=1) -> Tensor:
         own = self.slab[self.tables.long().to(DEVICE), layer].transpose(2, 3)  # B, W, page, 2, ...
@@ -145,6 +149,38 @@ def test_rows_without_pages_get_zeros_and_a_larger_batch_changes_nothing():
     wide.q = torch.cat([scene.q, scene.q[:n_idle]])
     assert torch.equal(wide.ours()[:n], alone)
     assert (wide.ours()[n:] == 0).all()
+
+
+@pytest.mark.parametrize("per_sm", [1, 2, 3, 1000])
+@pytest.mark.parametrize("heads", [(6, 2), (14, 1)], ids=str)
+def test_programs_that_take_items_in_turn_change_no_bit(per_sm, heads):
+    """Nor do items of an earlier load, of which there were more."""
+    scene = Scene(LENGTHS, 64, 4, heads=heads)
+    tile = replace(decode.tile_for(torch.bfloat16, 64), per_sm=None)
+    assert decode.tile_for(torch.bfloat16, 64).per_sm
+    alone = scene.ours(tile=tile)
+    earlier = scene.tables.clamp_min(1)
+    in_turn = replace(tile, per_sm=per_sm)
+    for each in (tile, in_turn):
+        assert torch.equal(scene.ours(48, tile=each, before=earlier), scene.ours(48, tile=tile))
+    assert torch.equal(scene.ours(tile=in_turn), alone)
+
+
+def test_a_batch_of_idle_rows_reads_nothing():
+    scene = Scene([3, 40], 0, 1)
+    scene.tables[:] = 0
+    scene.slab[:] = math.nan
+    assert (scene.ours() == 0).all()
+
+
+def test_rows_of_many_slots_are_added_in_rounds():
+    """Beside rows of none: a slab of NaN shows what is read of slots that are not used."""
+    scene = Scene([32 * 30 + 5, 7, 32 * 12], 64, 2, heads=(4, 2), dim=16)
+    sizes = Sizes(3, scene.width)
+    _, used = plan(scene.tables, sizes, decode.rows_together(4, 2))
+    assert used.max() > 4 and used.min() < 2
+    scene.check()
+    scene.check(40)
 
 
 def test_equal_calls_give_equal_bits_wherever_the_slab_lies():
