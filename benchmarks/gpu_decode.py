@@ -216,7 +216,7 @@ def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
             found[name] = reason(e)
     floor = case.moved / best.bytes
     print(
-        f"attention of a layer: floor {floor * 1e6:.1f} us, (tokens, warps, stages, programs an SM):"
+        f"attention of a layer: floor {floor * 1e6:.1f} us; tokens, warps, stages, programs an SM:"
     )
     for name, s in found.items():
         rate = (
