@@ -25,6 +25,7 @@ from expo_fast.inference.sampling import BLOCK
 from expo_fast.kernels import (
     blocks,
     decode,
+    draw,
     groups,
     layer,
     policy_sums,
@@ -126,10 +127,12 @@ DECODERS = ((24, 14, 2, 64), (36, 16, 2, 128), (32, 32, 32, 96), (26, 8, 4, 256)
 
 def decoding(dtype: str) -> Iterator[Form]:
     """The kernels of a decode step for a model of that dtype."""
-    types: dict[str, str] = dict.fromkeys(("layer", "window", "W", "SLOTS", "width", "H"), "i32")
+    types: dict[str, str] = dict.fromkeys(
+        ("layer", "window", "W", "SLOTS", "width", "H", "half"), "i32"
+    )
     types |= dict.fromkeys(("q_row", "k_row", "v_row", "gate_row", "up_row"), "i32")
     types |= dict.fromkeys(("scale", "eps"), "fp32")
-    types |= dict.fromkeys(("tables", "items", "used"), "*i32")
+    types |= dict.fromkeys(("tables", "items", "count", "used"), "*i32")
     types |= dict.fromkeys(("address", "positions"), "*i64")
     types |= dict.fromkeys(("q", "k", "v", "out", "q_norm", "k_norm", "cos", "sin"), f"*{dtype}")
     types |= dict.fromkeys(("x", "d", "w", "total", "gate", "up"), f"*{dtype}")
@@ -139,15 +142,22 @@ def decoding(dtype: str) -> Iterator[Form]:
         tile = decode.tile_for(DTYPES[dtype], dim)
         rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
-        yield decode.attend_items, types, cache | rows | block | fixed, options
-        slots = {"DH": dim, "BS": 4, "WIDE": False} | block
-        yield decode.add_slots, types, slots, {}
+        if tile.registers:
+            options["maxnreg"] = tile.registers
+        fixed = {"FIELDS": decode.FIELDS, "LOOP": tile.per_sm is not None, "WIDE": False}
+        sums = {"total": "*fp32"}  # whatever the dtype of the model
+        yield decode.attend_items, types | sums, cache | rows | block | fixed, options
+        group = triton.next_power_of_2(heads // kv_heads)
+        slots = {"H": heads, "HKV": kv_heads, "DH": dim, "BG": group, "WIDE": False} | block
+        warps = {"num_warps": decode.slot_warps(group, block["BD"])}
+        yield decode.add_slots, types | sums, slots, warps
         new = {"BLOCK": triton.next_power_of_2(kv_heads * dim)}
         yield decode.append_tokens, types, cache | new, {}
         for norm in (False, True):
             turned = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
             yield layer.place_heads, types, cache | turned, {"num_warps": 1}
+        turned = {"BLOCK": block["BD"] // 2, "WIDE": False}
+        yield layer.rotation_rows, types, turned, {"num_warps": 1}
     for nothing in ({"d": None, "total": None}, {}):
         yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
     elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
@@ -177,6 +187,13 @@ def drawing() -> Iterator[Form]:
     """The kernels of a draw, whose logits are always fp32."""
     columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
     yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
+    rows = {"BLOCKS": "i32", "B": "i32", "BURST": "i32", "u": "*fp64", "us": "*fp64"}
+    rows |= {"drawn": "*fp64"}
+    rows |= dict.fromkeys(("seeds", "last_tokens", "positions", "index", "tokens"), "*i64")
+    for record in (False, True):
+        forms = {"MANY": 1024, "BLOCK": BLOCK, "RECORD": record}
+        yield draw.draw_tokens, rows, forms, {}
+    yield draw.record_tokens, rows, {"ROWS": draw.ROWS}, {}
     rules = {"BLOCKS": "i32", "top_k": "*i64", "token": "*i64", "u": "*fp64"}
     columns |= {"TOGETHER": truncate.TOGETHER, "DEEPEST": truncate.DEEPEST}
     yield truncate.draw_allowed, rules, columns, {"num_warps": truncate.WARPS}

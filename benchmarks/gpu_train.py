@@ -63,7 +63,7 @@ TEMPLATE = (
 KINDS = {  # what a kernel does, by its name
     "attention": r"flash|fmha|attention|attend_items|add_slots",  # of CUTLASS, too: so first
     "products": r"gemm|gemv|nvjet|cutlass|xmma|splitk|softmax_sums|logit_gradients",
-    "decoding": r"append_tokens|place_heads|add_norm_rows|swiglu_elements",
+    "decoding": r"append_tokens|place_heads|add_norm_rows|swiglu_elements|rotation_rows",
 }
 
 

@@ -8,7 +8,7 @@ item's rows, and of the G = H / Hkv heads that share that key-value head, are th
 product, (rows G, Dh) @ (Dh, tokens). Each item leaves (max, sum, accumulator) in its rows' slots. A
 second kernel adds a row's slots in their order, so that equal inputs give equal bits. Nothing here
 reads lengths on the host: the launches of a batch size are always the same, and a CUDA graph can
-hold them.
+hold them. The number of items is read on the device.
 
 FLOPs: 4 H Dh per row and token seen. Bytes: 4 Hkv Dh per token, once for the rows of an item. A
 slot costs 8 H (Dh + 2) per row, written and read, and mostly stays in L2 (50 MB on an H200). With G
@@ -52,13 +52,15 @@ class Tile:
     warps: int
     stages: int
     few: int = FEW  # rows of the product for items of one row
+    per_sm: int | None = None  # programs, which take the items in turn; None: one for each item
+    registers: int | None = None  # of a thread at most
 
 
 def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
     """Return the largest tile that spills no registers, of those compiled for sm_90.
 
-    fp32 is multiplied on the CUDA cores, which takes more registers per number. Raise ValueError
-    for a head_dim beyond WIDEST.
+    As many programs are launched as are resident at once. fp32 is multiplied on the CUDA cores,
+    which takes more registers per number. Raise ValueError for a head_dim beyond WIDEST.
     """
     if head_dim > WIDEST:
         raise ValueError(f"head_dim={head_dim}: decode attention takes at most {WIDEST}")
@@ -66,7 +68,11 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
         if head_dim <= 64:
             return Tile(tokens=16, warps=8, stages=2)
         return Tile(tokens=16, warps=16, stages=1, few=MANY)
-    return Tile(tokens=64 if head_dim <= 128 else 32, warps=4, stages=3)
+    if head_dim <= 64:
+        return Tile(tokens=64, warps=4, stages=3, per_sm=3, registers=168)
+    if head_dim <= 128:
+        return Tile(tokens=64, warps=4, stages=3, per_sm=2)
+    return Tile(tokens=32, warps=4, stages=3)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class Paged:
 class Work:
     """The plan of `cascade.plan` on the device, and buffers for the results of its items."""
 
-    items: Tensor  # (N, FIELDS) int32; items without rows do nothing
+    items: Tensor  # (N, FIELDS) int32
+    count: Tensor  # (1,) int32, how many of them there are
     used: Tensor  # (B,) int32, slots of each row
     top: Tensor  # (B, slots, H) fp32, largest score times log2(e)
     total: Tensor  # (B, slots, H) fp32, sum of the weights relative to it
@@ -114,6 +121,7 @@ class Work:
         shape = (sizes.rows, sizes.slots, heads)
         return cls(
             items=torch.zeros(sizes.items, FIELDS, dtype=torch.int32, device=device),
+            count=torch.zeros(1, dtype=torch.int32, device=device),
             used=torch.zeros(sizes.rows, dtype=torch.int32, device=device),
             top=torch.empty(shape, dtype=torch.float32, device=device),
             total=torch.empty(shape, dtype=torch.float32, device=device),
@@ -122,10 +130,15 @@ class Work:
 
     def load(self, items: Tensor, used: Tensor) -> None:
         """Set the plan."""
-        self.items.zero_()
         self.items[: len(items)] = items.to(self.items.device)
+        self.count.fill_(len(items))
         self.used.zero_()
         self.used[: len(used)] = used.to(self.used.device)
+
+
+def slot_warps(group: int, block: int) -> int:
+    """Return the warps of a program of `add_slots`: a thread holds 8 numbers of a slot."""
+    return min(8, max(1, group * block // 256))
 
 
 def rows_together(heads: int, kv_heads: int) -> int:
@@ -244,29 +257,22 @@ def _attend(
 
 
 @triton.jit
-def attend_items(
-    q, address, tables, positions, items,  # (B, H, Dh), (1,), (B, W), (B,), (N, FIELDS)
-    top, total, values,  # (B, SLOTS, H) twice, (B, SLOTS, H, Dh), out
-    layer, scale, window, W, SLOTS,  # scale times log2(e)
+def _attend_one(
+    q, slab, tables, positions, items, top, total, values, index,
+    scale, window, W, SLOTS,
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     FIELDS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per item and key-value head.
-
-    One launch serves items of one row and of many rows: the latter are few, and leave SMs to the
-    rest.
-    """
-    item = items + tl.program_id(0) * FIELDS
-    head = tl.program_id(1)
-    rows = tl.load(item + 1)
-    slab = slab_at(address, q) + layer
-    if rows * (H // HKV) > FEW:
+    """A pair of an item and a key-value head, by its index."""
+    item = items + index // HKV * FIELDS
+    head = index % HKV
+    if tl.load(item + 1) * (H // HKV) > FEW:
         _attend(
             q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
             STRIDE, PAGE, H, HKV, DH, MANY, BN, BD, WIDE,
         )  # fmt: skip
-    elif rows > 0:
+    else:
         _attend(
             q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
             STRIDE, PAGE, H, HKV, DH, FEW, BN, BD, WIDE,
@@ -274,31 +280,101 @@ def attend_items(
 
 
 @triton.jit
+def attend_items(
+    q, address, tables, positions,  # (B, H, Dh), (1,), (B, W), (B,)
+    items, count,  # (N, FIELDS), (1,)
+    top, total, values,  # (B, SLOTS, H) twice, (B, SLOTS, H, Dh), out
+    layer, scale, window, W, SLOTS,  # scale times log2(e)
+    STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    FIELDS: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every so many-th pair of an item and a key-value head.
+
+    How many items there are changes from load to load, and a CUDA graph's grid does not. A program
+    for each possible one, without LOOP, would mostly find nothing to do. Items come longest first,
+    so that turns balance. One launch serves items of one row and of many rows: the latter are few,
+    and leave SMs to the rest.
+    """
+    slab = slab_at(address, q) + layer
+    first = tl.program_id(0)
+    pairs = tl.load(count) * HKV
+    if LOOP:
+        # what does not change in the loop would take registers that an item needs
+        for index in tl.range(first, pairs, tl.num_programs(0), disable_licm=True):
+            _attend_one(
+                q, slab, tables, positions, items, top, total, values, index,
+                scale, window, W, SLOTS,
+                STRIDE, PAGE, H, HKV, DH, FEW, MANY, BN, BD, FIELDS, WIDE,
+            )  # fmt: skip
+    elif first < pairs:
+        _attend_one(
+            q, slab, tables, positions, items, top, total, values, first,
+            scale, window, W, SLOTS,
+            STRIDE, PAGE, H, HKV, DH, FEW, MANY, BN, BD, FIELDS, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load_slot(top, total, values, place, end, mine, d, DH: tl.constexpr):
+    """Largest score, sum (BG,) and values (BG, BD) of a slot; from `end` on it is an empty one."""
+    there = mine & (place < end)
+    inside = there[:, None] & (d < DH)[None, :]
+    t = tl.load(top + place, there, -float("inf"))
+    s = tl.load(total + place, there, 0.0)
+    v = tl.load(values + place[:, None] * DH + d[None, :], inside, 0.0)
+    return t, s, v
+
+
+@triton.jit
+def _add_slot(highest, mass, found, t, s, v):
+    full = s != 0  # NaN too; else v is what an earlier step left there
+    higher = tl.where(full, tl.maximum(highest, t), highest)
+    anchor = tl.where(higher == -float("inf"), 0.0, higher)
+    weight = tl.where(full, tl.exp2(t - anchor), 0.0)
+    fade = tl.exp2(highest - anchor)
+    v = tl.where(full[:, None], v * weight[:, None], 0.0)
+    return higher, mass * fade + s * weight, found * fade[:, None] + v
+
+
+@triton.jit
 def add_slots(
     top, total, values, used, out,  # as above; (B,) int32; (B, H, Dh) out
-    SLOTS, DH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    SLOTS,
+    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
+    BG: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and query head. A row without slots gets zeros."""
+    """One program per row and key-value head. A row without slots gets zeros.
+
+    Four slots are loaded before the first is added, so that they are waited for at once: most rows
+    have no more.
+    """
     row = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1)
-    H = tl.num_programs(1)
-    slot = tl.arange(0, BS)
+    G: tl.constexpr = H // HKV
+    g = tl.arange(0, BG)
     d = tl.arange(0, BD)
-    place = (row * SLOTS + slot) * H + h
-    mine = slot < tl.load(used + row)
-    sums = tl.load(total + place, mine, 0.0)
-    full = sums != 0  # NaN too
-    tops = tl.load(top + place, full, -float("inf"))
-    highest = tl.max(tops, 0)
-    weight = tl.where(full, tl.exp2(tops - tl.where(full, highest, 0.0)), 0.0)
-    inside = full[:, None] & (d < DH)[None, :]
-    parts = tl.load(values + place[:, None] * DH + d[None, :], inside, 0.0)
-    found = tl.sum(parts * weight[:, None], 0)
-    mass = tl.sum(sums * weight, 0)
-    found = found / tl.where(mass == 0, 1.0, mass)
+    h = tl.program_id(1) * G + g
+    mine = g < G
+    n = tl.load(used + row)
+    highest = tl.full([BG], -float("inf"), tl.float32)
+    mass = tl.zeros([BG], tl.float32)
+    found = tl.zeros([BG, BD], tl.float32)
+    end = (row * SLOTS + n) * H
+    for i in range(0, n, 4):
+        place = (row * SLOTS + i) * H + h
+        t0, s0, v0 = _load_slot(top, total, values, place, end, mine, d, DH)
+        t1, s1, v1 = _load_slot(top, total, values, place + H, end, mine, d, DH)
+        t2, s2, v2 = _load_slot(top, total, values, place + 2 * H, end, mine, d, DH)
+        t3, s3, v3 = _load_slot(top, total, values, place + 3 * H, end, mine, d, DH)
+        highest, mass, found = _add_slot(highest, mass, found, t0, s0, v0)
+        highest, mass, found = _add_slot(highest, mass, found, t1, s1, v1)
+        highest, mass, found = _add_slot(highest, mass, found, t2, s2, v2)
+        highest, mass, found = _add_slot(highest, mass, found, t3, s3, v3)
+    found = found / tl.where(mass == 0, 1.0, mass)[:, None]
     if out.dtype.element_ty == tl.bfloat16:
         found = to_bf16(found, WIDE)
-    tl.store(out + (row * H + h) * DH + d, found, d < DH)
+    at = (row * H + h)[:, None] * DH + d[None, :]
+    tl.store(out + at, found, mine[:, None] & (d < DH)[None, :])
 
 
 def append(
@@ -351,12 +427,13 @@ def attend(
     group = triton.next_power_of_2(heads // cache.kv_heads)
     block = max(16, triton.next_power_of_2(head_dim))
     with launch_device(q):
-        attend_items[(len(work.items), cache.kv_heads)](
+        attend_items[(_programs(tile, len(work.items) * cache.kv_heads, q.device),)](
             q,
             cache.address,
             tables,
             positions,
             work.items,
+            work.count,
             work.top,
             work.total,
             work.values,
@@ -372,20 +449,35 @@ def attend(
             BN=tile.tokens,
             BD=block,
             FIELDS=FIELDS,
+            LOOP=tile.per_sm is not None,
             WIDE=INTERPRETED,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=tile.registers,
         )
-        add_slots[(n_rows, heads)](
+        add_slots[(n_rows, cache.kv_heads)](
             work.top,
             work.total,
             work.values,
             work.used,
             out,
             slots,
+            H=heads,
+            HKV=cache.kv_heads,
             DH=head_dim,
-            BS=triton.next_power_of_2(slots),
+            BG=group,
             BD=block,
             WIDE=INTERPRETED,
+            num_warps=slot_warps(group, block),
         )
     return out
+
+
+def _programs(tile: Tile, pairs: int, device: torch.device) -> int:
+    """Return how many programs serve at most that many pairs of an item and a key-value head."""
+    if tile.per_sm is None:
+        return pairs
+    multiprocessors = 1
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(pairs, tile.per_sm * multiprocessors)

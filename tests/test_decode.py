@@ -7,20 +7,26 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+
+from triton.runtime.jit import KernelInterface
 
 from expo_fast import generate
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.inference import cuda_engine, paged_attention, sampling
 from expo_fast.inference.cuda_engine import CudaEngine
+from expo_fast.inference.decode_step import DecodeStep, StepKey
 from expo_fast.inference.sampling import Truncation
-from expo_fast.kernels import blocks, decode, layer, truncate
+from expo_fast.kernels import blocks, decode, draw, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
+from expo_fast.kernels.products import widened
 from expo_fast.modeling.attention import causal_attention
 from expo_fast.modeling.decoder import RMSNorm
 from expo_fast.modeling.rope import rotate
@@ -72,14 +78,18 @@ class Scene:
         address = torch.tensor([self.slab.data_ptr()], device=DEVICE)
         return decode.Paged(address, 2, PAGE, self.kv_heads, self.dim)
 
-    def ours(self, window=None, layer=1, sizes=None) -> Tensor:
+    def ours(self, window=None, layer=1, sizes=None, tile=None, before=None) -> Tensor:
+        """`before`: tables of an earlier load, of as many rows or fewer."""
         sizes = sizes or Sizes(len(self.q), self.width)
         work = decode.Work.allocate(sizes, self.heads, self.dim, self.q.device)
         for x in (work.top, work.total, work.values):
             x.fill_(math.nan)  # stands for the results of an earlier call
-        work.load(*plan(self.tables, sizes, decode.rows_together(self.heads, self.kv_heads)))
+        together = decode.rows_together(self.heads, self.kv_heads)
+        if before is not None:
+            work.load(*plan(before, sizes, 1))
+        work.load(*plan(self.tables, sizes, together))
         given = self.tables.to(DEVICE), self.positions.to(DEVICE)
-        return decode.attend(self.cache, layer, self.q, *given, work, self.scale, window)
+        return decode.attend(self.cache, layer, self.q, *given, work, self.scale, window, tile)
 
     def theirs(self, dtype, window=None, layer=1) -> Tensor:
         own = self.slab[self.tables.long().to(DEVICE), layer].transpose(2, 3)  # B, W, page, 2, ...
@@ -140,6 +150,38 @@ def test_rows_without_pages_get_zeros_and_a_larger_batch_changes_nothing():
     wide.q = torch.cat([scene.q, scene.q[:n_idle]])
     assert torch.equal(wide.ours()[:n], alone)
     assert (wide.ours()[n:] == 0).all()
+
+
+@pytest.mark.parametrize("per_sm", [1, 2, 3, 1000])
+@pytest.mark.parametrize("heads", [(6, 2), (14, 1)], ids=str)
+def test_programs_that_take_items_in_turn_change_no_bit(per_sm, heads):
+    """Nor do items of an earlier load, of which there were more."""
+    scene = Scene(LENGTHS, 64, 4, heads=heads)
+    tile = replace(decode.tile_for(torch.bfloat16, 64), per_sm=None)
+    assert decode.tile_for(torch.bfloat16, 64).per_sm
+    alone = scene.ours(tile=tile)
+    earlier = scene.tables.clamp_min(1)
+    in_turn = replace(tile, per_sm=per_sm)
+    for each in (tile, in_turn):
+        assert torch.equal(scene.ours(48, tile=each, before=earlier), scene.ours(48, tile=tile))
+    assert torch.equal(scene.ours(tile=in_turn), alone)
+
+
+def test_a_batch_of_idle_rows_reads_nothing():
+    scene = Scene([3, 40], 0, 1)
+    scene.tables[:] = 0
+    scene.slab[:] = math.nan
+    assert (scene.ours() == 0).all()
+
+
+def test_rows_of_many_slots_are_added_in_rounds():
+    """Beside rows of none: a slab of NaN shows what is read of slots that are not used."""
+    scene = Scene([32 * 30 + 5, 7, 32 * 12], 64, 2, heads=(4, 2), dim=16)
+    sizes = Sizes(3, scene.width)
+    _, used = plan(scene.tables, sizes, decode.rows_together(4, 2))
+    assert used.max() > 4 and used.min() < 2
+    scene.check()
+    scene.check(40)
 
 
 def test_equal_calls_give_equal_bits_wherever_the_slab_lies():
@@ -203,6 +245,19 @@ def test_swiglu_of_columns_of_one_product(dtype, width):
     torch.testing.assert_close(got.double(), truth, rtol=2 * info.eps, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rotations_are_those_of_the_model(dtype):
+    positions = torch.cat([torch.arange(40), torch.tensor([8191, 131071, 2**20])]).to(DEVICE)
+    inv_freq = 10000.0 ** (-torch.arange(40, device=DEVICE) / 40)
+    angles = (positions[:, None].float() * inv_freq).double()
+    for got, truth in zip(
+        layer.rotation(positions, inv_freq, 1.19, dtype), (angles.cos(), angles.sin()), strict=True
+    ):
+        assert got.dtype == dtype and got.shape == (43, 1, 40)
+        off = (got[:, 0].double() - 1.19 * truth).abs()
+        assert (off <= 1.3 * torch.finfo(dtype).eps * truth.abs() / 2 * 1.19 + 1e-7).all()
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("together", [False, True])
@@ -243,24 +298,110 @@ def test_heads_are_normed_rotated_and_placed(norm: bool, rope: bool, together: b
         assert torch.equal(kept[1], v[row])
 
 
+class Drawing:
+    """Logits of 40 rows in ragged blocks, with greedy rows, and with rows that are not finite."""
+
+    n, columns, burst = 40, 700, 3
+    alive = torch.arange(40) != 4  # rows that have a log-prob
+    alive[5] = False
+
+    def __init__(self, seed: int = 0):
+        g = torch.Generator().manual_seed(seed)
+        self.logits = 3 * torch.randn(self.n, self.columns, generator=g)
+        self.logits[3, 500:] = -math.inf
+        self.logits[4] = -math.inf
+        self.logits[5, 600] = math.nan
+        self.logits[8, [300, 400, 699]] = 20.0  # a tie of the likeliest
+        self.temperature = torch.linspace(0.4, 1.6, self.n)
+        self.temperature[7:10] = 0
+        self.seeds = torch.randint(-(2**63), 2**63 - 1, (self.n,), generator=g)
+        self.positions = torch.randint(0, 2**40, (self.n,), generator=g)
+        self.u = sampling.uniform(self.seeds, self.positions + 1)
+        cut = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
+        self.tokens, self.logps = sampling.draw(self.logits.clone(), self.temperature, cut, self.u)
+
+    def progress(self) -> draw.Progress:
+        last = torch.zeros_like(self.seeds).to(DEVICE)
+        return draw.Progress.start(last, self.positions.clone().to(DEVICE), self.burst)
+
+    def by_kernel(self, progress: draw.Progress, record: bool = True) -> draw.Draws:
+        given = self.logits, self.temperature, self.seeds
+        logits, temperature, seeds = (x.to(DEVICE) for x in given)
+        found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
+        return draw.draw(
+            logits, *found, sampling.BLOCK, temperature, seeds, progress, record=record
+        )
+
+    def check(self, tokens: Tensor, logps: Tensor) -> None:
+        assert (tokens >= 0).all() and (tokens < self.columns).all()
+        assert torch.equal(tokens.cpu()[self.alive], self.tokens[self.alive])
+        assert torch.equal(~self.logps.isnan(), self.alive)
+        torch.testing.assert_close(logps.cpu(), self.logps, rtol=0, atol=2e-6, equal_nan=True)
+
+
 def test_draws_from_blocks_equal_draws_from_logits():
-    logits = 3 * torch.randn(40, 700, generator=torch.Generator().manual_seed(0))
-    logits[3, 500:] = -math.inf
-    logits[4] = -math.inf
-    logits[5, 600] = math.nan
-    temperature = torch.linspace(0.4, 1.6, 40)
-    temperature[7:10] = 0
-    u = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    cut = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
-    tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
-    logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
+    case = Drawing()
+    logits, temperature, u = (x.to(DEVICE) for x in (case.logits, case.temperature, case.u))
     found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
-    got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
-    assert (got >= 0).all() and (got < 700).all()
-    alive = ~logps.isnan()
-    assert alive.sum() == 38
-    assert torch.equal(got.cpu()[alive], tokens[alive])
-    torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6, equal_nan=True)
+    case.check(*sampling.draw_from_blocks(logits, *found, temperature, u))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_kernel_draws_what_pytorch_draws(seed: int):
+    case = Drawing(seed)
+    progress = case.progress()
+    draws = case.by_kernel(progress)
+    assert torch.equal(draws.u.cpu(), case.u)
+    case.check(draws.tokens, draws.logps)
+    again = case.by_kernel(case.progress())
+    for one, other in zip(draws, again, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def test_a_number_beyond_the_last_sum_takes_the_last_token_of_any_weight():
+    """As where sums round: here the sum of a block is given too large, so that its columns end."""
+    case = Drawing()
+    case.logits[:] = 3.0
+    case.logits[1::2, 690:] = -math.inf
+    logits, temperature = case.logits.to(DEVICE), torch.ones(40, device=DEVICE)
+    block_max, block_sum = blocks.blocks_of(logits, temperature, sampling.BLOCK)
+    block_sum[:, -1] *= 1e9
+    given = sampling.BLOCK, temperature, case.seeds.to(DEVICE), case.progress()
+    tokens = draw.draw(logits, block_max, block_sum, *given, record=False).tokens
+    assert (tokens[::2] == 699).all() and (tokens[1::2] == 689).all()
+
+
+def test_a_draw_notes_what_the_host_reads_and_the_next_step_needs():
+    """Each row in its own place of the burst, which begins again after the last."""
+    case = Drawing()
+    progress = case.progress()
+    progress.drawn.fill_(math.nan)
+    progress.index[::2] = 2
+    last = progress.last_tokens
+    draws = case.by_kernel(progress)
+    place = torch.where(torch.arange(40) % 2 == 0, 2, 0).to(DEVICE)
+    rows = torch.arange(40, device=DEVICE)
+    for kept, drawn in zip(progress.drawn[place, :, rows].T, draws[:2], strict=True):
+        torch.testing.assert_close(kept, drawn.double(), rtol=0, atol=0, equal_nan=True)
+    assert int(progress.drawn[:, 0].isnan().sum()) == 80
+    assert torch.equal(progress.index, (place + 1) % 3)
+    assert progress.last_tokens is last and torch.equal(last, draws.tokens)
+    assert torch.equal(progress.positions.cpu(), case.positions + 1)
+
+
+def test_what_is_recorded_later_is_the_same():
+    case = Drawing()
+    at_once, later = case.progress(), case.progress()
+    for progress in (at_once, later):
+        progress.drawn.fill_(math.nan)
+        progress.index[::2] = 2
+    case.by_kernel(at_once)
+    draws = case.by_kernel(later, record=False)
+    assert torch.equal(later.positions.cpu(), case.positions)
+    assert later.drawn.isnan().all() and not later.last_tokens.any()
+    draw.record(draws, later)
+    for one, other in zip(vars(at_once).values(), vars(later).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("columns", "block"), [(700, 256), (300, 16)])  # of more blocks than 16
@@ -388,6 +529,49 @@ def sample(model, asked, backend, rows=64) -> list[Completion]:
         for name in ("MAX_ROWS", "CUDA_MAX_ROWS"):
             patch.setattr(generate, name, rows)
         return Generator(model, backend=backend).sample(asked)
+
+
+class Launches(TorchDispatchMode):
+    """Counts PyTorch's operators that launch kernels, and our kernels, which do not run."""
+
+    FREE = (
+        *("alias", "detach", "select", "slice", "split", "t", "unsqueeze", "view"),
+        *("empty", "empty_like", "new_empty", "promote_types"),
+    )
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names: list[str] = []
+        monkeypatch.setattr(KernelInterface, "__getitem__", lambda *_: self.launched)
+
+    def launched(self, *args: Any, **kwargs: Any) -> None:
+        self.names.append("ours")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in self.FREE:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_step_makes_few_launches(truncated: bool, monkeypatch):
+    """Each costs 2 us or more, also in a graph, where a step of a small model takes 2 ms."""
+    counts = []
+    for n_layers in (1, 2):
+        model = tiny_model("qwen3", num_hidden_layers=n_layers, dtype=torch.bfloat16).to(DEVICE)
+        head = widened(model.head_weight.detach().T)
+        address = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        key = StepKey(4, 4, truncated)
+        step = DecodeStep(key, model, head, address, page=PAGE, burst=4, fused=True)
+        with monkeypatch.context() as patch, torch.no_grad(), Launches(patch) as launches:
+            step.launch()
+        counts.append(len(launches.names))
+    each_layer = counts[1] - counts[0]
+    assert 0 < each_layer <= 13
+    # the embedding, a rotation, the last norm, logits, block sums, a draw
+    once = 6 + 2 * truncated  # a redraw, and its record
+    once += DEVICE == "cpu"  # where bf16 is widened for its product
+    assert 0 < counts[0] - each_layer <= once
 
 
 @pytest.mark.parametrize(

@@ -549,7 +549,8 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
     assert made["triton"].startswith("3.6.") == (environment.get("PYTHONPATH") == str(OLDEST))
     multiply = {"softmax_sums", "logit_gradients"}
     decode = {"attend_items", "add_slots", "append_tokens"}
-    decode |= {"add_norm_rows", "place_heads", "swiglu_elements", "block_sums", "draw_allowed"}
+    decode |= {"add_norm_rows", "place_heads", "swiglu_elements", "rotation_rows"}
+    decode |= {"block_sums", "draw_tokens", "draw_allowed", "record_tokens"}
     training = {"swiglu_gradient_elements", "rotate_heads", "copy_key_rows", "sum_key_copies"}
     rest = (decode | training) | {
         "target_logits",

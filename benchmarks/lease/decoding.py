@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from expo_fast.generate import Completion, Generator, Request
 from expo_fast.inference import sampling
 from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.sampling import Truncation
-from expo_fast.kernels import blocks, decode, layer, truncate
+from expo_fast.kernels import blocks, decode, draw, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.modeling.decoder import Decoder, RMSNorm
 from expo_fast.modeling.rope import rotate
@@ -62,7 +63,7 @@ class Scene:
     def where(self) -> tuple[Tensor, Tensor]:
         return self.tables.to(self.device), self.positions
 
-    def attended(self, window: int | None) -> Tensor:
+    def attended(self, window: int | None, tile: decode.Tile | None = None) -> Tensor:
         """By the kernel, from room that holds NaN."""
         sizes = Sizes(len(self.q), self.width)
         work = decode.Work.allocate(sizes, self.heads, self.dim, self.q.device)
@@ -71,7 +72,7 @@ class Scene:
         together = decode.rows_together(self.heads, self.kv_heads)
         work.load(*plan(self.tables, sizes, together))
         scale = self.dim**-0.5
-        return decode.attend(self.cache, 1, self.q, *self.where, work, scale, window)
+        return decode.attend(self.cache, 1, self.q, *self.where, work, scale, window, tile)
 
     def truth(self, window: int | None) -> Tensor:
         """By the definition, in fp64."""
@@ -97,6 +98,11 @@ def attend(report: Report, dims: Sequence[int], dtype: str = "bfloat16") -> None
             got = scene.attended(window)
             report.compare(what, got, scene.truth(window), ERROR[kind])
             report.require_equal(what, got, scene.attended(window))
+        shipped = decode.tile_for(kind, dim)
+        # few programs that take the items in turn, and one for each possible item
+        for tile in (replace(shipped, per_sm=1), replace(shipped, per_sm=None, registers=None)):
+            what = f"heads {heads}, dim {dim}, {tile.per_sm} an SM"
+            report.compare(what, scene.attended(48, tile), scene.truth(48), ERROR[kind])
 
 
 def append(report: Report) -> None:
@@ -131,7 +137,12 @@ def layers(report: Report) -> None:
     n = len(LENGTHS)
     qkv = normal(n, 18 * 64).split([14 * 64, 2 * 64, 2 * 64], 1)
     q, k, v = (x.view(n, -1, 64) for x in qkv)
-    angles = torch.rand(n, 1, 32, generator=g, device=report.device) * 6
+    spots = torch.randint(0, 2**17, (n,), generator=g, device=report.device)
+    inv_freq = 1e6 ** (-torch.arange(32, device=report.device) / 32)
+    turn = layer.rotation(spots, inv_freq, 1.0, torch.bfloat16)
+    angles = (spots[:, None, None].float() * inv_freq).double()
+    report.compare("cos", turn[0], angles.cos(), ERROR[torch.bfloat16])
+    report.compare("sin", turn[1], angles.sin(), ERROR[torch.bfloat16])
     turn = angles.cos().bfloat16(), angles.sin().bfloat16()
     norms = [RMSNorm(64, 1e-6).bfloat16().to(report.device) for _ in range(2)]
     tables, positions = scene.where
@@ -158,26 +169,85 @@ def layers(report: Report) -> None:
         report.require_equal(f"v, {what}", kept[:, 1].contiguous(), v)
 
 
-def draw_case(report: Report, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, temperatures and uniform numbers of n rows."""
-    g = torch.Generator(report.device).manual_seed(0)
-    v = 4096 if report.dry else VOCABULARY
-    logits = 3 * torch.randn(n, v, generator=g, device=report.device)
-    temperature = torch.linspace(0.4, 1.6, n, device=report.device)
-    u = torch.rand(n, dtype=torch.float64, generator=g, device=report.device)
-    return logits, temperature, u
+@dataclass(frozen=True)
+class DrawCase:
+    """Logits, temperatures and keys of rows, and the numbers that the keys give."""
+
+    logits: Tensor  # (B, V) fp32
+    temperature: Tensor  # (B,) fp32
+    seeds: Tensor  # (B,) int64
+    positions: Tensor  # (B,) int64, of the last tokens
+
+    @classmethod
+    def make(cls, report: Report, n: int) -> "DrawCase":
+        g = torch.Generator(report.device).manual_seed(0)
+        v = 4096 if report.dry else VOCABULARY
+        whole = partial(torch.randint, size=(n,), generator=g, device=report.device)
+        return cls(
+            logits=3 * torch.randn(n, v, generator=g, device=report.device),
+            temperature=torch.linspace(0.4, 1.6, n, device=report.device),
+            seeds=whole(-(2**62), 2**62),
+            positions=whole(0, 2**20),
+        )
+
+    @property
+    def u(self) -> Tensor:
+        return sampling.uniform(self.seeds.cpu(), self.positions.cpu() + 1)
+
+    def truth(self, rules: Truncation) -> sampling.Drawn:
+        """By PyTorch on the CPU, from all logits."""
+        return sampling.draw(self.logits.cpu(), self.temperature.cpu(), rules, self.u)
+
+    def drawn(
+        self, *, record: bool = True
+    ) -> tuple[tuple[Tensor, Tensor], draw.Progress, draw.Draws]:
+        """Return the block statistics and what the kernel draws from them."""
+        found = blocks.blocks_of(self.logits, self.temperature, sampling.BLOCK)
+        last_tokens = torch.zeros_like(self.seeds)
+        progress = draw.Progress.start(last_tokens, self.positions.clone(), 3)
+        progress.drawn.fill_(math.nan)
+        draws = draw.draw(
+            self.logits,
+            *found,
+            sampling.BLOCK,
+            self.temperature,
+            self.seeds,
+            progress,
+            record=record,
+        )
+        return found, progress, draws
 
 
 def draws(report: Report) -> None:
     """Draws in one pass over the logits against those over all of them."""
-    logits, temperature, u = draw_case(report, 40)
-    temperature[7:10] = 0
-    logits[3, 500:] = -math.inf
+    case = DrawCase.make(report, 40)
+    case.temperature[7:10] = 0
+    case.logits[3, 500:] = -math.inf
     none = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
-    tokens, logps = sampling.draw(logits.cpu(), temperature.cpu(), none, u.cpu())
-    found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
-    got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
-    compare_draws(report, (got, logp), (tokens, logps))
+    truth = case.truth(none)
+    found, progress, draws = case.drawn()
+    report.require_equal("u", draws.u.cpu(), case.u)
+    compare_draws(report, draws[:2], truth)
+    u = case.u.to(report.device)
+    by_torch = sampling.draw_from_blocks(case.logits, *found, case.temperature, u)
+    compare_draws(report, by_torch, truth)
+    scaled = case.logits / torch.where(case.temperature == 0, 1, case.temperature)[:, None]
+    tokens = draws.tokens.clamp(0, scaled.shape[1] - 1)  # nothing was drawn in a dry run
+    exact = scaled.double().log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    report.compare("logp of the drawn tokens", draws.logps, exact, 1e-6)
+    report.require_equal("what the host reads", progress.drawn[0, 0], draws.tokens.double())
+    report.require_equal("its log-probs", progress.drawn[0, 1], draws.logps.double())
+    report.require_equal("last tokens", progress.last_tokens, draws.tokens)
+    report.require_equal("positions", progress.positions, case.positions + 1)
+    report.require_equal("the next place", progress.index, torch.ones_like(progress.index))
+    for name, again in zip(draws._fields, case.drawn()[2], strict=True):
+        report.require_equal(f"{name} again", getattr(draws, name), again)
+    _, later, draws = case.drawn(record=False)
+    draw.record(draws, later)
+    for name, kept in vars(progress).items():
+        report.require_equal(
+            f"{name} recorded later", getattr(later, name).nan_to_num(), kept.nan_to_num()
+        )
 
 
 def truncated(report: Report) -> None:
@@ -188,26 +258,24 @@ def truncated(report: Report) -> None:
         *((0, 1.0, m) for m in (1e-3, 0.5, 1.0)),
         *((20, 0.8, 0.01), (200, 0.999, 1e-4), (0, 1.0, 0.0)),
     ]
-    logits, temperature, u = draw_case(report, len(rules))
-    logits[::3] = (2 * logits[::3]).round() / 2  # ties
+    case = DrawCase.make(report, len(rules))
+    case.logits[::3] = (2 * case.logits[::3]).round() / 2  # ties
     cut = Truncation(*(torch.tensor(x) for x in zip(*rules, strict=True)))
-    tokens, logps = sampling.draw(logits.cpu(), temperature.cpu(), cut, u.cpu())
-    found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
-    drawn = sampling.draw_from_blocks(logits, *found, temperature, u)
+    found, _, drawn = case.drawn(record=False)
     on = cut.to(torch.device(report.device))
     truncate.redraw(
-        logits,
+        case.logits,
         *found,
         sampling.BLOCK,
-        temperature,
-        u,
+        case.temperature,
+        drawn.u,
         top_k=on.top_k,
         top_p=on.top_p,
         min_p=on.min_p,
         tokens=drawn.tokens,
         logps=drawn.logps,
     )
-    compare_draws(report, drawn, (tokens, logps))
+    compare_draws(report, drawn[:2], case.truth(cut))
 
 
 def compare_draws(

@@ -15,7 +15,7 @@ from benchmarks.cases import SHAPES
 from benchmarks.gpu_decode import LOAD, SMOKE, AttentionCase
 from benchmarks.lease.report import Mismatch, Report
 from expo_fast.inference import sampling
-from expo_fast.kernels import blocks, decode, truncate
+from expo_fast.kernels import blocks, decode, draw, truncate
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels.head import Head
 
@@ -85,21 +85,24 @@ def truncated_draw(logits: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0) 
     """A draw of each row, as a decode step makes it."""
     n, device = len(logits), logits.device
     temperature = torch.ones(n, device=device)
-    u = torch.rand(n, dtype=torch.float64, device=device)
+    zeros = torch.zeros(2, n, dtype=torch.int64, device=device)
+    seeds = torch.arange(n, device=device)
     found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
-    drawn = sampling.draw_from_blocks(logits, *found, temperature, u)
+    progress = draw.Progress.start(*zeros, burst=1)
+    drawn = draw.draw(logits, *found, sampling.BLOCK, temperature, seeds, progress, record=False)
     truncate.redraw(
         logits,
         *found,
         sampling.BLOCK,
         temperature,
-        u,
+        drawn.u,
         top_k=torch.full((n,), top_k, device=device),
         top_p=torch.full((n,), top_p, device=device),
         min_p=torch.zeros(n, device=device),
         tokens=drawn.tokens,
         logps=drawn.logps,
     )
+    draw.record(drawn, progress)
 
 
 LAUNCHES: dict[str, Callable[[str], None]] = {

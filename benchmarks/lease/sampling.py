@@ -104,7 +104,7 @@ def step_alone(report: Report, model: Decoder) -> None:
             engine.step.run()
         seconds.append(stopwatch.stop()[0] / steps)
     engine.step.inputs.positions.fill_(first)
-    engine.step.burst_index.zero_()
+    engine.step.progress.index.zero_()
     middle_one = statistics.median(seconds)
     captured = engine.step.graph is not None
     report.add(step={"seconds": middle_one, "all": seconds, "graph": captured})

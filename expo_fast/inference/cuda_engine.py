@@ -199,7 +199,7 @@ class CudaEngine(TorchEngine):
         for _ in range(self.burst):
             self.step.run()
         # into pinned memory, behind the burst on its stream and before the next burst
-        drawn = self.step.drawn.to("cpu", non_blocking=True, copy=True)
+        drawn = self.step.progress.drawn.to("cpu", non_blocking=True, copy=True)
         copied = None
         if self.model.device.type == "cuda":
             copied = torch.cuda.Event()

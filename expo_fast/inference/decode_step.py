@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expo_fast.inference.engine import Rows
 from expo_fast.inference.joined_weights import JoinedLayer, JoinedWeights
-from expo_fast.inference.sampling import BLOCK, Drawn, Truncation, draw_from_blocks, uniform
-from expo_fast.kernels import blocks, decode, truncate
+from expo_fast.inference.sampling import BLOCK, Truncation
+from expo_fast.kernels import blocks, decode, draw, truncate
 from expo_fast.kernels import layer as layer_kernels
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import wide_product
@@ -117,10 +117,8 @@ class DecodeStep:
         self.sizes = Sizes(n, key.table_width)
         self.work = decode.Work.allocate(self.sizes, shape.heads, shape.head_dim, device)
         self.rows_per_item = decode.rows_together(shape.heads, shape.kv_heads)
-        self.hidden = zeros(n, shape.hidden, dtype=model.dtype)
-        # (burst, token and log-prob, B): fp64 holds both exactly, and one copy fetches both
-        self.drawn = zeros(burst, 2, n, dtype=torch.float64)
-        self.burst_index = zeros(1, dtype=torch.int64)
+        inputs = self.inputs
+        self.progress = draw.Progress.start(inputs.last_tokens, inputs.positions, burst)
 
     def load(self, rows: Rows, head: Tensor) -> None:
         """Set the rows to continue."""
@@ -128,7 +126,7 @@ class DecodeStep:
         self.inputs.load(rows)
         items, used = plan(rows.tables, self.sizes, self.rows_per_item)
         self.work.load(items, used)
-        self.burst_index.zero_()  # not 0 where an earlier burst was interrupted
+        self.progress.index.zero_()  # not 0 where an earlier burst was interrupted
         if self.key.truncated:
             rules = rows.sampling.truncation
             n = len(rules.top_k)
@@ -151,36 +149,39 @@ class DecodeStep:
         else:
             attend = self._append_and_attend
             hidden = self.model.run(inputs.last_tokens, inputs.positions, attend)
-        self.hidden.copy_(hidden)
-        inputs.positions += 1
-        drawn = self._draw()
-        inputs.last_tokens.copy_(drawn.tokens)
-        both = torch.stack([drawn.tokens.double(), drawn.logps.double()])
-        self.drawn.index_copy_(0, self.burst_index, both[None])
-        self.burst_index.add_(1).remainder_(len(self.drawn))
+        self._draw(hidden.to(self.model.dtype))
 
-    def _draw(self) -> Drawn:
+    def _draw(self, hidden: Tensor) -> None:
+        """Draw the next tokens, and note them in `progress`."""
         inputs = self.inputs
         temperature = inputs.temperature
-        logits = wide_product(self.hidden, self.head)
-        u = uniform(inputs.seeds, inputs.positions)
-        block_max, block_sum = blocks.blocks_of(logits, temperature, BLOCK)
-        drawn = draw_from_blocks(logits, block_max, block_sum, temperature, u)
-        if self.key.truncated:
-            truncate.redraw(
-                logits,
-                block_max,
-                block_sum,
-                BLOCK,
-                temperature,
-                u,
-                top_k=self.rules.top_k,
-                top_p=self.rules.top_p,
-                min_p=self.rules.min_p,
-                tokens=drawn.tokens,
-                logps=drawn.logps,
-            )
-        return drawn
+        logits = wide_product(hidden, self.head)
+        found = blocks.blocks_of(logits, temperature, BLOCK)
+        truncated = self.key.truncated
+        draws = draw.draw(
+            logits,
+            *found,
+            BLOCK,
+            temperature,
+            inputs.seeds,
+            self.progress,
+            record=not truncated,
+        )
+        if not truncated:
+            return
+        truncate.redraw(
+            logits,
+            *found,
+            BLOCK,
+            temperature,
+            draws.u,
+            top_k=self.rules.top_k,
+            top_p=self.rules.top_p,
+            min_p=self.rules.min_p,
+            tokens=draws.tokens,
+            logps=draws.logps,
+        )
+        draw.record(draws, self.progress)
 
     # Through `model.run`
 
@@ -205,8 +206,9 @@ class DecodeStep:
 
     def _fused_forward(self, joined: JoinedWeights, tokens: Tensor, positions: Tensor) -> Tensor:
         """Compute `Decoder.run` of plain modules with one launch between two GEMMs."""
-        body = self.model.model
-        rotation = self.model.rotation(positions)
+        model = self.model
+        body = model.model
+        rotation = layer_kernels.rotation(positions, model.inv_freq, model.rope_scale, model.dtype)
         x = body.embed_tokens(tokens)
         delta = None
         for block, projections in zip(body.layers, joined.layers, strict=True):

@@ -1,0 +1,224 @@
+"""Triton: draw a token per row from the block statistics of its logits, and note it for the host.
+
+`blocks_of` has read the logits once. Here one program per row does the rest of a decode step: the
+row's number u, the block in which u times the total weight falls, the column inside that block, the
+log-prob, and what the next step begins with. It reads 2 V / BLOCK + BLOCK numbers of a row: 1.4 MB
+at batch 256 and 151936 columns, so a launch is all that it costs, where PyTorch makes some 100.
+
+The tokens are those of `sampling.draw_from_blocks`, where rounding does not decide: sums run in
+fp64 there too, in another order.
+"""
+
+# Pyright takes Triton's functions for Python's.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expo_fast.kernels.rowwise import launch_device
+
+ROWS = 128  # of a program that records rows
+
+# SplitMix64, its constants as int64: see `sampling.uniform`
+_GOLDEN: tl.constexpr = tl.constexpr(-0x61C8864680B583EB)
+_MIX_1: tl.constexpr = tl.constexpr(-0x40A7B892E31B1A47)
+_MIX_2: tl.constexpr = tl.constexpr(-0x6B2FB644ECCEEE15)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far B rows are. A row's program is the only one that reads or writes its numbers."""
+
+    last_tokens: Tensor  # (B,) int64, sampled last
+    positions: Tensor  # (B,) int64, of the last tokens
+    drawn: Tensor  # (burst, 2, B) fp64, tokens and log-probs: both exactly
+    index: Tensor  # (B,) int64, the place in `drawn` of the next token
+
+    @classmethod
+    def start(cls, last_tokens: Tensor, positions: Tensor, burst: int) -> "Progress":
+        """Return rows that have drawn nothing of a burst."""
+        n_rows = len(positions)
+        zeros = partial(torch.zeros, device=positions.device)
+        return cls(
+            last_tokens=last_tokens,
+            positions=positions,
+            drawn=zeros(burst, 2, n_rows, dtype=torch.float64),
+            index=zeros(n_rows, dtype=torch.int64),
+        )
+
+
+class Draws(NamedTuple):
+    """What each of B rows drew, and with which number."""
+
+    tokens: Tensor  # (B,) int64
+    logps: Tensor  # (B,) fp32 nats, NaN where the logits are not finite
+    u: Tensor  # (B,) fp64 in [0, 1)
+
+
+@triton.jit
+def _shift_right(x, BITS: tl.constexpr):
+    """Shift in zeros: >> of a signed number keeps the sign."""
+    return (x >> BITS) & ((1 << (64 - BITS)) - 1)
+
+
+@triton.jit
+def _mix(x):
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+@triton.jit
+def _uniform(seed, position):
+    """The bits of `sampling.uniform`."""
+    mixed = _mix(_mix(seed) ^ (position * _GOLDEN))
+    return _shift_right(mixed, 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
+
+
+@triton.jit
+def _search(weight, i, target):
+    """The first i at which the running sum exceeds the target, and the target's rest inside it.
+
+    Rounding may leave the target at the very end: then it is the last i of positive weight.
+    """
+    running = tl.cumsum(weight, 0)
+    some = weight > 0
+    last = tl.max(tl.where(some, i, 0), 0)
+    # running sums are rounded, and so might exceed the target first where there is no weight
+    first = tl.min(tl.where(some & (running > target), i, last), 0)
+    before = tl.sum(tl.where(i == first, running - weight, 0.0), 0)
+    return first, target - before
+
+
+@triton.jit
+def _record(row, inside, token, logp, last_tokens, positions, drawn, index, B, BURST):
+    """Note the tokens of rows (one or a block of them), and move the rows to the next position."""
+    at = tl.load(index + row, inside, 0)
+    place = drawn + at * (2 * B) + row
+    tl.store(place, token.to(tl.float64), inside)
+    tl.store(place + B, logp.to(tl.float64), inside)
+    tl.store(index + row, (at + 1) % BURST, inside)
+    tl.store(last_tokens + row, token, inside)
+    tl.store(positions + row, tl.load(positions + row, inside, 0) + 1, inside)
+
+
+@triton.jit
+def draw_tokens(
+    z, temperature, block_max, block_sum, seeds,  # (B, V), (B,), (B, BLOCKS) twice, (B,)
+    last_tokens, positions, drawn, index,  # of `Progress`
+    tokens, logps, us,  # (B,) out
+    V, BLOCKS, B, BURST,
+    MANY: tl.constexpr, BLOCK: tl.constexpr, RECORD: tl.constexpr,
+):  # fmt: skip
+    """One program per row. MANY: a power of two, at least BLOCKS."""
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.load(temperature + row)
+    greedy = t == 0
+    t = tl.where(greedy, 1.0, t)
+    u = _uniform(tl.load(seeds + row), tl.load(positions + row) + 1)
+
+    block = tl.arange(0, MANY)
+    tops = tl.load(block_max + row * BLOCKS + block, block < BLOCKS, -float("inf"))
+    sums = tl.load(block_sum + row * BLOCKS + block, block < BLOCKS, 0.0)
+    largest = tl.max(tops, 0)
+    mass = sums.to(tl.float64) * tl.exp((tops - largest).to(tl.float64))
+    total = tl.sum(mass, 0)
+    drawn_block, rest = _search(mass, block, u * total)
+    best_block = tl.min(tl.where(tops == largest, block, BLOCKS - 1), 0)  # the last of a NaN
+    chosen_block = tl.where(greedy, best_block, drawn_block)
+
+    i = tl.arange(0, BLOCK)
+    column = chosen_block * BLOCK + i
+    logit = tl.load(z + row * V + column, column < V, -float("inf"))
+    inside = (tl.div_rn(logit, t) - largest).to(tl.float64)
+    drawn_i, _ = _search(tl.exp(inside), i, rest)
+    last_i = tl.minimum(BLOCK, V - chosen_block * BLOCK) - 1
+    best_i = tl.min(tl.where(inside == tl.max(inside, 0), i, last_i), 0)
+    chosen = tl.where(greedy, best_i, drawn_i)
+    # the log-prob of a row with a NaN or with -inf only is NaN, because its total is
+    logp = (tl.sum(tl.where(i == chosen, inside, 0.0), 0) - tl.log(total)).to(tl.float32)
+    token = (chosen_block * BLOCK + chosen).to(tl.int64)
+    tl.store(tokens + row, token)
+    tl.store(logps + row, logp)
+    tl.store(us + row, u)
+    if RECORD:
+        _record(row, True, token, logp, last_tokens, positions, drawn, index, B, BURST)
+
+
+@triton.jit
+def record_tokens(
+    tokens, logps, last_tokens, positions, drawn, index,  # (B,) twice, and of `Progress`
+    B, BURST, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program per ROWS rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < B
+    token = tl.load(tokens + row, inside, 0)
+    logp = tl.load(logps + row, inside, 0.0)
+    _record(row, inside, token, logp, last_tokens, positions, drawn, index, B, BURST)
+
+
+def draw(
+    logits: Tensor,  # (B, V) fp32
+    block_max: Tensor,  # (B, blocks) fp32, with
+    block_sum: Tensor,  # (B, blocks) fp32: `blocks_of` the logits
+    size: int,  # columns of a block
+    temperature: Tensor,  # (B,) fp32; 0: the likeliest token, with its log-prob at temperature 1
+    seeds: Tensor,  # (B,) int64
+    progress: Progress,
+    *,
+    record: bool,  # else `progress` stays, and `record` is to be called
+) -> Draws:
+    """Draw the token of each row's next position, without truncation."""
+    n_rows, n_columns = logits.shape
+    n_blocks = block_max.shape[1]
+    draws = Draws(
+        tokens=torch.empty_like(seeds),
+        logps=torch.empty_like(temperature),
+        u=temperature.new_empty(n_rows, dtype=torch.float64),
+    )
+    with launch_device(logits):
+        draw_tokens[(n_rows,)](
+            logits.contiguous(),
+            temperature,
+            block_max,
+            block_sum,
+            seeds,
+            *_pointers(progress),
+            *draws,
+            n_columns,
+            n_blocks,
+            n_rows,
+            len(progress.drawn),
+            MANY=triton.next_power_of_2(n_blocks),
+            BLOCK=size,
+            RECORD=record,
+        )
+    return draws
+
+
+def record(draws: Draws, progress: Progress) -> None:
+    """Note the tokens and log-probs, and move each row to its next position."""
+    n_rows = len(draws.tokens)
+    with launch_device(draws.tokens):
+        record_tokens[(triton.cdiv(n_rows, ROWS),)](
+            draws.tokens,
+            draws.logps,
+            *_pointers(progress),
+            n_rows,
+            len(progress.drawn),
+            ROWS=ROWS,
+        )
+
+
+def _pointers(progress: Progress) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what kernels take of it, in their order."""
+    return progress.last_tokens, progress.positions, progress.drawn, progress.index
