@@ -12,8 +12,10 @@ from benchmarks.summary import ms, show
 REPEATED = "qwen2.5-0.5b"
 ROWS = [16384, 1024, 4096]  # what matters most first: the time may run out
 NAMES = ["logprob forward+backward", "policy loss", "logprob forward", "preference loss"]
+LIGER = "Liger scaled cross entropy"
 # The first compiles for longer than all else runs. The second took 1.8 s where ours takes 25 ms.
-WITHOUT = ("eager, torch.compile", "LigerFusedLinearGRPOLoss")
+# The third compiles for a while too, and is timed by `beside_liger`.
+WITHOUT = ("eager, torch.compile", "LigerFusedLinearGRPOLoss", LIGER)
 REPEATS = 5
 SECONDS = 6  # left, or no more is begun
 SAME = 50  # calls whose results must be equal to the bit
@@ -46,6 +48,24 @@ def timed(report: Report, model: str) -> None:
     report.require_all()
     if not results:
         raise Mismatch("nothing was timed", {})
+
+
+def beside_liger(report: Report, models: list[str]) -> None:
+    """Log-probs and their gradients beside Liger's kernels for Hopper, which CUTLASS compiles."""
+    if report.dry:
+        return
+    others = {name for name, _ in OPS[NAMES[0]].contestants(report.device)} - {OURS, LIGER}
+    for model in models:
+        group = Group(NAMES[0], model, ROWS[0], zeros=False)
+        run = partial(measure, group, report.device, REPEATS, tuple(others))
+        found = report.attempt(str(group), run)
+        if found:
+            show(found)
+            report.extend("results", found)
+            if LIGER in found["contestants"]:
+                times = found["contestants"][LIGER]["times_ours"]
+                report.show(**{model: f"{times:.2f} times ours"})
+    report.require_all()
 
 
 def every_contestant(report: Report) -> None:

@@ -31,8 +31,11 @@ DRAWS = {"peaked": 8.0, "flat": 0.01}  # standard deviation of the logits
 RULES: dict[str, dict[str, Any]] = {"top-p": {"top_p": 0.9}, "top-k": {"top_k": 50}}
 
 
-def timed(report: Report, model: str) -> None:
-    """All of it for one model; a part that fails costs no other its figures."""
+def timed(report: Report, model: str, truncated: bool) -> None:
+    """All of it for one model; a part that fails costs no other its figures.
+
+    truncated: whether to time truncated draws too, which are the same for every model.
+    """
     device, ceilings = report.device, best(report)
     if report.dry:
         accept_anything()
@@ -42,7 +45,8 @@ def timed(report: Report, model: str) -> None:
         report.add(note=f"{switches.TORCH_ENGINE}: nothing of Triton's engine is timed")
     else:
         report.attempt("step", partial(step_alone, report, decoder))
-        report.attempt("draws", partial(draws, report))
+        if truncated:
+            report.attempt("draws", partial(draws, report))
         attention = partial(gpu_decode.attention, decoder, load, ceilings)
         report.add(attention=report.attempt("attention", attention))
         del attention

@@ -47,7 +47,7 @@ def parts(items: dict[str, Findings]) -> Iterator[str]:
 def ops(items: dict[str, Findings]) -> Iterator[str]:
     """Yield a table for each op, model and number of rows: ours beside the peers."""
     for name, item in items.items():
-        if not name.startswith("ops"):
+        if not name.startswith(("ops", "liger")):
             continue
         for found in item.get("results", []):
             zeros = ", two rows of five without a gradient" if found["zeros"] else ""
