@@ -3,7 +3,7 @@
     out_i = sum_j softmax_j(scale q_i k_j) v_j        j <= position_i, or the last `window` of them
 
 Split-KV with a cascade (flash-decoding, arXiv:2311.01282; Hydragen, arXiv:2402.05099). `cascade`
-cuts the rows' pages into items. One program serves an item and a key-value head: the queries of the
+cuts the rows' pages into items. A program takes an item and a key-value head: the queries of the
 item's rows, and of the G = H / Hkv heads that share that key-value head, are the rows of one
 product, (rows G, Dh) @ (Dh, tokens). Each item leaves (max, sum, accumulator) in its rows' slots. A
 second kernel adds a row's slots in their order, so that equal inputs give equal bits. Nothing here
