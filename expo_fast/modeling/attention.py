@@ -45,11 +45,19 @@ class PackedAttention:
     cu_seqlens: (S+1,) int32, the boundaries of the segments in the pack.
     parents: (S,) the earlier segment that each segment continues, or -1. None: no segment continues
     another one.
+    device: of the pack's tokens. None: that of cu_seqlens.
+
+    The host reads cu_seqlens and parents. It waits for them unless they are on the CPU.
     """
 
-    def __init__(self, cu_seqlens: Tensor, parents: Tensor | None = None):
-        self.cu_seqlens = cu_seqlens
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        parents: Tensor | None = None,
+        device: torch.device | None = None,
+    ):
         self.boundaries = cu_seqlens.tolist()
+        self.cu_seqlens = _sent(cu_seqlens, device or cu_seqlens.device)
         self.segment_lengths = [b - a for a, b in pairwise(self.boundaries)]
         self.chains = _chains(len(self.segment_lengths), parents)
 

@@ -228,14 +228,17 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return the (N, D) hidden states of a pack, after the final norm.
 
-        A token attends to its own segment and to the ancestors of that segment.
+        A token attends to its own segment and to the ancestors of that segment. cu_seqlens and
+        parents may be on the CPU, which spares a host sync on a GPU.
         """
         if self.exact is None:
-            return self.run(tokens, positions, PackedAttention(cu_seqlens, parents))
+            attention = PackedAttention(cu_seqlens, parents, tokens.device)
+            return self.run(tokens, positions, attention)
         exact = self.exact(self, tokens, positions, cu_seqlens, parents)
         if not torch.is_grad_enabled():
             return exact
-        approximate = self.run(tokens, positions, PackedAttention(cu_seqlens, parents))
+        attention = PackedAttention(cu_seqlens, parents, tokens.device)
+        approximate = self.run(tokens, positions, attention)
         return _ExactValue.apply(approximate, exact)  # pyright: ignore[reportReturnType]
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

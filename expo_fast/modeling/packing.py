@@ -41,8 +41,8 @@ class Pack:
 
     tokens: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64, in the sample's own sequence
-    cu_seqlens: Tensor  # (S+1,) int32
-    parents: Tensor  # (S,) int64, -1 for a root
+    cu_seqlens: Tensor  # (S+1,) int32, on the CPU, where attention reads it
+    parents: Tensor  # (S,) int64, -1 for a root; on the CPU too
     rows: Tensor  # (R,) int64, the token whose hidden state predicts the target
     targets: Tensor  # (R,) int64
     sequence_ids: Tensor  # (R,) int64, the index of the row's sample in `members`
@@ -57,11 +57,11 @@ class Pack:
     largest_target: int
 
     def to(self, device: torch.device) -> "Pack":
-        """Return a pack with all tensors on the device, without waiting for it."""
+        """Return a pack with its tokens and rows on the device, without waiting for it."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and field.name not in ("cu_seqlens", "parents"):
                 if device.type == "cuda" and value.device.type == "cpu":
                     value = value.pin_memory()  # else the copy waits for all that was launched
                 moved[field.name] = value.to(device, non_blocking=True)
