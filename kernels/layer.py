@@ -311,5 +311,6 @@ def place(
             ROPE=rotation is not None,
             WIDE=INTERPRETED,
             num_warps=1,
+            enable_fp_fusion=False,  # a product of RoPE is rounded before it is added
         )
     return out
