@@ -49,7 +49,7 @@ TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "sdz", "stride"), "i32")
 }
 
 
-Form = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+Form = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
 
 def launched() -> Iterator[Form]:
@@ -200,7 +200,7 @@ def drawing() -> Iterator[Form]:
 
 
 def compile_for_hopper(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     names = kernel.arg_names
     kind = {name: "constexpr" if name in constants else None for name in names}
