@@ -142,9 +142,7 @@ def decoding(dtype: str) -> Iterator[Form]:
         tile = decode.tile_for(DTYPES[dtype], dim)
         rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        if tile.registers:
-            options["maxnreg"] = tile.registers
-        fixed = {"FIELDS": decode.FIELDS, "LOOP": tile.per_sm is not None, "WIDE": False}
+        fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
         sums = {"total": "*fp32"}  # whatever the dtype of the model
         yield decode.attend_items, types | sums, cache | rows | block | fixed, options
         group = triton.next_power_of_2(heads // kv_heads)

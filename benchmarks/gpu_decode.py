@@ -195,29 +195,24 @@ def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
 
     shipped = decode.tile_for(case.q.dtype, shape.head_dim)
     together = decode.rows_together(shape.heads, shape.kv_heads)
-    others = [replace(shipped, per_sm=n) for n in (2, 3, 4, 6)]
-    others.append(replace(shipped, per_sm=None, registers=None))  # a program for each possible item
-    others += [
-        decode.Tile(64, 4, 2, per_sm=3),
-        decode.Tile(32, 4, 4, per_sm=4),
+    others = [
+        decode.Tile(64, 4, 2),
         decode.Tile(32, 4, 4),
-        decode.Tile(128, 4, 2, per_sm=2),
-        decode.Tile(64, 8, 3, per_sm=2),
+        decode.Tile(128, 4, 2),
+        decode.Tile(64, 8, 3),
     ]
     todo = [(False, shipped), (True, shipped)]
     todo += [(False, tile) for tile in others if tile != shipped]
     for alone, tile in todo:
         case.plan(1 if alone else together)
-        sizes = (tile.tokens, tile.warps, tile.stages, tile.per_sm)
+        sizes = (tile.tokens, tile.warps, tile.stages)
         name = f"{'no cascade, ' if alone else ''}{sizes}"
         try:
             found[name] = replayed(partial(each_layer, tile), device) / LAYERS
         except Exception as e:  # too large for shared memory
             found[name] = reason(e)
     floor = case.moved / best.bytes
-    print(
-        f"attention of a layer: floor {floor * 1e6:.1f} us; tokens, warps, stages, programs an SM:"
-    )
+    print(f"attention of a layer: floor {floor * 1e6:.1f} us; tokens, warps, stages:")
     for name, s in found.items():
         rate = (
             "" if isinstance(s, str) else f"{s * 1e6:.1f} us, {floor / s:.0%} of the floor's rate"

@@ -14,7 +14,7 @@ import torch
 
 from expo_fast.inference import cpu_engine, cuda_engine
 from expo_fast.inference.engine import Engine
-from expo_fast.inference.requests import Completion, Request, check_request
+from expo_fast.inference.requests import Completion, Request, check_requests
 from expo_fast.inference.scheduler import Scheduler
 from expo_fast.inference.stop_rules import StopRules
 from expo_fast.inference.torch_engine import TorchEngine
@@ -78,8 +78,7 @@ class Generator:
         """
         requests = list(requests)
         has_tokenizer = self.tokenizer is not None
-        for index, request in enumerate(requests):
-            check_request(index, request, self.model.shape, has_tokenizer=has_tokenizer)
+        check_requests(requests, self.model.shape, has_tokenizer=has_tokenizer)
         if not requests:
             return
         engine = self.engine()

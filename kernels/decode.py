@@ -52,15 +52,13 @@ class Tile:
     warps: int
     stages: int
     few: int = FEW  # rows of the product for items of one row
-    per_sm: int | None = None  # programs, which take the items in turn; None: one for each item
-    registers: int | None = None  # of a thread at most
 
 
 def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
     """Return the largest tile that spills no registers, of those compiled for sm_90.
 
-    As many programs are launched as are resident at once. fp32 is multiplied on the CUDA cores,
-    which takes more registers per number. Raise ValueError for a head_dim beyond WIDEST.
+    fp32 is multiplied on the CUDA cores, which takes more registers per number. Raise ValueError
+    for a head_dim beyond WIDEST.
     """
     if head_dim > WIDEST:
         raise ValueError(f"head_dim={head_dim}: decode attention takes at most {WIDEST}")
@@ -68,11 +66,7 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
         if head_dim <= 64:
             return Tile(tokens=16, warps=8, stages=2)
         return Tile(tokens=16, warps=16, stages=1, few=MANY)
-    if head_dim <= 64:
-        return Tile(tokens=64, warps=4, stages=3, per_sm=3, registers=168)
-    if head_dim <= 128:
-        return Tile(tokens=64, warps=4, stages=3, per_sm=2)
-    return Tile(tokens=32, warps=4, stages=3)
+    return Tile(tokens=64 if head_dim <= 128 else 32, warps=4, stages=3)
 
 
 @dataclass(frozen=True)
@@ -257,29 +251,6 @@ def _attend(
 
 
 @triton.jit
-def _attend_one(
-    q, slab, tables, positions, items, top, total, values, index,
-    scale, window, W, SLOTS,
-    STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    FIELDS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """A pair of an item and a key-value head, by its index."""
-    item = items + index // HKV * FIELDS
-    head = index % HKV
-    if tl.load(item + 1) * (H // HKV) > FEW:
-        _attend(
-            q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
-            STRIDE, PAGE, H, HKV, DH, MANY, BN, BD, WIDE,
-        )  # fmt: skip
-    else:
-        _attend(
-            q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
-            STRIDE, PAGE, H, HKV, DH, FEW, BN, BD, WIDE,
-        )  # fmt: skip
-
-
-@triton.jit
 def attend_items(
     q, address, tables, positions,  # (B, H, Dh), (1,), (B, W), (B,)
     items, count,  # (N, FIELDS), (1,)
@@ -287,32 +258,29 @@ def attend_items(
     layer, scale, window, W, SLOTS,  # scale times log2(e)
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    FIELDS: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
+    FIELDS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every so many-th pair of an item and a key-value head.
+    """One program per item and key-value head, as many as there can be.
 
-    How many items there are changes from load to load, and a CUDA graph's grid does not. A program
-    for each possible one, without LOOP, would mostly find nothing to do. Items come longest first,
-    so that turns balance. One launch serves items of one row and of many rows: the latter are few,
-    and leave SMs to the rest.
+    How many items there are changes from load to load, and a CUDA graph's grid does not. Those that
+    are there come first, and the longest of them before the others. One launch serves items of one
+    row and of many rows: the latter are few, and leave SMs to the rest.
     """
+    pair = tl.program_id(0)
+    item = items + pair // HKV * FIELDS
+    head = pair % HKV
     slab = slab_at(address, q) + layer
-    first = tl.program_id(0)
-    pairs = tl.load(count) * HKV
-    if LOOP:
-        # what does not change in the loop would take registers that an item needs
-        for index in tl.range(first, pairs, tl.num_programs(0), disable_licm=True):
-            _attend_one(
-                q, slab, tables, positions, items, top, total, values, index,
-                scale, window, W, SLOTS,
-                STRIDE, PAGE, H, HKV, DH, FEW, MANY, BN, BD, FIELDS, WIDE,
+    if pair < tl.load(count) * HKV:
+        if tl.load(item + 1) * (H // HKV) > FEW:
+            _attend(
+                q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
+                STRIDE, PAGE, H, HKV, DH, MANY, BN, BD, WIDE,
             )  # fmt: skip
-    elif first < pairs:
-        _attend_one(
-            q, slab, tables, positions, items, top, total, values, first,
-            scale, window, W, SLOTS,
-            STRIDE, PAGE, H, HKV, DH, FEW, MANY, BN, BD, FIELDS, WIDE,
-        )  # fmt: skip
+        else:
+            _attend(
+                q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
+                STRIDE, PAGE, H, HKV, DH, FEW, BN, BD, WIDE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -427,7 +395,7 @@ def attend(
     group = triton.next_power_of_2(heads // cache.kv_heads)
     block = max(16, triton.next_power_of_2(head_dim))
     with launch_device(q):
-        attend_items[(_programs(tile, len(work.items) * cache.kv_heads, q.device),)](
+        attend_items[(len(work.items) * cache.kv_heads,)](
             q,
             cache.address,
             tables,
@@ -449,11 +417,9 @@ def attend(
             BN=tile.tokens,
             BD=block,
             FIELDS=FIELDS,
-            LOOP=tile.per_sm is not None,
             WIDE=INTERPRETED,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=tile.registers,
         )
         add_slots[(n_rows, cache.kv_heads)](
             work.top,
@@ -471,13 +437,3 @@ def attend(
             num_warps=slot_warps(group, block),
         )
     return out
-
-
-def _programs(tile: Tile, pairs: int, device: torch.device) -> int:
-    """Return how many programs serve at most that many pairs of an item and a key-value head."""
-    if tile.per_sm is None:
-        return pairs
-    multiprocessors = 1
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(pairs, tile.per_sm * multiprocessors)

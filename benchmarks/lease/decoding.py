@@ -63,7 +63,7 @@ class Scene:
     def where(self) -> tuple[Tensor, Tensor]:
         return self.tables.to(self.device), self.positions
 
-    def attended(self, window: int | None, tile: decode.Tile | None = None) -> Tensor:
+    def attended(self, window: int | None) -> Tensor:
         """By the kernel, from room that holds NaN."""
         sizes = Sizes(len(self.q), self.width)
         work = decode.Work.allocate(sizes, self.heads, self.dim, self.q.device)
@@ -72,7 +72,7 @@ class Scene:
         together = decode.rows_together(self.heads, self.kv_heads)
         work.load(*plan(self.tables, sizes, together))
         scale = self.dim**-0.5
-        return decode.attend(self.cache, 1, self.q, *self.where, work, scale, window, tile)
+        return decode.attend(self.cache, 1, self.q, *self.where, work, scale, window)
 
     def truth(self, window: int | None) -> Tensor:
         """By the definition, in fp64."""
@@ -98,11 +98,6 @@ def attend(report: Report, dims: Sequence[int], dtype: str = "bfloat16") -> None
             got = scene.attended(window)
             report.compare(what, got, scene.truth(window), ERROR[kind])
             report.require_equal(what, got, scene.attended(window))
-        shipped = decode.tile_for(kind, dim)
-        # few programs that take the items in turn, and one for each possible item
-        for tile in (replace(shipped, per_sm=1), replace(shipped, per_sm=None, registers=None)):
-            what = f"heads {heads}, dim {dim}, {tile.per_sm} an SM"
-            report.compare(what, scene.attended(48, tile), scene.truth(48), ERROR[kind])
 
 
 def append(report: Report) -> None:

@@ -38,34 +38,47 @@ class Completion:
     finish_reason: str  # a FinishReason; "error": the model's logits were not finite
 
 
-def check_request(index: int, request: Request, shape: Shape, *, has_tokenizer: bool) -> None:
-    """Raise ValueError where a model of this shape cannot serve the request.
+def check_requests(requests: Sequence[Request], shape: Shape, *, has_tokenizer: bool) -> None:
+    """Raise ValueError where a model of this shape cannot serve one of the requests.
 
-    index: of the request in its list, for the message.
     has_tokenizer: whether stop strings can be found.
     """
-    _check_types(index, request)
-    _check_tokens(index, request, shape)
-    _check_sampling(index, request)
-    _check_stop_strings(index, request, has_tokenizer)
+    checked: set[int] = set()  # prompts, which the samples of a question share
+    for index, request in enumerate(requests):
+        if id(request.prompt_ids) not in checked:
+            _check_prompt(index, request.prompt_ids, shape)
+            checked.add(id(request.prompt_ids))
+        _check_integers(index, request)
+        _check_length(index, request, shape)
+        _check_sampling(index, request)
+        _check_stop_strings(index, request, has_tokenizer)
 
 
-def _check_types(index: int, request: Request) -> None:
+def _check_prompt(index: int, ids: Sequence[int], shape: Shape) -> None:
+    if not _are_integers(ids):
+        raise ValueError(f"request {index} has prompt_ids={ids!r}: need a sequence of integers")
+    if not len(ids):
+        raise ValueError(f"request {index} has an empty prompt, need at least one token")
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < shape.vocabulary:
+            raise ValueError(
+                f"request {index} has the token id {token} outside [0, {shape.vocabulary})"
+            )
+
+
+def _check_integers(index: int, request: Request) -> None:
     for name in ("max_new_tokens", "top_k", "seed"):
         value = getattr(request, name)
         if not _is_integer(value) or not -(2**63) <= value < 2**63:
             raise ValueError(f"request {index} has {name}={value!r}: need an integer of 64 bits")
-    for name in ("prompt_ids", "stop_ids"):
-        ids = getattr(request, name)
-        if ids is not None and not _are_integers(ids):
-            raise ValueError(f"request {index} has {name}={ids!r}: need a sequence of integers")
+    ids = request.stop_ids
+    if ids is not None and not _are_integers(ids):
+        raise ValueError(f"request {index} has stop_ids={ids!r}: need a sequence of integers")
 
 
-def _check_tokens(index: int, request: Request, shape: Shape) -> None:
+def _check_length(index: int, request: Request, shape: Shape) -> None:
     n_prompt = len(request.prompt_ids)
     n_new = request.max_new_tokens
-    if not n_prompt:
-        raise ValueError(f"request {index} has an empty prompt, need at least one token")
     if n_new < 1:
         raise ValueError(f"request {index} has max_new_tokens={n_new}, need at least 1")
     if n_prompt + n_new > shape.context:
@@ -73,11 +86,6 @@ def _check_tokens(index: int, request: Request, shape: Shape) -> None:
             f"request {index} needs {n_prompt} prompt + {n_new} new tokens, "
             f"the model's context holds {shape.context}"
         )
-    for token in (min(request.prompt_ids), max(request.prompt_ids)):
-        if not 0 <= token < shape.vocabulary:
-            raise ValueError(
-                f"request {index} has the token id {token} outside [0, {shape.vocabulary})"
-            )
 
 
 def _check_sampling(index: int, request: Request) -> None:

@@ -90,7 +90,7 @@ class Scheduler:
         self.waiting = _in_order_of_service(requests)  # the next one is last
         self.active: list[SampledSequence] = []
         self.loaded: list[SampledSequence] = []  # what the engine decodes; some may be finished
-        prompts = [sequence.prompt.ids for sequence in self.waiting]
+        prompts = list({sequence.prompt.ids for sequence in self.waiting})
         self.prefix = prompts[0][: common_prefix(prompts)]  # of all prompts, computed once
         self.pages = Pages(self._n_pages(kv_cache_bytes), engine.page)
         self.prefix_table: Table = []
@@ -282,16 +282,20 @@ def _in_order_of_service(requests: Mapping[int, Request]) -> list[SampledSequenc
     alone. The requests of a prompt are adjacent, so that they share its pages.
     """
     prompts: dict[tuple[int, ...], Prompt] = {}
-    longest: dict[tuple[int, ...], int] = {}
+    known: dict[int, Prompt] = {}  # by the id of the sequence that holds a prompt's tokens
+    longest: dict[Prompt, int] = {}
     sequences = []
     for index, request in requests.items():
-        ids = tuple(map(index_of, request.prompt_ids))
-        prompt = prompts.setdefault(ids, Prompt(ids))
+        held = id(request.prompt_ids)
+        if held not in known:
+            ids = tuple(map(index_of, request.prompt_ids))
+            known[held] = prompts.setdefault(ids, Prompt(ids))
+        prompt = known[held]
         prompt.n_waiting += 1
         sequence = SampledSequence(index, request, prompt)
         sequences.append(sequence)
-        longest[ids] = max(sequence.n_cached, longest.get(ids, 0))
-    by_length = sorted(prompts.values(), key=lambda prompt: -longest[prompt.ids])
+        longest[prompt] = max(sequence.n_cached, longest.get(prompt, 0))
+    by_length = sorted(prompts.values(), key=lambda prompt: -longest[prompt])
     for rank, prompt in enumerate(by_length):
         prompt.rank = rank
     return sorted(sequences, key=lambda sequence: sequence.prompt.rank, reverse=True)
