@@ -89,7 +89,7 @@ def launched() -> Iterator[Form]:
 
 
 def fused_head(config: k.Config) -> Iterator[Form]:
-    """The fused kernels of a linear head at that tile."""
+    """Return the fused kernels of a linear head at that tile."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     tile = {n: x for n, x in vars(config).items() if n not in (*options, "MASK_ALL", "MOMENT")}
     tile |= {"PROGRAMS": 132, "WIDE": False}
@@ -107,7 +107,7 @@ def fused_head(config: k.Config) -> Iterator[Form]:
 
 
 def rows_of_head(config: k.Config) -> Iterator[Form]:
-    """The kernels between the fused head's GEMMs."""
+    """Return the kernels between the fused head's GEMMs."""
     size = {"ROWS": row_results.ROWS, "AT_ONCE": row_results.AT_ONCE}
     size |= {"BN": config.BN, "BV": config.BV}
     types = dict.fromkeys(("logp", "entropy", "lse", "log_total"), "*fp64") | {"e": "*bf16"}
@@ -126,7 +126,7 @@ DECODERS = ((24, 14, 2, 64), (36, 16, 2, 128), (32, 32, 32, 96), (26, 8, 4, 256)
 
 
 def decoding(dtype: str) -> Iterator[Form]:
-    """The kernels of a decode step for a model of that dtype."""
+    """Return the kernels of a decode step for a model of that dtype."""
     types: dict[str, str] = dict.fromkeys(
         ("layer", "window", "W", "SLOTS", "width", "H", "half"), "i32"
     )
@@ -163,7 +163,7 @@ def decoding(dtype: str) -> Iterator[Form]:
 
 
 def training(dtype: str) -> Iterator[Form]:
-    """The kernels between the GEMMs of a model of that dtype while it trains."""
+    """Return the kernels between the GEMMs of a model of that dtype while it trains."""
     names = "q k v cos sin q_out k_out v_out d_k d_v gate up d_out d_gate d_up"
     types: dict[str, str] = dict.fromkeys(names.split(), f"*{dtype}")
     types |= dict.fromkeys(("rows", "segments", "cu_seqlens", "first", "begins"), "*i32")
@@ -182,7 +182,7 @@ def training(dtype: str) -> Iterator[Form]:
 
 
 def drawing() -> Iterator[Form]:
-    """The kernels of a draw, whose logits are always fp32."""
+    """Return the kernels of a draw, whose logits are always fp32."""
     columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
     yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
     rows = {"BLOCKS": "i32", "B": "i32", "BURST": "i32", "u": "*fp64", "us": "*fp64"}

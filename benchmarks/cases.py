@@ -137,7 +137,7 @@ class Op(NamedTuple):
     reference: bool = False  # the loss needs a reference model's log-probs
 
     def run(self, contestant: Contestant, case: Case) -> Tensor:
-        """What is timed; gradients stay in the case's tensors."""
+        """Do what is timed; gradients stay in the case's tensors."""
         with torch.set_grad_enabled(self.backward):
             value = contestant.run(case)
             if self.backward:

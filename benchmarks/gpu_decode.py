@@ -50,7 +50,7 @@ TINY = Sizes(2, 64, 96, 4, 2, 500)
 
 
 def config_of(sizes: Sizes) -> Any:
-    """transformers' where it is installed; ours reads the same names of anything."""
+    """Return transformers' config where it is installed; ours reads the same names of anything."""
     known = {
         "vocab_size": sizes.vocabulary,
         "hidden_size": sizes.hidden,
@@ -182,7 +182,7 @@ def shared_tables(load: Load) -> torch.Tensor:  # (rows, W) int32
 
 @torch.no_grad()
 def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
-    """A layer's attention in the middle of the load, in some configurations, beside its floor."""
+    """Time a layer's attention in the middle of the load, in some configurations."""
     from expo_fast.kernels import decode
 
     shape, device = model.shape, str(model.device)

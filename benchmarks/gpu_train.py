@@ -147,7 +147,7 @@ def parity(
 
 
 def letters() -> Any:
-    """A tokenizer of bytes, which needs no file."""
+    """Return a tokenizer of bytes, which needs no file."""
     named = ["<pad>", "<|im_end|>", "<|im_start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(named)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -71,7 +71,7 @@ def sampled(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def answer(case: Case, value: Tensor) -> Answer:
-    """What a contestant returned, and the gradients it left."""
+    """Return what a contestant returned, and the gradients it left."""
     rows, entries = sampled(case)
     if case.hidden.grad is None or case.weight.grad is None:
         return Answer(value, None, None)

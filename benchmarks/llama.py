@@ -98,7 +98,7 @@ class Llama:
 
 
 def _draw(logits: np.ndarray) -> np.ndarray:
-    """A token a row; faster than llama.cpp's own samplers at so many rows."""
+    """Return a token a row; faster than llama.cpp's own samplers at so many rows."""
     return torch.multinomial(torch.from_numpy(logits).softmax(-1), 1).squeeze(1).numpy()
 
 

@@ -26,12 +26,12 @@ COLD_BYTES = 256 << 20  # written before each timing on a GPU, whose L2 is then 
 
 
 def reason(error: Exception) -> str:
-    """The whole traceback: of a compiler's error, each line may be the one that tells."""
+    """Return the full traceback: of a compiler's error, each line may be the one that tells."""
     return "".join(traceback.format_exception(error)).strip()
 
 
 def brief(why: str) -> str:
-    """The line of a traceback that names the error; CUDA's go on with advice."""
+    """Return the line of a traceback that names the error; CUDA's go on with advice."""
     lines = why.splitlines()
     headers = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
     said = lines[headers[-1] + 1 :] if headers else lines
@@ -126,7 +126,7 @@ class Race:
         self.extra_bytes.setdefault(name, []).append(max(0, extra - kept))
 
     def finished(self, name: str) -> Callable[[], None]:
-        """The contestant's work, for a clock of the host's."""
+        """Return the contestant's work, for a clock of the host's."""
 
         def work() -> None:
             self.works[name]()
@@ -173,7 +173,7 @@ class Race:
 
 
 def gemms(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
-    """The products that any way to the op needs, into memory that is there."""
+    """Return the products that any way to the op needs, into memory that is there."""
     hidden, weight = case.hidden.detach()[:GEMM_ROWS], case.weight.detach()
     logits = hidden @ weight.T
     products = {"logits": (hidden, weight.T, logits)}
@@ -184,7 +184,7 @@ def gemms(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
 
 
 def warm_up(group: Group, device: str, without: Collection[str] = ()) -> Race:
-    """Runs and judges each contestant once, but for those that are to be left out.
+    """Run and judge each contestant once, but for those that are to be left out.
 
     Raises Wrong if ours is off, and whatever it raises.
     """
@@ -206,7 +206,7 @@ def warm_up(group: Group, device: str, without: Collection[str] = ()) -> Race:
 
 
 def attempt(race: Race, contestant: Contestant, measure: Yardstick) -> Errors:
-    """Raises MemoryError and Wrong."""
+    """Run and judge a contestant. Raise MemoryError or Wrong."""
     case, op = race.case, OPS[race.group.op]
     needed = contestant.logit_bytes * len(case.hidden) * len(case.weight)
     if needed > (free := free_bytes(race.device)):

@@ -51,7 +51,7 @@ def stored(head: Head, expected: LogProb) -> tuple[Tensor, str | None]:
 
 
 def works(head: Head, e: Tensor, known: LogProb) -> dict[str, Part]:
-    """What to time. known: the results of a forward."""
+    """Return what to time. known: the results of a forward."""
     hidden, weight = head.hidden, head.weight
     log_total = -known.logp
     d_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)

@@ -26,7 +26,7 @@ def block_sums(
     block_max, block_sum,  # (B, blocks) out
     V, BLOCKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """A NaN makes its block's sum NaN; a block of -inf has sum 0."""
+    """Sum blocks of logits. A NaN makes its block's sum NaN; a block of -inf has sum 0."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -142,7 +142,7 @@ def rows_together(heads: int, kv_heads: int) -> int:
 
 @triton.jit
 def slab_at(address, like):
-    """The slab as a pointer of the type of `like`."""
+    """Return the slab as a pointer of the type of `like`."""
     return tl.multiple_of(tl.load(address).to(like.dtype), 16)
 
 

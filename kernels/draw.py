@@ -78,14 +78,14 @@ def _mix(x):
 
 @triton.jit
 def _uniform(seed, position):
-    """The bits of `sampling.uniform`."""
+    """Return the bits of `sampling.uniform`."""
     mixed = _mix(_mix(seed) ^ (position * _GOLDEN))
     return _shift_right(mixed, 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
 
 @triton.jit
 def _search(weight, i, target):
-    """The first i at which the running sum exceeds the target, and the target's rest inside it.
+    """Return the first i at which the running sum exceeds target, and target's rest inside it.
 
     Rounding may leave the target at the very end: then it is the last i of positive weight.
     """

@@ -89,7 +89,7 @@ def _normed_and_rotated(
     eps, DH, i,
     WIDE: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of one head of one row, (BLOCK,) fp32 each."""
+    """Return the two halves of one head of one row, (BLOCK,) fp32 each."""
     half = DH // 2
     inside = i < half
     a = _load(x + i, inside)

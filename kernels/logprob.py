@@ -251,7 +251,7 @@ def scale_stored(
 
 
 def config_for(x: Tensor) -> Config:
-    """The variant that the environment names, else the one for the GPU of `x`.
+    """Return the variant that the environment names, else the one for the GPU of `x`.
 
     Raises ValueError for a name that is not in VARIANTS.
     """
@@ -426,7 +426,7 @@ class _Call:
         )
 
     def meta(self) -> dict[str, Any]:
-        """What both GEMM kernels take by name."""
+        """Return what both GEMM kernels take by name."""
         meta = dict(vars(self.config))
         del meta["MASK_ALL"], meta["MOMENT"]  # of the forward only
         meta["PROGRAMS"] = self.programs()

@@ -60,7 +60,7 @@ def row_results(
     BN: tl.constexpr, BV: tl.constexpr, SAFE_SUM: tl.constexpr, LOG2_E: tl.constexpr,
     REDONE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The results of each row (head.from_sums). ROWS rows a program.
+    """Return the results of each row (head.from_sums). ROWS rows a program.
 
     At first it marks in `again` what has to be redone. If REDONE, it does the tiles marked.
     """
@@ -106,7 +106,7 @@ def largest_logits(
     N, V,
     BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """base of the rows that are redone: their largest logit, in bits."""
+    """Return base of the rows that are redone: their largest logit, in bits."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wrong = row < N * tl.load(again).to(tl.int32)
     marked = tl.load(again + 1 + tl.cdiv(N, BN) + row, wrong, 0).to(tl.int32)

@@ -44,13 +44,13 @@ def _weight(depth):
 
 @triton.jit
 def _weight_at(bits):
-    """The weight of a token at the depth of these bits, as fp64."""
+    """Return the weight of a token at the depth of these bits, as fp64."""
     return _weight(bits.to(tl.float32, bitcast=True)).to(tl.float64)
 
 
 @triton.jit
 def _nearest(block_max, block, BLOCKS, largest):
-    """The least depth in each of the blocks."""
+    """Return the least depth in each of the blocks."""
     return largest - tl.load(block_max + block, block < BLOCKS, -float("inf"))
 
 
@@ -96,7 +96,7 @@ def _reach(
 
 @triton.jit
 def _largest(block_max, BLOCKS, BLOCK: tl.constexpr):
-    """The largest logit of a row over its temperature."""
+    """Return the largest logit of a row over its temperature."""
     largest = tl.full([], -float("inf"), tl.float32)
     for first in range(0, BLOCKS, BLOCK):
         block = first + tl.arange(0, BLOCK)
@@ -107,7 +107,7 @@ def _largest(block_max, BLOCKS, BLOCK: tl.constexpr):
 
 @triton.jit
 def _total(block_max, block_sum, largest, BLOCKS, BLOCK: tl.constexpr):
-    """The weight of all tokens of a row."""
+    """Return the weight of all tokens of a row."""
     total = tl.zeros([], tl.float64)
     for first in range(0, BLOCKS, BLOCK):
         block = first + tl.arange(0, BLOCK)
@@ -121,7 +121,7 @@ def _total(block_max, block_sum, largest, BLOCKS, BLOCK: tl.constexpr):
 def _column_of(
     z, block_max, t, largest, depth, rank, V, BLOCKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr
 ):
-    """The column of the token at this depth that has `rank` others of the same depth before it."""
+    """Return the column of the token at this depth with `rank` others of that depth before it."""
     chosen = tl.zeros([], tl.int64)
     seen = tl.zeros([], tl.int32)
     for first in range(0, BLOCKS, TOGETHER):

@@ -511,7 +511,7 @@ def assert_same(ours: list[Completion], theirs: list[Completion]) -> None:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """The interpreter runs one program after another."""
+    """Make everything small, for the interpreter runs one program after another."""
     monkeypatch.setattr(cuda_engine, "ROW_BUCKETS", (4, 8))
     monkeypatch.setattr(cuda_engine, "MIN_TABLE_WIDTH", 4)
     monkeypatch.setattr(CudaEngine, "burst", 4)

@@ -77,7 +77,7 @@ def backward(model: Decoder, c: Train, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def trainer_of(c: Train, model: Any, prompter: Any, reference: Any = None) -> Trainer:
-    """A trainer whose parts that the test does not need are absent."""
+    """Return a trainer whose parts that the test does not need are absent."""
     absent: Any = None
     return Trainer(
         config=c,

@@ -380,7 +380,7 @@ def test_plans_fit_the_time_that_they_are_given():
 
 
 def dry_run(folder: Path, what: str, *names: str) -> list[dict[str, Any]]:
-    """The lines of JSON that a dry run prints."""
+    """Return the lines of JSON that a dry run prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHON": sys.executable}
     called = ["bash", "benchmarks/lease.sh", what, *names, "--dry-run", "--keep", str(folder)]

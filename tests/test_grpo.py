@@ -105,7 +105,7 @@ def with_old_logp(model: Decoder, made: list[Group]) -> list[Group]:
 
 
 def attempts(made: list[Group], c: Train) -> list[Sample]:
-    """The trainer's samples; of later updates, with the completions' log-probs as the old ones."""
+    """Return the trainer's samples. Later updates take the completions' log-probs as old ones."""
     samples = policy_samples(made, c)
     if c.updates_per_batch == 1:
         return samples
@@ -114,7 +114,7 @@ def attempts(made: list[Group], c: Train) -> list[Sample]:
 
 
 def judge(model: Decoder, made: list[Group], c: Train, reference: Decoder | None) -> Tensor:
-    """The policy term, from the formulas."""
+    """Return the policy term, from the formulas."""
     scored = []
     for r in made:
         known = torch.tensor([x for x in r.rewards if x is not None], dtype=torch.float64)
@@ -141,8 +141,11 @@ def judge(model: Decoder, made: list[Group], c: Train, reference: Decoder | None
 
 
 def surrogate(c: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tensor:
-    """What one token adds: PPO's clip, GSPO's with a sequence's ratio, CISPO (arXiv:2506.13585, eq.
-    4) and SAPO (2511.20347)."""
+    """Return what one token adds.
+
+    PPO's clip, GSPO's with a sequence's ratio, CISPO (arXiv:2506.13585, eq. 4) and SAPO
+    (arXiv:2511.20347).
+    """
     if c.objective == "cispo":
         return -ratio.detach().clamp(max=1 + c.clip_high) * advantage * logp
     if c.objective == "sapo":
@@ -153,7 +156,7 @@ def surrogate(c: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tenso
 
 
 def run(model: Decoder, c: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
-    """The trainer's own backward over the packs."""
+    """Run the trainer's own backward over the packs."""
     model.zero_grad()
     result = policy_backward(model, samples, PolicyLossConfig.of(c))
     return result.loss, gradients_of(model)
@@ -195,7 +198,7 @@ class ScriptedGenerator:
 
 
 def trainer_of(c: Train, model: Any, prompter: Any, **changes: Any) -> Trainer:
-    """A trainer whose parts that the test does not need are absent."""
+    """Return a trainer whose parts that the test does not need are absent."""
     parts: dict[str, Any] = {
         "reference": None,
         "problems": [],

@@ -32,7 +32,7 @@ def read(path):
 
 
 def steps_of(path):
-    """The steps of the rows that can be read."""
+    """Return the steps of the rows that can be read."""
     return [row["step"] for row in read_rows(path)]
 
 

@@ -21,7 +21,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, and problems of which some samples, by a reward of ours, are right."""
+    """Return a tiny model, and problems of which some samples, by a reward of ours, are right."""
     root = tmp_path_factory.mktemp("job")
     save_model(tiny_model(), tiny_tokenizer(), root / "model")
     rows = [
@@ -52,7 +52,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verifier to which a random model's explanations are right, or none would be trained on."""
+    """Return a verifier that accepts a random model's explanations, or none would be used."""
     monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
 
 

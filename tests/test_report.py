@@ -29,7 +29,7 @@ HOSTILE = "<script>alert('$x^{$')</script> & \x1b[2J \u202e \ud800 \u2028 &lt;b&
 
 
 def write_run(path: Path, *, rows: Any = None, evaluations: Any = (), **config: Any) -> str:
-    """A run directory; `rows` are steps 1, 2, ... or have a step of their own."""
+    """Return a run directory; `rows` are steps 1, 2, ... or have a step of their own."""
     path.mkdir(parents=True, exist_ok=True)
     known = {k: v for k, v in config.items() if k in Train.__dataclass_fields__}
     text = dump_toml(Train(**known))

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def planned(size: str) -> dict[str, Train]:
-    """The configurations of all runs, by the name of their folder."""
+    """Return the configurations of all runs, by the name of their folder."""
     command = [sys.executable, "-m", "benchmarks.reproduction", "--only", "plan", "--size", size]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     configs = [parse(Train, shlex.split(line)) for line in done.stdout.splitlines()]

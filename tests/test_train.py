@@ -23,7 +23,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, data, and a reward that some samples of a group earn."""
+    """Return a tiny model, data, and a reward that some samples of a group earn."""
     root = tmp_path_factory.mktemp("job")
     save_model(tiny_model(), tiny_tokenizer(), root / "model")
     for name, first in (("train", 0), ("eval", 100)):

@@ -66,7 +66,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_config(kind: str = "llama", **overrides: Any) -> Any:
-    """A transformers config of one of `VARIANTS`: D 48, 4 layers, V that of `tiny_tokenizer`."""
+    """Return a transformers config of one of `VARIANTS`: D 48, 4 layers, `tiny_tokenizer`'s V."""
     model_type, flags = VARIANTS[kind]
     sizes = {
         "vocab_size": len(tiny_vocabulary()),
@@ -98,7 +98,7 @@ def tiny_model(
 
 
 def transformers_twin(model: Decoder) -> Any:
-    """transformers' own model of the same config, with the same weights."""
+    """Return transformers' own model of the same config, with the same weights."""
     twin = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     assert missing == (["lm_head.weight"] if model.shape.tied else []), missing

@@ -115,7 +115,7 @@ def call(given: argparse.Namespace) -> int:
 
 
 def figures(outcome: Outcome) -> str:
-    """What a table says of an item."""
+    """Return what a table says of an item."""
     return " ".join(f"{name} {x}" for name, x in outcome.found.get("brief", {}).items())
 
 

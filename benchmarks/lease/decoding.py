@@ -101,7 +101,7 @@ def attend(report: Report, dims: Sequence[int], dtype: str = "bfloat16") -> None
 
 
 def append(report: Report) -> None:
-    """New keys and values on their pages, and nothing anywhere else."""
+    """Check that new keys and values are on their pages, and nothing anywhere else."""
     scene = Scene(report, (14, 2), 64, torch.bfloat16)
     k, v = torch.randn(2, len(LENGTHS), 2, 64, device=report.device).bfloat16()
     expected = scene.slab.clone()
@@ -113,7 +113,7 @@ def append(report: Report) -> None:
 
 
 def layers(report: Report) -> None:
-    """What lies between two products of a layer."""
+    """Check what lies between two products of a layer."""
     g = torch.Generator(report.device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -293,7 +293,7 @@ def small_model(report: Report, layers: int) -> Decoder:
 
 
 def asked(model: Decoder, n: int = 12, **rules: Any) -> list[Request]:
-    """Requests of a few prompts that begin alike."""
+    """Return requests of a few prompts with a common prefix."""
     ids = torch.randint(3, model.shape.vocabulary, (3, 70), generator=_fixed()).tolist()
     shared = ids[0][:40]
     prompts = [(*shared, *own[40:]) for own in ids]
@@ -312,7 +312,7 @@ def sampled(report: Report, model: Decoder, requests: list[Request]) -> list[Com
 
 
 def capture(report: Report) -> None:
-    """A step captured at one layer gives what the same launches give without a graph."""
+    """Check that a captured step gives what the same launches give without a graph."""
     model = small_model(report, 1)
     every: tuple[dict[str, Any], ...] = ({}, {"top_p": 0.9})
     for rules in every:
@@ -356,7 +356,7 @@ def generator(report: Report) -> None:
 
 @torch.no_grad()
 def full_forward(model: Decoder, request: Request, completion: Completion) -> Tensor:
-    """The log-probs of a completion's tokens, computed at once, by plain attention."""
+    """Return the log-probs of a completion's tokens, computed at once, by plain attention."""
     whole = torch.tensor([*request.prompt_ids, *completion.token_ids], device=model.device)
     borders = torch.tensor([0, len(whole)], dtype=torch.int32, device=model.device)
     hidden = model.hidden(whole, torch.arange(len(whole), device=model.device), borders)

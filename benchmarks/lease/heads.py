@@ -80,7 +80,7 @@ def products(report: Report) -> None:
 
 
 def row_kernels(report: Report) -> None:
-    """The fallback, forward and backward."""
+    """Check the fallback, forward and backward."""
     head = make_head(report, SHAPE)
     upstream = torch.randn(3, len(head.hidden), device=report.device)
     truth, gradients = truth_of(head, upstream)
@@ -107,7 +107,7 @@ def target_logits(report: Report) -> None:
 
 
 def forward(report: Report, shape: Sequence[int], store: bool) -> None:
-    """The fused forward, and E as its gradients want it."""
+    """Check the fused forward, and E as its gradients want it."""
     head = make_head(report, shape)
     n = len(head.hidden)
     e = None
@@ -167,7 +167,7 @@ def random_slopes(report: Report, n: int) -> RowGrads:
 
 
 def true_dz(head: Head, truth: LogProb, slopes: RowGrads) -> Tensor:
-    """The gradient in the logits before temperature, fp64, by autograd."""
+    """Return the gradient in the logits before temperature, fp64, by autograd."""
     assert head.bias is not None and isinstance(head.temperature, Tensor)
     z = head.hidden.double() @ head.weight.double().T + head.bias.double()
     wide = replace(head, temperature=head.temperature.double())

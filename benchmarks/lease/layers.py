@@ -65,7 +65,7 @@ def train_swiglu(report: Report) -> None:
 
 
 def train_rope(report: Report) -> None:
-    """Queries and keys of several head sizes; equal to plain PyTorch to the bit."""
+    """Check queries and keys of several head sizes: equal to plain PyTorch to the bit."""
     for dtype in DTYPES:
         for heads, kv_heads, dim in (
             (14, 2, 64),
@@ -115,13 +115,13 @@ def train_keys(report: Report) -> None:
 
 
 def packed(report: Report) -> PackedAttention:
-    """The attention of the segments above."""
+    """Return the attention of the segments above."""
     borders = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(report.device)
     return PackedAttention(borders, torch.tensor(PARENTS, device=report.device))
 
 
 def train_decoder(report: Report) -> None:
-    """A small decoder, forward and backward, with the fused functions and without them."""
+    """Check a small decoder, forward and backward, with the fused functions and without them."""
     model = random_model(TINY, report.device)
     wide = copy.deepcopy(model).double()
     got = hidden_and_gradients(report, model)
@@ -135,7 +135,7 @@ def train_decoder(report: Report) -> None:
 
 
 def hidden_and_gradients(report: Report, model: Decoder) -> dict[str, Tensor]:
-    """The hidden states of a pack, and the gradients of all parameters."""
+    """Return the hidden states of a pack, and the gradients of all parameters."""
     starts = []
     for parent in PARENTS:
         starts.append(starts[parent] + LENGTHS[parent] if parent >= 0 else 0)

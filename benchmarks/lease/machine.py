@@ -50,12 +50,12 @@ def versions(report: Report) -> None:
 
 
 def card_name(device: str) -> str:
-    """The name by which ceilings are kept."""
+    """Return the name by which ceilings are kept."""
     return torch.cuda.get_device_name() if device != "cpu" else "cpu"
 
 
 def best(report: Report) -> measure.Ceilings:
-    """The card's ceilings, from a check before if there was one."""
+    """Return the card's ceilings, from a check before if there was one."""
     card, file = card_name(report.device), report.folder.parent / "ceilings.json"
     if file.exists():
         known = floors.read(file)
@@ -65,7 +65,7 @@ def best(report: Report) -> measure.Ceilings:
 
 
 def ceilings(report: Report) -> None:
-    """A copy, a large product, and products with fp32 results at the head's own shapes."""
+    """Time a copy, a large product, and products with fp32 results at the head's own shapes."""
     device = report.device
     found = measure.ceilings(device)
     floors.write(report.folder / "ceilings-by-card.json", {card_name(device): found})

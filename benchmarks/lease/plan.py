@@ -26,7 +26,7 @@ class Item:
 
 
 def kernel(name: str, work: str, switch: str | None, **given: Any) -> Item:
-    """An item that checks one kernel."""
+    """Return an item that checks one kernel."""
     return Item(name, work, 45, given, switch, sanitized=True)
 
 
@@ -67,7 +67,7 @@ MODELS = {"135m": "smollm2-135m"} | {size: f"qwen2.5-{size}" for size in ("0.5b"
 
 
 def timing(name: str, work: str, seconds: float, **given: Any) -> Item:
-    """An item that times something, with the device to itself."""
+    """Return an item that times something, with the device to itself."""
     return Item(name, work, seconds, given, alone=True)
 
 

@@ -82,7 +82,7 @@ def draw_allowed(device: str) -> None:
 
 
 def truncated_draw(logits: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0) -> None:
-    """A draw of each row, as a decode step makes it."""
+    """Draw a token of each row, as a decode step does."""
     n, device = len(logits), logits.device
     temperature = torch.ones(n, device=device)
     zeros = torch.zeros(2, n, dtype=torch.int64, device=device)

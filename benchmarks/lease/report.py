@@ -65,7 +65,7 @@ class Report:
         self.add(brief=self.found.get("brief", {}) | figures)
 
     def attempt(self, what: str, work: Callable[[], Any]) -> Any:
-        """What it returns; None where it fails, whose traceback is kept under "failed".
+        """Return what it returns; None where it fails, whose traceback is kept under "failed".
 
         Raises what a lost context raises at its next call: nothing more can run in this process.
         """

@@ -115,13 +115,13 @@ class Run:
         return outcome
 
     def command(self, item: str, limit: float) -> list[str]:
-        """What runs an item."""
+        """Return what runs an item."""
         command = [sys.executable, "-u", "-m", "benchmarks.lease", "item", item]
         command += ["--keep", str(self.folder), "--seconds", f"{limit:.0f}"]
         return [*command, "--dry-run"] if self.dry else command
 
     def found(self, item: str) -> dict[str, Any]:
-        """What an item has saved."""
+        """Return what an item has saved."""
         file = self.folder / f"{item}.json"
         if not file.exists():
             return {}
@@ -206,7 +206,7 @@ class Run:
 
 
 def archived(folder: str, files: Mapping[str, bytes]) -> bytes:
-    """A tar.gz of the files."""
+    """Return a tar.gz of the files."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=3) as tar:
         for name, data in files.items():
@@ -217,7 +217,7 @@ def archived(folder: str, files: Mapping[str, bytes]) -> bytes:
 
 
 def grouped(items: Sequence[Item]) -> list[list[Item]]:
-    """Runs of neighbours that are all alone, or all not."""
+    """Return runs of neighbours that are all alone, or all not."""
     groups: list[list[Item]] = []
     for item in items:
         if groups and groups[-1][0].alone == item.alone:
@@ -228,7 +228,7 @@ def grouped(items: Sequence[Item]) -> list[list[Item]]:
 
 
 def table(outcomes: Sequence[Outcome], shown: Callable[[Outcome], str]) -> str:
-    """A line an item."""
+    """Return a line for each item."""
     lines = [
         f"{o.item.name:24s}{o.seconds:7.1f} s  {o.state:28s} {shown(o)}".rstrip() for o in outcomes
     ]

@@ -62,7 +62,7 @@ def timed(report: Report, model: str, truncated: bool) -> None:
 
 
 def beside_peer(report: Report, model: str) -> None:
-    """The generator beside transformers' continuous batching."""
+    """Time the generator beside transformers' continuous batching."""
     if report.dry:
         accept_anything()
     found = gpu_decode.measure(model, report.device, best(report), peer=True)
@@ -118,7 +118,7 @@ def step_alone(report: Report, model: Decoder) -> None:
 
 
 def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:
-    """A trace of some bursts, host and device, and the kernels that take longest."""
+    """Trace some bursts, host and device, and return the kernels that take longest."""
     kinds = [ProfilerActivity.CPU]
     kinds += [] if report.dry else [ProfilerActivity.CUDA]
     with profile(activities=kinds) as profiler:

@@ -6,7 +6,7 @@ from benchmarks.lease.report import Report
 
 
 def timed(report: Report, model: str) -> None:
-    """A few steps: seconds by phase, MFU, memory; then what kinds of kernels take the time."""
+    """Time a few steps: seconds by phase, MFU, memory; then what kinds of kernels take the time."""
     if report.dry:  # without kernels there is nothing to learn
         gpu_train.require_learning = lambda step, row: None
     for found in gpu_train.measure(model, report.device, best(report).flops):

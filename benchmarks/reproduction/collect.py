@@ -54,14 +54,14 @@ def collect(size: Size, folder: Path, output: Path) -> None:
 
 
 def finished(arm: Arm, size: Size, folder: Path) -> list[Run]:
-    """The arm's runs, by seed."""
+    """Return the arm's runs, by seed."""
     same = next(a for a in (*ARMS, *ABLATION) if a.name == (arm.mirrors or arm.name))
     made = [(target(folder, same, seed), train_flags(same, size, seed, folder)) for seed in SEEDS]
     return [run for path, flags in made if (run := done(path, flags))]
 
 
 def done(path: Path, flags: Sequence[str]) -> Run | None:
-    """A run that has reached its last step and evaluated it. SystemExit if it had other flags."""
+    """Return a run that has reached its last step. Raise SystemExit if it had other flags."""
     if not (path / "evaluations.jsonl").exists() or not (path / "metrics.jsonl").exists():
         return None
     run, wanted = load_run(str(path)), asdict(parse(Train, flags))

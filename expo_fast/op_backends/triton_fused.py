@@ -274,7 +274,7 @@ def _add_to_weights(
 def _add_recomputed(
     head: Head, results: LogProb, row_grads: RowGrads, grads: Gradients, accumulate: bool
 ) -> None:
-    """The same as `_add_gradients` for rows whose E is not stored, a slice of columns at a time."""
+    """Do as `_add_gradients` for rows whose E is not stored, a slice of columns at a time."""
     active = _active_rows(row_grads, len(head.targets))
     head = head.take(active)
     results = results.take(active)
