@@ -212,6 +212,20 @@ def trainer_of(c: Train, model: Any, prompter: Any, **changes: Any) -> Trainer:
     return Trainer(config=c, model=model, prompter=prompter, **(parts | changes))
 
 
+def test_later_updates_take_the_trainers_own_log_probs_as_old_ones():
+    """In bf16 the generator's differ by more than GSPO's clip range."""
+    model = tiny_model(dtype=torch.float64)
+    made = with_old_logp(model, groups([[1, 0, 0, 1], [1, 0, 1, 0]]))  # other ones, "sampled"
+    c = config(updates_per_batch=2, prompts_per_step=2)
+    first, later = grpo.attempts_of_updates(trainer_of(c, model, None), [made[:1], made[1:]])
+    assert len(first) == len(later) == G
+    assert all(sample.old_logp is None for sample in first)
+    for sample in later:
+        own = full_logp(model, sample.prompt_ids, list(sample.completion_ids))
+        assert sample.old_logp is not None
+        torch.testing.assert_close(sample.old_logp.double(), own.detach(), rtol=0, atol=1e-5)
+
+
 def gradients(model: Decoder, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()

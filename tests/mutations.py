@@ -1,0 +1,286 @@
+"""Break the code one line at a time, and see whether the tests notice.
+
+    python tests/mutations.py            apply each mutation to a copy, and run its tests
+    python tests/mutations.py NAME ...   some of them
+
+Prints "caught" or "survived" for each, and exits with 1 if one survived. It is not part of
+`make test`. A mutation names the files of tests that should fail; -x ends them at the first one.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One line that is replaced by another."""
+
+    name: str
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    tests: str  # arguments of pytest
+
+
+OPTIONS = "tests/test_every_option.py"
+GRPO = "expo_fast/algorithms/grpo.py"
+ROLLOUT = "expo_fast/algorithms/rollout.py"
+TRAINER = "expo_fast/algorithms/trainer.py"
+EXPLANATIONS = "expo_fast/algorithms/explanations.py"
+
+MUTATIONS = [
+    # The loss
+    Mutation(
+        "old log-probs are the generator's",
+        GRPO,
+        "[replace(sample, old_logp=logp) for sample, logp in zip(samples, old, strict=True)]",
+        "[replace(sample, old_logp=logp + 0.1) for sample, logp in zip(samples, old, strict=True)]",
+        "tests/test_grpo.py",
+    ),
+    Mutation(
+        "no old log-probs",
+        GRPO,
+        "[replace(sample, old_logp=logp) for sample, logp in zip(samples, old, strict=True)]",
+        "[replace(sample, old_logp=None) for sample, logp in zip(samples, old, strict=True)]",
+        "tests/test_grpo.py",
+    ),
+    Mutation(
+        "samples with an error are not masked",
+        ROLLOUT,
+        'if completion.finish_reason == "error":',
+        'if completion.finish_reason == "no error":',
+        "tests/test_grpo.py tests/test_methods.py",
+    ),
+    Mutation(
+        "the lift takes a mean of log-probs",
+        "expo_fast/algorithms/diagnostics.py",
+        "log_mean = largest + math.log(mean_ratio or 0.0)",
+        "log_mean = sum(attempts) / len(attempts)",
+        "tests/test_diagnostics.py",
+    ),
+    # Options whose wiring is cut
+    Mutation(
+        "entropy_coef",
+        GRPO,
+        "            entropy_coef=config.entropy_coef,\n            temperature",
+        "            entropy_coef=0.0,\n            temperature",
+        OPTIONS,
+    ),
+    Mutation(
+        "overlong_buffer",
+        ROLLOUT,
+        "if not config.overlong_buffer:",
+        "if True:",
+        OPTIONS,
+    ),
+    Mutation("advantage_scale", GRPO, "scale=config.advantage_scale", 'scale="group"', OPTIONS),
+    Mutation(
+        "mask_truncated",
+        ROLLOUT,
+        'return config.mask_truncated and completion.finish_reason == "length"',
+        "return False",
+        OPTIONS,
+    ),
+    Mutation("top_p", ROLLOUT, "top_p=config.top_p", "top_p=1.0", OPTIONS),
+    Mutation("top_k", ROLLOUT, "top_k=config.top_k", "top_k=0", OPTIONS),
+    Mutation("min_p", ROLLOUT, "min_p=config.min_p", "min_p=0.0", OPTIONS),
+    Mutation(
+        "warmup_steps", TRAINER, "warmup_steps=config.warmup_steps", "warmup_steps=1", OPTIONS
+    ),
+    Mutation("betas", TRAINER, "betas=config.betas", "betas=(0.9, 0.999)", OPTIONS),
+    Mutation("eps", TRAINER, "eps=config.eps", "eps=1e-8", OPTIONS),
+    Mutation(
+        "weight_decay", TRAINER, "weight_decay=config.weight_decay", "weight_decay=0.0", OPTIONS
+    ),
+    Mutation(
+        "max_grad_norm",
+        TRAINER,
+        "trainer.optimizer.step(rate, config.max_grad_norm)",
+        "trainer.optimizer.step(rate, 1.0)",
+        OPTIONS,
+    ),
+    Mutation(
+        "eval_temperature",
+        "expo_fast/train.py",
+        "temperature=config.eval_temperature",
+        "temperature=0.7",
+        OPTIONS,
+    ),
+    Mutation(
+        "explain_temperature",
+        EXPLANATIONS,
+        "temperature=config.explain_temperature",
+        "temperature=0.8",
+        OPTIONS,
+    ),
+    Mutation(
+        "explain_every is off by one",
+        EXPLANATIONS,
+        "every = config.explain_every",
+        "every = config.explain_every + 1",
+        "tests/test_explanations.py tests/test_grpo.py tests/test_train.py " + OPTIONS,
+    ),
+    # Memory that nobody has written
+    Mutation(
+        "values of unwritten tokens",
+        "csrc/decoder.cpp",
+        "if (!token) std::fill_n(to, kPage * s.wide, T{});",
+        "",
+        "tests/test_cache.py tests/test_generate.py",
+    ),
+    # Of our own choosing
+    Mutation(
+        "resume forgets the tokens counted",
+        TRAINER,
+        'self.sampled_tokens = values["n_tokens"]',
+        "self.sampled_tokens = 0",
+        "tests/test_train.py",
+    ),
+    Mutation(
+        "resume forgets skipped steps",
+        "expo_fast/modeling/optimizer.py",
+        'self.skipped = values["skipped"]',
+        "self.skipped = 0",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "a pack takes one token too many",
+        "expo_fast/modeling/packing.py",
+        "if members and size + n_added > max_tokens:",
+        "if members and size + n_added > max_tokens + 1:",
+        "tests/test_pack.py",
+    ),
+    Mutation(
+        "the common prefix takes a prompt's last token",
+        "expo_fast/modeling/packing.py",
+        "limit = min(map(len, prompts)) - 1",
+        "limit = min(map(len, prompts))",
+        "tests/test_pack.py tests/test_generate.py",
+    ),
+    Mutation(
+        "a window sees one token more",
+        "expo_fast/modeling/attention.py",
+        "return causal.triu(offset - window + 1)",
+        "return causal.triu(offset - window)",
+        "tests/test_model.py",
+    ),
+    Mutation(
+        "the advantage's deviation is of the population",
+        "kernels/advantage.py",
+        "(count - 1).clamp(min=1)",
+        "count.clamp(min=1)",
+        "tests/test_ops.py",
+    ),
+    Mutation(
+        "an answer is looked for in the thoughts",
+        "expo_fast/data/answer_grading.py",
+        'max(0, text.rfind("</think>"))',
+        "0",
+        "tests/test_reward.py tests/test_answer.py",
+    ),
+    Mutation(
+        "a stop string ends nothing",
+        "expo_fast/inference/stop_rules.py",
+        "return any(string in tail for string in strings)",
+        "return False",
+        "tests/test_generate.py",
+    ),
+    Mutation(
+        "released pages are free while others hold them",
+        "expo_fast/inference/kv_pages.py",
+        "            if not self._holders[page]:\n",
+        "            if True:\n",
+        "tests/test_cache.py",
+    ),
+    Mutation(
+        "a draw takes the next seed",
+        "expo_fast/inference/sampling.py",
+        "mixed = _mix(_mix(seeds) ^ (positions * _GOLDEN))",
+        "mixed = _mix(_mix(seeds + 1) ^ (positions * _GOLDEN))",
+        "tests/test_sampling.py tests/test_generate.py",
+    ),
+    Mutation(
+        "weight decay reaches vectors",
+        "expo_fast/modeling/optimizer.py",
+        '{"params": vectors, "weight_decay": 0.0}',
+        '{"params": vectors, "weight_decay": self._weight_decay}',
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "old checkpoints are never removed",
+        "expo_fast/storage/checkpoint.py",
+        "shutil.rmtree(doomed)",
+        "str(doomed)",
+        "tests/test_checkpoint.py tests/test_train.py",
+    ),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    names = parser.parse_args().names
+    unknown = set(names) - {mutation.name for mutation in MUTATIONS}
+    if unknown:
+        parser.error(f"no mutation is called {sorted(unknown)[0]!r}")
+    chosen = [m for m in MUTATIONS if not names or m.name in names]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        copy_tree(copy)
+        for mutation in chosen:
+            caught = try_out(mutation, copy)
+            survived += not caught
+            print(f"{'caught' if caught else 'SURVIVED':10s}{mutation.name}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} caught")
+    sys.exit(survived > 0)
+
+
+def copy_tree(target: Path) -> None:
+    """Copy the files that git knows."""
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    for name in listed.decode().split("\0"):
+        if name and ((ROOT / name).is_file() or (ROOT / name).is_symlink()):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name, follow_symlinks=False)
+
+
+def try_out(mutation: Mutation, copy: Path) -> bool:
+    """Return whether the tests fail with the mutation. They must pass, or at least run, without.
+
+    Raise SystemExit where the line is not there once, or where no test ran.
+    """
+    file = copy / mutation.file
+    text = file.read_text()
+    if text.count(mutation.old) != 1:
+        n = text.count(mutation.old)
+        sys.exit(f"{mutation.name}: {mutation.old!r} occurs {n} times in {mutation.file}")
+    file.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        environment = os.environ | {"PYTHONPATH": str(copy)}
+        done = subprocess.run(
+            [*command, *mutation.tests.split()],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        file.write_text(text)
+    if done.returncode not in (0, 1):  # 1: tests failed
+        sys.exit(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+if __name__ == "__main__":
+    main()
