@@ -6,7 +6,7 @@ In bf16, with 8 bits, a late micro-batch rounds to nothing when it is added to a
 # pyright: reportPrivateImportUsage=false
 # (torch documents its multi-tensor operations, and does not export their names)
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -110,24 +110,24 @@ class GradSums:
         """Return the L2 norm of all gradients since the last `clear`, reduced in fp64."""
         self._add_pending()
         norm = L2Norm()
-        for batch in batches(zip(self._totals(), strict=True)):
-            norm.add(total for (total,) in batch)
+        for batch in batches(self._terms()):
+            norm.add([term if other is None else term + other for term, other in batch])
         return norm.value()
 
-    def _totals(self) -> Iterator[Tensor]:
-        """Yield the sum of the two terms of each parameter that has a gradient.
+    def _terms(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the one or two terms of each parameter that has a gradient.
 
         They come in the order of the parameters: the norm, and so the clipping, depends on it.
         """
+        terms: list[tuple[Tensor, Tensor | None]] = []
         for name in self._parameters:
             first = self._first.get(name)
             second = self._second.get(name)
-            if first is not None and second is not None:
-                yield first + second
-            elif first is not None:
-                yield first
+            if first is not None:
+                terms.append((first, second))
             elif second is not None:
-                yield second
+                terms.append((second, None))
+        return terms
 
     def merged(self) -> dict[str, Tensor]:
         """Merge the two terms in place and return the sums by name, without copying them."""

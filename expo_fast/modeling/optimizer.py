@@ -11,7 +11,7 @@ and the bf16 weights are copies of them that are written in place.
 # (torch documents its multi-tensor operations, and does not export their names)
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -135,8 +135,9 @@ class Optimizer:
             norm.add(self._updates(batch, lr))
         return norm.value()
 
-    def _pieces(self, grads: Tensors) -> Iterator["_Piece"]:
-        """Yield flat pieces of the parameters that have a gradient."""
+    def _pieces(self, grads: Tensors) -> list["_Piece"]:
+        """Return flat pieces of the parameters that have a gradient."""
+        found: list[_Piece] = []
         for name, master in self._masters.items():
             if name not in grads:
                 continue
@@ -146,7 +147,8 @@ class Optimizer:
             second_moments = pieces(state["exp_avg_sq"])
             weights = pieces(master)
             for m, v, w in zip(first_moments, second_moments, weights, strict=True):
-                yield _Piece(m, v, w, t=self._steps[name], decay=decay)
+                found.append(_Piece(m, v, w, t=self._steps[name], decay=decay))
+        return found
 
     def _updates(self, batch: list["_Piece"], lr: float) -> list[Tensor]:
         """Return the updates just made to some pieces, up to their sign.
