@@ -70,8 +70,9 @@ MUTATIONS = [
     Mutation(
         "entropy_coef",
         GRPO,
-        "            entropy_coef=config.entropy_coef,\n            temperature",
-        "            entropy_coef=0.0,\n            temperature",
+        "entropy_coef=config.entropy_coef,\n            temperature=config.temperature,\n"
+        "            max_tokens",
+        "temperature=config.temperature,\n            max_tokens",
         OPTIONS,
     ),
     Mutation(

@@ -60,15 +60,15 @@ def behind(chain: str) -> float:
 
 
 def test_lift_compares_the_answer_behind_explanation_and_attempts():
-    subject = DiagnosedQuestion(
-        PROBLEM, [attempt(text) for text in ATTEMPTS], [*ids(EXPLANATION), 1]
-    )
+    # behind the second the answer is likelier by 0.4 nats: a mean of logs would be another number
+    texts = [ATTEMPTS[0], "7 ((((("]
+    subject = DiagnosedQuestion(PROBLEM, [attempt(text) for text in texts], [*ids(EXPLANATION), 1])
     row = measured([subject])
     # what stands before the box; an answer that is stated is masked there
-    masked = ("3 + 4 = ?. The answer is ", "It is 9, so ", "? or 8")
-    stated = ("3 + 4 = 7. The answer is ", "It is 9, so ", "7 or 8")
+    masked = ("3 + 4 = ?. The answer is ", "It is 9, so ", "? (((((")
+    stated = ("3 + 4 = 7. The answer is ", "It is 9, so ", "7 (((((")
     for key, (explained, *own) in (("exp/lift", masked), ("exp/lift_stated", stated)):
-        expected = behind(explained) - math.log(sum(math.exp(behind(o)) for o in own) / 2)
+        expected = behind(explained) - math.log(sum(math.exp(behind(o)) for o in own) / len(own))
         assert row[key] == pytest.approx(expected, abs=1e-4)
     assert row["exp/lift"] != pytest.approx(row["exp/lift_stated"], abs=1e-2)
 

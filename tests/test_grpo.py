@@ -5,6 +5,7 @@ ExP-SFT 2507.02834), in fp64, a sequence and a token at a time, through full log
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,12 @@ from expo_fast.algorithms.grpo import (
     policy_samples,
     split_evenly,
 )
-from expo_fast.algorithms.rollout import Group, attempt_metrics, overlong_punishment
+from expo_fast.algorithms.rollout import (
+    Group,
+    attempt_metrics,
+    judge_attempts,
+    overlong_punishment,
+)
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.algorithms.trainer import Trainer, questions_of_step
 from expo_fast.config import Train
@@ -491,6 +497,18 @@ def test_the_generation_budget_is_the_same_for_all_methods():
     assert config(generation_budget=12, exp_sft_coef=0.0).group_size == 12  # nothing to explain for
     with pytest.raises(ValueError, match=r"generation_budget=9: need at least 10, 8 of them"):
         config(generation_budget=9, explanations_per_question=8)
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "error"])
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_an_attempt_with_an_error_has_no_reward(reason: str, mask_truncated: bool):
+    """Its tokens end where the logits were not finite, so nothing is learnt from it."""
+    c = config(num_generations=2, mask_truncated=mask_truncated)
+    completions = [Completion([9], torch.zeros(1), reason), Completion([9], torch.zeros(1), "stop")]
+    texts = SimpleNamespace(text=str, solve=lambda asked: (5,))
+    (group,) = judge_attempts([problem(0)], completions, texts, lambda *_: [1.0, 0.0], c)  # pyright: ignore
+    masked = reason == "error" or (mask_truncated and reason == "length")
+    assert group.rewards == [None if masked else 1.0, 0.0]
 
 
 def test_sampled_metrics():
