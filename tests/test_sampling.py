@@ -97,6 +97,26 @@ def test_a_row_with_a_nan_is_reported_and_leaves_the_others_unchanged():
     assert (tokens[0], logp[0]) == (alone[0][0], alone[1][0])
 
 
+def test_the_numbers_are_those_of_splitmix64():
+    """A run of today samples what it sampled yesterday. The judge is Python's exact integers."""
+    mask = 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    cases = [(0, 0), (1, 0), (0, 1), (12345, 678), (2**63 - 1, 2**31), (-1, 5)]
+    seeds = torch.tensor([seed for seed, _ in cases])
+    positions = torch.tensor([position for _, position in cases])
+    expected = []
+    for seed, position in cases:
+        mixed = mix(mix(seed & mask) ^ ((position * 0x9E3779B97F4A7C15) & mask))
+        expected.append((mixed >> 11) * 2.0**-53)
+    assert uniform(seeds, positions).tolist() == expected
+
+
 def test_uniforms_are_uniform_and_keyed_by_both_seed_and_position():
     seeds = torch.arange(20_000).repeat_interleave(5)
     u = uniform(seeds, torch.arange(5).repeat(20_000))
