@@ -704,6 +704,26 @@ def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
     assert_same(generator.sample(asked[:1]), sample(model, asked[:1], "torch"))
 
 
+def test_a_row_that_is_free_is_refilled_at_once(monkeypatch):
+    bursts: list[int] = []
+    start = CudaEngine._start_burst
+
+    def started(self):
+        bursts.append(self.n_rows)
+        return start(self)
+
+    monkeypatch.setattr(CudaEngine, "_start_burst", started)
+    monkeypatch.setattr(CudaEngine, "burst", 2)
+    model = tiny_model(num_hidden_layers=1).to(DEVICE)
+    asked = [Request((5, 6, 7), 13, seed=i, stop_ids=()) for i in range(9)]
+    free = sample(model, asked, "torch")
+    asked[8] = replace(asked[8], stop_ids=(free[8].token_ids[2],))  # the first one to be served
+    assert_same(sample(model, asked, "triton", rows=8), sample(model, asked, "torch"))
+    # Six bursts serve seven of the first eight, and two or three of them the ninth too, which then
+    # runs on alone: were it to wait for the others, there would be twelve.
+    assert len(bursts) <= 9
+
+
 def test_two_streams_of_a_generator_do_not_share_a_slab():
     model = shallow()
     asked = requests()

@@ -482,3 +482,24 @@ def test_an_invalid_request_is_refused_before_any_work(changes, sentence):
 
 def test_no_requests_give_no_completions():
     assert Generator(tiny_model()).sample([]) == []
+
+
+def test_prompts_made_anew_at_each_look_are_told_apart():
+    """Their ids may be those of prompts that are gone."""
+
+    class Fresh(Request):
+        @property
+        def prompt_ids(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+            return [5 + self.seed, 6]
+
+        @prompt_ids.setter
+        def prompt_ids(self, value):
+            pass
+
+    model = tiny_model()
+    fresh = [object.__new__(Fresh) for _ in range(3)]
+    plain = [Request([5 + i, 6], 3, seed=i, stop_ids=()) for i in range(3)]
+    for one, like in zip(fresh, plain, strict=True):
+        vars(one).update({k: v for k, v in vars(like).items() if k != "prompt_ids"})
+    expected = [done.token_ids for done in Generator(model).sample(plain)]
+    assert [done.token_ids for done in Generator(model).sample(fresh)] == expected

@@ -8,7 +8,7 @@ What is replayed: a burst is `burst` replays. Each one feeds the tokens that it 
 
 What the host does meanwhile: it reads the tokens of the burst before, and decides which rows have
 ended. So that the GPU never waits for that, a burst is started before the one before it is read,
-unless no row can go on. Waiting for a burst's copy of its tokens is the only host sync. Rows are
+unless no row can go on or a request waits for a free row. Waiting for a burst's copy of its tokens is the only host sync. Rows are
 loaded again when sequences were admitted, or when too many rows have ended. A row that ended
 continues until then: it writes to page 0 or to pages that nobody else holds before the next load,
 and what it samples is not read.
@@ -203,7 +203,7 @@ class CudaEngine(TorchEngine):
         copied = None
         if self.model.device.type == "cuda":
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.model.device))
         return Burst(drawn[:, :, : self.n_rows], copied)
 
     # Steps and their graphs
@@ -286,7 +286,7 @@ class TensorLayout:
     address: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    itemsize: int
+    dtype: torch.dtype
 
 
 def tensor_layout(model: Decoder) -> list[TensorLayout] | None:
@@ -300,7 +300,7 @@ def tensor_layout(model: Decoder) -> list[TensorLayout] | None:
                 address=x.data_ptr(),
                 shape=tuple(x.shape),
                 stride=x.stride(),
-                itemsize=x.dtype.itemsize,
+                dtype=x.dtype,
             )
         )
     return layout

@@ -43,11 +43,12 @@ def check_requests(requests: Sequence[Request], shape: Shape, *, has_tokenizer: 
 
     has_tokenizer: whether stop strings can be found.
     """
-    checked: set[int] = set()  # prompts, which the samples of a question share
+    checked: dict[int, Sequence[int]] = {}  # prompts by id: the samples of a question share one
     for index, request in enumerate(requests):
-        if id(request.prompt_ids) not in checked:
-            _check_prompt(index, request.prompt_ids, shape)
-            checked.add(id(request.prompt_ids))
+        prompt_ids = request.prompt_ids
+        if id(prompt_ids) not in checked:
+            _check_prompt(index, prompt_ids, shape)
+            checked[id(prompt_ids)] = prompt_ids
         _check_integers(index, request)
         _check_length(index, request, shape)
         _check_sampling(index, request)

@@ -4,7 +4,7 @@ Each step admits waiting requests as rows and pages become free, and prefills th
 where none can be admitted, decodes the active sequences. Then it collects those that are finished.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index as index_of
 
@@ -214,9 +214,12 @@ class Scheduler:
         What is not known yet is which sequences end before their limit.
         """
         left = [s.request.max_new_tokens - len(s.token_ids) for s in self.active]
-        if self.waiting:  # for the first row to end
-            return min(left) > self.engine.burst
-        return max(left) > self.engine.burst
+        if not self.waiting:
+            return max(left) > self.engine.burst
+        # a request that finds a row and pages is not to wait for one burst more
+        can_admit = len(self.active) < self.max_rows
+        can_admit &= self._new_pages(self.waiting[-1]) <= len(self.pages.free)
+        return not can_admit and min(left) > self.engine.burst
 
     # Collect
 
@@ -282,15 +285,15 @@ def _in_order_of_service(requests: Mapping[int, Request]) -> list[SampledSequenc
     alone. The requests of a prompt are adjacent, so that they share its pages.
     """
     prompts: dict[tuple[int, ...], Prompt] = {}
-    known: dict[int, Prompt] = {}  # by the id of the sequence that holds a prompt's tokens
+    known: dict[int, tuple[Sequence[int], Prompt]] = {}  # tokens and prompt, by the tokens' id
     longest: dict[Prompt, int] = {}
     sequences = []
     for index, request in requests.items():
-        held = id(request.prompt_ids)
-        if held not in known:
-            ids = tuple(map(index_of, request.prompt_ids))
-            known[held] = prompts.setdefault(ids, Prompt(ids))
-        prompt = known[held]
+        tokens = request.prompt_ids
+        if id(tokens) not in known:
+            ids = tuple(map(index_of, tokens))
+            known[id(tokens)] = (tokens, prompts.setdefault(ids, Prompt(ids)))
+        _, prompt = known[id(tokens)]
         prompt.n_waiting += 1
         sequence = SampledSequence(index, request, prompt)
         sequences.append(sequence)

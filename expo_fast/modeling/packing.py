@@ -54,7 +54,7 @@ class Pack:
     members: tuple[int, ...]  # the indices of the samples in the list that was packed
     lengths: tuple[int, ...]  # the number of tokens of their completions
     weighted: bool  # whether no row weight is 0
-    largest_target: int
+    target_range: tuple[int, int]  # the least and the largest target
 
     def to(self, device: torch.device) -> "Pack":
         """Return a pack with its tokens and rows on the device, without waiting for it."""
@@ -69,7 +69,8 @@ class Pack:
 
     def has_targets_below(self, vocabulary: int) -> bool:
         """Return whether all targets are tokens of the vocabulary, without a host sync."""
-        return self.largest_target < vocabulary
+        least, largest = self.target_range
+        return least >= 0 and largest < vocabulary
 
     def split(self, per_row: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Split (R, ...) values by sample: yield each sample's index and its own values."""
@@ -248,7 +249,7 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         members=tuple(members),
         lengths=tuple(lengths),
         weighted=all(s.row_weight for s in chosen),
-        largest_target=max(targets),
+        target_range=(min(targets), max(targets)),
     )
 
 
