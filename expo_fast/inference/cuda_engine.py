@@ -8,10 +8,10 @@ What is replayed: a burst is `burst` replays. Each one feeds the tokens that it 
 
 What the host does meanwhile: it reads the tokens of the burst before, and decides which rows have
 ended. So that the GPU never waits for that, a burst is started before the one before it is read,
-unless no row can go on or a request waits for a free row. Waiting for a burst's copy of its tokens is the only host sync. Rows are
-loaded again when sequences were admitted, or when too many rows have ended. A row that ended
-continues until then: it writes to page 0 or to pages that nobody else holds before the next load,
-and what it samples is not read.
+unless no row can go on or a request waits for a free row. Waiting for a burst's copy of its tokens
+is the only host sync. Rows are loaded again when sequences were admitted, or when too many rows
+have ended. A row that ended continues until then: it writes to page 0 or to pages that nobody else
+holds before the next load, and what it samples is not read.
 
 What is kept between calls: the slab is freed after every call, for the trainer to use. The graphs
 stay, because capturing them takes about as long as a short call, while the model is made of plain
