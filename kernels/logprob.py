@@ -253,7 +253,7 @@ def scale_stored(
 def config_for(x: Tensor) -> Config:
     """Return the variant that the environment names, else the one for the GPU of `x`.
 
-    Raises ValueError for a name that is not in VARIANTS.
+    Raise ValueError for a name that is not in VARIANTS.
     """
     card = _card(x.device) if x.is_cuda else "default"
     name = os.environ.get(VARIANT) or BY_CARD.get(card, BY_CARD["default"])

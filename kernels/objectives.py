@@ -67,7 +67,7 @@ class Clipped:
 
     `cap` bounds the loss of rows with A < 0 at -cap A: dual-clip PPO (arXiv:1912.09729, with a cap
     of 3), which is also INTELLECT-2's two-sided delta (arXiv:2505.07291).
-    Raise ValueError where low is outside [0, 1], high negative, or cap not above 1 + high.
+    Raise ValueError if low is outside [0, 1], high negative, or cap not above 1 + high.
     """
 
     low: float = 0.2
@@ -97,7 +97,7 @@ class Clipped:
 class SequenceClipped:
     """GSPO (arXiv:2507.18071): `Clipped` on exp(mean over a sequence of logp - old_logp).
 
-    Raise ValueError where low is outside [0, 1] or high negative.
+    Raise ValueError if low is outside [0, 1] or high negative.
     """
 
     low: float = 3e-4
@@ -117,7 +117,7 @@ class Cispo:
 
     MiniMax-M1 (arXiv:2506.13585) and ScaleRL (arXiv:2510.13786), whose cap is 5. `cap` is the
     ratio's upper bound itself, not its distance from 1; there is no lower bound.
-    Raise ValueError where cap is below 1.
+    Raise ValueError if cap is below 1.
     """
 
     cap: float = 5.0
@@ -138,7 +138,7 @@ class SoftAdaptive:
     """SAPO (arXiv:2511.20347): -4/tau sigmoid(tau (r - 1)) A, a gate with derivative 1 at r = 1.
 
     With s = sigmoid(tau (r - 1)), the derivative in logp is -4 s (1 - s) r A.
-    Raise ValueError where a tau is not positive.
+    Raise ValueError if a tau is not positive.
     """
 
     tau_positive: float = 1.0  # for A > 0

@@ -54,7 +54,7 @@ class Pairs(NamedTuple):
 def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None) -> int:
     """Return P: half of ref_logp's length, or pair_weight's length, or the least that fits all ids.
 
-    Raise ValueError where the lengths of ref_logp (2P,) and pair_weight (P,) do not agree.
+    Raise ValueError if the lengths of ref_logp (2P,) and pair_weight (P,) do not agree.
     """
     if ref_logp is not None:
         n = len(ref_logp) // 2
@@ -118,7 +118,7 @@ class Dpo:
     """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h the pair's log-ratio.
 
     arXiv:2305.18290, eq. 7; the label smoothing e is conservative DPO's chance of a flipped label.
-    Raise ValueError where beta is not positive and finite, or e outside [0, 0.5).
+    Raise ValueError if beta is not positive and finite, or e outside [0, 0.5).
     """
 
     beta: float = 0.1  # per nat

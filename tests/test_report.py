@@ -417,15 +417,15 @@ def test_an_error_is_one_sentence(tmp_path: Path, capsys):
     (tmp_path / "no_config").mkdir()
     (tmp_path / "no_config" / "metrics.jsonl").write_text('{"step": 1}\n')
     for given, said in (
-        ([], "need the folder of a run"),
+        ([], "need the folder of at least one run"),
         ([str(tmp_path / "absent")], "absent' is no folder of a run: it has no config.toml"),
         ([str(tmp_path / "no_config")], "no_config' is no folder of a run: it has no config.toml"),
         ([unlogged], "unlogged' has no step logged"),
         ([broken], "config.toml is not TOML"),
-        ([good, good + "/."], "one run is given twice"),
+        ([good, good + "/."], "a run is given twice"),
         ([good, "--outptu", "x"], "--outptu"),
         ([good, "--output", str(tmp_path / "none" / "r.html")], "r.html': there is no folder"),
-        ([good, "--output", str(tmp_path)], "is there and no file: name a file"),
+        ([good, "--output", str(tmp_path)], "exists and is not a file: name a file"),
         ([good, "--output", str(tmp_path / ("x" * 300))], "File name too long"),
     ):
         assert exit_status.run(report.main, given) == 2

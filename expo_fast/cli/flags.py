@@ -125,7 +125,7 @@ def from_toml(kind: type[C], path: Path) -> C:
 
 
 def _typed(value: Any, wanted: Any) -> Any:
-    """Return the TOML value as a field's type. Raise TypeError where it has another type."""
+    """Return the TOML value as a field's type. Raise TypeError if it has another type."""
     arguments = get_args(wanted)
     if get_origin(wanted) is tuple:
         return _typed_tuple(value, arguments)

@@ -31,7 +31,7 @@ SPAN = 1024  # csrc's kSpan, tokens: the weight gradient of more is summed in fp
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     """Return the results in fp64, from one GEMM.
 
-    Raise native_library.Unavailable where the kernels cannot be compiled or loaded.
+    Raise native_library.Unavailable if the kernels cannot be compiled or loaded.
     """
     head = _as_kernels_read(head)
     n = len(head.targets)

@@ -87,7 +87,7 @@ def _supports_amx() -> bool:
 def library(name: str, part: str = "ops") -> ctypes.CDLL:
     """Return a part of csrc for an instruction set, compiled if it is not in the cache yet.
 
-    `part` is a key of PARTS and `name` one of COMPILER_FLAGS. Raise Unavailable where it can be
+    `part` is a key of PARTS and `name` one of COMPILER_FLAGS. Raise Unavailable if it can be
     neither compiled nor loaded.
     """
     flags = [*COMMON_FLAGS, *COMPILER_FLAGS[name]]
@@ -136,7 +136,7 @@ def _compile(arguments: Sequence[str], path: Path) -> None:
 def find_compiler() -> list[str]:
     """Return the command of the C++ compiler: $CXX, or the first that is installed.
 
-    Raise RuntimeError where there is none.
+    Raise RuntimeError if there is none.
     """
     wanted = os.environ.get("CXX")
     if wanted:
@@ -167,7 +167,7 @@ def check_struct_sizes(
     """Return the library once each struct's declaration in Python has the size of that in C++.
 
     A key NAME of `structs` stands for the size that the library's expo_fast_sizeof_NAME() returns:
-    EXPO_FAST_SIZEOF(NAME, struct) of common.h defines it. Raise RuntimeError where sizes differ.
+    EXPO_FAST_SIZEOF(NAME, struct) of common.h defines it. Raise RuntimeError if sizes differ.
     """
     for name, declared in structs.items():
         size_in_cpp = getattr(loaded, f"expo_fast_sizeof_{name}")

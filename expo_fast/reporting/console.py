@@ -123,7 +123,7 @@ class LineConsole(QuietConsole):
 class LiveConsole(QuietConsole):
     """One panel that stays at the bottom of a terminal, drawn again after each step.
 
-    Raise ModuleNotFoundError where rich is not installed.
+    Raise ModuleNotFoundError if rich is not installed.
     """
 
     def __init__(self, stream: TextIO, total_steps: int):

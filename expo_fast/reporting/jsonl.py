@@ -34,7 +34,7 @@ def encode_row(row: Row) -> bytes:
 def append_row(path: Path, row: Row) -> None:
     """Append one row and wait until the disk has it.
 
-    Raise OSError where that fails. A write that fails half-way removes its half again.
+    Raise OSError if that fails. A write that fails half-way removes its half again.
     """
     line = encode_row(row)
     with open(path, "ab", buffering=0) as file:

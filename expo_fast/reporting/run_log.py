@@ -107,7 +107,7 @@ class RunLog:
     def truncate_to(self, step: int) -> None:
         """Remove what was logged after `step`: a run resumed there writes it again.
 
-        Also remove the line that a killed run left unfinished. Raise OSError where that fails.
+        Also remove the line that a killed run left unfinished. Raise OSError if that fails.
         """
         for name in (METRICS, EVALUATIONS):
             path = self._run_dir / name

@@ -99,7 +99,7 @@ class Spread:
 def load_run(name: str) -> Run:
     """Return the run in the folder `name`.
 
-    Raise FileNotFoundError where it is no folder of a run, and ValueError where its configuration
+    Raise FileNotFoundError if it is no folder of a run, and ValueError where its configuration
     is not TOML or no step was logged.
     """
     path = Path(name)
