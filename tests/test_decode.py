@@ -130,7 +130,7 @@ def test_any_head_size(dim):
 
 
 def test_heads_that_are_too_wide_are_refused():
-    with pytest.raises(ValueError, match="head_dim=512: decode attention takes at most 256"):
+    with pytest.raises(ValueError, match="head_dim=512: decode attention needs at most 256"):
         Scene([3], 0, 1, dim=512).ours()
 
 

@@ -581,7 +581,7 @@ def test_a_path_without_a_model_is_refused_in_one_sentence(tmp_path: Path):
 
 def test_a_hub_id_without_a_hub_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing here, and the") as caught:
+    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and the") as caught:
         find_model("nobody/nothing")
     assert "\n" not in str(caught.value)
 
