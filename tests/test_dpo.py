@@ -374,7 +374,7 @@ def test_a_round_that_was_begun_elsewhere_is_not_finished_with_later_weights(dat
     train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 4))
     path = tmp_path / "run/checkpoints"
     given = ("--resume", path / "step-4", "--steps", 6)
-    with pytest.raises(ValueError, match=r"pairs of step 5, which were sampled before it"):
+    with pytest.raises(ValueError, match=r"pairs of step 5, which the weights of an earlier step"):
         train.main(job(data, tmp_path / "new", "expert-dpo", *more, *given))
     assert not (tmp_path / "new").exists()
 

@@ -246,7 +246,7 @@ def test_evaluate_ends_with_one_json_object(folder: Path, capsys):
         ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"model": "no/such/model/here"}, "no/such/model/here"),
         ({"train_data": "builtin:geometry"}, "geometry"),
-        ({"prompts_per_step": 50}, "a step takes prompts_per_step=50"),
+        ({"prompts_per_step": 50}, "need at least prompts_per_step=50"),
         ({"num_generations": 1}, "num_generations=1"),
         ({"max_completion_length": 250}, "the model's context holds 256"),
         ({"shots": 9}, "prompts_per_step"),
@@ -361,7 +361,7 @@ def test_a_run_that_is_done_says_so(folder: Path, tmp_path: Path, capsys):
     path = tmp_path / "run" / "checkpoints" / "step-2"
     train.main(flags(folder, tmp_path / "new", steps=1, resume=path))
     assert (
-        "step 2 is done already: there is nothing to do up to --steps 1" in capsys.readouterr().out
+        "step 2 is already done: there is nothing to do up to --steps 1" in capsys.readouterr().out
     )
 
 

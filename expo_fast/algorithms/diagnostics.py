@@ -3,11 +3,11 @@
     in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, attempt, expert solution
     learning signal:  lift   = log pi(a* | q, c) - log mean_i pi(a* | q, c_i),  c_i the attempts
 
-All are under the plain question. They are diagnostics, not theorems. An explanation that states a*
-has a lift by copying (`exp/lift_stated`), so `exp/lift` has a* masked in c and c_i.
-`exp/nll_over_expert` is the explanation's NLL less the expert's on the same questions. The NLL of
-explanations and attempts comes from the update and from sampling; the rest is measured here, on a
-few questions.
+All log-probs are under the plain question. These are diagnostics, not theorems. An explanation that
+states a* has a lift because a* can be copied. `exp/lift` therefore masks a* in c and c_i, and
+`exp/lift_stated` does not. `exp/nll_over_expert` is the explanation's NLL minus the expert
+solution's, on questions that have both. The NLLs of explanations and attempts come from the update
+and from sampling. The other metrics are measured here, on a few questions.
 """
 
 import math
@@ -23,7 +23,7 @@ from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.modeling.packing import Sample
 
-ATTEMPTS = 2  # attempts measured for a question
+ATTEMPTS = 2  # attempts measured per question
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,24 @@ class DiagnosedQuestion:
 
     problem: Problem
     attempts: Sequence[Completion]
-    """Each with one token at least. Those without log-probs have no `logp_gap`."""
+    """Each has at least one token. Attempts without log-probs are left out of `logp_gap`."""
     explanation: Sequence[int] | None
     """Token ids of an accepted explanation."""
 
 
 @dataclass(frozen=True)
 class DiagnosticSample:
-    """A sample to score, and what its log-probs measure."""
+    """A sample, and what its log-probs measure."""
 
     question: int
-    """Place of its question in the list."""
+    """Index of its question in the list."""
     kind: str
     """Kind of text: `attempt`, `expert` or `explanation`."""
     sample: Sample
-    scores_answer: bool = False
+    is_answer: bool = False
     """Whether the completion is the right answer after the text, and not the text itself."""
     masked: bool = False
-    """Whether statements of the answer are masked in the text before it."""
+    """Whether the answer is masked in the text before it."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ def diagnostic_samples(
             before += [("attempt", ids) for ids in attempts]
             for kind, ids in before:
                 sample = answer_after(problem, ids, prompter, mask=mask)
-                samples.append(DiagnosticSample(i, kind, sample, scores_answer=True, masked=mask))
+                samples.append(DiagnosticSample(i, kind, sample, is_answer=True, masked=mask))
     return samples
 
 
@@ -92,15 +92,15 @@ def diagnostic_metrics(
     samples: Sequence[DiagnosticSample],
     logprobs: Sequence[Tensor],
 ) -> dict[str, float | None]:
-    """Return means over the questions; None where no question has a text of the kind.
+    """Return means over the questions. A metric is None if no question has its kind of text.
 
-    logprobs: of the samples' completion tokens under the trained model, in nats. `logp_gap`
-    compares them with the generator's, on the attempts' tokens.
+    logprobs: of the samples' completion tokens under the trained model, in nats. `logp_gap` is
+    their absolute difference from the generator's log-probs, on the attempts' tokens.
     """
     measured = [_Measured() for _ in questions]
     for sample, values in zip(samples, logprobs, strict=True):
         question = measured[sample.question]
-        if sample.scores_answer:
+        if sample.is_answer:
             question.answers.setdefault((sample.kind, sample.masked), []).append(values)
         else:
             question.texts.setdefault(sample.kind, []).append(values)

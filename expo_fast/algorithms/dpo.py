@@ -1,15 +1,15 @@
-"""DPO on self-explanations (ExP-DPO, arXiv:2507.02834, section 4.1), expert solutions, or data.
+"""DPO with self-explanations (ExP-DPO, arXiv:2507.02834, section 4.1), solutions, or data's pairs.
 
     loss = -1/n sum log sigmoid(beta [log pi(w|q) / pi_ref(w|q) - log pi(l|q) / pi_ref(l|q)])
 
 The sum is over the n pairs of a step. The chosen text w is an explanation sampled with the answer
-shown, an expert's solution, or the data's chosen text. The rejected text l is an attempt that is
-known to be wrong, or the data's rejected text. Both are scored under the plain question. Right
-attempts are never rejected.
+shown, the data's solution, or the data's chosen text. The rejected text l is an attempt that is
+known to be wrong, or the data's rejected text. The log-probs of both are under the plain question.
+Right attempts are never rejected.
 
 Offline, all pairs are sampled before the first step by the initial policy, which is the reference.
-Online, a round of pairs is sampled every `pairs_every` steps by the policy of that moment. The
-reference stays the initial policy or, with `refresh_reference`, is the policy that sampled.
+Online, a round of pairs is sampled every `pairs_every` steps by the current policy. The reference
+is the initial policy or, with `refresh_reference`, the policy that sampled the round.
 """
 
 from collections.abc import Sequence
@@ -69,10 +69,10 @@ from expo_fast.reward import grader_hash
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
-    """Run one step: the pairs of the step, sampled now where a round begins, and one update."""
+    """Run one step: make a round of pairs, if one begins here, and update the weights once."""
     config = trainer.config
     store = trainer.pair_store
-    assert store is not None, "open_pair_store comes before the first step"
+    assert store is not None, "call open_pair_store before the first step"
     source = make_round(trainer, store, step, phases)
     metrics, pairs = store.read(source)
     if config.spec.chosen_source == "data":
@@ -98,8 +98,8 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
 def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) -> int:
     """Make the missing pairs of the round that step `step` belongs to.
 
-    Returns the step whose pairs are to be taken. It is another one in an offline run that was
-    prolonged beyond its round: the run then goes through its pairs again.
+    Return the step whose pairs are trained on. It is `step`, except in an offline run that was
+    extended beyond the steps with pairs: that run uses its pairs again.
     """
     config = trainer.config
     every = config.pairs_every
@@ -111,7 +111,7 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
         if not store.has(each):
             make_pairs(trainer, store, each, policy_step=step, phases=phases)
         elif step == first:
-            # These were made before the process was stopped and started again.
+            # An earlier process of this run made these pairs.
             earlier, _ = store.read(each)
             trainer.sampled_tokens += earlier["pairs/tokens"]
     return step
@@ -122,7 +122,7 @@ def make_pairs(
 ) -> None:
     """Sample or read the pairs of one step, add the reference's log-probs, and store them.
 
-    policy_step: the step at which they are made, that is, whose weights sample them.
+    policy_step: step whose weights sample the pairs.
     """
     config = trainer.config
     prompter = trainer.prompter
@@ -150,7 +150,7 @@ def make_pairs(
         if config.explains:
             metrics |= chosen.metrics()
         if policy_step == step:
-            # Pairs of older weights would say nothing about the weights of this step.
+            # Attempts sampled by the weights of an earlier step do not measure this step's weights.
             metrics |= attempt_metrics(groups)
     metrics["pairs/tokens"] = trainer.sampled_tokens - tokens_before
     with phases.phase("reference"):
@@ -180,13 +180,13 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
     best = keep_best(
         found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
     )
-    # Each step of a round has explanations of its own. A resumed round knows no earlier ones.
+    # The cache starts empty, because a resumed round could not restore its earlier explanations.
     cache = ExplanationCache()
     return select_explanations(found, best, questions, cache, config, step)
 
 
 def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
-    """Return the data's own pair."""
+    """Return the tokenised pair of a problem whose data row has one."""
     assert problem.pair is not None
     chosen, rejected = problem.pair
     prompter = trainer.prompter
@@ -199,7 +199,7 @@ def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
 
 
 def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanations) -> list[Pair]:
-    """Return pairs of a chosen text and a failed attempt, up to `pairs_per_question` a question."""
+    """Return up to `pairs_per_question` pairs of each group: a chosen text and a failed attempt."""
     prompter = trainer.prompter
     pairs = []
     for group in groups:
@@ -214,7 +214,7 @@ def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanati
 
 
 def pair_texts(prompter: Prompter, problem: Problem, pair: Pair) -> dict[str, Any]:
-    """Return a pair as text: a data row of `--method dpo`."""
+    """Return a pair as text, in the format of data rows of `--method dpo`."""
     return {
         "prompt": problem.prompt,
         "answer": problem.answer,
@@ -226,7 +226,10 @@ def pair_texts(prompter: Prompter, problem: Problem, pair: Pair) -> dict[str, An
 def with_reference_logprobs(
     trainer: Trainer, pairs: Sequence[Pair], policy_step: int
 ) -> list[Pair]:
-    """Return the pairs with the reference's log-probs. The initial policy is its own reference."""
+    """Return the pairs with the reference's log-probs.
+
+    The trained model itself is the reference at step 0 and with `refresh_reference`.
+    """
     config = trainer.config
     if not PREFERENCE_OBJECTIVES[config.preference].needs_reference or not pairs:
         return list(pairs)
@@ -270,7 +273,7 @@ def diagnose(trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem])
 def diagnosed_questions(
     pairs: Sequence[Pair], by_id: dict[str, Problem], config: Train
 ) -> list[DiagnosedQuestion]:
-    """Return each question with its chosen explanation, if it has one, and rejected attempts."""
+    """Return each question with its rejected attempts and, if it has one, its explanation."""
     if config.spec.chosen_source == "data":
         return []
     by_question: dict[str, list[Pair]] = {}
@@ -287,16 +290,16 @@ def diagnosed_questions(
 
 @dataclass(frozen=True)
 class PreferenceLossConfig:
-    """What the preference loss needs to know of a run."""
+    """Options of the preference loss."""
 
     objective: PreferenceObjective
     beta: float
-    """Rewards are beta times log-ratios."""
+    """Implicit rewards are beta times log-ratios."""
     averages_tokens: bool = False
-    """Rewards are beta times the mean log-ratio of a token."""
+    """Whether implicit rewards use the mean log-ratio per token, and not the sum."""
     temperature: float = 1.0
     max_tokens: int = 4096
-    """Tokens in one forward and backward pass at most. It does not change the result."""
+    """Most tokens in one forward and backward pass. It does not change the result."""
 
     @classmethod
     def of(cls, config: Train) -> "PreferenceLossConfig":
@@ -312,13 +315,13 @@ class PreferenceLossConfig:
 
 @dataclass(frozen=True)
 class PreferenceResult:
-    """The loss of P pairs, and what their metrics are made of. Columns: chosen, rejected."""
+    """The loss of P pairs and the tensors of its metrics. Columns: chosen, rejected."""
 
     loss: float | None
-    """None: there was no pair."""
+    """None if there is no pair."""
     logp: Tensor  # (P, 2) summed over a sequence, in nats
     lengths: Tensor  # (P, 2) tokens
-    rewards: Tensor  # (P, 2)
+    rewards: Tensor  # (P, 2) implicit rewards
 
 
 def preference_backward(
@@ -330,7 +333,7 @@ def preference_backward(
     losses = []
     pair_logps = []  # (P, 2) of each pack
     lengths = []  # (2P,)
-    members = []  # (2P,) places of the pack's samples
+    members = []  # (2P,) indices of the packs' samples
     for pack, hidden in forward(model, samples, config.max_tokens, together=2):
         n_pairs = len(pack.members) // 2
         weight = torch.full((n_pairs,), 1 / len(pairs), device=model.device)
@@ -352,7 +355,7 @@ def preference_backward(
     if not losses:
         none = torch.empty(0, 2)
         return PreferenceResult(loss=None, logp=none, lengths=none, rewards=none)
-    # Read from the device once, when all packs are under way.
+    # Copy to the CPU once, after the work of all packs is queued.
     logp = torch.cat(pair_logps).cpu()
     n_tokens = torch.tensor(lengths).view(-1, 2)
     log_ratio = logp - ref_logp[members].view(-1, 2)
@@ -375,7 +378,7 @@ def pair_samples(pairs: Sequence[Pair]) -> list[Sample]:
 
 
 def pair_metrics(result: PreferenceResult) -> Metrics:
-    """Return means over the pairs, named as TRL's."""
+    """Return means over the pairs. Their names are TRL's."""
     chosen_rewards = result.rewards[:, 0]
     rejected_rewards = result.rewards[:, 1]
     margins = chosen_rewards - rejected_rewards
@@ -392,7 +395,10 @@ def pair_metrics(result: PreferenceResult) -> Metrics:
 
 
 def nll_metrics(result: PreferenceResult, config: Train) -> Metrics:
-    """Return the NLL of either side: the mean over its sequences of the mean over tokens, nats."""
+    """Return the NLL of the chosen and of the rejected texts, in nats.
+
+    Each is the mean over texts of the mean over a text's tokens.
+    """
     if config.spec.chosen_source == "data" or not len(result.logp):
         return {}
     chosen, rejected = (-(result.logp / result.lengths).mean(0)).tolist()
@@ -401,7 +407,7 @@ def nll_metrics(result: PreferenceResult, config: Train) -> Metrics:
 
 
 def provenance(trainer: Trainer) -> dict[str, Any]:
-    """Return what the pairs were made from, as JSON values."""
+    """Return JSON values that identify what the pairs are made from."""
     config = trainer.config
     names = (
         "temperature",
@@ -433,19 +439,22 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
 
 
 def check_pairs(trainer: Trainer, run_dir: Path, start: int) -> None:
-    """Raise ValueError where the run cannot continue from step `start` (from 0) in that folder."""
+    """Raise ValueError if the run cannot continue from step `start` (from 0) in `run_dir`."""
     store = PairStore(run_dir / "pairs", provenance(trainer))
     every = trainer.config.pairs_every
     inside_a_round = start % every if every else start
     if inside_a_round and not store.has(start if every else 0):
         raise ValueError(
-            f"{store.folder} does not hold the pairs of step {start + 1}, which were sampled "
-            "before it with other weights: resume the run in its own --output-dir"
+            f"{store.folder} does not hold the pairs of step {start + 1}, which the weights of an "
+            "earlier step sampled: resume the run in its own --output-dir"
         )
     store.check()
 
 
 def open_pair_store(trainer: Trainer, run_dir: Path, start: int) -> None:
-    """Give the trainer the run's pairs. Pairs of steps after `start` are sampled again."""
+    """Set the trainer's pair store.
+
+    Pairs that the weights of a step after `start` sampled are removed, and sampled again later.
+    """
     trainer.pair_store = PairStore(run_dir / "pairs", provenance(trainer))
     trainer.pair_store.begin(start)

@@ -1,8 +1,8 @@
-"""Filter of explanations: which texts with the right answer are unfit to learn from.
+"""Filter of explanations: rejects texts with the right answer that are unfit to train on.
 
 A fit text boxes the right answer once, at the end, and names no other answer. It does not mention a
 given answer, does not start from the answer, reaches the answer before it boxes it, and has no
-false equation. A new filter is a function here and one line in `is_unfit`.
+false equation. To add a rule, write a function and call it in `is_unfit`.
 """
 
 import re
@@ -18,7 +18,7 @@ from expo_fast.data.answer_grading import (
 from expo_fast.data.problems import Problem, last_question
 
 MASK = "?"  # replaces the answer, so that a lift comes from the reasoning
-OPENING_WORDS = 8  # an answer stated among the first words is copied, not derived
+OPENING_WORDS = 8  # an answer stated in the first 8 words is copied, not derived
 
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\\?\$")  # 1,200 and $12
@@ -39,7 +39,7 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _CLAIMS = re.compile(r"\banswer(?: is|:)", re.IGNORECASE)
-# The same with the words that lead to it: "\n3. So the final answer is 29".
+# _NAMED with the words before it: "\n3. So the final answer is 29".
 _CLAIMING = re.compile(
     r"[\s,;]*(?:(?<=\n)\d+\.\s*)?(?:\b(?:so|thus|therefore|hence|then),?\s+)?(?:\bthe\s+)?"
     rf"(?:\b(?:final|correct|right)\s+)?{_NAMED.pattern}",
@@ -61,7 +61,7 @@ _LEAK = re.compile(
 
 
 def is_unfit(text: str, problem: Problem) -> bool:
-    """Return whether a text with the right answer is no explanation to learn from."""
+    """Return whether a text with the right answer is unfit to train on."""
     answer = problem.answer
     return (
         leaks(text)
@@ -79,9 +79,10 @@ def leaks(text: str) -> bool:
 
 
 def states_answer_first(text: str, answer: str, question: str) -> bool:
-    """Return whether the answer is among the first words.
+    """Return whether the first words state the answer, or have a box.
 
-    There it may be the result of an equation, or a number of the question.
+    The result of an equation does not count. An answer that is also a number of the question counts
+    only after "answer is".
     """
     opening = " ".join(text.split()[:OPENING_WORDS])
     if "\\boxed" in opening:
@@ -95,8 +96,8 @@ def states_answer_first(text: str, answer: str, question: str) -> bool:
 def copies_answer(text: str, answer: str) -> bool:
     """Return whether the text boxes a number that its reasoning did not reach.
 
-    "The answer is 7" is a claim and reaches nothing. Answers that are not numbers are not judged:
-    they have many spellings.
+    "The answer is 7" is a claim, not reasoning. Answers that are not numbers are not judged,
+    because they have many spellings.
     """
     span = last_boxed_span(text)
     if span is None or _decimal(answer) is None:
@@ -106,7 +107,7 @@ def copies_answer(text: str, answer: str) -> bool:
 
 
 def names_another_answer(text: str, answer: str) -> bool:
-    """Return whether the text says "the answer is" of another number than the answer."""
+    """Return whether the text says "the answer is X" where X is another number than the answer."""
     if _decimal(answer) is None:
         return False
     return not all(stated(number, answer) for number in _NAMED.findall(text))
@@ -115,7 +116,7 @@ def names_another_answer(text: str, answer: str) -> bool:
 def repeats_answer(text: str) -> bool:
     """Return whether the text has a box, or "the answer is", more than once.
 
-    A model that learns from such texts does not learn to end.
+    A model trained on such texts does not learn to stop.
     """
     return text.count("\\boxed") > 1 or len(_CLAIMS.findall(text)) > 1
 
@@ -123,7 +124,7 @@ def repeats_answer(text: str) -> bool:
 def before_claim(text: str, answer: str) -> str:
     """Return the text before its first "the answer is ANSWER".
 
-    A sentence that is cut there and has no number is left out too.
+    The cut may leave part of a sentence. A part without a number is removed too.
     """
     claims = [match.start() for match in _CLAIMING.finditer(text) if stated(match[1], answer)]
     if not claims:
@@ -138,7 +139,8 @@ def before_claim(text: str, answer: str) -> str:
 def miscalculates(text: str) -> bool:
     """Return whether the text has a false equation of two plain numbers, such as 6 * 4 = 26.
 
-    Decimals may be rounded, 2 / 3 = 0.67. Longer expressions and negative results are not judged.
+    Decimals may be rounded: 2 / 3 = 0.67 is true. Longer expressions and negative results are not
+    judged.
     """
     plain = _GROUPING.sub("", text)
     return any(not _holds(*parts) for parts in _EQUATION.findall(plain))
@@ -172,7 +174,7 @@ def masked(text: str, answer: str) -> str:
 def stated(text: str, answer: str) -> list[tuple[int, int]]:
     """Return the spans of the text that state the answer.
 
-    A number is found in any spelling and with either sign, because "-" also means minus.
+    A number is found in any spelling and with either sign, because "-" is also the operator minus.
     """
     number = _decimal(answer)
     if number is None:

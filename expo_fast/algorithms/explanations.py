@@ -1,17 +1,17 @@
-"""Self-explanations (ExPO, arXiv:2507.02834): sampled with the answer shown, trained without it.
+"""Self-explanations (ExPO, arXiv:2507.02834): sampled with the answer shown, trained on without it.
 
 An explanation c ~ pi(. | q, a*) becomes a positive sample of the plain question q: its token ids
-are placed after q's own prompt and are never tokenised again. It is accepted only if it ends with
-the right answer by itself and `explanation_filter` finds no fault in its text. Of a question's
-accepted explanations, those are kept that rank highest, by default in likelihood under the plain
-question: the policy would hardly write a copied or wrongly reasoned one itself.
+are placed after q's own prompt and are never tokenised again. It is accepted only if it stops
+before the length limit, ends with the right answer, and passes `explanation_filter`. Of a
+question's accepted explanations, the best are kept. By default these are the likeliest under the
+plain question, because the policy is unlikely to write a copied or wrong derivation by itself.
 
-A round of explanations takes four calls, so that the algorithms show what is sampled and scored:
+The algorithms make four calls, between which they sample and compute log-probs themselves:
 
     requests = explanation_requests(questions, ...)           for the generator
-    round = accept_explanations(questions, completions, ...)
-    samples = ranking_samples(round, ...)                     for completion_logprobs
-    keep_best(round, logprobs, ...)
+    found = accept_explanations(questions, completions, ...)
+    samples = ranking_samples(found, ...)                     for completion_logprobs
+    keep_best(found, logprobs, ...)
 """
 
 import random
@@ -36,31 +36,31 @@ ByProblem = dict[str, list[TokenIds]]  # token ids of explanations by problem id
 
 @dataclass
 class Explanations:
-    """The outcome of explaining the questions of a batch."""
+    """The accepted explanations of a batch of questions, with counts."""
 
     accepted: ByProblem = field(default_factory=dict)
     n_questions: int = 0
     n_sampled: int = 0
     n_right: int = 0
-    """Explanations that end by themselves with the right boxed answer."""
+    """Explanations that stop before the length limit and box the right answer."""
     n_leaked: int = 0
-    """Those of the right ones that mention a given answer."""
+    """Right explanations that mention a given answer."""
     n_unfit: int = 0
-    """Those of the right ones that `is_unfit` rejects, the leaking ones included."""
+    """Right explanations that `is_unfit` rejects. They include those that mention the answer."""
 
     @property
     def rate(self) -> float | None:
-        """Share of the questions with an accepted explanation."""
+        """Fraction of the questions with an accepted explanation."""
         return len(self.accepted) / self.n_questions if self.n_questions else None
 
     @property
     def leak_rate(self) -> float | None:
-        """Share of the right explanations that mention a given answer."""
+        """Fraction of the right explanations that mention a given answer."""
         return self.n_leaked / self.n_right if self.n_right else None
 
     @property
     def unfit_rate(self) -> float | None:
-        """Share of the right explanations that were rejected for their content."""
+        """Fraction of the right explanations that `is_unfit` rejects."""
         return self.n_unfit / self.n_right if self.n_right else None
 
     def metrics(self) -> dict[str, float | None]:
@@ -80,9 +80,9 @@ class ExplanationCache:
     """Accepted explanations of earlier steps, for `explain_every` and the shuffled control."""
 
     fresh: dict[str, tuple[int, list[TokenIds]]] = field(default_factory=dict)
-    """(step that sampled them, explanations) by problem id."""
+    """By problem id: the step that sampled the explanations, and the explanations."""
     earlier: ByProblem = field(default_factory=dict)
-    """The last accepted explanations of each question. Filled for the shuffled control only."""
+    """The last accepted explanations of each question. Used only with `shuffle_explanations`."""
 
     def is_fresh(self, problem_id: str, step: int, explain_every: int) -> bool:
         """Return whether a question's explanations may be reused at `step`."""
@@ -92,7 +92,7 @@ class ExplanationCache:
         return explain_every == 0 or step - sampled_at < explain_every
 
     def update(self, accepted: ByProblem, step: int, explain_every: int) -> None:
-        """Add the explanations accepted at `step`, and drop those that are no longer fresh."""
+        """Add the explanations accepted at `step`, and remove those that are no longer fresh."""
         for problem_id, explanations in accepted.items():
             self.fresh[problem_id] = (step, explanations)
         for problem_id in list(self.fresh):
@@ -121,7 +121,7 @@ class ExplanationCache:
 def questions_to_sample(
     questions: Sequence[Problem], cache: ExplanationCache, config: Train, step: int
 ) -> list[Problem]:
-    """Return the questions that have no explanation in the cache that may be reused."""
+    """Return the questions without a reusable explanation in the cache."""
     every = config.explain_every
     return [question for question in questions if not cache.is_fresh(question.id, step, every)]
 
@@ -153,19 +153,20 @@ def accept_explanations(
     *,
     append_answer: bool,
 ) -> Explanations:
-    """Keep the explanations that may be trained on.
+    """Return the explanations that are fit to train on, with counts of the others.
 
     completions: an equal number for each question, in the order of `explanation_requests`.
-    append_answer: an explanation that reaches the answer and has no box gets it appended, in place
-    of "the answer is 7" where it says so. That is the a* of the paper's log pi(c, a* | q).
+    append_answer: append the boxed answer to an explanation that states the answer without a box.
+    The box replaces "the answer is 7" if the explanation says so. It is the a* of the paper's
+    log pi(c, a* | q).
     """
     per_question = len(completions) // len(questions) if questions else 0
-    asked = [question for question in questions for _ in range(per_question)]
+    explained = [question for question in questions for _ in range(per_question)]
     texts = [prompter.text(completion.token_ids) for completion in completions]
-    verdicts = verify([question.answer for question in asked], texts)
-    found = Explanations(n_questions=len(questions), n_sampled=len(asked))
+    verdicts = verify([question.answer for question in explained], texts)
+    found = Explanations(n_questions=len(questions), n_sampled=len(explained))
     for question, completion, text, verdict in zip(
-        asked, completions, texts, verdicts, strict=True
+        explained, completions, texts, verdicts, strict=True
     ):
         if completion.finish_reason != "stop":
             continue
@@ -196,10 +197,11 @@ def with_appended_answer(
 def ranking_samples(
     found: Explanations, questions: Sequence[Problem], prompter: Prompter, choose: str
 ) -> list[Sample]:
-    """Return one sample for each accepted explanation, whose log-probs rank it.
+    """Return a sample for each accepted explanation. The sample's log-probs rank the explanation.
 
-    choose: `likelihood`, the explanation under the plain question; `lift`, the answer after the
-    explanation, with the explanation's own statements of the answer masked; `first`, no sample.
+    choose: with `likelihood`, the sample is the explanation under the plain question. With `lift`,
+    it is the answer after the explanation, in which the answer is masked. With `first`, no sample
+    is needed and the list is empty.
     """
     if choose == "first":
         return []
@@ -217,9 +219,10 @@ def ranking_samples(
 
 
 def ranks_of(logprobs: Sequence[Tensor], choose: str) -> list[float]:
-    """Return the rank of each explanation, higher is better, from the log-probs of its sample.
+    """Return the value to rank each explanation by: higher is better.
 
-    `likelihood`: their mean over the explanation's tokens. `lift`: their sum over the answer's.
+    logprobs: of the tokens of `ranking_samples`, in nats.
+    choose: `likelihood` takes their mean over the explanation, `lift` their sum over the answer.
     """
     if choose == "likelihood":
         return [float(values.mean()) for values in logprobs]
@@ -229,12 +232,14 @@ def ranks_of(logprobs: Sequence[Tensor], choose: str) -> list[float]:
 def keep_best(
     found: Explanations, logprobs: Sequence[Tensor], *, choose: str, keep: int
 ) -> ByProblem:
-    """Return the `keep` best explanations of each question, best first; all of them for 0.
+    """Return the `keep` best explanations of each question, best first. keep=0 keeps all.
 
-    logprobs: of the tokens of `ranking_samples`. `first` keeps the order of sampling.
+    logprobs: of the tokens of `ranking_samples`, in nats.
+    choose: `first` keeps the order of sampling.
 
-    Of the accepted explanations of the default job's first steps a third had correct equations.
-    They ranked above the others by likelihood in 94% of the pairs (benchmarks/RESULTS.md).
+    In the first steps of the default job, a third of the accepted explanations had correct
+    equations. By likelihood, one of these ranked above one of the others in 94% of comparisons
+    (benchmarks/RESULTS.md).
     """
     ranks = ranks_of(logprobs, choose)
     kept: ByProblem = {}
@@ -260,7 +265,7 @@ def select_explanations(
 ) -> Explanations:
     """Return the explanations of all questions: those just sampled, and those in the cache.
 
-    With `shuffle_explanations` each question gets another one's.
+    With `shuffle_explanations`, each question gets the explanations of another question.
     """
     cache.update(best, step, config.explain_every)
     accepted: ByProblem = {}
@@ -277,31 +282,32 @@ def select_explanations(
 
 
 def shuffled(accepted: ByProblem, earlier: Mapping[str, list[TokenIds]], seed: int) -> ByProblem:
-    """Return each question with another question's explanations.
+    """Return, for each question, the explanations of another question.
 
-    This is the control for text that only looks right. The explanations of this step change places.
-    A single one gets explanations accepted earlier, if there are any.
+    This is the control for text that only looks right. The questions of the step exchange their
+    explanations. A step with a single explained question uses those of a question of an earlier
+    step, if there is one.
     """
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     problem_ids = sorted(accepted)
     if len(problem_ids) > 1:
-        order = draw.sample(problem_ids, len(problem_ids))
+        order = rng.sample(problem_ids, len(problem_ids))
         others = order[1:] + order[:1]
         return {mine: accepted[other] for mine, other in zip(order, others, strict=True)}
     others = [problem_id for problem_id in sorted(earlier) if problem_id not in accepted]
-    return {mine: earlier[draw.choice(others)] for mine in problem_ids if others}
+    return {mine: earlier[rng.choice(others)] for mine in problem_ids if others}
 
 
 def answer_after(
     problem: Problem, completion_ids: Sequence[int], prompter: Prompter, *, mask: bool
 ) -> Sample:
-    """Return the right answer, in a box after a chain of thought, as a sample to score.
+    """Return a sample whose log-probs are those of the right answer, boxed after a completion.
 
-    The prompt is the plain question and the chain up to its last box. mask: each statement of the
-    answer in the chain is replaced.
+    The prompt is the plain question and the completion up to its last box.
+    mask: replace each statement of the answer in the completion.
     """
     tokenizer = prompter.tokenizer
-    special = set(tokenizer.all_special_ids)  # which transformers makes anew at each access
+    special = set(tokenizer.all_special_ids)  # transformers rebuilds this list at each access
     ids = [token for token in completion_ids if token not in special]
     span = last_boxed_span(tokenizer.decode(ids))
     while span is not None and ids and len(tokenizer.decode(ids)) > span[0]:

@@ -7,9 +7,9 @@ N = P G attempts at the P plain questions have the advantages A_i = (R_i - mean 
 G attempts of a question. r_it = pi / pi_old is the ratio of a token. c_qk are the K_q accepted
 explanations of question q: they have no advantage, ratio, clip or KL.
 
-`--method expert-grpo` puts the data's solutions in the place of explanations, `grpo` has no SFT
-term, and `star` has nothing else. Every normaliser is a weight of a row that is fixed before the
-first backward pass, so the packing of the samples does not change the result.
+`--method expert-grpo` uses the data's solutions in place of explanations. `grpo` has no SFT term,
+and `star` has only the SFT term. All normalisers are part of the row weights, which are fixed
+before the first backward pass, so the packing of the samples does not change the result.
 """
 
 import math
@@ -65,7 +65,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     """Run one step: sample, judge, explain, and update the weights `updates_per_batch` times."""
     config = trainer.config
 
-    # Sample G attempts at each question, judge them, and compare those of a question.
+    # Sample G attempts at each question, judge them, and compute advantages within each group.
     sampled = sample_groups(trainer, step, phases)
     sampled = with_advantages(sampled, config)
     groups = groups_to_learn_from(sampled, config)
@@ -80,14 +80,14 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     with phases.phase("diagnose"):
         diagnosed = diagnose(trainer, groups, positives)
 
-    # Each update learns from its own share of the questions.
-    shares = split_evenly(groups, config.updates_per_batch)
+    # Each update trains on its own mini-batch of the questions.
+    mini_batches = split_evenly(groups, config.updates_per_batch)
     with phases.phase("forward_backward"):
-        attempts = attempts_of_updates(trainer, shares)
+        attempts = attempts_of_updates(trainer, mini_batches)
     updates = []
-    for i, share in enumerate(shares):
+    for i, mini_batch in enumerate(mini_batches):
         update = step * config.updates_per_batch + i
-        metrics = update_weights(trainer, share, attempts[i], positives, update, phases)
+        metrics = update_weights(trainer, mini_batch, attempts[i], positives, update, phases)
         updates.append(metrics)
 
     explained = positives if config.explains else Explanations()
@@ -121,6 +121,7 @@ def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
 def sample_and_judge(
     trainer: Trainer, questions: Sequence[Problem], step: int, phases: Phases
 ) -> list[Group]:
+    """Sample G attempts at each question and judge them."""
     config = trainer.config
     with phases.phase("generate"):
         requests = attempt_requests(questions, trainer.prompter, config, step)
@@ -151,7 +152,10 @@ def with_advantages(groups: Sequence[Group], config: Train) -> list[Group]:
 
 
 def groups_to_learn_from(groups: Sequence[Group], config: Train) -> list[Group]:
-    """Return `prompts_per_step` groups; dynamic sampling takes those with unequal rewards."""
+    """Return the groups to train on, at most `prompts_per_step`.
+
+    Dynamic sampling keeps only groups with unequal rewards, if there are any.
+    """
     chosen = list(groups)
     if config.dynamic_sampling:
         chosen = [group for group in groups if group.has_unequal_rewards] or chosen
@@ -159,7 +163,10 @@ def groups_to_learn_from(groups: Sequence[Group], config: Train) -> list[Group]:
 
 
 def questions_with_sft_term(groups: Sequence[Group], config: Train) -> list[Problem]:
-    """Return the questions of which at most `exp_sft_max_accuracy` of the attempts are right."""
+    """Return the questions whose accuracy is at most `exp_sft_max_accuracy`.
+
+    A limit of 1 keeps all questions, also those without a judged attempt.
+    """
     limit = config.exp_sft_max_accuracy
     questions = []
     for group in groups:
@@ -195,7 +202,7 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
 
 
 def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Explanations:
-    """Return the data's solutions in the place of explanations, where the method uses them."""
+    """Return the data's solutions in place of explanations, if the method trains on them."""
     config = trainer.config
     if config.spec.sft_source != "solutions" or config.exp_sft_coef == 0:
         return Explanations()
@@ -222,16 +229,18 @@ def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Explanations)
     return diagnostic_metrics(questions, samples, logprobs)
 
 
-def attempts_of_updates(trainer: Trainer, shares: Sequence[Sequence[Group]]) -> list[list[Sample]]:
+def attempts_of_updates(
+    trainer: Trainer, mini_batches: Sequence[Sequence[Group]]
+) -> list[list[Sample]]:
     """Return the samples of the policy term of each update.
 
-    Updates after the first need the log-probs under the policy that sampled. The trainer computes
-    them, in the same packs: in bf16 the generator's differ by more than GSPO's clip range.
+    Updates after the first need log-probs under the policy that sampled. They are recomputed in the
+    packs of the update: in bf16 the generator's log-probs differ by more than GSPO's clip range.
     """
     config = trainer.config
     if not config.spec.policy_term:
-        return [[] for _ in shares]
-    first, *later = [policy_samples(share, config) for share in shares]
+        return [[] for _ in mini_batches]
+    first, *later = [policy_samples(mini_batch, config) for mini_batch in mini_batches]
     attempts = [first]
     for samples in later:
         old = completion_logprobs(
@@ -249,8 +258,8 @@ def attempts_of_updates(trainer: Trainer, shares: Sequence[Sequence[Group]]) -> 
 def policy_samples(groups: Sequence[Group], config: Train) -> list[Sample]:
     """Return the attempts with the normaliser of `config.loss` as the weight of each token.
 
-    grpo: 1/(N T_i); dapo: 1/T; dr-grpo: 1/(N L_max). N attempts and T tokens do not count those
-    without a reward. An attempt that cannot have a gradient is left out of the samples, not of N.
+    grpo: 1/(N T_i); dapo: 1/T; dr-grpo: 1/(N L_max). N and T count the attempts with a reward and
+    their tokens. An attempt that cannot have a gradient is not returned, but N and T include it.
     """
     judged = []
     for group in groups:
@@ -289,13 +298,13 @@ def update_weights(
     update: int,
     phases: Phases,
 ) -> Metrics:
-    """Run forward and backward passes on a share of the batch, then one optimizer step.
+    """Run forward and backward passes on a mini-batch, then one optimizer step.
 
     update: number of the update in the run, from 0.
     """
     config = trainer.config
     model = trainer.model
-    grad_sums = trainer.optimizer.grad_sums  # what each loss.backward() adds its gradients to
+    grad_sums = trainer.optimizer.grad_sums  # each loss.backward() adds its gradients to them
     coef = exp_sft_coef(config, update // config.updates_per_batch)
     with phases.phase("forward_backward"):
         attempts = with_reference_logprobs(trainer, attempts)
@@ -332,14 +341,14 @@ def update_weights(
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """What the policy loss needs to know of a run."""
+    """Options of the policy loss."""
 
     objective: PolicyObjective
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     temperature: float = 1.0
     max_tokens: int = 4096
-    """Tokens in one forward and backward pass at most. It does not change the result."""
+    """Most tokens in one forward and backward pass. It does not change the result."""
 
     @classmethod
     def of(cls, config: Train) -> "PolicyLossConfig":
@@ -354,7 +363,7 @@ class PolicyLossConfig:
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """The policy loss and its statistics: sums over the packs, or means over rows."""
+    """The policy loss, its mean KL in nats, and the fractions of rows clipped below and above."""
 
     loss: float = 0.0
     kl: float = 0.0
@@ -387,16 +396,16 @@ def policy_backward(
             complete=pack.weighted and pack.has_targets_below(len(model.head_weight)),
         )
         result.loss.backward()
-        share = len(pack.rows) / n_rows
+        fraction = len(pack.rows) / n_rows
         kl = result.kl * pack.row_weight.sum() / total_weight
         sums.append(
             torch.stack(
-                [result.loss.detach(), kl, result.clip_low * share, result.clip_high * share]
+                [result.loss.detach(), kl, result.clip_low * fraction, result.clip_high * fraction]
             )
         )
     if not sums:
         return PolicyResult()
-    # Read from the device once, when all packs are under way.
+    # Copy to the CPU once, after the work of all packs is queued.
     return PolicyResult(*torch.stack(sums).double().sum(0).tolist())
 
 
@@ -416,7 +425,7 @@ def with_reference_logprobs(trainer: Trainer, samples: Sequence[Sample]) -> list
 
 
 def exp_sft_coef(config: Train, step: int) -> float:
-    """Return the coefficient of the SFT term at step `step` (from 0): constant, or falling to 0."""
+    """Return the coefficient of the SFT term at step `step` (from 0)."""
     progress = min(1.0, step / config.steps)
     remaining = {
         "constant": 1.0,
@@ -427,17 +436,17 @@ def exp_sft_coef(config: Train, step: int) -> float:
 
 
 def split_evenly(groups: Sequence[Group], n: int) -> list[list[Group]]:
-    """Split into n shares whose sizes differ by one at most. Empty shares are left out."""
-    shares = []
+    """Split into n mini-batches whose sizes differ by at most one. Empty ones are left out."""
+    mini_batches = []
     for i in range(n):
-        share = groups[i * len(groups) // n : (i + 1) * len(groups) // n]
-        if share:
-            shares.append(list(share))
-    return shares
+        mini_batch = groups[i * len(groups) // n : (i + 1) * len(groups) // n]
+        if mini_batch:
+            mini_batches.append(list(mini_batch))
+    return mini_batches
 
 
 def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Return the mean of each metric over the updates of a step, missing values left out."""
+    """Return the mean of each metric over the updates of a step. None values are left out."""
     means: Metrics = {}
     for name in updates[0]:
         values = [update[name] for update in updates]

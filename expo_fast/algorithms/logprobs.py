@@ -17,11 +17,11 @@ def completion_logprobs(
 ) -> list[Tensor]:
     """Return the log-probs of each sample's completion tokens under the model.
 
-    max_tokens: tokens in one forward pass at most. It does not change the result.
-    Returns one fp32 tensor of shape (len(completion_ids),) a sample, in nats, on the CPU.
+    max_tokens: most tokens in one forward pass. It does not change the result.
+    Each sample gets an fp32 tensor of shape (len(completion_ids),), in nats, on the CPU.
     """
     logprobs: list[Tensor] = [torch.empty(0)] * len(samples)
-    scored = []
+    results = []
     for pack, hidden in forward(model, samples, max_tokens):
         result = linear_logprob(
             hidden,
@@ -30,9 +30,9 @@ def completion_logprobs(
             temperature=temperature,
             complete=pack.has_targets_below(len(model.head_weight)),
         )
-        scored.append((pack, result.logp))
-    # One copy to the CPU a pack, not one a sample, when all packs are under way.
-    for pack, logp in scored:
+        results.append((pack, result.logp))
+    # Copy to the CPU once per pack, not per sample, after the work of all packs is queued.
+    for pack, logp in results:
         for i, values in pack.split(logp.cpu()):
             logprobs[i] = values
     return logprobs
@@ -48,7 +48,7 @@ def reference_logprobs(
 ) -> list[Tensor]:
     """Return `completion_logprobs` under the initial policy.
 
-    reference: the frozen copy of it. None: the model's LoRA adapter is taken off meanwhile.
+    reference: its frozen copy. None: the model with its LoRA adapter switched off.
     """
     if reference is not None:
         return completion_logprobs(

@@ -1,10 +1,11 @@
-"""Preference pairs: which texts are compared, and their record on disk.
+"""Preference pairs: how texts are paired, and the files that store the pairs.
 
     RUN/pairs/provenance.json   what the pairs were made from; another run's pairs are refused
-    RUN/pairs/step-N.jsonl      the pairs of step N, also as text: data rows of --method dpo
-    RUN/pairs/step-N.json       metrics of their sampling; it exists once the pairs are complete
+    RUN/pairs/step-N.jsonl      the pairs of step N as token ids and as data rows of --method dpo
+    RUN/pairs/step-N.json       metrics of their sampling; written once the pairs are complete
 
-The pairs of a step are made once, with the reference's log-probs, and are read from here after.
+The pairs of a step are made once, with the reference's log-probs. Training reads them from the
+files.
 """
 
 import json
@@ -24,7 +25,7 @@ TokenIds = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of one prompt, the first preferred."""
+    """A chosen and a rejected completion of one prompt."""
 
     problem_id: str
     prompt_ids: TokenIds
@@ -41,20 +42,20 @@ def pair_up(
     rejected: Sequence[TokenIds],
     most: int,
 ) -> list[Pair]:
-    """Return up to `most` pairs. Each rejected text is in one pair.
+    """Return up to `most` pairs. No rejected text is in two pairs.
 
-    The chosen texts take turns, the best first.
+    chosen: best first. If they are fewer than the pairs, they are used again from the start.
     """
     if not chosen:
         return []
     prompt_ids = prompter.solve(problem)
     pairs = []
-    for better, worse in zip(cycle(chosen), rejected[:most], strict=False):
+    for chosen_ids, rejected_ids in zip(cycle(chosen), rejected[:most], strict=False):
         pair = Pair(
             problem_id=problem.id,
             prompt_ids=prompt_ids,
-            chosen_ids=tuple(better),
-            rejected_ids=tuple(worse),
+            chosen_ids=tuple(chosen_ids),
+            rejected_ids=tuple(rejected_ids),
         )
         pairs.append(pair)
     return pairs
@@ -62,15 +63,15 @@ def pair_up(
 
 @dataclass(frozen=True)
 class PairStore:
-    """The pairs of one run, by step (from 0)."""
+    """The files of a run's pairs, by step (from 0)."""
 
     folder: Path
     provenance: Mapping[str, Any]  # JSON values
 
     def check(self) -> None:
-        """Raise ValueError where the folder holds the pairs of another run.
+        """Raise ValueError if the folder holds the pairs of another run.
 
-        Pairs judged by another version of the grader are accepted with a warning.
+        Warn if another version of the grader judged the stored pairs.
         """
         record = self.folder / "provenance.json"
         found = _read_json(record) if record.exists() else self.provenance
@@ -78,10 +79,10 @@ class PairStore:
             if found.get(name) == value:
                 continue
             if name == "grader":
-                # Any edit of the grader's source changes its hash. The stored pairs are kept.
+                # Any edit of the grader's source changes its hash, so this is not an error.
                 warnings.warn(
-                    f"{record} says grader={found.get(name)!r}, this run has {value!r}: its "
-                    "earlier pairs were judged by another version of the grader",
+                    f"{record} says grader={found.get(name)!r}, this run has {value!r}: another "
+                    "version of the grader judged the stored pairs",
                     stacklevel=2,
                 )
             else:
@@ -93,7 +94,8 @@ class PairStore:
     def begin(self, start: int) -> None:
         """Prepare the folder for a run that continues at step `start`.
 
-        Pairs that were sampled by later weights are removed: the run samples them again.
+        Pairs sampled by the weights of a step after `start` are removed. The run samples them
+        again.
         """
         self.check()
         self.folder.mkdir(exist_ok=True)
@@ -107,7 +109,7 @@ class PairStore:
         return self._metrics_file(step).exists()
 
     def count(self) -> int:
-        """Return the number of steps that have pairs, from the first one without a gap."""
+        """Return the number of consecutive steps, from step 0, that have pairs."""
         return next(step for step in count() if not self.has(step))
 
     def write(
@@ -119,19 +121,19 @@ class PairStore:
     ) -> None:
         """Write the pairs of a step.
 
-        metrics: JSON values, `pairs/policy_step` among them.
-        texts: one row a pair, for readers.
+        metrics: JSON values, including `pairs/policy_step`.
+        texts: one data row per pair.
         """
         lines = []
         for pair, text in zip(pairs, texts, strict=True):
             row = {**asdict(pair), **text}
             lines.append(json.dumps(row).encode() + b"\n")
         replace_file(self._pairs_file(step), b"".join(lines))
-        # Last: its presence says that the pairs are complete.
+        # Written last: its presence marks the pairs as complete.
         replace_file(self._metrics_file(step), json.dumps(metrics).encode() + b"\n")
 
     def read(self, step: int) -> tuple[dict[str, Any], list[Pair]]:
-        """Return the metrics and pairs that `write` was given."""
+        """Return the metrics and pairs that `write` stored."""
         pairs = []
         for row in _read_json_lines(self._pairs_file(step)):
             pair = Pair(

@@ -1,7 +1,7 @@
 """Saving and resuming a training run: its directory, identity and checkpoints.
 
-A resumed run equals one that was never stopped, bit for bit on a CPU. A run directory belongs to
-one configuration: only the options in `config.ADJUSTABLE` may differ on a resume.
+On a CPU, a resumed run is bit-identical to one that was never stopped. A run directory belongs to
+one configuration: only the options in `config.ADJUSTABLE` may change on a resume.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from expo_fast.weights import find_model, load_weights_into, save_model, stored_
 
 
 def check_run_dir(config: Train) -> None:
-    """Raise an error for a run directory that cannot be made, or that holds another run."""
+    """Raise ValueError or OSError if the run directory holds another run or cannot be made."""
     run_dir = config.run_dir
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not existing.is_dir():
@@ -35,7 +35,7 @@ def check_run_dir(config: Train) -> None:
 
 
 def check_same_run(config: Train, record: Path) -> None:
-    """Raise ValueError where the recorded configuration is another run's."""
+    """Raise ValueError if the configuration differs from the recorded one in a fixed option."""
     old = asdict(from_toml(Train, record))
     new = asdict(config)
     for name in old:
@@ -54,8 +54,8 @@ def names_checkpoint(config: Train) -> bool:
 def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
     """Restore the trainer from a checkpoint and return the checkpoint's path and step.
 
-    It is the checkpoint that --resume names, or the newest valid one. Returns (None, 0) where
-    there is none. No file is written.
+    The checkpoint is the one that --resume names, or else the newest valid one. Return (None, 0)
+    if there is none. No file is written.
     """
     loaded = None
     if config.resume == "auto":
@@ -79,19 +79,19 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
 
 
 def check_same_shape(config: Train, shape: Shape, path: Path) -> None:
-    """Raise ValueError where the checkpoint is of a model with another shape."""
+    """Raise ValueError if the checkpoint is of a model with another shape."""
     ours = asdict(shape)
     theirs = asdict(stored_shape(path))
     for name, value in ours.items():
         if theirs[name] != value:
             raise ValueError(
                 f"{path} is of a model with {name}={theirs[name]}, {config.model} has {value}: "
-                "a resume needs the --model that the checkpoint began with"
+                "a resume needs the --model of the original run"
             )
 
 
 def identity(trainer: Trainer) -> dict[str, str]:
-    """Return what a resumed run must have in common with the run that it continues."""
+    """Return the values that must be the same in a resumed run and in the original run."""
     return {
         "method": trainer.config.method,
         "initial weights": trainer.initial_weights_hash,
@@ -101,13 +101,13 @@ def identity(trainer: Trainer) -> dict[str, str]:
 
 
 def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunLog) -> None:
-    """Make the run directory the record of a run with `start` steps done."""
+    """Write the run's configuration, and cut the logs back to the first `start` steps."""
     run_dir = config.run_dir
     if resumed_from is not None:
         log.note(f"resumed from {resumed_from}")
         checkpoint.set_aside_after(run_dir, start)
     elif (run_dir / "metrics.jsonl").exists():
-        log.note("no complete checkpoint to resume from: the run starts again")
+        log.note("no complete checkpoint to resume from: the run starts again at step 0")
     record = run_dir / "config.toml"
     text = dump_toml(config).encode()
     if not record.exists() or record.read_bytes() != text:
@@ -115,7 +115,7 @@ def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunL
     log.truncate_to(start or -1)  # a run that starts again evaluates step 0 again
     if start >= config.steps:
         log.note(
-            f"step {start} is done already: there is nothing to do up to --steps {config.steps}"
+            f"step {start} is already done: there is nothing to do up to --steps {config.steps}"
         )
 
 
@@ -134,7 +134,7 @@ def save_checkpoint(trainer: Trainer, step: int) -> None:
 
 
 def model_writer(trainer: Trainer) -> Callable[[Path], None]:
-    """Return the function that writes the model, or its adapter, into a folder."""
+    """Return a function that writes the model, or with LoRA its adapter, into a folder."""
     model = trainer.model
     tokenizer = trainer.prompter.tokenizer
     if trainer.config.lora_rank:

@@ -1,8 +1,8 @@
-"""Attempts at the plain questions: requests for the generator, judged groups, their metrics.
+"""Attempts at the plain questions: requests for the generator, judged groups, and metrics.
 
-A question costs `config.group_size` attempts and, where the method explains,
-`explanations_per_question` explanations. `generation_budget` makes that sum the same for all
-methods.
+In a step, a question gets `config.group_size` attempts and, if the method explains,
+`explanations_per_question` explanations. `generation_budget` sets the sum of both, so that methods
+can be compared at equal cost.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from expo_fast.generate import Completion, Request
 from expo_fast.reward import Reward
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
-"""(answers, texts) -> 1.0 right, 0.0 wrong, None undecided."""
+"""(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Group:
     completions: list[Completion]
     texts: list[str]
     rewards: list[float | None]
-    """None: the attempt could not be judged, or is left out of the loss as truncated."""
+    """None: the attempt could not be judged, or `is_masked` leaves it out of the loss."""
     advantages: list[float] = field(default_factory=list)
-    """One an attempt, once GRPO has computed them; 0 where there is no reward."""
+    """One per attempt, 0 for an attempt without a reward. Empty until GRPO computes them."""
     right_above: float = 0.0
-    """A higher reward means a right answer."""
+    """An attempt with a higher reward is right."""
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the judged attempts that are right. None: none was judged."""
+        """Fraction of the judged attempts that are right. None if no attempt was judged."""
         return mean([reward > self.right_above for reward in self.rewards if reward is not None])
 
     @property
@@ -47,7 +47,7 @@ class Group:
 
     @property
     def has_unequal_rewards(self) -> bool:
-        """Whether the rewards differ, before the soft overlong punishment."""
+        """Whether the rewards differ before the soft overlong punishment."""
         return len({reward for reward in self.rewards if reward is not None}) > 1
 
     @property
@@ -64,8 +64,11 @@ class Group:
     @property
     def judged(self) -> list[Completion]:
         """The attempts that have a reward and at least one token."""
-        pairs = zip(self.completions, self.rewards, strict=True)
-        return [done for done, reward in pairs if reward is not None and done.token_ids]
+        kept = []
+        for completion, reward in zip(self.completions, self.rewards, strict=True):
+            if reward is not None and completion.token_ids:
+                kept.append(completion)
+        return kept
 
 
 def make_request(
@@ -78,7 +81,8 @@ def make_request(
 ) -> Request:
     """Return a request with the run's sampling options.
 
-    seed_key: what names the request within the run; it and the run's seed determine its randomness.
+    seed_key: identifies the request within the run. The request's seed is a hash of it and of the
+    run's seed.
     """
     return Request(
         prompt_ids,
@@ -95,7 +99,7 @@ def make_request(
 def attempt_requests(
     questions: Sequence[Problem], prompter: Prompter, config: Train, step: int
 ) -> list[Request]:
-    """Return G requests for each question, those of a question next to one another."""
+    """Return G requests for each question, in the order of the questions."""
     requests = []
     for question in questions:
         prompt_ids = prompter.solve(question)
@@ -118,14 +122,14 @@ def judge_attempts(
     reward: Reward,
     config: Train,
 ) -> list[Group]:
-    """Return each question's group: its attempts and their rewards.
+    """Return the group of each question, with its attempts and their rewards.
 
     completions: in the order of `attempt_requests`.
     """
     size = config.group_size
     texts = [prompter.text(completion.token_ids) for completion in completions]
-    asked = [question for question in questions for _ in range(size)]
-    rewards = reward(asked, texts, completions)
+    attempted = [question for question in questions for _ in range(size)]
+    rewards = reward(attempted, texts, completions)
     rewards = [
         None if is_masked(completion, config) else reward
         for completion, reward in zip(completions, rewards, strict=True)
@@ -146,7 +150,7 @@ def judge_attempts(
 
 
 def is_masked(completion: Completion, config: Train) -> bool:
-    """Return whether a completion is left out of loss, normalisers and group statistics."""
+    """Return whether the loss, its normalisers and the group statistics leave a completion out."""
     if completion.finish_reason == "error":
         return True
     return config.mask_truncated and completion.finish_reason == "length"
@@ -155,7 +159,7 @@ def is_masked(completion: Completion, config: Train) -> bool:
 def overlong_punishment(completion: Completion, config: Train) -> float:
     """Return DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13).
 
-    It rises from 0 where the buffer before the length limit begins to 1 at the limit.
+    It rises linearly over the last `overlong_buffer` tokens before the length limit, from 0 to 1.
     """
     if not config.overlong_buffer:
         return 0.0
@@ -164,7 +168,7 @@ def overlong_punishment(completion: Completion, config: Train) -> float:
 
 
 def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
-    """Return metrics of the attempts. Names are TRL's where the quantity is the same."""
+    """Return metrics of the attempts. A quantity that TRL logs has TRL's name."""
     completions = [completion for group in groups for completion in group.completions]
     reward_means = []
     reward_stds = []
@@ -199,9 +203,10 @@ def completion_rows(
     prompter: Prompter,
     kind: str,
 ) -> list[dict[str, Any]]:
-    """Return the rows of completions/step-N.jsonl: attempts and, as `kind`, positive samples.
+    """Return the rows of completions/step-N.jsonl for attempts and positive samples.
 
     positives: token ids by problem id.
+    kind: `kind` of the rows of positive samples.
     """
     rows = []
     for group in groups:
@@ -232,5 +237,5 @@ def completion_row(
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Return the mean, or None where there is no value."""
+    """Return the mean, or None if there is no value."""
     return sum(values) / len(values) if values else None

@@ -2,9 +2,9 @@
 
     loss = -coef / P sum_q 1 / K_q sum_k mean_t log pi(c_qk,t | q)
 
-P is the number of questions and c_qk are the K_q texts of question q. `--method sft` trains on the
-data's own texts with coef = 1; GRPO adds the same loss on explanations or expert solutions
-(ExP-SFT, arXiv:2507.02834, section 4.2).
+P is the number of questions, and c_qk are the K_q texts of question q. `--method sft` trains on the
+data's own texts with coef = 1. `grpo.py` adds the same loss on explanations or on the data's
+solutions (ExP-SFT, arXiv:2507.02834, section 4.2).
 """
 
 from collections.abc import Sequence
@@ -31,13 +31,15 @@ from expo_fast.reporting.timing import Phases
 
 @dataclass(frozen=True)
 class SftResult:
+    """The SFT loss and the NLL of its samples."""
+
     loss: float
     nll: float
-    """Mean over the samples of the mean NLL of a completion's tokens, in nats."""
+    """In nats: the mean over the samples of the mean over a completion's tokens."""
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
-    """Train on the texts of one batch of questions. Nothing is sampled."""
+    """Run one step: train on the data's texts of one batch of questions, without sampling."""
     config = trainer.config
     prompter = trainer.prompter
     questions = questions_of_step(trainer.problems, step, config.prompts_per_step, config.seed)
@@ -77,8 +79,8 @@ def sft_samples(
     """Return the samples of the SFT loss.
 
     texts: each question with the token ids of its K_q texts.
-    n_questions: P, all questions of the batch, whether they have a text or not.
-    reduction: `token_mean`, or `seq_sum` for the sum over a text's tokens, as the paper prints it.
+    n_questions: P, including questions of the batch without a text.
+    reduction: `token_mean`, or `seq_sum` for the sum over a text's tokens, as printed in the paper.
     """
     samples = []
     for problem, completions in texts:
@@ -101,10 +103,10 @@ def sft_backward(
 ) -> SftResult:
     """Add the gradients of the SFT loss of the samples, pack by pack.
 
-    max_tokens: tokens in one forward and backward pass at most. It does not change the result.
+    max_tokens: most tokens in one forward and backward pass. It does not change the result.
     """
     losses: list[Tensor] = []
-    learnt: list[tuple[Pack, Tensor]] = []
+    logps: list[tuple[Pack, Tensor]] = []
     for pack, hidden in forward(model, samples, max_tokens):
         result = linear_policy_loss(
             hidden,
@@ -118,13 +120,13 @@ def sft_backward(
         )
         result.loss.backward()
         losses.append(result.loss.detach())
-        learnt.append((pack, result.logp))
+        logps.append((pack, result.logp))
     if not losses:
         return SftResult(loss=0.0, nll=0.0)
-    # Read from the device when all packs are under way.
+    # Copy to the CPU after the work of all packs is queued.
     on_cpu = torch.stack(losses).cpu()
     nlls = []
-    for pack, logp in learnt:
+    for pack, logp in logps:
         mean_logps = [values.mean() for _, values in pack.split(logp.cpu())]
         nlls.append(-torch.stack(mean_logps).sum() / len(samples))
     loss, nll = torch.stack([on_cpu, torch.stack(nlls)], 1).double().sum(0).tolist()

@@ -1,8 +1,8 @@
 """The state of a training run, and the parts of a step that all algorithms share.
 
-`Trainer` holds what a run consists of. It has no loop: `grpo.run_step`, `dpo.run_step` and
-`sft.run_step` take a trainer and the number of a step. What an exact resume needs of it is
-`Trainer.state()`.
+`Trainer` holds the parts of a run and has no loop: `grpo.run_step`, `dpo.run_step` and
+`sft.run_step` take a trainer and the number of a step. `Trainer.state` returns what an exact resume
+needs beside the weights.
 """
 
 import hashlib
@@ -36,21 +36,21 @@ StepResult = tuple[Metrics, TextRows]
 
 @dataclass
 class Trainer:
-    """What a training run consists of."""
+    """The model, data, generator, optimizer and counters of a training run."""
 
     config: Train
     model: Decoder
     reference: Decoder | None
-    """A frozen copy of the initial model. None: the run needs none, or takes the adapter off."""
+    """Frozen copy of the initial model. None: the run needs none, or switches its adapter off."""
     prompter: Prompter
     problems: Sequence[Problem]
     reward: Reward
     verify: Verifier
-    """Verifier of explanations; the reward may be another."""
+    """Verifier of explanations. The reward may be based on another verifier."""
     generator: Generator
     optimizer: Optimizer
     merged_copy: MergedCopy | None
-    """With LoRA: plain weights to sample from, refreshed after each update."""
+    """With LoRA, the merged weights to sample from, refreshed after each update."""
     initial_weights_hash: str
     pair_store: PairStore | None = None
     """The pairs of a DPO run."""
@@ -60,7 +60,7 @@ class Trainer:
     data_tokens: int = 0
     """Tokens of the data's own texts that were trained on so far."""
     broken_steps: int = 0
-    """Steps in a row up to now without finite logits or without an update."""
+    """Consecutive steps, up to the last one, without finite logits or without an update."""
 
     def count_tokens(self, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
         """Add the tokens of requests and their completions to `sampled_tokens`."""
@@ -99,7 +99,7 @@ def make_trainer(
     reward: Reward,
     verify: Verifier,
 ) -> Trainer:
-    """Return a trainer with the generator and optimizer that the configuration asks for."""
+    """Return a trainer with a generator and an optimizer made from the configuration."""
     initial_weights_hash = weights_hash(model)
     merged = merged_copy(model) if is_attached(model) else None
     model.exact = exact_hidden(model) if config.batch_invariant else None
@@ -148,8 +148,8 @@ def questions_of_step(
 ) -> list[Problem]:
     """Return the `size` questions of step `step` (from 0).
 
-    Each epoch is a permutation that (seed, epoch) determines. An epoch leaves out the questions
-    that do not fill a batch, so that no question is in a batch twice.
+    Each epoch is a permutation determined by (seed, epoch). The questions at its end that do not
+    fill a batch are left out, so that no batch contains a question twice.
     """
     steps_per_epoch = len(problems) // size
     epoch, place = divmod(step, steps_per_epoch)

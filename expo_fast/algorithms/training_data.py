@@ -14,18 +14,20 @@ REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids"}  # given to a re
 
 @dataclass(frozen=True)
 class TrainingData:
+    """The problems, worked examples and held-out problems of a run."""
+
     problems: list[Problem]
     shots: tuple[Problem, ...]
     """Worked examples, none of which is among the problems."""
     held_out: list[Problem]
-    """Problems of the evaluations; empty where the run has none."""
+    """Problems of the evaluations; empty if the run has no evaluations."""
 
 
 def load_training_data(config: Train) -> TrainingData:
     """Load the problems of a run.
 
-    Raises ValueError where they do not fit the configuration, and warns where training and
-    evaluation data overlap.
+    Raise ValueError if they do not fit the configuration. Warn if training and evaluation data
+    overlap.
     """
     problems = load_problems(config.train_data, levels=config.levels)
     shots_source = problems
@@ -40,29 +42,32 @@ def load_training_data(config: Train) -> TrainingData:
         check_answers(config.eval_data, held_out)
     if len(problems) < config.prompts_per_step:
         raise ValueError(
-            f"{config.train_data} has {len(problems)} problems after {config.shots} worked "
-            f"examples, a step takes prompts_per_step={config.prompts_per_step}"
+            f"{config.train_data} has {len(problems)} problems beside {config.shots} worked "
+            f"examples: need at least prompts_per_step={config.prompts_per_step}"
         )
     check_columns(config, problems)
     both = overlap([*shots, *problems], held_out)
     if both:
         warnings.warn(
             f"{len(both)} problems of {config.eval_data} are also in {config.train_data}, "
-            f"the first is {both[0].id}: its accuracy is not a held-out one",
+            f"the first is {both[0].id}: the evaluation is not held out",
             stacklevel=2,
         )
     return TrainingData(problems, shots, held_out)
 
 
 def check_answers(source: str, problems: Sequence[Problem]) -> None:
-    """Raise ValueError where a problem has no answer to judge attempts by."""
+    """Raise ValueError if a problem has no answer to judge attempts by."""
     for problem in problems:
         if not problem.answer:
             raise ValueError(f"{source}: problem {problem.id} has no 'answer' to judge attempts by")
 
 
 def check_columns(config: Train, problems: Sequence[Problem]) -> None:
-    """Raise ValueError for problems that lack what the method trains on."""
+    """Raise ValueError if a problem lacks a column that the method needs.
+
+    Warn if the method trains on solutions that contradict their row's answer.
+    """
     spec = config.spec
     contradicting = []
     for problem in problems:
@@ -70,14 +75,14 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
             spec.sft_source == "data" and problem.pair is None
         )
         if trains_on_solution:
-            solution = expert_text(problem)  # raises ValueError where there is none
+            solution = expert_text(problem)  # raises ValueError if there is none
             if problem.answer and boxes_another_answer(solution, problem.answer):
                 contradicting.append(problem)
         if spec.chosen_source == "data" and problem.pair is None:
             raise ValueError(
                 f"problem {problem.id} has no 'chosen' and 'rejected' columns: "
-                f"--method {config.method} trains on them; expo-dpo and expert-dpo sample what "
-                "they compare"
+                f"--method {config.method} needs both; expo-dpo and expert-dpo make pairs from "
+                "attempts"
             )
         if spec.needs_answers and not problem.answer:
             raise ValueError(
@@ -89,8 +94,9 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
             check_reward_columns(config.train_data, problem)
     if contradicting:
         warnings.warn(
-            f"{len(contradicting)} solutions of {config.train_data} box another answer than their "
-            f"row's, the first is {contradicting[0].id}: they are trained on as they are",
+            f"{len(contradicting)} solutions of {config.train_data} box an answer that differs "
+            f"from their row's 'answer', the first is {contradicting[0].id}: the run trains on "
+            "them unchanged",
             stacklevel=2,
         )
 
@@ -104,8 +110,8 @@ def check_reward_columns(source: str, problem: Problem) -> None:
     taken = REWARD_ARGUMENTS.intersection(problem.columns)
     if taken:
         raise ValueError(
-            f"{source} has a column {min(taken)!r}, which a reward function gets from the "
-            "trainer: rename it"
+            f"{source} has a column {min(taken)!r}, but the trainer passes an argument of that "
+            "name to the reward function: rename the column"
         )
 
 
@@ -116,7 +122,7 @@ def check_lengths(
     held_out: Sequence[Problem],
     context: int,
 ) -> None:
-    """Raise ValueError, before any work, for a problem that does not fit the model's context."""
+    """Raise ValueError if a problem does not fit the model's context."""
     new = config.max_completion_length
     for problem in problems:
         prompt = prompter.explain(problem) if config.explains else prompter.solve(problem)
