@@ -133,7 +133,7 @@ MUTATIONS = [
     Mutation(
         "values of unwritten tokens",
         "csrc/decoder.cpp",
-        "if (!token) std::fill_n(to, kPage * s.wide, T{});",
+        "if (!token) std::fill_n(to, kPage * s.value_width, T{});",
         "",
         "tests/test_cache.py tests/test_generate.py",
     ),
