@@ -187,6 +187,8 @@ void copy_padded(const float* from, int64_t n, int64_t lanes, float pad, float* 
 struct Lane {
   float base[kSpan], exponent[kSpan], c0[kSpan], c1[kSpan];
 
+  Lane() { poison(this, sizeof *this); }
+
   void take(const Head& head, const Gradients& g, int64_t start, int64_t n, int64_t lanes) {
     copy_padded(head.base + start, n, lanes, -kNever, base);
     copy_padded(head.exponent + start, n, lanes, 1, exponent);
@@ -304,7 +306,9 @@ class Backward {
   Backward(const Head& head, const Gradients& g, const Span<T>& span, const Lane& lane)
       : head(head), g(g), span(span), lane(lane), weight(head, kBackward),
         z(kBackward * kBlock), dz(kBackward * kStride), pairs(kBackward * kBlock),
-        turned(g.d_hidden ? head.d * kTurned : 0), d_hidden(g.d_hidden ? kSpan * head.d : 0) {}
+        turned(g.d_hidden ? head.d * kTurned : 0), d_hidden(g.d_hidden ? kSpan * head.d : 0) {
+    poison(bias_sum, sizeof bias_sum);
+  }
 
   void begin() { if (g.d_hidden) std::fill_n(d_hidden.data.get(), span.lanes * head.d, 0.0f); }
 
