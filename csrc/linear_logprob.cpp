@@ -191,6 +191,8 @@ void copy_padded(const float* from, int64_t n, int64_t padded_n, float pad, floa
 struct TokenInputs {
   float base[kSpan], exponent[kSpan], c0[kSpan], c1[kSpan];
 
+  TokenInputs() { poison(this, sizeof *this); }
+
   void take(const Head& head, const Gradients& g, int64_t start, int64_t n, int64_t padded_n) {
     copy_padded(head.base + start, n, padded_n, -kNever, base);
     copy_padded(head.exponent + start, n, padded_n, 1, exponent);
@@ -309,7 +311,9 @@ class Backward {
       : head(head), g(g), span(span), inputs(inputs), weight(head, kBackward),
         z(kBackward * kBlock), dz(kBackward * kStride), pairs(kBackward * kBlock),
         weight_t(g.d_hidden ? head.d * kWeightStride : 0),
-        d_hidden(g.d_hidden ? kSpan * head.d : 0) {}
+        d_hidden(g.d_hidden ? kSpan * head.d : 0) {
+    poison(bias_sum, sizeof bias_sum);
+  }
 
   void begin() { if (g.d_hidden) std::fill_n(d_hidden.data.get(), span.padded_n * head.d, 0.0f); }
 
