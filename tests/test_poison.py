@@ -18,7 +18,9 @@ from expo_fast.inference import cuda_engine
 from expo_fast.inference.cpu_engine import cpu_buffer
 from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.exact_hidden import exact_hidden
+from expo_fast.inference.joined_weights import JoinedWeights
 from expo_fast.kernels import fused, reference
+from expo_fast.kernels.products import widened
 from expo_fast.modeling import attention, lora, packing
 from expo_fast.modeling.attention import PackedAttention
 from expo_fast.modeling.decoder import Decoder
@@ -102,6 +104,18 @@ def logprob(rows: Rows, backend: str) -> Iterator[Tensor]:
         yield from torch.autograd.grad(found, inputs, list(upstream), retain_graph=True)
         yield from torch.autograd.grad(found.logp, inputs, upstream[0])
     yield from ops.linear_logprob(rows.hidden, rows.weight, rows.targets, backend=backend)
+    # with what it keeps for a backward, which is an output of the operator
+    yield from custom_ops.logprob(
+        rows.hidden,
+        rows.weight,
+        rows.bias,
+        rows.targets,
+        rows.temperature,
+        1.0,
+        backend,
+        complete=False,
+        needs=[True, True, True],
+    )
 
 
 def policy_loss(name: str) -> Op:
@@ -187,7 +201,7 @@ def take_the_paths_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
     name = logprob.BY_CARD["default"]
     monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=16))
-    fits = {triton_fused.KEPT_SHARE: 32, triton_fused.CHUNK_SHARE: 16}
+    fits = {triton_fused.KEPT_SHARE: 16, triton_fused.CHUNK_SHARE: 16}
     monkeypatch.setattr(triton_fused, "_rows_within", lambda share, _: fits[share])
     monkeypatch.setattr(triton_fused, "GATHER_FROM", 0)
 
@@ -209,6 +223,7 @@ def test_many_tokens_of_native_kernels():
 # Generation
 
 PREFIX = tuple(20 + i % 60 for i in range(70))  # more than two pages, and than csrc's block
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 RULES = [{}, {"top_p": 0.7}, {"top_k": 3, "min_p": 0.1}, {"temperature": 0.0}, {}]
 
 
@@ -259,11 +274,37 @@ def test_engines(backend: str, kind: str, dtype: torch.dtype, few_rows):
 def test_the_engine_of_a_gpu(kind: str, dtype: torch.dtype, hooked: bool, few_rows):
     """Through joined weights and fused kernels, or through the model and its hooks."""
     pytest.importorskip("triton")
-    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = tiny_model(kind, dtype=dtype, **small)
+    model = tiny_model(kind, dtype=dtype, **SMALL)
     if hooked:
         model.model.norm.register_forward_hook(lambda module, inputs, out: out)
     require_same_bits(lambda: sample(model, "triton"))
+
+
+def test_a_step_of_a_gpu_that_is_captured_before_rows_are_loaded():
+    pytest.importorskip("triton")
+    from expo_fast.inference.decode_step import DecodeStep, StepKey
+
+    model = tiny_model("qwen3", dtype=torch.bfloat16, **SMALL)
+    shape = model.shape
+
+    @torch.no_grad()
+    def launch() -> Tensor:
+        slab = torch.empty(2, 1, 2, 32, shape.kv_heads, shape.head_dim, dtype=model.dtype)
+        joined = JoinedWeights(model)
+        joined.refresh()
+        step = DecodeStep(
+            StepKey(rows=3, table_width=4, truncated=False),
+            model,
+            widened(model.head_weight.detach()).T,
+            torch.tensor([slab.data_ptr()]),
+            page=32,
+            burst=2,
+            joined=joined,
+        )
+        step.launch()
+        return step.progress.drawn
+
+    require_same_bits(lambda: [launch()])
 
 
 def test_truncated_draws_of_a_gpu():
