@@ -95,7 +95,9 @@ def test_unlikely_targets_do_not_overflow(gap):
         assert max_error(a, t) < 1e-6 * gap
 
 
-def ours_and_truth(hidden, weight, targets, temperature=1.0) -> tuple[list[Tensor], list[Tensor]]:
+def ours_and_truth(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return results and gradients of the op, and those of the definition in fp64."""
 
     def ours(hidden, weight):
