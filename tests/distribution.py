@@ -1,4 +1,4 @@
-"""The distribution of a truncated draw, from the definitions, and a test of counts against it."""
+"""The distribution of a truncated draw by definition, and a chi-square test of counts."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def allowed(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Return p after top-k, then top-p of what is left, then min-p; (V,), sums to 1."""
+    """Return p (V,) after top-k, then top-p of the rest, then min-p, normalised to 1."""
     order = p.argsort(descending=True)
     keep = order[: top_k or len(p)]
     mass = p[keep] / p[keep].sum()

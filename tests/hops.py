@@ -1,4 +1,4 @@
-"""Trace a training step: which modules of ours call which.
+"""Trace a training step: which modules of expo_fast call which.
 
     python tests/hops.py [FLAGS OF expo_fast.train]
 
@@ -40,7 +40,7 @@ class Hops:
 def trace(function: Callable[..., Any], *arguments: Any) -> Hops:
     """Call a function and return the calls between modules that it makes in this thread."""
     hops = Hops()
-    stack: list[str] = []  # modules of the active frames of ours
+    stack: list[str] = []  # modules of the active frames of expo_fast
     names: dict[CodeType, str | None] = {}
 
     def profile(frame: FrameType, event: str, _: object) -> None:
@@ -84,7 +84,7 @@ def chain_to_backend(stack: list[str]) -> list[str]:
 
 
 def module_of(code: CodeType) -> str | None:
-    """Return the module of a code object, as dotted from expo_fast, or None if it is not ours."""
+    """Return a code object's module, dotted from expo_fast, or None if it is outside expo_fast."""
     path = Path(code.co_filename)
     if not path.is_relative_to(PACKAGE) or path.resolve().is_relative_to(KERNELS):
         return None

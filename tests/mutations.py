@@ -3,8 +3,8 @@
     python tests/mutations.py            apply each mutation to a copy, and run its tests
     python tests/mutations.py NAME ...   some of them
 
-Prints "caught" or "survived" for each, and exits with 1 if one survived. It is not part of
-`make test`. A mutation names the files of tests that should fail; -x ends them at the first one.
+Prints "caught" or "SURVIVED" for each, and exits with 1 if one survived. It is not part of
+`make test`. A mutation names the test files that should fail; -x stops at the first failure.
 """
 
 import argparse
@@ -25,7 +25,7 @@ class Mutation:
 
     name: str
     file: str
-    old: str  # occurs once in the file
+    old: str  # occurs exactly once in the file
     new: str
     tests: str  # arguments of pytest
 
@@ -67,7 +67,7 @@ MUTATIONS = [
         "log_mean = sum(attempts) / len(attempts)",
         "tests/test_diagnostics.py",
     ),
-    # Options whose wiring is cut
+    # Options that are not read
     Mutation(
         "entropy_coef",
         GRPO,
@@ -229,7 +229,7 @@ MUTATIONS = [
         "torch._foreach_add_(*_columns(copied))",
         POISON + "training",
     ),
-    # Of our own choosing
+    # Other lines
     Mutation(
         "resume forgets the tokens counted",
         TRAINER,
@@ -273,7 +273,7 @@ MUTATIONS = [
         "tests/test_ops.py",
     ),
     Mutation(
-        "an answer is looked for in the thoughts",
+        "an answer is read from the thoughts",
         "expo_fast/data/answer_grading.py",
         'max(0, text.rfind("</think>"))',
         "0",
@@ -338,7 +338,7 @@ def main() -> None:
 
 
 def copy_tree(target: Path) -> None:
-    """Copy the files that git knows."""
+    """Copy the files that git tracks."""
     command = ["git", "ls-files", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     for name in listed.decode().split("\0"):
@@ -348,9 +348,9 @@ def copy_tree(target: Path) -> None:
 
 
 def try_out(mutation: Mutation, copy: Path) -> bool:
-    """Return whether the tests fail with the mutation. They must pass, or at least run, without.
+    """Return whether tests fail with the mutation.
 
-    Raise SystemExit where the line is not there once, or where no test ran.
+    Raise SystemExit if the line does not occur exactly once, or if no test ran.
     """
     file = copy / mutation.file
     text = file.read_text()

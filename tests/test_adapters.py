@@ -26,11 +26,11 @@ from expo_fast.modeling.lora import (
     switched_off,
 )
 from expo_fast.modeling.optimizer import Optimizer
-from expo_fast.ops import linear_logprob
 from expo_fast.storage import hub
 from expo_fast.storage.lora_files import CONFIG, PROJECTIONS, TENSORS
 from expo_fast.weights import load_model, save_model
-from tiny import tiny_model, tiny_tokenizer, transformers_twin
+from judges import complete_logits, completion_logps, hidden_states, max_error
+from tiny import tiny_model, tiny_tokenizer, transformers_copy
 
 TOKENS = torch.tensor([5, 60, 7, 33, 8, 90, 21, 4])
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -38,16 +38,15 @@ Q_LORA_A = f"base_model.model.{Q_PROJ}.lora_A.weight"
 Q_LORA_B = f"base_model.model.{Q_PROJ}.lora_B.weight"
 
 
-def hidden(model: Decoder, tokens: Tensor = TOKENS) -> Tensor:
-    """Return (N, D)."""
-    borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    return model.hidden(tokens, torch.arange(len(tokens)), borders)
+def hidden(model: Decoder) -> Tensor:
+    """Return the hidden states (N, D) of TOKENS."""
+    return hidden_states(model, TOKENS)
 
 
 @torch.no_grad()
 def logits(model: Decoder) -> Tensor:
-    """Return (N, V)."""
-    return hidden(model) @ model.head_weight.T
+    """Return the logits (N, V) of TOKENS."""
+    return complete_logits(model, TOKENS)
 
 
 def adapted(
@@ -103,7 +102,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attached_adapters_start_as_the_base_and_alone_are_trained(dtype: torch.dtype):
+def test_new_adapters_change_no_logit_and_only_they_are_trained(dtype: torch.dtype):
     model = tiny_model("llama-biases", dtype=dtype)
     before, count = logits(model), len(list(model.parameters()))
     attach(model, rank=3, alpha=6, seed=0)
@@ -117,7 +116,7 @@ def test_attached_adapters_start_as_the_base_and_alone_are_trained(dtype: torch.
     assert all(bool(p.any()) == ("lora_A" in name) for name, p in trained.items())
 
 
-def test_a_is_drawn_from_the_seed_alone():
+def test_the_lora_a_matrices_depend_only_on_the_seed():
     drawn = []
     for seed, dtype in ((1, torch.float32), (1, torch.bfloat16), (2, torch.float32)):
         model = tiny_model(dtype=dtype)
@@ -155,7 +154,7 @@ def test_invalid_ranks_and_alphas_are_refused(given: dict[str, Any], message: st
     attach(model, rank=16, alpha=8, seed=0)
 
 
-def test_adapters_are_attached_once():
+def test_adapters_cannot_be_attached_twice_and_are_needed_to_merge():
     model = tiny_model()
     for needs_adapters in (merged_copy, lambda m: save_adapter(m, None, "nowhere", "base")):
         with pytest.raises(ValueError, match="the model has no adapters"):
@@ -172,7 +171,7 @@ def test_adapters_are_attached_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_switched_off_it_is_the_base_to_the_bit(dtype: torch.dtype):
+def test_a_model_with_adapters_switched_off_equals_its_base_to_the_bit(dtype: torch.dtype):
     base, model = tiny_model("llama-biases", dtype=dtype), adapted(dtype=dtype)
     expected, policy = logits(base), logits(model)
     assert not torch.equal(policy, expected)
@@ -212,7 +211,7 @@ def test_gradients_are_those_of_the_full_weights_by_the_chain_rule(checkpointing
 
 
 def test_a_reference_between_forward_and_backward_changes_no_gradient():
-    """DPO with a checkpointed policy does this: its layers run again after the switch."""
+    """DPO does this with a checkpointed policy, whose layers run again after the switch."""
     grads = []
     for between in (False, True):
         model = adapted()
@@ -227,7 +226,7 @@ def test_a_reference_between_forward_and_backward_changes_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_optimizer_moves_the_adapters_alone(dtype: torch.dtype):
+def test_the_optimizer_updates_only_the_adapters(dtype: torch.dtype):
     model = tiny_model("llama-biases", dtype=dtype)
     attach(model, rank=4, alpha=8, seed=0)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -249,13 +248,13 @@ def test_peft_loads_what_we_save(kind: str, tmp_path: Path):
     save_model(base, None, tmp_path / "base")
     model = adapted(kind)
     save_adapter(model, tiny_tokenizer(), tmp_path / "adapter", str(tmp_path / "base"))
-    onto = PeftModel.from_pretrained(transformers_twin(base), tmp_path / "adapter")
+    onto = PeftModel.from_pretrained(transformers_copy(base), tmp_path / "adapter")
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
-    assert (logits(model) - logits(base)).abs().max() > 0.1
+    assert max_error(logits(model), logits(base)) > 0.1
     for theirs in (onto, found):
         with torch.no_grad():
             given = theirs.eval()(input_ids=TOKENS[None]).logits[0]
-        assert (given - logits(model)).abs().max() < 1e-4
+        assert max_error(given, logits(model)) < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     assert tokenizer("The answer").input_ids == tiny_tokenizer()("The answer").input_ids
 
@@ -269,7 +268,9 @@ def test_a_saved_adapter_is_the_same_file_in_every_process(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_comes_back_to_the_bit_in_place(dtype: torch.dtype, tmp_path: Path):
+def test_a_loaded_adapter_equals_the_saved_one_to_the_bit_and_is_in_place(
+    dtype: torch.dtype, tmp_path: Path
+):
     model, folder = folders(tmp_path, dtype=dtype)
     other = tiny_model("llama-biases", dtype=dtype)
     attach(other, rank=4, alpha=6, seed=9)
@@ -347,17 +348,17 @@ def test_an_fp32_adapter_is_merged_into_a_bf16_base_with_one_rounding(tmp_path: 
 
 
 def assert_rounded_once(weight: Tensor, exact: Tensor) -> None:
-    """Allow for the 1e-7 error of the fp32 sum, which shows if W and s B A cancel."""
+    """Assert one rounding, and allow 1e-7 for the fp32 sum, in case W and s B A cancel."""
     error = (weight.double() - exact).abs()
     assert (error <= 0.501 * spacing(exact) + 1e-7).all()
 
 
 def spacing(x: Tensor) -> Tensor:
-    """Return the distance of the bf16 numbers around x, which have 8 bits."""
+    """Return the distance between neighbouring bf16 numbers at x; they have 8 bits."""
     return torch.exp2(x.abs().log2().floor() - 7)
 
 
-def test_the_tokenizer_is_the_adapters_else_the_bases(tmp_path: Path):
+def test_the_adapters_tokenizer_comes_before_that_of_the_base(tmp_path: Path):
     _, folder = folders(tmp_path, tiny_tokenizer())
     _, tokenizer = load_model(folder)
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
@@ -374,14 +375,14 @@ def test_a_missing_end_token_is_taken_from_the_adapters_tokenizer(tmp_path: Path
     assert load_model(tmp_path / "adapter")[0].eos_ids == (() if tokenizer is None else (1,))
 
 
-def test_a_base_may_be_relative_a_name_or_itself_an_adapter(
+def test_a_base_may_be_a_relative_path_a_name_or_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, folder = folders(tmp_path)
     monkeypatch.chdir(tmp_path)
     edit_config(folder, base_model_name_or_path="base")
     once = load_model(folder, dtype=torch.float32)[0]
-    assert (logits(once) - logits(model)).abs().max() < 1e-4
+    assert max_error(logits(once), logits(model)) < 1e-4
     monkeypatch.setattr(weights, "find_default_model", lambda: tmp_path / "base")
     edit_config(folder, base_model_name_or_path=weights.DEFAULT_MODEL)
     assert_same(load_model(folder, dtype=torch.float32)[0].state_dict(), once.state_dict())
@@ -414,11 +415,11 @@ def test_a_folder_with_an_adapter_beside_a_model_is_a_model(tmp_path: Path):
         (["v_proj"], {"init_lora_weights": "gaussian"}),
     ],
 )
-def test_what_peft_saves_is_merged(tmp_path: Path, targets: Any, more: dict[str, Any]):
+def test_adapters_saved_by_peft_are_merged(tmp_path: Path, targets: Any, more: dict[str, Any]):
     base = tiny_model("llama-biases")
     save_model(base, None, tmp_path / "base")
     config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type="CAUSAL_LM", **more)
-    theirs: Any = get_peft_model(transformers_twin(base), config).eval()
+    theirs: Any = get_peft_model(transformers_copy(base), config).eval()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "lora_B" in name:
@@ -427,8 +428,8 @@ def test_what_peft_saves_is_merged(tmp_path: Path, targets: Any, more: dict[str,
     theirs.save_pretrained(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
     given = logits(load_model(tmp_path / "adapter", dtype=torch.float32)[0])
-    assert (expected - logits(base)).abs().max() > 0.01
-    assert (given - expected).abs().max() < 1e-4
+    assert max_error(expected, logits(base)) > 0.01
+    assert max_error(given, expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_what_peft_saves_is_merged(tmp_path: Path, targets: Any, more: dict[str,
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern {'q_proj': 2}"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern {'q_proj': 2}"),
         ({"layers_to_transform": [1]}, r"layers_to_transform \[1\]"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),  # it has changed the base
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),  # PiSSA changes the base
         ({"revision": "v2"}, "revision 'v2'"),
         ({"an_option_of_next_year": "on"}, "an_option_of_next_year 'on'"),
         ({"r": 0}, "r is 0, need a positive integer"),
@@ -465,7 +466,7 @@ def test_what_peft_saves_is_merged(tmp_path: Path, targets: Any, more: dict[str,
     ],
     ids=str,
 )
-def test_a_config_that_is_no_plain_lora_is_refused(
+def test_a_config_other_than_plain_lora_is_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ):
     _, folder = folders(tmp_path)
@@ -511,7 +512,7 @@ def drop(keys: str) -> Callable[[dict[str, Tensor]], object]:
         (lambda t: t.update(extra=torch.ones(2)), "unexpected tensor extra"),
     ],
 )
-def test_tensors_that_are_no_adapter_are_named(tmp_path: Path, change: Any, message: str):
+def test_invalid_adapter_tensors_are_named(tmp_path: Path, change: Any, message: str):
     _, folder = folders(tmp_path)
     edit_tensors(folder, change)
     refusal(folder, message)
@@ -541,7 +542,7 @@ def refusal(folder: Path, message: str) -> None:
 
 def test_an_adapter_that_is_not_lora_is_refused(tmp_path: Path):
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    get_peft_model(transformers_twin(tiny_model()), config).save_pretrained(str(tmp_path))
+    get_peft_model(transformers_copy(tiny_model()), config).save_pretrained(str(tmp_path))
     refusal(tmp_path, "peft_type 'IA3' is not supported")
 
 
@@ -564,16 +565,16 @@ def test_a_merged_copy_is_refreshed_in_place():
     model = adapted()
     copied = merged_copy(model)
     places = [p.data_ptr() for p in copied.model.parameters()]
-    assert (logits(copied.model) - logits(model)).abs().max() < 1e-4
+    assert max_error(logits(copied.model), logits(model)) < 1e-4
     stale = logits(copied.model)
     randomize(model, seed=1)
     assert torch.equal(logits(copied.model), stale)
     copied.refresh()
-    assert (logits(model) - stale).abs().max() > 0.1
-    assert (logits(copied.model) - logits(model)).abs().max() < 1e-4
+    assert max_error(logits(model), stale) > 0.1
+    assert max_error(logits(copied.model), logits(model)) < 1e-4
     with switched_off(model):  # the reference is computed during a step
         copied.refresh()
-    assert (logits(copied.model) - logits(model)).abs().max() < 1e-4
+    assert max_error(logits(copied.model), logits(model)) < 1e-4
     assert [p.data_ptr() for p in copied.model.parameters()] == places
 
 
@@ -595,12 +596,10 @@ def test_a_merged_copy_samples_in_cpp_with_the_trainers_log_probs():
     prompt = [5, 60, 7]
     requests = [Request(prompt, max_new_tokens=24, seed=s, stop_ids=()) for s in range(8)]
     for done in generator.sample(requests):
-        tokens = torch.tensor([*prompt, *done.token_ids])
         with torch.no_grad():
-            rows = hidden(model, tokens)[len(prompt) - 1 : -1]
-            expected = linear_logprob(rows, model.head_weight, tokens[len(prompt) :]).logp
+            expected = completion_logps(model, prompt, done.token_ids)
         assert len(expected) == 24
-        assert (done.logp - expected).abs().max() < 1e-4
+        assert max_error(done.logp, expected) < 1e-4
 
 
 def test_all_files_of_an_adapter_on_the_hub_are_fetched(
@@ -614,7 +613,7 @@ def test_all_files_of_an_adapter_on_the_hub_are_fetched(
         return folder
 
     monkeypatch.setattr(hub, "snapshot", from_hub)
-    merged, _ = load_model("nobody/adapter", dtype=torch.float32)
-    assert (logits(merged) - logits(model)).abs().max() < 1e-4
-    assert [name for name, _ in asked] == ["nobody/adapter"]
+    merged, _ = load_model("someone/adapter", dtype=torch.float32)
+    assert max_error(logits(merged), logits(model)) < 1e-4
+    assert [name for name, _ in asked] == ["someone/adapter"]
     assert asked[0][1] >= {CONFIG, TENSORS}

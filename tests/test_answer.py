@@ -1,4 +1,4 @@
-"""Verdicts on boxed answers: all spellings of right ones, and attempts to cheat."""
+"""Verdicts on boxed answers: spellings of right answers, wrong answers and attempts to cheat."""
 # ruff: noqa: RUF001  (the characters that look like others are intended)
 
 import time
@@ -48,17 +48,17 @@ def verifier():
         (r"\boxed{" * 5000, None),
     ],
 )
-def test_last_box(text, content):
+def test_the_last_box_is_found(text, content):
     assert last_boxed(text) == content
 
 
-def test_span_covers_the_last_box_and_nothing_else():
+def test_the_span_is_that_of_the_last_box():
     text = r"\boxed{1} and \boxed {\frac{1}{2}} end"
     start, end = last_boxed_span(text) or (0, 0)
     assert text[start:end] == r"\boxed {\frac{1}{2}}"
 
 
-def test_a_long_text_costs_linear_time():
+def test_a_long_text_takes_linear_time():
     start = time.monotonic()
     for text in (
         r"\boxed{" * 200_000,
@@ -101,7 +101,7 @@ RIGHT = [
     ("x^2-9", "(x-3)(x+3)"), (r"3\sqrt2", r"\sqrt{18}"), ("0", r"\sin(\pi)"),
     (r"\text{Sunday}", "sunday"), ("No Solution", "no solution"), ("(C)", "C"),
     ("C", r"\text{(C)}"),
-    # references may be dressed up too, and what is the same text is the same answer
+    # references may have boxes and dollars too, and equal texts are equal answers
     (r"\boxed{8}", "8"), ("$8$", "8"), ("9^{9^{9^{9}}}", "9^{9^{9^{9}}}"),
     (r"2 \text{ or } 3", r"2 \text{ or } 3"),
 ]  # fmt: skip
@@ -132,13 +132,13 @@ WRONG = [
     ("x+1", "y+1"), (r"5\sqrt3", "5"), ("1-1/e", "1+1/e"), ("a-b", "b-a"),
     (r"\frac{a}{b}", r"\frac{b}{a}"), ("x_3", "x_4"), ("4+5i", "4-5i"), ("Sunday", "Monday"),
     ("listen", "silent"), (r"\text{even}", r"\text{odd}"), ("1", "True"),
-    # the last number of what can't be parsed is not the answer (this one is 4)
+    # the last number of text that cannot be parsed is not the answer (here it is 4)
     ("7", r"10^{10^7} \bmod 7"), ("7", r"10^{10^7} \bmod 7 \text{ is } 7"),
     ("7", r"10^{10^7} \bmod \frac{7}{1}"),
 ]  # fmt: skip
 
-# A person would judge these otherwise. Known, and no way to gain a reward that an honest answer
-# would not: mostly right answers in rare forms. An upgrade of math-verify may move them.
+# A person would judge these differently. They are mostly right answers in rare forms, and offer no
+# way to gain a reward without an honest answer. An upgrade of math-verify may change them.
 DEVIATIONS = [
     ("-1", r"e^{i\pi}", 0.0),  # i is a symbol to the parser here
     ("2i", "i+i", 0.0),
@@ -153,25 +153,25 @@ DEVIATIONS = [
     ),  # a unit outside \text{} is a product of letters, unless on a short list
     (r"300\text{ cm}", r"3\text{ m}", 0.0),  # units are dropped, not converted ...
     (r"3\text{ cm}", r"3\text{ m}", 1.0),  # ... so the wrong unit passes
-    ("8", r"8\text{ is wrong}", 1.0),  # a trailing \text{} is taken for a unit
-    ("8", r"8 \approx 9", 1.0),  # the left side counts; `9 \approx 8` is wrong, so it is no hedge
-    ("(3,5)", "3,5", 1.0),  # a list without brackets takes the reference's
+    ("8", r"8\text{ is wrong}", 1.0),  # a trailing \text{} is read as a unit
+    ("8", r"8 \approx 9", 1.0),  # the left side counts; `9 \approx 8` is wrong
+    ("(3,5)", "3,5", 1.0),  # a list without brackets gets those of the reference
     (r"\frac{0}{0}", r"\frac{0}{0}", 1.0),  # the same text is the same answer
 ]
 
 
 @pytest.mark.parametrize(("gold", "text"), RIGHT)
-def test_right_answers(verifier, gold, text):
+def test_right_answers_have_verdict_1(verifier, gold, text):
     assert verifier.judge([gold], [box(text)]) == [1.0]
 
 
 @pytest.mark.parametrize(("gold", "text"), WRONG)
-def test_wrong_answers(verifier, gold, text):
+def test_wrong_answers_have_verdict_0(verifier, gold, text):
     assert verifier.judge([gold], [box(text)]) == [0.0]
 
 
 @pytest.mark.parametrize(("gold", "text", "verdict"), DEVIATIONS)
-def test_known_deviations(verifier, gold, text, verdict):
+def test_known_deviations_have_not_changed(verifier, gold, text, verdict):
     assert verifier.judge([gold], [box(text)]) == [verdict]
 
 
@@ -201,11 +201,11 @@ def test_known_deviations(verifier, gold, text, verdict):
     ],
 )
 @pytest.mark.parametrize("gold", ["8", r"3\pi", r"\begin{pmatrix}1\\3\end{pmatrix}"])
-def test_text_is_never_code(verifier, monkeypatch, tmp_path, attack, gold):
+def test_text_of_answers_is_never_executed(verifier, monkeypatch, tmp_path, attack, gold):
     monkeypatch.chdir(tmp_path)
     mark = tmp_path / "mark"
     attack = attack.replace("MARK", str(mark))
-    with_nul = attack.startswith("8")  # a NUL is a blank, and 8 is 8
+    with_nul = attack.startswith("8")  # a NUL counts as a space
     assert verifier.judge([gold], [box(attack)]) == [1.0 if with_nul and gold == "8" else 0.0]
     verifier.judge([attack], [box(gold)])
     assert not mark.exists()

@@ -1,4 +1,4 @@
-"""Properties of the built-in generator: arithmetic, English, levels and splits."""
+"""Properties of the built-in generator of problems: arithmetic, English, levels and splits."""
 
 import operator
 import random
@@ -15,7 +15,7 @@ SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 WORDS = {"half": 2, "twice": 2, "a third": 3, "three times": 3, "a quarter": 4, "four times": 4}
 WORDS |= {"a fifth": 5, "50%": 2, "25%": 4, "20%": 5, "10%": 10}  # 25% is 1/4
 NUMBER = re.compile("|".join(WORDS) + r"|\d+")
-ANSWERS = {  # of each template, from the numbers in the order of its question
+ANSWERS = {  # of each template, as functions of the numbers in the order of its question
     1: (
         lambda a, b: a + b,
         lambda a, b: a - b,
@@ -65,7 +65,7 @@ ANSWERS = {  # of each template, from the numbers in the order of its question
         lambda a, f, b, d: (a + f * a + f * a - b) * (1 + Fraction(1, d)),
     ),
 }
-N = 2000  # problems of each level that the properties of the generator are measured on
+N = 2000  # problems of each level
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def every_problem(generated) -> list[arithmetic.WordProblem]:
     return [problem for problems in generated.values() for problem in problems]
 
 
-def test_global_random_state_is_neither_read_nor_moved():
+def test_the_global_random_state_is_neither_read_nor_changed():
     random.seed(0)
     before = random.getstate()
     one = arithmetic.word_problem(5, 0)
@@ -87,7 +87,7 @@ def test_global_random_state_is_neither_read_nor_moved():
     assert arithmetic.word_problem(5, 0) == one
 
 
-def test_splits_share_nothing_under_any_seeds():
+def test_splits_share_no_question_for_any_seeds():
     train, evaluation = (
         {
             arithmetic.word_problem(level, i, split=split, seed=seed).question
@@ -126,7 +126,7 @@ def test_every_number_of_the_question_is_used(every_problem):
         assert set(numbers(problem.question)) <= operands, problem
 
 
-def test_levels_have_their_operations(generated):
+def test_each_level_has_its_operations(generated):
     def shapes(level):
         return {
             tuple(sign for _, sign, _, _ in EQUATION.findall(p.solution)) for p in generated[level]
@@ -148,7 +148,7 @@ def test_numbers_of_the_low_levels_are_small(generated):
     assert max(len(p.solution.split()) for p in generated[2]) <= 45
 
 
-def test_english_is_clean(every_problem):
+def test_questions_and_solutions_are_well_formed_sentences(every_problem):
     for problem in every_problem:
         text = f"{problem.question}\n{problem.solution}"
         assert not re.search(r"\b[01]\b(?!%)", text), text  # "1 apples"
@@ -158,7 +158,7 @@ def test_english_is_clean(every_problem):
         assert all(re.match(r"[A-Z0-9]", step) for step in problem.solution.split("\n")), text
 
 
-def test_answers_agree_with_what_each_template_asks(generated):
+def test_answers_equal_the_formula_of_each_template(generated):
     for level, problems in generated.items():
         seen = Counter()
         for problem in problems:
@@ -184,8 +184,8 @@ def test_problems_rarely_repeat(generated):
         assert distinct > (0.98 if level == 1 else 0.99) * N, level  # measured: 0.9895 at level 1
 
 
-def test_answer_is_not_given_away(generated):
-    """No number of the question is the answer, and no answer is so common that guessing works."""
+def test_answers_are_not_in_the_question_and_cannot_be_guessed(generated):
+    """No number of the question is the answer, and no answer is too common."""
     for level, problems in generated.items():
         assert not any(str(p.answer) in re.findall(r"\d+", p.question) for p in problems)
         if level >= 2:

@@ -1,4 +1,4 @@
-"""Sequences with a common prefix share pages, which are free again after the last release."""
+"""Sequences with a common prefix share KV-cache pages, which the last release frees."""
 
 import random
 
@@ -27,7 +27,7 @@ def test_a_fork_that_adds_nothing_holds_full_pages_only():
     assert (again, copies, pages_to_fork(8, 8, 4)) == (first, [], 0)
 
 
-def test_no_page_is_lost_and_none_has_two_owners():
+def test_each_page_is_either_free_or_owned_once():
     chance = random.Random(0)
     pages = Pages(60, 4)
     held: list[tuple[list[int], int, list[int]]] = []  # table, tokens, pages that others share

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent after kills at any line, flipped bits and full disks."""
+"""Checkpoints are complete or absent, even after kills, flipped bits and full disks."""
 
 import errno
 import json
@@ -76,7 +76,7 @@ def forked(work):
     return pid
 
 
-def test_saves_and_restores_to_the_bit_and_keeps_the_newest(tmp_path):
+def test_checkpoints_are_restored_to_the_bit_and_the_newest_are_kept(tmp_path):
     for step in (5, 9, 10, 100):
         assert_holds(save(tmp_path, step), step)
         assert_holds(newest_without_warning(tmp_path), step)
@@ -91,7 +91,7 @@ def test_saves_and_restores_to_the_bit_and_keeps_the_newest(tmp_path):
     assert checkpoint.newest(tmp_path / "empty") is None
 
 
-def test_resuming_hashes_each_file_once(tmp_path, monkeypatch):
+def test_a_resume_hashes_each_file_once(tmp_path, monkeypatch):
     path = save(tmp_path, 3)
     hashed = []
     sha256 = checkpoint._sha256
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_version_1_is_loaded(tmp_path):
     assert_holds(newest_without_warning(tmp_path), 3)
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path):
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_skipped(tmp_path):
     save(tmp_path, 2)
     path = save(tmp_path, 3)
     edit_version(path, 7)
@@ -139,8 +139,8 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path
         checkpoint.load_newest(tmp_path)
 
 
-def test_a_new_checkpoint_is_kept_beside_damaged_ones_of_later_steps(tmp_path):
-    """This is a run that starts again because all its checkpoints have changed bytes."""
+def test_a_new_checkpoint_is_kept_despite_damaged_ones_of_later_steps(tmp_path):
+    """Such a run starts again because all of its checkpoints are damaged."""
     for step in (10, 20):
         file = save(tmp_path, step) / "config.json"
         file.write_bytes(file.read_bytes().swapcase())
@@ -170,14 +170,15 @@ def test_a_damaged_checkpoint_of_the_same_step_is_set_aside(tmp_path):
     assert names(tmp_path) == {"step-3", "step-3.bad-0"}
 
 
-def test_killed_at_every_line_of_a_save(tmp_path, monkeypatch):
-    """After a SIGKILL at the k-th line, for every k, the old or the new checkpoint is there."""
+def test_a_kill_at_any_line_of_a_save_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
+    """After a SIGKILL at any line, the old or the new checkpoint is complete."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses no written page
     run_dir = tmp_path / "run"
     for step in (1, 2):
         save(run_dir, step)
     shutil.copytree(run_dir, tmp_path / "before")
-    seen, k = set(), 0
+    seen = set()
+    k = 0
     while True:
         pid = forked(lambda k=k: (sys.settrace(killer(k)), save(run_dir, 3)))
         _, status = os.waitpid(pid, 0)
@@ -188,7 +189,7 @@ def test_killed_at_every_line_of_a_save(tmp_path, monkeypatch):
         seen.add(step)
         if not os.WIFSIGNALED(status):
             break
-        if k % 4 == 0:  # the next save cleans up after the dead one
+        if k % 4 == 0:  # the next save removes the files of the killed one
             save(run_dir, 4)
             assert names(run_dir) <= {"step-2", "step-3", "step-4"}
         shutil.rmtree(run_dir)
@@ -214,7 +215,7 @@ def killer(k):
     return trace
 
 
-def test_killed_during_the_removal_of_an_old_one(tmp_path):
+def test_a_kill_during_the_removal_of_an_old_checkpoint_damages_none(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
 
@@ -234,7 +235,7 @@ def test_killed_during_the_removal_of_an_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("trial", range(15))
-def test_killed_at_a_random_time(tmp_path, trial):
+def test_a_kill_at_a_random_time_leaves_the_newest_reported_checkpoint(tmp_path, trial):
     save(tmp_path, 1)
     done, report = os.pipe()
 
@@ -258,7 +259,7 @@ def test_killed_at_a_random_time(tmp_path, trial):
     assert not [name for name in names(tmp_path) if name.startswith(".tmp")]
 
 
-def test_one_flipped_bit_in_any_file_is_found_and_the_older_one_taken(tmp_path):
+def test_a_flipped_bit_in_any_file_is_found_and_the_older_checkpoint_is_used(tmp_path):
     old, new = save(tmp_path, 1), save(tmp_path, 2)
     files = sorted(path for path in new.rglob("*") if path.is_file())
     assert len(files) == 5
@@ -276,14 +277,14 @@ def test_one_flipped_bit_in_any_file_is_found_and_the_older_one_taken(tmp_path):
     assert_holds(newest_without_warning(tmp_path), 2)
 
 
-def test_a_checkpoint_under_another_step_is_not_taken_for_it(tmp_path):
+def test_a_renamed_checkpoint_is_not_used(tmp_path):
     save(tmp_path, 2).rename(tmp_path / "checkpoints/step-3")
     with pytest.warns(UserWarning, match=r"MANIFEST\.json belongs to step 2"):
         assert checkpoint.newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 10)])
-def test_missing_and_cut_files_are_found(tmp_path, damage):
+def test_missing_and_truncated_files_are_found(tmp_path, damage):
     old, new = save(tmp_path, 1), save(tmp_path, 2)
     files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     for file in files:
@@ -295,7 +296,7 @@ def test_missing_and_cut_files_are_found(tmp_path, damage):
         (tmp_path / "copy").rename(new)
 
 
-def test_full_disk_keeps_the_old_and_leaves_nothing(tmp_path):
+def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_new_files(tmp_path):
     save(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # writes beyond it fail
@@ -308,8 +309,8 @@ def test_full_disk_keeps_the_old_and_leaves_nothing(tmp_path):
     assert_holds(newest_without_warning(tmp_path), 1)
 
 
-@pytest.mark.parametrize("k", range(9))  # 5 files, 2 folders, the two above them
-def test_failing_disk_at_every_sync_keeps_the_old(tmp_path, monkeypatch, k):
+@pytest.mark.parametrize("k", range(9))  # 5 files, 2 folders and their 2 parents
+def test_a_disk_error_at_any_sync_keeps_the_old_checkpoint(tmp_path, monkeypatch, k):
     save(tmp_path, 1)
     calls = iter(range(100))
 
@@ -324,7 +325,7 @@ def test_failing_disk_at_every_sync_keeps_the_old(tmp_path, monkeypatch, k):
     assert_holds(newest_without_warning(tmp_path), 1 if k < 7 else 2)
 
 
-def test_too_little_space_is_refused_before_the_first_byte(tmp_path, monkeypatch):
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -337,7 +338,7 @@ def test_too_little_space_is_refused_before_the_first_byte(tmp_path, monkeypatch
     assert names(tmp_path) == {"step-1"}
 
 
-def test_an_interrupt_during_a_save_leaves_nothing(tmp_path):
+def test_an_interrupt_during_a_save_leaves_no_files(tmp_path):
     def interrupt(folder):
         write_model(folder)
         raise KeyboardInterrupt
@@ -347,7 +348,7 @@ def test_an_interrupt_during_a_save_leaves_nothing(tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_only_dead_processes_lose_their_unfinished_folder(tmp_path):
+def test_unfinished_folders_of_dead_processes_are_removed(tmp_path):
     dead = forked(lambda: None)
     os.waitpid(dead, 0)
     folder = tmp_path / "checkpoints"
@@ -371,7 +372,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         checkpoint.load(tmp_path / "step-9")
 
 
-def test_a_second_trainer_is_told_who_holds_the_run(tmp_path):
+def test_a_second_trainer_is_refused_with_the_process_id_of_the_first(tmp_path):
     held, ready = os.pipe()
 
     def hold():
@@ -389,7 +390,9 @@ def test_a_second_trainer_is_told_who_holds_the_run(tmp_path):
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    with checkpoint.run_lock(tmp_path / "run"):  # its death frees the run, worker or not
+    with checkpoint.run_lock(
+        tmp_path / "run"
+    ):  # its death releases the lock, although a worker lives
         assert (tmp_path / "run/.lock").read_text() == f"{os.getpid()}\n"
-    with checkpoint.run_lock(tmp_path / "run"):  # and so does the end of the block
+    with checkpoint.run_lock(tmp_path / "run"):  # the end of the block does too
         os.kill(worker, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Configurations from TOML files and flags, and the errors for bad ones."""
+"""Configurations from TOML files and flags, and the errors of invalid ones."""
 
 import math
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_value_of_the_wrong_type_in_a_config_file_is_named(tmp_path: Path, lin
         parse(Train, [f"--config={file}"])
 
 
-def test_a_run_directory_of_its_own_for_each_configuration():
+def test_each_configuration_has_its_own_run_directory():
     assert Train().run_dir == Train(steps=99, eval_every=3, resume="never").run_dir
     assert len({Train(seed=s).run_dir for s in range(3)} | {Train(method="grpo").run_dir}) == 4
     assert Train(output_dir="here").run_dir == Path("here")
@@ -95,8 +95,8 @@ def test_an_evaluation_refuses_values_out_of_range_too(changes):
         Evaluate(**changes)
 
 
-def test_the_folder_of_a_run_outlives_new_options():
-    """The folders of runs made at c8c507a, before --rdpo-alpha."""
+def test_run_directories_do_not_change_with_new_options():
+    """The names are those of commit c8c507a, before --rdpo-alpha."""
     assert Train().run_dir == Path("runs/expo-grpo-0b30e83d")
     assert Train(method="dpo").run_dir.name == "dpo-2bfd9111"
     assert Train(method="dpo", preference="rdpo", rdpo_alpha=0.1).run_dir.name != "dpo-2bfd9111"

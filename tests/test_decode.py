@@ -1,6 +1,6 @@
-"""Decoding on a GPU: the kernels against fp64, and the engine against the other two.
+"""Decoding on a GPU: compare the kernels with fp64, and the engine with the other two engines.
 
-Without a GPU they run in Triton's interpreter.
+Without a GPU, the kernels run in Triton's interpreter.
 """
 
 import math
@@ -31,6 +31,7 @@ from expo_fast.kernels.products import widened
 from expo_fast.modeling.attention import causal_attention
 from expo_fast.modeling.decoder import RMSNorm
 from expo_fast.modeling.rope import rotate
+from judges import completion_logps, error_norm, max_error
 from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +39,7 @@ PAGE = 32
 
 
 def by_definition(q, keys, values, positions, scale, window) -> Tensor:
-    """q (B, H, Dh); keys and values (B, tokens, Hkv, Dh), each row's own; in their dtype."""
+    """Return attention (B, H, Dh) of q (B, H, Dh) to each row's keys and values (B, T, Hkv, Dh)."""
     group = q.shape[1] // keys.shape[2]
     k, v = (x.repeat_interleave(group, 2) for x in (keys, values))
     scores = torch.einsum("bhd,bthd->bht", q, k) * scale
@@ -80,11 +81,11 @@ class Scene:
         return decode.Paged(address, 2, PAGE, self.kv_heads, self.dim)
 
     def ours(self, window=None, layer=1, sizes=None, tile=None, before=None) -> Tensor:
-        """`before`: tables of an earlier load, of as many rows or fewer."""
+        """Return what the kernels compute; `before` holds the tables of an earlier load."""
         sizes = sizes or Sizes(len(self.q), self.width)
         work = decode.Work.allocate(sizes, self.heads, self.dim, self.q.device)
         for x in (work.top, work.total, work.values):
-            x.fill_(math.nan)  # stands for the results of an earlier call
+            x.fill_(math.nan)  # as if an earlier call had left them
         together = decode.rows_together(self.heads, self.kv_heads)
         if before is not None:
             work.load(*plan(before, sizes, 1))
@@ -103,9 +104,8 @@ class Scene:
         got = self.ours(window, **how)
         plain = self.theirs(torch.float32, window).to(self.q.dtype)
         assert got.dtype == self.q.dtype
-        worst, allowed = ((x.double() - truth).abs().max().item() for x in (got, plain))
-        off, plain_off = ((x.double() - truth).norm().item() for x in (got, plain))
-        assert off <= 2 * plain_off + 1e-6 and worst <= 2 * allowed + 1e-6
+        for error in (error_norm, max_error):
+            assert error(got, truth) <= 2 * error(plain, truth) + 1e-6
 
 
 LENGTHS = [33, 40, 64, 65, 1, 32, 31, 97, 200, 190, 170, 180, 2]
@@ -120,12 +120,12 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, window):
 @pytest.mark.parametrize(
     "heads", [(2, 2), (4, 2), (3, 1), (8, 2), (14, 2), (8, 1), (20, 1)], ids=str
 )
-def test_any_number_of_heads_shares_a_key(heads):
+def test_any_number_of_heads_may_share_a_key(heads):
     Scene(LENGTHS[:-4], 32, 4, heads=heads, dim=16).check()
 
 
 @pytest.mark.parametrize("dim", [8, 80, 96, 128])
-def test_any_head_size(dim):
+def test_any_head_size_is_computed(dim):
     Scene(LENGTHS, 64, 4, dim=dim).check(50)
 
 
@@ -135,12 +135,12 @@ def test_heads_that_are_too_wide_are_refused():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 66])
-def test_long_prompts_are_read_once_for_many_rows(rows):
+def test_long_shared_prompts_are_right_for_many_rows(rows):
     scene = Scene([300 + 3 * i for i in range(rows)], 290, 33, heads=(4, 2), dim=16)
     scene.check(200)
 
 
-def test_rows_without_pages_get_zeros_and_a_larger_batch_changes_nothing():
+def test_rows_without_pages_get_zeros_and_change_no_other_row():
     scene = Scene(LENGTHS, 64, 4)
     alone = scene.ours()
     wide = Scene(LENGTHS, 64, 4)
@@ -156,19 +156,19 @@ def test_rows_without_pages_get_zeros_and_a_larger_batch_changes_nothing():
 @pytest.mark.parametrize("heads", [(6, 2), (14, 1)], ids=str)
 def test_items_of_an_earlier_load_change_no_bit(heads):
     scene = Scene(LENGTHS, 64, 4, heads=heads)
-    earlier = scene.tables.clamp_min(1)  # which has more items
+    earlier = scene.tables.clamp_min(1)  # has more items
     assert torch.equal(scene.ours(48, before=earlier), scene.ours(48))
 
 
-def test_a_batch_of_idle_rows_reads_nothing():
+def test_a_batch_of_idle_rows_reads_no_page():
     scene = Scene([3, 40], 0, 1)
     scene.tables[:] = 0
     scene.slab[:] = math.nan
     assert (scene.ours() == 0).all()
 
 
-def test_rows_of_many_slots_are_added_in_rounds():
-    """Beside rows of none: a slab of NaN shows what is read of slots that are not used."""
+def test_rows_of_many_slots_are_summed_in_rounds():
+    """Other rows have no slots. Unused slots hold NaN, which would show in the result."""
     scene = Scene([32 * 30 + 5, 7, 32 * 12], 64, 2, heads=(4, 2), dim=16)
     sizes = Sizes(3, scene.width)
     _, used = plan(scene.tables, sizes, decode.rows_together(4, 2))
@@ -177,7 +177,7 @@ def test_rows_of_many_slots_are_added_in_rounds():
     scene.check(40)
 
 
-def test_equal_calls_give_equal_bits_wherever_the_slab_lies():
+def test_equal_calls_give_equal_bits_for_any_address_of_the_slab():
     scene = Scene(LENGTHS, 64, 4)
     first = scene.ours()
     again = scene.ours()
@@ -189,14 +189,14 @@ def test_a_nan_of_one_row_leaves_the_others_unchanged():
     scene = Scene(LENGTHS, 64, 4)
     clean = scene.ours()
     row = LENGTHS.index(190)
-    scene.slab[int(scene.tables[row, 4])] = math.nan  # that page is the row's alone
+    scene.slab[int(scene.tables[row, 4])] = math.nan  # a page of this row only
     got = scene.ours()
     assert got[row].isnan().all()
     rest = torch.arange(len(LENGTHS)) != row
     assert torch.equal(got[rest], clean[rest])
 
 
-def test_new_keys_and_values_land_on_their_pages():
+def test_new_keys_and_values_are_written_to_their_pages():
     scene = Scene(LENGTHS, 64, 4)
     g = torch.Generator().manual_seed(1)
     k, v = torch.randn(2, len(LENGTHS), 2, 64, generator=g).bfloat16()
@@ -209,7 +209,7 @@ def test_new_keys_and_values_land_on_their_pages():
     assert torch.equal(scene.slab.nan_to_num(), expected.nan_to_num())
 
 
-def test_the_fused_kernels_compute_what_the_model_computes():
+def test_fused_kernels_equal_the_modules_of_the_model():
     norm = RMSNorm(48, 1e-6).bfloat16().to(DEVICE)
     torch.nn.init.uniform_(norm.weight, 0.5, 2)
     x, d, gate, up = torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -227,7 +227,7 @@ def test_the_fused_kernels_compute_what_the_model_computes():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [1, 1500])
-def test_swiglu_of_columns_of_one_product(dtype, width):
+def test_swiglu_takes_columns_of_one_product(dtype, width):
     both = torch.randn(3, 2 * width + 5, generator=torch.Generator().manual_seed(2)).to(dtype)
     gate, up = both.to(DEVICE)[:, 5:].chunk(2, -1)
     got = layer.swiglu(gate, up)
@@ -255,7 +255,7 @@ def test_rotations_are_those_of_the_model(dtype):
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("together", [False, True])
 def test_heads_are_normed_rotated_and_placed(norm: bool, rope: bool, together: bool):
-    """Of tensors of their own, and of columns of one product of all three."""
+    """q, k and v are separate tensors, or columns of one product."""
     scene = Scene(LENGTHS, 64, 4, dim=80)
     g = torch.Generator().manual_seed(1)
     n = len(LENGTHS)
@@ -340,7 +340,7 @@ def test_draws_from_blocks_equal_draws_from_logits():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_one_kernel_draws_what_pytorch_draws(seed: int):
+def test_one_kernel_draws_the_tokens_of_pytorch(seed: int):
     case = Drawing(seed)
     progress = case.progress()
     draws = case.by_kernel(progress)
@@ -351,8 +351,8 @@ def test_one_kernel_draws_what_pytorch_draws(seed: int):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-def test_a_number_beyond_the_last_sum_takes_the_last_token_of_any_weight():
-    """As where sums round: here the sum of a block is given too large, so that its columns end."""
+def test_a_number_beyond_the_last_sum_draws_the_last_possible_token():
+    """Rounding can cause this. Here the sum of a block is too large for its columns."""
     case = Drawing()
     case.logits[:] = 3.0
     case.logits[1::2, 690:] = -math.inf
@@ -364,8 +364,8 @@ def test_a_number_beyond_the_last_sum_takes_the_last_token_of_any_weight():
     assert (tokens[::2] == 699).all() and (tokens[1::2] == 689).all()
 
 
-def test_a_draw_notes_what_the_host_reads_and_the_next_step_needs():
-    """Each row in its own place of the burst, which begins again after the last."""
+def test_a_draw_records_tokens_for_the_host_and_for_the_next_step():
+    """Each row has its own index in the burst, which wraps around."""
     case = Drawing()
     progress = case.progress()
     progress.drawn.fill_(math.nan)
@@ -382,7 +382,7 @@ def test_a_draw_notes_what_the_host_reads_and_the_next_step_needs():
     assert torch.equal(progress.positions.cpu(), case.positions + 1)
 
 
-def test_what_is_recorded_later_is_the_same():
+def test_recording_a_draw_later_gives_the_same_state():
     case = Drawing()
     at_once, later = case.progress(), case.progress()
     for progress in (at_once, later):
@@ -399,7 +399,7 @@ def test_what_is_recorded_later_is_the_same():
 
 @pytest.mark.parametrize(("columns", "block"), [(700, 256), (300, 16)])  # of more blocks than 16
 def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: int, monkeypatch):
-    """Of ragged blocks, with equal logits, rules alone and together, and rows that have none."""
+    """Blocks are ragged, logits have ties, and rows have one rule, several or none."""
     monkeypatch.setattr(sampling, "BLOCK", block)
     g = torch.Generator().manual_seed(2)
     rules = [
@@ -412,7 +412,7 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     each = 6
     n = 6 * len(rules)
     logits = 3 * torch.randn(n, columns, generator=g)
-    logits[::3] = (2 * logits[::3]).round() / 2  # ties, at the borders too
+    logits[::3] = (2 * logits[::3]).round() / 2  # ties, also at the borders
     logits[1::6, 100:] = -math.inf
     logits[2::6] = 0.25
     logits[3::6, 10:13] = 15  # a tie at the top
@@ -434,7 +434,7 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6)
 
 
-def test_a_truncated_row_with_a_nan_ends_with_a_token_and_no_logp():
+def test_a_truncated_row_with_a_nan_has_a_token_and_no_log_prob():
     logits = torch.randn(2, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[0, 600] = math.nan
     temperature = torch.ones(2, device=DEVICE)
@@ -476,7 +476,7 @@ def test_shared_pages_are_planned_once():
     assert pages_read(torch.zeros(3, 5, dtype=torch.int32), Sizes(3, 5), 4) == 0
 
 
-def test_any_tables_fit_the_plan():
+def test_plans_of_any_tables_keep_within_their_sizes():
     random = torch.Generator().manual_seed(0)
     for width in (1, 2, 9, 40, 300):
         tables = torch.randint(1, 3, (70, width), generator=random, dtype=torch.int32).sort(0)[0]
@@ -488,7 +488,7 @@ def test_any_tables_fit_the_plan():
     pages_read(stairs.int(), Sizes(40, 40), 8)
 
 
-# the engine: in Triton's interpreter, without graphs, or on a GPU with them
+# The engine runs in Triton's interpreter without CUDA graphs, or on a GPU with them.
 
 SHARED = tuple(20 + i % 60 for i in range(70))  # more than two pages
 
@@ -511,7 +511,7 @@ def assert_same(ours: list[Completion], theirs: list[Completion]) -> None:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Make everything small, for the interpreter runs one program after another."""
+    """Make sizes small, because the interpreter runs programs one after another."""
     monkeypatch.setattr(cuda_engine, "ROW_BUCKETS", (4, 8))
     monkeypatch.setattr(cuda_engine, "MIN_TABLE_WIDTH", 4)
     monkeypatch.setattr(CudaEngine, "burst", 4)
@@ -525,7 +525,7 @@ def sample(model, asked, backend, rows=64) -> list[Completion]:
 
 
 class Launches(TorchDispatchMode):
-    """Counts PyTorch's operators that launch kernels, and our kernels, which do not run."""
+    """Counts operators that launch kernels, and our kernels, which are not run."""
 
     FREE = (
         *("alias", "detach", "select", "slice", "split", "split_with_sizes", "t"),
@@ -549,7 +549,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("truncated", [False, True])
 def test_a_step_makes_few_launches(truncated: bool, monkeypatch):
-    """Each costs 2 us or more, also in a graph, where a step of a small model takes 2 ms."""
+    """Each takes at least 2 us, also in a graph, and a step of a small model takes 2 ms."""
     counts = []
     for n_layers in (1, 2):
         model = tiny_model("qwen3", num_hidden_layers=n_layers, dtype=torch.bfloat16).to(DEVICE)
@@ -565,14 +565,14 @@ def test_a_step_makes_few_launches(truncated: bool, monkeypatch):
     assert 0 < each_layer <= 10
     # the embedding, a rotation, the last norm, logits, block sums, a draw
     once = 6 + 2 * truncated  # a redraw, and its record
-    once += DEVICE == "cpu"  # where bf16 is widened for its product
+    once += DEVICE == "cpu"  # a CPU widens bf16 for its product
     assert 0 < counts[0] - each_layer <= once
 
 
 @pytest.mark.parametrize(
     "kind", ["llama-biases", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows"]
 )
-def test_the_engine_samples_what_the_others_sample(kind):
+def test_the_engine_samples_the_tokens_of_the_other_engines(kind):
     model = tiny_model(kind).to(DEVICE)
     asked = requests()
     assert set(model.shape.windows) != {None} or "window" not in kind
@@ -581,7 +581,7 @@ def test_the_engine_samples_what_the_others_sample(kind):
     assert_same(ours, sample(model.cpu(), asked, "native"))
 
 
-def test_refill_and_ends_inside_a_burst():
+def test_rows_that_end_inside_a_burst_are_refilled():
     model = shallow()
     asked = requests(max_new_tokens=7)
     free = sample(model, asked, "torch")
@@ -591,7 +591,7 @@ def test_refill_and_ends_inside_a_burst():
     assert {d.finish_reason for d in done} == {"stop"}
 
 
-def test_truncated_and_greedy_rows_in_one_batch():
+def test_truncated_and_greedy_rows_may_share_a_batch():
     rules = [{"top_p": 0.7}, {"top_k": 3, "min_p": 0.1}, {"temperature": 0.0}, {}]
     asked = [replace(r, **rule) for r, rule in zip(requests(), rules, strict=True)]
     model = shallow()
@@ -613,27 +613,24 @@ def test_the_default_dtype_of_torch_changes_nothing():
         assert torch.equal(a.logp, b.logp)
 
 
-def test_sixteen_bits_and_a_nan():
+def test_bf16_log_probs_are_right_and_a_nan_ends_only_its_requests():
     model = shallow(dtype=torch.bfloat16)
     asked = requests()
     clean = sample(model, asked, "triton")
     for request, done in zip(asked, clean, strict=True):
-        whole = torch.tensor([*request.prompt_ids, *done.token_ids], device=DEVICE)
-        borders = torch.tensor([0, len(whole)], dtype=torch.int32, device=DEVICE)
         with torch.no_grad():
-            hidden = model.hidden(whole, torch.arange(len(whole), device=DEVICE), borders)
-            logits = hidden[-len(done.logp) - 1 : -1].float() @ model.head_weight.float().T
-        logps = (logits / request.temperature).log_softmax(-1)
-        expected = logps.gather(1, whole[-len(done.logp) :, None]).squeeze(1)
+            expected = completion_logps(
+                model, request.prompt_ids, done.token_ids, request.temperature
+            )
         torch.testing.assert_close(done.logp, expected.cpu(), rtol=0, atol=0.1)
     with torch.no_grad():
-        model.model.embed_tokens.weight[85] = math.nan  # of one prompt
+        model.model.embed_tokens.weight[85] = math.nan  # in one of the prompts
     got = sample(model, asked, "triton")
     assert [d.finish_reason for d in got] == ["length"] * 2 + ["error"] * 2
     assert_same(got[:2], clean[:2])
 
 
-def test_steps_outlive_the_slab_but_not_a_change_of_the_model():
+def test_steps_are_kept_for_a_new_slab_but_not_for_a_changed_model():
     model = shallow()
     asked = requests()[:2]
     generator = Generator(model, backend="triton")
@@ -651,7 +648,7 @@ def test_steps_outlive_the_slab_but_not_a_change_of_the_model():
         assert_same(generator.sample(asked), sample(model, asked, "torch"))
         assert not set(engine.steps.values()) & set(kept.values())
         kept = dict(engine.steps)
-        # a hook may do something else next time
+        # a hook may behave differently in the next call
         assert bool(kept) == (change is rebound)
         undo()
 
@@ -670,7 +667,7 @@ def test_rows_are_loaded_again_only_after_many_have_ended(monkeypatch):
     lengths = (12, 4, 8, 12, 12, 12, 12, 12, 3)
     asked = [Request((5, 6, 7), n, seed=i, stop_ids=()) for i, n in enumerate(lengths)]
     assert_same(sample(model, asked, "triton", rows=8), sample(model, asked, "torch"))
-    assert loads == [8, 8, 6]  # the last is replaced by the first; one ends; another ends
+    assert loads == [8, 8, 6]  # the last is replaced by the first; then two end
 
 
 def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
@@ -692,19 +689,26 @@ def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
     asked = requests(max_new_tokens=13)  # three bursts of 4 after the first token
     expected = sample(model, asked, "torch")
     assert_same(sample(model, asked, "triton"), expected)
-    assert events == ["start", "start", "read", "start", "read", "read"]  # and none for nothing
-    # All of them end in the first burst, which is not known when the second is started.
+    assert events == [
+        "start",
+        "start",
+        "read",
+        "start",
+        "read",
+        "read",
+    ]  # and no burst without need
+    # All end in the first burst, which is not known when the second is started.
     events.clear()
     asked = [replace(r, stop_ids=(d.token_ids[2],)) for r, d in zip(asked, expected, strict=True)]
     generator = Generator(model, backend="triton")
     assert_same(generator.sample(asked), sample(model, asked, "torch"))
     assert events == ["start", "start", "read"]
     engine = generator.engine()
-    assert not engine.runs_ahead  # the second is forgotten
+    assert not engine.runs_ahead  # the second is discarded
     assert_same(generator.sample(asked[:1]), sample(model, asked[:1], "torch"))
 
 
-def test_a_row_that_is_free_is_refilled_at_once(monkeypatch):
+def test_a_free_row_is_refilled_at_once(monkeypatch):
     bursts: list[int] = []
     start = CudaEngine._start_burst
 
@@ -719,12 +723,12 @@ def test_a_row_that_is_free_is_refilled_at_once(monkeypatch):
     free = sample(model, asked, "torch")
     asked[8] = replace(asked[8], stop_ids=(free[8].token_ids[2],))  # the first one to be served
     assert_same(sample(model, asked, "triton", rows=8), sample(model, asked, "torch"))
-    # Six bursts serve seven of the first eight, and two or three of them the ninth too, which then
-    # runs on alone: were it to wait for the others, there would be twelve.
+    # Six bursts serve seven of the first eight, and two or three of them serve the ninth too, which
+    # then runs alone. If it waited for the others, there would be twelve.
     assert len(bursts) <= 9
 
 
-def test_two_streams_of_a_generator_do_not_share_a_slab():
+def test_two_streams_of_a_generator_have_separate_slabs():
     model = shallow()
     asked = requests()
     generator = Generator(model, backend="triton")
@@ -766,7 +770,7 @@ def hooked(model) -> Callable[[], None]:
 
 
 def test_a_gpu_computes_prompts_in_one_call_per_layer(monkeypatch):
-    """It replaces torch's varlen attention, which has no CPU kernel, by a call per sequence."""
+    """torch's varlen attention has no CPU kernel, so a call for each sequence replaces it."""
 
     def varlen(layer, q, k, v, cu_queries, cu_keys, max_queries, max_keys):
         queries, keys, values = (

@@ -1,7 +1,7 @@
-"""Preference training: the loss is the formula's, the pairs are what they are said to be, and a run
-that was stopped goes on as if it had not been.
+"""Preference training: losses, pairs, and runs that are stopped and resumed.
 
-The judge is eq. 7 of arXiv:2305.18290 in fp64, a pair and a token at a time, through full logits.
+Losses are compared with the formulas (DPO: arXiv:2305.18290, eq. 7) in fp64, one pair at a time,
+through complete logits.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from expo_fast import train
@@ -35,6 +34,15 @@ from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import pack
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
+from judges import (
+    assert_gradients_near,
+    completion_logps,
+    dpo_loss,
+    gradients_of,
+    hinge_loss,
+    ipo_loss,
+    rdpo_loss,
+)
 from tiny import tiny_model, tiny_tokenizer
 
 T, BETA = 0.7, 0.3
@@ -51,21 +59,25 @@ def config(**changes: Any) -> Train:
     return Train(**(given | changes))
 
 
-def logp(model: Decoder, prompt: tuple[int, ...], ids: tuple[int, ...]) -> Tensor:
-    whole = torch.tensor([*prompt, *ids])
-    borders = torch.tensor([0, len(whole)], dtype=torch.int32)
-    hidden = model.hidden(whole, torch.arange(len(whole)), borders)
-    logits = (hidden @ model.head_weight.T / T)[len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum()
+def summed_logp(model: Decoder, prompt: tuple[int, ...], ids: tuple[int, ...]) -> Tensor:
+    return completion_logps(model, prompt, ids, T).sum()
 
 
-def judge(model: Decoder, pairs: list[Pair], value: Any, averaged: bool = False) -> Tensor:
+def log_ratios(model: Decoder, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Return those of the chosen and of the rejected sequence."""
+    chosen = summed_logp(model, pair.prompt_ids, pair.chosen_ids) - pair.ref_logp[0]
+    rejected = summed_logp(model, pair.prompt_ids, pair.rejected_ids) - pair.ref_logp[1]
+    return chosen, rejected
+
+
+def mean_loss(model: Decoder, pairs: list[Pair], value: Any, averaged: bool = False) -> Tensor:
+    """Return the mean of value(margin) over pairs; `averaged` takes log-ratios a token."""
     total = torch.zeros((), dtype=torch.float64)
     for p in pairs:
-        chosen = logp(model, p.prompt_ids, p.chosen_ids) - p.ref_logp[0]
-        rejected = logp(model, p.prompt_ids, p.rejected_ids) - p.ref_logp[1]
+        chosen, rejected = log_ratios(model, p)
         if averaged:
-            chosen, rejected = chosen / len(p.chosen_ids), rejected / len(p.rejected_ids)
+            chosen = chosen / len(p.chosen_ids)
+            rejected = rejected / len(p.rejected_ids)
         total = total + value(chosen - rejected) / len(pairs)
     return total
 
@@ -95,56 +107,49 @@ def trainer_of(c: Train, model: Any, prompter: Any, reference: Any = None) -> Tr
 
 
 VALUES = {
-    "dpo": lambda h: -F.logsigmoid(BETA * h),
-    "smoothed": lambda h: -0.8 * F.logsigmoid(BETA * h) - 0.2 * F.logsigmoid(-BETA * h),
-    "ipo": lambda h: (h - 1 / (2 * BETA)) ** 2,  # h of mean log-ratios, as TRL's
-    "hinge": lambda h: (1 - BETA * h).clamp(min=0),
+    "dpo": lambda margin: dpo_loss(margin, BETA),
+    "smoothed": lambda margin: dpo_loss(margin, BETA, label_smoothing=0.2),
+    "ipo": lambda margin: ipo_loss(margin, BETA),  # of mean log-ratios, as TRL's
+    "hinge": lambda margin: hinge_loss(margin, BETA),
 }
 
 
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("pack_tokens", [1, 20, 1000])
-def test_gradient_equals_the_formula(name: str, pack_tokens: int):
+def test_loss_and_gradients_equal_the_formula(name: str, pack_tokens: int):
     model = tiny_model(dtype=torch.float64)
-    loss = judge(model, PAIRS, VALUES[name], averaged=name == "ipo")
-    loss.backward()
-    truth = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    loss = mean_loss(model, PAIRS, VALUES[name], averaged=name == "ipo")
+    truth = gradients_of(model, loss)
     changes = {"label_smoothing": 0.2} if name == "smoothed" else {"preference": name}
     c = config(pack_tokens=pack_tokens, **changes)
     row = backward(model, c, PAIRS)
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    for n, p in model.named_parameters():
-        assert p.grad is not None
-        assert float((p.grad - truth[n]).norm() / truth[n].norm()) < 1e-6, n
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_gradients_near(got, truth, 1e-6)
 
 
 def test_metrics_are_those_of_the_pairs_however_they_are_packed():
     model = tiny_model(dtype=torch.float64)
-    ratios = [
-        (logp(model, p.prompt_ids, ids) - ref).item()
-        for p in PAIRS
-        for ids, ref in zip((p.chosen_ids, p.rejected_ids), p.ref_logp, strict=True)
-    ]
-    chosen, rejected = BETA * torch.tensor(ratios[::2]), BETA * torch.tensor(ratios[1::2])
+    ratios = torch.tensor([[x.item() for x in log_ratios(model, p)] for p in PAIRS])
+    chosen, rejected = (BETA * ratios).T
     for pack_tokens in (1, 1000):
         row = backward(model, config(pack_tokens=pack_tokens), PAIRS)
         assert row["pairs"] == 3
         assert row["rewards/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
         assert row["rewards/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-5)
         assert row["rewards/margins"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-5)
-        nll = [-logp(model, p.prompt_ids, p.chosen_ids).item() / len(p.chosen_ids) for p in PAIRS]
-        assert row["exp/nll"] == pytest.approx(sum(nll) / 3, rel=1e-5)
+        logps = [completion_logps(model, p.prompt_ids, p.chosen_ids, T) for p in PAIRS]
+        assert row["exp/nll"] == pytest.approx(-sum(x.mean().item() for x in logps) / 3, rel=1e-5)
         shares = (chosen > rejected).float().mean().item()
         assert row["rewards/accuracies"] == pytest.approx(shares)
 
 
-def test_no_pair_is_torn_apart():
+def test_both_sides_of_a_pair_are_in_one_pack():
     samples = pair_samples(PAIRS)
     packs = list(pack(samples, 1, together=2))
     assert [p.members for p in packs] == [(0, 1), (4, 5), (2, 3)]
-    (whole,) = pack(samples, 1000, together=2)
-    assert whole.members == (0, 1, 4, 5, 2, 3)  # by prompt, the chosen one first
+    (one,) = pack(samples, 1000, together=2)
+    assert one.members == (0, 1, 4, 5, 2, 3)  # by prompt, the chosen one first
 
 
 def test_a_step_without_pairs_has_no_loss_and_moves_nothing():
@@ -161,14 +166,13 @@ def test_every_objective_takes_its_coefficient(preference: str):
     assert type(objective).__name__.lower().replace("positive", "p") == preference
 
 
-def test_rdpo_charges_for_the_longer_text():
+def test_rdpo_equals_the_formula_with_its_length_term():
     model = tiny_model(dtype=torch.float64)
     total = 0.0
     for p in PAIRS:
-        chosen = logp(model, p.prompt_ids, p.chosen_ids) - p.ref_logp[0]
-        rejected = logp(model, p.prompt_ids, p.rejected_ids) - p.ref_logp[1]
-        longer = len(p.chosen_ids) - len(p.rejected_ids)
-        total -= F.logsigmoid(BETA * (chosen - rejected) + 0.2 * longer).item() / len(PAIRS)
+        chosen, rejected = log_ratios(model, p)
+        longer = torch.tensor(len(p.chosen_ids) - len(p.rejected_ids))
+        total += rdpo_loss(chosen - rejected, longer, BETA, 0.2).item() / len(PAIRS)
     row = backward(model, config(preference="rdpo", rdpo_alpha=0.2), PAIRS)
     assert row["loss"] == pytest.approx(total, rel=1e-6)
 
@@ -180,7 +184,7 @@ def group(rewards: list[float | None]) -> Group:
     return Group(problem, (5, 6), done, ["No."] * n, rewards, [0.0] * n)
 
 
-def test_attempts_that_are_right_or_unjudged_are_never_rejected():
+def test_right_and_ungraded_attempts_are_never_the_rejected_side():
     found = Explanations({"q": [(90, 1), (91, 1)]}, n_questions=1)
     me = trainer_of(config(pairs_per_question=9), None, Prompter(tiny_tokenizer()))
     pairs = dpo.pairs_of_groups(me, [group([0.0, 1.0, None, 0.0, -1.0])], found)
@@ -190,13 +194,13 @@ def test_attempts_that_are_right_or_unjudged_are_never_rejected():
     assert dpo.pairs_of_groups(me, [group([0.0])], Explanations()) == []
 
 
-def test_each_failed_attempt_stands_in_one_pair_at_most():
+def test_each_failed_attempt_is_in_one_pair_at_most():
     problem = Problem(id="q", prompt="Q?", answer="1")
     pairs = pair_up(problem, Prompter(tiny_tokenizer()), [(9,)], [(10,), (11,), (12,)], 2)
     assert [(p.chosen_ids, p.rejected_ids) for p in pairs] == [((9,), (10,)), ((9,), (11,))]
 
 
-def test_the_reference_is_the_initial_policy_or_with_refresh_the_one_that_sampled():
+def test_the_reference_is_the_initial_policy_or_with_refresh_the_sampling_one():
     now, initial = tiny_model(), tiny_model(seed=1)
     me = trainer_of(config(), now, None, reference=initial)
 
@@ -209,12 +213,12 @@ def test_the_reference_is_the_initial_policy_or_with_refresh_the_one_that_sample
         return sequence_logprobs(scored).tolist()
 
     assert got(3) == under(initial) != under(now)
-    assert got(0) == under(now)  # where nothing was trained yet the policy is the initial one
+    assert got(0) == under(now)  # before any training, the policy is the initial one
     me.config = replace(me.config, pairs_every=4, refresh_reference=True)
     assert got(3) == under(now)
 
 
-def test_pairs_come_back_as_they_were_written(tmp_path: Path):
+def test_pairs_are_read_as_they_were_written(tmp_path: Path):
     store = PairStore(tmp_path / "pairs", {"seed": 0})
     store.begin(0)
     store.write(0, {"pairs/policy_step": 0, "pairs/tokens": 7}, PAIRS, [{"prompt": "Q"}] * 3)
@@ -222,7 +226,7 @@ def test_pairs_come_back_as_they_were_written(tmp_path: Path):
     store.write(1, {"pairs/policy_step": 1, "pairs/tokens": 0}, [], [])
     assert store.read(1)[1] == []
     assert store.count() == 2
-    store.begin(0)  # the checkpoint is older than the weights that sampled step 1's
+    store.begin(0)  # older than the weights that sampled the pairs of step 1
     assert store.has(0)
     assert not store.has(1)
     for other in ({"seed": 1}, {"seed": 0, "weights": "x"}):
@@ -278,18 +282,18 @@ def record(run: Path) -> list[dict[str, Any]]:
         ("expo-dpo", ("--max-completion-length", 20, "--pairs-every", 2, "--shuffle-explanations")),
     ],
 )
-def test_a_stopped_run_goes_on_to_the_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, more: tuple
 ):
-    if method == "expo-dpo":  # a random model explains nothing right
+    if method == "expo-dpo":  # no explanation of a random model is right
         monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
         rewards = tmp_path / "rewards.py"
         rewards.write_text(
             "def none(completions, **columns):\n    return [0.0] * len(completions)\n"
         )
         more = (*more, "--reward", f"{rewards}:none")
-    train.main(job(data, tmp_path / "whole", method, *more, "--schedule", "constant"))
-    expected = record(tmp_path / "whole")
+    train.main(job(data, tmp_path / "uninterrupted", method, *more, "--schedule", "constant"))
+    expected = record(tmp_path / "uninterrupted")
     assert any(row["pairs"] for row in expected)
     for cut in (-1, 1, 3):
         run = tmp_path / f"cut-{cut}"
@@ -297,19 +301,20 @@ def test_a_stopped_run_goes_on_to_the_bit(
         stopping = stop_at(cut)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             if cut < 0:
-                patch.setattr(PairStore, "write", stop_amid_the_first_round())
+                patch.setattr(PairStore, "write", stop_within_the_first_round())
             else:
                 patch.setitem(train.LOOPS, "dpo", stopping)
             train.main(given)
         train.main(given)
         assert record(run) == expected
         for name in ("model.safetensors", "adapter_model.safetensors"):
-            whole = tmp_path / "whole/checkpoints/step-4" / name
-            if whole.exists():
-                assert whole.read_bytes() == (run / "checkpoints/step-4" / name).read_bytes()
+            expected_file = tmp_path / "uninterrupted/checkpoints/step-4" / name
+            if expected_file.exists():
+                found_file = run / "checkpoints/step-4" / name
+                assert found_file.read_bytes() == expected_file.read_bytes()
 
 
-def stop_amid_the_first_round() -> Any:
+def stop_within_the_first_round() -> Any:
     usual = PairStore.write
 
     def write(self: PairStore, step: int, *given: Any) -> None:
@@ -332,7 +337,7 @@ def stop_at(cut: int) -> Any:
     return run_step
 
 
-def test_offline_pairs_are_all_of_the_initial_policy_and_are_data_for_dpo(data, tmp_path):
+def test_offline_pairs_are_of_the_initial_policy_and_serve_as_data_for_dpo(data, tmp_path):
     train.main(job(data, tmp_path / "run", "expert-dpo"))
     heads = [
         json.loads(p.read_text()) for p in sorted((tmp_path / "run/pairs").glob("step-*.json"))
@@ -353,7 +358,7 @@ def test_an_offline_run_without_its_pairs_is_refused(data: Path, tmp_path: Path)
         train.main(job(data, tmp_path / "new", "expert-dpo", "--resume", path))
 
 
-def test_an_offline_run_that_is_prolonged_begins_its_round_again(data: Path, tmp_path: Path):
+def test_an_extended_offline_run_repeats_its_pairs(data: Path, tmp_path: Path):
     train.main(job(data, tmp_path, "expert-dpo", "--steps", 2))
     train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
     assert not (tmp_path / "pairs/step-3.json").exists()
@@ -361,7 +366,7 @@ def test_an_offline_run_that_is_prolonged_begins_its_round_again(data: Path, tmp
     assert compared[0] == compared[1]
 
 
-def test_an_online_run_that_is_prolonged_equals_one_that_was_as_long_from_the_start(data, tmp_path):
+def test_an_extended_online_run_equals_one_of_full_length(data, tmp_path):
     more = ("--pairs-every", 4, "--schedule", "constant")
     train.main(job(data, tmp_path / "long", "expert-dpo", *more, "--steps", 4))
     train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 2))
@@ -369,7 +374,7 @@ def test_an_online_run_that_is_prolonged_equals_one_that_was_as_long_from_the_st
     assert record(tmp_path / "run") == record(tmp_path / "long")
 
 
-def test_a_round_that_was_begun_elsewhere_is_not_finished_with_later_weights(data, tmp_path):
+def test_a_round_begun_in_another_folder_is_not_finished_with_later_weights(data, tmp_path):
     more = ("--pairs-every", 3)
     train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 4))
     path = tmp_path / "run/checkpoints"
@@ -394,7 +399,7 @@ def test_pairs_of_other_initial_weights_are_refused(data: Path, tmp_path: Path):
         train.main(given)
 
 
-def test_damaged_pairs_are_named(data: Path, tmp_path: Path):
+def test_damaged_files_of_pairs_are_named(data: Path, tmp_path: Path):
     train.main(job(data, tmp_path, "expert-dpo", "--steps", 2))
     file = tmp_path / "pairs/step-2.json"
     file.write_text(file.read_text()[:9])
@@ -402,12 +407,12 @@ def test_damaged_pairs_are_named(data: Path, tmp_path: Path):
         train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
 
 
-def test_simpo_is_measured_by_averages():
+def test_rewards_of_simpo_are_mean_log_probs():
     model = tiny_model(dtype=torch.float64)
     means = [
-        2 * (logp(model, p.prompt_ids, p.chosen_ids).item() / len(p.chosen_ids)) for p in PAIRS
+        2 * completion_logps(model, p.prompt_ids, p.chosen_ids, T).mean().item() for p in PAIRS
     ]
-    # without a reference, whose log-probs are then 0
+    # SimPO has no reference: its log-probs are 0
     bare = [replace(p, ref_logp=(0.0, 0.0)) for p in PAIRS]
     row = backward(model, config(preference="simpo", dpo_beta=2.0), bare)
     assert row["rewards/chosen"] == pytest.approx(sum(means) / 3, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The engines draw from the model's distribution, and csrc computes what PyTorch computes."""
+"""The engines draw from the model's distribution, and csrc agrees with PyTorch."""
 
 import ctypes
 import math
@@ -19,6 +19,7 @@ from expo_fast.inference.stop_rules import StopRules
 from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.op_backends import native_library
 from expo_fast.weights import load_model
+from judges import error_norm, hidden_states, logps_of
 from tiny import VARIANTS, tiny_model
 
 V = 700  # several tiles of csrc, the last one partial
@@ -78,8 +79,8 @@ def test_both_engines_draw_the_same_tokens():
     engines = [opened(kind(model)) for kind in (TorchEngine, NativeEngine)]
     a, b = (engine.draw(hidden, positions, asked) for engine in engines)
     assert int((a[0] != b[0]).sum()) <= 1  # a uniform number may fall between two roundings
-    alike = a[0] == b[0]
-    torch.testing.assert_close(a[1][alike], b[1][alike], rtol=0, atol=2e-6)
+    equal = a[0] == b[0]
+    torch.testing.assert_close(a[1][equal], b[1][equal], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -96,8 +97,8 @@ def test_logits_that_are_not_finite_are_reported_and_leave_other_rows_unchanged(
     assert torch.equal(logp[::2], clean[1][::2])
 
 
-def hidden_states(engine, lengths: list[int]) -> list[Tensor]:
-    """Return those of sequences of the lengths given, on pages that held garbage before."""
+def engine_hidden_states(engine, lengths: list[int]) -> list[Tensor]:
+    """Return those (T, D) of sequences of the given lengths, on pages that held NaN before."""
     pages = Pages(1 + sum(pages_for(n, engine.page) for n in lengths), engine.page)
     engine.open(len(pages), max(lengths))
     slab = engine.slab if isinstance(engine, TorchEngine) else engine.pages
@@ -123,16 +124,16 @@ def prefill(engine: Engine, segments: list[Segment]) -> list[Tensor]:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_errors_are_at_most_twice_plain_pytorchs(kind: str, dtype, isa: str, monkeypatch):
+def test_errors_are_at_most_twice_those_of_plain_pytorch(kind: str, dtype, isa: str, monkeypatch):
     monkeypatch.setenv("EXPO_FAST_ISA", isa)
     lengths = [1, 16, 33, 70, 31]
     model = tiny_model(kind, dtype=dtype)
-    exact = hidden_states(TorchEngine(tiny_model(kind, dtype=dtype).double()), lengths)
-    plain = hidden_states(TorchEngine(model), lengths)
-    ours = hidden_states(NativeEngine(model), lengths)
+    exact = engine_hidden_states(TorchEngine(tiny_model(kind, dtype=dtype).double()), lengths)
+    plain = engine_hidden_states(TorchEngine(model), lengths)
+    ours = engine_hidden_states(NativeEngine(model), lengths)
 
     def error(found: list[Tensor]) -> float:
-        return float((torch.cat(found).double() - torch.cat(exact)).norm())
+        return error_norm(torch.cat(found), torch.cat(exact))
 
     assert error(ours) <= 2 * error(plain)
 
@@ -155,13 +156,14 @@ def test_every_instruction_set_and_number_of_threads_samples_the_same(isa, threa
 
 @pytest.mark.parametrize("sizes", [{"head_dim": 80}, {"head_dim": 24, "num_key_value_heads": 6}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_odd_sizes(sizes, dtype):
+def test_errors_of_unaligned_sizes_are_at_most_twice_those_of_plain_pytorch(sizes, dtype):
     model = tiny_model(dtype=dtype, intermediate_size=86, hidden_size=42, **sizes)
-    exact = hidden_states(TorchEngine(model.double()), [40, 3])
+    exact = engine_hidden_states(TorchEngine(model.double()), [40, 3])
     model = model.to(dtype)
-    plain, ours = (hidden_states(kind(model), [40, 3]) for kind in (TorchEngine, NativeEngine))
+    plain = engine_hidden_states(TorchEngine(model), [40, 3])
+    ours = engine_hidden_states(NativeEngine(model), [40, 3])
     for a, b, c in zip(ours, plain, exact, strict=True):
-        assert float((a - c).norm()) <= 2 * float((b - c).norm())
+        assert error_norm(a, c) <= 2 * error_norm(b, c)
 
 
 def test_a_struct_that_differs_from_csrc_is_refused(monkeypatch):
@@ -193,7 +195,7 @@ def smollm():
 
 
 @pytest.mark.parametrize("stop", ["\U0001f642", "né", "two  ", "Question:", " "])
-def test_stop_strings_of_several_tokens_to_a_character(stop: str, smollm):
+def test_stop_strings_are_found_where_a_character_has_several_tokens(stop: str, smollm):
     _, tokenizer = smollm
     text = f"one {stop}three"
     ids = tokenizer(text).input_ids
@@ -206,8 +208,8 @@ def test_stop_strings_of_several_tokens_to_a_character(stop: str, smollm):
 
 
 @torch.no_grad()
-def test_in_bf16_the_gap_to_the_trainer_is_no_larger_than_transformers_to_itself(smollm, tmp_path):
-    """Between a cached decode and a full forward of the same tokens, in one process."""
+def test_the_bf16_gap_to_the_trainer_is_no_larger_than_within_transformers(smollm, tmp_path):
+    """The gap is between a cached decode and a full forward of the same tokens."""
     from transformers import AutoModelForCausalLM
 
     from expo_fast.weights import save_model
@@ -222,19 +224,18 @@ def test_in_bf16_the_gap_to_the_trainer_is_no_larger_than_transformers_to_itself
     ours = []
     own = []
     for completion in done:
-        whole = torch.tensor([*prompt, *completion.token_ids])
-        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
-        hidden = model.hidden(whole, torch.arange(len(whole)), borders)
-        full = (hidden @ model.head_weight.T).float().log_softmax(-1)
-        targets = whole[n:, None]
-        ours.append(full[n - 1 : -1].gather(1, targets).squeeze(1) - completion.logp)
-        full = theirs(whole[None]).logits[0].float().log_softmax(-1)
-        cache = theirs(whole[None, :n], use_cache=True)
+        tokens = torch.tensor([*prompt, *completion.token_ids])
+        targets = tokens[n:]
+        # Logits are bf16, as transformers computes its own.
+        logits = (hidden_states(model, tokens) @ model.head_weight.T).float()
+        ours.append(logps_of(logits[n - 1 : -1], targets) - completion.logp)
+        full = theirs(tokens[None]).logits[0].float()
+        cache = theirs(tokens[None, :n], use_cache=True)
         steps = []
-        for token in whole[n:]:
-            steps.append(cache.logits[0, -1].float().log_softmax(-1))
+        for token in targets:
+            steps.append(cache.logits[0, -1].float())
             cache = theirs(token[None, None], past_key_values=cache.past_key_values, use_cache=True)
-        own.append((full[n - 1 : -1] - torch.stack(steps)).gather(1, targets).squeeze(1))
+        own.append(logps_of(full[n - 1 : -1], targets) - logps_of(torch.stack(steps), targets))
     gap, allowed = (torch.cat(x).abs() for x in (ours, own))
     assert float(gap.mean()) <= 1.2 * float(allowed.mean())
     assert float(gap.square().mean()) <= 1.2**2 * float(allowed.square().mean())

@@ -1,4 +1,4 @@
-"""pass@k, majority votes and intervals computed by hand; what an evaluation writes and refuses."""
+"""pass@k, majority votes and intervals, and the output of an evaluation."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -36,7 +36,7 @@ def boxes(*answers: str) -> list[str]:
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])
-def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(n: int):
+def test_pass_at_k_is_the_fraction_of_k_subsets_with_a_right_sample(n: int):
     for c in range(n + 1):
         for k in range(1, n + 1):
             draws = list(combinations([True] * c + [False] * (n - c), k))
@@ -52,32 +52,40 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(n: int):
         (boxes("3", "4", "4", "3"), "3", True),  # a tie: 3 was boxed first
         (boxes("3", "4", "4", "3"), "4", False),
         (["no box", *boxes("4", "3", "3", "4")], "4", True),
-        (boxes("1/2", "7", "0.5", "7", r"\frac{1}{2}"), "0.5", True),  # 3 votes, one found right
+        (
+            boxes("1/2", "7", "0.5", "7", r"\frac{1}{2}"),
+            "0.5",
+            True,
+        ),  # 3 votes, one of them graded right
         (boxes("1,000", "9", "9", "1000", r"\$1000."), "1000", True),
         (boxes("50", "9", "9", "-50"), "9", True),
         (boxes("Yes", "no", "no", "yes", "YES"), "yes", True),
-        (boxes("x+1", "9", "1+x"), "x+1", True),  # one vote each: math-verify is not asked
+        (
+            boxes("x+1", "9", "1+x"),
+            "x+1",
+            True,
+        ),  # one vote each: math-verify does not compare votes
         (boxes("9", "x+1", "1+x"), "x+1", False),
         (["4", "4", *boxes("9")], "9", True),  # no box, no vote
-        (boxes("", "$ $", "9"), "9", True),  # nor for an empty one
+        (boxes("", "$ $", "9"), "9", True),  # an empty box is no vote
         (["4", "4", "4"], "4", False),
         (["\\boxed{4} or \\boxed{3}", *boxes("4", "3")], "3", True),  # its last box is its vote
         (boxes("4", "4", "4"), "5", False),
     ],
 )
-def test_the_most_common_answer_wins_and_of_two_the_first_boxed(texts, right, wins):
+def test_the_most_common_answer_wins_and_ties_go_to_the_first(texts, right, wins):
     found = set(boxes(right))
     assert majority_is_right(graded(texts, found)) is wins
 
 
-def test_an_undecided_answer_does_not_win():
+def test_an_answer_without_verdict_does_not_win():
     (x,) = graded(boxes("4"), set())
     undecided = Graded(x.id, x.sample, x.level, x.completion, None, x.finish_reason, x.tokens)
     assert not majority_is_right([undecided])
     assert evaluation([[undecided]]).summary()["undecided"] == 1
 
 
-def test_the_summary_by_hand_with_levels_apart():
+def test_the_summary_and_its_levels_equal_values_computed_by_hand():
     right, wrong = boxes("1", "2")
     groups = [
         graded([right] * 4, {right}, level=1),
@@ -110,7 +118,7 @@ def test_the_summary_by_hand_with_levels_apart():
     assert json.loads(json.dumps(row)) == row
 
 
-def test_pass_at_1_and_at_all_samples_are_always_reported():
+def test_pass_at_1_and_at_the_number_of_samples_are_always_reported():
     row = evaluation([graded(boxes("1", "2", "1"), set(boxes("1")))]).summary()
     assert [key for key in row if key.startswith("pass@") and "/" not in key] == [
         "pass@1",
@@ -118,19 +126,19 @@ def test_pass_at_1_and_at_all_samples_are_always_reported():
     ]
 
 
-def test_bootstrap_interval_covers_what_a_normal_one_does():
+def test_the_bootstrap_interval_is_near_the_normal_one():
     low, high = bootstrap_interval([0.0] * 150 + [1.0] * 50)
     half = 1.96 * (0.25 * 0.75 / 200) ** 0.5
     assert low == pytest.approx(0.25 - half, abs=0.015)
     assert high == pytest.approx(0.25 + half, abs=0.015)
 
 
-def test_interval_of_certainty_is_a_point():
+def test_the_interval_of_equal_values_is_a_point():
     assert bootstrap_interval([0.0] * 20) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("k", [5, 0, -1])
-def test_k_beyond_the_samples_is_refused_with_both_values(k: int):
+def test_a_k_above_the_number_of_samples_is_refused_with_both_values(k: int):
     with pytest.raises(ValueError, match=rf"k=\(1, {k}\): .*samples=4"):
         parse(Evaluate, ["--samples", "4", "--k", "1", str(k)])
     assert Evaluate(samples=5, k=(1, 5)).k == (1, 5)
@@ -169,7 +177,7 @@ def given(tmp_path: Path) -> list[str]:
     return [*flags.split(), "--max-completion-length", "4", "--dtype", "float32"]
 
 
-def test_every_completion_is_written_with_its_verdict(given, tmp_path, monkeypatch, capsys):
+def test_each_completion_is_written_with_its_verdict(given, tmp_path, monkeypatch, capsys):
     verdicts = [1.0, 0.0, None, 0.0, 1.0, 1.0]
     seen: list[str] = []
 
@@ -194,7 +202,7 @@ def test_every_completion_is_written_with_its_verdict(given, tmp_path, monkeypat
     assert [row["pass@2"] for row in summary["levels"]] == [1, 0, 1]
 
 
-def test_an_evaluation_that_fails_leaves_the_earlier_output(given, tmp_path, monkeypatch):
+def test_a_failed_evaluation_leaves_the_earlier_output(given, tmp_path, monkeypatch):
     def score(answers: list[str], texts: list[str]) -> list[float | None]:
         raise RuntimeError("no verifier")
 
@@ -218,11 +226,11 @@ def test_an_evaluation_that_fails_leaves_the_earlier_output(given, tmp_path, mon
         ("nowhere/graded.jsonl", "there is no folder nowhere"),
     ],
 )
-def test_an_output_that_cannot_be_a_file_is_refused_first(
+def test_an_output_that_cannot_be_a_file_is_refused_before_sampling(
     given, tmp_path, monkeypatch, output, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_model", None)  # what comes later is not reached
+    monkeypatch.setattr(evaluate, "load_model", None)  # must not be called
     with pytest.raises(ValueError, match=message):
         evaluate.main([*given, "--output", output])
 

@@ -1,7 +1,7 @@
-"""Every field of the configuration does something: another value changes what a run leaves.
+"""Each field of the configuration has an effect: another value changes the files of a run.
 
-A flag whose wiring was cut would be ignored silently, and a user would report a comparison of two
-equal runs. Each case trains a tiny model twice, with the field's default and with another value.
+A flag that nothing reads would be ignored silently, and a user would compare two equal runs. Each
+case trains a tiny model twice, with the field's default and with another value.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 
 class Case(NamedTuple):
-    """A field's other value, as flags, and what it changes."""
+    """Another value of a field, as flags, and the files that it changes."""
 
     flags: str
     base: str = "--method grpo"  # of both runs
@@ -33,7 +33,7 @@ KEEP_ALL = "--method expo-grpo --exp-sft-coef 1 --explanations-per-question 6 --
 DPO = "--method expo-dpo --explanations-per-question 3"
 ONLINE = DPO + " --pairs-every 1"
 EVALUATED = "--method grpo --eval-every 2"
-# Ratios leave 1 only where old log-probs are of other weights.
+# Ratios differ from 1 only where old log-probs are those of other weights.
 SEVERAL = "--method grpo --updates-per-batch 2 --learning-rate 1e-2"
 
 CASES = {
@@ -102,16 +102,16 @@ CASES = {
     "eval_temperature": Case("--eval-temperature 2", EVALUATED, "evaluations"),
     "diagnose": Case("--diagnose 0", EXPO, "metrics"),
 }
-# What these change is tested elsewhere, and it is not what a run learns.
-OTHERWISE = {
+# Other tests check these fields, which do not change what a run learns.
+UNTESTED_HERE = {
     "output_dir": "where files go",
-    "resume": "whether a run goes on",
-    "dry_run": "whether it begins",
-    "device": "there may be one only",
-    "append_answer": "a random model's text reaches no answer: see the last test",
+    "resume": "whether a run is continued",
+    "dry_run": "whether a run begins",
+    "device": "a machine may have only one",
+    "append_answer": "the texts of a random model reach no answer: see the last test",
     "pack_tokens": "bounds memory; gradients are equal up to rounding",
     "gradient_checkpointing": "bounds memory; gradients are equal up to rounding",
-    "batch_invariant": "rounding alone",
+    "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
 }
@@ -119,8 +119,8 @@ OTHERWISE = {
 
 def test_each_field_has_a_case():
     fields = {field.name for field in dataclasses.fields(Train)}
-    assert not CASES.keys() & OTHERWISE.keys()
-    assert fields == CASES.keys() | OTHERWISE.keys()
+    assert not CASES.keys() & UNTESTED_HERE.keys()
+    assert fields == CASES.keys() | UNTESTED_HERE.keys()
 
 
 @pytest.fixture(scope="module")
@@ -172,20 +172,20 @@ def trained(root: Path) -> Trained:
 
 @pytest.fixture(autouse=True)
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept a random model's explanations, or none would be trained on."""
+    """Accept a random model's explanations, because none of them is right."""
     monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
 
 
 @pytest.mark.parametrize("field", CASES)
-def test_a_field_changes_what_a_run_leaves(field: str, root: Path, trained: Trained):
+def test_a_field_changes_the_files_of_a_run(field: str, root: Path, trained: Trained):
     case = CASES[field]
     without = trained(case.base)
     with_ = trained(f"{case.base} {case.flags.format(root=root)}")
-    assert left(with_, case.changes) != left(without, case.changes)
+    assert files_of(with_, case.changes) != files_of(without, case.changes)
 
 
-def left(run: Path, what: str) -> object:
-    """Return what a run has left of that kind."""
+def files_of(run: Path, what: str) -> object:
+    """Return the contents of a run's files of a kind."""
     if what == "weights":
         last = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
         return [file.read_bytes() for file in sorted(last.glob("*.safetensors"))]
@@ -194,17 +194,17 @@ def left(run: Path, what: str) -> object:
 
 
 def strip_times(row: dict[str, object]) -> dict[str, object]:
-    """Return a row without what differs from run to run."""
+    """Return a row without the values that differ between equal runs."""
     return {name: x for name, x in row.items() if name != "seconds" and "time/" not in name}
 
 
-def test_equal_flags_leave_equal_runs(root: Path, trained: Trained):
-    """Else the test above could not fail."""
+def test_runs_with_equal_flags_have_equal_files(root: Path, trained: Trained):
+    """Without this, the test above could not fail."""
     one = trained("--method grpo")
     again = root / "again"
     trained(f"--method grpo --output-dir {again}")
     for what in ("weights", "metrics"):
-        assert left(again, what) == left(one, what)
+        assert files_of(again, what) == files_of(one, what)
 
 
 @pytest.mark.parametrize("loop", [grpo, dpo])

@@ -1,4 +1,4 @@
-"""Which texts of explanations are fit to be learnt from."""
+"""Which texts of explanations are accepted for training."""
 
 import pytest
 
@@ -29,7 +29,7 @@ from expo_fast.algorithms.explanation_filter import (
         "The answer to this problem was given to us.",
     ],
 )
-def test_talk_of_a_given_answer_is_a_leak(text: str):
+def test_a_text_that_mentions_a_given_answer_leaks(text: str):
     assert leaks(text)
 
 
@@ -46,7 +46,7 @@ def test_talk_of_a_given_answer_is_a_leak(text: str):
         "The correct answer is B.",
     ],
 )
-def test_plain_reasoning_is_no_leak(text: str):
+def test_a_text_of_reasoning_does_not_leak(text: str):
     assert not leaks(text)
 
 
@@ -62,7 +62,7 @@ def test_plain_reasoning_is_no_leak(text: str):
         ("It is $27.00 for all of it.", True),
     ],
 )
-def test_answer_first(text: str, first: bool):
+def test_an_answer_stated_before_any_reasoning_is_found(text: str, first: bool):
     assert states_answer_first(text, "27", "3 boxes hold 9 pens each. How many pens?") is first
 
 
@@ -75,7 +75,7 @@ def test_answer_first(text: str, first: bool):
         (r"3 + 4 = 7. \boxed{7}", "7", False),
         (r"3 + 4 = \boxed{7}", "7", False),
         (r"$3 + 4 = $ \boxed{7}", "7", False),
-        (r"Half of it. \boxed{\frac{1}{2}}", r"\frac{1}{2}", False),  # spelt in many ways
+        (r"Half of it. \boxed{\frac{1}{2}}", r"\frac{1}{2}", False),  # has many spellings
         (r"3 * 400 = $1,200 in all. \boxed{1200}", "1200", False),
         (r"3 * 400 = 1{,}200 in all. \boxed{1,200}", "1200", False),
         (r"3 * 400 is 12,000. \boxed{1200}", "1200", True),
@@ -92,7 +92,7 @@ def test_answer_first(text: str, first: bool):
         ("The answer is easy to find.\n3 + 4 makes 7. \\boxed{7}", "7", False),
     ],
 )
-def test_copied(text: str, answer: str, is_copied: bool):
+def test_an_answer_that_no_equation_derives_is_a_copy(text: str, answer: str, is_copied: bool):
     assert copies_answer(text, answer) is is_copied
 
 
@@ -113,14 +113,14 @@ def test_copied(text: str, answer: str, is_copied: bool):
         ("3 \u00d7 4 = 13", True),
         ("5 / 0 = 5", True),
         ("3 - 5 = -2", False),  # a negative result is not judged
-        ("2 + 3 * 4 = 14", False),  # nor is a longer expression
+        ("2 + 3 * 4 = 14", False),  # a longer expression is not judged
         ("3 + 4 = 7 + 1 = 8", False),
         ("x1 + 2 = 9, version 1.2 + 2 = 9", True),  # the second is an equation of numbers
         ("5 * 4 = 20%", False),
         ("no equation at all", False),
     ],
 )
-def test_miscalculates(text: str, false: bool):
+def test_false_equations_are_found(text: str, false: bool):
     assert miscalculates(text) is false
 
 
@@ -144,7 +144,7 @@ def test_miscalculates(text: str, false: bool):
         ("The answer is 7.", "Sunday", False),
     ],
 )
-def test_names_another(text: str, answer: str, another: bool):
+def test_an_earlier_different_answer_is_found(text: str, answer: str, another: bool):
     assert names_another_answer(text, answer) is another
 
 
@@ -163,17 +163,17 @@ def test_names_another(text: str, answer: str, another: bool):
         ("Let it be x. The answer is x+1.", "x+1", "Let it be x. The answer is x+1."),
     ],
 )
-def test_before_claim(text: str, answer: str, before: str):
+def test_the_text_before_the_claimed_answer_is_returned(text: str, answer: str, before: str):
     assert before_claim(text, answer) == before
 
 
-def test_who_says_it_twice_is_not_learnt_from():
+def test_a_repeated_answer_is_found():
     assert repeats_answer(r"It is \boxed{7}. Yes, \boxed{7}")
     assert repeats_answer(r"The answer is 7. The answer is \boxed{7}.")
     assert not repeats_answer(r"To answer, add: 3 + 4 = 7. The answer is \boxed{7}.")
 
 
-def test_answer_first_of_thousands_and_of_words():
+def test_an_answer_stated_first_may_be_a_number_with_commas_or_a_word():
     assert states_answer_first("1,200 it is", "1200", "How many?")
     assert not states_answer_first("1,200 of them", "200", "How many?")
     assert states_answer_first("Sunday, since it is late", "Sunday", "Which day?")
@@ -189,11 +189,11 @@ def test_answer_first_of_thousands_and_of_words():
         ("Sunday after Sundays", "Sunday", "? after Sundays"),
     ],
 )
-def test_the_answer_is_masked_in_any_spelling(text: str, answer: str, hidden: str):
+def test_an_answer_is_masked_in_any_spelling(text: str, answer: str, hidden: str):
     assert masked(text, answer) == hidden
 
 
-def test_an_answer_that_the_question_names_may_open_an_explanation():
+def test_an_answer_that_is_in_the_question_may_be_stated_first():
     question = "Tom has 5 apples and gives 0 away. How many has he?"
     assert not states_answer_first(
         "Tom has 5 apples and gives 0 away, so 5 - 0 = 5.", "5", question

@@ -1,4 +1,4 @@
-"""Which explanations are kept, and what of them is trained on."""
+"""Which explanations are kept, and which tokens are trained on."""
 
 from typing import Any
 
@@ -21,6 +21,7 @@ from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.packing import Sample
 from expo_fast.reward import score_answers
+from judges import completion_logps
 from tiny import tiny_model, tiny_tokenizer
 
 ANSWER = "7319"
@@ -32,7 +33,7 @@ PROBLEMS = [PROBLEM, Problem(id="b", prompt="And?", answer="1")]
 
 
 class Scripted:
-    """A generator that has its completions written for it."""
+    """A generator that returns the given completions."""
 
     def __init__(self, texts: list[tuple[str, str]]):
         self.texts = texts
@@ -80,10 +81,10 @@ def test_only_right_complete_and_clean_explanations_are_kept():
     assert found.unfit_rate == pytest.approx(6 / 7)
 
 
-def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
+def test_an_answer_is_appended_to_unboxed_explanations_that_reach_it():
     reached, claimed = f"First 7000 + 319 = {ANSWER}.", f"Well. The answer is {ANSWER}."
     texts = [
-        (f"{reached} So the answer is {ANSWER}. Indeed.", "stop"),  # its box stands for the claim
+        (f"{reached} So the answer is {ANSWER}. Indeed.", "stop"),  # a box replaces the claim
         (claimed, "stop"),  # reaches nothing
         (reached, "length"),  # cut off
         ("7000 + 319 makes 12.", "stop"),  # another answer
@@ -93,7 +94,7 @@ def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
     found, _ = run(texts, [PROBLEM], len(texts), append=True)
     appended = f"{reached}\nThe answer is \\boxed{{{ANSWER}}}."
     expected = [(*tiny_tokenizer()(text).input_ids, 1) for text in (appended, GOOD)]
-    # the sampled tokens stay as they were, and the answer's come behind them
+    # the sampled tokens are unchanged, and the answer's tokens follow
     sampled = tuple(tiny_tokenizer()(reached).input_ids)
     assert found.accepted["a"][0][: len(sampled)] == sampled
     texts_of = [tiny_tokenizer().decode(ids) for ids in found.accepted["a"]]
@@ -103,7 +104,7 @@ def test_an_answer_is_appended_to_what_reaches_it_and_boxes_nothing():
     assert len(without.accepted["a"]) == 1
 
 
-def test_an_answer_that_is_no_number_is_appended_only_to_what_states_it():
+def test_an_answer_that_is_no_number_is_appended_only_where_it_is_stated():
     problem = Problem(id="a", prompt="How much?", answer="x+1", solution="S")
     derived = "There are 2x + 2 in all, and two share them: each of the two gets x+1"
     texts = [("I can't say how much it is.", "stop"), (derived, "stop")]
@@ -113,14 +114,14 @@ def test_an_answer_that_is_no_number_is_appended_only_to_what_states_it():
     assert found.n_right == 1
 
 
-def test_rate_counts_questions_and_not_samples():
+def test_the_rate_counts_questions_and_not_samples():
     other = Problem(id="b", prompt="And how many?", answer="1")
     found, _ = run([(GOOD, "stop")] * 4, [PROBLEM, other], 2)
     assert len(found.accepted["a"]) == 2
     assert found.rate == 0.5
 
 
-def test_the_answer_is_in_the_explain_prompt_and_nowhere_in_what_is_trained():
+def test_the_answer_is_in_the_explain_prompt_and_not_in_the_trained_prompt():
     found, requests = run([(GOOD, "stop")], [PROBLEM], 1)
     tokenizer = tiny_tokenizer()
     assert ANSWER in tokenizer.decode(requests[0].prompt_ids)
@@ -134,7 +135,7 @@ def test_the_answer_is_in_the_explain_prompt_and_nowhere_in_what_is_trained():
     )
     assert ANSWER not in tokenizer.decode(sample.prompt_ids)
     assert "The answer is" not in tokenizer.decode(sample.prompt_ids)
-    assert sample.completion_ids == found.accepted["a"][0]  # the sampled ids, never re-tokenised
+    assert sample.completion_ids == found.accepted["a"][0]  # the sampled ids, not tokenized again
     assert sample.on_policy
 
 
@@ -155,7 +156,7 @@ def test_the_likeliest_explanations_under_the_plain_question_are_kept():
     assert kept["b"] == [(17, 18)]
 
 
-def test_explanations_are_kept_by_the_answer_that_they_lead_to_and_not_by_stating_it():
+def test_the_lift_ranks_explanations_with_the_answer_masked():
     prompter = plain_prompter()
     copied = encode("It is 7319.")
     derived = encode("7000 + 319 gives it.")
@@ -187,7 +188,7 @@ def encode(text: str) -> tuple[int, ...]:
     return tuple(tiny_tokenizer()(text).input_ids)
 
 
-def test_shuffled_explanations_are_all_of_other_questions():
+def test_shuffled_explanations_belong_to_other_questions():
     accepted = {key: [(n,)] for n, key in enumerate("abcdef")}
     for seed in range(20):
         got = shuffled(accepted, {}, seed)
@@ -195,7 +196,11 @@ def test_shuffled_explanations_are_all_of_other_questions():
         assert all(got[key] != accepted[key] for key in accepted)
     assert shuffled(accepted, {}, 1) == shuffled(dict(reversed(accepted.items())), {}, 1)
     assert shuffled({"a": [(1,)]}, {"a": [(1,)]}, 0) == {}
-    earlier = {"a": [(1,)], "b": [(2,)], "c": [(3,), (4,)]}  # or a step with one would have none
+    earlier = {
+        "a": [(1,)],
+        "b": [(2,)],
+        "c": [(3,), (4,)],
+    }  # a step with one explanation draws from earlier ones
     drawn = [shuffled({"a": [(1,)]}, earlier, seed)["a"] for seed in range(20)]
     assert {tuple(each) for each in drawn} == {((2,),), ((3,), (4,))}
 
@@ -209,9 +214,5 @@ def test_completion_logprobs_equal_a_full_forward_of_each_sample():
     ]
     scored = completion_logprobs(model, samples, temperature=0.6, max_tokens=9)
     for sample, got in zip(samples, scored, strict=True):
-        whole = torch.tensor([*sample.prompt_ids, *sample.completion_ids])
-        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
-        logits = model.hidden(whole, torch.arange(len(whole)), borders) @ model.head_weight.T / 0.6
-        n = len(sample.prompt_ids)
-        truth = logits.log_softmax(-1)[n - 1 : -1].gather(1, whole[n:, None]).squeeze(1)
-        torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-6)
+        truth = completion_logps(model, sample.prompt_ids, sample.completion_ids, 0.6)
+        torch.testing.assert_close(got.double(), truth.detach(), rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""`Generator` serves requests, with the log-probs that the trainer computes."""
+"""`Generator` samples completions, with the log-probs of a full forward."""
 
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample
 from expo_fast.op_backends import dispatch, native_library
+from judges import completion_logps, max_error
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 SHARED = (20, 21, 22, 23, 24, 25, 26)
@@ -38,13 +39,11 @@ def requests(n: int = 24, shared: tuple[int, ...] = SHARED, **changes) -> list[R
     return [replace(r, **changes) for r in asked]
 
 
-def trainer_logp(model: Decoder, request: Request, done: Completion) -> Tensor:
-    whole = torch.tensor([*request.prompt_ids, *done.token_ids])
-    borders = torch.tensor([0, len(whole)], dtype=torch.int32)
-    hidden = model.hidden(whole, torch.arange(len(whole)), borders)
-    logits = (hidden @ model.head_weight.T).float() / (request.temperature or 1.0)
-    start = len(request.prompt_ids)
-    return logits.log_softmax(-1)[start - 1 : -1].gather(1, whole[start:, None]).squeeze(1)
+@torch.no_grad()
+def full_forward_logps(model: Decoder, request: Request, done: Completion) -> Tensor:
+    """Return the log-probs (N,) of a completion's tokens; greedy ones have temperature 1."""
+    temperature = request.temperature or 1.0
+    return completion_logps(model, request.prompt_ids, done.token_ids, temperature)
 
 
 def tokens(completions: list[Completion]) -> list[list[int]]:
@@ -63,18 +62,18 @@ def test_log_probs_are_those_of_a_full_forward(kind: str, rows: int, backend: st
     model = tiny_model(kind)
     asked = requests(12) + requests(12, SEVERAL_PAGES, max_new_tokens=40)
     done = Generator(model, backend=backend).sample(asked)
-    with torch.no_grad():
-        for request, completion in zip(asked, done, strict=True):
-            expected = trainer_logp(model, request, completion)
-            torch.testing.assert_close(completion.logp, expected, rtol=0, atol=1e-4)
+    for request, completion in zip(asked, done, strict=True):
+        expected = full_forward_logps(model, request, completion)
+        torch.testing.assert_close(completion.logp, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefill", [1, 7, 512])
 def test_long_prompts_may_be_computed_in_pieces(prefill: int, backend: str, monkeypatch):
     asked = requests(6, SEVERAL_PAGES)
-    whole = Generator(tiny_model(), backend=backend).sample(asked)
+    at_once = Generator(tiny_model(), backend=backend).sample(asked)
     monkeypatch.setattr(Engine, "prefill_tokens", prefill)
-    for a, b in zip(Generator(tiny_model(), backend=backend).sample(asked), whole, strict=True):
+    in_pieces = Generator(tiny_model(), backend=backend).sample(asked)
+    for a, b in zip(in_pieces, at_once, strict=True):
         torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-5)
 
 
@@ -121,7 +120,7 @@ def test_batch_order_and_refill_change_no_bit(dtype, exact: bool, monkeypatch):
     assert tokens(three) == tokens(together)
 
 
-def test_without_csrc_the_batch_invariant_mode_samples_one_by_one():
+def test_the_batch_invariant_mode_samples_one_by_one_in_pytorch():
     model = tiny_model()
     asked = requests()
     generator = Generator(model, batch_invariant=True, backend="torch")
@@ -145,7 +144,7 @@ def test_the_trainer_recomputes_the_same_bits_in_the_batch_invariant_mode(kind, 
         scored = completion_logprobs(
             model, samples, temperature=temperature, max_tokens=pack_tokens
         )
-        return max(float((a - c.logp).abs().max()) for a, c in zip(scored, done, strict=True))
+        return max_error(torch.cat(scored), torch.cat([c.logp for c in done]))
 
     assert gap(4096) > 0
     model.exact = exact_hidden(model)
@@ -153,11 +152,11 @@ def test_the_trainer_recomputes_the_same_bits_in_the_batch_invariant_mode(kind, 
         assert gap(pack_tokens) == 0
 
 
-def test_exact_hidden_states_have_the_gradient_of_pytorchs():
+def test_exact_hidden_states_have_the_gradients_of_pytorch():
     model = tiny_model()
     given = (torch.arange(20, 32), torch.arange(12), torch.tensor([0, 12], dtype=torch.int32))
     upstream = torch.randn(12, 48)
-    weights = list(model.parameters())[:-1]  # the last is the LM head, not used here
+    weights = list(model.parameters())[:-1]  # without the LM head, the last one
     expected = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
     model.exact = exact_hidden(model)
     found = torch.autograd.grad((model.hidden(*given) * upstream).sum(), weights)
@@ -165,7 +164,7 @@ def test_exact_hidden_states_have_the_gradient_of_pytorchs():
         assert torch.equal(a, b)
 
 
-def test_weights_changed_in_place_are_seen_at_once(backend: str):
+def test_weights_changed_in_place_are_used_at_once(backend: str):
     model = tiny_model()
     asked = requests(3)
     generator = Generator(model, backend=backend)
@@ -175,7 +174,7 @@ def test_weights_changed_in_place_are_seen_at_once(backend: str):
             p.mul_(1.1)
     after = generator.sample(asked)
     assert tokens(before) != tokens(after)
-    expected = trainer_logp(model, asked[0], after[0])
+    expected = full_forward_logps(model, asked[0], after[0])
     torch.testing.assert_close(after[0].logp, expected, rtol=0, atol=1e-4)
 
 
@@ -202,7 +201,7 @@ def test_the_models_own_eos_is_the_default_stop(backend: str):
     assert not any({1, 50} & set(c.token_ids[:-1]) for c in done)
 
 
-def test_stop_string_across_token_borders(backend: str):
+def test_a_stop_string_is_found_across_token_borders(backend: str):
     model = tiny_model()
     tokenizer = tiny_tokenizer()
     free = Generator(model, backend=backend).sample(requests(1, max_new_tokens=12, stop_ids=()))[0]
@@ -215,7 +214,7 @@ def test_stop_string_across_token_borders(backend: str):
     assert stop not in tokenizer.decode(done.token_ids[:-1])
 
 
-def test_budget_bounds_the_cache_and_changes_no_token(backend: str, monkeypatch):
+def test_a_memory_budget_bounds_the_cache_and_changes_no_token(backend: str, monkeypatch):
     model = tiny_model()
     asked = requests() + requests(6, SEVERAL_PAGES)
     generator = Generator(model, backend=backend)
@@ -278,7 +277,7 @@ def test_longest_requests_start_first_and_completions_come_as_they_finish(monkey
 
 
 class Adapter(torch.nn.Module):
-    """Stands for what LoRA puts in place of a projection."""
+    """Stands for the layer that LoRA puts in place of a projection."""
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -295,23 +294,21 @@ def test_sampling_goes_through_adapters_and_hooks():
     assert isinstance(Generator(model).engine(), NativeEngine)
     hook = model.model.norm.register_forward_hook(lambda *_: _[2] * 2)
     doubled = Generator(model).sample(asked)
-    with torch.no_grad():
-        expected = trainer_logp(model, asked[0], doubled[0])
+    expected = full_forward_logps(model, asked[0], doubled[0])
     torch.testing.assert_close(doubled[0].logp, expected, rtol=0, atol=1e-4)
     hook.remove()
     attention = model.model.layers[1].self_attn
     assert isinstance(attention, torch.nn.Module)
     attention.v_proj = Adapter(attention.v_proj)  # pyright: ignore[reportArgumentType]
     assert isinstance(Generator(model).engine(), TorchEngine)
-    with torch.no_grad():
-        for request, done in zip(asked, Generator(model).sample(asked), strict=True):
-            expected = trainer_logp(model, request, done)
-            torch.testing.assert_close(done.logp, expected, rtol=0, atol=1e-4)
+    for request, done in zip(asked, Generator(model).sample(asked), strict=True):
+        expected = full_forward_logps(model, request, done)
+        torch.testing.assert_close(done.logp, expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="backend='native' does not run this model"):
         Generator(model, backend="native").sample(asked)
 
 
-def test_a_forward_set_on_a_module_is_called():
+def test_a_forward_set_on_a_module_instance_is_called():
     model = tiny_model()
     own = model.model.norm.forward
     model.model.norm.forward = lambda x: 2 * own(x)
@@ -353,7 +350,7 @@ def test_without_a_compiler_pytorch_samples_and_warns(monkeypatch):
         dispatch.compiles.cache_clear()
 
 
-def test_an_out_of_memory_error_is_raised_as_it_is(monkeypatch):
+def test_an_out_of_memory_error_is_not_caught(monkeypatch):
     def fail(self, n_pages, n_positions):
         raise MemoryError("none left")
 
@@ -362,7 +359,7 @@ def test_an_out_of_memory_error_is_raised_as_it_is(monkeypatch):
         Generator(tiny_model(), backend="native").sample(requests())
 
 
-def test_a_request_too_large_is_refused_before_any_other_is_served():
+def test_a_request_too_large_is_refused_before_any_sampling():
     model = tiny_model()
     generator = Generator(model, batch_invariant=True, backend="torch")
     generator.kv_cache_bytes = 5 * generator.engine().page_bytes()
@@ -414,10 +411,9 @@ def test_greedy_tokens_have_their_log_prob_at_temperature_one(exact: bool, backe
     model = tiny_model()
     asked = requests(6, temperature=0.0)
     done = Generator(model, backend=backend, batch_invariant=exact).sample(asked)
-    with torch.no_grad():
-        for request, completion in zip(asked, done, strict=True):
-            expected = trainer_logp(model, request, completion)
-            torch.testing.assert_close(completion.logp, expected, rtol=0, atol=1e-4)
+    for request, completion in zip(asked, done, strict=True):
+        expected = full_forward_logps(model, request, completion)
+        torch.testing.assert_close(completion.logp, expected, rtol=0, atol=1e-4)
 
 
 def test_the_batch_invariant_mode_is_refused_where_csrc_cannot_run_the_model():
@@ -430,7 +426,7 @@ def test_an_unknown_backend_is_refused():
         Generator(tiny_model(), backend="vllm")
 
 
-def test_a_nan_ends_its_request_and_leaves_no_trace(backend: str):
+def test_a_nan_ends_its_request_and_changes_no_other_completion(backend: str):
     model = tiny_model()
     asked = requests(3)
     generator = Generator(model, backend=backend)
@@ -474,7 +470,7 @@ def test_a_nan_ends_its_request_and_leaves_no_trace(backend: str):
         ({"stop_strings": ("x",)}, "give Generator a tokenizer"),
     ],
 )
-def test_an_invalid_request_is_refused_before_any_work(changes, sentence):
+def test_an_invalid_request_is_refused_before_any_sampling(changes, sentence):
     asked = requests(1, **changes)
     with pytest.raises(ValueError, match=sentence):
         next(Generator(tiny_model()).stream(asked))
@@ -484,8 +480,8 @@ def test_no_requests_give_no_completions():
     assert Generator(tiny_model()).sample([]) == []
 
 
-def test_prompts_made_anew_at_each_look_are_told_apart():
-    """Their ids may be those of prompts that are gone."""
+def test_prompts_rebuilt_at_each_access_are_not_confused():
+    """The id() of such a list may be that of an earlier, freed list."""
 
     class Fresh(Request):
         @property

@@ -1,7 +1,7 @@
-"""The trainer's loss and gradients are those of the formulas, however the batch is packed.
+"""The trainer's loss and gradients equal the formulas for every packing of the batch.
 
-The judge is written from the formulas (GRPO arXiv:2402.03300, DAPO 2503.14476, Dr.GRPO 2503.20783,
-ExP-SFT 2507.02834), in fp64, a sequence and a token at a time, through full logits.
+`policy_term` is written from the formulas (GRPO arXiv:2402.03300, DAPO 2503.14476, Dr.GRPO
+2503.20783, ExP-SFT 2507.02834), in fp64, one token at a time, through complete logits.
 """
 
 from dataclasses import replace
@@ -37,6 +37,16 @@ from expo_fast.modeling.optimizer import StepReport
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import group_advantage
 from expo_fast.reporting.timing import Phases
+from judges import (
+    assert_gradients_near,
+    cispo_loss,
+    clipped_loss,
+    completion_logps,
+    gradients_of,
+    kl_estimate,
+    max_error,
+    sapo_loss,
+)
 from tiny import tiny_model
 
 P, G, L_MAX = 3, 4, 12
@@ -58,7 +68,7 @@ def problem(q: int) -> Problem:
 
 
 def groups(rewards: list[list[float | None]]) -> list[Group]:
-    """P questions with G samples of ragged lengths, and old log-probs near the current ones."""
+    """Return P questions with G samples of ragged lengths."""
     random = torch.Generator().manual_seed(3)
     flat = torch.tensor([float("nan") if r is None else r for row in rewards for r in row])
     groups = torch.arange(len(rewards)).repeat_interleave(G)
@@ -80,7 +90,7 @@ REWARDS: list[list[float | None]] = [[1, 0, 0, 1], [0, 0, 0, 0], [1, None, 0, 0]
 
 
 class Prompter:
-    """Stands for the templates alone: the ids that each question is asked with."""
+    """Stands for the templates: holds the prompt ids of each question."""
 
     def __init__(self, made: list[Group]):
         self.prompts = {r.problem.id: r.prompt_ids for r in made}
@@ -89,20 +99,16 @@ class Prompter:
         return self.prompts[asked.id]
 
 
-def full_logp(model: Decoder, prompt: tuple[int, ...], ids: list[int]) -> Tensor:
-    whole = torch.tensor([*prompt, *ids])
-    borders = torch.tensor([0, len(whole)], dtype=torch.int32)
-    hidden = model.hidden(whole, torch.arange(len(whole)), borders)
-    logp = (hidden @ model.head_weight.T / T).log_softmax(-1)
-    return logp[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+def logps(model: Decoder, sample: Sample) -> Tensor:
+    return completion_logps(model, sample.prompt_ids, sample.completion_ids, T)
 
 
 def with_old_logp(model: Decoder, made: list[Group]) -> list[Group]:
-    """Ratios on both sides of the clip range."""
+    """Add old log-probs with ratios on both sides of the clip range."""
     random = torch.Generator().manual_seed(9)
 
     def old(r: Group, done: Completion) -> Tensor:
-        logp = full_logp(model, r.prompt_ids, done.token_ids).detach()
+        logp = completion_logps(model, r.prompt_ids, done.token_ids, T).detach()
         return (logp + 0.3 * torch.randn(len(logp), generator=random)).float()
 
     return [
@@ -119,8 +125,10 @@ def attempts(made: list[Group], c: Train) -> list[Sample]:
     return [replace(s, old_logp=old[s.prompt_ids, s.completion_ids]) for s in samples]
 
 
-def judge(model: Decoder, made: list[Group], c: Train, reference: Decoder | None) -> Tensor:
-    """Return the policy term, from the formulas."""
+def policy_term(
+    model: Decoder, made: list[Group], c: Train, reference: Decoder | None = None
+) -> Tensor:
+    """Return the policy term of the loss, from the formulas."""
     scored = []
     for r in made:
         known = torch.tensor([x for x in r.rewards if x is not None], dtype=torch.float64)
@@ -131,7 +139,7 @@ def judge(model: Decoder, made: list[Group], c: Train, reference: Decoder | None
     n, tokens = len(scored), sum(len(done.token_ids) for _, done, _ in scored)
     total = torch.zeros((), dtype=torch.float64)
     for r, done, advantage in scored:
-        logp = full_logp(model, r.prompt_ids, done.token_ids)
+        logp = completion_logps(model, r.prompt_ids, done.token_ids, T)
         old = done.logp.double() if c.updates_per_batch > 1 else logp.detach()
         for t in range(len(logp)):
             ratio = (logp[t] - old[t]).exp()
@@ -139,36 +147,31 @@ def judge(model: Decoder, made: list[Group], c: Train, reference: Decoder | None
                 ratio = (logp - old).mean().exp()
             loss = surrogate(c, ratio, advantage, logp[t])
             if reference is not None:
-                x = full_logp(reference, r.prompt_ids, done.token_ids).detach()[t] - logp[t]
-                loss = loss + c.kl_coef * (x.exp() - x - 1)
+                ref_logp = completion_logps(reference, r.prompt_ids, done.token_ids, T).detach()
+                loss = loss + c.kl_coef * kl_estimate(logp[t], ref_logp[t])
             normaliser = {"grpo": n * len(logp), "dapo": tokens, "dr-grpo": n * L_MAX}[c.loss]
             total = total + loss / normaliser
     return total
 
 
 def surrogate(c: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tensor:
-    """Return what one token adds.
-
-    PPO's clip, GSPO's with a sequence's ratio, CISPO (arXiv:2506.13585, eq. 4) and SAPO
-    (arXiv:2511.20347).
-    """
+    """Return the loss of one token; GSPO's is PPO's with the ratio of the sequence."""
     if c.objective == "cispo":
-        return -ratio.detach().clamp(max=1 + c.clip_high) * advantage * logp
+        return cispo_loss(ratio, advantage, logp, cap=1 + c.clip_high)
     if c.objective == "sapo":
-        tau = 1.0 if advantage > 0 else 1.05
-        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
-    clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
-    return -torch.minimum(ratio * advantage, clipped * advantage)
+        return sapo_loss(ratio, advantage)
+    return clipped_loss(ratio, advantage, c.clip_low, c.clip_high)
 
 
 def run(model: Decoder, c: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
     """Run the trainer's own backward over the packs."""
     model.zero_grad()
     result = policy_backward(model, samples, PolicyLossConfig.of(c))
-    return result.loss, gradients_of(model)
+    return result.loss, accumulated(model)
 
 
-def gradients_of(model: Decoder) -> dict[str, Tensor]:
+def accumulated(model: Decoder) -> dict[str, Tensor]:
+    """Return the gradients that backward() has left."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -219,33 +222,21 @@ def trainer_of(c: Train, model: Any, prompter: Any, **changes: Any) -> Trainer:
 
 
 def test_later_updates_take_the_trainers_own_log_probs_as_old_ones():
-    """In bf16 the generator's differ by more than GSPO's clip range."""
+    """In bf16, the generator's log-probs differ by more than GSPO's clip range."""
     model = tiny_model(dtype=torch.float64)
-    made = with_old_logp(model, groups([[1, 0, 0, 1], [1, 0, 1, 0]]))  # other ones, "sampled"
+    made = with_old_logp(
+        model, groups([[1, 0, 0, 1], [1, 0, 1, 0]])
+    )  # other log-probs, of the generator
     c = config(updates_per_batch=2, prompts_per_step=2)
     first, later = grpo.attempts_of_updates(trainer_of(c, model, None), [made[:1], made[1:]])
     assert len(first) == len(later) == G
     assert all(sample.old_logp is None for sample in first)
     for sample in later:
-        own = full_logp(model, sample.prompt_ids, list(sample.completion_ids))
         assert sample.old_logp is not None
-        torch.testing.assert_close(sample.old_logp.double(), own.detach(), rtol=0, atol=1e-5)
+        assert max_error(sample.old_logp, logps(model, sample)) <= 1e-5
 
 
-def gradients(model: Decoder, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return gradients_of(model)
-
-
-def assert_same(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
-    assert got.keys() == truth.keys()
-    for name, expected in truth.items():
-        error = float((got[name] - expected).norm() / (expected.norm() + 1e-12))
-        assert error < tolerance, (name, error)
-
-
-# packs carry advantages and weights in fp32, good to 6e-8 relative
+# Packs hold advantages and weights in fp32, with a relative rounding of 6e-8.
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr-grpo"])
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize("pack_tokens", [1, 17, 1000])
@@ -253,11 +244,11 @@ def test_policy_term_equals_the_formula(loss: str, off_policy: bool, pack_tokens
     model = tiny_model(dtype=torch.float64)
     c = config(loss=loss, pack_tokens=pack_tokens, updates_per_batch=P if off_policy else 1)
     made = with_old_logp(model, groups(REWARDS))
-    truth = judge(model, made, c, None)
-    expected = gradients(model, truth)
+    truth = policy_term(model, made, c)
+    expected = gradients_of(model, truth)
     value, got = run(model, c, attempts(made, c))
-    assert_same(got, expected, 1e-6)
-    if off_policy:  # on policy, sequences of zero advantage are skipped, and so is their value of 0
+    assert_gradients_near(got, expected, 1e-6)
+    if off_policy:  # on policy, sequences of zero advantage are skipped
         assert value == pytest.approx(truth.item(), rel=1e-6)
 
 
@@ -268,24 +259,24 @@ def test_other_objectives_equal_their_formulas(objective: str, pack_tokens: int)
     c = config(objective=objective, pack_tokens=pack_tokens, updates_per_batch=P)
     c = replace(c, clip_low=0.05, clip_high=0.05) if objective == "gspo" else c
     made = with_old_logp(model, groups(REWARDS))
-    truth = judge(model, made, c, None)
-    expected = gradients(model, truth)
+    truth = policy_term(model, made, c)
+    expected = gradients_of(model, truth)
     value, got = run(model, c, attempts(made, c))
-    assert_same(got, expected, 1e-6)
+    assert_gradients_near(got, expected, 1e-6)
     assert value == pytest.approx(truth.item(), rel=1e-6)
 
 
-def test_kl_reaches_sequences_without_advantage():
+def test_the_kl_term_includes_sequences_without_advantage():
     model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, seed=1)
     c = config(kl_coef=0.1)
     made = groups(REWARDS)
-    truth = judge(model, made, c, reference)
-    expected = gradients(model, truth)
+    truth = policy_term(model, made, c, reference)
+    expected = gradients_of(model, truth)
     trainer = trainer_of(c, model, None, reference=reference)
     samples = grpo.with_reference_logprobs(trainer, policy_samples(made, c))
     assert len(samples) == P * G - 1  # the one without a reward
     value, got = run(model, c, samples)
-    assert_same(got, expected, 1e-6)
+    assert_gradients_near(got, expected, 1e-6)
     assert value == pytest.approx(truth.item(), rel=1e-6)
 
 
@@ -301,23 +292,23 @@ def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
     truth = torch.zeros((), dtype=torch.float64)
     for q, completions in explained:
         for ids in completions:
-            logp = full_logp(model, made[int(q.id[1:])].prompt_ids, list(ids))
+            logp = completion_logps(model, made[int(q.id[1:])].prompt_ids, ids, T)
             each = logp.mean() if reduction == "token_mean" else logp.sum()
             truth = truth - 0.04 * each / (P * len(completions))
-    expected = gradients(model, truth)
+    expected = gradients_of(model, truth)
     prompter: Any = Prompter(made)
     samples = sft_samples(explained, prompter, coef=0.04, n_questions=P, reduction=reduction)
     model.zero_grad()
     result = sft_backward(model, samples, temperature=T, max_tokens=pack_tokens)
     assert result.loss == pytest.approx(truth.item(), rel=1e-6)
-    assert_same(gradients_of(model), expected, 1e-6)
-    means = [full_logp(model, s.prompt_ids, list(s.completion_ids)).mean() for s in samples]
+    assert_gradients_near(accumulated(model), expected, 1e-6)
+    means = [logps(model, sample).mean() for sample in samples]
     assert result.nll == pytest.approx(-torch.stack(means).sum().item() / 3, rel=1e-6)
     # In the policy loss, neither clip, KL nor entropy may touch these rows.
     c = config(pack_tokens=pack_tokens, clip_low=0.01, clip_high=0.01, entropy_coef=0.5)
     value, got = run(model, c, samples)
     assert value == pytest.approx(truth.item(), rel=1e-6)
-    assert_same(got, expected, 1e-6)
+    assert_gradients_near(got, expected, 1e-6)
 
 
 EXPLAINED = {"q0": [(50, 51, 52, 1), (60, 1)], "q2": [(70, 71, 1)]}  # two of three questions
@@ -330,38 +321,36 @@ def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
     c = config(method=method, steps=10, **term)
     prompter: Any = Prompter(made)
     positives = {} if method == "grpo" else EXPLAINED
-    policy = (
-        judge(model, made, c, None) if method != "star" else torch.zeros((), requires_grad=True)
-    )
+    policy = policy_term(model, made, c) if method != "star" else torch.zeros(())
     sft = torch.zeros((), dtype=torch.float64)
     for q, completions in positives.items():
         for ids in completions:
-            logp = full_logp(model, prompter.prompts[q], list(ids)).mean()
-            sft = sft - 0.3 * 0.8 * logp / (P * len(completions))  # two of ten steps are done
-    expected = gradients(model, policy + sft)
+            logp = completion_logps(model, prompter.prompts[q], ids, T).mean()
+            sft = sft - 0.3 * 0.8 * logp / (P * len(completions))  # after two of ten steps
+    expected = gradients_of(model, policy + sft)
     model.zero_grad()
     trainer = trainer_of(c, model, prompter)
     (mine,) = grpo.attempts_of_updates(trainer, [made])
     row = grpo.update_weights(trainer, made, mine, Explanations(positives), 2, Phases())
-    assert_same(gradients_of(model), expected, 1e-6)
+    assert_gradients_near(accumulated(model), expected, 1e-6)
     assert row["exp_sft_coef"] == (None if method == "grpo" else pytest.approx(0.24))
 
 
 def test_fp32_gradient_does_not_depend_on_the_packing():
     model = tiny_model()
     made = groups(REWARDS)
-    _, whole = run(model, config(), policy_samples(made, config()))
+    _, one_pack = run(model, config(), policy_samples(made, config()))
     for pack_tokens in (1, 20, 33):
         c = config(pack_tokens=pack_tokens)
         _, split = run(model, c, policy_samples(made, c))
-        assert_same(split, whole, 2e-6)
+        assert_gradients_near(split, one_pack, 2e-6)
 
 
 def test_statistics_do_not_depend_on_the_packing():
     model = tiny_model(dtype=torch.float64)
     c = config(updates_per_batch=P, kl_coef=0.1)
     samples = attempts(with_old_logp(model, groups(REWARDS)), c)
-    likely = [full_logp(model, s.prompt_ids, list(s.completion_ids)).detach() for s in samples]
+    likely = [logps(model, sample).detach() for sample in samples]
     samples = [
         replace(s, ref_logp=(x + 0.1 * i).float())
         for i, (s, x) in enumerate(zip(samples, likely, strict=True))
@@ -394,18 +383,18 @@ def test_gradient_checkpointing_changes_no_bit():
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_batches_visit_every_problem_once_an_epoch_in_an_order_known_from_the_seed():
+def test_each_epoch_visits_each_problem_once_in_an_order_of_the_seed():
     problems = [problem(q) for q in range(10)]
     seen = [p.id for step in range(4) for p in questions_of_step(problems, step, 5, seed=1)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in problems)
     assert seen[:10] != seen[10:]
     assert [p.id for p in questions_of_step(problems, 2, 5, seed=1)] == seen[10:15]
     assert [p.id for p in questions_of_step(problems, 2, 5, seed=2)] != seen[10:15]
-    for step in range(20):  # 4 do not divide 10: no question is twice in a batch
+    for step in range(20):  # 4 does not divide 10, and yet no question is twice in a batch
         assert len({p.id for p in questions_of_step(problems, step, 4, seed=1)}) == 4
 
 
-def test_a_batch_splits_into_equal_shares():
+def test_a_batch_is_split_into_equal_parts():
     made = groups([*REWARDS, [0.0] * G])
     assert [[r.problem.id for r in part] for part in split_evenly(made, 2)] == [
         ["q0", "q1"],
@@ -413,7 +402,7 @@ def test_a_batch_splits_into_equal_shares():
     ]
 
 
-def test_shares_differ_by_one_at_most_and_none_is_empty():
+def test_parts_differ_by_one_question_at_most_and_none_is_empty():
     made = groups([*REWARDS, [0.0] * G, [1.0] * G])
     assert [len(part) for part in split_evenly(made, 3)] == [1, 2, 2]
     assert [len(part) for part in split_evenly(made[:2], 3)] == [1, 1]
@@ -461,7 +450,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(again: int):
         """Every fourth question has unequal rewards."""
         return [float(q.id in ("q0", "q4", "q8") and i % G == 0) for i, q in enumerate(asked)]
 
-    # However equal the rewards, their lengths make advantages: those do not count.
+    # The length penalty gives advantages to equal rewards; those groups are replaced too.
     c = config(method="grpo", dynamic_sampling=again, overlong_buffer=11)
     prompter = SamplingPrompter()
     trainer = trainer_of(c, None, prompter, problems=problems, reward=reward)
@@ -494,7 +483,9 @@ def test_the_generation_budget_is_the_same_for_all_methods():
         c = config(method=method, generation_budget=12, explanations_per_question=8)
         assert c.group_size + c.n_explanations == 12
         assert c.n_explanations == (8 if method in ("expo-grpo", "star", "expo-dpo") else 0)
-    assert config(generation_budget=12, exp_sft_coef=0.0).group_size == 12  # nothing to explain for
+    assert (
+        config(generation_budget=12, exp_sft_coef=0.0).group_size == 12
+    )  # no term needs explanations
     with pytest.raises(ValueError, match=r"generation_budget=9: need at least 10, 8 of them"):
         config(generation_budget=9, explanations_per_question=8)
 
@@ -502,7 +493,7 @@ def test_the_generation_budget_is_the_same_for_all_methods():
 @pytest.mark.parametrize("reason", ["stop", "length", "error"])
 @pytest.mark.parametrize("mask_truncated", [False, True])
 def test_an_attempt_with_an_error_has_no_reward(reason: str, mask_truncated: bool):
-    """Its tokens end where the logits were not finite, so nothing is learnt from it."""
+    """Its tokens end where the logits were not finite, so it is not trained on."""
     c = config(num_generations=2, mask_truncated=mask_truncated)
     completions = [Completion([9], torch.zeros(1), reason), Completion([9], torch.zeros(1), "stop")]
     texts = SimpleNamespace(text=str, solve=lambda asked: (5,))
@@ -511,7 +502,7 @@ def test_an_attempt_with_an_error_has_no_reward(reason: str, mask_truncated: boo
     assert group.rewards == [None if masked else 1.0, 0.0]
 
 
-def test_sampled_metrics():
+def test_metrics_of_attempts_are_those_computed_by_hand():
     row = attempt_metrics(groups(REWARDS))
     assert row["reward"] == pytest.approx((0.5 + 0 + 1 / 3) / 3)
     assert row["frac_all_fail"] == pytest.approx(1 / 3)
@@ -525,7 +516,7 @@ def test_sampled_metrics():
     assert attempt_metrics(leaky)["own/leak_rate"] == 1 / 4
 
 
-def test_explained_metrics_are_null_where_nothing_was_explained():
+def test_metrics_of_explanations_are_null_without_explanations():
     assert set(Explanations().metrics().values()) == {None, 0}
     found = Explanations({"q0": [(1, 2), (3, 4, 5, 6)]}, n_questions=4, n_sampled=8, n_right=3)
     found.n_leaked, found.n_unfit = 1, 2

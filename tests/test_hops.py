@@ -15,10 +15,10 @@ MOST_MODULES_IN_A_CHAIN = 6  # from the command line to the backend
 
 
 @pytest.mark.parametrize("method", ["expo-grpo", "expo-dpo", "sft"])
-def test_a_step_is_a_short_chain_without_call_backs(
+def test_a_step_has_a_short_chain_of_modules_and_no_callbacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ):
-    # A random model explains nothing right.
+    # No explanation of a random model is right.
     monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     rows = [

@@ -1,4 +1,4 @@
-"""House rules of the code layout, each held by a test."""
+"""House rules: the layout of the code, imports, and the size of functions."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ OURS = sorted(
 TESTS = sorted(ROOT.glob("tests/*.py"))
 PYTHON = [*OURS, *TESTS, *sorted(ROOT.glob("benchmarks/**/*.py"))]
 MOST_FLAT_MODULES = 14
-MOST_TOKENS = 600  # of a function; a screen of 50 lines has about 400
+MOST_TOKENS = 600  # of a function; 50 lines have about 400
 
 # A package or public module imports only those above it. docs/architecture.md shows them.
 ORDER = [
@@ -60,7 +60,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def shown(path: Path) -> str:
-    """Return the path of a file as a failure names it."""
+    """Return the path of a file relative to the root, for messages."""
     return path.relative_to(ROOT).as_posix()
 
 
@@ -72,7 +72,7 @@ def package_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted names of all that the tree imports; relative ones start with a dot."""
+    """Yield the dotted names of all imports of a tree; relative ones start with a dot."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -130,7 +130,7 @@ def dotted_name(path: Path) -> str:
     return ".".join(inside).removesuffix(".__init__")
 
 
-def test_few_modules_lie_flat():
+def test_expo_fast_has_few_modules_outside_packages():
     flat = [path.stem for path in OURS if path.parent == ROOT / "expo_fast"]
     assert len(flat) <= MOST_FLAT_MODULES
 
@@ -142,11 +142,11 @@ def test_kernels_is_no_package_of_its_own():
     assert (ROOT / "expo_fast/csrc").readlink() == Path("../csrc")
 
 
-def test_our_imports_are_absolute_and_through_expo_fast():
+def test_imports_are_absolute_and_name_expo_fast():
     wrong = []
     for path in PYTHON:
         hidden = {"kernels", "csrc", "tests"}
-        if path in OURS:  # what is installed must not need what is not
+        if path in OURS:  # benchmarks are not installed
             hidden.add("benchmarks")
         for name in imports(tree_of(path)):
             if name.startswith(".") or name.split(".")[0] in hidden:
@@ -186,8 +186,8 @@ def test_pre_commit_and_the_workflow_run_the_checks_of_the_makefile():
     assert f"TORCH: {torch} --index-url https://download.pytorch.org/whl/cpu\n" in workflow
 
 
-def test_functions_are_short_however_they_are_laid_out():
-    """A limit of lines or statements would reward dense code; this one counts tokens."""
+def test_functions_are_within_the_limit_of_tokens():
+    """A limit of lines or statements would reward dense code, a limit of tokens does not."""
     long = []
     for path in OURS:
         if path.parent.name == "kernels":
@@ -221,8 +221,8 @@ def test_the_ops_need_nothing_but_torch():
     )
 
 
-def test_importing_does_nothing():
-    """No device probe, process, connection, folder made or environment read."""
+def test_importing_a_module_has_no_side_effects():
+    """It probes no device, starts no process, makes no folder and reads no environment."""
     modules = sorted(dotted_name(path) for path in OURS if path.parent.name != "kernels")
     run_python(
         f"""
@@ -252,7 +252,7 @@ def test_importing_does_nothing():
 
 
 def run_python(code: str) -> None:
-    """Run the code in a fresh interpreter, in the root; fail with its traceback."""
+    """Run code in a new interpreter in the root. Fail with its traceback."""
     command = [sys.executable, "-B", "-c", dedent(code)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

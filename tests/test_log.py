@@ -1,4 +1,4 @@
-"""Each step is logged once; a log that fails ends no run and leaves the terminal as it was."""
+"""Each step is logged once, and a log that fails does not end the run."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def lines(stream):
     return stream.getvalue().splitlines()
 
 
-def test_rows_are_plain_json_and_what_is_not_finite_is_null(tmp_path):
+def test_rows_are_plain_json_and_non_finite_numbers_are_null(tmp_path):
     with quiet_log(tmp_path) as log:
         log.write_step({"step": 1, "kl": math.nan, "a": [math.inf, {"b": -math.inf}], "none": None})
         log.write_step({"step": 2, "reward": torch.tensor(0.5), "n": torch.tensor(3), "x": 1e-300})
@@ -53,11 +53,11 @@ def test_rows_are_plain_json_and_what_is_not_finite_is_null(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     (evaluation,) = read(tmp_path / "evaluations.jsonl")
     assert evaluation == {"step": 2, "pass@1": 0.25, "levels": {"2": None}}
-    (said,) = (tmp_path / "completions/step-2.jsonl").read_bytes().splitlines()
-    assert json.loads(said)["completion"] == "\u2028\ud800\n"
+    (line,) = (tmp_path / "completions/step-2.jsonl").read_bytes().splitlines()
+    assert json.loads(line)["completion"] == "\u2028\ud800\n"
 
 
-def test_truncation_cuts_later_steps_and_mends_torn_lines(tmp_path):
+def test_truncation_removes_later_steps_and_incomplete_lines(tmp_path):
     with quiet_log(tmp_path) as log:
         for step in range(1, 7):
             log.write_step({"step": step, "reward": step / 10})
@@ -65,18 +65,20 @@ def test_truncation_cuts_later_steps_and_mends_torn_lines(tmp_path):
         for step in (0, 3, 6):
             log.write_evaluation({"step": step, "pass@1": 0.5})
     metrics = tmp_path / "metrics.jsonl"
-    whole = metrics.read_bytes()
-    metrics.write_bytes(whole[: whole.index(b'{"step": 2')] + b'{"step": 9, "re\n' + whole[-150:])
+    content = metrics.read_bytes()
+    metrics.write_bytes(
+        content[: content.index(b'{"step": 2')] + b'{"step": 9, "re\n' + content[-150:]
+    )
     with open(tmp_path / "evaluations.jsonl", "ab") as file:
         file.write(b'{"step": 7, "pass')
     assert steps_of(metrics) == [1, 2, 3, 4, 5, 6]
     assert steps_of(tmp_path / "evaluations.jsonl") == [0, 3, 6]
     log = quiet_log(tmp_path)
-    metrics.write_bytes(whole + b'{"step": 4, "rew')
+    metrics.write_bytes(content + b'{"step": 4, "rew')
     log.truncate_to(4)
     assert steps_of(metrics) == [1, 2, 3, 4]
     assert steps_of(tmp_path / "evaluations.jsonl") == [0, 3]
-    assert metrics.read_bytes() == whole[: whole.index(b'{"step": 5')]
+    assert metrics.read_bytes() == content[: content.index(b'{"step": 5')]
     names = {path.name for path in (tmp_path / "completions").iterdir()}
     assert names == {f"step-{step}.jsonl" for step in range(1, 5)}
     log.write_step({"step": 5, "reward": 0.5})
@@ -85,7 +87,7 @@ def test_truncation_cuts_later_steps_and_mends_torn_lines(tmp_path):
     assert [row["step"] for row in read(tmp_path / "evaluations.jsonl")] == [0, 3, 5]
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "config.toml"
     for content in (b"old", b"new"):
         replace_file(path, content)
@@ -96,7 +98,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new"
 
 
-def test_truncation_ends_a_whole_last_row_that_lacks_its_newline(tmp_path):
+def test_truncation_adds_a_missing_newline_to_a_complete_last_row(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
     log = quiet_log(tmp_path)
     log.truncate_to(2)
@@ -104,13 +106,13 @@ def test_truncation_ends_a_whole_last_row_that_lacks_its_newline(tmp_path):
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_fresh_folder_has_nothing_to_truncate(tmp_path):
+def test_truncation_of_an_empty_folder_does_nothing(tmp_path):
     quiet_log(tmp_path).truncate_to(2)
     assert [*tmp_path.iterdir()] == []
     assert steps_of(tmp_path / "metrics.jsonl") == []
 
 
-def test_a_deleted_directory_gives_one_warning_and_ends_nothing(tmp_path):
+def test_a_deleted_directory_gives_one_warning_and_no_error(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     log = quiet_log(run_dir)
@@ -125,11 +127,13 @@ def test_a_deleted_directory_gives_one_warning_and_ends_nothing(tmp_path):
     assert read(run_dir / "metrics.jsonl") == [{"step": 5}]
 
 
-def test_a_full_disk_leaves_no_half_row(tmp_path):
+def test_a_full_disk_leaves_no_incomplete_row(tmp_path):
     log = quiet_log(tmp_path)
     row = {"step": 1, "text": "x" * 70}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a row fits in part, then none
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, limits[1])
+    )  # a row fits in part, later rows do not fit
     try:
         with pytest.warns(UserWarning, match=r"metrics\.jsonl of .* could not be written") as seen:
             for step in range(1, 30):
@@ -142,7 +146,7 @@ def test_a_full_disk_leaves_no_half_row(tmp_path):
     assert steps == [*range(1, 11), 30]
 
 
-def test_a_closed_console_ends_nothing(tmp_path):
+def test_a_closed_console_gives_one_warning_and_no_error(tmp_path):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")
@@ -154,7 +158,7 @@ def test_a_closed_console_ends_nothing(tmp_path):
     assert len(read(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_plain_console_is_one_line_a_step(tmp_path):
+def test_the_plain_console_prints_one_line_a_step(tmp_path):
     stream = io.StringIO()
     with quiet_log(tmp_path, console="auto", stream=stream) as log:
         log.write_step(
@@ -172,7 +176,7 @@ def test_plain_console_is_one_line_a_step(tmp_path):
 HOSTILE = "[red]markup[/red] [/nope] \x1b[2J\x1b]0;title\x07 \x9b31m \u202eevil\nline\r\x00"
 
 
-def test_live_panel_shows_the_metrics_and_defuses_model_text(tmp_path, monkeypatch):
+def test_the_live_panel_shows_metrics_and_escapes_text_of_the_model(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
@@ -201,26 +205,26 @@ def test_live_panel_shows_the_metrics_and_defuses_model_text(tmp_path, monkeypat
     assert "learning_rate 2e-05" in final
     assert "generate 12.5" in final
     assert "tokens/s" in final
-    assert "[bold]tail" in final  # the question's end, unread as markup
+    assert "[bold]tail" in final  # the question's end, not read as markup
     assert "[red]markup[/red] [/nope] \\x1b[2J\\x1b]0;title\\x07" in final
     assert "note [red]markup[/red] [/nope] \\x1b[2J" in screen
     for forbidden in ("\x1b[2J", "\x1b]0", "\x07", "\x9b", "\u202e", "\x00"):
         assert forbidden not in screen
 
 
-def test_tokens_per_second_and_time_left(tmp_path, monkeypatch):
+def test_tokens_per_second_and_the_time_left_are_shown(tmp_path, monkeypatch):
     now = iter([100.0, 104.0, 106.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     stream = io.StringIO()
     log = quiet_log(tmp_path, console="plain", stream=stream, total_steps=1000)
-    log.write_step({"step": 500, "num_tokens": 7000})  # a resumed run: no speed from one row
+    log.write_step({"step": 500, "num_tokens": 7000})  # a resumed run: one row gives no speed
     log.write_step({"step": 501, "num_tokens": 7500})
     assert lines(stream)[0] == "step 500/1000  tok/s -  0.0 s  left 0:33:20"  # 500 steps of 4 s
     assert lines(stream)[1] == "step 501/1000  tok/s 250  0.0 s  left 0:24:57"  # 499 steps of 3 s
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_has_the_scalars_and_forgets_what_a_resume_rewrites(tmp_path):
+def test_tensorboard_holds_the_scalars_without_those_before_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with quiet_log(tmp_path, tensorboard=True) as log:
@@ -236,10 +240,10 @@ def test_tensorboard_has_the_scalars_and_forgets_what_a_resume_rewrites(tmp_path
 
 
 @pytest.mark.parametrize(
-    "module, said",
+    "module, message",
     [("torch.utils.tensorboard", "tensorboard is not installed"), ("rich.live", "rich is not")],
 )
-def test_an_absent_module_is_reported_once(tmp_path, monkeypatch, module, said):
+def test_an_absent_module_is_reported_once(tmp_path, monkeypatch, module, message):
     monkeypatch.setitem(sys.modules, module, None)
     stream = Terminal()
     console = "live" if module == "rich.live" else "plain"
@@ -250,11 +254,11 @@ def test_an_absent_module_is_reported_once(tmp_path, monkeypatch, module, said):
         warnings.simplefilter("error")
         for step in (1, 2):
             log.write_step({"step": step})
-    assert sum(said in line for line in lines(stream)) == 1
+    assert sum(message in line for line in lines(stream)) == 1
     assert sum(line.startswith("step ") for line in lines(stream)) == 2
 
 
-def test_phases_sum_their_seconds_even_where_one_fails():
+def test_seconds_of_phases_are_summed_even_if_one_fails():
     now = iter([0.0, 1.5, 10.0, 10.25, 20.0, 24.0])
     phases = Phases(clock=lambda: next(now))
     with phases.phase("generate"):

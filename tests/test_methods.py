@@ -1,4 +1,4 @@
-"""Every method and preset trains, by its name alone; what cannot train is refused by value."""
+"""Every method and preset trains when it is named; invalid configurations are refused."""
 
 import json
 from pathlib import Path
@@ -16,12 +16,13 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.methods import METHODS
 from expo_fast.weights import load_model, save_model
+from judges import assert_gradients_near, completion_logps, gradients_of
 from tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny model, and problems of which some samples, by a reward of ours, are right."""
+    """Return a folder with a tiny model, problems, and a reward that some samples earn."""
     root = tmp_path_factory.mktemp("job")
     save_model(tiny_model(), tiny_tokenizer(), root / "model")
     rows = [
@@ -41,7 +42,7 @@ def flags(folder: Path, run: Path, *more: object) -> list[str]:
     given = f"--model {folder}/model --train-data {folder}/train.jsonl --output-dir {run} "
     given += "--shots 0 --eval-every 0 --steps 2 --prompts-per-step 4 --dtype float32 "
     given += "--max-completion-length 20 --learning-rate 1e-3"
-    if not {"sft", "dpo"} & {*more}:  # which judge nothing
+    if not {"sft", "dpo"} & {*more}:  # these methods have no reward
         given += f" --reward {folder}/rewards.py:odd"
     return [*given.split(), *map(str, more)]
 
@@ -52,7 +53,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Return a verifier that accepts a random model's explanations, or none would be used."""
+    """Accept a random model's explanations, because none of them is right."""
     monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
 
 
@@ -100,7 +101,7 @@ def test_options_train_and_change_the_result(folder: Path, tmp_path: Path, more:
     assert [row["loss"] for row in with_] != [row["loss"] for row in without]
 
 
-def test_there_is_a_preset_for_every_method_and_each_says_what_it_is():
+def test_every_method_has_a_preset_and_each_preset_begins_with_a_comment():
     from expo_fast.cli.flags import PRESETS
 
     named = {parse(Train, ["--config", name]).method for name in presets()}
@@ -125,8 +126,8 @@ def test_a_checkpoint_of_another_method_is_refused(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("preset", ["gspo", "cispo", "dapo"])
-def test_where_nothing_moves_no_ratio_leaves_its_range(folder: Path, tmp_path: Path, preset: str):
-    """The generator's log-probs, in bf16, are further off the trainer's than GSPO's bounds."""
+def test_without_weight_changes_no_ratio_is_clipped(folder: Path, tmp_path: Path, preset: str):
+    """In bf16, the generator's log-probs differ from the trainer's by more than GSPO's bounds."""
     given = ("--config", preset, "--dtype", "bfloat16", "--prompts-per-step", 8)
     train.main(flags(folder, tmp_path, *given, "--learning-rate", 1e-12, "--updates-per-batch", 4))
     assert any(row["grad_norm/policy"] > 0 for row in rows(tmp_path))
@@ -135,7 +136,7 @@ def test_where_nothing_moves_no_ratio_leaves_its_range(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("above", "failing"), [(0.0, 0.0), (-0.5, 0.0), (0.5, 1.0)])
-def test_right_is_what_is_rewarded_above_a_threshold(folder, tmp_path, above, failing):
+def test_an_attempt_is_right_if_its_reward_exceeds_the_threshold(folder, tmp_path, above, failing):
     (tmp_path / "rewards.py").write_text(
         "def partly(completions, **columns):\n"
         "    return [0.1 * (n % 2) for n, _ in enumerate(completions)]\n"
@@ -166,26 +167,19 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
     model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
     problems = [
         Problem("a", "1 + 1?", "2", "1 + 1 = 2."),
-        Problem("b", "Who?", "", pair=("Me, of course.", "Nobody.")),
+        Problem("b", "Who?", "", pair=("Me, of course.", "No one.")),
     ]
     total = torch.zeros((), dtype=torch.float64)
     for p in problems:
-        prompt, ids = prompter.solve(p), prompter.target(p)
-        whole = torch.tensor([*prompt, *ids])
-        borders = torch.tensor([0, len(whole)], dtype=torch.int32)
-        hidden = model.hidden(whole, torch.arange(len(whole)), borders)
-        logp = (hidden @ model.head_weight.T).log_softmax(-1)[len(prompt) - 1 : -1]
-        total = total - logp.gather(1, torch.tensor(ids)[:, None]).mean() / len(problems)
-    total.backward()
-    truth = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+        logps = completion_logps(model, prompter.solve(p), prompter.target(p))
+        total = total - logps.mean() / len(problems)
+    truth = gradients_of(model, total)
     targets = [(p, [prompter.target(p)]) for p in problems]
     samples = sft_samples(targets, prompter, coef=1.0, n_questions=2, reduction="token_mean")
     result = sft_backward(model, samples, temperature=1.0, max_tokens=4096)
     assert result.loss == pytest.approx(total.item(), rel=1e-6)
-    for name, p in model.named_parameters():
-        assert p.grad is not None
-        assert float((p.grad - truth[name]).norm() / truth[name].norm()) < 1e-6
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_gradients_near(got, truth, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +239,9 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
         ),
     ],
 )
-def test_what_cannot_train_is_refused_by_value(folder, tmp_path, capsys, more, sentence):
+def test_invalid_configurations_are_refused_in_one_sentence(
+    folder, tmp_path, capsys, more, sentence
+):
     rows = {
         "NOPAIRS": {"question": "Q?", "answer": "1", "solution": "S"},
         "PAIRS": {"prompt": "Q?", "chosen": "a", "rejected": "b"},
@@ -256,7 +252,7 @@ def test_what_cannot_train_is_refused_by_value(folder, tmp_path, capsys, more, s
         (tmp_path / name).write_text(lines)
         more = f"{more} ".replace(f" {name} ", f" {tmp_path / name} ")
     assert exit_status.run(train.main, flags(folder, tmp_path / "run", *more.split())) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert sentence in said[0]
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert sentence in errors[0]
     assert not (tmp_path / "run").exists()

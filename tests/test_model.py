@@ -10,13 +10,21 @@ from torch import Tensor
 
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
+from judges import (
+    assert_gradients_near,
+    gradients_of,
+    hidden_states,
+    max_error,
+    max_relative_error,
+    relative_error,
+)
 from tiny import (
     LINEAR_ROPE,
     VARIANTS,
     tiny_config,
     tiny_model,
     tiny_tokenizer,
-    transformers_twin,
+    transformers_copy,
 )
 
 LENGTHS = (19, 1, 30)  # tokens; beyond every window of the variants
@@ -35,51 +43,32 @@ def pack(parts: list[Tensor], starts: list[int]) -> tuple[Tensor, Tensor, Tensor
     return torch.cat(parts), torch.cat(places), borders
 
 
-def alone(model: Decoder, sequence: Tensor) -> Tensor:
-    return model.hidden(*pack([sequence], [0]))
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return (a - b).abs().max().item()
-
-
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-
-
-def worst_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Return the largest difference of the gradients, each relative to its largest entry."""
-    assert a.keys() == b.keys()
-    return max(gap(a[key], b[key]) / b[key].abs().max().item() for key in a)
-
-
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_packed_hidden_states_and_logits_equal_transformers(kind: str):
     model = tiny_model(kind)
-    twin = transformers_twin(model)
+    theirs = transformers_copy(model)
     parts = sequences(model.shape.vocabulary)
     with torch.no_grad():
         hidden = model.hidden(*pack(parts, [0, 0, 0]))
-        theirs = torch.cat([twin.model(x[None]).last_hidden_state[0] for x in parts])
-        logits = torch.cat([twin(x[None]).logits[0] for x in parts])
-    assert gap(hidden, theirs) < CLOSE
-    assert gap(hidden @ model.head_weight.T, logits) < CLOSE
-    assert logits.std() > 0.3  # nothing is flat enough to agree by chance
+        expected = torch.cat([theirs.model(x[None]).last_hidden_state[0] for x in parts])
+        logits = torch.cat([theirs(x[None]).logits[0] for x in parts])
+    assert max_error(hidden, expected) < CLOSE
+    assert max_error(hidden @ model.head_weight.T, logits) < CLOSE
+    assert logits.std() > 0.3  # logits are not so flat that they agree by chance
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_gradients_equal_transformers(kind: str):
     model = tiny_model(kind)
-    twin = transformers_twin(model)
+    theirs = transformers_copy(model)
     parts = sequences(model.shape.vocabulary)
     hidden = model.hidden(*pack(parts, [0, 0, 0]))
     logits = hidden @ model.head_weight.T
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    ours = gradients(model, (logits * upstream).sum())
-    theirs = torch.cat([twin(x[None]).logits[0] for x in parts])
-    assert worst_gap(ours, gradients(twin, (theirs * upstream).sum())) < CLOSE
+    got = gradients_of(model, (logits * upstream).sum())
+    expected = torch.cat([theirs(x[None]).logits[0] for x in parts])
+    truth = gradients_of(theirs, (expected * upstream).sum())
+    assert_gradients_near(got, truth, CLOSE, max_relative_error)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen3", "smollm3-windows"])
@@ -87,10 +76,10 @@ def test_a_pack_equals_its_sequences_one_by_one_in_fp64(kind: str):
     model = tiny_model(kind, dtype=torch.float64)
     parts = sequences(model.shape.vocabulary)
     packed = model.hidden(*pack(parts, [0, 0, 0]))
-    one_by_one = torch.cat([alone(model, x) for x in parts])
+    one_by_one = torch.cat([hidden_states(model, x) for x in parts])
     assert packed.dtype == torch.float64
-    assert gap(packed, one_by_one) < 1e-12
-    assert gap(packed, tiny_model(kind).hidden(*pack(parts, [0, 0, 0])).double()) < CLOSE
+    assert max_error(packed, one_by_one) < 1e-12
+    assert max_error(packed, tiny_model(kind).hidden(*pack(parts, [0, 0, 0]))) < CLOSE
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2-windows", "smollm3-windows"])
@@ -102,16 +91,17 @@ def test_a_tree_of_segments_equals_complete_sequences_outputs_and_gradients(kind
     chains = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5], [0, 2, 6]]
     starts = [sum(len(parts[a]) for a in chain[:-1]) for chain in chains]
     tree = model.hidden(*pack(parts, starts), torch.tensor(parents))
-    complete = [alone(model, torch.cat([parts[a] for a in chain])) for chain in chains]
+    complete = [hidden_states(model, torch.cat([parts[a] for a in chain])) for chain in chains]
     tails = torch.cat([h[-len(part) :] for h, part in zip(complete, parts, strict=True)])
-    assert gap(tree, tails) < 1e-12
+    assert max_error(tree, tails) < 1e-12
     random = torch.Generator().manual_seed(3)
     upstream = torch.randn(tree.shape, generator=random, dtype=torch.float64)
-    ours = gradients(model.model, (tree * upstream).sum())
-    assert worst_gap(ours, gradients(model.model, (tails * upstream).sum())) < 1e-10
+    got = gradients_of(model.model, (tree * upstream).sum())
+    truth = gradients_of(model.model, (tails * upstream).sum())
+    assert_gradients_near(got, truth, 1e-10, max_relative_error)
 
 
-def test_a_parent_that_comes_later_is_an_error():
+def test_a_parent_after_its_segment_is_refused():
     model = tiny_model()
     parts = sequences(model.shape.vocabulary, (3, 4))
     with pytest.raises(AssertionError, match="segment 0 continues segment 1"):
@@ -122,8 +112,8 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit():
     plain, recomputing = tiny_model("qwen3"), tiny_model("qwen3")
     recomputing.checkpointing = True
     batch = pack(sequences(plain.shape.vocabulary), [0, 0, 0])
-    ours = gradients(plain.model, plain.hidden(*batch).square().sum())
-    theirs = gradients(recomputing.model, recomputing.hidden(*batch).square().sum())
+    ours = gradients_of(plain.model, plain.hidden(*batch).square().sum())
+    theirs = gradients_of(recomputing.model, recomputing.hidden(*batch).square().sum())
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -151,7 +141,7 @@ def test_a_window_counts_the_token_itself(window: int):
     (tokens,) = sequences(model.shape.vocabulary, (12,))
     changed = tokens.clone()
     changed[4] = (changed[4] + 1) % model.shape.vocabulary
-    moved = (alone(model, tokens) - alone(model, changed)).abs().amax(-1) > 0
+    moved = (hidden_states(model, tokens) - hidden_states(model, changed)).abs().amax(-1) > 0
     assert moved.nonzero().flatten().tolist() == list(range(4, 4 + window))
 
 
@@ -161,20 +151,20 @@ def test_a_segment_does_not_see_its_neighbours():
     others = [parts[0].flip(0), parts[1], parts[2].flip(0)]
     before, after = (model.hidden(*pack(p, [0, 0, 0])) for p in (parts, others))
     assert torch.equal(before[19:20], after[19:20])
-    assert gap(before[:19], after[:19]) > 0.1
+    assert max_error(before[:19], after[:19]) > 0.1
 
 
-def test_positions_follow_the_caller_not_the_pack():
+def test_positions_are_those_of_the_caller():
     model = tiny_model()
     (tokens,) = sequences(model.shape.vocabulary, (9,))
     batch = pack([tokens], [100])
-    assert gap(model.hidden(*batch), alone(model, tokens)) < CLOSE  # RoPE is relative
+    assert max_error(model.hidden(*batch), hidden_states(model, tokens)) < CLOSE  # RoPE is relative
     spread = model.hidden(batch[0], 3 * batch[1], batch[2])
-    assert gap(spread, alone(model, tokens)) > 0.1
+    assert max_error(spread, hidden_states(model, tokens)) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-llama3-rope", "llama-yarn-rope"])
-def test_rope_frequencies_stay_real_and_fp32_through_casts_and_meta(kind: str):
+def test_rope_frequencies_stay_fp32_and_initialised_through_casts_and_meta(kind: str):
     expected = tiny_model(kind).inv_freq
     with torch.device("meta"):
         on_meta = Decoder(tiny_config(kind))
@@ -185,11 +175,11 @@ def test_rope_frequencies_stay_real_and_fp32_through_casts_and_meta(kind: str):
     assert (expected > 0).all()
 
 
-def test_bf16_forward_stays_near_fp32_far_into_the_context():
+def test_a_bf16_forward_of_a_long_context_is_near_that_of_fp32():
     exact, rounded = tiny_model(), tiny_model(dtype=torch.bfloat16)
     (tokens,) = sequences(exact.shape.vocabulary, (240,))
-    a, b = alone(exact, tokens), alone(rounded, tokens).float()
-    assert (a - b).norm() / a.norm() < 0.03
+    error = relative_error(hidden_states(rounded, tokens), hidden_states(exact, tokens))
+    assert error < 0.03
 
 
 def test_a_tied_head_is_the_embedding():
@@ -233,7 +223,9 @@ def test_a_missing_end_token_is_taken_from_the_tokenizer():
     assert (model.eos_ids, unnamed.eos_ids) == ((2,), (1,))
     prompt = tiny_tokenizer()("1 + 1").input_ids
     with torch.no_grad():
-        unnamed.head_weight[1] = 9 * alone(unnamed, torch.tensor(prompt))[-1]  # it likes to end
+        unnamed.head_weight[1] = (
+            9 * hidden_states(unnamed, torch.tensor(prompt))[-1]
+        )  # the end token is likely
     (completion,) = Generator(unnamed).sample([Request(prompt, 20, temperature=0.0)])
     assert (completion.token_ids, completion.finish_reason) == ([1], "stop")
 

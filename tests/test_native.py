@@ -1,4 +1,4 @@
-"""The CPU kernels on every instruction set of this machine, against fp64 and plain PyTorch."""
+"""Compare the CPU kernels, on each instruction set of this machine, with fp64 and plain PyTorch."""
 
 import ctypes
 import math
@@ -16,13 +16,14 @@ from expo_fast.kernels import reference
 from expo_fast.kernels.head import Head, Needs, RowGrads
 from expo_fast.op_backends import cpu, dispatch, native_library
 from expo_fast.ops import linear_logprob
+from judges import linear_results, max_error, relative_error, results_of_head
 
-HERE = [name for name in native_library.COMPILER_FLAGS if native_library.supports_isa(name)]
+ISAS = [name for name in native_library.COMPILER_FLAGS if native_library.supports_isa(name)]
 BOTH = (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)
 MIXED = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16,) * 2
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch) -> str:
     monkeypatch.setenv("EXPO_FAST_ISA", request.param)
     return request.param
@@ -43,15 +44,14 @@ def make_head(n, d, v, dtypes, *, spread=1.0) -> Head:
     return Head(hidden, weight, bias, torch.randint(v, (n,), generator=g), temperature)
 
 
-def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """logp, entropy, lse, and the gradients of hidden, weight and bias, computed in `dtype`."""
-    assert head.bias is not None and isinstance(head.temperature, Tensor)
-    inputs = [x.to(dtype).requires_grad_() for x in (head.hidden, head.weight, head.bias)]
-    hidden, weight, bias = inputs
-    results = reference.linear_logprob(
-        hidden, weight, head.targets, bias, head.temperature.to(dtype)
-    )
-    return [*results, *torch.autograd.grad(results, inputs, tuple(upstream.to(dtype)))]
+def by_definition(head: Head, upstream: Tensor) -> list[Tensor]:
+    """Return logp, entropy, lse, and the gradients of hidden, weight and bias, in fp64."""
+    return results_of_head(linear_results, head, upstream, torch.float64)
+
+
+def by_plain_pytorch(head: Head, upstream: Tensor) -> list[Tensor]:
+    """Return the same as `by_definition`, by PyTorch in fp32."""
+    return results_of_head(reference.linear_logprob, head, upstream, torch.float32)
 
 
 def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
@@ -61,66 +61,58 @@ def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
     return [x for x in (*forward.results.to(torch.float32), *grads) if x is not None]
 
 
-def worst(got: Tensor, truth: Tensor) -> float:
-    return (got.double() - truth.double()).abs().max().item()
-
-
-def off(got: Tensor, truth: Tensor) -> float:
-    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
 SHAPES = [(1, 1, 2), (5, 7, 3), (63, 33, 1000), (130, 64, 509), (1100, 30, 77), (17, 130, 1531)]
 
 
 @pytest.mark.parametrize("dtypes", [*BOTH, *MIXED], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(isa, shape, dtypes):
-    """Of fp32 arithmetic on the same values; gradients come back in bf16 where inputs are."""
+    """Plain PyTorch computes in fp32 from the same values; bf16 inputs have bf16 gradients."""
     n, d, v = shape
     head = make_head(n, d, v, dtypes)
     upstream = torch.randn(3, n, generator=torch.Generator().manual_seed(1))
-    truth = by_definition(head, upstream, torch.float64)
-    plain, ours = by_definition(head, upstream, torch.float32), by_kernels(head, upstream)
+    truth = by_definition(head, upstream)
+    plain, ours = by_plain_pytorch(head, upstream), by_kernels(head, upstream)
     for t, p, o in zip(truth[:3], plain[:3], ours[:3], strict=True):
-        assert worst(o, t) <= 2 * worst(p, t) + 1e-6
+        assert max_error(o, t) <= 2 * max_error(p, t) + 1e-6
     rounded = torch.bfloat16 in dtypes
     for t, p, o in zip(truth[3:], plain[3:], ours[3:], strict=True):
-        assert off(o, t) <= 2 * off(p, t) + (4e-3 if rounded else 1e-6)
+        assert relative_error(o, t) <= 2 * relative_error(p, t) + (4e-3 if rounded else 1e-6)
 
 
 def test_bf16_is_no_worse_than_plain_bf16(isa):
     head = make_head(300, 64, 1000, BOTH[1])
     head = Head(head.hidden, head.weight, None, head.targets, 1.0)
-    truth = reference.linear_logprob(head.hidden.double(), head.weight.double(), head.targets)
+    truth = linear_results(head.hidden.double(), head.weight.double(), head.targets)
     plain = reference.linear_logprob(head.hidden, head.weight, head.targets)
     for t, p, o in zip(truth, plain, cpu.log_probs(head).results, strict=True):
-        assert worst(o, t) < 0.01 * worst(p, t)
+        assert max_error(o, t) < 0.01 * max_error(p, t)
 
 
 @pytest.mark.parametrize("dtypes", BOTH, ids=str)
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_any_number_of_threads(isa, threads, count, dtypes):
+def test_results_are_right_with_any_number_of_threads(isa, threads, count, dtypes):
     head, upstream = make_head(1100, 24, 700, dtypes), torch.ones(3, 1100)
-    truth = by_definition(head, upstream, torch.float64)
+    truth = by_definition(head, upstream)
     threads(count)
     first, again = by_kernels(head, upstream), by_kernels(head, upstream)
     for t, a, b in zip(truth, first, again, strict=True):
         assert torch.equal(a, b)  # same threads, same bits
-        assert off(a, t) < (4e-3 if dtypes == BOTH[1] else 2e-6)
+        assert relative_error(a, t) < (4e-3 if dtypes == BOTH[1] else 2e-6)
 
 
 def test_weight_gradient_of_many_spans_is_summed_in_fp32(isa):
     n = 5 * cpu.SPAN + 3
     head = make_head(n, 16, 40, BOTH[1])
     grads = by_kernels(head, torch.ones(3, n))[3:]
-    truth = by_definition(head, torch.ones(3, n), torch.float64)[3:]
+    truth = by_definition(head, torch.ones(3, n))[3:]
     assert grads[1].dtype == torch.float32
-    assert off(grads[1], truth[1]) < 2e-3  # dz is rounded to bf16, its sums are not
+    assert relative_error(grads[1], truth[1]) < 2e-3  # dz is rounded to bf16, its sums are not
 
 
 @pytest.mark.parametrize("rest", [10.0**-k for k in range(2, 9)])
 def test_relative_accuracy_as_the_probability_goes_to_one(isa, rest):
-    """Peers that compute z_y - lse lose every digit there; here the logits are exact."""
+    """z_y - lse, which other implementations compute, has no correct digit there."""
     v = 1000
     weight = torch.full((v, 1), math.log(rest / (v - 1)))
     weight[777] = 0
@@ -135,8 +127,8 @@ def test_large_logits_cost_the_gradient_no_digits(isa):
     hidden, targets = torch.ones(20, 1), torch.arange(20)
     head = Head(hidden, weight, torch.zeros(200), targets, torch.ones(20))
     row_grads = torch.stack([torch.ones(20), torch.full((20,), 0.3), torch.full((20,), 0.2)])
-    truth = by_definition(head, row_grads, torch.float64)[-1]
-    assert off(by_kernels(head, row_grads)[-1], truth) < 1e-6
+    truth = by_definition(head, row_grads)[-1]
+    assert relative_error(by_kernels(head, row_grads)[-1], truth) < 1e-6
 
 
 @pytest.mark.parametrize("gap", [50.0, 94.0, 1000.0, 1e5])
@@ -144,13 +136,13 @@ def test_unlikely_targets_do_not_overflow(isa, gap):
     hidden, weight = torch.ones(40, 1), torch.zeros(900, 1)
     weight[3], weight[800] = -gap, gap / 3  # the largest is in another tile and thread
     head = Head(hidden, weight, torch.zeros(900), torch.full((40,), 3), torch.ones(40))
-    truth = by_definition(head, torch.ones(3, 40), torch.float64)
+    truth = by_definition(head, torch.ones(3, 40))
     for t, o in zip(truth, by_kernels(head, torch.ones(3, 40)), strict=True):
-        assert worst(o, t) <= 1e-5 * max(1.0, t.abs().max().item())
+        assert max_error(o, t) <= 1e-5 * max(1.0, t.abs().max().item())
 
 
-def test_phantom_columns_never_enter(isa):
-    """verl #2656: rows beyond a ragged vocabulary counted as logits of 0."""
+def test_padding_of_the_vocabulary_adds_no_probability(isa):
+    """In verl #2656, rows beyond a ragged vocabulary counted as logits of 0."""
     for v in (1000, 997, 129):
         weight = torch.full((v, 1), -30.0)
         got = cpu.log_probs(
@@ -161,7 +153,7 @@ def test_phantom_columns_never_enter(isa):
         )
 
 
-def test_a_row_of_nan_changes_its_own_results_alone(isa):
+def test_a_row_of_nan_leaves_other_rows_unchanged(isa):
     head = make_head(40, 8, 300, BOTH[0])
     head.hidden[7] = math.nan
     got = cpu.log_probs(head).results
@@ -180,14 +172,14 @@ def test_forbidden_tokens_get_no_gradient(isa):
     assert d_weight[:100].isfinite().all() and d_weight[:100].count_nonzero()
 
 
-def test_a_large_bias_stays_out_of_the_padding(isa):
-    """Rows of padding, up to the next 16, have the bias as their logit; 2^bias may be inf."""
+def test_a_large_bias_does_not_enter_through_the_padding(isa):
+    """Padding rows, up to the next 16, have the bias as their logit; 2^bias may be inf."""
     head = make_head(3, 8, 40, BOTH[0])
     assert head.bias is not None
     head.bias[2] = 300.0
-    truth = by_definition(head, torch.ones(3, 3), torch.float64)
+    truth = by_definition(head, torch.ones(3, 3))
     for t, o in zip(truth, by_kernels(head, torch.ones(3, 3)), strict=True):
-        assert worst(o, t) <= 1e-4 * max(1.0, t.abs().max().item())
+        assert max_error(o, t) <= 1e-4 * max(1.0, t.abs().max().item())
 
 
 def test_a_large_entropy_gradient_makes_no_nan_of_a_forbidden_token(isa):
@@ -213,8 +205,8 @@ def test_torch_defaults_change_nothing(default):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_kernel_that_fails_raises():
-    """An exception in a thread would end the process."""
+def test_a_failing_kernel_raises_an_exception():
+    """An exception in a thread of the kernel would end the process."""
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("oneDNN has no bf16 products here")
     program = """
@@ -240,20 +232,20 @@ def test_frozen_inputs_get_no_gradient(isa, wanted):
         assert a is None or (b is not None and torch.equal(a, b))
 
 
-def test_weights_may_be_rows_of_something_wider_and_inputs_any_view():
+def test_weights_and_hidden_states_may_be_any_view():
     g = torch.Generator().manual_seed(0)
     wide = torch.randn(300, 20, generator=g)
     hidden = torch.randn(8, 50, generator=g).T
     targets = torch.randint(300, (50,), generator=g)
     for weight in (wide[:, :8], wide[:, 5:13], wide.T[:8].T, wide.T.contiguous()[:8].T):
         got = linear_logprob(hidden, weight, targets, backend="native")
-        truth = reference.linear_logprob(hidden.double(), weight.double(), targets)
+        truth = linear_results(hidden.double(), weight.double(), targets)
         for a, t in zip(got, truth, strict=True):
-            assert a.dtype == torch.float32 and worst(a, t) < 1e-5
+            assert a.dtype == torch.float32 and max_error(a, t) < 1e-5
 
 
-def test_nothing_of_rows_times_vocabulary_is_held():
-    """Peak resident memory, of a process of its own."""
+def test_no_memory_of_rows_times_vocabulary_is_held():
+    """Measure the peak resident memory in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=300
     )
@@ -284,7 +276,7 @@ print(peak() - before, 2 * n * v, 2 * (n + v) * d)
 """
 
 
-# the library
+# The compiled library
 
 
 def run(environment: dict[str, str], program: str) -> subprocess.CompletedProcess:
@@ -304,7 +296,7 @@ print(linear_logprob(torch.ones(1, 2), torch.eye(2), torch.tensor([0]){}).logp.i
 """
 
 
-def test_without_a_compiler_plain_pytorch_is_used_and_says_so(tmp_path):
+def test_without_a_compiler_plain_pytorch_is_used_with_a_warning(tmp_path):
     alone = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)}
     alone["CXX"] = ""
     done = run(alone, SCORE.format(""))
@@ -315,7 +307,7 @@ def test_without_a_compiler_plain_pytorch_is_used_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no library"])
-def test_a_library_cut_short_is_made_again(tmp_path, content):
+def test_a_truncated_library_is_compiled_again(tmp_path, content):
     where = {"XDG_CACHE_HOME": str(tmp_path), "EXPO_FAST_ISA": "portable"}
     native_only = SCORE.format(', backend="native"')
     run(where, native_only)
@@ -324,20 +316,20 @@ def test_a_library_cut_short_is_made_again(tmp_path, content):
     assert float(run(where, native_only).stdout) == pytest.approx(-math.log(2))
 
 
-def test_a_cache_that_cannot_be_used_is_no_reason_to_fail(tmp_path):
+def test_an_unusable_cache_folder_is_no_error(tmp_path):
     (tmp_path / "expo_fast").write_text("a file where a folder must be")
     done = run({"XDG_CACHE_HOME": str(tmp_path)}, SCORE.format(""))
     assert float(done.stdout) == pytest.approx(-math.log(2))
     assert "using plain PyTorch, which is slower: the C++ kernels are not available" in done.stderr
 
 
-def test_a_compiler_that_fails_is_quoted_and_leaves_no_library(tmp_path):
+def test_a_compiler_error_is_reported_and_leaves_no_library(tmp_path):
     done = run({"XDG_CACHE_HOME": str(tmp_path), "CXX": "false"}, SCORE.format(""))
     assert "false cannot compile csrc" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_processes_that_start_together_compile_once(tmp_path):
+def test_concurrent_processes_compile_once(tmp_path):
     log = tmp_path / "log"
     compiler = tmp_path / "c++"
     compiler.write_text(
@@ -358,7 +350,7 @@ def test_processes_that_start_together_compile_once(tmp_path):
     assert len(list(Path(tmp_path).rglob("*.so"))) == 1
 
 
-def test_names_are_checked(monkeypatch):
+def test_unsupported_dtypes_and_instruction_sets_are_refused(monkeypatch):
     head = make_head(3, 2, 5, (torch.float64,) * 2)
     with pytest.raises(ValueError, match=r"not torch\.float64 hidden states on cpu"):
         dispatch.choose("native", head)

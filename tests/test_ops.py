@@ -1,4 +1,4 @@
-"""The ops against the papers' formulas, written out in fp64 and differentiated by autograd."""
+"""Compare the ops with their definitions in fp64, differentiated by autograd."""
 
 import gc
 import math
@@ -22,11 +22,12 @@ from expo_fast.ops import (
     linear_policy_loss,
     linear_preference_loss,
 )
+from judges import linear_results, max_error, max_relative_error, values_and_gradients
 
 
 @pytest.fixture(autouse=True)
 def several_chunks(each_backend, monkeypatch):
-    """Small chunks, so that every test crosses their borders."""
+    """Make chunks small, so that every test crosses their borders."""
     monkeypatch.setattr(reference, "CHUNK_BYTES", 1 << 14)
     monkeypatch.setattr(reference, "CUDA_CHUNK_BYTES", 1 << 14)
 
@@ -48,20 +49,6 @@ def make_head(n=61, d=8, v=127, seed=0, spread=1.0) -> Head:
     return Head(hidden * spread, weight, bias, torch.randint(v, (n,), generator=g))
 
 
-def softmax_truth(logits: Tensor, targets: Tensor):
-    """(logp, entropy, lse) by definition; rows without target are 0."""
-    has = targets != -100
-    lse = logits.logsumexp(-1)
-    logp_all = logits - lse[:, None]
-    logp = logp_all.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    entropy = -(logp_all.exp() * logp_all).sum(-1)
-    return tuple(torch.where(has, x, 0) for x in (logp, entropy, lse))
-
-
-def worst(got, truth) -> float:
-    return (got.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
-
-
 # linear_logprob
 
 
@@ -73,19 +60,21 @@ def test_logprob_and_gradients_equal_the_definition(n, v):
         case.targets[::4] = -100
     temperature = torch.linspace(0.6, 1.7, n, dtype=torch.float64)
     upstream = torch.randn(3, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    ours, judge = case.to(torch.float64), case.to(torch.float64)
-    got = linear_logprob(*ours[:2], case.targets, bias=ours.bias, temperature=temperature)
-    logits = (judge.hidden @ judge.weight.T + judge.bias) / temperature[:, None]
-    truth = softmax_truth(logits, case.targets)
-    for a, b in zip(got, truth, strict=True):
-        assert worst(a, b) < 1e-11
-    grads = torch.autograd.grad(got, ours[:3], tuple(upstream))
-    for a, b in zip(grads, torch.autograd.grad(truth, judge[:3], tuple(upstream)), strict=True):
-        assert worst(a, b) < 1e-11
+
+    def ours(hidden, weight, bias):
+        return linear_logprob(hidden, weight, case.targets, bias=bias, temperature=temperature)
+
+    def definition(hidden, weight, bias):
+        return linear_results(hidden, weight, case.targets, bias, temperature)
+
+    got = values_and_gradients(ours, case[:3], tuple(upstream))
+    truth = values_and_gradients(definition, case[:3], tuple(upstream))
+    for a, t in zip(got, truth, strict=True):
+        assert max_error(a, t) < 1e-11
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
-def test_gradcheck_through_each_result(which):
+def test_gradcheck_passes_for_each_result(which):
     case = make_head(7, 3, 11).to(torch.float64)
     case.targets[2] = -100
 
@@ -99,15 +88,27 @@ def test_gradcheck_through_each_result(which):
 @pytest.mark.parametrize("gap", [50.0, 94.0, 1000.0])
 def test_unlikely_targets_do_not_overflow(gap):
     """exp(z_j - z_y) overflows fp32 beyond 88 nats."""
-    hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    weight = torch.tensor([[-gap, 0.0], [0.0, 1.0], [-1.0, 2.0]], requires_grad=True)
-    got = linear_logprob(hidden, weight, torch.tensor([0]))
-    grads = torch.autograd.grad(torch.cat(got).sum(), (hidden, weight))
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    truth = softmax_truth(h @ w.T, torch.tensor([0]))
-    true_grads = torch.autograd.grad(torch.cat(truth).sum(), (h, w))
-    for a, b in zip((*got, *grads), (*truth, *true_grads), strict=True):
-        assert worst(a, b) < 1e-6 * gap
+    hidden = torch.tensor([[1.0, 0.0]])
+    weight = torch.tensor([[-gap, 0.0], [0.0, 1.0], [-1.0, 2.0]])
+    targets = torch.tensor([0])
+    for a, t in zip(*ours_and_truth(hidden, weight, targets), strict=True):
+        assert max_error(a, t) < 1e-6 * gap
+
+
+def ours_and_truth(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return results and gradients of the op, and those of the definition in fp64."""
+
+    def ours(hidden, weight):
+        return linear_logprob(hidden, weight, targets, temperature=temperature)
+
+    def definition(hidden, weight):
+        return linear_results(hidden, weight, targets, temperature=temperature)
+
+    ones = [torch.ones(len(targets), dtype=torch.float64)] * 3
+    got = values_and_gradients(ours, (hidden, weight), ones)
+    return got, values_and_gradients(definition, (hidden, weight), ones, torch.float64)
 
 
 @pytest.mark.parametrize("rest", [10.0**-k for k in range(2, 9)])
@@ -136,15 +137,16 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, spread):
             (got[0] * upstream + 0.1 * got[1]).sum(), (hidden, weight)
         )
 
-    truth = run(lambda h, w, y: softmax_truth(h @ w.T, y), torch.float64)
-    plain, ours = run(reference.linear_logprob, dtype), run(linear_logprob, dtype)
+    truth = run(linear_results, torch.float64)
+    plain = run(reference.linear_logprob, dtype)
+    ours = run(linear_logprob, dtype)
     for t, p, o in zip(truth, plain, ours, strict=True):
-        assert worst(o, t) <= 2 * worst(p, t) + 1e-7
+        assert max_error(o, t) <= 2 * max_error(p, t) + 1e-7
     if dtype == torch.bfloat16:  # logits are not rounded to bf16
-        assert worst(ours[0], truth[0]) < 0.01 * worst(plain[0], truth[0])
+        assert max_error(ours[0], truth[0]) < 0.01 * max_error(plain[0], truth[0])
 
 
-def test_bf16_sums_are_fp32_and_the_precision_setting_comes_back():
+def test_bf16_sums_are_fp32_and_the_precision_setting_is_restored():
     case = make_head(300, 16, 50).to(torch.bfloat16)
     matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = matmul.fp32_precision
@@ -153,39 +155,36 @@ def test_bf16_sums_are_fp32_and_the_precision_setting_comes_back():
     assert [x.dtype for x in got] == [torch.float32] * 3
     assert d_weight.dtype == d_hidden.dtype == torch.bfloat16
     assert matmul.fp32_precision == before
-    h, w = (x.detach().double().requires_grad_() for x in case[:2])
-    (truth,) = torch.autograd.grad(softmax_truth(h @ w.T, case.targets)[0].sum(), w)
+    hidden, weight = (x.detach().double().requires_grad_() for x in case[:2])
+    (truth,) = torch.autograd.grad(linear_results(hidden, weight, case.targets)[0].sum(), weight)
     # many chunks: sums rounded to bf16 after each would be off by more than the final rounding
-    assert worst(d_weight, truth) <= 2.0**-8 * truth.abs().max().item()
+    assert max_relative_error(d_weight, truth) <= 2.0**-8
 
 
-def test_shapes_strides_and_integer_types():
+def test_batched_strided_inputs_and_int32_targets_are_accepted():
     case = make_head(24, 6, 31)
     hidden = case.hidden.view(2, 12, 6).transpose(0, 1)
     targets = case.targets.view(2, 12).T.to(torch.int32)
     weight = case.weight.T.contiguous().T
     got = linear_logprob(hidden, weight, targets)
-    truth = softmax_truth(case.hidden @ case.weight.T, case.targets)
-    for a, b in zip(got, truth, strict=True):
+    truth = linear_results(case.hidden, case.weight, case.targets)
+    for a, t in zip(got, truth, strict=True):
         assert a.shape == (12, 2)
-        assert worst(a.T.reshape(-1), b) < 1e-12
+        assert max_error(a.T.reshape(-1), t) < 1e-12
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16,) * 2])
 def test_mixed_and_half_inputs_keep_their_dtype(dtypes):
     case = make_head(40, 6, 31)
-    hidden, weight = (x.to(t).requires_grad_() for x, t in zip(case[:2], dtypes, strict=True))
+    hidden, weight = (x.to(t) for x, t in zip(case[:2], dtypes, strict=True))
     temperature = torch.linspace(0.5, 2, 40, dtype=torch.float64)
-    got = linear_logprob(hidden, weight, case.targets, temperature=temperature)
-    grads = torch.autograd.grad(torch.cat(got).sum(), (hidden, weight))
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    truth = softmax_truth(h @ w.T / temperature[:, None], case.targets)
-    for a, t in zip(got, truth, strict=True):
-        assert a.dtype == torch.float32 and worst(a, t) < 1e-5
-    true_grads = torch.autograd.grad(torch.cat(truth).sum(), (h, w))
-    for a, t, x in zip(grads, true_grads, (hidden, weight), strict=True):
+    got, truth = ours_and_truth(hidden, weight, case.targets, temperature)
+    for a, t in zip(got[:3], truth[:3], strict=True):
+        assert a.dtype == torch.float32
+        assert max_error(a, t) < 1e-5
+    for a, t, x in zip(got[3:], truth[3:], (hidden, weight), strict=True):
         assert a.dtype == x.dtype
-        assert worst(a, t) <= 8 * torch.finfo(x.dtype).eps * t.abs().max().item()
+        assert max_relative_error(a, t) <= 8 * torch.finfo(x.dtype).eps
 
 
 def test_forbidden_tokens_have_no_probability():
@@ -193,9 +192,9 @@ def test_forbidden_tokens_have_no_probability():
     case.bias[5:] = -math.inf
     case.targets.clamp_(max=4)
     got = linear_logprob(*case[:2], case.targets, bias=case.bias)
-    truth = softmax_truth(case.hidden @ case.weight[:5].T + case.bias[:5], case.targets)
-    for a, b in zip(got, truth, strict=True):
-        assert worst(a, b) < 1e-12
+    truth = linear_results(case.hidden, case.weight[:5], case.targets, case.bias[:5])
+    for a, t in zip(got, truth, strict=True):
+        assert max_error(a, t) < 1e-12
 
 
 def test_masked_rows_may_hold_nan():
@@ -211,7 +210,7 @@ def test_masked_rows_may_hold_nan():
 
 
 @pytest.mark.parametrize("n", [0, 5])
-def test_nothing_to_score_gives_zeros_and_a_connected_graph(n):
+def test_rows_without_targets_give_zeros_and_a_connected_graph(n):
     case = make_head(n, 4, 9).to(torch.float32)
     targets = torch.full((n,), -100)
     zeros = torch.zeros(n)
@@ -236,10 +235,10 @@ def test_backward_twice_scales_with_the_upstream_gradient():
         once = torch.autograd.grad(loss, case[:2], retain_graph=True)
         again = torch.autograd.grad(-3 * loss, case[:2])
         for a, b in zip(once, again, strict=True):
-            assert worst(-3 * a, b) < 1e-12
+            assert max_error(-3 * a, b) < 1e-12
 
 
-def test_gradients_may_be_accumulated_many_times():
+def test_gradients_accumulate_over_repeated_backward_calls():
     case, w = make_head().to(torch.float32), torch.ones(61)
     hidden, weight = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
     loss = linear_policy_loss(hidden, weight, case.targets, w, w).loss
@@ -247,7 +246,7 @@ def test_gradients_may_be_accumulated_many_times():
     for _ in range(3):
         loss.backward(retain_graph=True)
     for x, g in zip((hidden, weight), once, strict=True):
-        assert x.grad is not None and worst(x.grad, 3 * g) < 1e-5
+        assert x.grad is not None and max_error(x.grad, 3 * g) < 1e-5
 
 
 def test_a_temperature_changed_before_backward_is_noticed():
@@ -275,17 +274,17 @@ def test_a_temperature_changed_before_backward_is_noticed():
         ({"backend": "cuda"}, r"backend='cuda'"),
     ],
 )
-def test_bad_input_is_named(change, message):
+def test_invalid_arguments_are_named(change, message):
     given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4)}
     given |= {"targets": torch.tensor([0, 1])} | change
     with pytest.raises(ValueError, match=message):
         linear_logprob(**given)
 
 
-# objectives of the caller's own
+# Custom objectives
 
 
-def test_a_custom_objective_is_held_no_longer_than_its_graph():
+def test_a_custom_objective_is_freed_with_its_graph():
     case, ones = make_head(), torch.ones(61)
     held = weakref.WeakSet()
 
@@ -308,7 +307,7 @@ def test_a_custom_objective_is_held_no_longer_than_its_graph():
     assert len(held) == 0
 
 
-def test_a_custom_objective_serves_backward_after_backward():
+def test_a_custom_objective_is_kept_for_repeated_backward_calls():
     case, ones, ids = make_head(60).to(torch.float64), torch.ones(60), torch.arange(60) // 15
     for built_in, call in (
         (Clipped(0.1, 0.1), partial(linear_policy_loss, *case[:2], case.targets, ones, ones)),
@@ -323,15 +322,17 @@ def test_a_custom_objective_serves_backward_after_backward():
             assert all(map(torch.equal, grads, truth))
 
 
-# what is computed, and what is not
+# Work that is avoided
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the largest tensor made, and rows multiplied by the (V, D) weight."""
+    """Measures the bytes of the largest tensor, and the rows multiplied by the (V, D) weight."""
 
     def __init__(self, weight):
         super().__init__()
-        self.largest, self.multiplied, self.size = 0, 0, weight.numel()
+        self.largest = 0
+        self.multiplied = 0
+        self.size = weight.numel()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "expo_fast":
@@ -364,7 +365,7 @@ def test_no_tensor_of_rows_times_vocabulary_is_made():
 
     assert measure(everything, case.weight).largest <= 120 * 500 * 4 / 6
     plain = measure(lambda: reference.linear_logprob(*case[:2], case.targets), case.weight)
-    assert plain.largest == 120 * 500 * 4  # the meter does see it
+    assert plain.largest == 120 * 500 * 4  # the meter sees it
 
 
 def test_frozen_inputs_and_dropped_rows_cost_no_product():
@@ -407,7 +408,7 @@ def test_frozen_inputs_and_dropped_rows_cost_no_product():
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantage_of_ragged_shuffled_groups(scale):
+def test_advantages_of_ragged_shuffled_groups_equal_the_formula(scale):
     g = torch.Generator().manual_seed(0)
     ids = torch.tensor([5, -2, 5, 900, -2, 5, 900, 5, -2, 17])
     rewards = torch.rand(10, generator=g)
@@ -425,7 +426,7 @@ def test_advantage_of_ragged_shuffled_groups(scale):
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_float_noise_is_no_advantage(scale):
+def test_rewards_that_differ_by_rounding_have_no_advantage(scale):
     noise = 1e-7 * torch.randn(8, generator=torch.Generator().manual_seed(0))
     rewards = torch.cat([0.3 + noise, 3e3 * (1 + noise), torch.tensor([0.0, 1.0])])
     ids = torch.tensor([0] * 8 + [1] * 8 + [2] * 2)
@@ -434,7 +435,7 @@ def test_float_noise_is_no_advantage(scale):
     assert (got[:16] == 0).all() and got[16] < 0 < got[17]
 
 
-def test_advantage_of_nothing_and_of_impossible_rewards():
+def test_advantages_of_no_rewards_and_of_invalid_rewards():
     nan = torch.full((3,), float("nan"))
     assert group_advantage(torch.empty(0), torch.empty(0, dtype=torch.int64)).shape == (0,)
     assert (group_advantage(nan, torch.zeros(3, dtype=torch.int64)) == 0).all()

@@ -1,4 +1,4 @@
-"""Policy losses against methods' formulas, in fp64 code that shares nothing with the ops."""
+"""Compare policy losses with the methods' formulas, in fp64, without code of the ops."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +15,17 @@ from expo_fast.ops import (
     SoftAdaptive,
     linear_logprob,
     linear_policy_loss,
+)
+from judges import (
+    cispo_loss,
+    clipped_loss,
+    dual_clipped_loss,
+    kl_estimate,
+    linear_results,
+    max_error,
+    relative_error,
+    sapo_loss,
+    values_and_gradients,
 )
 
 LENGTHS = [1, 9, 4, 13, 2, 7]  # targets of each sequence; two more rows of each are its prompt
@@ -41,10 +52,12 @@ class Batch:
         return replace(self, **{k: v[keep] for k, v in vars(self).items() if k != "weight"})
 
     def logp_and_entropy(self, hidden, weight):
-        logits = hidden @ weight.T / self.temperature[:, None]
-        logp = logits - logits.logsumexp(-1, keepdim=True)
-        own = logp.gather(1, self.targets.clamp(min=0)[:, None])[:, 0]
-        return own, -(logp.exp() * logp).sum(-1)
+        """Return both, (N,) each; 0 for rows without target."""
+        results = linear_results(hidden, weight, self.targets, temperature=self.temperature)
+        return results[:2]
+
+    def ratio(self, logp):
+        return torch.exp(logp - self.old_logp)
 
 
 def make_batch(d=6, v=53, seed=1) -> Batch:
@@ -65,35 +78,28 @@ def make_batch(d=6, v=53, seed=1) -> Batch:
     return replace(batch, old_logp=logp + 0.4 * normal(n), ref_logp=logp + 0.3 * normal(n))
 
 
-def clip_formula(r, a, low, high):
-    return -torch.minimum(r * a, torch.clamp(r, 1 - low, 1 + high) * a)
-
-
 def ppo(b, logp, low=0.2, high=0.2):
-    return clip_formula(torch.exp(logp - b.old_logp), b.advantage, low, high)
+    return clipped_loss(b.ratio(logp), b.advantage, low, high)
 
 
-def dual_clip(b, logp, cap=1.5):
-    loss = ppo(b, logp)
-    return torch.where(b.advantage < 0, torch.minimum(loss, -cap * b.advantage), loss)
+def dual_clip(b, logp):
+    return dual_clipped_loss(b.ratio(logp), b.advantage, 0.2, 0.2, cap=1.5)
 
 
-def cispo(b, logp, cap=1.3):
-    return -torch.exp(logp - b.old_logp).clamp(max=cap).detach() * b.advantage * logp
+def cispo(b, logp):
+    return cispo_loss(b.ratio(logp), b.advantage, logp, cap=1.3)
 
 
 def sapo(b, logp):
-    tau = 1.05 - 0.05 * (b.advantage > 0).double()
-    gate = 4 / tau * torch.sigmoid(tau * (torch.exp(logp - b.old_logp) - 1))
-    return -gate * b.advantage
+    return sapo_loss(b.ratio(logp), b.advantage)
 
 
 def gspo(b, logp, low=0.05, high=0.08):
     out = torch.zeros_like(logp)
     for i in range(len(LENGTHS)):
         mine = (b.ids == i) & (b.targets != -100)
-        ratio = torch.exp((logp - b.old_logp)[mine].mean()) if mine.any() else 1.0
-        out = torch.where(mine, clip_formula(ratio, b.advantage, low, high), out)
+        ratio = torch.exp((logp - b.old_logp)[mine].mean())
+        out = torch.where(mine, clipped_loss(ratio, b.advantage, low, high), out)
     return out
 
 
@@ -128,8 +134,7 @@ METHODS = {
 def formula_loss(b, method, on_policy, kl_coef, entropy_coef, hidden, weight):
     _, value, row_weight = METHODS[method]
     logp, entropy = b.logp_and_entropy(hidden, weight)
-    k3 = torch.exp(b.ref_logp - logp) - (b.ref_logp - logp) - 1
-    policy = value(b, logp) + kl_coef * k3 - entropy_coef * entropy
+    policy = value(b, logp) + kl_coef * kl_estimate(logp, b.ref_logp) - entropy_coef * entropy
     row = torch.where(on_policy, -b.advantage * logp, policy)
     return (row_weight(b) * torch.where(b.targets != -100, row, 0)).sum()
 
@@ -145,13 +150,8 @@ def our_loss(b, method, on_policy, kl_coef, entropy_coef, hidden, weight):
 
 
 def gradients(f, b):
-    inputs = [x.clone().requires_grad_() for x in (b.hidden, b.weight)]
-    loss = f(*inputs)
-    return loss, *torch.autograd.grad(loss, inputs, torch.full_like(loss, 1.7))
-
-
-def worst(got, truth) -> float:
-    return (got.double() - truth.double()).abs().max().item()
+    """Return the loss and the gradients of hidden and weight, for an upstream gradient of 1.7."""
+    return values_and_gradients(f, (b.hidden, b.weight), [torch.tensor(1.7)])
 
 
 @pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.0, 0.0), (0.3, 0.0), (0.2, 0.05)])
@@ -165,12 +165,12 @@ def test_policy_loss_and_gradients_equal_the_formula(method, with_sft_rows, kl_c
     truth = gradients(partial(formula_loss, *terms), b)
     ours = gradients(lambda *inputs: our_loss(*terms, *inputs).loss, b)
     for a, t in zip(ours, truth, strict=True):
-        assert worst(a, t) < 1e-12
+        assert max_error(a, t) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_split_into_micro_batches_changes_nothing(method, dtype):
+def test_a_split_into_micro_batches_changes_neither_loss_nor_gradients(method, dtype):
     b = make_batch()
     b = replace(b, **{k: v.to(dtype) for k, v in vars(b).items() if v.is_floating_point()})
     off = torch.zeros_like(b.ids, dtype=torch.bool)
@@ -184,7 +184,7 @@ def test_the_split_into_micro_batches_changes_nothing(method, dtype):
         loss, d_weight = loss + part_loss, d_weight + d_part
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     for a, t in zip((loss, d_hidden, d_weight), undivided, strict=True):
-        assert worst(a, t) < tolerance
+        assert max_error(a, t) < tolerance
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"uneven_gspo"}))
@@ -204,7 +204,7 @@ def test_without_old_logp_the_gradient_is_the_policy_gradient(method):
 
     for a, t in zip(gradients(ours, b)[1:], gradients(reinforce, b)[1:], strict=True):
         # GSPO averages the gradient over the sequence; with one advantage and weight that is equal
-        assert worst(a, t) < 1e-12
+        assert max_error(a, t) < 1e-12
 
 
 def test_statistics_are_those_of_the_policy_rows():
@@ -221,12 +221,11 @@ def test_statistics_are_those_of_the_policy_rows():
     logp, entropy = b.logp_and_entropy(b.hidden, b.weight)
     scored = (b.targets != -100) & ~dropped
     policy = scored & ~on_policy
-    w, a, r = row_weight[policy], b.advantage[policy], (logp - b.old_logp)[policy].exp()
-    x = (b.ref_logp - logp)[policy]
-    value, k3 = ppo(b, logp)[policy], x.exp() - x - 1
+    w, a, r = row_weight[policy], b.advantage[policy], b.ratio(logp)[policy]
+    value, k3 = ppo(b, logp)[policy], kl_estimate(logp, b.ref_logp)[policy]
     sft = -(row_weight * b.advantage * logp)[scored & on_policy].sum()
-    assert worst(got.logp, torch.where(scored, logp, 0)) < 1e-12
-    assert worst(got.entropy, torch.where(scored, entropy, 0)) < 1e-12
+    assert max_error(got.logp, torch.where(scored, logp, 0)) < 1e-12
+    assert max_error(got.entropy, torch.where(scored, entropy, 0)) < 1e-12
     assert not (got.logp.requires_grad or got.policy_loss.requires_grad)
     expected = {
         "policy_loss": (w * value).sum(),
@@ -244,18 +243,18 @@ def test_statistics_are_those_of_the_policy_rows():
         assert getattr(got, name).item() == pytest.approx(truth.item(), abs=1e-12), name
 
 
-def test_grads_are_derivatives_and_vanish_where_a_row_is_clipped():
+def test_grads_are_the_derivatives_and_0_where_a_row_is_clipped():
     g = torch.Generator().manual_seed(3)
     logp, old, a = (torch.randn(500, generator=g, dtype=torch.float64) for _ in range(3))
     for objective in (Clipped(), Clipped(0.1, 0.3, cap=2.0), SoftAdaptive()):
         x = logp.clone().requires_grad_()
         value, grad, side = objective(x, x - old, a)
-        assert worst(grad, torch.autograd.grad(value.sum(), x)[0]) < 1e-12
+        assert max_error(grad, torch.autograd.grad(value.sum(), x)[0]) < 1e-12
         if isinstance(objective, Clipped):
             assert ((grad == 0) == (side != 0)).all() and side.unique().tolist() == [-1, 0, 1]
 
 
-def test_extreme_ratios_stay_finite():
+def test_losses_of_extreme_ratios_are_finite():
     b = make_batch()
     b = replace(b, old_logp=b.old_logp - 500, ref_logp=b.ref_logp + 500)
     off = torch.zeros_like(b.ids, dtype=torch.bool)
@@ -283,7 +282,7 @@ def test_extreme_ratios_stay_finite():
         ),
     ],
 )
-def test_bad_policy_input_is_named(change, message):
+def test_invalid_policy_arguments_are_named(change, message):
     given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4)}
     given |= {"targets": torch.tensor([0, 1]), "advantage": torch.ones(2)}
     given |= {"row_weight": torch.ones(2)} | change
@@ -301,7 +300,7 @@ def test_bad_policy_input_is_named(change, message):
         (lambda: SequenceClipped(2.0), "SequenceClipped"),
     ],
 )
-def test_impossible_objectives_are_refused(make, message):
+def test_objectives_with_invalid_coefficients_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -314,7 +313,7 @@ def test_bf16_policy_gradient_error_is_at_most_twice_that_of_plain_pytorch():
     old = linear_logprob(*narrow, y).logp
 
     def surrogate(logp):
-        return (clip_formula((logp - old).exp(), a, 0.2, 0.2) / 300).sum()
+        return (clipped_loss((logp - old).exp(), a, 0.2, 0.2) / 300).sum()
 
     def run(f, dtype):
         inputs = [x.to(dtype).requires_grad_() for x in narrow]
@@ -327,10 +326,10 @@ def test_bf16_policy_gradient_error_is_at_most_twice_that_of_plain_pytorch():
     w = torch.full((300,), 1 / 300)
     ours = run(lambda h, wt: linear_policy_loss(h, wt, y, a, w, old_logp=old).loss, torch.bfloat16)
     for t, p, o in zip(truth, theirs, ours, strict=True):
-        assert worst(o, t) <= 2 * worst(p, t)
+        assert max_error(o, t) <= 2 * max_error(p, t)
 
 
-def test_a_loss_scale_saves_gradients_that_fp16_cannot_hold():
+def test_a_loss_scale_keeps_gradients_that_underflow_fp16():
     """1e-9 is 0 in fp16, and 1e-9 * 2^24 is not."""
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, 16, generator=g).half().requires_grad_() for n in (40, 100)]
@@ -338,8 +337,8 @@ def test_a_loss_scale_saves_gradients_that_fp16_cannot_hold():
     loss = linear_policy_loss(inputs[0], inputs[1], targets, one, one * 1e-9).loss
     got = torch.autograd.grad(loss * 2**24, inputs)
     hidden, weight = (x.detach().double().requires_grad_() for x in inputs)
-    logp = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
+    logp = linear_results(hidden, weight, targets)[0]
     truth = torch.autograd.grad(-1e-9 * 2**24 * logp.sum(), (hidden, weight))
     for a, b in zip(got, truth, strict=True):
         assert a.dtype == torch.float16
-        assert ((a.double() - b).norm() / b.norm()).item() < 1e-3
+        assert relative_error(a, b) < 1e-3

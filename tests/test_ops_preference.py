@@ -1,4 +1,4 @@
-"""Preference losses against their formulas, in fp64 code that shares nothing with the ops."""
+"""Compare preference losses with their formulas, in fp64, without code of the ops."""
 
 import math
 from functools import partial
@@ -21,6 +21,18 @@ from expo_fast.ops import (
     RDpo,
     SimPo,
     linear_preference_loss,
+)
+from judges import (
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    linear_results,
+    logps_of,
+    max_error,
+    max_relative_error,
+    rdpo_loss,
+    simpo_loss,
+    values_and_gradients,
 )
 
 LENGTHS = torch.tensor([1, 9, 13, 4, 2, 7])  # targets of each sequence, three pairs
@@ -51,20 +63,13 @@ def make_rows(seed=0) -> Rows:
 
 
 def summed_logp(rows, hidden, weight) -> Tensor:  # (P, 2)
-    logp = (hidden @ weight.T / 0.8).log_softmax(-1)
-    own = logp.gather(1, rows.targets.clamp(min=0)[:, None])[:, 0]
-    own = torch.where(rows.targets < 0, 0, own)
+    own = linear_results(hidden, weight, rows.targets, temperature=0.8)[0]
     return torch.stack([own[rows.ids == i].sum() for i in range(6)]).view(3, 2)
 
 
 def gradients(f, rows):
-    inputs = [x.clone().requires_grad_() for x in rows[:2]]
-    loss = f(*inputs)
-    return loss, *torch.autograd.grad(loss, inputs, torch.full_like(loss, 1.7))
-
-
-def worst(got, truth) -> float:
-    return (got.double() - truth.double()).abs().max().item()
+    """Return the loss and the gradients of hidden and weight, for an upstream gradient of 1.7."""
+    return values_and_gradients(f, rows[:2], [torch.tensor(1.7)])
 
 
 def gap(x) -> Tensor:  # (P, 2) -> (P,)
@@ -75,25 +80,24 @@ def average(x, length) -> Tensor:
     return x / length.clamp(min=1)
 
 
-def dpo_formula(policy, ref, length, beta=0.2, flipped=0.0):
-    s = beta * gap(policy - ref)
-    return -(1 - flipped) * F.logsigmoid(s) - flipped * F.logsigmoid(-s)
+def dpo_formula(policy, ref, length, label_smoothing=0.0):
+    return dpo_loss(gap(policy - ref), 0.2, label_smoothing)
 
 
-def ipo_formula(policy, ref, length, beta=0.2):
-    return (gap(policy - ref) - 1 / (2 * beta)) ** 2
+def ipo_formula(policy, ref, length):
+    return ipo_loss(gap(policy - ref), 0.2)
 
 
 def averaged_ipo_formula(policy, ref, length):
-    return ipo_formula(average(policy, length), average(ref, length), length)
+    return ipo_loss(gap(average(policy - ref, length)), 0.2)
 
 
 def hinge_formula(policy, ref, length):
-    return F.relu(1 - 0.2 * gap(policy - ref))
+    return hinge_loss(gap(policy - ref), 0.2)
 
 
 def rdpo_formula(policy, ref, length):
-    return -F.logsigmoid(0.2 * gap(policy - ref) + 0.3 * gap(length.double()))
+    return rdpo_loss(gap(policy - ref), gap(length.double()), 0.2, 0.3)
 
 
 def dpop_formula(policy, ref, length):
@@ -102,11 +106,11 @@ def dpop_formula(policy, ref, length):
 
 
 def simpo_formula(policy, ref, length):
-    return -F.logsigmoid(1.5 * gap(average(policy, length)) - 0.4)
+    return simpo_loss(gap(average(policy, length)), 1.5, 0.4)
 
 
 def cpo_formula(policy, ref, length):
-    return -F.logsigmoid(0.2 * gap(policy)) - 0.3 * average(policy, length)[:, 0]
+    return dpo_loss(gap(policy), 0.2) - 0.3 * average(policy, length)[:, 0]
 
 
 def orpo_formula(policy, ref, length):
@@ -117,7 +121,7 @@ def orpo_formula(policy, ref, length):
 
 PREFERENCES = {
     "dpo": (Dpo(beta=0.2), dpo_formula),
-    "smoothed": (Dpo(beta=0.2, label_smoothing=0.1), partial(dpo_formula, flipped=0.1)),
+    "smoothed": (Dpo(beta=0.2, label_smoothing=0.1), partial(dpo_formula, label_smoothing=0.1)),
     "ipo": (Ipo(beta=0.2), ipo_formula),
     "averaged_ipo": (Ipo(beta=0.2, average=True), averaged_ipo_formula),
     "hinge": (Hinge(beta=0.2), hinge_formula),
@@ -149,17 +153,17 @@ def test_preference_loss_and_gradients_equal_the_formula(name, pair_weight, with
 
     got = gradients(lambda *x: ours(*x).loss, rows)
     for a, t in zip(got, gradients(truth, rows), strict=True):
-        assert worst(a, t) < 1e-11
+        assert max_error(a, t) < 1e-11
     got, policy = ours(*rows[:2]), summed_logp(rows, *rows[:2])
     ratio = policy - ref.view(3, 2)
     h = ratio[:, 0] - ratio[:, 1]
-    assert worst(torch.stack([got.chosen_logp, got.rejected_logp], 1), policy) < 1e-11
+    assert max_error(torch.stack([got.chosen_logp, got.rejected_logp], 1), policy) < 1e-11
     assert got.margin.item() == pytest.approx(h.mean().item())
     assert got.accuracy.item() == pytest.approx((h > 0).double().mean().item())
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_the_numerical_gradient_agrees(name):
+def test_gradcheck_passes_for_each_loss(name):
     rows, objective = make_rows(), PREFERENCES[name][0]
 
     def loss(hidden, weight):
@@ -190,11 +194,11 @@ def test_sequences_without_targets_have_log_prob_0(name):
         ).loss  # fmt: skip
 
     for a, t in zip(gradients(ours, rows), gradients(truth, rows), strict=True):
-        assert a.isfinite().all() and worst(a, t) < 1e-11
+        assert a.isfinite().all() and max_error(a, t) < 1e-11
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_extreme_sums_cost_fp32_nothing(name):
+def test_extreme_sums_keep_fp32_accuracy(name):
     """Log-ratios of up to 2e4 nats, averages of 0, about -1e-9 and -400."""
     objective, formula = PREFERENCES[name]
     grid = torch.cartesian_prod(*[torch.tensor([-1e4, -30.0, -4e-8, 0.0])] * 4)
@@ -209,7 +213,7 @@ def test_extreme_sums_cost_fp32_nothing(name):
 
 
 @pytest.mark.parametrize("gap_in_logits", [20.0, 60.0, 300.0])  # 1 - p is 1e-7, 5e-25 and 0
-def test_orpo_with_certain_sequences_in_fp32(gap_in_logits):
+def test_orpo_of_sequences_of_probability_one_is_finite_in_fp32(gap_in_logits):
     targets, ids = torch.arange(8), torch.arange(8) // 2
     certain = torch.where((ids == 0) | (ids == 3), 1.0, 0.01)  # of two pairs
     hidden, weight = gap_in_logits * certain[:, None] * torch.eye(8), torch.eye(V, 8)
@@ -219,7 +223,7 @@ def test_orpo_with_certain_sequences_in_fp32(gap_in_logits):
         return linear_preference_loss(hidden, weight, targets, ids, objective=Orpo()).loss
 
     def truth(hidden, weight):
-        x = (hidden @ weight.T).log_softmax(-1).diagonal().view(2, 2, 2).mean(2)
+        x = logps_of(hidden @ weight.T, targets).view(2, 2, 2).mean(2)
         log_odds = -torch.expm1(-x).log()
         return (-x[:, 0] - 0.1 * F.logsigmoid(gap(log_odds))).mean()
 
@@ -228,10 +232,10 @@ def test_orpo_with_certain_sequences_in_fp32(gap_in_logits):
     if gap_in_logits == 20:
         exact = gradients(truth, Rows(hidden.double(), weight.double(), targets, ids))
         for a, t in zip(got, exact, strict=True):
-            assert worst(a, t) < 1e-5 * t.abs().max()
+            assert max_relative_error(a, t) < 1e-5
 
 
-def test_rdpo_pushes_less_where_the_chosen_sequence_is_the_longer_one():
+def test_rdpo_has_a_smaller_gradient_where_the_chosen_sequence_is_longer():
     chosen, rejected = torch.tensor([[10.0, 5.0], [5.0, 5.0], [5.0, 10.0]]).T
     logp = torch.full((3,), -10.0)
     pairs = Pairs(logp, logp, logp, logp, chosen, rejected)
@@ -241,7 +245,7 @@ def test_rdpo_pushes_less_where_the_chosen_sequence_is_the_longer_one():
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_pairs_split_into_micro_batches_add_up(name):
+def test_losses_and_gradients_of_micro_batches_add_up(name):
     rows = make_rows()
     loss = partial(linear_preference_loss, objective=PREFERENCES[name][0], temperature=0.8)
     share = torch.full((3,), 1 / 3, dtype=torch.float64)
@@ -258,10 +262,10 @@ def test_pairs_split_into_micro_batches_add_up(name):
 
     parts = [gradients(partial(loss_of, pairs), rows) for pairs in (slice(0, 1), slice(1, 3))]
     for truth, *split in zip(gradients(undivided, rows), *parts, strict=True):
-        assert worst(sum(split), truth) < 1e-12
+        assert max_error(sum(split, torch.zeros(())), truth) < 1e-12
 
 
-def test_pairs_that_do_not_fit_are_named():
+def test_inconsistent_pair_arguments_are_named():
     rows = make_rows()
     loss = partial(linear_preference_loss, *rows)
     with pytest.raises(ValueError, match=r"sequence_ids has [45]: ids of 2 pairs are 0 to 3"):
@@ -289,6 +293,6 @@ def test_pairs_that_do_not_fit_are_named():
         (lambda: Orpo(beta=-0.1), r"Orpo\(beta=-0.1\)"),
     ],
 )
-def test_impossible_objectives_are_refused(make, message):
+def test_objectives_with_invalid_coefficients_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

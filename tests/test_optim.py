@@ -1,4 +1,4 @@
-"""Compare updates with torch's AdamW to the bit, and with AdamW written out in fp64."""
+"""Compare updates with torch's AdamW to the bit, and with the formulas of AdamW in fp64."""
 
 import copy
 import json
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from expo_fast.modeling import grad_sums, norms
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.modeling.schedule import learning_rate
+from judges import max_error
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -52,7 +53,7 @@ def assert_same_bits(a, b):
         assert torch.equal(a[0][key], b[0][key]), key
 
 
-def test_fp32_equals_torch_adamw_to_the_bit():
+def test_fp32_updates_equal_torch_adamw_to_the_bit():
     model = small_model()
     other = copy.deepcopy(model)
     groups = [
@@ -74,7 +75,7 @@ def test_fp32_equals_torch_adamw_to_the_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_adamw_written_out_in_fp64(dtype):
+def test_updates_equal_the_formulas_of_adamw_in_fp64(dtype):
     """Check clipping, decay of matrices alone, the bf16 copy and the norms over 20 updates."""
     g = torch.Generator().manual_seed(1)
     parameters = {
@@ -106,11 +107,11 @@ def test_equals_adamw_written_out_in_fp64(dtype):
     tensors, _ = optimizer.state_dict()
     for name, p in parameters.items():
         master = p if dtype == torch.float32 else tensors[f"{name}.master"]
-        assert float((master.detach().double() - truth[name]).abs().max()) < 3e-6
+        assert max_error(master, truth[name]) < 3e-6
         assert torch.equal(p, master.to(dtype))
 
 
-def test_update_norm_is_what_the_weights_moved():
+def test_the_update_norm_is_that_of_the_change_of_the_weights():
     model = small_model()
     optimizer = optimizer_of(model)
     before = [p.detach().double() for p in model.parameters()]
@@ -150,11 +151,11 @@ def test_256_micro_batches_sum_as_in_fp64():
     optimizer.step(0.0, math.inf)
     summed = optimizer.state_dict()[0]["w.exp_avg"].double() / (1 - 0.9)  # the first m is 0.1 g
     assert float((summed / truth - 1).abs().max()) < 1e-6
-    assert float((in_bf16.double() / truth - 1).abs().max()) > 1e-2  # what the fp32 sum is for
+    assert float((in_bf16.double() / truth - 1).abs().max()) > 1e-2  # a bf16 sum is not enough
 
 
 def ragged_run(micro_batches=3):
-    """Train parameters of many shapes; return what was reported and every bit of the state."""
+    """Train parameters of many shapes; return the reports and the state."""
     g = torch.Generator().manual_seed(4)
     shapes = [(70, 103), (5,), (1,), (0, 3), (64, 33), (), (3000,), (3, 500), (12, 7, 5), (17,)]
     parameters = {}
@@ -181,7 +182,7 @@ def ragged_run(micro_batches=3):
 @pytest.mark.parametrize("batch", [1, 100, 5000, 1 << 26])
 @pytest.mark.parametrize("pending", [0, 1000, 1 << 25])
 def test_batches_of_parameters_change_no_bit(monkeypatch, batch, pending):
-    """A GPU takes many parameters at once, a CPU few."""
+    """A GPU processes many parameters at once, a CPU few."""
     expected = ragged_run()
     monkeypatch.setattr(norms, "CPU_BATCH", batch)
     monkeypatch.setattr(grad_sums, "CPU_PENDING", pending)
@@ -192,7 +193,7 @@ def test_batches_of_parameters_change_no_bit(monkeypatch, batch, pending):
         assert torch.equal(x, expected[1][key]), key
 
 
-def test_a_tensor_beyond_the_size_of_a_piece_is_split(monkeypatch):
+def test_a_large_tensor_is_processed_in_pieces(monkeypatch):
     expected, _ = ragged_run()
     monkeypatch.setattr(norms, "CPU_PIECE", 1000)
     reports, _ = ragged_run()
@@ -215,7 +216,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_operators_of_a_step_do_not_grow_with_the_parameters(monkeypatch):
-    """One loop over the parameters of a 0.5B model takes longer than a GPU needs for the update."""
+    """A Python loop over the parameters of a 0.5B model takes longer than the update on a GPU."""
     monkeypatch.setattr(norms, "CPU_BATCH", norms.GPU_BATCH)
     monkeypatch.setattr(grad_sums, "CPU_PENDING", grad_sums.GPU_PENDING)
     counts = []
@@ -233,7 +234,7 @@ def test_operators_of_a_step_do_not_grow_with_the_parameters(monkeypatch):
     assert counts[0] == counts[1] <= 25
 
 
-def test_norm_is_exact_where_fp32_is_not():
+def test_the_gradient_norm_is_exact_beyond_the_range_of_fp32():
     parameter = nn.Parameter(torch.zeros(5_000_000))
     optimizer = Optimizer([("w", parameter)], **ADAM)
     give(parameter, torch.full_like(parameter, 1e-25))  # its square underflows fp32
@@ -281,14 +282,14 @@ def test_a_new_term_before_any_gradient_takes_no_second_buffer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_non_finite_gradient_changes_no_bit(dtype, poison):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_gradient_changes_no_bit(dtype, value):
     model = small_model(dtype)
     optimizer = optimizer_of(model)
     train(model, optimizer, range(3))
     weights, values = bits(model, optimizer)
     gradient = torch.zeros(3, dtype=dtype)
-    gradient[1] = poison
+    gradient[1] = value
     for k in (1, 2):
         give(model[2].bias, gradient)
         report = optimizer.step(1e-2, 1.0)
@@ -298,12 +299,12 @@ def test_non_finite_gradient_changes_no_bit(dtype, poison):
         assert optimizer.skipped == k
     values = json.dumps(json.loads(values) | {"skipped": 2})
     assert_same_bits(bits(model, optimizer), (weights, values))
-    (report,) = train(model, optimizer, [3])  # the poison is forgotten
+    (report,) = train(model, optimizer, [3])  # later steps are not affected
     assert report.applied
     assert optimizer.skipped == 2
 
 
-def test_no_gradient_and_a_zero_gradient_do_not_move_the_optimizer():
+def test_missing_and_zero_gradients_do_not_change_the_state():
     model = small_model()
     optimizer = optimizer_of(model)
     train(model, optimizer, range(3))  # moments are not zero: a step would move weights
@@ -317,7 +318,7 @@ def test_no_gradient_and_a_zero_gradient_do_not_move_the_optimizer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_restored_run_equals_the_uninterrupted_one_to_the_bit(dtype):
+def test_a_restored_run_equals_the_uninterrupted_one_to_the_bit(dtype):
     model = small_model(dtype)
     optimizer = optimizer_of(model)
     train(model, optimizer, range(4))
@@ -330,7 +331,7 @@ def test_restored_run_equals_the_uninterrupted_one_to_the_bit(dtype):
 
     resumed = small_model(dtype, seed=99)
     fresh = optimizer_of(resumed)
-    train(resumed, fresh, range(2))  # whatever it held before is gone
+    train(resumed, fresh, range(2))  # loading replaces this state
     if dtype == torch.float32:
         resumed.load_state_dict(weights)
     else:
@@ -359,7 +360,7 @@ def test_state_of_another_model_is_refused_before_anything_changes():
     assert_same_bits(bits(model, optimizer), before)
 
 
-def test_frozen_parameters_stay_and_wrong_ones_are_named():
+def test_frozen_parameters_are_not_changed_and_invalid_ones_are_named():
     model = small_model()
     model.get_submodule("0").requires_grad_(False)
     frozen = model.state_dict()["0.weight"].clone()
@@ -371,7 +372,7 @@ def test_frozen_parameters_stay_and_wrong_ones_are_named():
         optimizer_of(model.requires_grad_(False))
 
 
-def test_learning_rate():
+def test_learning_rates_follow_warmup_and_schedule():
     def rates(schedule, final_fraction=0.0, warmup_steps=4):
         return [
             learning_rate(

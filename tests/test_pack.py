@@ -1,9 +1,10 @@
-"""Packs hold every shared token once, and change neither loss nor gradient."""
+"""Packs hold each shared token once, and give the hidden states of single sequences."""
 
 import pytest
 import torch
 
 from expo_fast.modeling.packing import Pack, Sample, common_prefix, pack
+from judges import hidden_states
 from tiny import tiny_model
 
 
@@ -34,7 +35,7 @@ def rows_of(p: Pack) -> list[tuple[int, tuple[int, ...], int]]:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 9, 12, 1000])
-def test_each_target_sees_exactly_its_own_context(max_tokens: int):
+def test_each_target_has_its_own_context(max_tokens: int):
     given = samples()
     read = [row for p in pack(given, max_tokens) for row in rows_of(p)]
     expected = [
@@ -45,7 +46,7 @@ def test_each_target_sees_exactly_its_own_context(max_tokens: int):
     assert sorted(read) == sorted(expected)
 
 
-def test_a_pack_knows_what_the_ops_would_check():
+def test_a_pack_reports_properties_that_the_ops_would_check():
     (p,) = pack(samples(), 1000)
     assert p.weighted
     assert p.has_targets_below(21)
@@ -58,11 +59,11 @@ def test_a_pack_knows_what_the_ops_would_check():
 
 def test_shared_tokens_are_packed_once():
     (p,) = pack(samples(), 1000)
-    # worked examples 3, rests of the prompts 2 + 1, completions without their last token
+    # 3 of worked examples, 2 + 1 of the prompts, and completions without their last token
     assert len(p.tokens) == 3 + 2 + 1 + 2 + 1 + 3
 
 
-def test_packs_respect_the_budget_and_lose_no_sample():
+def test_packs_keep_within_the_budget_and_hold_each_sample():
     given = [
         Sample((1, 2, 30 + i // 3), tuple(range(40, 40 + 1 + i % 5)), 1.0, 1.0) for i in range(23)
     ]
@@ -71,7 +72,7 @@ def test_packs_respect_the_budget_and_lose_no_sample():
     assert sorted(i for p in packs for i in p.members) == list(range(23))
 
 
-def test_rows_carry_their_samples_values():
+def test_rows_have_the_values_of_their_samples():
     given = samples()
     given[0] = Sample(*(given[0].prompt_ids, (11, 12)), 0.5, 0.1, old_logp=torch.tensor([-1.0, -2]))
     (p,) = pack(given, 1000)
@@ -86,7 +87,7 @@ def test_rows_carry_their_samples_values():
         assert tuple(values.tolist()) == given[i].completion_ids
 
 
-def test_common_prefix_leaves_every_prompt_a_token():
+def test_a_common_prefix_leaves_each_prompt_a_token():
     assert common_prefix([(1, 2, 3), (1, 2, 4)]) == 2
     assert common_prefix([(1, 2), (1, 2, 3)]) == 1
     assert common_prefix([(1,), (2,)]) == 0
@@ -99,9 +100,8 @@ def test_hidden_states_of_a_pack_are_those_of_the_sequences_alone(kind: str):
     for p in pack(given, 1000):
         packed = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
         for i, hidden in p.split(packed):
-            complete = torch.tensor([*given[i].prompt_ids, *given[i].completion_ids])
-            borders = torch.tensor([0, len(complete)], dtype=torch.int32)
-            alone = model.hidden(complete, torch.arange(len(complete)), borders)
+            sample = given[i]
+            alone = hidden_states(model, [*sample.prompt_ids, *sample.completion_ids])
             torch.testing.assert_close(
-                hidden, alone[len(given[i].prompt_ids) - 1 : -1], rtol=1e-12, atol=1e-12
+                hidden, alone[len(sample.prompt_ids) - 1 : -1], rtol=1e-12, atol=1e-12
             )

@@ -1,4 +1,4 @@
-"""What pip installs: links become folders, every module imports, the ops need torch alone."""
+"""The wheel: links become folders, each module can be imported, and the ops need only torch."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def sources() -> set[str]:
     return found
 
 
-def test_every_module_of_the_wheel_imports(installed: Path):
+def test_each_module_of_the_wheel_can_be_imported(installed: Path):
     modules = [path.removesuffix(".py").replace("/", ".") for path in sorted(sources())]
     assert "expo_fast.reporting.run_log" in modules
     code = f"""
@@ -75,13 +75,13 @@ for name in {modules!r}:
     assert [path for path in files if installed not in Path(path).parents] == []
 
 
-def test_the_wheel_carries_its_license(installed: Path):
+def test_the_wheel_contains_its_license(installed: Path):
     (license,) = installed.glob("*.dist-info/licenses/LICENSE")
     assert license.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_the_ops_of_the_wheel_work_with_torch_alone(installed: Path):
-    """-log p of the only token of a vocabulary of one is 0; of V equal logits it is log V."""
+    """The log-prob of a token of V equal logits is -log V."""
     code = """
 import sys, torch
 sys.modules |= dict.fromkeys(("transformers", "tokenizers", "safetensors", "rich", "tyro"))

@@ -1,18 +1,17 @@
-"""Bugs that other implementations of these ops had: one section each shows that ours has not.
+"""Show that the ops do not have the bugs of other implementations, one section a bug.
 
 Numbers 12 to 16 and 22, on what torch does around the ops, are in test_pitfalls_torch.py.
 """
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -31,11 +30,23 @@ from expo_fast.ops import (
     linear_policy_loss,
     linear_preference_loss,
 )
+from judges import (
+    clipped_loss,
+    completion_logps,
+    dpo_loss,
+    hidden_states,
+    ipo_loss,
+    kl_estimate,
+    linear_results,
+    max_error,
+    relative_error,
+    simpo_loss,
+)
 from tiny import tiny_model
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FP32, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
-ROUNDED = {FP32: 2e-5, BF16: 8e-3}  # how far a gradient may be off, relative
+ROUNDED = {FP32: 2e-5, BF16: 8e-3}  # bounds of a gradient's relative error
 
 
 class Case(NamedTuple):
@@ -62,25 +73,15 @@ class Case(NamedTuple):
     def truth(self, loss: Callable) -> list[Tensor]:
         """Return loss(logp, entropy, lse) of the definition in fp64, and its gradients."""
         hidden, weight = inputs = [x.detach().double().requires_grad_() for x in self[:2]]
-        value = loss(*by_definition(hidden, weight, self.targets))
+        value = loss(*linear_results(hidden, weight, self.targets))
         return [value.detach(), *torch.autograd.grad(value, inputs)]
 
-    def exactly(self) -> tuple[Tensor, Tensor, Tensor]:
+    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logp, entropy, lse) in fp64."""
-        return by_definition(self.hidden.double(), self.weight.double(), self.targets)
+        return linear_results(self.hidden.double(), self.weight.double(), self.targets)
 
     def rows(self, rows: Any) -> "Case":
         return self._replace(hidden=self.hidden[rows], targets=self.targets[rows])
-
-
-def by_definition(hidden: Tensor, weight: Tensor, targets: Tensor):
-    """Return (logp, entropy, lse) of (N, V) logits, 0 for rows without target."""
-    logits = hidden @ weight.T
-    logp, lse = logits.log_softmax(-1), logits.logsumexp(-1)
-    own = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    has = targets != -100
-    entropy = -(logp.exp() * logp).sum(-1)
-    return torch.where(has, own, 0), torch.where(has, entropy, 0), torch.where(has, lse, 0)
 
 
 @pytest.fixture(params=["torch", "native", "triton"])
@@ -101,16 +102,14 @@ def make_case(backend="torch", dtype=FP32, n=24, d=16, v=300) -> Case:
     return Case(hidden, weight, torch.randint(v, (n,), generator=g), backend)
 
 
-def worst(got: Tensor, truth: Tensor) -> float:
-    return (got.double() - truth.double()).abs().max().item()
-
-
-def off(got: Tensor, truth: Tensor) -> float:
-    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
 def close(got: list[Tensor], truth: list[Tensor], tolerance: float) -> bool:
-    return all(off(a, t) < tolerance for a, t in zip(got, truth, strict=True))
+    """Return whether the relative error of each tensor is below the tolerance."""
+    return all(relative_error(a, t) < tolerance for a, t in zip(got, truth, strict=True))
+
+
+def all_within(got: Iterable[Tensor], truth: Iterable[Tensor], tolerance: float) -> bool:
+    """Return whether the largest absolute error of each tensor is below the tolerance."""
+    return all(max_error(a, t) < tolerance for a, t in zip(got, truth, strict=True))
 
 
 # 1. 32-bit offsets, at 14135 rows of 151936 logits (Liger #1248, #1296)
@@ -118,9 +117,9 @@ def close(got: list[Tensor], truth: list[Tensor], tolerance: float) -> bool:
 
 @pytest.fixture
 def far_apart(tmp_path):
-    """Copy rows to 2^30 elements from each other, in files whose pages take memory once written."""
+    """Return a function that copies rows to places 2^30 elements apart, in sparse files."""
     if GPU.type == "cuda":
-        pytest.skip("a GPU's memory is taken when it is asked for")
+        pytest.skip("a GPU has no sparse memory")
     files = []
 
     def place(x: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def far_apart(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, HALF])
-def test_offsets_beyond_2_to_the_31_in_the_weight(backend, dtype, far_apart):
+def test_offsets_beyond_2_to_the_31_in_the_weight_are_right(backend, dtype, far_apart):
     near = make_case(backend, dtype, 3, 16, 3)
     near.targets[:] = torch.arange(3)
     far = near._replace(weight=far_apart(near.weight))
@@ -143,7 +142,7 @@ def test_offsets_beyond_2_to_the_31_in_the_weight(backend, dtype, far_apart):
     assert all(map(torch.equal, near(linear_logprob), far(linear_logprob)))
 
 
-def test_offsets_beyond_2_to_the_31_in_what_the_kernels_store(far_apart):
+def test_offsets_beyond_2_to_the_31_in_stored_rows_are_right(far_apart):
     pytest.importorskip("triton")
     from expo_fast.kernels import logprob, rowwise
 
@@ -194,14 +193,16 @@ def test_last_rows_of_16384_by_151936_are_right():
     case = make_case("triton", BF16, 16384, 64, 151936)
     last = case.rows(slice(-64, None))
     _, d_hidden, _ = case.run(lambda op: op(linear_logprob).logp.sum())
-    assert worst(case(linear_logprob).logp[-64:], last.exactly()[0]) < 2e-5
-    assert off(d_hidden[-64:], last.truth(lambda logp, *_: logp.sum())[1]) < ROUNDED[BF16]
+    assert max_error(case(linear_logprob).logp[-64:], last.exact()[0]) < 2e-5
+    assert (
+        relative_error(d_hidden[-64:], last.truth(lambda logp, *_: logp.sum())[1]) < ROUNDED[BF16]
+    )
 
 
-# 2. A grid's y and z end at 65535: so does triton_grpo_loss, at 65536 tokens
+# 2. The y and z of a grid end at 65535, as triton_grpo_loss does at 65536 tokens
 
 
-def test_70000_rows(backend):
+def test_70000_rows_are_computed(backend):
     if backend == "triton" and GPU.type != "cuda":
         pytest.skip("minutes in the interpreter; the grids are checked below")
     case = make_case(backend, BF16, 70_000, 8, 5)
@@ -252,21 +253,21 @@ def test_vocabulary_not_a_multiple_of_the_tile_adds_no_phantom_tokens(
     case.targets[-1] = v - 1
     got = case(linear_logprob)
     assert (got.logp <= 0).all()
-    assert max(map(worst, got, case.exactly())) < 2e-5
+    assert all_within(got, case.exact(), 2e-5)
 
 
-# 4. p -> 1: z_y - lse keeps no digit of 1 - p (Liger #1329)
+# 4. Near p = 1, z_y - lse has no correct digit of 1 - p (Liger #1329)
 
-SURE = [10.0**-k for k in range(1, 9)]  # 1 - p of each row, about
-TIGHT = {FP32: 2e-5, BF16: 3 * 2.0**-8}  # of one value: E, its factor and the sum are rounded
+NEAR_ONE = [10.0**-k for k in range(1, 9)]  # 1 - p of each row, approximately
+TIGHT = {FP32: 2e-5, BF16: 3 * 2.0**-8}  # of one value, where E, its factor and the sum are rounded
 
 
-def sure_case(backend, dtype, v=1000) -> tuple[Case, Tensor, Tensor]:
+def near_one_case(backend, dtype, v=1000) -> tuple[Case, Tensor, Tensor]:
     """Return a case whose row i is unit vector i, the rows' logp, and 1 - p.
 
     The weight's gradient is then dz.T.
     """
-    gaps = torch.tensor([math.log(rest / (v - 1)) for rest in SURE]).to(dtype)
+    gaps = torch.tensor([math.log(rest / (v - 1)) for rest in NEAR_ONE]).to(dtype)
     weight, targets = gaps.repeat(v, 1), torch.arange(8) + 400
     weight[targets, torch.arange(8)] = 0
     others = gaps.double().exp() * (v - 1)
@@ -276,7 +277,7 @@ def sure_case(backend, dtype, v=1000) -> tuple[Case, Tensor, Tensor]:
 
 @pytest.mark.parametrize("on", [False, True])
 def test_relative_accuracy_of_a_policy_loss_as_the_probability_goes_to_one(backend, dtype, on):
-    case, logp, rest = sure_case(backend, dtype)
+    case, logp, rest = near_one_case(backend, dtype)
     a, w = torch.tensor([1.0, -0.5, 2.0, 1.0, -1.0, 0.3, 1.0, -2.0]), torch.linspace(0.1, 1, 8)
     for i in range(8):  # one row's weight at a time: the loss is that of the row alone
         alone = torch.where(torch.arange(8) == i, w, 0)
@@ -290,7 +291,7 @@ def test_relative_accuracy_of_a_policy_loss_as_the_probability_goes_to_one(backe
 
 
 def test_relative_accuracy_of_a_preference_loss_as_the_probability_goes_to_one(backend, dtype):
-    case, logp, rest = sure_case(backend, dtype)
+    case, logp, rest = near_one_case(backend, dtype)
     dpo = partial(linear_preference_loss, objective=Dpo(beta=0.3))
     _, _, d_weight = case.run(lambda op: op(dpo, torch.arange(8)).loss)
     chosen, rejected = logp.view(4, 2).T
@@ -300,7 +301,7 @@ def test_relative_accuracy_of_a_preference_loss_as_the_probability_goes_to_one(b
     assert (dz / truth - 1).abs().max() < TIGHT[dtype]
 
 
-# 5. exp(z_j - z_y) overflows fp32 where logp < -88: the price of an anchor at the target
+# 5. exp(z_j - z_y) overflows fp32 where logp < -88, if the target's logit is the anchor
 
 
 class Known(NamedTuple):
@@ -338,22 +339,24 @@ def true_loss(name: str, k: Known, logp: Tensor, entropy: Tensor, lse: Tensor) -
         h = k.sums(logp if name == "simpo" else logp - k.ref)
         h = h[::2] - h[1::2]
         if name == "dpo":
-            return -F.logsigmoid(0.1 * h).mean()
-        return ((h / 4 - 5) ** 2 if name == "ipo" else -F.logsigmoid(2 * h / 4 - 1)).mean()
-    log_ratio, x = logp - k.old, k.ref - logp
+            return dpo_loss(h, beta=0.1).mean()
+        if name == "ipo":
+            return ipo_loss(h / 4, beta=0.1).mean()
+        return simpo_loss(h / 4, beta=2, gamma=1).mean()
+    log_ratio = logp - k.old
     ratio = (log_ratio if name == "policy" else k.sums(log_ratio)[k.ids] / 4).exp()
-    value = -torch.minimum(ratio * k.a, ratio.clamp(0.5, 1.5) * k.a)
-    return (k.w * (value + 0.1 * (x.exp() - x - 1))).sum()
+    value = clipped_loss(ratio, k.a, 0.5, 0.5)
+    return (k.w * (value + 0.1 * kl_estimate(logp, k.ref))).sum()
 
 
 @pytest.mark.parametrize("gap", [90.0, 1000.0])
 @pytest.mark.parametrize("name", ["logprob", "policy", "sequence", *PAIRS])
-def test_every_loss_stays_right_where_targets_have_no_probability(backend, dtype, name, gap):
+def test_losses_are_right_where_targets_have_almost_no_probability(backend, dtype, name, gap):
     case = make_case(backend, dtype, 16)
     rows = case.hidden[2::5].float()
     unlikely = -gap * rows / rows.square().sum(1, keepdim=True)
     case.weight[:3], case.targets[2::5] = unlikely.to(dtype), torch.arange(3)
-    logp = case.exactly()[0]
+    logp = case.exact()[0]
     assert logp.min() < -gap
     known = Known(*((logp + 0.2 * torch.sin(torch.arange(16) + i)).float() for i in (0, 1)))
     got = case.run(partial(our_loss, name, known))
@@ -372,7 +375,7 @@ def test_weight_gradient_of_64_chunks_is_as_accurate_as_of_one(backend, monkeypa
     truth = case.truth(lambda logp, *_: -logp.sum())[2]
 
     def error(case: Case) -> float:
-        return off(case.run(lambda op: op(linear_policy_loss, one, one).loss)[2], truth)
+        return relative_error(case.run(lambda op: op(linear_policy_loss, one, one).loss)[2], truth)
 
     once = error(case if backend != "native" else case._replace(backend="torch"))
     monkeypatch.setattr(reference, "CHUNK_BYTES", n * 40 * 4 // 64)
@@ -382,11 +385,11 @@ def test_weight_gradient_of_64_chunks_is_as_accurate_as_of_one(backend, monkeypa
     assert error(case) <= 2 * once + 1e-5  # csrc's SPAN makes 64 chunks by itself
 
 
-# 7. One upstream gradient for all rows: that of the first (Liger #1298)
+# 7. The upstream gradient of the first row is used for all rows (Liger #1298)
 
 
 @pytest.mark.parametrize("result", range(3))
-def test_one_upstream_gradient_per_row_not_the_first_rows(backend, dtype, result):
+def test_each_row_has_its_own_upstream_gradient(backend, dtype, result):
     case = make_case(backend, dtype)
     g = torch.logspace(-6, 3, 24) * torch.tensor([0.0, -1.0, 1.0, -1.0]).repeat(6)
     g = g[torch.randperm(24)]
@@ -396,11 +399,13 @@ def test_one_upstream_gradient_per_row_not_the_first_rows(backend, dtype, result
         if g[row] == 0:
             assert not got[1][row].count_nonzero()
         else:
-            assert off(got[1][row], truth[1][row]) < 3 * ROUNDED[dtype]  # entropy's u is log E
-    assert off(got[2], truth[2]) < ROUNDED[dtype]
+            assert (
+                relative_error(got[1][row], truth[1][row]) < 3 * ROUNDED[dtype]
+            )  # the entropy's u is log E
+    assert relative_error(got[2], truth[2]) < ROUNDED[dtype]
 
 
-def test_one_advantage_and_weight_per_row_over_nine_decades(backend, dtype):
+def test_each_row_has_its_own_advantage_and_weight_over_nine_decades(backend, dtype):
     case, a, w = make_case(backend, dtype), torch.randn(24), torch.logspace(-6, 3, 24)
     w, a[::5] = w[torch.randperm(24)], 0
     got = case.run(lambda op: op(linear_policy_loss, a, w).loss)[1]
@@ -408,14 +413,14 @@ def test_one_advantage_and_weight_per_row_over_nine_decades(backend, dtype):
     assert ((got.double() - truth).norm(dim=1) <= ROUNDED[dtype] * truth.norm(dim=1)).all()
 
 
-# 8. Nothing to learn from: NaN, None, or a graph that is cut (NeMo-Automodel #3796; a mean of none)
+# 8. Batches without gradient give NaN, None or a detached graph (NeMo-Automodel #3796)
 
-NOTHING = {"no row": 0, "no target": 5, "no weight": 5, "no advantage": 5}
+WITHOUT_GRADIENT = {"no row": 0, "no target": 5, "no weight": 5, "no advantage": 5}
 
 
-@pytest.mark.parametrize("what", NOTHING)
-def test_nothing_to_learn_gives_zero_gradients_that_are_there(backend, dtype, what):
-    n = NOTHING[what]
+@pytest.mark.parametrize("what", WITHOUT_GRADIENT)
+def test_batches_without_gradient_give_gradients_of_zero(backend, dtype, what):
+    n = WITHOUT_GRADIENT[what]
     case = make_case(backend, dtype, n)
     if what == "no target":
         case.targets[:] = -100
@@ -431,11 +436,11 @@ def test_nothing_to_learn_gives_zero_gradients_that_are_there(backend, dtype, wh
     if what in ("no row", "no target"):
         ref = torch.zeros(4)
         loss, *grads = case.run(lambda op: op(linear_preference_loss, ids, ref_logp=ref).loss)
-        assert loss.item() == pytest.approx(math.log(2))  # two pairs that are not told apart
+        assert loss.item() == pytest.approx(math.log(2))  # two pairs with a margin of 0
         assert not any(g.count_nonzero() for g in grads)
 
 
-def test_a_single_token_among_masked_rows(backend, dtype):
+def test_a_single_token_among_masked_rows_is_right(backend, dtype):
     case = make_case(backend, dtype)
     case.targets[torch.arange(24) != 17] = -100
     got = case.run(lambda op: torch.stack(op(linear_logprob)).sum())
@@ -462,7 +467,8 @@ def test_ratio_of_trainer_to_sampler_is_one_at_every_temperature(backend, trunca
     hot = torch.tensor([r.temperature for r in asked])[p.sequence_ids]
     case = Case(hidden, model.head_weight.detach(), p.targets, backend)
     assert p.old_logp is not None
-    assert worst((case(linear_logprob, temperature=hot).logp - p.old_logp).exp(), hot / hot) < 1e-3
+    ratio = (case(linear_logprob, temperature=hot).logp - p.old_logp).exp()
+    assert max_error(ratio, torch.ones_like(ratio)) < 1e-3
     policy = partial(linear_policy_loss, old_logp=p.old_logp, temperature=hot)
     got = case(policy, p.advantage, p.row_weight)
     assert got.ratio_max.item() == pytest.approx(1, abs=1e-3)
@@ -471,7 +477,7 @@ def test_ratio_of_trainer_to_sampler_is_one_at_every_temperature(backend, trunca
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", ["logprob", "policy", "dpo"])
-def test_a_temperature_is_a_division_of_hidden_states_in_every_gradient_too(backend, name, per_row):
+def test_a_temperature_equals_a_division_of_the_hidden_states(backend, name, per_row):
     case = make_case(backend, n=16)
     t = torch.linspace(0.5, 2, 16) if per_row else torch.full((16,), 0.6)
     divided = case._replace(hidden=case.hidden / t[:, None])
@@ -482,15 +488,15 @@ def test_a_temperature_is_a_division_of_hidden_states_in_every_gradient_too(back
     assert close(got, [loss, d_hidden / t[:, None], d_weight], 1e-5)
 
 
-# 10. Log-probs rounded to the inputs' bf16, off by 4e-3 (torch, verl)
+# 10. Log-probs rounded to the inputs' bf16 have an error of 4e-3 (torch, verl)
 
 
 @pytest.mark.parametrize("default", [FP32, BF16])
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (HALF, HALF), (BF16, FP32), (FP32, BF16)])
-def test_results_are_fp32_and_exact_whatever_the_inputs_are(backend, dtypes, default):
+def test_results_are_fp32_and_exact_for_inputs_of_any_dtype(backend, dtypes, default):
     case = make_case(backend)
     case = case._replace(hidden=case.hidden.to(dtypes[0]), weight=case.weight.to(dtypes[1]))
-    truth, one, ids = case.exactly(), torch.ones(24), torch.arange(24) // 6
+    truth, one, ids = case.exact(), torch.ones(24), torch.arange(24) // 6
     try:
         torch.set_default_dtype(default)
         got = case(linear_logprob)
@@ -499,40 +505,40 @@ def test_results_are_fp32_and_exact_whatever_the_inputs_are(backend, dtypes, def
     finally:
         torch.set_default_dtype(FP32)
     assert {x.dtype for x in (*got, *policy, *pairs)} == {FP32}
-    assert max(map(worst, (*got, policy.logp), (*truth, truth[0]))) < 2e-5
-    assert worst(pairs.chosen_logp, truth[0].view(4, 6).sum(1)[::2]) < 1e-4
+    assert all_within((*got, policy.logp), (*truth, truth[0]), 2e-5)
+    assert max_error(pairs.chosen_logp, truth[0].view(4, 6).sum(1)[::2]) < 1e-4
 
 
-# 11. Tied embeddings: one of the two gradients lost, or the tie itself (NeMo-RL #227)
+# 11. Tied embeddings lose one of the two gradients, or the tie (NeMo-RL #227)
 
 
 def test_gradients_of_a_tied_weight_as_embedding_and_as_head_add_up(backend):
     tokens, mix, one = torch.randint(50, (24,)), torch.randn(16, 16), torch.ones(24)
     case = make_case(backend, v=50)
     tied, exact = case.weight.clone().requires_grad_(), case.weight.double().requires_grad_()
-    hidden = F.embedding(tokens, exact) @ mix.double()
-    (-by_definition(hidden, exact, case.targets)[0].mean()).backward()
+    hidden = torch.nn.functional.embedding(tokens, exact) @ mix.double()
+    (-linear_results(hidden, exact, case.targets)[0].mean()).backward()
     assert exact.grad is not None
-    for steps in (1, 2):  # grad is added to
-        hidden = F.embedding(tokens, tied) @ mix
+    for steps in (1, 2):  # .grad accumulates
+        hidden = torch.nn.functional.embedding(tokens, tied) @ mix
         case._replace(hidden=hidden, weight=tied)(linear_policy_loss, one, one / 24).loss.backward()
-        assert tied.grad is not None and off(tied.grad, steps * exact.grad) < 1e-5
+        assert tied.grad is not None and relative_error(tied.grad, steps * exact.grad) < 1e-5
 
 
 def test_a_tied_model_is_one_parameter_that_a_step_moves_once():
     model = tiny_model("llama-tied")
     assert model.head_weight is model.model.embed_tokens.weight
     assert sum(p is model.head_weight for p in model.parameters()) == 1
-    tokens, borders = torch.arange(20, 30), torch.tensor([0, 10], dtype=torch.int32)
-    hidden = model.hidden(tokens, torch.arange(10), borders)
+    tokens = torch.arange(20, 30)
+    hidden = hidden_states(model, tokens)
     linear_logprob(hidden, model.head_weight, tokens).logp.sum().backward()
     before, grad = model.head_weight.detach().clone(), model.head_weight.grad
     assert grad is not None
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    assert worst(model.head_weight, before - 0.1 * grad) < 1e-6
+    assert max_error(model.head_weight, before - 0.1 * grad) < 1e-6
 
 
-# 17. Atomics and locks: another sum, and another gradient, in every run
+# 17. Atomics and locks give another sum, and another gradient, in each run
 
 
 @pytest.mark.parametrize("name", ["logprob", "policy", "sequence", "dpo"])
@@ -542,11 +548,11 @@ def test_equal_calls_give_equal_bits(backend, dtype, name):
     assert all(map(torch.equal, first, again))
 
 
-def test_a_rows_log_prob_depends_on_its_batch_by_rounding_alone(backend, dtype):
+def test_a_rows_log_prob_depends_on_its_batch_only_by_rounding(backend, dtype):
     case = make_case(backend, dtype)
     in_full_batch = case(linear_logprob).logp[3]
     for rows in (slice(3, 4), slice(3, 8), torch.tensor([3, 20, 5, 11, 3])):
-        assert worst(case.rows(rows)(linear_logprob).logp[0], in_full_batch) < 1e-5
+        assert max_error(case.rows(rows)(linear_logprob).logp[0], in_full_batch) < 1e-5
 
 
 # 18. A target out of range reads other memory, or its check stalls the GPU (Liger FLSCE)
@@ -568,11 +574,11 @@ def test_a_target_outside_the_vocabulary_is_named_by_every_op(wrong, kind):
             case(op, *given)
 
 
-# 19. Packing: labels rolled across a border of sequences, for which NeMo-RL forbids it
+# 19. Packing rolls labels across a border of sequences, so NeMo-RL forbids it
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_packed_sequences_equal_each_sequence_alone(backend, seed):
+def test_gradients_of_packed_sequences_equal_those_of_single_sequences(backend, seed):
     g = torch.Generator().manual_seed(seed)
     model, samples, truth = tiny_model("mistral-window"), list[Sample](), torch.zeros(())
     for i, n in enumerate(torch.randint(2, 14, (5,), generator=g).tolist()):
@@ -580,9 +586,7 @@ def test_packed_sequences_equal_each_sequence_alone(backend, seed):
         cut = int(torch.randint(1, n, (1,), generator=g))
         prompt, completion = tuple(text[:cut].tolist()), tuple(text[cut:].tolist())
         samples.append(Sample(prompt, completion, 1.0, 1 / (i + 1)))
-        hidden = model.hidden(text, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
-        logp = by_definition(hidden[cut - 1 : -1], model.head_weight, text[cut:])[0]
-        truth = truth - logp.sum() / (i + 1)
+        truth = truth - completion_logps(model, prompt, completion).sum() / (i + 1)
     parameters = list(model.parameters())
     exact = torch.autograd.grad(truth, parameters)
     for budget in (1, 20, 1000):
@@ -598,8 +602,8 @@ def test_packed_sequences_equal_each_sequence_alone(backend, seed):
 # 20. Normalisers under gradient accumulation, and what the ratio, clip and length apply to
 
 
-def test_a_micro_batch_without_targets_takes_nothing_from_the_others(backend, dtype):
-    """Liger #1082: each micro-batch divided by its own number of targets."""
+def test_a_micro_batch_without_targets_changes_no_normaliser(backend, dtype):
+    """In Liger #1082, each micro-batch was divided by its own number of targets."""
     case, a = make_case(backend, dtype), torch.randn(24)
     case.targets[8:16] = -100
     w = (case.targets != -100).float() / 16
@@ -625,19 +629,19 @@ def test_a_kl_term_is_not_multiplied_by_the_ratio_nor_clipped(backend, objective
     got = case.run(lambda op: op(policy, torch.zeros(24), torch.ones(24)).loss)
 
     def k3(logp, *_):
-        return 0.3 * ((ref - logp).exp() - (ref - logp) - 1).sum()
+        return 0.3 * kl_estimate(logp, ref).sum()
 
     assert close(got, case.truth(k3), 1e-5)
 
 
 def test_a_sequences_length_is_that_of_its_targets(backend):
-    """Rows of the prompt in the denominator would pull the sequence's ratio to 1."""
+    """Prompt rows in the denominator would pull the sequence's ratio towards 1."""
     case, ids = make_case(backend), torch.arange(24) // 6
     old, a = case(linear_logprob).logp - 0.3 * torch.randn(24), torch.randn(4)[ids]
     policy = partial(linear_policy_loss, objective=SequenceClipped(0.1, 0.1))
 
     def run(more: Tensor) -> list[Tensor]:
-        """Return loss and gradients with so many rows that are no targets after each row."""
+        """Return loss and gradients with `more` rows without target after each row."""
         at = torch.arange(24).repeat_interleave(1 + more)
         first = torch.cat([torch.tensor([True]), at[1:] != at[:-1]])
         long = case.rows(at)
@@ -651,10 +655,10 @@ def test_a_sequences_length_is_that_of_its_targets(backend):
     assert close(run(prompts), run(0 * prompts), 1e-5)
 
 
-# 21. 0 * NaN: a masked row that poisons the weight's gradient; certainty without advantage
+# 21. 0 * NaN: a masked row makes the weight's gradient NaN, and so does a row of certain target
 
 
-def test_nan_in_masked_rows_poisons_nothing(backend, dtype):
+def test_nan_in_masked_rows_changes_no_result(backend, dtype):
     case, (a, old, ref) = make_case(backend, dtype), torch.randn(3, 24)
     masked = torch.arange(24) % 3 == 0
     case.targets[::6] = -100  # half of them have no target, the other half no weight

@@ -1,4 +1,4 @@
-"""Solve and explain prompts differ in the stated answers and in nothing else."""
+"""Prompts that solve and prompts that explain differ only in the stated answers."""
 
 import pytest
 
@@ -10,7 +10,7 @@ SHOT = Problem(id="s", prompt="2 and 3?", answer="5", solution="2 + 3 = 5.")
 ASKED = Problem(id="a", prompt="4 and {4}?", answer="8", solution=r"4 + 4 = 8. \boxed{8}")
 
 
-def test_prompts_differ_in_the_stated_answers_alone():
+def test_solve_and_explain_prompts_differ_only_in_the_stated_answers():
     tokenizer = tiny_tokenizer()
     prompter = Prompter(tokenizer, (SHOT,))
     solve = tokenizer.decode(prompter.solve(ASKED))
@@ -23,14 +23,14 @@ def test_prompts_differ_in_the_stated_answers_alone():
     assert "4 and {4}?" in solve
 
 
-def test_a_template_that_states_the_day_says_the_same_every_day():
+def test_a_template_with_the_date_gives_the_same_prompt_on_each_day():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
     assert tokenizer.decode(Prompter(tokenizer).solve(ASKED)).startswith("01 Jan 2026 ")
 
 
 @pytest.mark.parametrize("beginning", ["\n", "  ", "\n  {% if true %}\n{% endif %}x"])
-def test_the_fixed_day_leaves_the_rest_of_a_template_alone(beginning: str):
+def test_the_fixed_date_changes_no_other_part_of_a_template(beginning: str):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = beginning + tokenizer.chat_template
     turns = [{"role": "user", "content": "hi"}]
@@ -47,7 +47,7 @@ def test_the_fixed_day_leaves_the_rest_of_a_template_alone(beginning: str):
         ("{% if %}", "TemplateSyntaxError: Expected an expression"),
     ],
 )
-def test_a_template_that_fails_is_refused_in_one_sentence(template: str, message: str):
+def test_a_failing_template_is_refused_in_one_sentence(template: str, message: str):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=rf"^the chat template refuses .*\(user\): {message}.*$"):
@@ -60,7 +60,7 @@ def test_worked_examples_are_earlier_turns_with_the_answer_boxed():
     assert "2 + 3 = 5.\nThe answer is \\boxed{5}.<|im_end|>" in text
 
 
-def test_chat_messages_keep_their_turns():
+def test_the_turns_of_a_chat_are_kept():
     turns = (
         {"role": "system", "content": "You count."},
         {"role": "user", "content": "1 and 1?"},
@@ -70,7 +70,7 @@ def test_chat_messages_keep_their_turns():
     assert text.startswith("<|im_start|>system\nYou count.<|im_end|>\n<|im_start|>user\n1 and 1? (")
 
 
-def test_expert_completion_is_boxed_once_and_ends_as_the_model_ends():
+def test_an_expert_completion_has_one_box_and_the_end_token():
     tokenizer = tiny_tokenizer()
     ids = Prompter(tokenizer).expert(ASKED)
     assert tokenizer.decode(ids[:-1]) == r"4 + 4 = 8. \boxed{8}"
@@ -92,7 +92,7 @@ def test_a_base_model_is_asked_through_a_plain_template():
     assert Prompter(tiny_tokenizer()).stop_strings == ()
 
 
-def test_template_hash_follows_what_changes_a_prompt():
+def test_the_template_hash_changes_with_the_prompt():
     hashes = {
         Prompter(tiny_tokenizer(), shots, system).template_hash
         for shots in ((), (SHOT,))
@@ -101,7 +101,7 @@ def test_template_hash_follows_what_changes_a_prompt():
     assert len(hashes) == 4
 
 
-def test_seeds_depend_on_every_part_of_the_key():
+def test_request_seeds_depend_on_each_part_of_the_key():
     keys = [(0, "solve", 1, "a", 0), (1, "solve", 1, "a", 0), (0, "explain", 1, "a", 0)]
     keys += [(0, "solve", 2, "a", 0), (0, "solve", 1, "b", 0), (0, "solve", 1, "a", 1)]
     seeds = {request_seed(*key) for key in keys}
@@ -116,10 +116,14 @@ def test_seeds_depend_on_every_part_of_the_key():
         ("It is 7.\n\nQuestion: Wh", "stop", "It is 7."),
         ("It is 7.\nQuestion:", "stop", "It is 7."),
         ("It is 7. \n", "stop", "It is 7."),
-        ("It is 7.\n\nQuest", "length", None),  # cut at the limit: no end of the model's
+        (
+            "It is 7.\n\nQuest",
+            "length",
+            None,
+        ),  # cut at the limit of tokens, so no end token is added
     ],
 )
-def test_a_completion_that_a_stop_string_ended_gets_the_end_token(text, reason, expected):
+def test_a_completion_ended_by_a_stop_string_gets_the_end_token(text, reason, expected):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     ids = tokenizer(text).input_ids
@@ -128,7 +132,7 @@ def test_a_completion_that_a_stop_string_ended_gets_the_end_token(text, reason, 
     assert got == tuple(complete)
 
 
-def test_with_a_chat_template_completions_stay_as_they_were_sampled():
+def test_with_a_chat_template_completions_are_not_changed():
     assert Prompter(tiny_tokenizer()).ended([50, 51, 1], "stop") == (50, 51, 1)
 
 

@@ -1,4 +1,4 @@
-"""The report states what the records hold and no more; text of a model stays text."""
+"""The report shows the data of the records, and escapes text of models."""
 
 import json
 from html.parser import HTMLParser
@@ -29,7 +29,7 @@ HOSTILE = "<script>alert('$x^{$')</script> & \x1b[2J \u202e \ud800 \u2028 &lt;b&
 
 
 def write_run(path: Path, *, rows: Any = None, evaluations: Any = (), **config: Any) -> str:
-    """Return a run directory; `rows` are steps 1, 2, ... or have a step of their own."""
+    """Write a run directory and return it; `rows` are steps 1, 2, ... unless they name a step."""
     path.mkdir(parents=True, exist_ok=True)
     known = {k: v for k, v in config.items() if k in Train.__dataclass_fields__}
     text = dump_toml(Train(**known))
@@ -67,7 +67,7 @@ TAGS |= {"figure", "svg", "g", "path", "defs", "use", "clippath", "rect", "text"
 
 
 class Page(HTMLParser):
-    """The text of a page, its tags, and the cells of its tables, a space where a tag was."""
+    """The text of a page with spaces for tags, its tags, and the cells of its tables."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -101,7 +101,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
 
     def cells(self, first: str) -> list[str]:
-        """Return the first row that starts so, without its first cell."""
+        """Return the row whose first cell starts with `first`, without that cell."""
         return next(row[1:] for row in self.rows if row and row[0].startswith(first))
 
 
@@ -114,7 +114,7 @@ def page_of(tmp_path: Path, *runs: str) -> Page:
     return Page(source_of(tmp_path, *runs))
 
 
-def test_runs_that_differ_in_their_seed_are_one_configuration(tmp_path: Path):
+def test_runs_that_differ_only_in_their_seed_are_one_configuration(tmp_path: Path):
     runs = [
         write_run(
             tmp_path / f"s{seed}",
@@ -163,25 +163,25 @@ def test_only_fields_that_differ_are_shown(tmp_path: Path):
     assert page.cells("3. grpo")
 
 
-def test_a_killed_run_shows_its_steps_and_counts_where_it_was_measured(tmp_path: Path):
-    whole = write_run(
+def test_an_incomplete_run_shows_its_steps_and_counts_only_where_evaluated(tmp_path: Path):
+    complete = write_run(
         tmp_path / "a",
         rows=[{}] * 4,
         evaluations=[evaluation(0, 0.1), evaluation(4, 0.3)],
         steps=4,
     )
-    torn = write_run(
+    incomplete = write_run(
         tmp_path / "b", rows=[{}] * 3, evaluations=[evaluation(0, 0.5)], steps=4, seed=1
     )
-    with open(Path(torn) / "metrics.jsonl", "a") as file:
+    with open(Path(incomplete) / "metrics.jsonl", "a") as file:
         file.write('null\n[1]\n{"reward": 1}\n{"step": 4, "rew')
-    cells = page_of(tmp_path, whole, torn).cells("1. expo-grpo")
+    cells = page_of(tmp_path, complete, incomplete).cells("1. expo-grpo")
     assert cells[1] == "3\u20134 of 4"
     assert cells[2] == "0.100 \u2192 0.300 [0.050, 0.170] \u2192 [0.250, 0.370] 1 of 2 runs"
-    assert page_of(tmp_path, torn).cells("1. ")[2].startswith("0.500 \u2192 \u2013")
+    assert page_of(tmp_path, incomplete).cells("1. ")[2].startswith("0.500 \u2192 \u2013")
 
 
-def test_a_last_evaluation_before_the_last_step_is_dated(tmp_path: Path):
+def test_an_evaluation_before_the_last_step_is_shown_with_its_step(tmp_path: Path):
     rows = [evaluation(0, 0.1), evaluation(2, 0.2)]
     run = write_run(tmp_path / "a", rows=[{}] * 3, evaluations=rows, steps=9)
     assert page_of(tmp_path, run).cells("1. ")[1] == "3 of 9 evaluated after 2"
@@ -206,14 +206,14 @@ def test_accuracy_by_level_is_shown_for_more_than_one_level(tmp_path: Path):
     assert "level 2 20 questions" in page.text
 
 
-def test_accuracies_that_were_measured_differently_get_a_warning(tmp_path: Path):
+def test_accuracies_of_different_evaluations_get_a_warning(tmp_path: Path):
     def run(name: str, **more: Any) -> str:
         rows = [evaluation(0, 0.1, **more), evaluation(1, 0.2, **more)]
         return write_run(tmp_path / name, evaluations=rows, steps=1, clip_low=0.1 * len(name))
 
     a, b, c = run("a", grader="x"), run("bb", grader="y", problems=8), run("ccc", grader="x")
-    said = "evaluations differ in problems, grader."
-    assert said in page_of(tmp_path, a, b).text
+    warning = "evaluations differ in problems, grader."
+    assert warning in page_of(tmp_path, a, b).text
     assert "Measured differently" not in page_of(tmp_path, a, c).text
 
 
@@ -225,7 +225,7 @@ PROPERTY_ROWS = [
 ]
 
 
-def test_the_two_properties_get_a_verdict_in_numbers(tmp_path: Path):
+def test_both_properties_are_reported_with_their_numbers(tmp_path: Path):
     text = page_of(tmp_path, write_run(tmp_path / "a", rows=PROPERTY_ROWS)).text
     assert (
         "In-distribution: holds in 2 of 3 measured steps: the explanation's NLL is below the "
@@ -237,7 +237,7 @@ def test_the_two_properties_get_a_verdict_in_numbers(tmp_path: Path):
     ) in text
 
 
-def test_a_property_that_was_not_measured_gets_no_verdict(tmp_path: Path):
+def test_a_property_without_measurements_is_reported_as_not_measured(tmp_path: Path):
     plain = write_run(tmp_path / "a", rows=[{"own/nll": 0.4}], method="grpo", steps=1)
     text = page_of(tmp_path, plain).text
     assert "In-distribution: not measured." in text
@@ -267,7 +267,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path):
     assert "Learning curves" not in full.text
 
 
-def test_norms_of_zero_are_counted_where_a_logarithm_cannot_show_them(tmp_path: Path):
+def test_norms_of_zero_are_counted_because_a_logarithm_cannot_show_them(tmp_path: Path):
     rows = [{"grad_norm/policy": x, "grad_norm/exp_sft": 0.1} for x in (0.0, 0.01, 30.0, 0.0, None)]
     run = write_run(tmp_path / "a", rows=rows)
     groups = group_runs([load_run(run)])
@@ -275,12 +275,12 @@ def test_norms_of_zero_are_counted_where_a_logarithm_cannot_show_them(tmp_path: 
     assert (policy.steps, sft.steps) == ([2, 3], [1, 2, 3, 4, 5])
     page = page_of(tmp_path, run)
     assert "Steps with a norm of 0, not drawn: 1. expo-grpo: policy 2 of 4." in page.text
-    for label in ("Gradient norm", "0.01", "10"):  # plain numbers, no mathematics
+    for label in ("Gradient norm", "0.01", "10"):  # plain numbers, not formulas
         assert label in page.text
     assert "$" not in page.text
 
 
-def test_seconds_by_phase_are_means_of_a_step_with_shares(tmp_path: Path):
+def test_seconds_by_phase_are_means_over_steps_with_percentages(tmp_path: Path):
     rows = [{"time/generate": 3.0, "time/forward_backward": 1.0}, {"time/generate": 5.0}]
     page = page_of(tmp_path, write_run(tmp_path / "a", rows=rows))
     assert ["configuration", "generate", "forward backward", "sum"] in page.rows
@@ -308,7 +308,7 @@ def test_curves_are_means_and_ranges_over_runs(tmp_path: Path):
     assert alone.high == pytest.approx([0.57, 0.67])
 
 
-def test_a_crowded_panel_is_drawn_for_each_configuration_and_shares_its_scale(tmp_path: Path):
+def test_a_panel_of_many_curves_is_split_by_configuration_with_a_common_scale(tmp_path: Path):
     nlls = {"exp/nll": 1.0, "own/nll": 2.0}
     low, high = (nlls | {"exp/lift": x, "exp/lift_stated": 2.0} for x in (1.0, 40.0))
     kinds = [[low, high], [low], [nlls], [low], [low]]
@@ -327,39 +327,39 @@ def test_a_crowded_panel_is_drawn_for_each_configuration_and_shares_its_scale(tm
     for name in names:
         expected.append((name, nll.panel.title, 2))
         expected.append((name, lift.panel.title, 0 if name == names[2] else 2))
-    expected.append(("", LEARNING[0].title, 8))  # of one metric: colours tell its curves apart
+    expected.append(("", LEARNING[0].title, 8))  # of one metric: its curves have different colours
     assert [(x.panel.only, x.panel.title, len(x.curves)) for x in shown] == expected
     source = draw("properties", panels, names)
     assert [source.count(f">{name}</text>") for name in names] == [2, 2, 1, 2, 2]
-    assert source.count(">40</text>") == 4  # on the axes of those, too, whose lift is 1 or 2
+    assert source.count(">40</text>") == 4  # also on the axes of those whose lift is 1 or 2
     few = plotted(PROPERTIES, groups[:2])
     assert split_crowded(few, names[:2]) == few
 
 
-def test_text_of_models_and_configs_stays_text(tmp_path: Path):
+def test_text_of_models_and_configs_is_escaped(tmp_path: Path):
     hostile = write_run(tmp_path / "a", rows=PROPERTY_ROWS, steps=1)
     config = Path(hostile) / "config.toml"
     config.write_text(config.read_text().replace('"expo-grpo"', json.dumps(HOSTILE[:35])))
     with open(config, "a") as file:
         file.write(f'"<script>key" = {json.dumps("<img src=x onerror=alert(1)> $^{ ")}\n')
-    said = [
+    completions = [
         {"id": 1, "prompt": HOSTILE, "answer": HOSTILE, "kind": kind, "completion": HOSTILE}
         for kind in ("own", "explanation", "</pre><script>", None)
     ]
-    write_lines(Path(hostile) / "completions" / "step-1.jsonl", said)
+    write_lines(Path(hostile) / "completions" / "step-1.jsonl", completions)
     other = write_run(tmp_path / "<script>b", rows=PROPERTY_ROWS, learning_rate=1e-3)
     source = source_of(tmp_path, hostile, other)
     page = Page(source)
     assert page.tags <= TAGS
     assert not any(name.startswith("on") or name in ("src", "href") for name in page.attributes)
     assert "<script>alert('$x^{$')</script> & \\x1b[2J \\u202e \\ud800 &lt;b&gt;" in page.text
-    # in a figure's legend, where a $ could begin a formula and break the drawing
+    # in the legend of a figure, where a $ would begin a formula
     assert "1. &lt;script&gt;alert('$x^{$')&lt;/script&gt; &amp; \\x1b</text>" in source
     for forbidden in ("\x1b", "\u202e", "\u2028", "<script"):
         assert forbidden not in source
 
 
-def test_the_page_loads_nothing_and_is_the_same_twice(tmp_path: Path, monkeypatch):
+def test_the_page_loads_no_other_files_and_is_reproducible(tmp_path: Path, monkeypatch):
     run = write_run(tmp_path / "a", rows=PROPERTY_ROWS, evaluations=[evaluation(0, 0.2)])
     first = source_of(tmp_path, run)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
@@ -379,7 +379,7 @@ def test_the_page_loads_nothing_and_is_the_same_twice(tmp_path: Path, monkeypatc
 def test_completions_of_the_first_and_last_step_are_shown(tmp_path: Path):
     run = write_run(tmp_path / "a", rows=[{}] * 12)
 
-    def said(n: int, kind: str, completion: str, **more: Any) -> dict[str, Any]:
+    def row(n: int, kind: str, completion: str, **more: Any) -> dict[str, Any]:
         return {
             "id": n,
             "prompt": f"q{n}?",
@@ -390,12 +390,12 @@ def test_completions_of_the_first_and_last_step_are_shown(tmp_path: Path):
 
     for step in (1, 2, 12):
         rows = [
-            said(1, "own", "alone"),
-            said(2, "own", f"own at {step}", reward=0.5),
-            said(2, "own", "a second one"),
-            said(2, "explanation", "y" * 5000, reward=None),
-            said(3, "chosen", "better"),
-            said(3, "rejected", "worse"),
+            row(1, "own", "alone"),
+            row(2, "own", f"own at {step}", reward=0.5),
+            row(2, "own", "a second one"),
+            row(2, "explanation", "y" * 5000, reward=None),
+            row(3, "chosen", "better"),
+            row(3, "rejected", "worse"),
         ]
         write_lines(Path(run) / "completions" / f"step-{step}.jsonl", rows)
     (Path(run) / "completions" / "step-x.jsonl").write_text("")
@@ -406,17 +406,17 @@ def test_completions_of_the_first_and_last_step_are_shown(tmp_path: Path):
     assert "own at 12" in text
     assert "own at 2 " not in text
     assert "a second one" not in text
-    assert "alone" not in text  # two questions are enough, and those with two kinds come first
+    assert "alone" not in text  # two questions are shown, first those with two kinds
 
 
-def test_an_error_is_one_sentence(tmp_path: Path, capsys):
+def test_an_error_is_printed_in_one_sentence(tmp_path: Path, capsys):
     good = write_run(tmp_path / "good")
     unlogged = write_run(tmp_path / "unlogged", rows=[])
     broken = write_run(tmp_path / "broken")
     (Path(broken) / "config.toml").write_text("steps = ")
     (tmp_path / "no_config").mkdir()
     (tmp_path / "no_config" / "metrics.jsonl").write_text('{"step": 1}\n')
-    for given, said in (
+    for given, message in (
         ([], "need the folder of at least one run"),
         ([str(tmp_path / "absent")], "absent' is not the folder of a run: it has no config.toml"),
         (
@@ -435,12 +435,12 @@ def test_an_error_is_one_sentence(tmp_path: Path, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
-        assert said in lines[0]
+        assert message in lines[0]
     assert exit_status.run(report.main, [good, "--output", str(tmp_path / "r.html")]) == 0
     assert capsys.readouterr().out == f"report: {tmp_path / 'r.html'}\n"
 
 
-def test_the_report_of_a_run_of_our_trainer(tmp_path: Path):
+def test_a_run_of_the_trainer_is_reported(tmp_path: Path):
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     for name in ("train", "eval"):
         rows = [

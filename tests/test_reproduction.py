@@ -1,4 +1,4 @@
-"""The reproduction's arms are what they claim: alike in all but what they compare."""
+"""The arms of the reproduction differ only in the options that they compare."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ def planned(size: str) -> dict[str, Train]:
     return {c.run_dir.name: c for c in configs}
 
 
-def test_all_arms_sample_as_much_from_the_same_questions_with_the_same_seeds():
+def test_all_arms_have_the_same_budget_questions_and_seeds():
     for size in ("tiny", "full"):
         configs = planned(size)
         assert len(configs) == 7 * 3 + 1 + 3
@@ -46,8 +46,8 @@ def test_all_arms_sample_as_much_from_the_same_questions_with_the_same_seeds():
         assert {c.seed for c in configs.values()} == {0, 1, 2}
 
 
-def test_questions_are_selected_as_they_are_trained_on(tmp_path, monkeypatch):
-    """By flags that evaluation understands, where the size leaves them at their defaults too."""
+def test_questions_are_selected_with_the_sampling_options_of_training(tmp_path, monkeypatch):
+    """The flags are valid for evaluation, also where the size keeps defaults."""
     for name, size in SIZES.items():
         asked: list[Evaluate] = []
 
@@ -72,7 +72,7 @@ def test_questions_are_selected_as_they_are_trained_on(tmp_path, monkeypatch):
             choose.choose(colder, tmp_path / name, "train")
 
 
-def test_a_run_of_other_flags_is_no_run_of_the_arm(tmp_path):
+def test_a_run_with_other_flags_is_not_collected(tmp_path):
     size, arm = SIZES["tiny"], ARMS[1]
     run, flags = target(tmp_path, arm, 0), train_flags(arm, size, 0, tmp_path)
     steps = size.flags["steps"]
@@ -80,7 +80,7 @@ def test_a_run_of_other_flags_is_no_run_of_the_arm(tmp_path):
     (run / "config.toml").write_text(dump_toml(parse(Train, flags)))
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     (run / "evaluations.jsonl").write_text('{"step": 1}\n')
-    assert collect.done(run, flags) is None  # it is not at its end
+    assert collect.done(run, flags) is None  # the run is not complete
     (run / "evaluations.jsonl").write_text(f'{{"step": {steps}}}\n')
     assert collect.done(run, flags)
     for flag, value in (("steps", 12), ("generation-budget", 99), ("keep-explanations", 7)):
@@ -90,7 +90,7 @@ def test_a_run_of_other_flags_is_no_run_of_the_arm(tmp_path):
             collect.done(run, train_flags(arm, other, 0, tmp_path))
 
 
-def test_a_run_that_went_on_later_names_the_commits_of_both(tmp_path, monkeypatch):
+def test_a_resumed_run_records_both_commits(tmp_path, monkeypatch):
     commits = iter(("1111111", "2222222"))
     monkeypatch.setattr(command, "commit", lambda: next(commits))
     monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
@@ -99,12 +99,12 @@ def test_a_run_that_went_on_later_names_the_commits_of_both(tmp_path, monkeypatc
     assert (tmp_path / "grpo-0.commit").read_text().split() == ["1111111", "2222222"]
 
 
-def test_what_is_collected_names_no_folder_of_this_machine(tmp_path):
+def test_collected_files_name_no_folder_of_the_machine(tmp_path):
     given = [str(tmp_path / "gsm8k.jsonl"), "builtin:arithmetic-1:train", 3]
     assert collect.without_folder(given) == ["gsm8k.jsonl", *given[1:]]
 
 
-def test_arms_are_compared_over_the_seeds_that_all_have():
+def test_arms_are_compared_over_their_common_seeds():
     def runs(*seeds: int) -> list[Run]:
         return [Run(str(seed), {"seed": seed}, [], []) for seed in seeds]
 
@@ -118,8 +118,8 @@ def test_arms_are_compared_over_the_seeds_that_all_have():
 
 def test_the_arms_are_the_methods_of_the_paper_and_its_controls():
     configs = [c for c in planned("tiny").values() if c.seed == 0 and c.exp_sft_coef == 0.04]
-    told = {(c.method, c.shuffle_explanations, bool(c.pairs_every)) for c in configs}
-    assert told == {
+    found = {(c.method, c.shuffle_explanations, bool(c.pairs_every)) for c in configs}
+    assert found == {
         ("grpo", False, False),
         ("expert-grpo", False, False),
         ("expo-grpo", False, False),

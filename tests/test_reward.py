@@ -1,4 +1,4 @@
-"""Hostile answers cost no more than their time limit; rewards of users are checked."""
+"""Answers that hang or take too much memory are stopped; custom rewards are checked."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from expo_fast.reward import (
 )
 from expo_fast.reward import score_answers as score
 
-HANG = "1E+1000000000"  # minutes inside one C call of math-verify 0.9.0: no alarm gets through
+HANG = "1E+1000000000"  # minutes in one C call of math-verify 0.9.0, which no alarm interrupts
 
 
 def box(text):
@@ -61,7 +61,7 @@ def gone_within(seconds, pids):
     return not any(map(running, pids))
 
 
-def test_plain_answers_need_no_worker():
+def test_simple_answers_need_no_worker():
     with Verifier() as pool:
         golds = ["12", "3/4", "Sunday", "12", "", "1" * 1001]
         texts = [box("12.0"), box("0.75"), box("monday"), "no box", box("12"), box("1")]
@@ -69,7 +69,7 @@ def test_plain_answers_need_no_worker():
         assert not pool._pool
 
 
-def test_results_keep_their_order(verifier):
+def test_verdicts_are_in_the_order_of_the_answers(verifier):
     n = 60
     golds = [f"x^2 + {i % 7}" for i in range(n)]
     texts = [box(f"{i % 5} + x^2") for i in range(n)]
@@ -93,7 +93,7 @@ def test_a_hostile_reference_affects_no_other_answer(bomb):
         assert pool.judge([bomb, "x+1"], [box("8"), box("1+x")]) in ([None, 1.0], [0.0, 1.0])
 
 
-def test_memory_is_capped():
+def test_the_memory_of_a_worker_is_limited():
     with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
         assert pool.judge(["x+1", "x+1"], [box("2^{2^{40}}"), box("1+x")]) == [None, 1.0]
         assert (pool.timeouts, pool.crashes) == (0, 1)
@@ -104,8 +104,8 @@ def test_memory_is_capped():
         assert limit["Max file size"] == limit["Max core file size"] == "0"
 
 
-def test_the_memory_of_the_trainer_does_not_count():
-    ballast = bytearray(b"1") * (300 << 20)  # a child's getrusage starts from this peak
+def test_the_memory_of_the_trainer_does_not_count_towards_the_limit():
+    ballast = bytearray(b"1") * (300 << 20)  # getrusage of a child starts at this peak
     with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
         assert pool.judge(["x+1", "x+1"], [box("2^{2^{40}}"), box("x+2")]) == [None, 0.0]
         assert (pool.timeouts, pool.crashes) == (0, 1)
@@ -123,13 +123,13 @@ def test_hostile_answers_do_not_slow_the_pool_down():
         assert time.monotonic() - start < 10
 
 
-def test_equal_comparisons_are_judged_once():
+def test_equal_comparisons_are_graded_once():
     with Verifier(workers=2, timeout_s=0.3) as pool:
         assert pool.judge(["x"] * 64, [box(HANG)] * 64) == [None] * 64
         assert pool.timeouts == 1
 
 
-def test_the_start_of_a_worker_does_not_count_as_time(monkeypatch, tmp_path):
+def test_the_start_of_a_worker_does_not_count_towards_the_time_limit(monkeypatch, tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(answer_grading.__file__).read_text()}")
     monkeypatch.setattr(answer_grading, "__file__", str(slow))
@@ -137,7 +137,7 @@ def test_the_start_of_a_worker_does_not_count_as_time(monkeypatch, tmp_path):
         assert pool.judge(["x+1"], [box("1+x")]) == [1.0]
 
 
-def test_a_checker_that_cannot_start_is_an_error_and_no_verdict(monkeypatch, tmp_path):
+def test_a_grader_that_cannot_start_raises_an_error(monkeypatch, tmp_path):
     program, broken = Path(answer_grading.__file__).read_text(), tmp_path / "broken.py"
     monkeypatch.setattr(answer_grading, "__file__", str(broken))
     broken.write_text(program.replace("from math_verify import", "from math_verify_absent import"))
@@ -155,11 +155,11 @@ def test_no_process_outlives_its_pool():
     before = children()
     with Verifier(workers=2, timeout_s=0.2) as pool:
         pool.judge(["x", "x", "x"], [box(HANG), box("y"), box("(10^{10})!")])
-        assert len(children() - before) <= 2  # those killed have been waited for: no zombies
+        assert len(children() - before) <= 2  # killed ones leave no zombies
     assert children() <= before
 
 
-def test_workers_are_replaced_after_their_share_of_jobs(monkeypatch):
+def test_a_worker_is_replaced_after_its_number_of_jobs(monkeypatch):
     monkeypatch.setattr(verifier_module, "JOBS_PER_WORKER", 3)
     with Verifier(workers=1, timeout_s=10.0) as pool:
         pool.judge(["x"], [box("x+1")])
@@ -173,7 +173,7 @@ def test_a_worker_lost_between_calls_is_replaced():
     with Verifier(workers=1, timeout_s=10.0) as pool:
         started = threading.Thread(target=pool.judge, args=(["x"], [box("y")]))
         started.start()
-        started.join()  # and the kernel kills the worker, for the thread that started it is gone
+        started.join()  # the kernel kills the worker, because the thread that started it has ended
         assert pool.judge(["x+1"], [box("1+x")]) == [1.0]
         os.kill(pool._pool[0].process.pid, signal.SIGKILL)
         pool._pool[0].process.wait()
@@ -192,7 +192,7 @@ pool.judge(["x", "x"], [r"\\boxed{1E+1000000000}", r"\\boxed{1E+1000000001}"])
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_workers_die_with_their_parent_even_in_c_code(kind):
+def test_workers_end_with_their_parent_even_inside_c_code(kind):
     command = [sys.executable, "-c", PARENT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
@@ -204,7 +204,7 @@ def test_workers_die_with_their_parent_even_in_c_code(kind):
     assert gone_within(5, pids)
 
 
-def test_an_interrupted_call_leaves_no_verdict_to_the_next():
+def test_an_interrupted_call_does_not_change_the_next_verdicts():
     with Verifier(workers=1, timeout_s=30.0) as pool:
         pool.judge(["x"], [box("y")])
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -213,7 +213,7 @@ def test_an_interrupted_call_leaves_no_verdict_to_the_next():
         assert pool.judge(["x+1", "x+1"], [box("2x"), box("1+x")]) == [0.0, 1.0]
 
 
-def test_score_answers_is_the_shared_pool_and_checks_its_arguments():
+def test_score_answers_grades_and_checks_its_arguments():
     golds, texts = ["12", "x+1", "x+1"], [box("12"), box("1+x"), box("2x")]
     assert score(golds, texts, timeout_s=10.0) == [1.0, 1.0, 0.0]
     assert score([], []) == []
@@ -240,7 +240,7 @@ number = 3
 """
 
 
-def test_a_reward_function_from_a_file_or_a_module(tmp_path, monkeypatch):
+def test_a_reward_function_is_loaded_from_a_file_or_a_module(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(REWARD_FILE)
     monkeypatch.syspath_prepend(str(tmp_path))
     for dotted in (f"{tmp_path}/mine.py:length", "mine.length"):
@@ -253,11 +253,11 @@ def test_a_reward_function_from_a_file_or_a_module(tmp_path, monkeypatch):
 
 PROBLEMS = [
     Problem("a", "1 + 1?", "2", solution="1 + 1 = 2.", columns={"hint": "two"}),
-    Problem("b", "1 + 2?", "3", level=1, columns={"unit": "kg", "id": "a column is overruled"}),
+    Problem("b", "1 + 2?", "3", level=1, columns={"unit": "kg", "id": "a column is replaced"}),
 ]
 
 
-def test_the_built_in_reward_is_the_verdict_on_the_boxed_answer():
+def test_the_built_in_reward_is_the_verdict_of_the_boxed_answer():
     assert boxed_answer_reward(PROBLEMS, [box("2"), box("2")], []) == [1.0, 0.0]
     assert boxed_answer_reward([Problem("c", "?", "")], [box("2")], []) == [None]
 
@@ -288,7 +288,7 @@ def test_a_custom_reward_gets_all_columns():
 
 
 @pytest.mark.parametrize(
-    ("dotted", "error", "says"),
+    ("dotted", "error", "message"),
     [
         ("sqrt", ValueError, "'sqrt': write it as package.module.function or path"),
         ("absent.py:f", FileNotFoundError, r"'absent\.py' does not exist"),
@@ -297,8 +297,8 @@ def test_a_custom_reward_gets_all_columns():
         ("math.pi", ValueError, "math has no function 'pi'"),
     ],
 )
-def test_a_reward_function_that_is_not_there(dotted, error, says):
-    with pytest.raises(error, match=says):
+def test_a_missing_reward_function_is_named(dotted, error, message):
+    with pytest.raises(error, match=message):
         load_reward(dotted)
 
 
@@ -317,7 +317,7 @@ def returning(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "message"),
     [
         ([1.0], "my_reward returned a list of 1: return a list of 2"),
         (0.5, "my_reward returned a float: return a list of 2"),
@@ -327,17 +327,17 @@ def returning(value):
         ([1.0, [1.0]], r"my_reward returned \[1\.0\] at index 1"),
     ],
 )
-def test_invalid_rewards_are_refused(value, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_rewards_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
         call_reward(returning(value), ["p", "p"], ["a", "b"], [[1], [2]], {})
 
 
-def test_rewards_become_floats_and_nan_none():
+def test_rewards_are_converted_to_floats_and_nan_to_none():
     got = call_reward(returning((True, math.nan)), ["p", "p"], ["a", "b"], [[1], [2]], {})
     assert got == [1.0, None] and type(got[0]) is float
 
 
-def test_an_error_in_a_reward_function_carries_its_name():
+def test_an_error_in_a_reward_function_names_the_function():
     def my_reward(**given):
         return [1 / 0 for _ in given["completions"]]
 

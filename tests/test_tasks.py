@@ -1,4 +1,4 @@
-"""Data sources: what loads, what is refused, and the error messages."""
+"""Data sources: rows that load, rows that are refused, and the error messages."""
 
 import gzip
 import json
@@ -42,13 +42,13 @@ def save(tmp_path):
 # Rows that load
 
 
-def test_columns_become_fields_and_the_others_stay(save):
+def test_known_columns_become_fields_and_others_are_kept(save):
     row = {"id": 7, "question": "Q?", "answer": "A", "solution": "S", "level": 3, "unit": ["kg"]}
     (problem,) = load_problems(save(lines(row)))
     assert problem == Problem("7", "Q?", "A", "S", 3, {"unit": ["kg"]})
 
 
-def test_prompt_comes_before_problem_and_question(save):
+def test_the_column_prompt_comes_before_problem_and_question(save):
     (problem,) = load_problems(save(lines({"question": "c", "prompt": "a", **ROW})))
     assert problem.prompt == "a"
     assert problem.columns == {"question": "c", "problem": ROW["problem"]}
@@ -77,7 +77,7 @@ def test_chat_messages_are_kept(save):
         (10**400, "1" + "0" * 400),
     ],
 )
-def test_numbers_become_answers(save, value, text):
+def test_numbers_become_texts_of_answers(save, value, text):
     assert load_problems(save(lines({**ROW, "answer": value})))[0].answer == text
 
 
@@ -85,11 +85,11 @@ def test_numbers_become_answers(save, value, text):
     ("value", "level"),
     [("Level 5", 5), ("level 2", 2), ("4", 4), (3, 3), (3.0, 3), (None, None), ("Level ?", None)],
 )
-def test_levels_parse(save, value, level):
+def test_levels_are_parsed(save, value, level):
     assert load_problems(save(lines({**ROW, "level": value})))[0].level == level
 
 
-def test_gsm8k_answer_splits_into_solution_and_answer(save):
+def test_a_gsm8k_answer_is_split_into_solution_and_answer(save):
     worked = "4 boxes hold 4*600=<<4*600=2400>>2400 pens.\nSo 2400.\n#### 2,400"
     (problem,) = load_problems(save(lines({**ROW, "answer": worked})))
     assert problem.solution == "4 boxes hold 4*600=2400 pens.\nSo 2400."
@@ -105,24 +105,24 @@ def test_an_answer_with_hashes_is_not_split_if_there_is_a_solution(save):
 def test_bom_crlf_blank_lines_and_gzip_change_nothing(save, pack):
     rows = [{**ROW, "id": i, "problem": f"é\u2028{i}"} for i in range(3)]
     plain = load_problems(save(lines(*rows)))
-    dressed = b"\xef\xbb\xbf" + lines(*rows).replace(b"\n", b"\r\n \r\n\r\n").rstrip()
-    assert load_problems(save(pack(dressed))) == plain
+    encoded = b"\xef\xbb\xbf" + lines(*rows).replace(b"\n", b"\r\n \r\n\r\n").rstrip()
+    assert load_problems(save(pack(encoded))) == plain
     assert [p.prompt for p in plain] == [row["problem"] for row in rows]
 
 
-def test_ids_left_out_come_from_the_file_and_line_not_the_folder(save):
+def test_missing_ids_are_made_from_the_file_name_and_line(save):
     problems = load_problems(save(b"\n" + lines(ROW, ROW)))
     assert [p.id for p in problems] == ["data.jsonl:2", "data.jsonl:3"]
 
 
-def test_pairs_are_texts_or_the_message_that_answers_and_need_no_answer(save):
+def test_pairs_are_texts_or_assistant_messages_and_need_no_answer(save):
     pair = {"prompt": "Q?", "chosen": [TURN], "rejected": "No."}
-    bare, judged = load_problems(save(lines(pair, {**pair, "answer": "7"})))
-    assert bare.pair == judged.pair == ("Well.", "No.")
-    assert (bare.answer, judged.answer) == ("", "7")
+    bare, graded = load_problems(save(lines(pair, {**pair, "answer": "7"})))
+    assert bare.pair == graded.pair == ("Well.", "No.")
+    assert (bare.answer, graded.answer) == ("", "7")
 
 
-# Rows that don't: {path} in a message stands for the file
+# Rows that are refused: {path} in a message stands for the file
 
 
 @pytest.mark.parametrize(
@@ -190,16 +190,16 @@ def test_pairs_are_texts_or_the_message_that_answers_and_need_no_answer(save):
         (b"\x1f\x8b, and then text", "{path}:1: the gzip is cut short or damaged"),
     ],
 )
-def test_bad_data_is_refused_in_one_sentence_with_its_place(save, data, message):
+def test_invalid_data_is_refused_in_one_sentence_with_file_and_line(save, data, message):
     path = save(data)
     with pytest.raises(ValueError, match=message.format(path=re.escape(path))) as caught:
         load_problems(path)
-    assert type(caught.value) is ValueError  # not a subclass whose text is another's
+    assert type(caught.value) is ValueError  # not a subclass with another message
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 2 * len(path) + 200  # a value that fills the row is cut
+    assert len(str(caught.value)) < 2 * len(path) + 200  # long values are shortened
 
 
-def test_missing_file_and_folder_are_named(tmp_path):
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no/such.jsonl: no such file; .*hub:ORG/NAME"):
         load_problems("no/such.jsonl")
     with pytest.raises(ValueError, match="is a folder: name a JSONL file"):
@@ -214,23 +214,23 @@ def ten(save) -> str:
     return save(lines(*({**ROW, "level": f"Level {i % 3 + 1}", "id": i} for i in range(10))))
 
 
-def test_levels_filter_any_source(ten):
+def test_levels_filter_problems(ten):
     assert [p.id for p in load_problems(ten, levels=(3, 2))] == ["1", "2", "4", "5", "7", "8"]
     with pytest.raises(ValueError, match=r"no problem of level 4, 5; levels present: 1, 2, 3$"):
         load_problems(ten, levels=(4, 5))
 
 
-def test_levels_of_data_without_any_are_an_error(save):
+def test_levels_of_data_without_levels_are_an_error(save):
     with pytest.raises(ValueError, match="no problem of level 1; levels present: none"):
         load_problems(save(lines(ROW)), levels=(1,))
 
 
-def test_limit_draws_nested_subsets_in_order(ten):
+def test_a_limit_draws_nested_subsets_in_order(ten):
     ids = {n: [int(p.id) for p in load_problems(ten, limit=n, seed=1)] for n in (1, 4, 9, 10, 99)}
     assert [len(v) for v in ids.values()] == [1, 4, 9, 10, 10]
     assert all(v == sorted(v) for v in ids.values())
     assert set(ids[1]) < set(ids[4]) < set(ids[9]) < set(ids[10])
-    assert ids[4] != [0, 1, 2, 3]  # a sorted file's head would be one subject
+    assert ids[4] != [0, 1, 2, 3]  # the first rows of a sorted file may be one subject
     assert ids[4] != [int(p.id) for p in load_problems(ten, limit=4, seed=2)]
     with pytest.raises(ValueError, match="limit is 0"):
         load_problems(ten, limit=0)
@@ -256,7 +256,7 @@ def hub(monkeypatch):
     return calls
 
 
-def test_hub_rows_map_like_those_of_a_file(hub):
+def test_rows_of_the_hub_are_read_like_those_of_a_file(hub):
     first, second = load_problems("hub:org/name")
     assert first == Problem("name:1", ROW["problem"], "42", None, 5, {"type": "Algebra"})
     assert (second.id, second.level) == ("name:2", 1)
@@ -267,20 +267,20 @@ def test_hub_rows_map_like_those_of_a_file(hub):
 
 
 @pytest.mark.parametrize("source", ["hub:name", "hub:", "hub:a//b", "hub:a/b/c/d", "hub:/b:train"])
-def test_hub_names_are_checked_before_anything_is_fetched(hub, source):
+def test_hub_names_are_checked_before_a_download(hub, source):
     with pytest.raises(ValueError, match=f"^{source}: write hub:ORG/NAME"):
         load_problems(source)
     assert hub == []
 
 
-def test_hub_failure_is_one_line_that_names_the_source(hub):
+def test_a_hub_failure_is_one_line_that_names_the_source(hub):
     expected = 'hub:org/name:validation: can\'t be loaded: Unknown split "validation".'
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         load_problems("hub:org/name:validation")
     assert "\n" not in str(caught.value)
 
 
-def test_hub_without_its_package_says_what_to_install(monkeypatch):
+def test_without_the_hub_package_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"hub:org/name: .*pip install datasets$"):
         load_problems("hub:org/name")
@@ -294,7 +294,7 @@ def solved(n: int) -> list[Problem]:
     return [Problem(f"{i:03}", f"Q{i}", "A", "s" * (i + 1)) for i in order]
 
 
-def test_worked_examples_are_short_varied_and_taken_out():
+def test_worked_examples_are_short_varied_and_removed_from_the_data():
     problems = solved(90)
     shots, rest = worked_examples(problems, 3)
     assert [shot.id for shot in shots] == ["005", "015", "025"]  # of 0..29, the shortest third
@@ -303,7 +303,7 @@ def test_worked_examples_are_short_varied_and_taken_out():
     assert worked_examples(problems, 0) == ((), problems)
 
 
-def test_worked_examples_leave_no_copy_of_their_question():
+def test_copies_of_worked_examples_are_removed_from_the_data():
     problems = [*solved(2), Problem("copy", " q0 ", "A"), Problem("new", "Q9", "A")]
     shots, rest = worked_examples(problems, 2)
     assert {shot.id for shot in shots} == {"000", "001"}
@@ -317,7 +317,7 @@ def test_worked_examples_need_solutions():
         worked_examples(solved(2), -1)
 
 
-def test_fingerprint_sees_every_field_and_the_order():
+def test_the_fingerprint_depends_on_each_field_and_the_order():
     base = Problem("i", "Q", "A", "S", 1, {"a": 1, "b": 2})
     others = [
         Problem("j", "Q", "A", "S", 1, {"a": 1, "b": 2}),
@@ -335,7 +335,7 @@ def test_fingerprint_sees_every_field_and_the_order():
     assert fingerprint([base]) == fingerprint([Problem("i", "Q", "A", "S", 1, {"b": 2, "a": 1})])
 
 
-def test_overlap_finds_questions_in_both_whatever_case_spaces_and_form():
+def test_overlap_ignores_case_spaces_and_unicode_form():
     chat = ({"role": "system", "content": "s"}, {"role": "user", "content": "what  is\n2+2?"})
     train = [Problem("1", "What is 2 + 2?", "4"), Problem("2", "Caf\u00e9?", "y")]
     evaluation = [
@@ -349,7 +349,7 @@ def test_overlap_finds_questions_in_both_whatever_case_spaces_and_form():
 # builtin:arithmetic
 
 
-def test_builtin_loads_what_is_asked_for():
+def test_builtin_problems_have_the_given_levels_limit_and_seed():
     problems = load_problems("builtin:arithmetic:eval", levels=(4, 2), limit=7, seed=3)
     assert [p.level for p in problems] == [2, 4, 2, 4, 2, 4, 2]
     third = arithmetic.word_problem(4, 1, split="eval", seed=3)
@@ -373,12 +373,12 @@ def test_unknown_builtin_sources_are_refused(source, levels, message):
         load_problems(source, levels=levels)
 
 
-def test_longer_load_begins_with_the_shorter():
+def test_a_smaller_limit_gives_the_first_problems_of_a_larger_one():
     long = load_problems("builtin:arithmetic", limit=50)
     assert load_problems("builtin:arithmetic", limit=20) == long[:20]
 
 
-def test_same_problems_in_another_process():
+def test_builtin_problems_are_equal_in_another_process():
     code = (
         "from expo_fast.data.problems import *;"
         "print(fingerprint(load_problems('builtin:arithmetic')))"
@@ -388,12 +388,12 @@ def test_same_problems_in_another_process():
     assert done.stdout.strip() == fingerprint(load_problems("builtin:arithmetic")), done.stderr
 
 
-def test_seeds_differ():
+def test_builtin_problems_of_different_seeds_differ():
     one, two = (load_problems("builtin:arithmetic", limit=200, seed=s) for s in (1, 2))
     assert len(overlap(one, two)) < 4
 
 
-def test_a_builtin_name_may_carry_its_level():
+def test_a_builtin_name_may_contain_a_level():
     problems = load_problems("builtin:arithmetic-3:eval", limit=20)
     assert {p.level for p in problems} == {3}
     assert problems == load_problems("builtin:arithmetic:eval", levels=(3,), limit=20)

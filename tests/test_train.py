@@ -1,4 +1,4 @@
-"""The command lines: what they write, how they resume, and how they refuse."""
+"""The command lines: the files that they write, resuming, and invalid arguments."""
 
 import json
 import os
@@ -85,9 +85,9 @@ def test_a_run_leaves_a_complete_record_and_a_loadable_model(folder: Path, tmp_p
         assert row["grad_norm/exp_sft"] > 0
         assert row["logp_gap/max"] < 1e-4  # fp32
         assert row["update_norm"] > 0
-        assert row["exp/rate"] is None  # nor is the expert's solution one
+        assert row["exp/rate"] is None  # an expert's solution is no explanation
         assert None not in (row["time/generate"], row["time/forward_backward"], row["own/nll"])
-        assert row["exp/lift"] is None  # the expert is no self-explanation
+        assert row["exp/lift"] is None  # it is measured for explanations only
     saved = run / "checkpoints" / "step-4"
     theirs = AutoModelForCausalLM.from_pretrained(saved)
     ours = load_file(saved / "model.safetensors")
@@ -98,7 +98,9 @@ def test_a_run_leaves_a_complete_record_and_a_loadable_model(folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generator_and_trainer_agree_to_the_bit_in_the_invariant_mode(folder, tmp_path, dtype: str):
+def test_generator_and_trainer_agree_to_the_bit_in_the_batch_invariant_mode(
+    folder, tmp_path, dtype: str
+):
     given = flags(folder, tmp_path, method="grpo", dtype=dtype, updates_per_batch=2, steps=2)
     train.main([*given, "--batch-invariant"])
     for row in rows(tmp_path):
@@ -110,12 +112,13 @@ def test_generator_and_trainer_agree_to_the_bit_in_the_invariant_mode(folder, tm
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     folder: Path, tmp_path: Path, method: str
 ):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(flags(folder, whole, method=method, schedule="constant"))
-    for steps in (1, 3, 4):  # a resume, and a resume of it
+    uninterrupted = tmp_path / "uninterrupted"
+    parts = tmp_path / "parts"
+    train.main(flags(folder, uninterrupted, method=method, schedule="constant"))
+    for steps in (1, 3, 4):  # the second one resumes, and so does the third
         train.main(flags(folder, parts, method=method, schedule="constant", steps=steps))
-    assert without_times(whole) == without_times(parts)
-    a, b = (r / "checkpoints" / "step-4" for r in (whole, parts))
+    assert without_times(uninterrupted) == without_times(parts)
+    a, b = (r / "checkpoints" / "step-4" for r in (uninterrupted, parts))
     for file in ("model.safetensors", "trainer_state/state.safetensors"):
         x, y = load_file(a / file), load_file(b / file)
         assert x.keys() == y.keys()
@@ -123,7 +126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
 
 
 @pytest.mark.parametrize("more", ["--explain-every 0", "--shuffle-explanations"])
-def test_kept_explanations_survive_a_resume(
+def test_kept_explanations_are_restored_by_a_resume(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str
 ):
     def right(answers: list[str], texts: list[str], **_: object) -> list[float | None]:
@@ -131,42 +134,46 @@ def test_kept_explanations_survive_a_resume(
 
     monkeypatch.setattr(train, "score_answers", right)
     monkeypatch.setattr(explanations, "is_unfit", lambda text, problem: False)
-    model = tmp_path / "model"  # ends half of its completions by itself
+    model = tmp_path / "model"  # half of its completions have an end token
     save_model(tiny_model(eos_token_id=list(range(1, 70))), tiny_tokenizer(), model)
     changes = {"method": "expo-grpo", "model": model, "schedule": "constant"}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main([*flags(folder, whole, **changes, steps=6), *more.split()])
+    uninterrupted = tmp_path / "uninterrupted"
+    parts = tmp_path / "parts"
+    train.main([*flags(folder, uninterrupted, **changes, steps=6), *more.split()])
     for steps in (5, 6):  # the second epoch begins with step 5
         train.main([*flags(folder, parts, **changes, steps=steps), *more.split()])
-    assert without_times(whole) == without_times(parts)
-    assert all(row["exp/accepted"] > 0 for row in rows(whole))
+    assert without_times(uninterrupted) == without_times(parts)
+    assert all(row["exp/accepted"] > 0 for row in rows(uninterrupted))
     if more == "--explain-every 0":
-        assert rows(whole)[5]["exp/right_ratio"] is None  # all its questions were explained before
+        assert (
+            rows(uninterrupted)[5]["exp/right_ratio"] is None
+        )  # all its questions were explained before
     values = [
-        checkpoint.load(run / "checkpoints/step-6").values["trainer"] for run in (whole, parts)
+        checkpoint.load(run / "checkpoints/step-6").values["trainer"]
+        for run in (uninterrupted, parts)
     ]
     assert values[0] == values[1]
     assert bool(values[0]["earlier"]) is (more == "--shuffle-explanations")
     state = "checkpoints/step-6/trainer_state/state.safetensors"
-    a, b = load_file(whole / state), load_file(parts / state)
+    a, b = load_file(uninterrupted / state), load_file(parts / state)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_several_updates_a_batch_move_the_ratio(folder: Path, tmp_path: Path):
+def test_several_updates_per_batch_change_the_ratio(folder: Path, tmp_path: Path):
     train.main(
         flags(folder, tmp_path, method="grpo", updates_per_batch=2, learning_rate=0.02, steps=3)
     )
     assert max(row["clip_ratio/low"] + row["clip_ratio/high"] for row in rows(tmp_path)) > 0
 
 
-def test_kl_is_zero_at_first_and_grows(folder: Path, tmp_path: Path):
+def test_kl_is_0_at_first_and_grows(folder: Path, tmp_path: Path):
     train.main(flags(folder, tmp_path, kl_coef=0.1, steps=3))
     kl = [row["kl"] for row in rows(tmp_path)]
     assert kl[0] == pytest.approx(0, abs=1e-9)
     assert kl[2] > 1e-6
 
 
-def test_a_step_without_gradient_moves_nothing(folder: Path, tmp_path: Path):
+def test_a_step_without_gradient_changes_no_weight(folder: Path, tmp_path: Path):
     rewards = tmp_path / "flat.py"
     rewards.write_text("def flat(prompts, **columns):\n    return [1.0] * len(prompts)\n")
     train.main(flags(folder, tmp_path / "run", method="grpo", reward=f"{rewards}:flat", steps=2))
@@ -176,7 +183,7 @@ def test_a_step_without_gradient_moves_nothing(folder: Path, tmp_path: Path):
     assert all(torch.equal(before[name], after[name]) for name in after)
 
 
-def test_a_non_finite_gradient_is_skipped_counted_dumped_and_stops_the_run(
+def test_non_finite_gradients_are_skipped_and_recorded_and_stop_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     poison_the_gradient(monkeypatch)
@@ -197,7 +204,7 @@ def poison_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo, "policy_backward", poisoned)
 
 
-def test_broken_steps_are_counted_across_a_resume(
+def test_skipped_steps_are_counted_across_a_resume(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     poison_the_gradient(monkeypatch)
@@ -265,7 +272,7 @@ def test_evaluate_ends_with_one_json_object(folder: Path, capsys):
     ],
 )
 @pytest.mark.parametrize("only", [[], ["--dry-run"]])
-def test_bad_input_is_one_sentence_and_exit_code_2(
+def test_invalid_input_gives_one_sentence_and_exit_code_2(
     folder, tmp_path, capsys, monkeypatch, changes, sentence, only
 ):
     monkeypatch.chdir(tmp_path)
@@ -275,11 +282,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     given = flags(folder, tmp_path / "run", **changes)
     given = [word.replace("FILE", str(folder / "eval.jsonl")) for word in given]
     code = exit_status.run(train.main, [*given, *only])
-    said = capsys.readouterr().err.strip().splitlines()
+    errors = capsys.readouterr().err.strip().splitlines()
     assert code == 2
-    assert len(said) == 1
-    assert said[0].startswith("error: ")
-    assert sentence in said[0]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert sentence in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["reserved.jsonl"]
 
 
@@ -293,7 +300,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
         (["--config"], "--config needs a TOML file"),
     ],
 )
-def test_bad_flags_exit_with_2_and_no_traceback(arguments: list[str], sentence: str):
+def test_invalid_flags_give_exit_code_2_and_no_traceback(arguments: list[str], sentence: str):
     done = subprocess.run(
         [sys.executable, "-m", "expo_fast.train", *arguments], capture_output=True, text=True
     )
@@ -332,20 +339,20 @@ def test_a_resume_refuses_another_model_in_one_sentence(folder: Path, tmp_path: 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_dry_run_refuses_what_the_run_would(folder: Path, tmp_path: Path):
+def test_a_dry_run_refuses_the_same_arguments_as_a_run(folder: Path, tmp_path: Path):
     train.main(flags(folder, tmp_path, steps=1))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    for changes, said in (
+    for changes, message in (
         ({"learning_rate": 0.5}, "learning_rate="),
         ({"resume": "never"}, "already"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             train.main([*flags(folder, tmp_path, **changes), "--dry-run"])
     train.main([*flags(folder, tmp_path), "--dry-run"])
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-def test_the_record_of_a_run_is_whole_and_rewritten_only_where_it_changes(folder, tmp_path):
+def test_the_configuration_of_a_run_is_rewritten_only_if_it_changes(folder, tmp_path):
     train.main(flags(folder, tmp_path, steps=1, schedule="constant"))
     record = tmp_path / "config.toml"
     before = record.stat().st_ino
@@ -353,10 +360,10 @@ def test_the_record_of_a_run_is_whole_and_rewritten_only_where_it_changes(folder
     assert record.stat().st_ino == before
     train.main(flags(folder, tmp_path, steps=2, schedule="constant"))
     assert from_toml(Train, record).steps == 2
-    assert record.stat().st_ino != before  # a new file put in its place
+    assert record.stat().st_ino != before  # a new file has replaced it
 
 
-def test_a_run_that_is_done_says_so(folder: Path, tmp_path: Path, capsys):
+def test_a_run_that_is_complete_prints_that(folder: Path, tmp_path: Path, capsys):
     train.main(flags(folder, tmp_path / "run", steps=2))
     path = tmp_path / "run" / "checkpoints" / "step-2"
     train.main(flags(folder, tmp_path / "new", steps=1, resume=path))
@@ -365,13 +372,13 @@ def test_a_run_that_is_done_says_so(folder: Path, tmp_path: Path, capsys):
     )
 
 
-def test_without_evaluation_no_held_out_data_are_needed(folder: Path, tmp_path: Path):
+def test_a_run_without_evaluation_needs_no_held_out_data(folder: Path, tmp_path: Path):
     train.main(flags(folder, tmp_path, eval_every=0, eval_data="nowhere.jsonl", steps=1))
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
 @pytest.mark.parametrize("program", ["train", "evaluate"])
-def test_a_reader_that_leaves_is_no_error(folder: Path, tmp_path: Path, program: str):
+def test_a_closed_pipe_is_no_error(folder: Path, tmp_path: Path, program: str):
     given = flags(folder, tmp_path / "run", steps=1)
     if program == "evaluate":
         given = f"--model {folder}/model --data {folder}/eval.jsonl --shots 0 --limit 1".split()
@@ -383,20 +390,20 @@ def test_a_reader_that_leaves_is_no_error(folder: Path, tmp_path: Path, program:
     os.close(writing)
     if program == "evaluate":
         assert (done.returncode, done.stderr) == (141, "")
-    else:  # a closed console costs no training
+    else:  # training continues without a console
         assert done.returncode == 0
-        (said,) = done.stderr.splitlines()
-        assert said.startswith("warning: console of ")
+        (warning,) = done.stderr.splitlines()
+        assert warning.startswith("warning: console of ")
         assert len(rows(tmp_path / "run")) == 1
 
 
-def test_two_trainers_do_not_share_a_run_directory(folder: Path, tmp_path: Path, capsys):
+def test_a_run_directory_in_use_is_refused(folder: Path, tmp_path: Path, capsys):
     with checkpoint.run_lock(tmp_path):
         assert exit_status.run(train.main, flags(folder, tmp_path)) == 2
     assert str(os.getpid()) in capsys.readouterr().err
 
 
-def test_training_data_in_the_evaluation_is_warned_about(folder: Path, tmp_path: Path):
+def test_training_data_in_the_evaluation_give_a_warning(folder: Path, tmp_path: Path):
     with pytest.warns(UserWarning, match="9 problems of .* are also in"):
         training_data.load_training_data(
             parse(Train, flags(folder, tmp_path, eval_data=folder / "train.jsonl", eval_limit=9))
@@ -404,7 +411,7 @@ def test_training_data_in_the_evaluation_is_warned_about(folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("solution", ["so \\boxed{41}", "so \\boxed{}", "so \\boxed{42"])
-def test_a_solution_that_boxes_another_answer_is_warned_about(solution, recwarn):
+def test_a_solution_that_boxes_another_answer_gives_a_warning(solution, recwarn):
     right = Problem("right", "Q?", "42", "so \\boxed{42.0}")
     other = Problem("other", "Q?", "42", solution)
     for method in ("expert-grpo", "expert-dpo", "sft"):

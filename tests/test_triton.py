@@ -1,4 +1,4 @@
-"""The Triton kernels against fp64 and plain PyTorch: on a GPU, or in Triton's interpreter."""
+"""Compare the Triton kernels with fp64 and plain PyTorch, on a GPU or in Triton's interpreter."""
 
 import json
 import math
@@ -33,6 +33,7 @@ from expo_fast.kernels import (
 from expo_fast.kernels.head import Head, Needs, RowGrads, from_sums
 from expo_fast.kernels.objectives import Clipped, PolicyLossOfRows, PolicyRows, PolicyTerms
 from expo_fast.op_backends import custom_ops, dispatch, row_selection, triton_fused
+from judges import linear_results, max_error, relative_error, results_of_head, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = Needs(True, True, True)
@@ -53,14 +54,14 @@ def make_head(n, d, v, dtype=torch.bfloat16, spread=1.0) -> Head:
     return Head(*(x.to(DEVICE) for x in (hidden, weight, bias, targets, temperature)))
 
 
-def by_definition(head: Head, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """logp, entropy, lse, and the gradients of hidden, weight and bias, computed in `dtype`."""
-    assert head.bias is not None and isinstance(head.temperature, Tensor)
-    inputs = [x.to(dtype).requires_grad_() for x in (head.hidden, head.weight, head.bias)]
-    hidden, weight, bias = inputs
-    temperature = head.temperature.to(dtype)
-    results = reference.linear_logprob(hidden, weight, head.targets, bias, temperature)
-    return [*results, *torch.autograd.grad(results, inputs, tuple(upstream.to(dtype)))]
+def by_definition(head: Head, upstream: Tensor) -> list[Tensor]:
+    """Return logp, entropy, lse, and the gradients of hidden, weight and bias, in fp64."""
+    return results_of_head(linear_results, head, upstream, torch.float64)
+
+
+def by_plain_pytorch(head: Head, upstream: Tensor) -> list[Tensor]:
+    """Return the same as `by_definition`, by PyTorch in fp32."""
+    return results_of_head(reference.linear_logprob, head, upstream, torch.float32)
 
 
 def by_kernels(kernels, head: Head, upstream, needs=ALL) -> list:
@@ -69,28 +70,21 @@ def by_kernels(kernels, head: Head, upstream, needs=ALL) -> list:
     return [*forward.results, *grads]
 
 
-def off(got: Tensor, truth: Tensor) -> float:
-    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def worst(got: Tensor, truth: Tensor) -> float:
-    return (got.double() - truth.double()).abs().max().item()
-
-
 @pytest.mark.parametrize("shape", [(1, 8, 2), (5, 16, 3), (63, 40, 1000), (300, 64, 509)], ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(kernels, shape):
     head = make_head(*shape)
     upstream = torch.randn(3, shape[0], generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    truth = by_definition(head, upstream, torch.float64)
-    plain, ours = by_definition(head, upstream, torch.float32), by_kernels(kernels, head, upstream)
+    truth = by_definition(head, upstream)
+    plain = by_plain_pytorch(head, upstream)
+    ours = by_kernels(kernels, head, upstream)
     for t, p, o in zip(truth[:3], plain[:3], ours[:3], strict=True):
-        assert worst(o, t) <= 2 * worst(p, t) + 5e-6  # plain bf16 logits: 1e-2
+        assert max_error(o, t) <= 2 * max_error(p, t) + 5e-6  # plain bf16 logits: 1e-2
     for t, o in zip(truth[3:], ours[3:], strict=True):
-        assert off(o, t) <= 8e-3
+        assert relative_error(o, t) <= 8e-3
 
 
 def head_with(rest: float, v: int = 1000) -> Head:
-    """One row whose target has probability 1 - rest / (1 + rest), in logits that bf16 holds."""
+    """Return a row whose target has probability 1 - rest / (1 + rest), in logits exact in bf16."""
     gap = torch.tensor(math.log(rest / (v - 1))).bfloat16()
     weight = torch.zeros(v, 8)
     weight[:, 0] = gap
@@ -122,23 +116,26 @@ def test_unlikely_targets_do_not_overflow(kernels, gap, needs):
     targets[7] = 5
     head = Head(head.hidden, weight, None, targets, 1.0)
     upstream = torch.ones(3, 300, device=DEVICE)
-    inputs = [x.double().requires_grad_() for x in (head.hidden, weight)]
-    truth = reference.linear_logprob(inputs[0], inputs[1], targets)
-    assert truth.logp[7] < -gap
-    true_grads = torch.autograd.grad(truth, inputs, tuple(upstream.double()))
+
+    def definition(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_results(hidden, weight, targets)
+
+    inputs = (head.hidden, weight)
+    truth = values_and_gradients(definition, inputs, tuple(upstream), torch.float64)
+    assert truth[0][7] < -gap
     needs = needs._replace(bias=False)
     *results, d_hidden, d_weight, _ = by_kernels(kernels, head, upstream, needs)
-    for got, t in zip(results, truth, strict=True):
-        assert worst(got, t) < 1e-5 + 1e-6 * gap
-    for got, t in zip((d_hidden, d_weight), true_grads, strict=True):
+    for got, t in zip(results, truth[:3], strict=True):
+        assert max_error(got, t) < 1e-5 + 1e-6 * gap
+    for got, t in zip((d_hidden, d_weight), truth[3:], strict=True):
         if got is not None:
-            assert off(got, t) < 8e-3
+            assert relative_error(got, t) < 8e-3
 
 
 @pytest.mark.parametrize("kept", [0, 128, 300])
 @pytest.mark.parametrize("chunk", [64, 300])
-def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, chunk):
-    """Rows beyond the budget are recomputed; both kinds, in chunks, and with inactive rows."""
+def test_kept_rows_and_chunk_sizes_change_no_gradient(monkeypatch, kept, chunk):
+    """Rows beyond the budget are recomputed. Both kinds run in chunks and with inactive rows."""
     head = make_head(300, 16, 700)
     name = logprob.BY_CARD["default"]
     monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=64))
@@ -150,19 +147,19 @@ def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, c
     upstream[:, 100:200] = 0  # few enough that the kept E of the others is gathered
     for given in (upstream, upstream[:1]):
         padded = torch.cat([given, torch.zeros(3 - len(given), 300, device=DEVICE)])
-        truth = by_definition(head, padded, torch.float64)
+        truth = by_definition(head, padded)
         for t, o in zip(truth[3:], by_kernels(triton_fused, head, given)[3:], strict=True):
-            assert off(o, t) < 8e-3
+            assert relative_error(o, t) < 8e-3
             assert (o[100:200] == 0).all() or len(o) != 300
 
     class Loss:
         def row_grads(self, rows, logp):
             return RowGrads(upstream[0, rows], upstream[1, rows])
 
-    truth = by_definition(head, torch.cat([upstream[:2], upstream[:1] * 0]), torch.float64)
+    truth = by_definition(head, torch.cat([upstream[:2], upstream[:1] * 0]))
     results, grads = triton_fused.log_probs_and_gradients(head, Loss(), ALL)
     for t, o in zip(truth, (*results, *grads), strict=True):
-        assert o is not None and off(o, t) < 8e-3
+        assert o is not None and relative_error(o, t) < 8e-3
 
 
 def test_a_frozen_head_multiplies_only_in_the_forward(monkeypatch):
@@ -174,11 +171,11 @@ def test_a_frozen_head_multiplies_only_in_the_forward(monkeypatch):
     of_logp = triton_fused.gradients(head, forward, RowGrads(upstream[0]), needs).hidden
     zero = torch.zeros_like(upstream[:1])
     for got, g in ((of_logp, (upstream[:1], zero, zero)), (with_entropy, (upstream, zero))):
-        truth = by_definition(head, torch.cat(g), torch.float64)[3]
-        assert got is not None and off(got, truth) < 8e-3
+        truth = by_definition(head, torch.cat(g))[3]
+        assert got is not None and relative_error(got, truth) < 8e-3
 
 
-def test_a_row_of_nan_stays_alone(kernels):
+def test_a_row_of_nan_leaves_other_rows_finite(kernels):
     head = make_head(40, 16, 300)
     head.hidden[7] = math.nan
     clean = torch.arange(40) != 7
@@ -193,7 +190,7 @@ def test_equal_calls_give_equal_bits(kernels):
 
 
 @pytest.mark.parametrize("name", logprob.VARIANTS)
-def test_every_variant_of_the_forward_is_right(name, monkeypatch):
+def test_each_variant_of_the_forward_equals_the_default(name, monkeypatch):
     monkeypatch.setenv(logprob.VARIANT, name)
     head = make_head(270, 16, 300)
     head.hidden[7] *= 20  # a row that is summed again from its largest logit
@@ -214,12 +211,12 @@ def test_every_variant_of_the_forward_is_right(name, monkeypatch):
 
 
 class Sums:
-    """Partial sums of V columns in tiles of 10, and what row_results writes from them."""
+    """Partial sums of V columns in tiles of 10, and the results of row_results."""
 
     def __init__(self, n: int, v: int, largest_exponent: float):
         g = torch.Generator().manual_seed(n + v)
         tiles = -(-v // 10)
-        # of e: from rows whose target is all but certain to rows that are done again
+        # Exponents of e: from rows of almost certain targets to rows that are recomputed
         exponent = torch.linspace(-40, largest_exponent, n).expand(tiles, n)
         self.other = (2.0**exponent * torch.rand(tiles, n, generator=g)).to(DEVICE)
         self.moment = torch.randn(tiles, n, generator=g).to(DEVICE) * self.other
@@ -254,12 +251,12 @@ class Sums:
 
 @pytest.mark.parametrize("n", [1, 31, 100])
 @pytest.mark.parametrize("v", [7, 320, 1003])
-def test_results_of_rows_are_those_of_their_sums(n, v):
+def test_row_results_equal_those_of_their_sums_in_fp64(n, v):
     sums = Sums(n, v, largest_exponent=45.0)
     truth = sums.truth()
     sums.finish(redone=False, moment=sums.moment)
     torch.testing.assert_close(sums.out, truth, rtol=1e-11, atol=1e-13)
-    # as the probability goes to 1, what decides is what differs from it
+    # near probability 1, a relative tolerance alone
     torch.testing.assert_close(sums.out[0], truth[0], rtol=1e-9, atol=0)
     patch = truth[0].expm1() * truth[3].exp()
     expected = torch.zeros_like(sums.e)
@@ -271,7 +268,7 @@ def test_results_of_rows_are_those_of_their_sums(n, v):
     assert torch.equal(sums.out[[0, 2, 3]].isnan(), truth[[0, 2, 3]].isnan())
 
 
-def test_rows_with_a_sum_beyond_the_safe_one_are_marked_and_done_again():
+def test_rows_beyond_the_safe_sum_are_marked_and_recomputed():
     sums = Sums(100, 320, largest_exponent=30.0)
     sums.other[3, 50] = math.nan
     sums.other[2, 97] = logprob.SAFE_SUM
@@ -303,13 +300,13 @@ def test_rows_with_a_sum_beyond_the_safe_one_are_marked_and_done_again():
     torch.testing.assert_close(sums.out[:, done], first[:, done], rtol=1e-13, atol=1e-15)
 
 
-def test_a_variant_that_does_not_exist_is_refused(monkeypatch):
+def test_an_unknown_variant_is_refused(monkeypatch):
     monkeypatch.setenv(logprob.VARIANT, "512x512")
     with pytest.raises(ValueError, match="EXPO_FAST_VARIANT=512x512: must be one of 256x128, "):
         logprob.forward(make_head(3, 16, 9))
 
 
-def test_odd_depths_and_strides_take_the_row_kernels():
+def test_unaligned_widths_and_strides_take_the_row_kernels():
     kinds = {16: triton_fused, 12: rowwise.ROWWISE}
     for d, expected in kinds.items():
         assert dispatch.choose("triton", make_head(3, d, 9)) is expected
@@ -336,7 +333,7 @@ def test_advantages_are_those_of_the_definition(scale, m):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf])
 def test_an_infinite_reward_makes_advantages_nan_and_not_zero(scale, infinite):
-    """On the CPU it raises. Here it would make its group pass for a constant one."""
+    """On a CPU it raises ValueError. On a GPU it must not look like a group of equal rewards."""
     rewards = torch.tensor([infinite, 0.0, 1.0, math.nan, 0.0, 1.0, 5.0, 5.0], device=DEVICE)
     ids = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2], device=DEVICE)
     got = groups.group_advantage(rewards, ids, scale, 1e-4)
@@ -389,7 +386,7 @@ def test_advantages_of_a_gpu_are_computed_without_a_host_sync(monkeypatch):
 
 @pytest.fixture
 def on_gpu_paths(monkeypatch):
-    """Take the paths of a GPU, and count no operators of the interpreter."""
+    """Take the code paths of a GPU. Return the names of launched kernels of the interpreter."""
     monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
     monkeypatch.setattr(custom_ops, "policy_sums", lambda _: policy_sums.policy_sums)
     launches = []
@@ -405,8 +402,8 @@ def on_gpu_paths(monkeypatch):
     return launches
 
 
-def test_operators_and_launches_around_the_products_are_few(on_gpu_paths):
-    """Each takes a host 25 us beside an H100, and 1024 rows are multiplied in 360."""
+def test_operators_and_launches_around_the_matrix_products_are_few(on_gpu_paths):
+    """On an H100, each costs 25 us of host time, and 1024 rows are multiplied in 360 us."""
     launches = on_gpu_paths
     head = make_head(40, 16, 300)
     hidden, weight = (x.clone().requires_grad_() for x in (head.hidden, head.weight))
@@ -525,7 +522,7 @@ def test_sums_of_policy_terms_are_those_of_the_definition(n, special):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
-# offline evidence: what a Hopper GPU would run, and the oldest triton that is supported
+# Without a GPU: what is compiled for Hopper, and the oldest supported version of Triton
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = Path(sys.prefix) / "triton-3.6"  # the Makefile puts it there
@@ -568,8 +565,8 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
         assert row["stack"] == row["LDL"] == row["STL"] == 0, row
         assert row["shared"] <= 232448, row
         attends = row["kernel"] == "attend_items"
-        multiplies = attends and row["dtype"] != "fp32"  # which no tensor core multiplies exactly
-        # its pages are gathered by pointers; items of one row are products of 16, HGMMA takes 64
+        multiplies = attends and row["dtype"] != "fp32"  # no tensor core multiplies fp32 exactly
+        # Pages are gathered by pointers. Items of one row are products of 16; HGMMA needs 64.
         assert (row["UTMALDG"] > 0) == (row["kernel"] in multiply), row
         assert (row["HGMMA"] > 0) == (row["kernel"] in multiply or multiplies), row
         assert (row["HMMA"] > 0) == multiplies, row

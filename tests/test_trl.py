@@ -1,7 +1,7 @@
-"""The preference losses agree with TRL's trainers on the same pairs: loss and all gradients.
+"""Compare preference losses and their gradients with TRL's trainers on the same pairs, in fp32.
 
-TRL runs transformers' model over padded rows, prompts repeated; ours runs the Decoder over a pack
-that holds each prompt once; both in fp32. TRL 1.16 has no DPOP and no R-DPO.
+TRL runs transformers' model over padded rows with repeated prompts. Ours runs the Decoder over a
+pack that holds each prompt once. TRL 1.16 has no DPOP and no R-DPO.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, pack
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import Cpo, Dpo, Hinge, Orpo, SimPo, linear_logprob, linear_preference_loss
-from tiny import tiny_model, tiny_tokenizer, transformers_twin
+from judges import assert_gradients_near, completion_logps, gradients_of, relative_error
+from tiny import tiny_model, tiny_tokenizer, transformers_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of transformers
 
-TOLERANCE = 1e-5  # of the truth's norm
+TOLERANCE = 1e-5  # relative to the norm of TRL's
 KIND = "qwen2"  # tied embeddings, biases
 
 Pair = tuple[str, str, str]  # prompt, chosen, rejected
@@ -50,22 +51,16 @@ class Result:
 
 
 def differentiate(model: torch.nn.Module, loss: Tensor) -> Result:
-    parameters = dict(model.named_parameters())
-    grads = torch.autograd.grad(loss, list(parameters.values()))
-    return Result(loss.detach(), dict(zip(parameters, grads, strict=True)))
+    return Result(loss.detach(), gradients_of(model, loss))
 
 
 def same(ours: Result, theirs: Result) -> None:
-    assert ours.grads.keys() == theirs.grads.keys()
-    assert (ours.loss - theirs.loss).abs() <= TOLERANCE * theirs.loss.abs()
-    for name, truth in theirs.grads.items():
-        assert truth.norm() > 0, name
-        gap = (ours.grads[name] - truth).norm() / truth.norm()
-        assert gap < TOLERANCE, (name, gap)
+    assert relative_error(ours.loss, theirs.loss) <= TOLERANCE
+    assert_gradients_near(ours.grads, theirs.grads, TOLERANCE)
 
 
 def theirs(trainer: Any, *batches: slice) -> Result:
-    """TRL's loss, the mean over batches of its training set; all of it in one by default."""
+    """Return the mean of TRL's loss over batches of its training set, by default a single one."""
     total = torch.zeros(())
     for batch in batches or (slice(None),):
         rows = list(trainer.train_dataset)[batch]
@@ -83,9 +78,9 @@ def make_trainer(kind: Any, config: Any, pairs: list[Pair], folder: Path, **sett
         **settings,
     )
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
-    reference = {"ref_model": transformers_twin(reference_model())} if kind is DPOTrainer else {}
+    reference = {"ref_model": transformers_copy(reference_model())} if kind is DPOTrainer else {}
     return kind(
-        model=transformers_twin(policy()),
+        model=transformers_copy(policy()),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
@@ -106,7 +101,7 @@ def token_ids(text: str) -> tuple[int, ...]:
 
 
 def samples(pairs: list[Pair]) -> list[Sample]:
-    """Pair p's chosen completion at 2p and its rejected one at 2p + 1, each ended as TRL does."""
+    """Return pair p's chosen completion at 2p, its rejected one at 2p + 1, with end tokens."""
     end = (tiny_tokenizer().eos_token_id,)
     return [
         Sample(token_ids(prompt), token_ids(completion) + end)
@@ -121,7 +116,10 @@ def ours(model: Decoder, pairs: list[Pair], objective: Any, reference: bool = Fa
     assert len(p.tokens) < sum(len(s.prompt_ids + s.completion_ids) - 1 for s in given)
     ref = None
     if reference:
-        ref = torch.stack([x.sum() for x in logp_of(reference_model(), given)])
+        hidden = reference_model().hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
+        logp = linear_logprob(hidden, reference_model().head_weight, p.targets).logp.detach()
+        summed = {i: x.sum() for i, x in p.split(logp)}
+        ref = torch.stack([summed[i] for i in range(len(given))])
     return linear_preference_loss(
         model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows],
         model.head_weight,
@@ -140,7 +138,9 @@ def ours(model: Decoder, pairs: list[Pair], objective: Any, reference: bool = Fa
         ("ipo", 0.1, "ipo"),
     ],
 )
-def test_losses_with_a_reference(preference: Any, beta: float, loss_type: str, tmp_path: Path):
+def test_losses_with_a_reference_equal_trls(
+    preference: Any, beta: float, loss_type: str, tmp_path: Path
+):
     config = Train(method="dpo", preference=preference, dpo_beta=beta)
     objective = PREFERENCE_OBJECTIVES[preference].build(config)
     trainer = make_trainer(
@@ -150,9 +150,10 @@ def test_losses_with_a_reference(preference: Any, beta: float, loss_type: str, t
     same(differentiate(model, ours(model, RAGGED, objective, reference=True)), theirs(trainer))
 
 
-def test_label_smoothing_with_a_reference(tmp_path: Path):
-    """TRL's aot loss is conservative DPO in batches of one pair, where there is nothing to sort;
-    its sigmoid loss, which once was conservative DPO, leaves label_smoothing unread.
+def test_label_smoothing_with_a_reference_equals_trls_aot_loss(tmp_path: Path):
+    """TRL's aot loss is conservative DPO in batches of one pair, which need no sorting.
+
+    Its sigmoid loss, which was conservative DPO before, does not read label_smoothing.
     """
     settings = {"beta": 0.1, "label_smoothing": 0.2}
     aot = make_trainer(DPOTrainer, DPOConfig, RAGGED, tmp_path, loss_type="aot", **settings)
@@ -172,55 +173,57 @@ def test_label_smoothing_with_a_reference(tmp_path: Path):
         (SimPo(2.0, gamma=0.4), {"loss_type": "simpo", "simpo_gamma": 0.4}),
     ],
 )
-def test_losses_without_a_reference(objective: Any, settings: dict[str, Any], tmp_path: Path):
+def test_losses_without_a_reference_equal_trls(
+    objective: Any, settings: dict[str, Any], tmp_path: Path
+):
     settings = settings | {"beta": objective.beta, "cpo_alpha": 0.0}
     trainer = make_trainer(CPOTrainer, CPOConfig, RAGGED, tmp_path, **settings)
     model = policy()
     same(differentiate(model, ours(model, RAGGED, objective)), theirs(trainer))
 
 
-def test_cpo_where_the_chosen_lengths_are_equal(tmp_path: Path):
+def test_cpo_equals_trls_for_chosen_completions_of_one_length(tmp_path: Path):
     settings = {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 0.7}
     trainer = make_trainer(CPOTrainer, CPOConfig, EVEN, tmp_path, **settings)
     model = policy()
     same(differentiate(model, ours(model, EVEN, Cpo(0.1, nll_coef=0.7))), theirs(trainer))
 
 
-def test_cpo_differs_in_what_the_nll_is_a_mean_over(tmp_path: Path):
-    """Ours: the mean over a sequence's targets, then over pairs. TRL: over the batch's targets."""
+def test_cpo_differs_from_trls_in_the_mean_of_the_nll(tmp_path: Path):
+    """Ours is a mean over a sequence's targets, then over pairs; TRL's is over all targets."""
     settings = {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 0.7}
     trainer = make_trainer(CPOTrainer, CPOConfig, RAGGED, tmp_path, **settings)
     model = policy()
-    logps = logp_of(model, samples(RAGGED)[::2])
+    logps = logps_of_samples(model, samples(RAGGED)[::2])
     moved = ours(model, RAGGED, Cpo(0.1, nll_coef=0.7))
     moved = moved + 0.7 * (mean_of_means(logps) - torch.cat(logps).mean())
     same(differentiate(model, moved), theirs(trainer))
 
 
-def test_orpo_where_the_chosen_lengths_are_equal_and_a_prompt_is_one_token(tmp_path: Path):
+def test_orpo_equals_trls_for_chosen_completions_of_one_length_and_prompts_of_one_token(
+    tmp_path: Path,
+):
     trainer = make_trainer(ORPOTrainer, ORPOConfig, EVEN, tmp_path, beta=0.3)
     model = policy()
     same(differentiate(model, ours(model, EVEN, Orpo(0.3))), theirs(trainer))
 
 
-def test_orpo_differs_in_what_the_nll_is_a_mean_over(tmp_path: Path):
-    """Ours as in CPO. TRL: over the batch's chosen targets and all tokens of their prompts but the
-    first, which nothing predicts.
+def test_orpo_differs_from_trls_in_the_mean_of_the_nll(tmp_path: Path):
+    """Ours is as in CPO. TRL's is a mean over the batch's chosen targets and prompt tokens.
+
+    The first token of a prompt, which has no log-prob, does not count.
     """
     trainer = make_trainer(ORPOTrainer, ORPOConfig, RAGGED, tmp_path, beta=0.3)
     model, chosen = policy(), samples(RAGGED)[::2]
-    whole = [Sample(s.prompt_ids[:1], s.prompt_ids[1:] + s.completion_ids) for s in chosen]
-    moved = ours(model, RAGGED, Orpo(0.3)) + mean_of_means(logp_of(model, chosen))
-    moved = moved - torch.cat(logp_of(model, whole)).mean()
+    with_prompts = [Sample(s.prompt_ids[:1], s.prompt_ids[1:] + s.completion_ids) for s in chosen]
+    moved = ours(model, RAGGED, Orpo(0.3)) + mean_of_means(logps_of_samples(model, chosen))
+    moved = moved - torch.cat(logps_of_samples(model, with_prompts)).mean()
     same(differentiate(model, moved), theirs(trainer))
 
 
-def logp_of(model: Decoder, given: list[Sample]) -> list[Tensor]:
-    """(targets,) of each sample, nats, with their gradient."""
-    (p,) = pack(given, 10**6)
-    hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)[p.rows]
-    logps = dict(p.split(linear_logprob(hidden, model.head_weight, p.targets).logp))
-    return [logps[i] for i in range(len(given))]
+def logps_of_samples(model: Decoder, given: list[Sample]) -> list[Tensor]:
+    """Return the log-probs (targets,) of each sample, in nats, with their graph."""
+    return [completion_logps(model, s.prompt_ids, s.completion_ids) for s in given]
 
 
 def mean_of_means(values: list[Tensor]) -> Tensor:

