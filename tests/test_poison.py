@@ -201,8 +201,8 @@ def take_the_paths_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
     name = logprob.BY_CARD["default"]
     monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=16))
-    fits = {triton_fused.KEPT_SHARE: 16, triton_fused.CHUNK_SHARE: 16}
-    monkeypatch.setattr(triton_fused, "_rows_within", lambda share, _: fits[share])
+    fits = {triton_fused.KEPT_FRACTION: 16, triton_fused.CHUNK_FRACTION: 16}
+    monkeypatch.setattr(triton_fused, "_rows_within", lambda fraction, _: fits[fraction])
     monkeypatch.setattr(triton_fused, "GATHER_FROM", 0)
 
 
