@@ -4,9 +4,9 @@
 # make clean   remove .venv and every cache, but not runs/
 #
 # PYTHON is any Python >= 3.11. The default is the first one below that runs and has venv.
-# TORCH is the arguments of `pip install`, separated by blanks. The default installs the wheel of the
-# index; on PyPI for Linux, this wheel includes CUDA. Another choice must be exported for every make,
-# because a make with another value installs again:
+# TORCH is the arguments of `pip install`, separated by blanks. The default installs the wheel of
+# the index. On PyPI for Linux, this wheel includes CUDA. Another choice must be exported for every
+# make, because a make with another value installs again:
 #   export TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 TORCH ?= torch==2.13.0
@@ -44,7 +44,7 @@ endif
 # without build isolation, so its version is pinned too.
 $(READY): pyproject.toml constraints.txt
 	@rm -f $@
-	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv was found: run make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "found no Python >= 3.11 with venv: make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): $(TORCH), then constraints.txt"
 	@$(PIP) install --constraint constraints.txt setuptools
@@ -52,7 +52,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	@printf '%s' '$(TORCH)' > $@
 
-# The oldest supported triton, which exists for Linux only, with a numpy that its interpreter accepts.
+# The oldest supported triton, which exists for Linux only, and a numpy that its interpreter takes.
 # The same tests run with it and with the installed version.
 $(VENV)/triton-3.6/.ready: $(READY)
 	@rm -rf $(@D)
