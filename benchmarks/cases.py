@@ -147,7 +147,7 @@ class Contestant:
     """An implementation of an op."""
 
     run: Callable[[Case], Tensor]  # returns log-probs (N,), 0 in zero rows, or a loss
-    # Time over the limit of the op on one Zen 5 core. Only `foreseen_seconds` uses it.
+    # Time over the limit of the op on one Zen 5 core. Only `estimated_seconds` uses it.
     cost: float
     logit_bytes: int = 0  # peak memory for each of the N * V logits
 
