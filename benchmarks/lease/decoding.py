@@ -30,7 +30,7 @@ ERROR = {torch.bfloat16: 1e-2, torch.float32: 5e-6}  # relative to a norm
 # Rows that may draw another token, because rounding moves a token's border across their uniform
 # number.
 OTHER_TOKENS = 1
-LOGP_GAP = 0.05  # nats: the mean difference of sampling and a full forward, in bf16
+LOGP_GAP = 0.05  # nats: the largest mean difference of sampling and a full forward, in bf16
 VOCABULARY = 151936
 
 
