@@ -271,7 +271,7 @@ def truncated(report: Report) -> None:
         *((20, 0.8, 0.01), (200, 0.999, 1e-4), (0, 1.0, 0.0)),
     ]
     case = DrawCase.make(report, len(rules))
-    case.logits[::3] = (2 * case.logits[::3]).round() / 2  # ties
+    case.logits[::3] = (2 * case.logits[::3]).round() / 2  # makes ties
     truncation = Truncation(*(torch.tensor(column) for column in zip(*rules, strict=True)))
     statistics, _, drawn = case.drawn(record=False)
     on_device = truncation.to(torch.device(report.device))
