@@ -1,12 +1,13 @@
 # make train   set up, then run the default job      make train ARGS="--steps 4 --seed 1"
 # make quick   set up, then lint, then fast tests    make quick ARGS="-k pack"
 # make test    set up, then lint, then all tests     make test ARGS="tests/test_ops.py"
-# make lint    ruff and pyright alone
-# make clean   remove .venv and every cache; runs/ stays
+# make lint    run ruff and pyright
+# make clean   remove .venv and every cache, but not runs/
 #
-# PYTHON is any Python >= 3.11; by default the first below that runs and can make environments.
-# TORCH is what pip is asked for, split at blanks. The default takes the index's own wheel, which is
-# CUDA's on PyPI for Linux. Another choice must stay exported, or the next make goes back:
+# PYTHON is any Python >= 3.11. The default is the first one below that runs and has venv.
+# TORCH is the arguments of `pip install`, separated by blanks. The default installs the wheel of
+# the index. On PyPI for Linux, this wheel includes CUDA. Another choice must be exported for every
+# make, because a make with another value installs again:
 #   export TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 TORCH ?= torch==2.13.0
@@ -41,16 +42,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Every run of make compares TORCH with what was installed, and installs again where they differ.
+# Every run of make compares TORCH with what was installed, and installs again if they differ.
 ifneq ($(TORCH),$(file <$(READY)))
 .PHONY: $(READY)
 endif
 
-# torch comes without its dependencies, for an index of its own may not carry the versions pinned
-# here; the last line adds them. setuptools builds this package unisolated, so it is pinned too.
+# torch is installed without its dependencies, because a separate index of torch may not have the
+# versions that are pinned here. The last pip command installs them. setuptools builds this package
+# without build isolation, so its version is pinned too.
 $(READY): pyproject.toml constraints.txt
 	@rm -f $@
-	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv here: make PYTHON=/path/to/one"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "found no Python >= 3.11 with venv: make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): $(TORCH), then constraints.txt"
 	@$(PIP) install --constraint constraints.txt setuptools
@@ -58,8 +60,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	@printf '%s' '$(TORCH)' > $@
 
-# The oldest triton that is supported, which is made for Linux alone, and a numpy whose arrays its
-# interpreter can take. Tests run in it what they run in the installed one.
+# The oldest supported triton, which exists for Linux only, and a numpy that its interpreter takes.
+# The same tests run with it and with the installed version.
 $(VENV)/triton-3.6/.ready: $(READY)
 	@rm -rf $(@D)
 	@$(PIP) install --no-deps --target $(@D) triton==3.6.0 numpy==2.3.5

@@ -30,8 +30,8 @@ SHAPES = {  # (V, D) of the LM head
 }
 ROWS = (1024, 4096, 16384)
 SEQUENCE = 256  # rows in a sequence
-CLIP = 0.2  # of the policy loss
-BETA = 0.1  # of the preference loss, per nat
+CLIP = 0.2  # clip range of the policy loss
+BETA = 0.1  # coefficient of the preference loss, per nat
 OURS = "expo_fast"
 
 
@@ -44,7 +44,7 @@ class Case:
     """
 
     hidden: Tensor  # (N, D) bf16
-    ref_hidden: Tensor  # (N, D) bf16, from a reference model with the same LM head
+    ref_hidden: Tensor  # (N, D) bf16, hidden states of a reference model with the same LM head
     weight: Tensor  # (V, D) bf16
     targets: Tensor  # (N,), IGNORE in a zero row
     upstream: Tensor  # (N,) d loss / d logp, 0 in a zero row
@@ -139,7 +139,9 @@ def dpo(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
 
 # The contestants. A peer is a contestant of an op only where it is installed.
 
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets -> log-probs (N,)
+Head = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # returns log-probs (N,) of (hidden, weight, targets)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Contestant:
     """An implementation of an op."""
 
     run: Callable[[Case], Tensor]  # returns log-probs (N,), 0 in zero rows, or a loss
-    # Time over the limit of the op on one Zen 5 core. Only `foreseen_seconds` uses it.
+    # Time over the limit of the op on one Zen 5 core. Only `estimated_seconds` uses it.
     cost: float
     logit_bytes: int = 0  # peak memory for each of the N * V logits
 
@@ -158,8 +160,8 @@ class Op(NamedTuple):
     loss: Callable[[Case, Tensor, Tensor | None], Tensor]
     contestants: Callable[[str], Iterator[tuple[str, Contestant]]]  # takes a device
     backward: bool = True
-    head: bool = False  # contestants return log-probs, not the loss
-    reference: bool = False  # the loss needs a reference model's log-probs
+    head: bool = False  # whether contestants return log-probs, not the loss
+    reference: bool = False  # whether the loss needs a reference model's log-probs
 
     def run(self, contestant: Contestant, case: Case) -> Tensor:
         """Run the timed work. Gradients are left in the tensors of the case."""

@@ -122,7 +122,7 @@ def limit(model: Decoder, load: Load, best: Ceilings) -> float:
     rows = load.prompts * load.samples
     layers = len(shape.windows)
     itemsize = model.dtype.itemsize
-    cache_bytes = 2 * layers * shape.kv_heads * shape.head_dim * itemsize  # of one token
+    cache_bytes = 2 * layers * shape.kv_heads * shape.head_dim * itemsize  # of one cached token
     weight_bytes = (body + head) * itemsize
 
     def attention(n: float) -> float:

@@ -36,7 +36,7 @@ SMS = 132
 CLOCK = 1.75e9  # Hz
 CUBLAS = 0.97  # share of the FLOP/s that cuBLAS reaches at shapes that are not square
 MAIN_LOOP = 0.88  # share of an SM's FLOP/s that our main loop reaches
-FILL = 0.3e-6  # seconds
+FILL = 0.3e-6  # seconds between two tiles, until loads arrive
 EXP = 1 / 16  # clocks of an SM for the exponential of an element
 ISSUE = 8 / 128  # clocks of an SM for the fp32 instructions of an element
 STREAM = 0.9  # share of the bytes/s that a kernel over rows reaches
@@ -110,11 +110,11 @@ def fused(n: int, v: int, d: int, best: Ceilings, *, store: bool) -> Work:
     """Return a persistent kernel of one program per SM, with products and epilogue."""
     tile = VARIANTS[BY_CARD["default"]]
     elements = tile.BN * tile.BV
-    tiles = ceil(ceil(n / tile.BN) * ceil(v / tile.BV) / SMS)  # of the busiest SM
+    tiles = ceil(ceil(n / tile.BN) * ceil(v / tile.BV) / SMS)  # tiles of the busiest SM
     epilogue = elements * max(EXP, ISSUE) / CLOCK + store * 2 * elements / 128 / CLOCK
     products = 2 * elements * d / (best.flops / SMS) / MAIN_LOOP
     compute_seconds = tiles * (products + FILL + epilogue)
-    stored = 2.0 * n * v * store  # bytes
+    stored = 2.0 * n * v * store  # bytes of E
     weight_reads = ceil(n / tile.BN / tile.GROUP)  # one for each GROUP of row tiles
     moved = 2.0 * d * (n + v * weight_reads) + stored
     seconds = max(compute_seconds, moved / best.bytes / STREAM)

@@ -26,7 +26,7 @@ from expo_fast.inference.cuda_engine import CudaEngine, uncollected
 from expo_fast.modeling.decoder import Decoder
 
 LOAD = Load(prompts=32, samples=8, prompt_tokens=512, new_tokens=128)
-SMOKE = Load(prompts=2, samples=2, prompt_tokens=40, new_tokens=4)  # for a CPU
+SMOKE = Load(prompts=2, samples=2, prompt_tokens=40, new_tokens=4)  # the load on a CPU
 PEER = "transformers generate_batch"
 REPEATS = 3
 LAYERS = 8  # enough for their keys and values to exceed L2
@@ -265,7 +265,7 @@ def replayed(work: Callable[[], None], device: str) -> float:
 
     The kernels are shorter than the time in which the host launches them one by one.
     """
-    work()  # compiles
+    work()  # compiles the kernels
     run = work
     stopwatch = Stopwatch(device)
     seconds = []

@@ -87,7 +87,7 @@ class Count:
 
     model: Decoder
     flops: float = 0.0
-    sampled: int = 0  # tokens
+    sampled: int = 0  # sampled tokens
     learnt: int = 0  # tokens with a loss
     body: int = field(init=False)  # parameters of the layers
     head: int = field(init=False)  # parameters of the LM head

@@ -17,8 +17,8 @@ from expo_fast.ops import IGNORE
 
 SAMPLE = 64  # how many rows are compared; of vocabulary entries, twice as many
 CHUNK_LOGITS = 1 << 27  # logits that are in memory at once
-# Rounding error of bf16. It is allowed for a loss in addition: of one number, PyTorch's error may
-# be close to 0 by chance.
+# The rounding error of bf16. A loss may differ by as much in addition, because the error of a
+# single number in plain PyTorch may be close to 0 by chance.
 ROUNDING = 2**-8
 
 
@@ -59,7 +59,7 @@ class Errors(NamedTuple):
 class Baseline(NamedTuple):
     """What results are compared with."""
 
-    truth: Answer  # fp64
+    truth: Answer  # the answer in fp64
     plain: Errors  # errors of PyTorch in the inputs' dtype, with an fp32 softmax
 
 

@@ -310,7 +310,7 @@ def ceilings(device: str) -> Ceilings:
     return Ceilings(gemm_rate(device), 2 * source.nbytes / min(seconds))
 
 
-def foreseen_seconds(group: Group, device: str, repeats: int, rate: float) -> float:
+def estimated_seconds(group: Group, device: str, repeats: int, rate: float) -> float:
     """Return roughly how long `measure` would take, at a rate in FLOP/s."""
     v, d = SHAPES[group.model]
     op = OPS[group.op]

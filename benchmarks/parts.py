@@ -134,8 +134,8 @@ def parts(model: str, rows: int, device: str, repeats: int, best: Ceilings) -> d
             if round_number > 0:
                 seconds.setdefault(name, []).append(taken)
     found = {name: statistics.median(x) for name, x in seconds.items()}
-    foreseen = floors.works(rows, *SHAPES[model], best)
-    forecasts = {name: foreseen[todo[name].forecast] for name in found}
+    forecast_works = floors.works(rows, *SHAPES[model], best)
+    forecasts = {name: forecast_works[todo[name].forecast] for name in found}
     show(f"parts, {model}, {rows} rows", found, forecasts, failed)
     return {
         "model": model,

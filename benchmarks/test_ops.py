@@ -7,7 +7,7 @@ of all are printed, and are in the extra_info of the JSON.
 import pytest
 
 from benchmarks.cases import OURS, Group, groups
-from benchmarks.measure import foreseen_seconds, gemm_rate, warm_up
+from benchmarks.measure import estimated_seconds, gemm_rate, warm_up
 from benchmarks.summary import default_device, show
 
 pytest.importorskip("pytest_benchmark")
@@ -23,9 +23,9 @@ def test_op(group: Group, rate: float, benchmark, capsys, request):
     device = default_device()
     limit = request.config.getoption("max_seconds")
     rounds = request.config.getoption("benchmark_min_rounds")
-    foreseen = foreseen_seconds(group, device, rounds, rate)
-    if foreseen > limit:
-        pytest.skip(f"would take about {foreseen:.0f} s, more than --max-seconds {limit:g}")
+    estimate = estimated_seconds(group, device, rounds, rate)
+    if estimate > limit:
+        pytest.skip(f"would take about {estimate:.0f} s, more than --max-seconds {limit:g}")
     comparison = warm_up(group, device)
 
     def time_peers() -> None:

@@ -147,9 +147,9 @@ struct Arena {
 
   template <class T>
   T* take(int64_t n) {
-    T* mine = reinterpret_cast<T*>(at + used);
+    T* part = reinterpret_cast<T*>(at + used);
     used += round_up(n * sizeof(T), 64);
-    return mine;
+    return part;
   }
 };
 

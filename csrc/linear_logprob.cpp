@@ -88,8 +88,8 @@ struct Span {
     with_dtype(head.hidden_dtype, [&](auto type) {
       auto from = static_cast<const decltype(type)*>(head.hidden) + first * d;
       parallel(head.threads, [&](int t) {
-        const Share mine(blocks(), t, head.threads);
-        for (int64_t b = mine.begin; b < mine.end; ++b) {
+        const Share share(blocks(), t, head.threads);
+        for (int64_t b = share.begin; b < share.end; ++b) {
           pack_columns(from, b);
           if (backward) pack_rows(from, b);
         }
@@ -277,8 +277,8 @@ void forward(const Head& head, double* other, double* moment, float* base) {
     parallel(head.threads, [&](int t) {
       WeightTile<T> weight(head, kForward);
       float* z = &logits.data[t * kForward * kBlock];
-      const Share mine(tiles, t, head.threads);
-      for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
+      const Share share(tiles, t, head.threads);
+      for (int64_t tile = share.begin; tile < share.end; ++tile) {
         const int64_t start = tile * kForward, rows = std::min(kForward, head.v - start);
         weight.take(start, rows);
         for (int64_t b = 0; b < span.blocks(); ++b) {
@@ -464,8 +464,8 @@ template <class T>
 void backward(const Head& head, const Gradients& g) {
   Span<T> span(head, true);
   auto inputs = std::make_unique<TokenInputs>();
-  const int64_t share = (head.v + head.threads - 1) / head.threads;
-  const int64_t size = std::min(kBackward, round_up(share, 16));
+  const int64_t rows_per_thread = (head.v + head.threads - 1) / head.threads;
+  const int64_t size = std::min(kBackward, round_up(rows_per_thread, 16));
   const int64_t tiles = (head.v + size - 1) / size;
   auto parts = std::make_unique<std::unique_ptr<Backward<T>>[]>(head.threads);
   for (int t = 0; t < head.threads; ++t)
@@ -475,15 +475,15 @@ void backward(const Head& head, const Gradients& g) {
     inputs->take(head, g, first, span.n, span.padded_n);
     parallel(head.threads, [&](int t) {
       parts[t]->begin();
-      const Share mine(tiles, t, head.threads);
-      for (int64_t tile = mine.begin; tile < mine.end; ++tile)
+      const Share share(tiles, t, head.threads);
+      for (int64_t tile = share.begin; tile < share.end; ++tile)
         parts[t]->tile(tile * size, std::min(size, head.v - tile * size));
       gemm_done();
     });
     if (!g.d_hidden) continue;
     parallel(head.threads, [&](int t) {
-      const Share mine(span.blocks(), t, head.threads);
-      for (int64_t b = mine.begin; b < mine.end; ++b)
+      const Share share(span.blocks(), t, head.threads);
+      for (int64_t b = share.begin; b < share.end; ++b)
         with_gradient_dtype(g.d_hidden_dtype, [&](auto type) {
           write_d_hidden(span, b, parts.get(), head.threads,
                          static_cast<decltype(type)*>(g.d_hidden));
@@ -527,10 +527,10 @@ int32_t expo_fast_has_amx() {
 // Writes the logit of each row's target, (N,), summed in fp64.
 int32_t expo_fast_anchor(const Head* head, float* out) {
   parallel(head->threads, [&](int t) {
-    const Share mine(head->n, t, head->threads);
+    const Share share(head->n, t, head->threads);
     with_dtype(head->hidden_dtype, [&](auto x) {
       with_dtype(head->weight_dtype, [&](auto y) {
-        for (int64_t i = mine.begin; i < mine.end; ++i) {
+        for (int64_t i = share.begin; i < share.end; ++i) {
           const int64_t row = head->targets[i];
           auto a = static_cast<const decltype(x)*>(head->hidden) + i * head->d;
           auto b = static_cast<const decltype(y)*>(head->weight) + row * head->weight_stride;

@@ -49,9 +49,9 @@ class Sampler {
         tiles((draw.v + kTileRows - 1) / kTileRows), depth(round_up(draw.d, kPair<T>)) {
     char* at = static_cast<char*>(draw.workspace);
     auto take = [&](int64_t bytes) {
-      char* mine = at + used;
+      char* part = at + used;
       used += round_up(bytes, 64);
-      return mine;
+      return part;
     };
     columns = reinterpret_cast<T*>(take(padded_n * depth * sizeof(T)));
     max_logit = reinterpret_cast<float*>(take(tiles * padded_n * 4));

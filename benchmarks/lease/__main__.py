@@ -99,7 +99,7 @@ def run_plan(given: argparse.Namespace) -> int:
         )
     seconds = given.seconds or (DRY_SECONDS if given.dry_run else SECONDS[given.what])
     folder = given.keep / given.what
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    shutil.rmtree(folder, ignore_errors=True)  # removes the files of an earlier run
     folder.mkdir(parents=True)
     given.output.mkdir(parents=True, exist_ok=True)
     archive = given.output / f"{given.what}.tar.gz"

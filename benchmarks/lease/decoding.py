@@ -30,7 +30,7 @@ ERROR = {torch.bfloat16: 1e-2, torch.float32: 5e-6}  # relative to a norm
 # Rows that may draw another token, because rounding moves a token's border across their uniform
 # number.
 OTHER_TOKENS = 1
-LOGP_GAP = 0.05  # nats: the mean difference of sampling and a full forward, in bf16
+LOGP_GAP = 0.05  # nats: the largest mean difference of sampling and a full forward, in bf16
 VOCABULARY = 151936
 
 
@@ -271,7 +271,7 @@ def truncated(report: Report) -> None:
         *((20, 0.8, 0.01), (200, 0.999, 1e-4), (0, 1.0, 0.0)),
     ]
     case = DrawCase.make(report, len(rules))
-    case.logits[::3] = (2 * case.logits[::3]).round() / 2  # ties
+    case.logits[::3] = (2 * case.logits[::3]).round() / 2  # makes ties
     truncation = Truncation(*(torch.tensor(column) for column in zip(*rules, strict=True)))
     statistics, _, drawn = case.drawn(record=False)
     on_device = truncation.to(torch.device(report.device))

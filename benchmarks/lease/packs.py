@@ -11,8 +11,8 @@ from expo_fast.modeling.attention import Layer
 
 ERROR = 1e-2  # relative to a norm, in bf16
 HEADS, KV_HEADS, DIM = 14, 2, 64
-QUERIES = (65, 1, 300, 128)  # of each sequence
-KEYS = (65, 40, 812, 128)  # of each sequence; its last keys are those of its queries
+QUERIES = (65, 1, 300, 128)  # queries of each sequence
+KEYS = (65, 40, 812, 128)  # keys of each sequence; the last ones are those of its queries
 
 
 def sequences(report: Report) -> tuple[Tensor, ...]:

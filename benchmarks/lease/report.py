@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.measure import brief, reason
 from expo_fast.reporting.run_log import replace_file
 
-DUMP_BYTES = 1 << 20  # of tensors that are saved when a comparison fails
+DUMP_BYTES = 1 << 20  # size of the tensors that are saved when a comparison fails
 
 
 class Mismatch(Exception):

@@ -73,7 +73,7 @@ class Run:
     lost: int = 0  # failed probes of the device in a row
     lock: Any = field(default_factory=Lock)
     stopping: Event = field(default_factory=Event)
-    running: set[int] = field(default_factory=set)  # process groups
+    running: set[int] = field(default_factory=set)  # process groups that run
 
     def left(self) -> float:
         """Return the seconds until the deadline, less RESERVE, and at least 0."""

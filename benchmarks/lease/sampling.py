@@ -23,11 +23,11 @@ from expo_fast.inference.engine import Rows, Sampling
 from expo_fast.inference.sampling import Truncation
 from expo_fast.modeling.decoder import Decoder
 
-STEPS = 64  # replayed one after the other
-BURSTS = 4  # in a trace
+STEPS = 64  # steps that are replayed without a host sync
+BURSTS = 4  # bursts in a trace
 REPEATS = 5
 LONGEST = 15  # kernels in the summary of a trace
-DRAWS = {"peaked": 8.0, "flat": 0.01}  # standard deviation of the logits
+DRAWS = {"peaked": 8.0, "flat": 0.01}  # standard deviations of the logits
 RULES: dict[str, dict[str, Any]] = {"top-p": {"top_p": 0.9}, "top-k": {"top_k": 50}}
 
 

@@ -17,7 +17,7 @@ from expo_fast.data.problems import Problem, load_problems
 from expo_fast.reward import grader_hash
 from expo_fast.storage.files import replace_file
 
-SEED = 1000  # of the samples that select; no run has this seed
+SEED = 1000  # seed of the samples that select; no run has it
 # The options that are the same as in training.
 SAMPLED = ("temperature", "shots", "max-completion-length")
 
