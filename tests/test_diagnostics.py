@@ -49,7 +49,7 @@ def answer_logp(chain: str) -> float:
     """Return log pi(7 | question, chain, box), summed over the answer's tokens."""
     model, prompter = tiny_model(dtype=torch.float64), Prompter(tiny_tokenizer())
     prompt = [*prompter.solve(PROBLEM), *ids(chain), *ids(" \\boxed{")]
-    return float(completion_logps(model, prompt, ids("7")).sum())
+    return completion_logps(model, prompt, ids("7")).sum().item()
 
 
 def test_lift_compares_the_answer_after_the_explanation_and_after_attempts():
