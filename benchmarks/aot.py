@@ -1,6 +1,7 @@
 """Compile every Triton kernel for a Hopper GPU, on any machine, and analyse the machine code.
 
-    python -m benchmarks.aot
+    python -m benchmarks.aot             # every form, in some 150 seconds of one core
+    python -m benchmarks.aot --last      # the last form of each kernel and dtype, a third of that
 
 A row describes one kernel in one form in which it is launched:
 
@@ -15,6 +16,7 @@ A row describes one kernel in one form in which it is launched:
 The last line is JSON.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -252,8 +254,20 @@ def analyse(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2]), **counts}
 
 
+def last_forms() -> list[Form]:
+    """Return the last form of each kernel and dtype. It has the most features or the widest heads."""
+    last: dict[tuple[str, str | None], Form] = {}
+    for form in launched():
+        kernel, types, _, _ = form
+        last[kernel.__name__, types.get("q")] = form
+    return list(last.values())
+
+
 def main() -> None:
-    rows = [compile_for_hopper(*form) for form in launched()]
+    parser = argparse.ArgumentParser(description="Compile every kernel for a Hopper GPU.")
+    parser.add_argument("--last", action="store_true", help="only the last form of each")
+    forms = last_forms() if parser.parse_args().last else launched()
+    rows = [compile_for_hopper(*form) for form in forms]
     print(f"triton {triton.__version__}, sm_90")
     print(f"{'':52s}{'registers':>10s}{'stack':>6s}{'shared':>8s}", *COUNTED)
     for row in rows:

@@ -304,7 +304,7 @@ def test_sampling_goes_through_adapters_and_hooks():
     for request, done in zip(asked, Generator(model).sample(asked), strict=True):
         expected = full_forward_logps(model, request, done)
         torch.testing.assert_close(done.logp, expected, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="backend='native' does not run this model"):
+    with pytest.raises(ValueError, match=r"the C\+\+ engine does not run this model"):
         Generator(model, backend="native").sample(asked)
 
 
@@ -417,7 +417,7 @@ def test_greedy_tokens_have_their_log_prob_at_temperature_one(exact: bool, backe
 
 
 def test_the_batch_invariant_mode_is_refused_where_csrc_cannot_run_the_model():
-    with pytest.raises(ValueError, match=r"not this one of torch\.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"this model of torch\.float64 on cpu"):
         exact_hidden(tiny_model(dtype=torch.float64))
 
 

@@ -528,7 +528,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OLDEST = Path(sys.prefix) / "triton-3.6"  # the Makefile puts it there
 
 
-@pytest.fixture(params=["installed", "oldest"])
+@pytest.fixture
 def environment(request) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if request.param == "installed":
@@ -538,8 +538,20 @@ def environment(request) -> dict[str, str]:
     return environment | {"PYTHONPATH": str(OLDEST)}
 
 
-def test_kernels_compile_for_hopper_without_spilling(environment):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "forms"),
+    [
+        ("installed", "all"),
+        ("oldest", "last"),
+        pytest.param("oldest", "all", marks=pytest.mark.long),
+    ],
+    indirect=["environment"],
+)
+def test_kernels_compile_for_hopper_without_spilling(environment, forms):
     command = [sys.executable, "-m", "benchmarks.aot"]
+    if forms == "last":
+        command.append("--last")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout.splitlines()[-1])
@@ -575,6 +587,7 @@ def test_kernels_compile_for_hopper_without_spilling(environment):
     assert dtypes == {"bf16", "fp16", "fp32"}  # all that are accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ["oldest"], indirect=True)
 def test_the_oldest_triton_computes_the_same(environment):
     environment |= {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}

@@ -66,7 +66,7 @@ class NativeEngine(Engine):
     def __init__(self, model: Decoder, *, exact: bool = False):
         if not supports(model):
             raise ValueError(
-                f"backend='native' does not run this model of {model.dtype} on {model.device}: it "
+                f"the C++ engine does not run this model of {model.dtype} on {model.device}: it "
                 "needs a plain fp32 or bf16 decoder on a CPU, without adapters or hooks"
             )
         self.model = model
