@@ -59,7 +59,7 @@ def test_the_span_is_that_of_the_last_box():
 
 
 def test_a_long_text_takes_linear_time():
-    start = time.monotonic()
+    start = time.process_time()  # so that other processes do not count
     for text in (
         r"\boxed{" * 200_000,
         r"\boxed" + " " * 1_000_000,
@@ -67,7 +67,7 @@ def test_a_long_text_takes_linear_time():
         "\\" * 1_000_001,
     ):
         assert last_boxed(text) is None
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 RIGHT = [
