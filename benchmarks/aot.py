@@ -255,7 +255,7 @@ def analyse(cubin: bytes) -> dict[str, int]:
 
 
 def last_forms() -> list[Form]:
-    """Return the last form of each kernel and dtype. It has the most features or the widest heads."""
+    """Return the last form of each kernel and dtype: the most features, or the widest heads."""
     last: dict[tuple[str, str | None], Form] = {}
     for form in launched():
         kernel, types, _, _ = form
