@@ -139,9 +139,8 @@ def dpo(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
 
 # The contestants. A peer is a contestant of an op only where it is installed.
 
-Head = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # returns log-probs (N,) of (hidden, weight, targets)
+# Takes hidden, weight and targets. Returns log-probs (N,).
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
