@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(if $(filter Linux,$(shell uname)),$(VENV)/triton-3.6/.ready)
+OLD_TRANSFORMERS := $(VENV)/transformers-4.57/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: train test lint clean
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 train: $(READY)
 	$(BIN)/python -m expo_fast.train $(ARGS)
 
-test: lint $(OLDEST)
+test: lint $(OLDEST) $(OLD_TRANSFORMERS)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)
@@ -55,6 +56,14 @@ $(READY): pyproject.toml constraints.txt
 $(VENV)/triton-3.6/.ready: $(READY)
 	@rm -rf $(@D)
 	@$(PIP) install --no-deps --target $(@D) triton==3.6.0 numpy==2.3.5
+	@touch $@
+
+# The last transformers 4, which reads the folders that are saved here, and the two packages whose
+# versions in constraints.txt it refuses.
+$(OLD_TRANSFORMERS): $(READY)
+	@rm -rf $(@D)
+	@$(PIP) install --no-deps --target $(@D) \
+		transformers==4.57.1 huggingface_hub==0.36.2 tokenizers==0.22.2
 	@touch $@
 
 clean:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.storage.hf_files import write_tokenizer
 from expo_fast.storage.lora_files import (
     PROJECTIONS,
     TENSORS,
@@ -174,7 +175,7 @@ def save_adapter(model: Decoder, tokenizer: Any, path: str | Path, base: str) ->
     pairs = {name: _pair(layer) for name, layer in layers.items()}
     write_adapter_tensors(path, pairs)
     if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+        write_tokenizer(path, tokenizer)
 
 
 @torch.no_grad()

