@@ -1,5 +1,6 @@
 # make train   set up, then run the default job      make train ARGS="--steps 4 --seed 1"
-# make test    set up, then lint, then pytest        make test ARGS="-k pack"
+# make quick   set up, then lint, then fast tests    make quick ARGS="-k pack"
+# make test    set up, then lint, then all tests     make test ARGS="tests/test_ops.py"
 # make lint    ruff and pyright alone
 # make clean   remove .venv and every cache; runs/ stays
 #
@@ -13,6 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	echo $$p && break; done)
 ARGS ?=
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,13 +23,19 @@ OLDEST := $(if $(filter Linux,$(shell uname)),$(VENV)/triton-3.6/.ready)
 OLD_TRANSFORMERS := $(VENV)/transformers-4.57/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: train test lint clean
+# A worker of pytest runs on one core: tests/conftest.py gives it one thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+.PHONY: train quick test lint clean
 
 train: $(READY)
 	$(BIN)/python -m expo_fast.train $(ARGS)
 
+quick: lint
+	$(PYTEST) -m "not slow and not long" $(ARGS)
+
 test: lint $(OLDEST) $(OLD_TRANSFORMERS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -193,7 +193,7 @@ def drawing() -> Iterator[Form]:
         yield draw.draw_tokens, rows, forms, {}
     yield draw.record_tokens, rows, {"ROWS": draw.ROWS}, {}
     rules = {"BLOCKS": "i32", "top_k": "*i64", "token": "*i64", "u": "*fp64"}
-    columns |= {"TOGETHER": truncate.TOGETHER, "DEEPEST": truncate.DEEPEST}
+    columns |= {"TOGETHER": truncate.TOGETHER, "LARGEST_GAP": truncate.LARGEST_GAP}
     yield truncate.draw_allowed, rules, columns, {"num_warps": truncate.WARPS}
 
 

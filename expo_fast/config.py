@@ -26,8 +26,8 @@ ADJUSTABLE = (
     "keep_checkpoints",
     "diagnose",
 )
-# Options that older runs do not have. At their defaults they do not count in the hash of run_dir,
-# so that a run without --output-dir is found again.
+# Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
+# so that an older run without --output-dir keeps its folder.
 ADDED_LATER = ("rdpo_alpha",)
 
 if TYPE_CHECKING:
@@ -49,21 +49,21 @@ class Prompting:
     model: str = "smollm2-135m"
     """Folder, .gguf file, hub id, or smollm2-135m."""
     shots: int = 2
-    """Worked examples shown as earlier turns of every prompt."""
+    """Number of worked examples, shown as earlier turns of every prompt."""
     shots_data: str | None = None
-    """Source of the worked examples; None: the data (of built-in data, their train split)."""
+    """Source of the worked examples; None: the data (for built-in data, the train split)."""
     system_prompt: str | None = None
-    """None: the chat template's own."""
+    """System message of every prompt; None: the chat template's default."""
     instruction: str = INSTRUCTION
     """Text after each question; empty: none."""
     levels: tuple[int, ...] = ()
     """Use only problems of these levels; empty: all."""
     max_completion_length: int = 64
-    """Most tokens sampled for one completion."""
+    """Maximum number of tokens sampled for one completion."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "auto"
-    """auto: cuda if there is a GPU, else cpu."""
+    """Device of the model; auto: cuda if there is a GPU, else cpu."""
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -80,10 +80,10 @@ class Train(Prompting):
     """Train a model with ExP-GRPO or ExP-DPO (arXiv:2507.02834), or with one of their controls."""
 
     method: Method = "expo-grpo"
-    """grpo alone; with SFT on self-explanations (expo-grpo), or on the data's solutions
-    (expert-grpo); that SFT on self-explanations alone (star). Pairs of an own failed attempt below
-    a self-explanation (expo-dpo), below the data's solution (expert-dpo), or as the data have them
-    (dpo). sft on the data's solutions."""
+    """GRPO alone (grpo), with SFT on self-explanations (expo-grpo), or with SFT on the data's
+    solutions (expert-grpo). SFT on self-explanations alone (star). DPO that prefers a
+    self-explanation (expo-dpo) or the data's solution (expert-dpo) to a failed attempt, or DPO on
+    the data's pairs (dpo). SFT on the data's solutions (sft)."""
     train_data: str = "builtin:arithmetic-2:train"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
     eval_data: str = "builtin:arithmetic-2:eval"
@@ -91,93 +91,106 @@ class Train(Prompting):
     """Run directory; None: runs/METHOD-HASH, one for each configuration."""
     steps: int = 16
     prompts_per_step: int = 16
-    """P, questions in a batch."""
+    """P, the number of questions in a batch."""
     num_generations: int = 4
-    """G, completions of a question: the group whose mean is the baseline."""
+    """G, the number of attempts at a question. The mean reward of this group is the baseline."""
     updates_per_batch: int = 1
-    """Optimizer steps on one batch, each on its own share of the questions (PPO's mini-batches)."""
+    """Number of mini-batches that the questions of a batch are split into, as in PPO. Each gets
+    one optimizer step."""
     dry_run: bool = False
     """Check everything, print the resolved configuration and stop before the first step."""
     resume: str = "auto"
-    """auto: from the newest valid checkpoint in output_dir, if any; never; or a path."""
+    """auto: from the newest valid checkpoint in output_dir, if any; never; or the path of a
+    checkpoint."""
 
     temperature: float = 1.0
-    """Of the G attempts, and of the policy whose log-probs the loss uses."""
+    """Temperature of the attempts, and of the log-probs in the loss."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     reward: str | None = None
-    """Dotted path of f(prompts, completions, completion_ids, **columns); None: the boxed answer."""
+    """Dotted path of f(prompts, completions, completion_ids, **columns); None: 1 for the right
+    boxed answer, else 0."""
     right_above: float = 0.0
-    """An attempt with a higher reward is right: it counts in accuracies and is never rejected."""
+    """An attempt with a higher reward counts as right, in accuracies and in the choice of rejected
+    attempts."""
 
     generation_budget: int = 0
-    """Completions sampled for a question in a step, explanations among them, whatever the method;
-    0: num_generations, and explanations_per_question more where the method explains."""
+    """Number of completions sampled for a question in a step, including explanations; 0: the sum of
+    num_generations and, for a method that explains, explanations_per_question."""
     dynamic_sampling: int = 0
-    """Further batches, at most, to replace questions whose rewards are all equal (DAPO); grpo's."""
+    """Maximum number of further batches to replace questions whose rewards are all equal (DAPO)."""
     overlong_buffer: int = 0
-    """Tokens before the length limit over which the reward falls by 1 (DAPO, eq. 13); 0: none."""
+    """Number of tokens before the length limit over which the reward falls by 1 (DAPO, eq. 13); 0:
+    no punishment."""
 
     objective: Objective = "clipped"
-    """clipped: PPO's; gspo: the same on a sequence's ratio (arXiv:2507.18071); cispo: ratio capped
-    at 1 + clip_high (2506.13585); sapo: a soft gate in place of the clip (2511.20347)."""
+    """clipped: as in PPO; gspo: clipped, with a sequence's ratio (arXiv:2507.18071); cispo: ratio
+    capped at 1 + clip_high (2506.13585); sapo: a soft gate in place of the clip (2511.20347)."""
     loss: Literal["grpo", "dapo", "dr-grpo"] = "grpo"
-    """Divides the sum by N T_i (arXiv:2402.03300), T (2503.14476) or N L_max (2503.20783)."""
+    """Divisor of the sum over tokens. grpo: N T_i (arXiv:2402.03300), with N attempts of T_i
+    tokens; dapo: T, the sum of T_i (2503.14476); dr-grpo: N max_completion_length (2503.20783)."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
-    """Standard deviation that divides the advantages; none is Dr.GRPO's."""
+    """Standard deviation that divides the advantages; none: they are not divided (Dr.GRPO)."""
     clip_low: float = 0.2
     clip_high: float = 0.2
-    """The ratio may move within [1 - clip_low, 1 + clip_high] (DAPO: 0.2, 0.28)."""
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO: 0.2, 0.28)."""
     kl_coef: float = 0.0
-    """Of the k3 penalty towards the initial model; positive keeps a frozen copy of it."""
+    """Weight of the k3 KL penalty towards the initial model. Without LoRA, a value above 0 keeps a
+    frozen copy of that model."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
     mask_truncated: bool = False
-    """Completions cut at the length limit: out of loss, normalisers and group statistics."""
+    """Leave completions cut at the length limit out of the loss, its normalisers and the group
+    statistics."""
 
     exp_sft_coef: float = 0.04
-    """Weight of the SFT term on explanations (best of the paper's Table 5)."""
+    """Weight of the SFT term on positive samples (best of the paper's Table 5)."""
     exp_sft_reduction: Literal["token_mean", "seq_sum"] = "token_mean"
+    """Mean or sum over the tokens of a text in the SFT term."""
     exp_sft_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the coefficient; linear and cosine fall to 0 at the end of the run."""
     exp_sft_max_accuracy: float = 1.0
-    """Questions get the term up to this share of right samples: 1 all (the paper's formula), 0
-    those whose samples all fail."""
+    """A question has the SFT term if its fraction of right attempts is at most this; 1: every
+    question (the paper's formula); 0: only questions whose attempts all fail."""
     explanations_per_question: int = 8
-    """K, explanations sampled with the answer shown."""
+    """K, the number of explanations sampled with the answer shown."""
     keep_explanations: int = 2
-    """Explanations of a question that are trained on: the best accepted ones; 0: all."""
+    """Number of accepted explanations of a question to train on, the best first; 0: all."""
     choose_explanations: Literal["likelihood", "lift", "first"] = "likelihood"
     """Which explanations are best. likelihood: the likeliest under the plain question. lift: those
-    that make the answer likeliest, with their statements of it masked. first: as sampled."""
+    that make the answer likeliest when it is masked in them. first: the first sampled."""
     append_answer: bool = False
-    """Append the boxed answer to an explanation that reaches it and has no box."""
+    """Append the boxed answer to an explanation that states the answer and has no box."""
     shuffle_explanations: bool = False
-    """A control: each question gets another question's explanations."""
+    """Give each question the explanations of another question, as a control."""
     explain_every: int = 1
-    """Steps for which a question's accepted explanations are reused; 0: for the whole run."""
+    """Number of steps for which a question's accepted explanations are used; 0: for all later
+    steps."""
     explain_temperature: float = 0.8
+    """Sampling temperature of explanations."""
 
     pairs_every: int = 0
-    """Steps after which pairs are sampled anew (online); 0: once, before the first (offline)."""
+    """Number of steps after which pairs are sampled again (online); 0: all are sampled before the
+    first step (offline)."""
     refresh_reference: bool = False
-    """Online: the model that sampled a round of pairs is their reference, not the initial one."""
+    """Online: the reference is the model that sampled the pairs, not the initial model."""
     pairs_per_question: int = 2
-    """Failed attempts of a question that get a pair, at most."""
+    """Maximum number of failed attempts of a question that get a pair."""
     preference: Preference = "dpo"
-    """Loss of a pair (arXiv:2305.18290, 2310.12036, 2305.10425, 2405.14734, 2401.08417, 2403.07691,
-    2402.13228, 2403.19159)."""
+    """Loss of a pair, in the order of the choices: arXiv:2305.18290, 2310.12036, 2305.10425,
+    2405.14734, 2401.08417, 2403.07691, 2402.13228, 2403.19159."""
     dpo_beta: float = 0.1
-    """Per nat. SimPO needs about 2."""
+    """Scale of the implicit rewards, per nat. SimPO needs about 2."""
     label_smoothing: float = 0.0
-    """Of dpo: the probability that the two sides of a pair are swapped."""
+    """dpo only: probability that the two sides of a pair are swapped."""
     rdpo_alpha: float = 0.0
-    """Of rdpo: weight of the difference in length between chosen and rejected text, per token."""
+    """rdpo only: weight of the difference in length of chosen and rejected text, per token."""
 
     lora_rank: int = 0
-    """Train adapters of this rank on all projections, by PEFT, in place of the weights; 0: none."""
+    """Train LoRA adapters of this rank on all projections, with PEFT; 0: train the weights."""
     lora_alpha: float = 32.0
-    """The adapters' output is scaled by alpha / rank."""
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
 
     learning_rate: float = 5e-5
     warmup_steps: int = 2
@@ -187,24 +200,28 @@ class Train(Prompting):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     pack_tokens: int = 4096
-    """Most tokens in one forward and backward pass: bounds memory, does not change the loss."""
+    """Maximum number of tokens in one forward and backward pass. It bounds memory and does not
+    change the loss."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     batch_invariant: bool = False
-    """Sampled and recomputed log-probs agree to the bit, for one forward more; on a CPU."""
+    """Make sampled and recomputed log-probs bit-identical on a CPU, for one more forward pass."""
 
     eval_every: int = 100
-    """Evaluate before the first step, after every N and after the last; 0: never."""
+    """Evaluate before the first step, after every N steps and after the last; 0: never."""
     eval_limit: int = 64
-    """Held-out questions."""
+    """Number of held-out problems to evaluate."""
     eval_samples: int = 4
-    """K samples of each, for pass@1 and pass@K."""
+    """K, the number of samples of each problem, for pass@1 and pass@K."""
     eval_temperature: float = 0.7
-    """As in the paper's evaluation."""
+    """Sampling temperature of evaluations, 0.7 as in the paper."""
     checkpoint_every: int = 8
     """Save after every N steps and after the last; 0: never."""
     keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
     diagnose: int = 4
-    """Questions whose likelihoods are compared each step (nll, lift, logp_gap); 0: none."""
+    """Number of questions whose likelihoods are compared each step (nll, lift, logp_gap); 0:
+    none."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -242,13 +259,13 @@ class Train(Prompting):
         need = f"at least {least}, {self.n_explanations} of them explanations"
         _require(self, "generation_budget", self.generation_budget >= least, need)
         spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
-        need = "0 with explain_every or exp_sft_max_accuracy, which leave some of it unspent"
+        need = "0 with explain_every or exp_sft_max_accuracy, which do not use all of it"
         _require(self, "generation_budget", spent, need)
-        need = "0 with dynamic_sampling, which spends more"
+        need = "0 with dynamic_sampling, which exceeds it"
         _require(self, "generation_budget", not self.dynamic_sampling, need)
 
     def _check_options_of_the_method(self) -> None:
-        """Refuse an option that the method would ignore."""
+        """Raise ValueError for an option that the method would ignore."""
         for capability, options in OPTIONS.items():
             if getattr(self.spec, capability):
                 continue
@@ -256,11 +273,11 @@ class Train(Prompting):
                 if getattr(self, name) != _default_of(self, name):
                     readers = ", ".join(methods_that_read(name))
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} means nothing to "
-                        f"method={self.method}: it is for {readers}"
+                        f"{name}={getattr(self, name)!r} has no effect with "
+                        f"method={self.method}: only {readers} use it"
                     )
         if not self.spec.policy_term and self.spec.exp_sft_term:
-            need = f"more than 0: {self.method} has no more"
+            need = f"more than 0: the SFT term is the only loss of method={self.method}"
             _require(self, "exp_sft_coef", self.exp_sft_coef > 0, need)
 
     def _check_objective(self) -> None:
@@ -269,7 +286,7 @@ class Train(Prompting):
             need = f"the default: objective={self.objective} does not read it"
             _require(self, name, unset, need)
         if self.dynamic_sampling:
-            need = "group or none with dynamic_sampling, which has no complete batch"
+            need = "group or none with dynamic_sampling, which removes questions from the batch"
             _require(self, "advantage_scale", self.advantage_scale != "batch", need)
 
     def _check_preference(self) -> None:
@@ -299,19 +316,19 @@ class Train(Prompting):
 
     @property
     def n_explanations(self) -> int:
-        """Explanations sampled for a question in a step."""
+        """Number of explanations sampled for a question in a step."""
         return self.explanations_per_question if self.explains else 0
 
     @property
     def group_size(self) -> int:
-        """G, attempts at a question in a step."""
+        """G, the number of attempts at a question in a step."""
         if not self.generation_budget:
             return self.num_generations
         return self.generation_budget - self.n_explanations
 
     @property
     def run_dir(self) -> Path:
-        """Return output_dir, or runs/METHOD-HASH, a folder of its own for each configuration."""
+        """output_dir, or runs/METHOD-HASH, where HASH depends on the configuration."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         identity = []
@@ -371,17 +388,19 @@ AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Prompting):
-    """Measure pass@k and the majority vote of a model on a set of problems."""
+    """Measure a model's pass@k and majority-vote accuracy on a set of problems."""
 
     data: str = "builtin:arithmetic-2:eval"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
     limit: int | None = None
     """Use only the first N problems."""
     samples: int = 4
-    """K samples of each problem."""
+    """K, the number of samples of each problem."""
     k: tuple[int, ...] = ()
-    """k of pass@k, each at most --samples, beside 1 and --samples, which are always reported."""
+    """Further values of k for pass@k, each at most --samples. pass@1 and pass@K are always
+    reported."""
     temperature: float = 0.7
+    """Sampling temperature."""
     output: str | None = None
     """Write every completion and its verdict to this JSONL file."""
 

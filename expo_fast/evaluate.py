@@ -1,6 +1,6 @@
 """Accuracy on held-out problems: python -m expo_fast.evaluate --model M --data SRC.
 
-The last line of stdout is one JSON object: `Evaluation.summary`, and which model and data.
+The last line of stdout is a JSON object with `Evaluation.summary` and the names of model and data.
 """
 
 import json
@@ -33,19 +33,19 @@ from expo_fast.weights import load_model
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The graded samples of an evaluation, and what they were made with."""
+    """The graded samples of an evaluation, and the settings that produced them."""
 
-    graded: Sequence[Graded]  # the K samples of a problem follow each other
-    samples: int  # K of each problem
-    k: tuple[int, ...]  # of pass@k, beside 1 and K
+    graded: Sequence[Graded]  # K consecutive samples for each problem
+    samples: int  # K
+    k: tuple[int, ...]  # values of k for pass@k, in addition to 1 and K
     template: str  # Prompter.template_hash
-    grader: str | None  # grader_hash; None: another verifier than score_answers
+    grader: str | None  # grader_hash; None if the verifier is not score_answers
     seconds: float
 
     def summary(self) -> dict[str, Any]:
-        """Return accuracies, overall and by level, and statistics of the samples, as JSON has them.
+        """Return accuracies, in total and by level, and statistics of the samples, as JSON values.
 
-        The values of k are spelt out in the keys: `pass@1`, `pass@1/interval`.
+        Keys contain the value of k: `pass@1`, `pass@1/interval`.
         """
         graded = self.graded
         problems = by_problem(graded, self.samples)
@@ -83,11 +83,11 @@ def evaluate(
     seed: int,
     k: tuple[int, ...] = (),
 ) -> Evaluation:
-    """Sample every problem under its plain question, and check the boxed answers.
+    """Sample K completions of every problem's plain question, and verify their answers.
 
-    verify: a function from reference answers and completions to verdicts.
-    samples: K of each problem.
-    k: of pass@k, beside 1 and K; each from 1 to K.
+    verify: returns a verdict for each pair of reference answer and completion.
+    samples: K.
+    k: values of k for pass@k, in addition to 1 and K. Each is from 1 to K.
     """
     assert all(1 <= each <= samples for each in k), k
     start = time.monotonic()
@@ -130,7 +130,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate a model. Raise ValueError or OSError for what a user can correct."""
+    """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
     config = parse(Evaluate, argv)
     output = None if config.output is None else output_file(config.output)
     problems, shots = load_data(config)
@@ -157,9 +157,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
-    """Return the problems, and the worked examples, which are not among them.
+    """Return the problems and the worked examples. No worked example is among the problems.
 
-    Built-in data take their worked examples from the train split.
+    The worked examples of built-in data are from the train split.
     """
     levels = config.levels
     problems = load_problems(config.data, levels=levels, limit=config.limit)
@@ -176,9 +176,12 @@ def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
 def check_prompts(
     config: Evaluate, model: Decoder, prompter: Prompter, problems: Sequence[Problem]
 ) -> None:
-    """Raise ValueError where no problem is left, or one does not fit the model's context."""
+    """Raise ValueError if there is no problem, or if a problem does not fit the model's context."""
     if not problems:
-        raise ValueError(f"{config.data} has no problem beside the {config.shots} worked examples")
+        raise ValueError(
+            f"{config.data} has only the {config.shots} worked examples: need at least one more "
+            "problem"
+        )
     for problem in problems:
         prompt = prompter.solve(problem)
         new_tokens = config.max_completion_length

@@ -1,10 +1,10 @@
-"""Batched sampling from the trainer's own weight tensors: no second model, no copy, no sync.
+"""Batched sampling from the trainer's own weight tensors, without a copy of the model.
 
-A row holds one running sequence. A finished sequence is replaced at once while requests wait, those
-that may run longest first. What all prompts have in common (system prompt, worked examples) is
-computed and kept once, and so is a prompt that several requests share: their sequences share pages
-of the key-value cache. One decode step of B rows reads every weight once: 2 bytes per parameter for
-2 B FLOPs. At B = 64 a CPU is bound by its GEMM, no longer by memory.
+A row holds one running sequence. While requests wait, a finished sequence is replaced at once.
+Requests that may run longest start first. A prefix that prompts have in common (system prompt,
+worked examples, or a complete prompt) is computed once, and its sequences share pages of the
+key-value (KV) cache. One decode step of B rows reads every weight once: 2 bytes per bf16 parameter
+for 2 B FLOPs. At B = 64 a CPU is bound by its GEMM, and no longer by memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,24 +23,27 @@ from expo_fast.op_backends import dispatch
 
 __all__ = ["Completion", "Generator", "Request"]
 
-MAX_ROWS = 128  # decoded together; a CPU's bf16 GEMM gains little beyond
-CUDA_MAX_ROWS = 256  # below some 200 rows an H200 is bound by memory: 2 B FLOPs per weight read
-KV_CACHE_BYTES = 2 << 30  # on a CPU, unless the caller sets it
-CUDA_KV_SHARE = 0.2  # of a GPU's memory: an H200's 28 GB hold 256 rows of 3000 tokens of a 3B
+MAX_ROWS = 128  # decoded together on a CPU, whose bf16 GEMM gains little from more rows
+CUDA_MAX_ROWS = 256  # below about 200 rows an H200 is bound by memory: 2 B FLOPs per weight read
+KV_CACHE_BYTES = 2 << 30  # default on a CPU
+# Default fraction of a GPU's memory: 28 GB of an H200 hold 256 rows of 3000 tokens of a 3B model.
+CUDA_KV_FRACTION = 0.2
 
 
 class Generator:
-    """Samples from `model`, whose weights may change in place between calls.
+    """Sample completions from `model`, whose weights may change in place between calls.
 
     tokenizer: needed for stop strings only.
-    kv_cache_bytes: bound on the key-value cache; fewer sequences run at once to respect it.
-    batch_invariant: the tokens and log-probs of a request do not depend, to the bit, on the other
-    requests. Where csrc runs they never do, for a fixed number of threads; there this option makes
-    the log-probs those that the ops compute from `exact_hidden`. Elsewhere every request runs
-    alone, slower by about the batch size.
-    backend: "native" (csrc), "triton" (CUDA graphs of our kernels; on a CPU in Triton's
-    interpreter, if TRITON_INTERPRET=1 was set before triton was imported) or "torch"; None picks
-    the fastest that runs the model.
+    kv_cache_bytes: bound on the size of the KV cache. A small cache runs fewer sequences at a time.
+    None: 2 GiB on a CPU, 20% of a GPU's memory.
+    batch_invariant: make the tokens and log-probs of a request bit-identical for any other
+    requests. The C++ engine always is batch-invariant, for a fixed number of threads. With this
+    option its log-probs are also those that the ops compute from `exact_hidden`. The other engines
+    run one request at a time instead, slower by about the batch size.
+    backend: "native" (C++), "triton" (CUDA graphs of our kernels; on a CPU in Triton's interpreter,
+    if TRITON_INTERPRET=1 was set before triton was imported) or "torch". None: the fastest that
+    runs the model.
+    Raise ValueError for another backend.
     """
 
     def __init__(
@@ -61,20 +64,21 @@ class Generator:
         self.kv_cache_bytes = kv_cache_bytes
         self.batch_invariant = batch_invariant
         self.backend = backend
-        self._cuda: cuda_engine.CudaEngine | None = None  # kept, with its graphs, for later calls
+        self._cuda: cuda_engine.CudaEngine | None = None  # kept for later calls, with its graphs
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """Return the completions in the requests' order.
+        """Return one completion for each request, in the same order.
 
-        Raise ValueError, before any sampling, where a request cannot be served.
+        Raise ValueError, before any sampling, if a request does not fit the model or the KV cache.
         """
         completions: dict[int, Completion] = dict(self.stream(requests))
         return [completions[index] for index in range(len(completions))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """Yield (index, completion) as they finish, so that rewards can be checked meanwhile.
+        """Yield (index of the request, completion) in the order in which completions finish.
 
-        Raise ValueError, before any sampling, where a request cannot be served.
+        Rewards can be computed while other requests are sampled. Raise ValueError, before any
+        sampling, if a request does not fit the model or the KV cache.
         """
         requests = list(requests)
         has_tokenizer = self.tokenizer is not None
@@ -85,7 +89,7 @@ class Generator:
         batches = [dict(enumerate(requests))]
         if self.batch_invariant and isinstance(engine, TorchEngine):
             batches = [{index: request} for index, request in enumerate(requests)]
-        # all of them first, for each checks that its requests fit the cache
+        # All are made before any sampling, because each checks that its requests fit the cache.
         schedulers = [self._scheduler(engine, batch) for batch in batches]
         for scheduler in schedulers:
             yield from scheduler.completions()
@@ -93,12 +97,12 @@ class Generator:
     def engine(self) -> Engine:
         """Return the engine that the next call uses.
 
-        Chosen anew for every call, because adapters and hooks come and go. The first of these that
-        runs the model, unless `backend` names one:
+        It is chosen for every call, because adapters and hooks may have been added or removed.
+        Unless `backend` names one, it is the first of these that runs the model:
 
-        1. "native": csrc knows plain fp32 and bf16 models on a CPU, and needs a C++ compiler.
-        2. "triton": CUDA graphs serve 16-bit models on a GPU for which triton is installed.
-        3. "torch": runs everything, at PyTorch's speed.
+        1. "native" runs plain fp32 and bf16 models on a CPU, and needs a C++ compiler.
+        2. "triton" runs 16-bit models on a GPU, and needs triton.
+        3. "torch" runs every model, at PyTorch's speed.
         """
         backend = self.backend
         if backend is None:
@@ -115,7 +119,7 @@ class Generator:
         return TorchEngine(self.model)
 
     def _cuda_engine(self) -> cuda_engine.CudaEngine:
-        """Return the engine of earlier calls, or a new one if an unfinished stream holds that."""
+        """Return the engine of earlier calls, or a new one if an unfinished stream still has it."""
         if self._cuda is None or self._cuda.busy:
             self._cuda = cuda_engine.CudaEngine(self.model)
         return self._cuda
@@ -133,4 +137,4 @@ class Generator:
 def _default_kv_cache_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return KV_CACHE_BYTES
-    return int(CUDA_KV_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return int(CUDA_KV_FRACTION * torch.cuda.get_device_properties(device).total_memory)

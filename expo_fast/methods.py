@@ -8,18 +8,18 @@ from typing import Literal
 class MethodSpec:
     """What one method samples, and what it trains on.
 
-    A new method is one entry of `METHODS`. The loops read these fields and never compare names.
+    To add a method, add an entry to `METHODS`. The loops read these fields and no method's name.
     """
 
     loop: Literal["grpo", "dpo", "sft"]
-    """Module of `expo_fast.algorithms` whose `run_step` runs it."""
+    """Module of `expo_fast.algorithms` whose `run_step` runs a step of the method."""
     policy_term: bool = False
-    """The loss has a policy-gradient term on the model's own attempts."""
+    """Whether the loss has a policy-gradient term on the model's own attempts."""
     sft_source: Literal["explanations", "solutions", "data"] | None = None
-    """Positive samples of the SFT term: self-explanations, the data's solutions, or the data's
-    preferred texts (a pair's chosen text, else the solution). None: the loss has no SFT term."""
+    """Positive samples of the SFT term: self-explanations, the data's solutions, or the data's own
+    texts (a pair's chosen text, else the solution). None: the loss has no SFT term."""
     chosen_source: Literal["explanations", "solutions", "data"] | None = None
-    """Preferred side of the pairs; `data` takes both sides from the data. None: no pairs."""
+    """Chosen side of the pairs. `data` takes both sides from the data. None: there are no pairs."""
 
     @property
     def samples_attempts(self) -> bool:
@@ -42,12 +42,12 @@ class MethodSpec:
 
     @property
     def explains_every_step(self) -> bool:
-        """Whether explanations are sampled in the step itself, and not in a round of pairs."""
+        """Whether explanations are sampled in each step, and not in rounds of pairs."""
         return self.sft_source == "explanations"
 
     @property
     def needs_solutions(self) -> bool:
-        """Whether each problem needs an expert solution."""
+        """Whether each problem needs a solution in the data."""
         return "solutions" in (self.sft_source, self.chosen_source)
 
     @property
@@ -57,7 +57,7 @@ class MethodSpec:
 
     @property
     def groups(self) -> bool:
-        """Whether attempts are compared within groups, which need two of them at least."""
+        """Whether attempts are compared within groups, so that each needs at least two."""
         return self.loop == "grpo"
 
     @property
@@ -66,12 +66,12 @@ class MethodSpec:
 
     @property
     def exp_sft_term(self) -> bool:
-        """Whether the SFT term has a coefficient and stands beside, or in place of, GRPO's."""
+        """Whether the GRPO loop runs an SFT term. The options exp_sft_* belong to it."""
         return self.loop == "grpo" and self.sft_term
 
     @property
     def resamples_questions(self) -> bool:
-        """Whether dynamic sampling may replace questions: no other term learns from them."""
+        """Whether dynamic sampling may replace questions: only the policy term uses them."""
         return self.policy_term and not self.sft_term
 
 
@@ -86,8 +86,8 @@ METHODS: dict[str, MethodSpec] = {
     "sft": MethodSpec(loop="sft", sft_source="data"),
 }
 
-# Options that only some methods read, by the property of MethodSpec that says which. Another
-# method refuses them: it would ignore them silently.
+# Options that only some methods read, by the property of MethodSpec that is true for those methods.
+# The others refuse these options, because they would ignore them silently.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "samples_attempts": (
         "top_p",

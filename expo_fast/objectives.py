@@ -1,10 +1,10 @@
 """The objectives that the flags --objective and --preference choose from.
 
-To add one, write its class in kernels/objectives.py or kernels/preferences.py, name it in that
-file's `__all__`, and give it one line in a table below. The line says which training option sets
-which field of the class. Three things are derived from the tables: the objective that training
-creates, the options that are refused because the objective ignores them, and the encoding for
-torch.compile, which can hold fields that are numbers, booleans or None.
+To add one, write its class in kernels/objectives.py or kernels/preferences.py, add its name to that
+file's `__all__`, and add one line to a table below. The line says which training option sets which
+field of the class. Three things are derived from the tables: the objective that training creates,
+the options that are refused because the objective ignores them, and the encoding for torch.compile.
+The encoding can hold fields that are numbers, booleans or None.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +17,13 @@ from expo_fast.kernels.preferences import Cpo, Dpo, DpoPositive, Hinge, Ipo, Orp
 
 @dataclass(frozen=True)
 class Option:
-    """A training option as the value of a field."""
+    """A training option that sets a field of an objective.
+
+    convert: a function from the option's value to the field's. None: both are the same.
+    """
 
     name: str
-    convert: Callable[[Any], Any] | None = None  # None: the field takes the option's value
+    convert: Callable[[Any], Any] | None = None
 
     def value(self, config: Any) -> Any:
         value = getattr(config, self.name)
@@ -28,9 +31,9 @@ class Option:
 
 
 class Entry:
-    """An objective's class and where its fields come from.
+    """The class of an objective and the sources of its fields.
 
-    Fields are `Option`s, or constants for a field that no option sets. A field that is not named
+    fields: an `Option`, or a constant for a field that no option sets. A field that is not named
     keeps the default of the class.
     """
 
@@ -55,7 +58,7 @@ class PreferenceEntry(Entry):
     """An entry of PREFERENCE_OBJECTIVES.
 
     needs_reference: whether the loss reads the reference's log-probs.
-    averages: whether its implicit rewards are means over a sequence's targets, not sums.
+    averages: whether implicit rewards are means over a sequence's targets, not sums.
     """
 
     def __init__(

@@ -1,15 +1,15 @@
 """Losses and log-probs from hidden states, without (N, V) logits: the public interface of the ops.
 
-    linear_logprob          log-prob, entropy and log-sum-exp of each target
-    linear_policy_loss      GRPO and its relatives, in one pass where rows are independent
-    linear_preference_loss  DPO and its relatives, over pairs of packed sequences
-    group_advantage         rewards -> advantages
+    linear_logprob          log-prob, entropy and log-sum-exp of each row
+    linear_policy_loss      GRPO and related losses, in one pass if rows are independent
+    linear_preference_loss  DPO and related losses, over pairs of packed sequences
+    group_advantage         advantages from rewards
 
-Hidden states of rows without a target or weight are never read. For any dtype of the inputs,
-logits, results and the weight gradient's sums are fp32 (fp64 where an input is fp64); each gradient
-has its input's dtype and cannot be differentiated again. On a CPU the ops run C++, compiled on
-first use (op_backends/cpu.py), on a GPU Triton (op_backends/triton_fused.py). Under autocast hidden
-states and weights are cast as a linear layer's are. torch.compile keeps each op as one graph node
+Hidden states of rows without a target or weight are never read. Logits, results and the sums of the
+weight gradient are fp32 for any dtype of the inputs (fp64 if an input is fp64). Each gradient has
+the dtype of its input and cannot be differentiated again. On a CPU the ops run C++ that is compiled
+on first use (op_backends/cpu.py), on a GPU Triton (op_backends/triton_fused.py). Autocast casts
+hidden states and weights as for a linear layer. torch.compile keeps each op as one graph node
 (op_backends/custom_ops.py).
 """
 
@@ -47,20 +47,20 @@ def linear_logprob(
     targets: Tensor,  # (...) int32 or int64 in [0, V), or -100: no target
     *,
     bias: Tensor | None = None,  # (V,)
-    temperature: float | Tensor = 1.0,  # scalar, or one a row in targets' shape
+    temperature: float | Tensor = 1.0,  # scalar, or one per row, in targets' shape
     backend: str | None = None,  # "torch" | "native" | "triton"; None: the fastest
     complete: bool = False,  # promise: every target lies in [0, V)
 ) -> LogProb:
     """Return the log-prob of each target under softmax((hidden @ weight.T + bias) / temperature).
 
-    The results logp, entropy and lse have targets' shape, in nats, 0 where there is no target. All
-    three are differentiable in hidden, weight and bias. Forward is one GEMM; a backward takes two
-    more and, for rows whose exponentials were not kept, one to recompute their logits: in C++ that
-    is all rows, in Triton those beyond a share of the GPU's memory. logp keeps its relative
-    accuracy as the probability goes to 1. With `complete` targets are not checked, for which the
-    host would have to wait for a GPU.
-    Raise ValueError for shapes that do not fit, a target outside [0, V), and a backend that does
-    not run these inputs.
+    The results logp, entropy and lse have targets' shape, fp32 (fp64 if an input is fp64), in nats,
+    and are 0 for rows without a target. All three are differentiable in hidden, weight and bias.
+    The forward pass is one GEMM and the backward pass two more. A third GEMM recomputes the logits
+    of rows whose exponentials were not kept: in C++ those of all rows, in Triton of rows that do
+    not fit a fraction of the GPU's memory. logp keeps its relative accuracy as the probability goes
+    to 1. With `complete`, targets are not checked, because a check makes the host wait for a GPU.
+    Raise ValueError for shapes or devices that do not fit, a temperature that is not positive and
+    finite, a target outside [0, V), and a backend that does not run these inputs.
     """
     _check_head(hidden, weight, targets, temperature, bias)
     hidden, weight, bias = _cast_as_autocast(hidden, weight, bias)
@@ -81,9 +81,10 @@ def linear_logprob(
 
 
 class PolicyLoss(NamedTuple):
-    """`loss` supports backward(); the rest is detached. 0-dim fp32 unless a shape is given.
+    """Results of linear_policy_loss: 0-dim unless a shape is given, fp32 (fp64 for fp64 inputs).
 
-    Policy rows are those with a target and a weight that are not on-policy; a mean over none is 0.
+    Only `loss` supports backward(); the others are detached. Policy rows are rows with a target and
+    a non-zero weight that `on_policy` does not mark. A mean over no rows is 0.
     """
 
     loss: Tensor
@@ -93,8 +94,8 @@ class PolicyLoss(NamedTuple):
     on_policy_loss: Tensor  # sum of row_weight * -advantage * logp over on-policy rows
     kl: Tensor  # k3, mean over policy rows weighted by row_weight, nats; 0 without ref_logp
     mean_entropy: Tensor  # mean over policy rows weighted by row_weight, nats
-    clip_low: Tensor  # share of policy rows whose ratio was clipped from below
-    clip_high: Tensor  # share clipped from above, also by the cap of Clipped or Cispo
+    clip_low: Tensor  # fraction of policy rows whose ratio was clipped from below
+    clip_high: Tensor  # fraction clipped from above, also by the cap of Clipped or Cispo
     ratio_mean: Tensor  # mean over policy rows
     ratio_max: Tensor  # over policy rows
 
@@ -112,21 +113,21 @@ def linear_policy_loss(
     on_policy: Tensor | None = None,  # (N,) bool: rows that contribute -advantage * logp alone
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
-    temperature: float | Tensor = 1.0,  # scalar or (N,); old_logp and ref_logp are at the same
+    temperature: float | Tensor = 1.0,  # scalar or (N,), the same for old_logp and ref_logp
     sequence_ids: Tensor | None = None,  # (N,) int, for SequenceClipped
     backend: str | None = None,  # as in linear_logprob
     complete: bool = False,  # promise: every target lies in [0, V), and no row weight is 0
 ) -> PolicyLoss:
-    """Return sum_t row_weight_t * (objective_t + kl_coef * k3_t - entropy_coef * H_t).
+    """Return the loss sum_t row_weight_t * (objective_t + kl_coef * k3_t - entropy_coef * H_t).
 
-    k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html). Gradients are
-    computed with the loss: 3 GEMM equivalents, or 4 in C++, which keeps no logits, and where
-    SequenceClipped couples rows that do not fit into the share of a GPU's memory. Its ratio is that
-    of the sequence's rows of non-zero weight without the on-policy ones, so a sequence must be
-    dropped completely or not at all. Ratios stop growing at exp(20). `complete` is as in
-    linear_logprob.
-    Raise ValueError for shapes that do not fit, a target outside [0, V), a kl_coef without
-    ref_logp, and SequenceClipped without sequence_ids or with part of a sequence.
+    k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html), and H is the
+    entropy. An on-policy row contributes row_weight_t * -advantage_t * logp_t instead. Gradients
+    are computed with the loss, in 3 GEMM equivalents. There are 4 in C++, which keeps no logits,
+    and with SequenceClipped for rows that do not fit a fraction of a GPU's memory. SequenceClipped
+    takes the ratio of a sequence over its policy rows, so a sequence must be dropped completely or
+    not at all. Ratios are capped at exp(20). `complete` is as in linear_logprob.
+    Raise ValueError for shapes or devices that do not fit, a target outside [0, V), a kl_coef
+    without ref_logp, and SequenceClipped without sequence_ids or with part of a sequence.
     """
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, advantage=advantage, row_weight=row_weight, old_logp=old_logp)
@@ -162,20 +163,23 @@ def linear_policy_loss(
 
 
 class PreferenceLoss(NamedTuple):
-    """`loss` supports backward(); the rest is detached."""
+    """Results of linear_preference_loss, fp32 (fp64 for fp64 inputs).
 
-    loss: Tensor  # 0-dim fp32
+    Only `loss` supports backward(); the others are detached.
+    """
+
+    loss: Tensor  # 0-dim
     chosen_logp: Tensor  # (P,) summed over targets, nats
-    rejected_logp: Tensor  # (P,)
-    margin: Tensor  # 0-dim, mean over pairs of the log-ratio h, nats; beta is not in it
-    accuracy: Tensor  # 0-dim, share of pairs with h > 0
+    rejected_logp: Tensor  # (P,) summed over targets, nats
+    margin: Tensor  # 0-dim, mean over pairs of h, the difference of log-ratios without beta, nats
+    accuracy: Tensor  # 0-dim, fraction of pairs with h > 0
 
 
 def linear_preference_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,) int32 or int64 in [0, V), or -100: no target
-    sequence_ids: Tensor,  # (N,) int in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1
+    sequence_ids: Tensor,  # (N,) int in [0, 2P): 2p for the chosen text of pair p, else 2p + 1
     *,
     objective: PreferenceObjective = Dpo(beta=0.1),  # noqa: B008 (frozen)
     ref_logp: Tensor | None = None,  # (2P,) summed, nats; None: a uniform reference, 0
@@ -183,11 +187,14 @@ def linear_preference_loss(
     temperature: float | Tensor = 1.0,  # scalar or (N,)
     backend: str | None = None,  # as in linear_logprob
 ) -> PreferenceLoss:
-    """Return sum_p pair_weight_p * objective_p, differentiable once; rows in any order.
+    """Return the preference loss sum_p pair_weight_p * objective_p. Rows may be in any order.
 
-    h = (chosen - its ref) - (rejected - its ref). P is half of ref_logp's length, or pair_weight's
-    length, or follows from the largest id. 3 to 4 GEMM equivalents, as in linear_logprob.
-    Raise ValueError for shapes that do not fit, a target outside [0, V) and an id outside [0, 2P).
+    The objective reads the log-probs of both texts of a pair, summed over targets, and those of the
+    reference. h = (chosen_logp - chosen_ref_logp) - (rejected_logp - rejected_ref_logp). P is half
+    of ref_logp's length, or pair_weight's length, or follows from the largest id. The loss and its
+    gradients take 3 to 4 GEMM equivalents, as in linear_logprob.
+    Raise ValueError for shapes or devices that do not fit, a target outside [0, V) and an id
+    outside [0, 2P).
     """
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, sequence_ids=sequence_ids)
@@ -224,15 +231,15 @@ def group_advantage(
     scale: str = "group",
     eps: float = 1e-4,  # added to the standard deviation, TRL's value
 ) -> Tensor:
-    """Return rewards minus their group's mean, over a standard deviation plus eps: (M,) fp32.
+    """Return (reward - mean of its group) / (standard deviation + eps): (M,) fp32.
 
-    `scale` says whose unbiased (n - 1) standard deviation: "group" (GRPO, arXiv:2402.03300),
-    "batch" (all rewards, Lite-PPO, arXiv:2508.08221) or "none" (Dr.GRPO, arXiv:2503.20783). A NaN
-    reward is left out of its group and gets 0. A group of one gets 0 too, and so does a group whose
-    rewards differ by float noise alone.
+    `scale` selects the rewards of the unbiased (n - 1) standard deviation: "group" (GRPO,
+    arXiv:2402.03300), "batch" (all rewards; Lite-PPO, arXiv:2508.08221) or "none" (no division;
+    Dr.GRPO, arXiv:2503.20783). A NaN reward is left out of its group and gets 0. A group of one
+    gets 0, and so does a group whose rewards differ only by rounding errors.
     Raise ValueError for an unknown scale, shapes that do not fit and an infinite reward. On a GPU
-    an infinite reward does not raise, because that would need a host sync: all known rewards of its
-    group get NaN, and with scale "batch" those of all groups that are not constant.
+    an infinite reward does not raise, because that would need a host sync. Instead, all known
+    rewards of its group get NaN, and with scale "batch" those of all groups that are not constant.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
@@ -254,13 +261,13 @@ def _check_head(
     for name, x in (("hidden", hidden), ("weight", weight)):
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"{name} is a {type(x).__name__}: must be a tensor, such as its weight"
+                f"{name} is a {type(x).__name__}: must be a tensor, such as a module's weight"
             )
         if hasattr(x, "full_tensor"):
             raise ValueError(
-                f"{name} is a DTensor, a share of a tensor: gather it with"
-                f" {name}.full_tensor(grad_placements=[Partial()]), whose gradient is the sum of"
-                " what the ranks' rows give (Replicate() where all ranks have the same rows)"
+                f"{name} is a DTensor, which holds one shard of a tensor: gather it with"
+                f" {name}.full_tensor(grad_placements=[Partial()]), which sums the gradients of the"
+                " ranks' rows (use Replicate() if all ranks have the same rows)"
             )
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
@@ -286,7 +293,7 @@ def _check_head(
 
 
 def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
-    """Raise ValueError for a tensor that has not the shape and device of `like`."""
+    """Raise ValueError for a tensor that does not have the shape and device of `like`."""
     for name, x in given.items():
         if x is None:
             continue
@@ -299,7 +306,7 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
 def _cast_as_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the inputs in autocast's dtype where autocast is on; it leaves fp64 alone."""
+    """Return the inputs in autocast's dtype if autocast is on. It does not cast fp64."""
     device = hidden.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
@@ -319,7 +326,7 @@ def _need_gradients(*inputs: Tensor | None) -> list[bool]:
 
 
 def _temperatures(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    """Return (per row, scalar); the scalar is read where there is no tensor."""
+    """Return (tensor, scalar). The scalar is read if the tensor is None."""
     if isinstance(temperature, Tensor):
         return temperature.detach().reshape(-1), 1.0
     return None, float(temperature)

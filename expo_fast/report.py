@@ -1,6 +1,6 @@
-"""One HTML file about training runs: python -m expo_fast.report RUN_DIR... --output report.html.
+"""Report on training runs: python -m expo_fast.report RUN_DIR... --output report.html.
 
-Runs that differ in nothing but their seed are one configuration.
+Runs that differ only in their seed count as one configuration.
 """
 
 import sys
@@ -17,23 +17,23 @@ from expo_fast.storage.files import output_file, replace_file
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML file about training runs, which needs no network to be read."""
+    """Write a self-contained HTML file about training runs."""
 
     run_dirs: tuple[str, ...]
     """Folders that expo_fast.train wrote."""
     output: str = "report.html"
-    """Replaced if it is there."""
+    """File to write. An existing file is replaced."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the report. Raise ValueError or OSError for what cannot be read or written."""
+    """Run the command line. Raise ValueError or OSError for files it cannot read or write."""
     config = from_flags(Report, argv, str(Report.__doc__))
     if not config.run_dirs:
-        raise ValueError("need the folder of a run, or of several; see --help")
+        raise ValueError("need the folder of at least one run; see --help")
     output = output_file(config.output)
     folders = {Path(name).resolve() for name in config.run_dirs}
     if len(folders) < len(config.run_dirs):
-        raise ValueError(f"one run is given twice: {' '.join(config.run_dirs)}")
+        raise ValueError(f"a run is given twice: {' '.join(config.run_dirs)}")
     runs = [load_run(name) for name in config.run_dirs]
     html = render(group_runs(runs)).encode()
     try:

@@ -1,4 +1,7 @@
-"""Train a model: python -m expo_fast.train --method expo-grpo. Without flags, the default job."""
+"""Train a model: python -m expo_fast.train --method expo-grpo.
+
+Without flags, it runs the default job.
+"""
 
 import json
 import shutil
@@ -33,7 +36,7 @@ from expo_fast.reward import boxed_answer_reward, custom_reward, load_reward, sc
 from expo_fast.storage import checkpoint
 from expo_fast.weights import load_model
 
-MAX_BROKEN_STEPS = 3  # in a row; then the run is beyond repair
+MAX_BROKEN_STEPS = 3  # consecutive steps, after which the run is stopped
 
 StepFunction = Callable[[Trainer, int, Phases], StepResult]
 LOOPS: dict[str, StepFunction] = {
@@ -44,15 +47,16 @@ LOOPS: dict[str, StepFunction] = {
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
     config = parse(Train, argv)
     check_run_dir(config)
     data = load_training_data(config)
     trainer = build_trainer(config, data)
     if trainer.model.device.type == "cpu":
-        dispatch.compiles()  # now: a missing compiler is reported before the run begins
+        dispatch.compiles()  # called here to report a missing compiler before the run begins
     context = trainer.model.shape.context
     check_lengths(config, trainer.prompter, data.problems, data.held_out, context)
-    # A named checkpoint is read before the run directory is made, so that a wrong one leaves none.
+    # A named checkpoint is read first, so that a wrong one leaves no new run directory.
     restored = None
     if config.dry_run or names_checkpoint(config):
         restored = restore(config, trainer)
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         RunLog(config.run_dir, total_steps=config.steps) as log,
     ):
         log.note(f"run directory: {config.run_dir}")
-        check_run_dir(config)  # again: another trainer may have begun a run here meanwhile
+        check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
         resumed_from, start = restored or restore(config, trainer)
         check_continuation(trainer, start)
         if config.spec.loop == "dpo":
@@ -75,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def build_trainer(config: Train, data: TrainingData) -> Trainer:
-    """Load the model and return the trainer of a run that has not begun."""
+    """Load the model and return the trainer of a new run."""
     dtype = getattr(torch, config.dtype)
     model, tokenizer = load_model(
         config.model,
@@ -99,10 +103,10 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
 
 
 def needs_frozen_reference(config: Train) -> bool:
-    """Return whether log-probs of the initial policy are needed after the weights have changed.
+    """Return whether the run needs a frozen copy of the initial policy.
 
-    Offline pairs get theirs before the first step. With LoRA the initial policy is the model
-    without its adapter.
+    Offline pairs need none, because they get their log-probs before the first step. With LoRA, the
+    initial policy is the model with its adapter switched off.
     """
     if config.lora_rank:
         return False
@@ -113,13 +117,13 @@ def needs_frozen_reference(config: Train) -> bool:
 
 
 def check_continuation(trainer: Trainer, start: int) -> None:
-    """Raise ValueError where the run cannot continue from step `start` (from 0)."""
+    """Raise ValueError if the run cannot continue from step `start` (from 0)."""
     if trainer.config.spec.loop == "dpo":
         dpo.check_pairs(trainer, trainer.config.run_dir, start)
 
 
 def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int) -> None:
-    """Run steps start .. config.steps - 1, with the evaluations and checkpoints between them."""
+    """Run steps start .. config.steps - 1, with their evaluations and checkpoints."""
     config = trainer.config
     run_step = LOOPS[config.spec.loop]
     if start == 0 and config.eval_every:
@@ -131,7 +135,7 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
         try:
             metrics, texts = run_step(trainer, step, phases)
         except ValueError as error:
-            # Not bad input, which was refused before: whoever repairs it needs the traceback.
+            # Bad input was refused before the run. This is a bug, so the traceback is needed.
             raise RuntimeError(f"step {done} failed") from error
         row = {
             "step": done,
@@ -166,7 +170,7 @@ def log_evaluation(
 ) -> None:
     """Measure the accuracy on the held-out problems.
 
-    The seeds are the same at every step, so that a difference comes from the weights.
+    The seeds are the same at every step, so that only the weights make a difference.
     """
     config = trainer.config
     result = evaluate(
@@ -185,7 +189,8 @@ def log_evaluation(
 def keep_broken_batch(run_dir: Path, step: int, in_a_row: int, *, last: bool) -> None:
     """Copy the completions of a broken step to RUN/skipped.
 
-    Raises RuntimeError after MAX_BROKEN_STEPS in a row, and at a broken last step.
+    in_a_row: number of consecutive broken steps up to this one.
+    Raise RuntimeError after MAX_BROKEN_STEPS consecutive broken steps, and if `last` is true.
     """
     batch = run_dir / "completions" / f"step-{step}.jsonl"
     if batch.exists():
@@ -194,13 +199,13 @@ def keep_broken_batch(run_dir: Path, step: int, in_a_row: int, *, last: bool) ->
     if in_a_row >= MAX_BROKEN_STEPS or last:
         raise RuntimeError(
             f"step {step}: a non-finite gradient, or non-finite logits in every completion (steps "
-            f"in a row: {in_a_row}); the batches are in {run_dir / 'skipped'}. "
-            "Lower --learning-rate, or use --dtype float32"
+            f"in a row: {in_a_row}): lower --learning-rate, or use --dtype float32; the batches "
+            f"are in {run_dir / 'skipped'}"
         )
 
 
 def summary(config: Train) -> Iterator[str]:
-    """Yield lines on the accuracy before and after the run, and on where the model is."""
+    """Yield lines with the accuracy before and after the run, and the folder of the model."""
     evaluations = config.run_dir / "evaluations.jsonl"
     lines = evaluations.read_text().splitlines() if evaluations.exists() else []
     by_step = {row["step"]: row for row in map(json.loads, lines)}

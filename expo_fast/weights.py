@@ -33,17 +33,18 @@ HEAD = "lm_head.weight"
 def find_model(source: str | Path) -> Path:
     """Return the model folder or .gguf file that a source names.
 
-    The source is, in this order, a local path, the default model's name, or an id of the Hugging
-    Face hub. What is fetched is cached.
+    The source is a local path, the default model's name, or an id of the Hugging Face hub. They are
+    tried in this order. Downloaded files are cached.
 
-    Raises FileNotFoundError, ConnectionError or ValueError, with one sentence, if there is none.
+    Raise FileNotFoundError if there is no such model, ConnectionError if the default model cannot
+    be downloaded, and ValueError if the file is not a .gguf file or the download is damaged.
     """
     path = Path(source).expanduser()
     name = str(source)
     if path.exists():
         if path.is_dir() or path.suffix == ".gguf":
             return path
-        raise ValueError(f"{source} is no model: need a folder or a .gguf file")
+        raise ValueError(f"{source} is not a model: need a folder or a .gguf file")
     if name == DEFAULT_MODEL:
         return find_default_model()
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -56,7 +57,8 @@ def find_model(source: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"no folder {source} here, and the Hugging Face hub does not give it: {reason}"
+            f"there is no folder {source}, and the Hugging Face hub cannot provide the model: "
+            f"{reason}"
         ) from error
 
 
@@ -67,19 +69,22 @@ def load_model(
     device: str | torch.device = "auto",  # "auto": cuda if available, else cpu
     checkpointing: bool = False,
 ) -> tuple[Decoder, Any]:
-    """Load the model that `find_model` finds. Return it and its tokenizer, None if it has none.
+    """Load the model that `find_model` finds. Return it and its tokenizer, which may be None.
 
-    If the folder holds a LoRA adapter, the base model that it names is loaded in `dtype`, and the
-    adapter is merged into it. The tokenizer is the adapter's if it has one.
+    If the folder holds a LoRA adapter, the adapter's base model is loaded in `dtype`, and the
+    adapter is merged into it. The tokenizer is the adapter's, or else the base model's.
 
-    Raises ValueError or OSError, with one sentence, if nothing is found, and for unsupported
-    architectures, pickles, damaged files, tensors that are missing, unexpected, misshapen or not
-    finite, and adapters that are not plain LoRA.
+    dtype: of the weights; torch.float32 or torch.bfloat16 for the C++ engine on a CPU.
+    checkpointing: recompute the activations of each layer in the backward pass.
+
+    Raise ValueError or OSError, with a message of one sentence, if no model is found. The same
+    holds for an unsupported architecture, a pickle, a damaged file, a tensor that is missing,
+    unexpected, of the wrong shape or not finite, and an adapter that is not plain LoRA.
     """
     path, adapters = _base_and_adapters(find_model(source))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with reading(f"device {str(device)!r} can't be used here"):
+    with reading(f"device {str(device)!r} cannot be used"):
         torch.empty(0, device=device)
     is_gguf = path.suffix == ".gguf"
     stored = read_gguf(path) if is_gguf else read_model(path, check_config)
@@ -110,12 +115,12 @@ def load_model(
 def load_weights_into(model: Decoder, folder: str | Path) -> None:
     """Copy the tensors of a model folder into an existing model, in place.
 
-    Each is rounded to the model's dtype, as `load_model` rounds it. The config, generation config
-    and tokenizer of the folder are not read. A tensor in the model's dtype is not copied on the way
-    (it stays a view of the mapped file), so no second model is held in memory.
+    Each tensor is rounded to the model's dtype, as in `load_model`. The config, generation config
+    and tokenizer of the folder are not read. A tensor in the model's dtype is a view of the mapped
+    file until it is copied, so memory does not hold a second model.
 
-    Raises as `load_model` does if the tensors are not those of this model. The model is then
-    unchanged.
+    Raise ValueError or OSError, as `load_model` does, if the tensors do not fit this model. The
+    model is then unchanged.
     """
     folder = Path(folder)
     state = _checked_state(
@@ -134,7 +139,7 @@ def load_weights_into(model: Decoder, folder: str | Path) -> None:
 def stored_shape(folder: str | Path) -> Shape:
     """Return the shape of the model in a folder, from its config.json alone.
 
-    Raises FileNotFoundError or ValueError as `load_model` does.
+    Raise FileNotFoundError if there is no config.json, and ValueError if it is not supported.
     """
     folder = Path(folder)
     config = read_config(folder, check_config)
@@ -153,12 +158,13 @@ def save_model(
 
     The tensors keep their dtype, so loading them again gives the same bits.
 
-    tokenizer: may be None.
+    tokenizer: None writes no tokenizer.
+    shard_bytes: maximum size of a .safetensors file, unless one tensor is larger.
 
-    Raises ValueError for a model with adapters, which `lora.save_adapter` saves.
+    Raise ValueError for a model with LoRA adapters, and OSError if a file cannot be written.
     """
     if is_attached(model):
-        raise ValueError(f"{path}: the model has adapters, save them with save_adapter")
+        raise ValueError(f"{path}: the model has LoRA adapters, save them with lora.save_adapter")
     write_model(
         Path(path),
         model.config,
@@ -172,13 +178,13 @@ def save_model(
 def _base_and_adapters(path: Path) -> tuple[Path, list[Adapter]]:
     """Return the base model of a folder, and the adapters to merge into it, in order.
 
-    The base of an adapter may itself be an adapter.
+    The base model of an adapter may itself be an adapter.
     """
     adapters: dict[Path, Adapter] = {}
     while holds_adapter(path):
         folder = path.resolve()
         if folder in adapters:
-            raise ValueError(f"{path}: by way of its base model it is an adapter of itself")
+            raise ValueError(f"{path}: the adapter is its own base model, directly or indirectly")
         adapter = read_adapter(path)
         adapters[folder] = adapter
         with reading(f"{path}: base_model_name_or_path"):
@@ -189,27 +195,27 @@ def _base_and_adapters(path: Path) -> tuple[Path, list[Adapter]]:
 def _checked_state(
     model: Decoder,
     tensors: Iterable[StoredTensor],
-    path: Path,  # where they come from
+    path: Path,  # folder or file of the tensors
     *,
     dtype: torch.dtype,
     device: str | torch.device,
-    copy: bool,  # False: no copy of what already has the dtype and device
+    copy: bool,  # False: a tensor that already has the dtype and device is not copied
 ) -> dict[str, Tensor]:
     """Return the tensors by parameter name, converted to dtype and device.
 
-    Raises ValueError unless they are the parameters of the model, each once and finite.
+    Raise ValueError unless there is one finite tensor for each parameter of the model.
     """
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     expected = set(shapes)
-    if model.shape.tied:  # some files store the tied head a second time
+    if model.shape.tied:  # some files also store the tied head
         shapes[HEAD] = shapes[EMBEDDING]
     state: dict[str, Tensor] = {}
     for stored in tensors:
         key = stored.key
-        if key.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config states
+        if key.endswith("rotary_emb.inv_freq"):  # in old checkpoints; the config determines it
             continue
         if key in state:
-            raise ValueError(f"{stored.file}: {key} is there a second time")
+            raise ValueError(f"{stored.file}: {key} is already in another file")
         _check_tensor(stored, shapes)
         state[key] = stored.tensor.to(device=device, dtype=dtype, copy=copy)
         if not torch.isfinite(state[key]).all():
@@ -232,7 +238,7 @@ def _check_tensor(stored: StoredTensor, shapes: dict[str, torch.Size]) -> None:
     tensor = stored.tensor
     if key not in shapes:
         raise ValueError(
-            f"{stored.file}: unexpected tensor {key}, the config knows none of that name"
+            f"{stored.file}: unexpected tensor {key}, the config has no parameter of that name"
         )
     if tensor.shape != shapes[key]:
         raise ValueError(

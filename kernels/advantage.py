@@ -1,6 +1,6 @@
 """Advantages: each reward minus its group's mean, divided by a standard deviation.
 
-There are a few thousand rewards a step, so they are computed in fp64 on the CPU, whose sums have a
+A step has at most a few thousand rewards. They are computed in fp64 on the CPU, where sums have a
 fixed order.
 """
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expo_fast.kernels.products import segment_sum
 
-SAME_REWARD = 1e-6  # of max(1, |reward|): a smaller spread within a group is float noise
+SAME_REWARD = 1e-6  # times max(1, |reward|): a smaller range within a group is rounding error
 
 
 def group_advantage(
@@ -18,7 +18,7 @@ def group_advantage(
     scale: str,
     eps: float,
 ) -> Tensor:
-    """Return (M,) fp32 on the rewards' device, as ops.group_advantage says.
+    """Return the advantages of `ops.group_advantage`: (M,) fp32 on the rewards' device.
 
     Raise ValueError for an infinite reward.
     """
@@ -43,7 +43,7 @@ def _check_finite(rewards: Tensor, known: Tensor) -> None:
 
 
 def _centred(reward: Tensor, ids: Tensor) -> Tensor:
-    """Return rewards minus their group's mean, (M,); exactly 0 where a group differs by noise."""
+    """Return (M,) rewards minus their group's mean, exactly 0 in groups of equal rewards."""
     n = int(ids.max()) + 1 if len(ids) else 0
     mean = segment_sum(reward, ids, n) / ids.bincount(minlength=n)
     top = reward.new_zeros(n).scatter_reduce(0, ids, reward, "amax", include_self=False)
@@ -61,5 +61,5 @@ def _group_std(centred: Tensor, ids: Tensor) -> Tensor:
 
 
 def _batch_std(reward: Tensor) -> Tensor:
-    """Return the unbiased standard deviation of all rewards, (); 0 for one reward."""
+    """Return the unbiased standard deviation of all rewards, (), which is 0 for one reward."""
     return reward.std() if len(reward) > 1 else reward.new_zeros(())

@@ -1,10 +1,10 @@
-"""Plan of one decode step's attention: pages that neighbouring rows share are read once.
+"""Plan of one decode step's attention: pages that adjacent rows share are read once.
 
-Sequences with a common prefix share pages of the key-value cache, and are neighbouring rows. Their
-tables are the leaves of a tree: pages of all rows, pages of one prompt, pages of one row. Each
-branch of the tree is cut into items that are small enough to run in parallel. An item is one run of
-pages that the queries of all its rows attend to at once. Its result for a row goes to one of the
-row's slots, and the slots are added in their order.
+Sequences with a common prefix are adjacent rows and share pages of the key-value cache. Their page
+tables form a tree with three levels: pages of all rows, pages of one prompt, pages of one row. Each
+branch of the tree is split into items that are small enough to run in parallel. An item is a range
+of pages, which is read once for the queries of all its rows. Its result for a row is written to one
+of the row's slots. The slots are added in their order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,22 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEVELS = 3  # of the tree: all rows, a prompt, a row; what rows share beyond them is read again
+LEVELS = 3  # of the tree: all rows, a prompt, a row; other shared pages are read once per row
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is fixed for a batch of `rows` rows with tables of `width` pages."""
+    """Limits of a plan for a batch of `rows` rows with page tables of `width` pages."""
 
     rows: int
     width: int
 
     @property
     def piece(self) -> int:
-        """Pages of an item at most: 256 tokens, 128 for few rows, more where tables are long.
+        """Maximum pages of an item: 256 tokens, 128 for few rows, more for long tables.
 
-        An item's result costs as much as 2 (Dh + 2) / Dh tokens of cache per query head: with 7
-        heads and 256 tokens that is 6% more bytes, which stay in L2. Few rows need the programs.
+        The result of an item has as many bytes as 2 (Dh + 2) / Dh tokens of cache per query head.
+        With 7 heads and 256 tokens that is 6% more bytes, which stay in L2. Few rows need smaller
+        items to have enough programs.
         """
         if self.rows >= 64:
             return max(8, -(-self.width // 16))
@@ -38,23 +39,23 @@ class Sizes:
 
     @property
     def slots(self) -> int:
-        """Items of a row at most: ceil(a) + ceil(b) + ceil(c) <= ceil(a + b + c) + 2."""
+        """Maximum items of a row: ceil(a) + ceil(b) + ceil(c) <= ceil(a + b + c) + 2."""
         return -(-self.width // self.piece) + LEVELS - 1
 
     @property
     def items(self) -> int:
-        """Items of the batch at most."""
+        """Maximum items of the batch."""
         return self.rows * self.slots
 
 
 class Item(NamedTuple):
-    """Pages [first_page, end_page) for the rows from first_row on."""
+    """Pages [first_page, end_page) for the rows [first_row, first_row + n_rows)."""
 
     first_row: int
     n_rows: int
     first_page: int
     end_page: int
-    slot: int  # of each of its rows
+    slot: int  # the slot that the item's results take in each of its rows
 
 
 FIELDS = len(Item._fields)
@@ -73,14 +74,13 @@ def plan(tables: Tensor, sizes: Sizes, rows_per_item: int) -> tuple[Tensor, Tens
     """Plan the attention of rows with the given page tables.
 
     tables: (B, width) int32, on the CPU; page 0 ends a table.
-    rows_per_item: rows of an item at most.
+    rows_per_item: maximum number of rows of an item.
 
-    Return the items (N, FIELDS) int32 and the number of slots that each row uses, (B,) int32, both
-    on the CPU.
+    Return the (N, FIELDS) int32 items and the (B,) int32 number of slots of each row, on the CPU.
     """
     n_pages = (tables != 0).cumprod(1).sum(1)
     same = (tables[1:] == tables[:-1]) & (tables[1:] != 0)
-    shared = [0, *same.cumprod(1).sum(1).tolist()]  # pages that a row shares with the one before
+    shared = [0, *same.cumprod(1).sum(1).tolist()]  # pages that a row shares with the previous row
     items: list[Item] = []
     used = [0] * len(tables)
     for branch in _branches(shared, n_pages.tolist(), 0, len(tables)):
@@ -94,7 +94,7 @@ def plan(tables: Tensor, sizes: Sizes, rows_per_item: int) -> tuple[Tensor, Tens
         for row in range(branch.first_row, branch.end_row):
             used[row] = first_slot + n_pieces
     assert len(items) <= sizes.items and max(used, default=0) <= sizes.slots
-    # items that take long start first
+    # The longest items start first.
     items.sort(key=lambda item: (item.first_page - item.end_page, -item.n_rows))
     return (
         torch.tensor(items, dtype=torch.int32).view(-1, FIELDS),
@@ -103,7 +103,7 @@ def plan(tables: Tensor, sizes: Sizes, rows_per_item: int) -> tuple[Tensor, Tens
 
 
 def _piece_borders(branch: Branch, max_pages: int) -> list[int]:
-    """Cut a branch's pages into pieces of at most max_pages pages, all of about one size."""
+    """Split a branch's pages into pieces of at most max_pages pages and of nearly equal sizes."""
     n_pages = branch.end_page - branch.first_page
     n_pieces = -(-n_pages // max_pages)
     return [branch.first_page + n_pages * i // n_pieces for i in range(n_pieces + 1)]
@@ -119,8 +119,8 @@ def _branches(
 ) -> Iterator[Branch]:
     """Yield the branches of the tree of rows that share all pages before first_page.
 
-    shared: pages that each row shares with the row before it.
-    n_pages: of each row.
+    shared: number of pages that each row shares with the row before it.
+    n_pages: number of pages of each row.
     """
     if end_row - first_row == 1:
         if n_pages[first_row] > first_page:
@@ -132,7 +132,7 @@ def _branches(
     if end_page > first_page:
         yield Branch(first_row, end_row, first_page, end_page)
         level += 1
-    if level == LEVELS:  # each row is a group
+    if level == LEVELS:  # each row is its own group
         starts = list(range(first_row, end_row))
     else:
         starts = [row for row in range(first_row + 1, end_row) if shared[row] <= end_page]

@@ -1,29 +1,30 @@
 """Triton: attention of one new token per row over a paged key-value cache.
 
-    out_i = sum_j softmax_j(scale q_i k_j) v_j        j <= position_i, or the last `window` of them
+    out_i = sum_j softmax_j(scale q_i k_j) v_j        j <= position_i, or the last `window` of these
 
 Split-KV with a cascade (flash-decoding, arXiv:2311.01282; Hydragen, arXiv:2402.05099). `cascade`
-cuts the rows' pages into items. A program takes an item and a key-value head: the queries of the
-item's rows, and of the G = H / Hkv heads that share that key-value head, are the rows of one
-product, (rows G, Dh) @ (Dh, tokens). Each item leaves (max, sum, accumulator) in its rows' slots. A
-second kernel adds a row's slots in their order, so that equal inputs give equal bits. Nothing here
-reads lengths on the host: the launches of a batch size are always the same, and a CUDA graph can
-hold them. The number of items is read on the device.
+splits the rows' pages into items. A program computes one item for one key-value head. The queries
+of the item's rows, and of the G = H / Hkv heads that share the key-value head, are the rows of one
+product, (rows G, Dh) @ (Dh, tokens). Each item writes (max, sum, accumulator) to its rows' slots. A
+second kernel adds a row's slots in their order, so that results are deterministic. The host reads
+no lengths: the launches depend only on the batch size, so that a CUDA graph can hold them. The
+number of items is read on the device.
 
-FLOPs: 4 H Dh per row and token seen. Bytes: 4 Hkv Dh per token, once for the rows of an item. A
-slot costs 8 H (Dh + 2) per row, written and read, and mostly stays in L2 (50 MB on an H200). With G
-= 7 rows in a product that is 7 FLOPs per byte, and 56 for 8 samples of a prompt, where an H200 does
-184 while it moves one byte: the kernel is bound by memory. Hence the floor, at 4.3 TB/s and batch
-256, 8 samples of each of 32 prompts of 512 tokens, half of 128 new tokens in the cache:
+FLOPs: 4 H Dh per row and visible token. Bytes: 4 Hkv Dh per token, once for the rows of an item. A
+slot has 8 H (Dh + 2) bytes per row, written and read, which mostly stay in L2 (50 MB on an H200).
+A product of G = 7 rows does 7 FLOPs per byte, and of 8 samples of a prompt 56 FLOPs per byte. An
+H200 can do 184 FLOPs per byte, so the kernel is bound by memory. This gives a lower bound of its
+time, here at 4.3 TB/s and batch 256, for 8 samples of each of 32 prompts of 512 tokens, with half
+of 128 new tokens in the cache:
 
-    shape   a layer: prompts, tails, queries and outputs    floor    of a step's weights and cache
+    shape   per layer: prompts, tails, queries, outputs     bound    of a step's weights and cache
     0.5B    8.4 + 8.4 + 0.9 MB, 24 layers                   99 us    0.43 of 1.42 GB
     3B      16.8 + 16.8 + 2.1 MB, 36 layers                 299 us   1.28 of 7.46 GB
 
-Without the cascade the prompts alone would be 67 and 134 MB a layer.
+Without the cascade, the prompts alone would be 67 and 134 MB per layer.
 """
 
-# Pyright takes Triton's functions for Python's.
+# Pyright checks Triton's functions as if they were Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
@@ -38,30 +39,30 @@ from torch import Tensor
 from expo_fast.kernels.cascade import FIELDS, Sizes
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
-FEW = 16  # rows of a product: the least that mma.sync takes
-MANY = 64  # the least that wgmma takes
-WIDEST = 256  # the largest head_dim
-EVERYTHING = 1 << 30  # a window that no sequence fills
+FEW = 16  # rows of a product: the minimum of mma.sync
+MANY = 64  # rows of a product: the minimum of wgmma
+WIDEST = 256  # largest supported head_dim
+EVERYTHING = 1 << 30  # a window larger than any sequence
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program of `attend_items` divides its work."""
+    """Tile sizes and launch options of `attend_items`."""
 
     tokens: int  # keys per iteration
     warps: int
     stages: int
-    few: int = FEW  # rows of the product for items of one row
+    few: int = FEW  # rows of the product for items with few queries
 
 
 def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
-    """Return the largest tile that spills no registers, of those compiled for sm_90.
+    """Return the largest tile that spills no registers when it is compiled for sm_90.
 
     fp32 is multiplied on the CUDA cores, which takes more registers per number. Raise ValueError
-    for a head_dim beyond WIDEST.
+    if head_dim exceeds WIDEST.
     """
     if head_dim > WIDEST:
-        raise ValueError(f"head_dim={head_dim}: decode attention takes at most {WIDEST}")
+        raise ValueError(f"head_dim={head_dim}: decode attention needs at most {WIDEST}")
     if dtype == torch.float32:
         if head_dim <= 64:
             return Tile(tokens=16, warps=8, stages=2)
@@ -74,18 +75,18 @@ class Paged:
     """A slab (pages, layers, 2, page, Hkv, Dh) of keys and values.
 
     address: (1,) int64, the address of the slab. Kernels read it when they run, so a CUDA graph
-    that holds them uses the slab of the moment, and the memory can serve others between calls. For
-    the same reason pages come first: then no stride depends on their number.
+    uses the current slab, and its memory can be freed between calls. Pages are the first dimension
+    for the same reason: no stride depends on their number.
     """
 
     address: Tensor
     layers: int
-    page: int  # tokens
+    page: int  # number of tokens
     kv_heads: int
     head_dim: int
 
     def layer(self, index: int) -> int:
-        """Return the offset of a layer's keys in a page; its values follow them."""
+        """Return the offset of a layer's keys in a page. The layer's values follow them."""
         return index * 2 * self.page * self.kv_heads * self.head_dim
 
     @property
@@ -103,15 +104,15 @@ class Work:
     """The plan of `cascade.plan` on the device, and buffers for the results of its items."""
 
     items: Tensor  # (N, FIELDS) int32
-    count: Tensor  # (1,) int32, how many of them there are
-    used: Tensor  # (B,) int32, slots of each row
-    top: Tensor  # (B, slots, H) fp32, largest score times log2(e)
+    count: Tensor  # (1,) int32, number of items
+    used: Tensor  # (B,) int32, number of slots of each row
+    top: Tensor  # (B, slots, H) fp32, largest attention score times log2(e)
     total: Tensor  # (B, slots, H) fp32, sum of the weights relative to it
     values: Tensor  # (B, slots, H, Dh) fp32, sum of the weighted values
 
     @classmethod
     def allocate(cls, sizes: Sizes, heads: int, head_dim: int, device: torch.device) -> "Work":
-        """Allocate the buffers of a batch, with no items."""
+        """Allocate the buffers of a batch, without items."""
         shape = (sizes.rows, sizes.slots, heads)
         return cls(
             items=torch.zeros(sizes.items, FIELDS, dtype=torch.int32, device=device),
@@ -123,7 +124,7 @@ class Work:
         )
 
     def load(self, items: Tensor, used: Tensor) -> None:
-        """Set the plan."""
+        """Copy a plan to the device."""
         self.items[: len(items)] = items.to(self.items.device)
         self.count.fill_(len(items))
         self.used.zero_()
@@ -131,7 +132,7 @@ class Work:
 
 
 def slot_warps(group: int, block: int) -> int:
-    """Return the warps of a program of `add_slots`: a thread holds 8 numbers of a slot."""
+    """Return the number of warps of `add_slots`, with 8 numbers of a slot per thread."""
     return min(8, max(1, group * block // 256))
 
 
@@ -142,7 +143,7 @@ def rows_together(heads: int, kv_heads: int) -> int:
 
 @triton.jit
 def slab_at(address, like):
-    """Return the slab as a pointer of the type of `like`."""
+    """Return the slab's address as a pointer of the type of `like`."""
     return tl.multiple_of(tl.load(address).to(like.dtype), 16)
 
 
@@ -152,7 +153,10 @@ def key_of_token(
     row, layer, W, like,
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
 ):  # fmt: skip
-    """Where the keys (Hkv, Dh) of a row's newest token go; the values are PAGE * HKV * DH later."""
+    """Return the pointer to the (Hkv, Dh) keys of a row's newest token.
+
+    The token's values are PAGE * HKV * DH elements later.
+    """
     position = tl.load(positions + row)
     column = tl.minimum(position // PAGE, W - 1)  # page 0 if the row continues after its end
     page = tl.load(tables + row * W + column).to(tl.int64)
@@ -166,7 +170,7 @@ def append_tokens(
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
+    """Write each row's new key and value to its page. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     key = key_of_token(address, tables, positions, row, layer, W, k, STRIDE, PAGE, HKV, DH)
     value = key + PAGE * HKV * DH
@@ -185,7 +189,7 @@ def _attend(
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One item for one key-value head: the G query heads that share it, of BM // G rows or less."""
+    """Compute an item for one key-value head: its G query heads, of at most BM // G rows."""
     G: tl.constexpr = H // HKV
     # the fields of cascade.Item
     first_row = tl.load(item)
@@ -202,13 +206,13 @@ def _attend(
     h = head * G + m % G
     position = tl.load(positions + row, mine, -1).to(tl.int32)
     newest = tl.max(position, 0)
-    oldest = tl.min(tl.where(mine, position, newest), 0) - window + 1  # that any row sees
+    oldest = tl.min(tl.where(mine, position, newest), 0) - window + 1  # visible to any row
     end = min(end, newest + 1)
     begin += max(oldest - begin, 0) // BN * BN
 
     query = q + (row * H + h)[:, None] * DH + d[None, :]
     queries = tl.load(query, mine[:, None] & deep[None, :], 0.0)
-    if WIDE:  # the interpreter multiplies bf16 wrongly
+    if WIDE:  # because the interpreter multiplies bf16 wrongly
         queries = queries.to(tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -221,7 +225,7 @@ def _attend(
         page = tl.load(tables + token // PAGE, there, 0).to(tl.int64)
         key = page * STRIDE + token % PAGE * (HKV * DH)
         at = slab + key[:, None] + d[None, :]
-        # unwritten memory beyond `end` may hold NaN, which a weight of 0 does not remove
+        # Unwritten memory beyond `end` may contain NaN, and 0 * NaN is NaN.
         inside = there[:, None] & deep[None, :]
         keys = tl.load(at, inside, 0.0)
         values = tl.load(at + PAGE * HKV * DH, inside, 0.0)
@@ -233,7 +237,7 @@ def _attend(
         seen = there[None, :] & (ahead >= 0) & (ahead < window)
         s = tl.where(seen, s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1))
-        anchor = tl.where(higher == -float("inf"), 0.0, higher)  # of a row that has seen nothing
+        anchor = tl.where(higher == -float("inf"), 0.0, higher)  # 0: no visible token so far
         p = tl.exp2(s - anchor[:, None])
         fade = tl.exp2(top - anchor)
         total = total * fade + tl.sum(p, 1)
@@ -245,7 +249,7 @@ def _attend(
     place = (row * SLOTS + slot) * H + h
     tl.store(top_out + place, top, mine)
     tl.store(total_out + place, total, mine)
-    found = mine & (total != 0)  # NaN too
+    found = mine & (total != 0)  # true for NaN
     value = values_out + place[:, None] * DH + d[None, :]
     tl.store(value, out, found[:, None] & deep[None, :])
 
@@ -260,17 +264,17 @@ def attend_items(
     FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     FIELDS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per item and key-value head, as many as there can be.
+    """Compute all items. One program per key-value head of each of the maximum number of items.
 
-    How many items there are changes from load to load, and a CUDA graph's grid does not. Those that
-    are there come first, and the longest of them before the others. One launch serves items of one
-    row and of many rows: the latter are few, and leave SMs to the rest.
+    The number of items changes with each load, but the grid of a CUDA graph does not, so programs
+    without an item end at once. Long items start first. One launch computes items of one row and of
+    many rows, because the latter are too few to fill the SMs.
     """
-    pair = tl.program_id(0)
-    item = items + pair // HKV * FIELDS
-    head = pair % HKV
+    program = tl.program_id(0)
+    item = items + program // HKV * FIELDS
+    head = program % HKV
     slab = slab_at(address, q) + layer
-    if pair < tl.load(count) * HKV:
+    if program < tl.load(count) * HKV:
         if tl.load(item + 1) * (H // HKV) > FEW:
             _attend(
                 q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
@@ -285,7 +289,7 @@ def attend_items(
 
 @triton.jit
 def _load_slot(top, total, values, place, end, mine, d, DH: tl.constexpr):
-    """Largest score, sum (BG,) and values (BG, BD) of a slot; from `end` on it is an empty one."""
+    """Return max (BG,), sum (BG,) and values (BG, BD) of a slot, or an empty slot from `end` on."""
     there = mine & (place < end)
     inside = there[:, None] & (d < DH)[None, :]
     t = tl.load(top + place, there, -float("inf"))
@@ -296,7 +300,7 @@ def _load_slot(top, total, values, place, end, mine, d, DH: tl.constexpr):
 
 @triton.jit
 def _add_slot(highest, mass, found, t, s, v):
-    full = s != 0  # NaN too; else v is what an earlier step left there
+    full = s != 0  # true for NaN; if false, v is left from an earlier step
     higher = tl.where(full, tl.maximum(highest, t), highest)
     anchor = tl.where(higher == -float("inf"), 0.0, higher)
     weight = tl.where(full, tl.exp2(t - anchor), 0.0)
@@ -312,10 +316,10 @@ def add_slots(
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BG: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and key-value head. A row without slots gets zeros.
+    """Add a row's slots in their order. One program per row and key-value head.
 
-    Four slots are loaded before the first is added, so that they are waited for at once: most rows
-    have no more.
+    A row without slots gets zeros. Four slots are loaded before the first one is added, to overlap
+    their latencies. Most rows have at most four.
     """
     row = tl.program_id(0).to(tl.int64)
     G: tl.constexpr = H // HKV
@@ -374,7 +378,7 @@ def attend(
     layer: int,
     q: Tensor,  # (B, H, Dh) bf16, fp16 or fp32
     tables: Tensor,  # (B, W) int32
-    positions: Tensor,  # (B,) int: each row sees its own and those before
+    positions: Tensor,  # (B,) int; a row attends to tokens up to its position
     work: Work,
     scale: float,
     window: int | None,
@@ -382,7 +386,9 @@ def attend(
 ) -> Tensor:  # (B, H, Dh)
     """Return the attention of each row's newest token.
 
-    tile: None takes that of `tile_for`. Raise ValueError for a head_dim beyond WIDEST.
+    window: number of visible tokens, including the newest; None: all.
+    tile: None selects it with `tile_for`.
+    Raise ValueError if head_dim exceeds WIDEST.
     """
     n_rows, heads, head_dim = q.shape
     assert work.values.shape[0] == n_rows

@@ -1,15 +1,15 @@
-"""Triton: draw a token per row from the block statistics of its logits, and note it for the host.
+"""Triton: draw one token per row from the block statistics of its logits, and record the token.
 
-`blocks_of` has read the logits once. Here one program per row does the rest of a decode step: the
-row's number u, the block in which u times the total weight falls, the column inside that block, the
-log-prob, and what the next step begins with. It reads 2 V / BLOCK + BLOCK numbers of a row: 1.4 MB
-at batch 256 and 151936 columns, so a launch is all that it costs, where PyTorch makes some 100.
+`blocks_of` reads the logits once. Then one program per row does the rest of a decode step: the
+row's uniform number u, the block in which u times the total weight falls, the column in that block,
+the log-prob, and the inputs of the next step. It reads 2 V / BLOCK + BLOCK numbers per row. That is
+1.4 MB at batch 256 and 151936 columns, so its time is that of a launch. PyTorch makes about 100.
 
-The tokens are those of `sampling.draw_from_blocks`, where rounding does not decide: sums run in
-fp64 there too, in another order.
+The tokens are those of `sampling.draw_from_blocks` up to rounding: both sum in fp64, in different
+orders.
 """
 
-# Pyright takes Triton's functions for Python's.
+# Pyright checks Triton's functions as if they were Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from expo_fast.kernels.rowwise import launch_device
 
-ROWS = 128  # of a program that records rows
+ROWS = 128  # rows per program of `record_tokens`
 
-# SplitMix64, its constants as int64: see `sampling.uniform`
+# Constants of SplitMix64 as int64; see `sampling.uniform`.
 _GOLDEN: tl.constexpr = tl.constexpr(-0x61C8864680B583EB)
 _MIX_1: tl.constexpr = tl.constexpr(-0x40A7B892E31B1A47)
 _MIX_2: tl.constexpr = tl.constexpr(-0x6B2FB644ECCEEE15)
@@ -34,16 +34,16 @@ _MIX_2: tl.constexpr = tl.constexpr(-0x6B2FB644ECCEEE15)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far B rows are. A row's program is the only one that reads or writes its numbers."""
+    """The progress of B rows. Only a row's own program reads or writes the row's numbers."""
 
-    last_tokens: Tensor  # (B,) int64, sampled last
-    positions: Tensor  # (B,) int64, of the last tokens
-    drawn: Tensor  # (burst, 2, B) fp64, tokens and log-probs: both exactly
-    index: Tensor  # (B,) int64, the place in `drawn` of the next token
+    last_tokens: Tensor  # (B,) int64, the newest tokens
+    positions: Tensor  # (B,) int64, positions of the newest tokens
+    drawn: Tensor  # (burst, 2, B) fp64, tokens and log-probs; fp64 represents both exactly
+    index: Tensor  # (B,) int64, the index in `drawn` of the next token
 
     @classmethod
     def start(cls, last_tokens: Tensor, positions: Tensor, burst: int) -> "Progress":
-        """Return rows that have drawn nothing of a burst."""
+        """Return the progress of rows at the start of a burst."""
         n_rows = len(positions)
         zeros = partial(torch.zeros, device=positions.device)
         return cls(
@@ -55,16 +55,16 @@ class Progress:
 
 
 class Draws(NamedTuple):
-    """What each of B rows drew, and with which number."""
+    """Tokens drawn by B rows, with their log-probs and uniform numbers."""
 
     tokens: Tensor  # (B,) int64
-    logps: Tensor  # (B,) fp32 nats, NaN where the logits are not finite
+    logps: Tensor  # (B,) fp32 nats, NaN if the logits are not finite
     u: Tensor  # (B,) fp64 in [0, 1)
 
 
 @triton.jit
 def _shift_right(x, BITS: tl.constexpr):
-    """Shift in zeros: >> of a signed number keeps the sign."""
+    """Shift right and fill with zeros. `>>` of a signed number fills with the sign."""
     return (x >> BITS) & ((1 << (64 - BITS)) - 1)
 
 
@@ -78,21 +78,22 @@ def _mix(x):
 
 @triton.jit
 def _uniform(seed, position):
-    """Return the bits of `sampling.uniform`."""
+    """Return uniform numbers, bit-identical to `sampling.uniform`."""
     mixed = _mix(_mix(seed) ^ (position * _GOLDEN))
     return _shift_right(mixed, 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
 
 @triton.jit
 def _search(weight, i, target):
-    """Return the first i at which the running sum exceeds target, and target's rest inside it.
+    """Return the first i at which the running sum exceeds the target, and the remainder.
 
-    Rounding may leave the target at the very end: then it is the last i of positive weight.
+    The remainder is the target minus the running sum before i. If the target reaches the total by
+    rounding, i is the last one of positive weight.
     """
     running = tl.cumsum(weight, 0)
     some = weight > 0
     last = tl.max(tl.where(some, i, 0), 0)
-    # running sums are rounded, and so might exceed the target first where there is no weight
+    # A rounded running sum might first exceed the target at an i of weight 0.
     first = tl.min(tl.where(some & (running > target), i, last), 0)
     before = tl.sum(tl.where(i == first, running - weight, 0.0), 0)
     return first, target - before
@@ -100,7 +101,7 @@ def _search(weight, i, target):
 
 @triton.jit
 def _record(row, inside, token, logp, last_tokens, positions, drawn, index, B, BURST):
-    """Note the tokens of rows (one or a block of them), and move the rows to the next position."""
+    """Record the tokens of one row or a block of rows, and advance the rows by one position."""
     at = tl.load(index + row, inside, 0)
     place = drawn + at * (2 * B) + row
     tl.store(place, token.to(tl.float64), inside)
@@ -113,12 +114,12 @@ def _record(row, inside, token, logp, last_tokens, positions, drawn, index, B, B
 @triton.jit
 def draw_tokens(
     z, temperature, block_max, block_sum, seeds,  # (B, V), (B,), (B, BLOCKS) twice, (B,)
-    last_tokens, positions, drawn, index,  # of `Progress`
+    last_tokens, positions, drawn, index,  # fields of `Progress`
     tokens, logps, us,  # (B,) out
     V, BLOCKS, B, BURST,
     MANY: tl.constexpr, BLOCK: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. MANY: a power of two, at least BLOCKS."""
+    """Draw a token per row. One program per row. MANY: a power of two, at least BLOCKS."""
     row = tl.program_id(0).to(tl.int64)
     t = tl.load(temperature + row)
     greedy = t == 0
@@ -132,7 +133,7 @@ def draw_tokens(
     mass = sums.to(tl.float64) * tl.exp((tops - largest).to(tl.float64))
     total = tl.sum(mass, 0)
     drawn_block, rest = _search(mass, block, u * total)
-    best_block = tl.min(tl.where(tops == largest, block, BLOCKS - 1), 0)  # the last of a NaN
+    best_block = tl.min(tl.where(tops == largest, block, BLOCKS - 1), 0)  # the last one if NaN
     chosen_block = tl.where(greedy, best_block, drawn_block)
 
     i = tl.arange(0, BLOCK)
@@ -143,7 +144,7 @@ def draw_tokens(
     last_i = tl.minimum(BLOCK, V - chosen_block * BLOCK) - 1
     best_i = tl.min(tl.where(inside == tl.max(inside, 0), i, last_i), 0)
     chosen = tl.where(greedy, best_i, drawn_i)
-    # the log-prob of a row with a NaN or with -inf only is NaN, because its total is
+    # The total of a row with NaN, or with only -inf, makes its log-prob NaN.
     logp = (tl.sum(tl.where(i == chosen, inside, 0.0), 0) - tl.log(total)).to(tl.float32)
     token = (chosen_block * BLOCK + chosen).to(tl.int64)
     tl.store(tokens + row, token)
@@ -155,10 +156,10 @@ def draw_tokens(
 
 @triton.jit
 def record_tokens(
-    tokens, logps, last_tokens, positions, drawn, index,  # (B,) twice, and of `Progress`
+    tokens, logps, last_tokens, positions, drawn, index,  # (B,) twice, and fields of `Progress`
     B, BURST, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS rows."""
+    """Record tokens that are already drawn. One program per ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < B
     token = tl.load(tokens + row, inside, 0)
@@ -168,14 +169,14 @@ def record_tokens(
 
 def draw(
     logits: Tensor,  # (B, V) fp32
-    block_max: Tensor,  # (B, blocks) fp32, with
-    block_sum: Tensor,  # (B, blocks) fp32: `blocks_of` the logits
-    size: int,  # columns of a block
+    block_max: Tensor,  # (B, blocks) fp32, from `blocks_of`
+    block_sum: Tensor,  # (B, blocks) fp32, from `blocks_of`
+    size: int,  # number of columns of a block
     temperature: Tensor,  # (B,) fp32; 0: the likeliest token, with its log-prob at temperature 1
     seeds: Tensor,  # (B,) int64
     progress: Progress,
     *,
-    record: bool,  # else `progress` stays, and `record` is to be called
+    record: bool,  # False: `progress` does not change; call `record` later
 ) -> Draws:
     """Draw the token of each row's next position, without truncation."""
     n_rows, n_columns = logits.shape
@@ -206,7 +207,7 @@ def draw(
 
 
 def record(draws: Draws, progress: Progress) -> None:
-    """Note the tokens and log-probs, and move each row to its next position."""
+    """Record the tokens and log-probs in `progress`, and advance each row by one position."""
     n_rows = len(draws.tokens)
     with launch_device(draws.tokens):
         record_tokens[(triton.cdiv(n_rows, ROWS),)](
@@ -220,5 +221,5 @@ def record(draws: Draws, progress: Progress) -> None:
 
 
 def _pointers(progress: Progress) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what kernels take of it, in their order."""
+    """Return the fields of `progress` in the order of the kernels' arguments."""
     return progress.last_tokens, progress.positions, progress.drawn, progress.index

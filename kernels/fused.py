@@ -1,7 +1,7 @@
 """Differentiable functions of a decoder layer that run as Triton kernels.
 
-`runs` is the one rule of where they run. Everywhere else the model computes the same in plain
-PyTorch. What they save for the backward is their inputs, never what lies between.
+`runs` decides whether they run. If not, the model computes the same functions in PyTorch. For the
+backward pass they save only their inputs, no intermediate values.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Triton is missing on some systems, so its kernels are imported where they are launched.
+# Triton may be missing, so its kernels are imported in the functions that launch them.
 
 
 def runs(*tensors: Tensor) -> bool:
-    """Return whether the kernels run on these tensors: 16 bits of one dtype, on a GPU."""
+    """Return whether the kernels run on these tensors: one 16-bit dtype, on a GPU."""
     first = tensors[0]
     if not first.is_cuda or first.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -89,22 +89,22 @@ class _Rotate(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Copies:
-    """Rows of N tokens, each of whose S segments is copied once or more as a whole.
+    """Copies of N tokens in S segments. Each segment is copied completely, at least once.
 
-    The copies of segment s begin at the rows begins[first[s]:first[s + 1]], in ascending order.
+    The copies of segment s begin at rows begins[first[s]:first[s + 1]], in ascending order.
     """
 
-    rows: Tensor  # (Nk,) int32, the token that each row is a copy of
+    rows: Tensor  # (Nk,) int32, the token that is copied to each row
     segments: Tensor  # (N,) int32, the segment of each token
     cu_seqlens: Tensor  # (S+1,) int32, the boundaries of the segments
-    first: Tensor  # (S+1,) int32
-    begins: Tensor  # (P,) int32
+    first: Tensor  # (S+1,) int32, the range of each segment in `begins`
+    begins: Tensor  # (P,) int32, the first row of each copy, by segment
 
 
 def copy_keys(k: Tensor, v: Tensor, copies: Copies) -> tuple[Tensor, Tensor]:
     """Return k[copies.rows] and v[copies.rows]. k, v: (N, Hkv, Dh).
 
-    The gradient of a token is the sum over its copies, in their order and in fp32.
+    The gradient of a token is the fp32 sum over its copies, in their order.
     """
     k_out, v_out = _CopyKeys.apply(k, v, copies)  # pyright: ignore[reportGeneralTypeIssues]
     return k_out, v_out
@@ -115,7 +115,7 @@ class _CopyKeys(torch.autograd.Function):
     def forward(ctx: Any, k: Tensor, v: Tensor, copies: Copies) -> tuple[Tensor, Tensor]:
         from expo_fast.kernels import training_layer
 
-        ctx.copies = copies  # tensors without a graph, which all layers share
+        ctx.copies = copies  # all layers share these tensors, which need no gradient
         return training_layer.copy_keys(k.contiguous(), v.contiguous(), copies.rows)
 
     @staticmethod

@@ -1,15 +1,17 @@
 """Triton kernel for advantages: ragged groups in any order, one launch, no host sync.
 
-A program takes BLOCK rewards and reads all M rewards twice: first for count, sum and extremes of
-each one's group, then for its squared deviations. M^2 comparisons are negligible beside one step's
-GEMMs, and sums have a fixed order. Values are fp64, as in advantage.py, which defines the result.
+A program computes BLOCK advantages and reads all M rewards twice: first for the count, sum and
+extremes of each group, then for the squared deviations. M^2 comparisons are negligible compared to
+a step's GEMMs, and sums have a fixed order. Values are fp64, as in advantage.py, which defines the
+result.
 
-There an infinite reward raises. To raise here would need a host sync, so all known rewards of its
-group get NaN, and with scale "batch" those of all groups that are not constant.
+advantage.py raises ValueError for an infinite reward, which would need a host sync here. Instead,
+all known rewards of the group get NaN, and with scale "batch" those of all groups that are not
+constant.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's functions, which pyright takes for Python functions)
+# (Pyright checks Triton's functions as if they were Python.)
 
 import torch
 import triton
@@ -49,7 +51,7 @@ def centre_and_scale(
     mean = total / count
     size = tl.maximum(tl.maximum(tl.abs(top), tl.abs(bottom)), 1.0)
     advantage = tl.where(top - bottom <= SAME_REWARD * size, 0.0, reward - mean)
-    # an infinite reward makes size infinite too, and the group would pass for a constant one
+    # An infinite reward makes `size` infinite, so its group would count as constant.
     advantage = tl.where(size < float("inf"), advantage, float("nan"))
     if GROUP or BATCH:
         centre = mean if GROUP else total_of_all / count_of_all
@@ -67,7 +69,10 @@ def centre_and_scale(
 
 @triton.jit
 def _others(rewards, ids, group, first, M, BLOCK: tl.constexpr):
-    """Return rewards (1, BLOCK), which are known, and which (BLOCK, BLOCK) share the group."""
+    """Return BLOCK rewards, and (BLOCK, BLOCK) masks: known rewards, and those of the same group.
+
+    Rewards are (1, BLOCK).
+    """
     other = first + tl.arange(0, BLOCK)
     r = tl.load(rewards + other, other < M, float("nan"))[None, :]
     known = (r == r) & (group == group)[:, None]
@@ -80,7 +85,7 @@ def group_advantage(
     scale: str,
     eps: float,
 ) -> Tensor:
-    """Return (M,) fp32, as ops.group_advantage says; see above for infinite rewards."""
+    """Return the (M,) fp32 advantages of `ops.group_advantage`. An infinite reward gives NaN."""
     m = len(rewards)
     out = torch.empty(m, dtype=torch.float32, device=rewards.device)
     if not m:

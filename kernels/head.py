@@ -8,8 +8,8 @@
     dz_j = p_j (g_lse - g_logp - g_H (z_j - lse + H))    p_j = exp(z_j - lse)    for j != y
     dz_y = -g_logp expm1(logp) + p_y (g_lse - g_H (logp + H))
 
-g_x is the derivative of the loss in x. Anchored at the target (shift = 0) nothing cancels as
-p_y -> 1.
+g_x is the derivative of the loss in x. u is relative to an anchor, by default the target's logit
+(shift = 0). Then no digits cancel as p_y -> 1.
 """
 
 from dataclasses import dataclass, replace
@@ -18,14 +18,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-IGNORE = -100  # target of a row that has none
+IGNORE = -100  # target of a row without a target
 
 
 class LogProb(NamedTuple):
-    """Results of each row, (N,) each, in nats; 0 for a row without a target."""
+    """Results of each row, (N,) each, in nats. They are 0 for a row without a target."""
 
     logp: Tensor  # log-prob of the target
-    entropy: Tensor  # of the distribution over the vocabulary
+    entropy: Tensor  # entropy of the distribution over the vocabulary
     lse: Tensor  # log-sum-exp of the logits
 
     def take(self, rows: Tensor | slice | None) -> "LogProb":
@@ -37,16 +37,16 @@ class LogProb(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a forward pass leaves for its backward pass."""
+    """Results of a forward pass that the backward pass needs."""
 
-    results: LogProb  # (N,) each; may be wider than the logits
-    log_total: Tensor | None = None  # (N,) fp64, where the backend needs it to read `kept`
-    kept: Tensor | None = None  # (B,) uint8 in the backend's own format; None: recompute all
+    results: LogProb  # (N,) each; the dtype may be wider than that of the logits
+    log_total: Tensor | None = None  # (N,) fp64, if the backend needs it to read `kept`
+    kept: Tensor | None = None  # (B,) uint8 in the backend's format; None: recompute all rows
 
 
 @dataclass(frozen=True)
 class Head:
-    """The rows that have a target, and the linear layer that their logits come from."""
+    """The LM head with the rows that have a target."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -62,7 +62,7 @@ class Head:
 
     @property
     def narrow(self) -> bool:
-        """Whether products are of bf16 values, which this device multiplies faster than fp32."""
+        """Whether GEMMs multiply bf16 values, which is faster than fp32 on this device."""
         if self.hidden.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16:
             return False
         return self.hidden.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -100,9 +100,9 @@ class RowGrads(NamedTuple):
 
 
 class RowwiseLoss(Protocol):
-    """A loss whose derivatives in a row's results depend on that row alone.
+    """A loss whose derivatives in a row's results depend only on that row.
 
-    A backend can so make a chunk's gradients right after its log-probs.
+    A backend can therefore compute a chunk's gradients right after its log-probs.
     """
 
     def row_grads(
@@ -113,7 +113,7 @@ class RowwiseLoss(Protocol):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted: a frozen input costs no GEMM."""
+    """The inputs that need a gradient. A frozen input costs no GEMM."""
 
     hidden: bool
     weight: bool
@@ -124,22 +124,22 @@ NOTHING = Needs(False, False, False)
 
 
 class Gradients(NamedTuple):
-    """Derivatives of the loss in a head's inputs; None where they are not wanted."""
+    """Derivatives of the loss in a head's inputs. None if they are not needed."""
 
     hidden: Tensor | None  # (N, D)
     weight: Tensor | None  # (V, D) in the accumulators' dtype
     bias: Tensor | None  # (V,) in the accumulators' dtype
 
     def at(self, rows: slice) -> "Gradients":
-        """Return views of some rows of the hidden states, and the weight and bias gradients."""
+        """Return the gradients with views of some rows of the hidden states' gradient."""
         if self.hidden is None:
             return self
         return self._replace(hidden=self.hidden[rows])
 
     def with_all_rows(self, rows: Tensor | None, n: int) -> "Gradients":
-        """Return gradients of n rows from gradients that hold only `rows`; the others get 0.
+        """Return gradients of n rows from gradients of only `rows`. The other rows get 0.
 
-        None for `rows` means that all are there.
+        rows: None means all n rows.
         """
         if rows is None or self.hidden is None:
             return self
@@ -148,12 +148,12 @@ class Gradients(NamedTuple):
 
 
 def from_sums(
-    base: Tensor,  # (N,) the logit that the sums are relative to, over temperature
+    base: Tensor,  # (N,) logit / temperature that the sums are relative to
     other: Tensor,  # (N,)
-    moment: Tensor | None,  # (N,); None: entropy is not asked for, and 0
-    shift: Tensor,  # (N,) base less the target's logit over temperature
+    moment: Tensor | None,  # (N,); None: entropy is not needed, and is 0
+    shift: Tensor,  # (N,) base minus the target's logit / temperature
 ) -> tuple[LogProb, Tensor]:
-    """Return the results and log_total, (N,) each, from a row's sums over the vocabulary."""
+    """Return the results and log_total, (N,) each, from the rows' sums over the vocabulary."""
     own = (-shift).exp()
     log_total = torch.log1p(other + torch.expm1(-shift))
     logp = -shift - log_total
@@ -166,7 +166,7 @@ def from_sums(
 class LogitGrads(NamedTuple):
     """Coefficients of the derivative in the logits before temperature, (N,) each.
 
-    dz_j = exp(u_j) (c0 + c1 u_j) for j other than the target, with u_j relative to some base.
+    dz_j = exp(u_j) (c0 + c1 u_j) for all j except the target, with u_j relative to a base.
     """
 
     c0: Tensor
@@ -197,13 +197,13 @@ def logit_grads_about_lse(
     results: LogProb,  # wider than fp32
     row_grads: RowGrads,
     temperature: float | Tensor,
-    per_nat: float | Tensor = 1.0,  # scalar or (N,): the unit that base and u are measured in
+    per_nat: float | Tensor = 1.0,  # scalar or (N,): units of base and u per nat
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, LogitGrads]:
     """Return base (N,) and the coefficients for u_j = z_j - base, contiguous and of `dtype`.
 
-    base is lse rounded to `dtype`. What the rounding leaves would scale all probabilities of a row,
-    so it goes into c0 and c1.
+    base is lse rounded to `dtype`. The rounding error would scale all probabilities of a row, so c0
+    and c1 correct for it.
     """
     c0, c1, at_target = logit_grads(results, row_grads, temperature)
     exact = results.lse * per_nat

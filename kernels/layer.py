@@ -1,16 +1,16 @@
-"""Triton: the work between a decoder layer's GEMMs while one token per row is decoded.
+"""Triton: the work between a decoder layer's GEMMs when one token per row is decoded.
 
-    add_norm    x' = x + d, rms_norm(x') w            8 D bytes a row, 16-bit: 2 in, 2 out
+    add_norm    x' = x + d, rms_norm(x') w            8 D bytes per row, 16-bit: 2 in, 2 out
     place       q', k' = rope(norm(q)), rope(norm(k)); k' and v to their page
     swiglu      silu(gate) up
     rotation    cos, sin of position inv_freq, once for all layers
 
-Each is one launch where PyTorch makes 2, 20, 2 and 8. At 256 rows none moves more than some MB, and
-a launch in a CUDA graph takes 2 us, in which an H200 moves 8 MB. Every number is rounded where the
-model rounds it, so that log-probs stay those of the trainer.
+Each is one launch. PyTorch makes 2, 20, 2 and 8. At 256 rows none moves more than a few MB. A
+launch in a CUDA graph takes 2 us, the time in which an H200 moves 8 MB. Numbers are rounded where
+the model rounds them, so that log-probs equal the trainer's.
 """
 
-# Pyright takes Triton's functions for Python's.
+# Pyright checks Triton's functions as if they were Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
@@ -24,18 +24,18 @@ from torch import Tensor
 from expo_fast.kernels.decode import Paged, key_of_token
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
-ELEMENTS = 1024  # of a program that works element by element
+ELEMENTS = 1024  # per program of an elementwise kernel
 
 
 @triton.jit
 def _load(at, inside):
-    """Load as fp32, with zeros outside."""
+    """Load as fp32. Elements outside the mask are 0."""
     return tl.load(at, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
 def _rounded(x, like, WIDE: tl.constexpr):
-    """Round to the type that `like` points to, and return as fp32."""
+    """Round to the type that `like` points to. Return fp32."""
     if like.dtype.element_ty == tl.bfloat16:
         y = to_bf16(x, WIDE).to(tl.float32)
     else:
@@ -57,7 +57,7 @@ def add_norm_rows(
     x, d, w, total, out,  # (B, D), (B, D) or None, (D,), (B, D) out or None, (B, D) out
     D, eps, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
+    """Add two vectors and normalize the sum. One program per row."""
     at = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     inside = i < D
@@ -71,10 +71,10 @@ def add_norm_rows(
 
 @triton.jit
 def swiglu_elements(
-    gate, up, out,  # (B, M) thrice; gate and up with rows that far apart
-    width, gate_row, up_row, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    gate, up, out,  # (B, M) each
+    width, gate_row, up_row, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # M, strides of rows
 ):  # fmt: skip
-    """One program per row and BLOCK columns."""
+    """Write silu(gate) * up. One program per row and BLOCK columns."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
@@ -112,13 +112,13 @@ def _normed_and_rotated(
 
 @triton.jit
 def place_heads(
-    q, k, v, q_norm, k_norm, cos, sin, out,  # (B, heads, Dh) thrice, (Dh,), (B, Dh/2); q' out
+    q, k, v, q_norm, k_norm, cos, sin, out,  # (B, heads, Dh) x 3, (Dh,) x 2, (B, Dh/2) x 2, q' out
     address, tables, positions,  # as in `decode.append_tokens`
-    layer, W, eps, H, q_row, k_row, v_row,  # numbers from a row of q, k and v to the next
+    layer, W, eps, H, q_row, k_row, v_row,  # *_row: strides of rows
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and head: first the heads of q, then those of k and v together."""
+    """Norm, rotate and place heads. One program per row and head: first of q, then of k and v."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -150,10 +150,10 @@ def rotation_rows(
     positions, inv_freq, cos, sin,  # (B,), (half,) fp32, (B, half) twice, out
     half, scale, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row.
+    """Write cos and sin of a row's angles. One program per row.
 
-    fp64 brings the angle near 0, where the series are exact to 1e-13: `tl.cos` of an fp32 angle of
-    many turns would take memory for each thread.
+    fp64 reduces the angle to a value near 0, where the series are exact to 1e-13. `tl.cos` of a
+    large fp32 angle would need local memory for each thread.
     """
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -175,9 +175,10 @@ def rotation_rows(
 
 
 def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + d and its RMS norm, (B, D) each; d may be None, for zeros.
+    """Return x + d and its RMS norm, (B, D) each.
 
-    x, d: (B, D). weight: (D,) of the norm.
+    x, d: (B, D). d: None means 0.
+    weight: (D,), the weight of the norm.
     """
     n_rows, width = x.shape
     out = torch.empty_like(x)
@@ -200,7 +201,7 @@ def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, elementwise.
 
-    gate, up: (B, M). They may be columns of one wider tensor.
+    gate, up: (B, M). They may be column slices of one tensor.
     """
     n_rows, width = gate.shape
     assert gate.stride(1) == up.stride(1) == 1
@@ -222,9 +223,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rotation(
     positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return RoPE's cos and sin times scale, (B, 1, Dh/2) each, as `Decoder.rotation` does.
+    """Return RoPE's cos and sin times `scale`, (B, 1, Dh/2) each, as `Decoder.rotation` does.
 
-    positions: (B,) int64. inv_freq: (Dh/2,) fp32.
+    positions: (B,) int64.
+    inv_freq: (Dh/2,) fp32.
     """
     n_rows = len(positions)
     half = len(inv_freq)
@@ -266,11 +268,11 @@ def place(
     tables: Tensor,  # (B, W) int32
     positions: Tensor,  # (B,) int
 ) -> Tensor:
-    """Norm and rotate queries and keys; write keys and values of a layer to their pages.
+    """Norm and rotate queries and keys, and write a layer's keys and values to their pages.
 
-    q, k and v may be columns of one wider tensor: only a row of each must be contiguous.
+    q, k and v may be column slices of one tensor. Only their rows must be contiguous.
 
-    Return the queries (B, H, Dh), for attention.
+    Return the (B, H, Dh) queries for attention.
     """
     n_rows, heads, head_dim = q.shape
     for x in (q, k, v):
@@ -311,6 +313,6 @@ def place(
             ROPE=rotation is not None,
             WIDE=INTERPRETED,
             num_warps=1,
-            enable_fp_fusion=False,  # a product of RoPE is rounded before it is added
+            enable_fp_fusion=False,  # because RoPE's products are rounded before they are added
         )
     return out

@@ -1,26 +1,28 @@
-"""Triton: a linear head's log-probs, and what its gradients need, with logits only in registers.
+"""Triton: a linear head's log-probs and the inputs of its gradients, with logits in registers only.
 
 Rows i of N, columns j of V, u_ij = z_ij - z_iy in nats, y the target:
 
     e_ij = exp(u_ij), 0 at the target    other_i = sum_j e_ij    moment_i = sum_j e_ij u_ij
 
-Anchored at the target there is no running maximum: tiles of columns write partial sums, which are
-added in a fixed order. Rows of which a sum passes SAFE_SUM are done again from their largest logit.
+u is relative to the target's logit, so no running maximum is needed. Tiles of columns write partial
+sums, which are added in a fixed order. If a sum of a row exceeds SAFE_SUM, the row is computed
+again relative to its largest logit.
 
-    dz_ij = e_ij (c0_i + c1_i u_ij)    dz_iy given by its own formula    (head.logit_grads)
+    dz_ij = e_ij (c0_i + c1_i u_ij)    dz_iy has its own formula    (head.logit_grads)
 
-c1 = 0 in every loss without an entropy term. There E is dz up to a factor a row, once E_iy is
-patched to dz_iy / c0_i = expm1(logp) exp(log_total); so the gradients are two plain GEMMs on it:
+c1 = 0 in every loss without an entropy term. E_iy is then set to dz_iy / c0_i = expm1(logp)
+exp(log_total). With that, E is dz up to a factor per row, and the gradients are two GEMMs on E:
 
     d_hidden = diag(c0) (E @ weight)      d_weight = E.T @ (diag(c0) hidden)
 
-2NVD FLOPs forward. Bytes: weight and hidden once for GROUP row tiles, 2NV of E where it is stored,
-16 NV / BV of partial sums: D FLOPs a byte of E, and an H200 does 184 while it moves a byte.
+The forward pass has 2NVD FLOPs. Its bytes are weight and hidden once for GROUP row tiles, 2NV of E
+if it is stored, and 16 NV / BV of partial sums. That is D FLOPs per byte of E. An H200 can do 184
+FLOPs per byte.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-# (of Triton's functions, which it takes for Python's)
+# (Pyright checks Triton's functions as if they were Python.)
 
 import math
 import os
@@ -45,13 +47,13 @@ from expo_fast.kernels.head import (
 from expo_fast.kernels.row_results import AT_ONCE, ROWS, largest_logits, row_results
 from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
-SAFE_SUM = 2.0**60  # a target 41 nats from the others: squares of it still fit bf16's exponent
+SAFE_SUM = 2.0**60  # the target is 41 nats below another logit; squares still fit bf16's exponent
 LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of a GEMM kernel: BN rows, BV columns, BD of the depth at a time."""
+    """Tile of a GEMM kernel: BN rows and BV columns, in steps of BD along the inner dimension D."""
 
     BN: int
     BV: int
@@ -59,17 +61,18 @@ class Config:
     num_warps: int
     num_stages: int
     GROUP: int = 1  # row tiles that share a pass over the weight: 4096 rows of D 2048 stay in L2
-    FLATTEN: bool = True  # one loop over tiles and depth: loads run ahead into the next tile
-    # Of the forward only:
-    MASK_ALL: bool = True  # mask every tile, or only tiles with a target or a column beyond V
-    MOMENT: bool = True  # sum what the entropy needs; without it the entropy is NaN
+    FLATTEN: bool = True  # one loop over tiles and D: loads of the next tile start earlier
+    # Options of the forward kernel only:
+    MASK_ALL: bool = True  # mask every tile, not only tiles with a target or a column beyond V
+    MOMENT: bool = True  # compute the moment; without it the entropy is NaN
 
 
-# Both tiles take as few bytes a FLOP.
+# Both tiles need the same number of bytes per FLOP.
 _TALL = Config(256, 128, 64, num_warps=8, num_stages=3, GROUP=16)
 _WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, GROUP=32)
-# Where they store E, triton 3.9 spills 24 bytes of "256x128-mask-some" and "128x256", and 48 of
-# "128x256-mask-some"; triton 3.6 spills none. Four stages and a tile of E exceed shared memory.
+# In kernels that store E, triton 3.9 spills 24 bytes of "256x128-mask-some" and "128x256", and 48
+# bytes of "128x256-mask-some". triton 3.6 spills none. Four stages and a tile of E exceed shared
+# memory.
 VARIANTS = {
     "256x128": _TALL,
     "256x128-mask-some": replace(_TALL, MASK_ALL=False),
@@ -80,19 +83,22 @@ VARIANTS = {
     "128x256-no-moment": replace(_WIDE, MOMENT=False),
     "128x256-s4": replace(_WIDE, num_stages=4),
 }
-VARIANT = "EXPO_FAST_VARIANT"  # environment variable that names one of VARIANTS
-# The variant by the name that torch gives the GPU, as measured (benchmarks/RESULTS.md). The default
-# spills on no version of triton.
+VARIANT = "EXPO_FAST_VARIANT"  # environment variable with the name of one of VARIANTS
+# The fastest measured variant by torch's name of the GPU (benchmarks/RESULTS.md). The default does
+# not spill with any version of triton.
 BY_CARD = {
     "default": "256x128",
     "NVIDIA H100 80GB HBM3": "128x256-mask-some",
 }
-ELEMENTS = 2048  # of a row, to a program that works element by element
+ELEMENTS = 2048  # elements of a row per iteration of an elementwise kernel
 
 
 @triton.jit
 def _place(index, N, V, BN: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a tile. Neighbours in time share weights; a group shares its rows."""
+    """Return the first row and column of a tile.
+
+    Consecutive tiles read the same columns of the weight. A group of tiles reads the same rows.
+    """
     tiles_n = tl.cdiv(N, BN)
     tiles_v = tl.cdiv(V, BV)
     tiles_of_group = GROUP * tiles_v
@@ -109,12 +115,12 @@ def _logits(
     x, w, bias, n, v, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BV) fp32, before temperature; beyond V and N they are 0."""
+    """Return (BN, BV) fp32 logits before temperature. They are 0 beyond N and V."""
     z = tl.zeros([BN, BV], tl.float32)
     for d in range(0, D, BD):
         a = x.load([n, d])
         b = w.load([v, d])
-        if WIDE:  # the interpreter multiplies bf16 wrongly
+        if WIDE:  # because the interpreter multiplies bf16 wrongly
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         z = tl.dot(a, b.T, z)
@@ -130,7 +136,10 @@ def target_logits(
     out, base,  # (N,) out
     D, sx, sw, BLOCK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out: each row's logit of its target, before temperature; base: in bits. A program a row."""
+    """Write the targets' logits. One program per row.
+
+    out: logits before temperature. base: logits over temperature, in bits.
+    """
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row)
     total = tl.zeros([BLOCK], tl.float32)
@@ -148,7 +157,7 @@ def target_logits(
 
 @triton.jit
 def _masked(u, column, y, end):
-    """u without the target's column and those from `end` on: exp2(u) and exp2(u) u are 0 there."""
+    """Mask the target and columns from `end` on: exp2(u) and exp2(u) u are 0 there."""
     is_target = column[None, :] == y[:, None]
     is_beyond = (column >= end)[None, :]
     return tl.where(is_target | is_beyond, -1000.0, u)
@@ -157,8 +166,8 @@ def _masked(u, column, y, end):
 @triton.jit(do_not_specialize=["N"])
 def softmax_sums(
     x, w, e, bias,  # descriptors (N, D), (V, D), (N, V) out or None; (V,) or None
-    targets, base, scale,  # (N,) int64; anchor, bits; log2(e) / temperature
-    again,  # (1 + row tiles + ...) bool: whether any is to be done, and which; or None: all
+    targets, base, scale,  # (N,) int64; anchor in bits; log2(e) / temperature
+    again,  # (1 + row tiles + ...) bool: whether any row tile is computed, and which; None: all
     other, moment,  # (column tiles, N) out, moment in bits or None
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
@@ -166,7 +175,10 @@ def softmax_sums(
     FLATTEN: tl.constexpr, MASK_ALL: tl.constexpr, MOMENT: tl.constexpr,
     LARGEST: tl.constexpr = False,
 ):  # fmt: skip
-    """`other` and `moment` tile by tile, and E; or, if LARGEST, each row's largest z in `other`."""
+    """Write `other`, `moment` and E, tile by tile.
+
+    If LARGEST, write each row's largest z to `other` instead.
+    """
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
     if again is not None:
         tiles *= tl.load(again).to(tl.int32)
@@ -187,8 +199,8 @@ def softmax_sums(
                 tl.store(other + at, tl.max(z, 1), inside)
             else:
                 u = z * s[:, None] - b[:, None]
-                # masked here and not after exp2, which would keep two tiles in registers
-                if MASK_ALL:  # noqa: SIM114, for this branch is taken by the compiler
+                # Masking after exp2 would keep two tiles in registers.
+                if MASK_ALL:  # noqa: SIM114 (the compiler selects this branch)
                     u = _masked(u, column, y, V - v)
                 elif (tl.max(((y >= 0) & (y < BV)).to(tl.int32), 0) > 0) | (v + BV > V):
                     u = _masked(u, column, y, V - v)
@@ -208,7 +220,7 @@ def logit_gradients(
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """dz of some columns, from a forward's results: base is lse, so exp(u_j) is p_j."""
+    """Write dz of some columns from the forward results. base is lse, so exp(u_j) is p_j."""
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         n, v = _place(index, N, V, BN, BV, GROUP)
@@ -230,13 +242,13 @@ def logit_gradients(
 
 @triton.jit
 def scale_stored(
-    e, dz,  # (N, V) in and out, which may be one
+    e, dz,  # (N, V) in and out, which may be the same tensor
     targets, c0, c1, at_target,  # (N,)
     V, se, sdz,  # strides of rows
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dz = e (c0 + c1 log e), for losses with an entropy or lse term."""
-    blocks = tl.cdiv(V, BLOCK)  # of a row
+    """Write dz = e (c0 + c1 log e), for losses with an entropy or lse term."""
+    blocks = tl.cdiv(V, BLOCK)  # per row
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -245,15 +257,15 @@ def scale_stored(
     a0 = tl.load(c0 + row)
     a1 = tl.load(c1 + row)
     own = tl.load(at_target + row)
-    u = tl.log2(tl.where(p > 0, p, 1.0))  # log2: c1 is per bit
+    u = tl.log2(tl.where(p > 0, p, 1.0))  # in bits, because c1 is per bit
     g = tl.where(column == y, own, p * (a0 + a1 * u))
     tl.store(dz + row * sdz + column, to_bf16(g, WIDE), column < V)
 
 
 def config_for(x: Tensor) -> Config:
-    """Return the variant that the environment names, else the one for the GPU of `x`.
+    """Return the variant named in the environment, or else the one for the GPU of `x`.
 
-    Raises ValueError for a name that is not in VARIANTS.
+    Raise ValueError if the name is not in VARIANTS.
     """
     card = _card(x.device) if x.is_cuda else "default"
     name = os.environ.get(VARIANT) or BY_CARD.get(card, BY_CARD["default"])
@@ -268,7 +280,10 @@ def _card(device: torch.device) -> str:
 
 
 def supports(head: Head) -> bool:
-    """bf16 whose rows TMA can address, on Hopper or later, or anywhere in the interpreter."""
+    """Return whether the kernels run: bf16 rows that TMA can address, on Hopper or a later GPU.
+
+    In the interpreter they run on any device.
+    """
     hidden = head.hidden
     weight = head.weight
     if hidden.device != weight.device:
@@ -286,19 +301,19 @@ def supports(head: Head) -> bool:
 
 
 def width_of_e(head: Head) -> int:
-    """Return V padded to 16 bytes of bf16."""
+    """Return V rounded up to a multiple of 16 bytes of bf16."""
     return -(-len(head.weight) // 8) * 8
 
 
 def padded_e(head: Head, rows: int) -> Tensor:
-    """Return a buffer for E: (rows, V padded) bf16, 0 in the padding."""
+    """Return a buffer for E: (rows, padded V) bf16, which is 0 in the padding."""
     e = head.hidden.new_empty(rows, width_of_e(head), dtype=torch.bfloat16)
     e[:, len(head.weight) :] = 0
     return e
 
 
 def empty_e(head: Head, rows: int) -> Tensor:
-    """Return a buffer for E without the padding: (rows, V), a view of the padded one."""
+    """Return a buffer for E: (rows, V) bf16, a view of a padded buffer."""
     return padded_e(head, rows)[:, : len(head.weight)]
 
 
@@ -310,9 +325,9 @@ def forward(
 ) -> tuple[LogProb, Tensor]:
     """Return the results and log_total, (N,) fp64 each.
 
-    e: (N, V) buffer to fill with E, patched as the gradients need it.
-    config: None takes the one of `config_for`.
-    out: contiguous memory for what is returned.
+    e: (N, V) bf16 buffer for E, with the values at the targets that the gradients need.
+    config: None selects it with `config_for`.
+    out: contiguous memory for the returned tensors.
     """
     if out is None:
         *results, log_total = head.hidden.new_empty(4, len(head.targets), dtype=torch.float64)
@@ -323,7 +338,7 @@ def forward(
 
 
 def recomputed(head: Head, results: LogProb, row_grads: RowGrads, first: int, dz: Tensor) -> None:
-    """Fill dz (N, S) bf16, the S columns from `first` on, from a forward's results."""
+    """Fill dz (N, S) bf16, the S columns from `first` on, from the forward results."""
     call = _Call.of(head)
     width = dz.shape[1]
     columns = slice(first, first + width)
@@ -339,7 +354,7 @@ def recomputed(head: Head, results: LogProb, row_grads: RowGrads, first: int, dz
 def from_stored(
     head: Head, e: Tensor, log_total: Tensor, results: LogProb, row_grads: RowGrads, dz: Tensor
 ) -> None:
-    """Fill dz (N, V) bf16, which may be `e`, for a loss with a gradient in entropy or lse."""
+    """Fill dz (N, V) bf16, for a loss with a gradient in entropy or lse. dz may be `e`."""
     call = _Call.of(head)
     c0, c1, at_target = logit_grads(results, row_grads, head.temperature, log_total)
     programs = call.n * triton.cdiv(call.v, ELEMENTS)
@@ -365,7 +380,7 @@ def _fp32(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """A head as the kernels read it."""
+    """A head in the layout that the kernels read."""
 
     hidden: Tensor  # (N, D) contiguous, 16-byte aligned
     weight: Tensor
@@ -381,7 +396,7 @@ class _Call:
             hidden = hidden.clone()
         bias = None
         if head.bias is not None:
-            # A bias of -inf forbids a token. There p u must be 0, not 0 * inf.
+            # A bias of -inf forbids a token. Its p u must be 0, not 0 * inf.
             bias = _fp32(head.bias).clamp(min=-1e30)
         log2_e = hidden.new_full((len(hidden),), LOG2_E, dtype=torch.float32)
         return cls(
@@ -410,13 +425,16 @@ class _Call:
         return launch_device(self.hidden)
 
     def programs(self) -> int:
-        """As many as run at once."""
+        """Return the number of programs that run at the same time."""
         if not self.hidden.is_cuda:
             return 4
         return torch.cuda.get_device_properties(self.hidden.device).multi_processor_count
 
     def operands(self, out: Tensor | None, columns: slice = slice(None)) -> tuple:
-        """Descriptors of hidden, of the weights' columns and of an (N, V) output, and the bias."""
+        """Return the kernels' operands: descriptors of hidden, weight columns and output, and bias.
+
+        out: (N, V), or None.
+        """
         tile = self.config
         return (
             TensorDescriptor.from_tensor(self.hidden, [tile.BN, tile.BD]),
@@ -426,16 +444,16 @@ class _Call:
         )
 
     def meta(self) -> dict[str, Any]:
-        """Return what both GEMM kernels take by name."""
+        """Return the keyword arguments of both GEMM kernels."""
         meta = dict(vars(self.config))
-        del meta["MASK_ALL"], meta["MOMENT"]  # of the forward only
+        del meta["MASK_ALL"], meta["MOMENT"]  # arguments of the forward kernel only
         meta["PROGRAMS"] = self.programs()
         meta["BIAS"] = self.bias is not None
         meta["WIDE"] = INTERPRETED
         return meta
 
     def target_logits(self) -> tuple[Tensor, Tensor]:
-        """Return the logits of the targets before temperature, and in bits: (N,) fp32 each."""
+        """Return the targets' logits, and logits over temperature in bits, (N,) fp32 each."""
         out, base = self.scale.new_empty(2, self.n)
         with self.device:
             target_logits[(self.n,)](
@@ -455,9 +473,10 @@ class _Call:
         return out, base
 
     def fill(self, results: LogProb, log_total: Tensor, e: Tensor | None) -> None:
-        """Write the results, log_total, and E where it is given.
+        """Write the results, log_total and, if it is given, E.
 
-        There is no host sync: what redoes rows finds on the GPU whether there is anything to do.
+        There is no host sync: the kernels that compute rows again read on the GPU whether any row
+        needs it.
         """
         tile = self.config
         tiles_v = triton.cdiv(self.v, tile.BV)

@@ -2,12 +2,12 @@
 
     loss = sum_t w_t (objective_t + kl_coef k3_t - entropy_coef H_t)
     k3 = exp(x) - x - 1, x = ref_logp - logp;  dk3/dlogp = 1 - exp(x)
-    on-policy rows: w_t (-A_t logp_t) and nothing else
+    on-policy rows: only w_t (-A_t logp_t)
 
-Every exp(log-ratio) is capped at exp(MAX_LOG_RATIO), in values and in derivatives: a batch with
-larger ratios is broken anyway, and fp32 would overflow at 88.
+Every exp(log-ratio) is capped at exp(MAX_LOG_RATIO), in values and in derivatives. A batch with
+larger ratios cannot be trained on, and fp32 would overflow at 88 nats.
 
-To add an objective, write its class here, name it in `__all__` and give it one line in
+To add an objective, write its class here, add its name to `__all__`, and add one line to
 expo_fast/objectives.py.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from expo_fast.kernels.head import RowGrads
 from expo_fast.kernels.products import segment_sum
 
-__all__ = ["Cispo", "Clipped", "SequenceClipped", "SoftAdaptive"]  # those that ops exports
+__all__ = ["Cispo", "Clipped", "SequenceClipped", "SoftAdaptive"]  # exported by ops
 
 MAX_LOG_RATIO = 20.0  # nats
 
@@ -29,15 +29,15 @@ class Surrogate(NamedTuple):
     """A policy objective's value per row, its derivative, and which rows it clipped."""
 
     value: Tensor  # (N,) to be minimised
-    grad: Tensor  # (N,) dvalue/dlogp, which is dvalue/dlog_ratio where the ratio is the row's own
+    grad: Tensor  # (N,) dvalue/dlogp, equal to dvalue/dlog_ratio if the ratio is the row's own
     side: Tensor  # (N,) int8: -1 clipped for a low ratio, 1 for a high one, else 0
 
 
 class PolicyObjective(Protocol):
     """A function of log-probs, ratios and advantages.
 
-    One with an attribute `sequence_level` that is true gets the mean log-ratio of the row's
-    sequence, and its `grad` is the derivative in that mean; it needs sequence_ids.
+    An objective whose attribute `sequence_level` is true gets the mean log-ratio of the row's
+    sequence. Its `grad` is the derivative in that mean, and it needs sequence_ids.
     """
 
     def __call__(
@@ -57,7 +57,7 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
 
 
 def _side(low: Tensor, high: Tensor) -> Tensor:
-    """Return Surrogate.side from masks of the rows clipped for a low and for a high ratio."""
+    """Return Surrogate.side, given masks of the rows clipped for a low and for a high ratio."""
     return high.to(torch.int8) - low.to(torch.int8)
 
 
@@ -66,8 +66,8 @@ class Clipped:
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv:1707.06347, eq. 7), GRPO, DAPO, Dr.GRPO.
 
     `cap` bounds the loss of rows with A < 0 at -cap A: dual-clip PPO (arXiv:1912.09729, with a cap
-    of 3), which is also INTELLECT-2's two-sided delta (arXiv:2505.07291).
-    Raise ValueError where low is outside [0, 1], high negative, or cap not above 1 + high.
+    of 3), which is also INTELLECT-2's two-sided delta (arXiv:2505.07291). None: no bound.
+    Raise ValueError if low is outside [0, 1], if high is negative, or if cap is not above 1 + high.
     """
 
     low: float = 0.2
@@ -97,7 +97,7 @@ class Clipped:
 class SequenceClipped:
     """GSPO (arXiv:2507.18071): `Clipped` on exp(mean over a sequence of logp - old_logp).
 
-    Raise ValueError where low is outside [0, 1] or high negative.
+    Raise ValueError if low is outside [0, 1] or if high is negative.
     """
 
     low: float = 3e-4
@@ -115,16 +115,16 @@ class SequenceClipped:
 class Cispo:
     """-sg(min(r, cap)) A logp, sg stop-gradient: ratios are capped, and no row loses its gradient.
 
-    MiniMax-M1 (arXiv:2506.13585) and ScaleRL (arXiv:2510.13786), whose cap is 5. `cap` is the
-    ratio's upper bound itself, not its distance from 1; there is no lower bound.
-    Raise ValueError where cap is below 1.
+    MiniMax-M1 (arXiv:2506.13585) and ScaleRL (arXiv:2510.13786), whose cap is 5. `cap` is the upper
+    bound of the ratio, not its distance from 1. There is no lower bound.
+    Raise ValueError if cap is below 1.
     """
 
     cap: float = 5.0
 
     def __post_init__(self):
         if not self.cap >= 1:
-            raise ValueError(f"Cispo(cap={self.cap}): cap bounds the ratio itself, so at least 1")
+            raise ValueError(f"Cispo(cap={self.cap}): must be at least 1, as it bounds the ratio")
 
     def __call__(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Surrogate:
         ratio = _bounded_exp(log_ratio)
@@ -138,11 +138,11 @@ class SoftAdaptive:
     """SAPO (arXiv:2511.20347): -4/tau sigmoid(tau (r - 1)) A, a gate with derivative 1 at r = 1.
 
     With s = sigmoid(tau (r - 1)), the derivative in logp is -4 s (1 - s) r A.
-    Raise ValueError where a tau is not positive.
+    Raise ValueError if a tau is not positive.
     """
 
     tau_positive: float = 1.0  # for A > 0
-    tau_negative: float = 1.05  # else: negative updates are damped a little faster
+    tau_negative: float = 1.05  # for A <= 0: a larger tau damps these updates faster
 
     def __post_init__(self):
         for name in ("tau_positive", "tau_negative"):
@@ -165,19 +165,19 @@ def _check_clip(objective: Clipped | SequenceClipped) -> None:
     low, high = objective.low, objective.high
     if not (0 <= low <= 1 and high >= 0):
         name = type(objective).__name__
-        raise ValueError(f"{name}(low={low}, high={high}): low must lie in [0, 1], high be >= 0")
+        raise ValueError(f"{name}(low={low}, high={high}): need low in [0, 1] and high >= 0")
 
 
 @dataclass(frozen=True)
 class PolicyRows:
-    """Inputs of the policy loss for each row, beside its log-prob; floats in the logits' dtype."""
+    """Inputs of the policy loss for each row, except log-probs. Floats have the logits' dtype."""
 
     advantage: Tensor  # (N,)
     weight: Tensor  # (N,) not 0
     old_logp: Tensor | None  # (N,) nats; None: every ratio is 1
     ref_logp: Tensor | None  # (N,) nats
     on_policy: Tensor  # (N,) bool
-    segments: Tensor | None  # (N,) int64 in [0, S), with a sequence-level objective only
+    segments: Tensor | None  # (N,) int64 in [0, S), for sequence-level objectives only
 
     def take(self, rows: Tensor | slice) -> "PolicyRows":
         given = {name: x for name, x in vars(self).items() if x is not None}
@@ -185,18 +185,18 @@ class PolicyRows:
 
 
 class PolicyTerms(NamedTuple):
-    """Terms of the policy loss, (N,) each; row weights are in the derivatives, not the values."""
+    """Terms of the policy loss, (N,) each. Only the derivatives include the row weights."""
 
     value: Tensor  # the objective, or -A logp for on-policy rows
     ratio: Tensor  # 1 for on-policy rows
     side: Tensor  # as in Surrogate
     k3: Tensor  # 0 for on-policy rows and without a reference
-    grads: RowGrads  # derivatives of the loss; no entropy where its coefficient is 0
+    grads: RowGrads  # derivatives of the loss; that of entropy is None if entropy_coef is 0
 
 
 @dataclass(frozen=True)
 class PolicyLossOfRows:
-    """The policy loss as a function of log-probs: a `RowwiseLoss` if there are no segments."""
+    """The policy loss as a function of log-probs. It is a `RowwiseLoss` without segments."""
 
     objective: PolicyObjective
     rows: PolicyRows
@@ -220,7 +220,7 @@ class PolicyLossOfRows:
         value = torch.where(is_policy, value, -rows.advantage * logp)
         grad = rows.weight * torch.where(is_policy, grad, -rows.advantage)
         if rows.segments is not None:
-            # the mean over a sequence is its own transpose: it also takes the derivatives back
+            # Averaging over a sequence is its own transpose, so it also propagates derivatives.
             grad = torch.where(is_policy, _segment_mean(grad, rows), grad)
         k3, k3_grad = _k3(rows, logp)
         grad_entropy = None
@@ -283,9 +283,9 @@ def _k3(rows: PolicyRows, logp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _segment_mean(x: Tensor, rows: PolicyRows) -> Tensor:
-    """Return for each row the mean of x (N,) over the policy rows of its sequence."""
+    """Return, for each row, the mean of x (N,) over the policy rows of its sequence."""
     assert rows.segments is not None
-    segments = torch.where(rows.on_policy, 0, rows.segments + 1)  # on-policy rows: a segment apart
+    segments = torch.where(rows.on_policy, 0, rows.segments + 1)  # segment 0: on-policy rows
     n = int(segments.max()) + 1 if len(segments) else 1
     count = segment_sum(torch.ones_like(x), segments, n)
     return (segment_sum(x, segments, n) / count.clamp(min=1))[segments]

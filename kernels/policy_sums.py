@@ -1,12 +1,12 @@
 """Triton: the policy loss and its statistics from the rows' terms, in one launch.
 
-PyTorch takes some 40 kernels of a few numbers each for these sums, which is a millisecond of host
-time on an H100.
+PyTorch launches about 40 small kernels for these sums, which takes a millisecond of host time on an
+H100 machine.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-# (of Triton's functions, which it takes for Python's)
+# (Pyright checks Triton's functions as if they were Python.)
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ from torch import Tensor
 from expo_fast.kernels.objectives import PolicyLossOfRows, PolicyTerms
 from expo_fast.kernels.rowwise import launch_device
 
-BLOCK = 1024  # rows at a time
+BLOCK = 1024  # rows per iteration
 WARPS = 8
 
 
@@ -31,7 +31,7 @@ def sum_policy_terms(
     loss, statistics,  # () and (8,) out
     N, kl_coef, entropy_coef, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """PolicyLossOfRows.total and objectives.policy_statistics. One program; sums are fp64."""
+    """Compute PolicyLossOfRows.total and objectives.policy_statistics, in fp64. One program."""
     zero = tl.zeros([BLOCK], tl.float64)
     total, on_total, policy_total = zero, zero, zero
     all_weight, kl, entropies = zero, zero, zero
@@ -80,7 +80,7 @@ def sum_policy_terms(
 def policy_sums(
     loss: PolicyLossOfRows, terms: PolicyTerms, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss () and the fields of ops.PolicyLoss from `policy_loss` on, (8,)."""
+    """Return the loss, (), and the fields of ops.PolicyLoss from `policy_loss` on, (8,)."""
     rows = loss.rows
     value = terms.value.contiguous()
     total = value.new_empty(())

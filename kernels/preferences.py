@@ -1,13 +1,13 @@
 """Preference objectives: each pair's value and its derivatives in the pair's summed log-probs.
 
     loss = sum_p w_p objective_p
-    h = (chosen - its ref) - (rejected - its ref), nats;  average = sum / targets
+    h = (chosen - chosen_ref) - (rejected - rejected_ref), nats;  average = sum / targets
     most are -log sigmoid(s), s linear in the sums:  d/ds = -sigmoid(-s)
 
-A pair is a chosen (w) and a rejected (l) sequence. A sequence without targets has sum and average
+A pair is a chosen (w) and a rejected (l) sequence. A sequence without targets has sum 0 and average
 0. An objective that needs no reference ignores it.
 
-To add an objective, write its class here, name it in `__all__` and give it one line in
+To add an objective, write its class here, add its name to `__all__`, and add one line to
 expo_fast/objectives.py.
 """
 
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from expo_fast.kernels.products import segment_sum
 
-__all__ = ["Cpo", "Dpo", "DpoPositive", "Hinge", "Ipo", "Orpo", "RDpo", "SimPo"]  # ops exports
+__all__ = ["Cpo", "Dpo", "DpoPositive", "Hinge", "Ipo", "Orpo", "RDpo", "SimPo"]
 
-# Nats a target. Orpo clamps averages at this value, so 1 / (1 - p) stays below 1e20, finite in
-# fp32. The odds of a likelier sequence, each target 46 nats ahead of the rest, have no gradient.
+# Nats per target. Orpo clamps averages at this value, so that 1 / (1 - p) <= 1e20 is finite in
+# fp32. The odds of a likelier sequence, whose targets lead by 46 nats each, have no gradient.
 CERTAIN = -1e-20
 
 
@@ -40,21 +40,21 @@ class Pairs(NamedTuple):
 
     @property
     def log_ratio(self) -> Tensor:
-        """h (P,): how much more the policy prefers the chosen sequence than the reference does."""
+        """The log-ratio h of each pair, (P,): the policy's difference minus the reference's."""
         return (self.chosen - self.chosen_ref) - (self.rejected - self.rejected_ref)
 
     @property
     def per_target(self) -> tuple[Tensor, Tensor]:
-        """Factors (P,) that turn sums of the chosen and the rejected sequence into averages."""
+        """Factors (P,) that convert sums over the chosen and the rejected sequence to averages."""
         per_chosen = 1 / self.chosen_length.clamp(min=1)
         per_rejected = 1 / self.rejected_length.clamp(min=1)
         return per_chosen, per_rejected
 
 
 def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None) -> int:
-    """Return P: half of ref_logp's length, or pair_weight's length, or the least that fits all ids.
+    """Return P: half of ref_logp's length, or pair_weight's length, or the least P for the ids.
 
-    Raise ValueError where the lengths of ref_logp (2P,) and pair_weight (P,) do not agree.
+    Raise ValueError if the lengths of ref_logp (2P,) and pair_weight (P,) do not agree.
     """
     if ref_logp is not None:
         n = len(ref_logp) // 2
@@ -73,13 +73,13 @@ def check_pair_ids(ids: Tensor, n_pairs: int) -> None:
     wrong = ids[(ids < 0) | (ids >= 2 * n_pairs)]
     if len(wrong):
         raise ValueError(
-            f"sequence_ids holds {int(wrong[0])}: {n_pairs} pairs have ids 0 to {2 * n_pairs - 1}"
+            f"sequence_ids has {int(wrong[0])}: ids of {n_pairs} pairs are 0 to {2 * n_pairs - 1}"
         )
 
 
 def sum_pairs(
     logp: Tensor,  # (N,) nats
-    ids: Tensor,  # (N,) int64 in [0, 2P): pair p's chosen is 2p, its rejected 2p + 1
+    ids: Tensor,  # (N,) int64 in [0, 2P): 2p for the chosen sequence of pair p, else 2p + 1
     n_pairs: int,
     ref_logp: Tensor | None,  # (2P,) summed; None: 0
 ) -> Pairs:
@@ -108,7 +108,7 @@ class PairLoss(NamedTuple):
 
 
 class PreferenceObjective(Protocol):
-    """A function of the pairs' sums."""
+    """A function of the pairs' summed log-probs."""
 
     def __call__(self, pairs: Pairs) -> PairLoss: ...
 
@@ -117,8 +117,9 @@ class PreferenceObjective(Protocol):
 class Dpo:
     """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h the pair's log-ratio.
 
-    arXiv:2305.18290, eq. 7; the label smoothing e is conservative DPO's chance of a flipped label.
-    Raise ValueError where beta is not positive and finite, or e outside [0, 0.5).
+    DPO (arXiv:2305.18290, eq. 7). The label smoothing e is the probability of a flipped label
+    (conservative DPO).
+    Raise ValueError if beta is not positive and finite, or if e is outside [0, 0.5).
     """
 
     beta: float = 0.1  # per nat
@@ -127,7 +128,7 @@ class Dpo:
     def __post_init__(self):
         _check(self)
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"Dpo(label_smoothing={self.label_smoothing}): must lie in [0, 0.5)")
+            raise ValueError(f"Dpo(label_smoothing={self.label_smoothing}): must be in [0, 0.5)")
 
     def __call__(self, pairs: Pairs) -> PairLoss:
         value, grad = _logistic(self.beta * pairs.log_ratio, self.label_smoothing)
@@ -136,12 +137,13 @@ class Dpo:
 
 @dataclass(frozen=True)
 class Ipo:
-    """(h - 1 / (2 beta))^2, h the pair's log-ratio (arXiv:2310.12036, eq. 17).
+    """(h - 1 / (2 beta))^2, h the pair's log-ratio: IPO (arXiv:2310.12036, eq. 17).
 
-    `average` divides each sequence's log-ratio by its targets first, as TRL does.
+    `average` divides each sequence's log-ratio by its number of targets first, as TRL does.
+    Raise ValueError if beta is not positive and finite.
     """
 
-    beta: float = 0.1
+    beta: float = 0.1  # per nat
     average: bool = False
 
     def __post_init__(self):
@@ -159,13 +161,15 @@ class Ipo:
 
 @dataclass(frozen=True)
 class Hinge:
-    """max(0, 1 - beta h), h the pair's log-ratio: a pair with beta h > 1 has no gradient.
+    """max(0, 1 - beta h), h the pair's log-ratio. A pair with beta h > 1 has no gradient.
 
-    SLiC-HF's calibration loss (arXiv:2305.10425) on log-ratios in place of log-probs, without its
-    SFT term: hinge-norm of RSO (arXiv:2309.06657), whose gamma is beta, and TRL's "hinge".
+    SLiC-HF's calibration loss (arXiv:2305.10425) with log-ratios in place of log-probs and without
+    its SFT term. It is the hinge-norm loss of RSO (arXiv:2309.06657), whose gamma is beta, and
+    TRL's "hinge".
+    Raise ValueError if beta is not positive and finite.
     """
 
-    beta: float = 0.1  # per nat, TRL's
+    beta: float = 0.1  # per nat; TRL's default
 
     def __post_init__(self):
         _check(self)
@@ -180,12 +184,13 @@ class Hinge:
 class RDpo:
     """-log sigmoid(beta h + alpha (L_w - L_l)), L the number of targets, h the pair's log-ratio.
 
-    Length-regularised DPO (arXiv:2403.19159): the policy pays alpha for each target. A pair whose
-    chosen sequence is the longer one is pushed apart less than by Dpo, because its length may be
-    why it was chosen; a pair whose chosen sequence is the shorter one is pushed apart more.
+    Length-regularised DPO (arXiv:2403.19159): each target costs alpha. If the chosen sequence is
+    the longer one, the loss separates the pair less than Dpo, because the length may be the reason
+    for the choice. If it is the shorter one, the loss separates the pair more.
+    Raise ValueError if beta is not positive and finite, or if alpha is negative or not finite.
     """
 
-    alpha: float  # per target; no default, because it depends on how much the lengths differ
+    alpha: float  # per target; no default, because it depends on the differences in length
     beta: float = 0.1  # per nat
 
     def __post_init__(self):
@@ -201,8 +206,9 @@ class RDpo:
 class DpoPositive:
     """-log sigmoid(beta (h - penalty max(0, chosen_ref - chosen))), h the pair's log-ratio.
 
-    DPOP of Smaug (arXiv:2402.13228): DPO with a penalty where the chosen sequence has become less
-    likely than under the reference.
+    DPOP of Smaug (arXiv:2402.13228): DPO with a penalty if the chosen sequence is less likely than
+    under the reference.
+    Raise ValueError if beta is not positive and finite, or if penalty is negative or not finite.
     """
 
     beta: float = 0.1  # per nat
@@ -221,14 +227,15 @@ class DpoPositive:
 
 @dataclass(frozen=True)
 class SimPo:
-    """-log sigmoid(beta (average_w - average_l) - gamma) (arXiv:2405.14734, eq. 6); no reference.
+    """-log sigmoid(beta (average_w - average_l) - gamma): SimPO (arXiv:2405.14734, eq. 6).
 
-    gamma is the margin itself, as in the paper and in TRL's `simpo_gamma`, not the authors' later
-    `gamma_beta_ratio`, which is gamma / beta.
+    There is no reference. gamma is the margin, as in the paper and in TRL's `simpo_gamma`. The
+    authors' later `gamma_beta_ratio` is gamma / beta.
+    Raise ValueError if beta is not positive and finite, or if gamma is negative or not finite.
     """
 
-    beta: float = 2.0  # per nat a target; the paper's 2.0 to 2.5
-    gamma: float = 1.0  # half of beta, where the authors start
+    beta: float = 2.0  # per nat per target; the paper has 2.0 to 2.5
+    gamma: float = 1.0  # half of beta, the authors' initial value
 
     def __post_init__(self):
         _check(self, "gamma")
@@ -243,15 +250,16 @@ class SimPo:
 
 @dataclass(frozen=True)
 class Cpo:
-    """-log sigmoid(beta (chosen - rejected)) - nll_coef average_w (arXiv:2401.08417); no reference.
+    """-log sigmoid(beta (chosen - rejected)) - nll_coef average_w: CPO (arXiv:2401.08417).
 
-    The NLL is each chosen sequence's mean over its targets: the loss is then a sum over pairs for
-    any split into batches, and long sequences do not weigh more. The paper writes the sum over the
-    sequence; TRL takes the mean over all chosen targets of the batch.
+    There is no reference. The NLL is each chosen sequence's mean over its targets. The loss is
+    therefore a sum over pairs for any split into batches, and long sequences have no larger weight.
+    The paper has the sum over the sequence. TRL has the mean over all chosen targets of the batch.
+    Raise ValueError if beta is not positive and finite, or if nll_coef is negative or not finite.
     """
 
     beta: float = 0.1  # per nat
-    nll_coef: float = 1.0  # the paper's, TRL's cpo_alpha
+    nll_coef: float = 1.0  # the paper's value; TRL's cpo_alpha
 
     def __post_init__(self):
         _check(self, "nll_coef")
@@ -268,8 +276,9 @@ class Cpo:
 class Orpo:
     """-average_w - beta log sigmoid(log odds_w - log odds_l), odds = p / (1 - p), p = exp(average).
 
-    arXiv:2403.07691, eq. 6; no reference. p comes no closer to 1 than exp(CERTAIN). The NLL is each
-    chosen sequence's mean over its targets, as in Cpo; TRL's is over the prompts' tokens too.
+    ORPO (arXiv:2403.07691, eq. 6), without a reference. p is clamped at exp(CERTAIN). The NLL is
+    each chosen sequence's mean over its targets, as in Cpo. TRL's includes the prompts' tokens.
+    Raise ValueError if beta is not positive and finite.
     """
 
     beta: float = 0.1  # the paper's lambda
@@ -299,14 +308,14 @@ def _logistic(s: Tensor, flipped: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def _log_odds(logp: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log(p / (1 - p)) and its derivative in log p, which is 0 beyond CERTAIN."""
+    """Return log(p / (1 - p)) and its derivative in log p, which is 0 above CERTAIN."""
     bounded = logp.clamp(max=CERTAIN)
-    rest = -torch.expm1(bounded)  # rounds to 1 for a small p, where `bounded` is much larger
+    rest = -torch.expm1(bounded)  # 1 - p; for a small p it rounds to 1 and `bounded` dominates
     return bounded - rest.log(), torch.where(logp > CERTAIN, 0, 1 / rest)
 
 
 def _check(objective: PreferenceObjective, *coefficients: str) -> None:
-    """Raise ValueError unless beta is positive and finite and the coefficients finite and >= 0."""
+    """Raise ValueError unless beta is finite and positive, and `coefficients` finite and >= 0."""
     for name in ("beta", *coefficients):
         value = getattr(objective, name)
         positive = name == "beta"

@@ -1,4 +1,4 @@
-"""Matrix products of bf16 factors summed in fp32, and sums by segment, on CPUs and GPUs."""
+"""Matrix products of bf16 factors with fp32 sums, and sums by segment, on CPUs and GPUs."""
 
 import math
 import threading
@@ -37,12 +37,12 @@ def matmul(
 
 @contextmanager
 def _bf16_products() -> Iterator[None]:
-    """Let oneDNN multiply fp32 matrices as bf16 and sum in fp32.
+    """Make oneDNN multiply fp32 matrices in bf16 and sum in fp32.
 
-    The setting holds for the process, so the context is kept short.
+    The setting applies to the process, so the block should be short.
     """
     mkldnn: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    with _PRECISION_LOCK:  # without it one thread could restore what another has set
+    with _PRECISION_LOCK:  # otherwise a thread could restore the setting of another thread
         before = mkldnn.fp32_precision
         mkldnn.fp32_precision = "bf16"
         try:
@@ -52,14 +52,14 @@ def _bf16_products() -> Iterator[None]:
 
 
 def widened(weight: Tensor) -> Tensor:
-    """Return what `wide_product` takes as its second factor: on a CPU, oneDNN wants it in fp32."""
+    """Return the weight as the second factor of `wide_product`: in fp32 on a CPU, for oneDNN."""
     if weight.dtype == torch.bfloat16 and not weight.is_cuda:
         return weight.float()
     return weight
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a (N, D) @ b (D, V), b `widened`: products of bf16 factors summed and kept in fp32."""
+    """Return a (N, D) @ b (D, V) with fp32 sums and results. b is the result of `widened`."""
     narrow = a.dtype == torch.bfloat16
     out = a.new_empty(len(a), b.shape[1], dtype=torch.promote_types(a.dtype, torch.float32))
     matmul(a, b, out, narrow=narrow)
@@ -72,8 +72,8 @@ def bf16_in(buffer: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def segment_sum(x: Tensor, segments: Tensor, n: int) -> Tensor:
-    """Return the sums (n,) of x (N,) by segment (N,), in a fixed order: same input, same bits."""
+    """Return the (n,) sums of x (N,) by segment (N,), in a fixed order: they are deterministic."""
     out = x.new_zeros(n)
-    if x.is_cuda:  # index_add_ is atomic there, while an accumulating index_put_ sorts
+    if x.is_cuda:  # index_add_ uses atomic additions on a GPU, index_put_ sorts
         return out.index_put_((segments,), x, accumulate=True)
     return out.index_add_(0, segments, x)

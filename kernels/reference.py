@@ -1,9 +1,8 @@
-"""PyTorch backend: a linear head's log-probs by definition, and in chunks that never hold (N, V).
+"""PyTorch backend: a linear head's log-probs by definition, and in chunks without (N, V) tensors.
 
-The formulas are those of head.py. A row whose largest logit exceeds the target's by more than
-SAFE_GAP is anchored at that logit instead: shift is then the gap.
-A chunk of C rows takes two (C, V) buffers and 1 GEMM forward, and 2 more GEMMs for the gradients of
-hidden and weight.
+The formulas are those of head.py. If the largest logit of a row exceeds the target's logit by more
+than SAFE_GAP, it is the row's anchor, and `shift` is the difference. A chunk of C rows takes two
+(C, V) buffers, 1 GEMM for the forward pass, and 2 GEMMs for the gradients of hidden and weight.
 """
 
 from collections.abc import Iterator
@@ -27,11 +26,11 @@ from expo_fast.kernels.head import (
 )
 from expo_fast.kernels.products import bf16_in, matmul
 
-SAFE_GAP = 14.0  # nats; beyond, rounding u shows in the entropy, and at 88 exp(u) overflows
-# Logits of a chunk. Each chunk reads and writes all of dW, whose GEMM ran at 380 GFLOP/s with
-# 128 MiB and 230 with 64 (bf16, D 576, V 49152, 2 Zen 5 cores).
+SAFE_GAP = 14.0  # nats; above it, rounding of u affects the entropy, and at 88 exp(u) overflows
+# Bytes of a chunk's logits. Each chunk reads and writes all of dW. The GEMM of dW ran at 380
+# GFLOP/s with 128 MiB and at 230 GFLOP/s with 64 MiB (bf16, D 576, V 49152, 2 Zen 5 cores).
 CHUNK_BYTES = 128 << 20
-CUDA_CHUNK_BYTES = 2 << 30  # 3533 rows of 151936 in fp32, 13 GEMM tiles an SM on an H200
+CUDA_CHUNK_BYTES = 2 << 30  # 3533 rows of 151936 in fp32, 13 GEMM tiles per SM on an H200
 
 
 def linear_logprob(
@@ -41,9 +40,9 @@ def linear_logprob(
     bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,  # scalar or (N,)
 ) -> LogProb:
-    """Return the results (N,) by definition: all logits at once, upcast to fp32, softmax in fp32.
+    """Return the (N,) results by definition: compute all logits, cast them to fp32, then softmax.
 
-    This is what backends are compared with. Results are fp32, or fp64 if the logits are.
+    Backends are compared with this function. Results are fp32, or fp64 if the logits are fp64.
     """
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -62,16 +61,16 @@ def linear_logprob(
 
 @dataclass(frozen=True)
 class Tile:
-    """A chunk of C rows between its forward and its backward, named as in head.py."""
+    """A chunk of C rows between its forward and its backward pass, with the names of head.py."""
 
     results: LogProb  # (C,) fp64 each
     e: Tensor  # (C, V) exp(u_j), 0 at the target
     eu: Tensor  # (C, V) exp(u_j) u_j
-    log_total: Tensor | None  # (C,) fp64; None: anchored at lse, so that exp(u_j) is p_j
+    log_total: Tensor | None  # (C,) fp64; None: u is relative to lse, so that exp(u_j) is p_j
 
     @classmethod
     def softmax(cls, head: Head, z: Tensor, buffer: Tensor) -> "Tile":
-        """Return the tile of logits z (C, V); z and the buffer (C, V) become its memory."""
+        """Return the tile of logits z (C, V). It takes z and the buffer (C, V) as its memory."""
         target = head.targets[:, None]
         anchor = z.gather(1, target)
         top = z.amax(1, keepdim=True)
@@ -92,13 +91,13 @@ class Tile:
 
     @classmethod
     def known(cls, head: Head, results: LogProb, z: Tensor, buffer: Tensor) -> "Tile":
-        """Return the same from logits recomputed in a backward, given their results."""
+        """Return the tile of logits that a backward pass recomputed, given their results."""
         u = z.sub_(results.lse.to(z.dtype)[:, None])
         e = torch.exp(u, out=buffer).scatter_(1, head.targets[:, None], 0)
         return cls(results, e, u.mul_(e), None)
 
     def logit_gradients(self, head: Head, row_grads: RowGrads) -> tuple[Tensor, Tensor]:
-        """Return dz (C, V), and as much memory that is free now. The tile is overwritten."""
+        """Return dz (C, V) and a free buffer of the same size. The tile is overwritten."""
         dtype = self.e.dtype
         if self.log_total is None:
             _, coefficients = logit_grads_about_lse(
@@ -114,13 +113,16 @@ class Tile:
 
 
 class Chunked:
-    """A backend (dispatch.OnePassKernels) that multiplies chunk by chunk, then works on rows."""
+    """A backend (dispatch.OnePassKernels) that processes rows in chunks.
+
+    tile: the class that computes softmax and gradients of a chunk's logits.
+    """
 
     def __init__(self, tile: type[Tile]):
         self.tile = tile
 
     def log_probs(self, head: Head, needs: Needs) -> Forward:
-        """Return the results from 1 GEMM. Nothing is kept for a backward."""
+        """Return the results from 1 GEMM. Nothing is kept for the backward pass."""
         parts = [chunk.tile.results for chunk in self._chunks(head)]
         return Forward(_concatenated(parts, head))
 
@@ -140,7 +142,7 @@ class Chunked:
     def gradients(
         self, head: Head, forward: Forward, row_grads: RowGrads, needs: Needs
     ) -> Gradients:
-        """Return gradients from a forward's results: it recomputes the logits, not their sums."""
+        """Return gradients from the forward results. Logits are recomputed, but not their sums."""
         if not any(needs):
             return Gradients(None, None, None)
         n = len(head.targets)
@@ -152,9 +154,9 @@ class Chunked:
         return grads.with_all_rows(active, n)
 
     def _chunks(self, head: Head, known: LogProb | None = None) -> Iterator["_Chunk"]:
-        """Yield the chunks in order, with the logits recomputed where the results are known.
+        """Yield the chunks in order. `known`: forward results, if logits are recomputed.
 
-        They share their buffers: a chunk is used up when the next one is asked for.
+        All chunks have the same buffers, so the next chunk overwrites the previous one.
         """
         v = len(head.weight)
         row_bytes = v * head.dtype.itemsize
@@ -162,7 +164,7 @@ class Chunked:
         if not spans:
             return
         buffers = head.hidden.new_empty(2, spans[0].stop, v, dtype=head.dtype)
-        # bf16 products on a CPU take factors already widened: once here, not once a chunk
+        # bf16 products on a CPU need widened factors. They are widened once, not once per chunk.
         on_cpu = head.hidden.device.type == "cpu"
         weight_dtype = head.weight.dtype if head.narrow and not on_cpu else head.dtype
         factor = head.weight.to(weight_dtype)
@@ -180,16 +182,16 @@ class Chunked:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """C rows of a head, and what their gradients need."""
+    """C rows of a head, with the inputs of their gradients."""
 
-    rows: slice  # of the head's
+    rows: slice  # rows of the complete head
     head: Head
     weight: Tensor  # (V, D), the factor of d_hidden's GEMM
     tile: Tile
 
 
 def _spans(n: int, row_bytes: int, cuda: bool) -> Iterator[slice]:
-    """Yield equal spans of rows within CHUNK_BYTES: a ragged last one would waste its GEMMs."""
+    """Yield spans of rows within CHUNK_BYTES, of equal sizes, because small GEMMs are slow."""
     most_rows = max(1, (CUDA_CHUNK_BYTES if cuda else CHUNK_BYTES) // row_bytes)
     count = -(-n // most_rows)
     size = max(1, -(-n // max(1, count)))
@@ -224,7 +226,7 @@ def _write_logits(
 ) -> None:
     matmul(head.hidden, weight, z, narrow=head.narrow)
     if head.bias is not None:
-        # a bias of -inf forbids a token: there exp(u) u must be 0, not 0 * inf
+        # A bias of -inf forbids a token. Its exp(u) u must be 0, not 0 * inf.
         z.add_(head.bias.clamp(min=-1e30))
     if isinstance(head.temperature, Tensor):
         z.div_(head.temperature[:, None])
@@ -233,7 +235,10 @@ def _write_logits(
 
 
 def _add_gradients(chunk: _Chunk, row_grads: RowGrads, grads: Gradients) -> None:
-    """Write a chunk's rows of the hidden gradient, add to the others. The tile is overwritten."""
+    """Write a chunk's rows of the hidden gradient, and add to the weight and bias gradients.
+
+    The chunk's tile is overwritten.
+    """
     head = chunk.head
     dz, spare = chunk.tile.logit_gradients(head, row_grads)
     hidden = head.hidden

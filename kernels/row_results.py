@@ -1,25 +1,25 @@
-"""Triton: a row's results from the partial sums of its tiles of columns, in one launch.
+"""Triton: the results of rows from the partial sums of their column tiles, in one launch.
 
-Between its GEMMs the fused head works on numbers of rows alone. PyTorch takes some 30 kernels for
-that, and on an H100 they took as long to launch as 1024 rows to multiply.
+Between its GEMMs, the fused head computes a few numbers per row. PyTorch launches about 30 kernels
+for them. On an H100 these launches took as long as the GEMM of 1024 rows.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-# (of Triton's functions, which it takes for Python's)
+# (Pyright checks Triton's functions as if they were Python.)
 
 import triton
 import triton.language as tl
 
 from expo_fast.kernels.rowwise import to_bf16
 
-ROWS = 32  # of a program: it reads 128 bytes of each tile
-AT_ONCE = 32  # tiles whose partial sums are loaded together
+ROWS = 32  # rows per program, which reads 128 bytes of each tile
+AT_ONCE = 32  # number of tiles whose partial sums are loaded together
 
 
 @triton.jit
 def _expm1(x):
-    """expm1 of fp64, which Triton lacks: what 1 + (exp(x) - 1) has lost is scaled back."""
+    """Return expm1 of fp64, which Triton lacks. The rounding error of exp(x) is corrected."""
     u = tl.exp(x)
     is_near = (u > 0.5) & (u < 2.0)
     is_at = u == 1.0
@@ -29,7 +29,7 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    """log1p of fp64 for x >= -1, in the same way."""
+    """Return log1p of fp64 for x >= -1, corrected in the same way."""
     u = 1.0 + x
     is_near = (u > 0.5) & (u < 2.0)
     is_at = u == 1.0
@@ -39,7 +39,7 @@ def _log1p(x):
 
 @triton.jit
 def _sum_of_tiles(partials, row, inside, N, TILES, ROWS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """(ROWS,) fp64: the sums over a row's tiles of columns, in a fixed order."""
+    """Return (ROWS,) fp64 sums over the rows' column tiles, in a fixed order."""
     total = tl.zeros([AT_ONCE, ROWS], tl.float64)
     for first in range(0, TILES, AT_ONCE):
         tile = first + tl.arange(0, AT_ONCE)
@@ -52,17 +52,18 @@ def _sum_of_tiles(partials, row, inside, N, TILES, ROWS: tl.constexpr, AT_ONCE: 
 @triton.jit(do_not_specialize=["N"])
 def row_results(
     other, moment,  # (column tiles, N), as softmax_sums writes them
-    z, base, scale, targets,  # (N,); z the target's logit before temperature
-    again,  # (1 + row tiles + N,) bool: what softmax_sums reads, and which rows
+    z, base, scale, targets,  # (N,); z: the targets' logits before temperature
+    again,  # (1 + row tiles + N,) bool: the flags that softmax_sums reads, and flags of rows
     logp, entropy, lse, log_total,  # (N,) fp64 out
-    e, se,  # (N, V) or None, to be patched at the targets; stride of its rows
+    e, se,  # (N, V) or None, updated at the targets; stride of its rows
     N, V,
     BN: tl.constexpr, BV: tl.constexpr, SAFE_SUM: tl.constexpr, LOG2_E: tl.constexpr,
     REDONE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Return the results of each row (head.from_sums). ROWS rows a program.
+    """Write the results of each row (head.from_sums). ROWS rows per program.
 
-    At first it marks in `again` what has to be redone. If REDONE, it does the tiles marked.
+    The first launch sets the flags of rows that must be computed again. With REDONE, it writes the
+    results of these rows.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
@@ -75,14 +76,14 @@ def row_results(
         tiles_v = tl.cdiv(V, BV)
         total = _sum_of_tiles(other, row, inside, N, tiles_v, ROWS, AT_ONCE)
         if not REDONE:
-            wrong = inside & ~(total < SAFE_SUM)  # NaN too
-            tl.store(again + row * 0, wrong, wrong)  # all that write there write the same
+            wrong = inside & ~(total < SAFE_SUM)  # true for NaN
+            tl.store(again + row * 0, wrong, wrong)  # all threads that write it write True
             tl.store(again + 1 + row // BN, wrong, wrong)
             tl.store(again + 1 + tiles_n + row, wrong, inside)
         s = tl.load(scale + row, inside, 1.0).to(tl.float64)
         b = tl.load(base + row, inside, 0.0).to(tl.float64)
         anchor = tl.load(z + row, inside, 0.0).to(tl.float64) * s
-        shift = (b - anchor) / LOG2_E  # that base is rounded to fp32 is part of it
+        shift = (b - anchor) / LOG2_E  # includes the rounding of base to fp32
         log_sum = _log1p(total + _expm1(-shift))
         log_p = -shift - log_sum
         h = tl.full([ROWS], float("nan"), tl.float64)
@@ -102,11 +103,11 @@ def row_results(
 
 @triton.jit(do_not_specialize=["N"])
 def largest_logits(
-    largest, again, base,  # (column tiles, N); as row_results marks it; (N,) out
+    largest, again, base,  # (column tiles, N); flags of row_results; (N,) out
     N, V,
     BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Return base of the rows that are redone: their largest logit, in bits."""
+    """Write `base` of the rows that are computed again: their largest logit, in bits."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wrong = row < N * tl.load(again).to(tl.int32)
     marked = tl.load(again + 1 + tl.cdiv(N, BN) + row, wrong, 0).to(tl.int32)

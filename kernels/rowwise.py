@@ -5,14 +5,14 @@ A chunk's logits are read once in the forward pass and once in the backward pass
     u_j = z_j - z_y    other = sum_{j != y} exp(u_j)    moment = sum_{j != y} exp(u_j) u_j
     dz_j = exp(z_j - lse) (c0 + c1 (z_j - lse))         dz_y given
 
-There is one program a row. A row whose sum exceeds SAFE_SUM is read again, with u relative to its
-largest logit. Bytes a logit with fp32 z and bf16 dz: 4 written by the GEMM, 4 read forward, 4 read
-and 2 written backward, 4 read by the GEMMs for the gradients. It runs every dtype on any GPU that
-Triton supports.
+There is one program per row. If a row's sum exceeds SAFE_SUM, the row is read again, with u
+relative to its largest logit. Bytes per logit with fp32 z and bf16 dz: 4 written by the GEMM, 4
+read in the forward pass, 4 read and 2 written in the backward pass, 4 read by the GEMMs of the
+gradients. The kernels run with every dtype on any GPU that Triton supports.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's functions, which pyright takes for Python functions)
+# (Pyright checks Triton's functions as if they were Python.)
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -26,15 +26,15 @@ from expo_fast.kernels.head import Head, LogProb, RowGrads, from_sums, logit_gra
 from expo_fast.kernels.products import bf16_in
 from expo_fast.kernels.reference import Chunked, Tile
 
-BLOCK = 4096  # logits of a row at a time: 16 a thread
+BLOCK = 4096  # logits of a row per iteration, 16 per thread
 WARPS = 8
-SAFE_SUM = 2.0**20  # beyond, u is some 14 nats, and rounding it shows in the entropy
+SAFE_SUM = 2.0**20  # above it, u is about 14 nats, and its rounding affects the entropy
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
 def to_bf16(x, INTERPRETED: tl.constexpr):
-    """Round fp32 to bf16, to nearest, ties to even; the interpreter would truncate."""
+    """Round fp32 to bf16, to nearest, ties to even. The interpreter's own cast truncates."""
     if INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -42,16 +42,16 @@ def to_bf16(x, INTERPRETED: tl.constexpr):
 
 
 def launch_device(x: Tensor) -> AbstractContextManager:
-    """Return a context in which Triton launches on the tensor's device, not the current one."""
+    """Return a context in which Triton launches on the tensor's device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-INTERPRETED = not isinstance(to_bf16, triton.JITFunction)  # TRITON_INTERPRET=1: on a CPU
+INTERPRETED = not isinstance(to_bf16, triton.JITFunction)  # TRITON_INTERPRET=1, on a CPU
 
 
 @triton.jit
 def _sums(z, base, y, V, BLOCK: tl.constexpr):
-    """Return other and moment of a row at z, with u relative to base."""
+    """Return `other` and `moment` of the row at z, with u relative to base."""
     other = tl.zeros([BLOCK], z.dtype.element_ty)
     moment = tl.zeros([BLOCK], z.dtype.element_ty)
     for v in range(0, V, BLOCK):
@@ -71,13 +71,13 @@ def row_sums(
     V, stride,
     SAFE_SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of each row, and the logit that they are relative to."""
+    """Write the sums of each row, and its anchor, the logit that they are relative to."""
     row = tl.program_id(0)
     z += row.to(tl.int64) * stride
     y = tl.load(targets + row)
     base = tl.load(z + y)
     s, m = _sums(z, base, y, V, BLOCK)
-    if not s < SAFE_SUM:  # NaN too
+    if not s < SAFE_SUM:  # true for NaN
         top = tl.full([BLOCK], -float("inf"), z.dtype.element_ty)
         for v in range(0, V, BLOCK):
             column = v + tl.arange(0, BLOCK)
@@ -96,7 +96,7 @@ def row_gradients(
     V, stride,
     BLOCK: tl.constexpr, NARROW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write dz; base is lse, so exp(z - base) is a probability."""
+    """Write dz. base is lse, so exp(z - base) is a probability."""
     row = tl.program_id(0)
     z += row.to(tl.int64) * stride
     dz += row.to(tl.int64) * stride
@@ -114,7 +114,7 @@ def row_gradients(
 
 
 class RowTile(Tile):
-    """A tile whose `eu` holds the logits, and whose `e` is the buffer for their gradients."""
+    """A tile whose `eu` has the logits, and whose `e` is the buffer for their gradients."""
 
     @classmethod
     def softmax(cls, head: Head, z: Tensor, buffer: Tensor) -> "RowTile":

@@ -1,7 +1,7 @@
-"""Triton: which rows an op computes, with one host sync.
+"""Triton: select the rows that an op computes, with one host sync.
 
-PyTorch takes ten kernels and two host syncs to check the targets and to list the rows that have
-one. A sync in the midst of a training step lets the GPU run out of work.
+PyTorch needs ten kernels and two host syncs to check the targets and to list the rows with a
+target. During a host sync the GPU may run out of work.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -15,7 +15,7 @@ from torch import Tensor
 from expo_fast.kernels.head import IGNORE
 from expo_fast.kernels.rowwise import launch_device
 
-BLOCK = 1024  # rows at a time
+BLOCK = 1024  # rows per iteration
 
 
 @triton.jit(do_not_specialize=["N", "V"])
@@ -24,7 +24,7 @@ def select_rows(
     rows, counts,  # (N,) out; (2,) out: rows written, and targets outside [0, V)
     N, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """List the wanted rows that have a target, in order. One program."""
+    """Write the indices of the wanted rows that have a target, in order. One program."""
     n_rows = tl.zeros([1], tl.int32)
     n_wrong = tl.zeros([1], tl.int32)
     for first in range(0, N, BLOCK):

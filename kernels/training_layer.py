@@ -1,17 +1,17 @@
-"""Triton: the work between a decoder layer's GEMMs while it trains, forward and backward.
+"""Triton: the work between a decoder layer's GEMMs in training, forward and backward.
 
-Bytes moved per 16-bit number of the result, and those of PyTorch's elementwise kernels:
+Bytes moved per 16-bit number of the result, in place of those of PyTorch's elementwise kernels:
 
     swiglu       silu(gate) up                  6, not 10    backward 10, not 18, for both inputs
     rotate       rope(q), rope(k)               4, not 18    backward  4, not 20
     copy_keys    the keys that segments share   4            backward: each copy is read once
 
-Each is one launch. Forwards round where the model rounds; backwards compute in fp32 and round once,
-except for RoPE's, which is a rotation by the negative angle and rounds as a rotation does. Results
-do not depend on the order in which programs run: nothing is added atomically.
+Each is one launch. Forward passes round where the model rounds. Backward passes compute in fp32 and
+round once. RoPE's backward pass is a rotation by the negative angle, and rounds like its forward
+pass. There are no atomic additions, so results do not depend on the order of programs.
 """
 
-# Pyright takes Triton's functions for Python's.
+# Pyright checks Triton's functions as if they were Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
@@ -24,9 +24,9 @@ from expo_fast.kernels.rowwise import INTERPRETED, launch_device
 
 __all__ = ["copy_keys", "rotate", "sum_copies", "swiglu", "swiglu_gradients"]
 
-ELEMENTS = 1024  # of each tensor in a program: 8 a thread, which are 16 bytes
-UNFUSED = {"enable_fp_fusion": False}  # a product that goes into an FMA would not be rounded
-TOGETHER = 4  # copies of a token whose loads are under way at the same time
+ELEMENTS = 1024  # of each tensor per program: 8 per thread, which are 16 bytes
+UNFUSED = {"enable_fp_fusion": False}  # because an FMA does not round its product
+TOGETHER = 4  # number of copies of a token that are loaded at the same time
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def swiglu_gradient_elements(
     d_gate, d_up,  # (n,) each, out
     n, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK elements."""
+    """Write the gradients of gate and up. One program per BLOCK elements."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     g = _load(gate + i, inside)
@@ -54,7 +54,7 @@ def _rotate_tile(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Rotate ROWS heads."""
-    row = tile * ROWS + tl.arange(0, ROWS)  # of (N HEADS, 2 HALF)
+    row = tile * ROWS + tl.arange(0, ROWS)  # rows of (N HEADS, 2 HALF)
     i = tl.arange(0, BLOCK)[None, :]
     inside = (row < N * HEADS)[:, None] & (i < HALF)
     angle = (row // HEADS)[:, None] * HALF + i
@@ -81,7 +81,7 @@ def rotate_heads(
     H: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS heads: first those of q, then those of k."""
+    """Rotate all heads. One program per ROWS heads: first the heads of q, then those of k."""
     tile = tl.program_id(0)
     q_tiles = tl.cdiv(N * H, ROWS)
     if tile < q_tiles:
@@ -97,7 +97,7 @@ def copy_key_rows(
     k_out, v_out,  # (N, WIDTH) each
     N, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS copies and BLOCK columns."""
+    """Copy rows of k and v. One program per ROWS copies and BLOCK columns."""
     copy = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     exists = copy < N
@@ -117,7 +117,7 @@ def sum_key_copies(
     N, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS tokens and BLOCK columns."""
+    """Add the gradients of a token's copies. One program per ROWS tokens and BLOCK columns."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     exists = token < N
@@ -144,7 +144,7 @@ def sum_key_copies(
 def swiglu_gradients(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up, given that of silu(gate) * up.
 
-    All are contiguous and of one shape.
+    All tensors are contiguous and have the same shape.
     """
     d_gate = gate.new_empty(gate.shape)
     d_up = up.new_empty(up.shape)
@@ -164,14 +164,14 @@ def swiglu_gradients(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, T
 
 
 def rotate(
-    q: Tensor,  # (N, H, Dh), contiguous like all tensors here
+    q: Tensor,  # (N, H, Dh), contiguous like all arguments
     k: Tensor,  # (N, Hkv, Dh)
     cos: Tensor,  # (N, 1, Dh/2)
     sin: Tensor,  # (N, 1, Dh/2)
     *,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return q and k rotated by their angles, or by the negative ones if `inverse`."""
+    """Return q and k rotated by their angles, or by the negative angles if `inverse`."""
     n_tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     q_out = q.new_empty(q.shape)
@@ -214,7 +214,7 @@ def copy_keys(k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def sum_copies(
     d_k: Tensor,  # (Nk, Hkv, Dh), contiguous
     d_v: Tensor,  # (Nk, Hkv, Dh), contiguous
-    segments: Tensor,  # (N,) int32; this and the rest: see `fused.Copies`
+    segments: Tensor,  # (N,) int32; for this and the next three see `fused.Copies`
     cu_seqlens: Tensor,  # (S+1,) int32
     first: Tensor,  # (S+1,) int32
     begins: Tensor,  # (P,) int32
@@ -252,7 +252,7 @@ def heads_tile(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
 
 
 def keys_tile(kv_heads: int, head_dim: int) -> dict[str, int]:
-    """Return how programs divide rows of keys (Hkv, Dh)."""
+    """Return the tile of `copy_key_rows` and `sum_key_copies` for rows of (Hkv, Dh) keys."""
     width = kv_heads * head_dim
     block = min(triton.next_power_of_2(width), ELEMENTS)
     return {"WIDTH": width, "ROWS": ELEMENTS // block, "BLOCK": block}

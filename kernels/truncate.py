@@ -1,22 +1,22 @@
-"""Triton: draw among the tokens that top-k, top-p and min-p leave, without a sort or a host sync.
+"""Triton: draw from the tokens that top-k, top-p and min-p allow, without a sort or a host sync.
 
     d_i = max_j z_j / T - z_i / T        w_i = exp(-d_i)
 
-Order the tokens by their depth d, and equal depths by column. Each rule leaves a prefix of this
-order, and a draw takes the first token at which the running sum of w exceeds u times the sum of
-what is left. So every rule and the draw ask for the least depth within which there are a given
-number of tokens, or a given weight. Depths are not negative, and such floats have the order of
-their bits, so a bisection of 31 steps finds it.
+Order the tokens by their gap d to the largest logit, and equal gaps by column. Each rule allows a
+prefix of this order. A draw takes the first token at which the running sum of w exceeds u times the
+weight of the allowed tokens. Every rule, and the draw, therefore needs the smallest gap within
+which there is a given number of tokens, or a given weight. Gaps are not negative, and such floats
+have the order of their bits, so a bisection of 31 steps finds this gap.
 
-A step of the bisection tests the largest logit of every block, and reads the blocks that lie within
-the depth it tries: few where some tokens stand out, the full row where none does. There may be
-three bisections. On an H100 256 rows of 151936 columns take 2.1 ms (top-p 0.9, peaked logits) to
-4.5 ms (flat ones). What it replaces, a sort of the 512 largest, takes 0.7 ms, but made the host
-wait twice per token. The tokens are those of `sampling.draw` where fp32 weights tell depths apart,
-at temperatures below 1e4 or so.
+A step of the bisection tests the largest logit of every block, and reads the blocks within the gap
+that it tries. These are few for peaked logits, and the full row for flat logits. There are up to
+three bisections. On an H100, 256 rows of 151936 columns take 2.1 ms (top-p 0.9, peaked logits) to
+4.5 ms (flat logits). The alternative, a sort of the 512 largest logits, takes 0.7 ms, but makes the
+host wait twice per token. The tokens are those of `sampling.draw` if different gaps have different
+fp32 weights, which holds for temperatures below about 1e4.
 """
 
-# Pyright takes Triton's functions for Python's.
+# Pyright checks Triton's functions as if they were Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
@@ -26,49 +26,49 @@ from torch import Tensor
 
 from expo_fast.kernels.rowwise import LOG2_E, launch_device
 
-DEEPEST = 0x42D00000  # bits of 104.0; the weight of a larger depth is 0 in fp32
-TOGETHER = 16  # blocks that are tested at once
+LARGEST_GAP = 0x42D00000  # bits of 104.0 nats; the weight of a larger gap is 0 in fp32
+TOGETHER = 16  # number of blocks that are tested at once
 WARPS = 8
 
 
 @triton.jit
-def _depths(z, column, V, t, largest):
+def _gaps(z, column, V, t, largest):
     logit = tl.load(z + column, column < V, -float("inf"))
     return largest - tl.div_rn(logit, t)
 
 
 @triton.jit
-def _weight(depth):
-    return tl.exp2(-depth * LOG2_E)
+def _weight(gap):
+    return tl.exp2(-gap * LOG2_E)
 
 
 @triton.jit
 def _weight_at(bits):
-    """Return the weight of a token at the depth of these bits, as fp64."""
+    """Return the weight of a token at the gap with these bits, as fp64."""
     return _weight(bits.to(tl.float32, bitcast=True)).to(tl.float64)
 
 
 @triton.jit
 def _nearest(block_max, block, BLOCKS, largest):
-    """Return the least depth in each of the blocks."""
+    """Return the smallest gap in each of the blocks."""
     return largest - tl.load(block_max + block, block < BLOCKS, -float("inf"))
 
 
 @triton.jit
 def _within(z, block_max, t, largest, bits, V, BLOCKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
-    """How many tokens lie within a depth, and their weight; none for the bits -1, which are NaN."""
+    """Return the number of tokens within a gap, and their weight. The bits -1 (NaN) give 0."""
     limit = bits.to(tl.float32, bitcast=True)
-    # one sum per lane: warps exchange theirs once, after the loop
+    # One sum per element: warps are reduced only once, after the loop.
     count = tl.zeros([TOGETHER * BLOCK], tl.int32)
     mass = tl.zeros([TOGETHER * BLOCK], tl.float64)
     for first in range(0, BLOCKS, TOGETHER):
         nearest = _nearest(block_max, first + tl.arange(0, TOGETHER), BLOCKS, largest)
         if tl.min(nearest, 0) <= limit:
             column = first * BLOCK + tl.arange(0, TOGETHER * BLOCK)
-            depth = _depths(z, column, V, t, largest)
-            inside = depth <= limit
+            gap = _gaps(z, column, V, t, largest)
+            inside = gap <= limit
             count += inside.to(tl.int32)
-            mass += tl.where(inside, _weight(depth), 0.0).to(tl.float64)
+            mass += tl.where(inside, _weight(gap), 0.0).to(tl.float64)
     return tl.sum(count, 0), tl.sum(mass, 0)
 
 
@@ -78,9 +78,10 @@ def _reach(
     V, BLOCKS,
     COUNT: tl.constexpr, STRICT: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the least depth within which there is the goal; `end` where it is not below that.
+    """Return the bits of the smallest gap below `end` that reaches the goal, or `end` if none does.
 
-    COUNT: the goal is a number of tokens, else a weight. STRICT: more than the goal is needed.
+    COUNT: whether the goal is a number of tokens, and not a weight.
+    STRICT: whether the goal must be exceeded.
     """
     short = tl.full([], -1, tl.int32)
     enough = end
@@ -96,7 +97,7 @@ def _reach(
 
 @triton.jit
 def _largest(block_max, BLOCKS, BLOCK: tl.constexpr):
-    """Return the largest logit of a row over its temperature."""
+    """Return the largest logit / temperature of a row."""
     largest = tl.full([], -float("inf"), tl.float32)
     for first in range(0, BLOCKS, BLOCK):
         block = first + tl.arange(0, BLOCK)
@@ -119,16 +120,16 @@ def _total(block_max, block_sum, largest, BLOCKS, BLOCK: tl.constexpr):
 
 @triton.jit
 def _column_of(
-    z, block_max, t, largest, depth, rank, V, BLOCKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr
+    z, block_max, t, largest, gap, rank, V, BLOCKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr
 ):
-    """Return the column of the token at this depth with `rank` others of that depth before it."""
+    """Return the column of the token with number `rank`, from 0, among the tokens of this gap."""
     chosen = tl.zeros([], tl.int64)
     seen = tl.zeros([], tl.int32)
     for first in range(0, BLOCKS, TOGETHER):
         nearest = _nearest(block_max, first + tl.arange(0, TOGETHER), BLOCKS, largest)
-        if tl.min(nearest, 0) <= depth:
+        if tl.min(nearest, 0) <= gap:
             column = first * BLOCK + tl.arange(0, TOGETHER * BLOCK)
-            equal = (_depths(z, column, V, t, largest) == depth).to(tl.int32)
+            equal = (_gaps(z, column, V, t, largest) == gap).to(tl.int32)
             mine = (equal == 1) & (seen + tl.cumsum(equal, 0) == rank + 1)
             chosen += tl.sum(tl.where(mine, column, 0), 0)
             seen += tl.sum(equal, 0)
@@ -138,10 +139,13 @@ def _column_of(
 @triton.jit
 def draw_allowed(
     z, temperature, top, total, top_k, top_p, min_p, u,  # (B, V), (B,), (B, BLOCKS) twice, (B,)
-    token, logp,  # (B,) int64, (B,) fp32: of rows that nothing truncates they stay
-    V, BLOCKS, DEEPEST: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    token, logp,  # (B,) int64, (B,) fp32, written only in rows that a rule truncates
+    V, BLOCKS, LARGEST_GAP: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. `top` and `total` are block_max and block_sum of `blocks.py`."""
+    """Draw in the rows that a rule truncates. One program per row.
+
+    top, total: block_max and block_sum of `blocks.py`.
+    """
     row = tl.program_id(0).to(tl.int64)
     t = tl.load(temperature + row)
     k = tl.load(top_k + row)
@@ -154,8 +158,8 @@ def draw_allowed(
         largest = _largest(top, BLOCKS, BLOCK)
         all_mass = _total(top, total, largest, BLOCKS, BLOCK)
 
-        # What is left: all tokens of a depth below `end`, and the first `ties` of the depth `end`.
-        end = tl.full([], DEEPEST, tl.int32)
+        # The allowed tokens are all with a gap below `end`, and the first `ties` of the gap `end`.
+        end = tl.full([], LARGEST_GAP, tl.int32)
         ties = tl.full([], V, tl.int32)
         mass = all_mass
         if k > 0:
@@ -178,25 +182,25 @@ def draw_allowed(
         ties = tl.minimum(ties, there - inside)
         mass = before + ties * _weight_at(end)
 
-        # The draw: first its depth, then the column among the tokens of that depth.
+        # Find the gap of the drawn token, then its column among the tokens of that gap.
         goal = tl.load(u + row) * mass
         drawn = _reach(z, top, t, largest, end, goal, V, BLOCKS, False, True, BLOCK, TOGETHER)
         inside, before = _within(z, top, t, largest, drawn - 1, V, BLOCKS, BLOCK, TOGETHER)
         there, _ = _within(z, top, t, largest, drawn, V, BLOCKS, BLOCK, TOGETHER)
         rank = tl.floor((goal - before) / _weight_at(drawn)).to(tl.int32)
-        # sums in another order round differently, so keep the rank among the tokens that exist
+        # Sums in another order round differently, so clamp the rank to the existing tokens.
         rank = tl.maximum(tl.minimum(rank, there - inside - 1), 0)
-        depth = drawn.to(tl.float32, bitcast=True)
-        chosen = _column_of(z, top, t, largest, depth, rank, V, BLOCKS, BLOCK, TOGETHER)
+        gap = drawn.to(tl.float32, bitcast=True)
+        chosen = _column_of(z, top, t, largest, gap, rank, V, BLOCKS, BLOCK, TOGETHER)
         tl.store(token + row, chosen)
-        tl.store(logp + row, (-depth.to(tl.float64) - tl.log(all_mass)).to(tl.float32))
+        tl.store(logp + row, (-gap.to(tl.float64) - tl.log(all_mass)).to(tl.float32))
 
 
 def redraw(
     logits: Tensor,  # (B, V) fp32
-    block_max: Tensor,  # (B, blocks) fp32, with
-    block_sum: Tensor,  # (B, blocks) fp32: `blocks_of` the logits
-    size: int,  # columns of a block
+    block_max: Tensor,  # (B, blocks) fp32, from `blocks_of`
+    block_sum: Tensor,  # (B, blocks) fp32, from `blocks_of`
+    size: int,  # number of columns of a block
     temperature: Tensor,  # (B,) fp32
     u: Tensor,  # (B,) fp64 in [0, 1)
     *,
@@ -204,7 +208,7 @@ def redraw(
     top_p: Tensor,  # (B,) fp32
     min_p: Tensor,  # (B,) fp32
     tokens: Tensor,  # (B,) int64, overwritten in rows that a rule applies to
-    logps: Tensor,  # (B,) fp32 nats, likewise
+    logps: Tensor,  # (B,) fp32 nats, overwritten in the same rows
 ) -> None:
     """Draw again in the rows that a rule truncates."""
     n_rows, n_columns = logits.shape
@@ -223,7 +227,7 @@ def redraw(
             logps,
             n_columns,
             n_blocks,
-            DEEPEST=DEEPEST,
+            LARGEST_GAP=LARGEST_GAP,
             BLOCK=size,
             TOGETHER=TOGETHER,
             num_warps=WARPS,

@@ -14,12 +14,22 @@ if not torch.cuda.is_available():
 from expo_fast.kernels.head import Forward, Gradients, Head, LogProb, RowGrads, RowwiseLoss
 from expo_fast.op_backends import custom_ops, dispatch
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
 
 def pytest_configure() -> None:
     # a shell's background job starts with SIGINT ignored, and so would each process started here
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a core shared by two threads makes small matrix products some ten times slower
-    torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    # A core shared by two threads makes small matrix products some ten times slower.
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, min(torch.get_num_threads(), cores) // WORKERS)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that a test starts
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start slow tests first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

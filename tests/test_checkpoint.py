@@ -144,7 +144,7 @@ def test_a_new_checkpoint_is_kept_beside_damaged_ones_of_later_steps(tmp_path):
     for step in (10, 20):
         file = save(tmp_path, step) / "config.json"
         file.write_bytes(file.read_bytes().swapcase())
-    with pytest.warns(UserWarning, match="is passed over"):
+    with pytest.warns(UserWarning, match="skipped the damaged checkpoint"):
         assert checkpoint.newest(tmp_path) is None
     assert_holds(save(tmp_path, 5), 5)
     assert names(tmp_path) == {"step-5", "step-10", "step-20"}
@@ -268,7 +268,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_the_older_one_taken(tmp_path):
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             file.write_bytes(flipped)
-            with pytest.warns(UserWarning, match=r"step-2 is passed over"):
+            with pytest.warns(UserWarning, match=r"skipped the damaged checkpoint .*step-2"):
                 assert checkpoint.newest(tmp_path) == old
             with pytest.raises(ValueError, match=r"step-2 is damaged"):
                 checkpoint.load(new)
@@ -278,7 +278,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_the_older_one_taken(tmp_path):
 
 def test_a_checkpoint_under_another_step_is_not_taken_for_it(tmp_path):
     save(tmp_path, 2).rename(tmp_path / "checkpoints/step-3")
-    with pytest.warns(UserWarning, match=r"MANIFEST\.json is that of step 2"):
+    with pytest.warns(UserWarning, match=r"MANIFEST\.json belongs to step 2"):
         assert checkpoint.newest(tmp_path) is None
 
 
@@ -332,7 +332,7 @@ def test_too_little_space_is_refused_before_the_first_byte(tmp_path, monkeypatch
     def fail(folder):
         raise AssertionError("a byte was written")
 
-    with pytest.raises(OSError, match=r"0\.00 GB are free, about 0\.00 GB are needed"):
+    with pytest.raises(OSError, match=r"0\.00 GB are free, need about 0\.00 GB"):
         save(tmp_path, 2, model=fail)
     assert names(tmp_path) == {"step-1"}
 

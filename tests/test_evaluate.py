@@ -211,10 +211,10 @@ def test_an_evaluation_that_fails_leaves_the_earlier_output(given, tmp_path, mon
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (".", "is there and no file"),
-        ("", "is there and no file"),
-        ("model", "is there and no file"),
-        ("/dev/null", "is there and no file"),
+        (".", "exists and is not a file"),
+        ("", "exists and is not a file"),
+        ("model", "exists and is not a file"),
+        ("/dev/null", "exists and is not a file"),
         ("nowhere/graded.jsonl", "there is no folder nowhere"),
     ],
 )

@@ -245,9 +245,9 @@ def test_a_missing_end_token_is_taken_from_the_tokenizer():
         ({"hidden_size": -48}, "hidden_size is -48, need a positive integer"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4, need a divisor of the 6 heads"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, need a number >= 0"),
-        ({"rope_parameters": LINEAR_ROPE | {"factor": 0}}, "'factor': 0} give no 4 finite"),
+        ({"rope_parameters": LINEAR_ROPE | {"factor": 0}}, "'factor': 0} do not give 4 finite"),
         ({"rope_parameters": LINEAR_ROPE | {"factor": "x"}}, "'factor': 'x'}: TypeError"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "give no 4 finite"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "do not give 4 finite"),
     ],
 )
 def test_invalid_config_values_are_refused(changes: dict[str, Any], message: str):

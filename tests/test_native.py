@@ -311,7 +311,7 @@ def test_without_a_compiler_plain_pytorch_is_used_and_says_so(tmp_path):
     assert float(done.stdout) == pytest.approx(-math.log(2))
     assert done.stderr.count("using plain PyTorch, which is slower: ") == 1
     done = run(alone, SCORE.format(', backend="native"'))
-    assert "Unavailable: the CPU kernels cannot be had: no C++ compiler: install" in done.stderr
+    assert "Unavailable: the C++ kernels are not available: no C++ compiler: install" in done.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"no library"])
@@ -328,7 +328,7 @@ def test_a_cache_that_cannot_be_used_is_no_reason_to_fail(tmp_path):
     (tmp_path / "expo_fast").write_text("a file where a folder must be")
     done = run({"XDG_CACHE_HOME": str(tmp_path)}, SCORE.format(""))
     assert float(done.stdout) == pytest.approx(-math.log(2))
-    assert "using plain PyTorch, which is slower: the CPU kernels cannot be had" in done.stderr
+    assert "using plain PyTorch, which is slower: the C++ kernels are not available" in done.stderr
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_no_library(tmp_path):

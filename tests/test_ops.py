@@ -268,7 +268,7 @@ def test_a_temperature_changed_before_backward_is_noticed():
         ({"weight": torch.zeros(9, 3)}, r"weight \(9, 3\)"),
         ({"bias": torch.zeros(3)}, r"bias has shape \(3,\)"),
         ({"temperature": 0.0}, r"temperature=0.0"),
-        ({"temperature": torch.tensor([1.0, 0.0])}, r"temperature holds 0.0"),
+        ({"temperature": torch.tensor([1.0, 0.0])}, r"temperature has 0.0"),
         ({"temperature": torch.ones(3)}, r"temperature has shape \(3,\)"),
         ({"backend": "triton", "weight": torch.zeros(9, 4).double()}, "'triton' runs fp32, bf16"),
         ({"backend": "native", "weight": torch.zeros(9, 4).double()}, "'native' runs fp32, bf16"),

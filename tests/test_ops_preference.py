@@ -264,7 +264,7 @@ def test_pairs_split_into_micro_batches_add_up(name):
 def test_pairs_that_do_not_fit_are_named():
     rows = make_rows()
     loss = partial(linear_preference_loss, *rows)
-    with pytest.raises(ValueError, match=r"sequence_ids holds [45]: 2 pairs have ids 0 to 3"):
+    with pytest.raises(ValueError, match=r"sequence_ids has [45]: ids of 2 pairs are 0 to 3"):
         loss(ref_logp=torch.zeros(4))
     with pytest.raises(ValueError, match=r"ref_logp has shape \(5,\), 2 pairs need \(4,\)"):
         loss(ref_logp=torch.zeros(5))

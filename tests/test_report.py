@@ -229,7 +229,7 @@ def test_the_two_properties_get_a_verdict_in_numbers(tmp_path: Path):
     text = page_of(tmp_path, write_run(tmp_path / "a", rows=PROPERTY_ROWS)).text
     assert (
         "In-distribution: holds in 2 of 3 measured steps: the explanation's NLL is below the "
-        "expert's. Mean difference -0.2 nats a token."
+        "expert's. Mean difference -0.2 nats per token."
     ) in text
     assert (
         "Learning signal: fails in 2 of 3 measured steps: the lift is not above 0. "
@@ -262,7 +262,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path):
     pairs |= {"rewards/accuracies": 0.75, "logps/chosen": -9.0, "logps/rejected": -8.0}
     full = page_of(tmp_path, write_run(tmp_path / "b", rows=[pairs, pairs]))
     assert "Preference pairs" in full.text
-    for label in ("Rewards", "Margin", "Pairs ordered right", "Log-probability", "chosen"):
+    for label in ("Rewards", "Margin", "Pairs ranked correctly", "Log-probability", "chosen"):
         assert label in full.text
     assert "Learning curves" not in full.text
 
@@ -401,7 +401,7 @@ def test_completions_of_the_first_and_last_step_are_shown(tmp_path: Path):
     (Path(run) / "completions" / "step-x.jsonl").write_text("")
     text = page_of(tmp_path, run).text
     assert "question q2? answer 2 own attempt, reward 0.5 own at 1 accepted explanation yyy" in text
-    assert "yyy ... and 3800 characters more question q3?" in text
+    assert "yyy ... and 3800 more characters question q3?" in text
     assert "chosen better rejected worse" in text
     assert "own at 12" in text
     assert "own at 2 " not in text
@@ -417,15 +417,18 @@ def test_an_error_is_one_sentence(tmp_path: Path, capsys):
     (tmp_path / "no_config").mkdir()
     (tmp_path / "no_config" / "metrics.jsonl").write_text('{"step": 1}\n')
     for given, said in (
-        ([], "need the folder of a run"),
-        ([str(tmp_path / "absent")], "absent' is no folder of a run: it has no config.toml"),
-        ([str(tmp_path / "no_config")], "no_config' is no folder of a run: it has no config.toml"),
+        ([], "need the folder of at least one run"),
+        ([str(tmp_path / "absent")], "absent' is not the folder of a run: it has no config.toml"),
+        (
+            [str(tmp_path / "no_config")],
+            "no_config' is not the folder of a run: it has no config.toml",
+        ),
         ([unlogged], "unlogged' has no step logged"),
         ([broken], "config.toml is not TOML"),
-        ([good, good + "/."], "one run is given twice"),
+        ([good, good + "/."], "a run is given twice"),
         ([good, "--outptu", "x"], "--outptu"),
         ([good, "--output", str(tmp_path / "none" / "r.html")], "r.html': there is no folder"),
-        ([good, "--output", str(tmp_path)], "is there and no file: name a file"),
+        ([good, "--output", str(tmp_path)], "exists and is not a file: name a file"),
         ([good, "--output", str(tmp_path / ("x" * 300))], "File name too long"),
     ):
         assert exit_status.run(report.main, given) == 2

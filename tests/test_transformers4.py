@@ -36,6 +36,8 @@ from read_with_transformers4 import logits as logits_of
 from read_with_transformers4 import tokenizer_results
 from tiny import CHAT_TEMPLATE, VARIANTS, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 OLD = Path(sys.prefix) / "transformers-4.57"  # the Makefile puts it there
 READER = Path(__file__).with_name("read_with_transformers4.py")
 

@@ -142,7 +142,7 @@ def test_what_is_kept_and_how_it_is_cut_changes_no_gradient(monkeypatch, kept, c
     head = make_head(300, 16, 700)
     name = logprob.BY_CARD["default"]
     monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=64))
-    fits = {triton_fused.KEPT_SHARE: kept, triton_fused.CHUNK_SHARE: chunk}
+    fits = {triton_fused.KEPT_FRACTION: kept, triton_fused.CHUNK_FRACTION: chunk}
     monkeypatch.setattr(triton_fused, "_rows_within", lambda share, _: fits[share])
     monkeypatch.setattr(triton_fused, "GATHER_FROM", 0)
     upstream = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)

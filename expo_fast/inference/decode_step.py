@@ -1,7 +1,7 @@
 """One decode step on a GPU: the launches that sample the next token of every row.
 
-A step always makes the same launches for its number of rows and its table width, and reads and
-writes the same buffers, so that a CUDA graph can hold it. It runs on a CPU in Triton's interpreter.
+A step has a fixed number of rows and a fixed table width. It always makes the same launches on the
+same buffers, so that a CUDA graph can hold it. On a CPU it runs in Triton's interpreter.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ from expo_fast.modeling.decoder import Block, Decoder, RMSNorm
 
 @dataclass(frozen=True)
 class StepKey:
-    """What the launches of a step depend on."""
+    """The values that the launches of a step depend on."""
 
-    rows: int  # B, idle rows included
+    rows: int  # B, including idle rows
     table_width: int  # W, pages
     truncated: bool  # whether top-k, top-p or min-p apply to any row
 
 
 @dataclass
 class StepInputs:
-    """A step's inputs per row. Idle rows hold zeros: they write to page 0 and sample greedily."""
+    """A step's inputs per row. Idle rows are 0, so they write to page 0 and sample greedily."""
 
     last_tokens: Tensor  # (B,) int64
     positions: Tensor  # (B,) int64
@@ -52,7 +52,7 @@ class StepInputs:
         )
 
     def load(self, rows: Rows) -> None:
-        """Copy the rows in; the rest becomes idle."""
+        """Copy the rows. The remaining rows become idle."""
         _fill(self.last_tokens, rows.last_tokens)
         _fill(self.positions, rows.positions)
         _fill(self.tables, rows.tables)
@@ -61,24 +61,24 @@ class StepInputs:
 
 
 def _fill(buffer: Tensor, values: Tensor) -> None:
-    """Copy values to the beginning of a buffer, in each dimension, and zeros to the rest."""
+    """Copy values to the start of each dimension of a buffer, and fill the rest with zeros."""
     buffer.zero_()
     beginning = tuple(slice(n) for n in values.shape)
     buffer[beginning].copy_(values)
 
 
 class DecodeStep:
-    """Samples the next token of up to `key.rows` rows, as often as `run` is called.
+    """Sample the next token of up to `key.rows` rows with each call of `run`.
 
-    head: (D, V), the LM head as `wide_product` needs it.
+    head: (D, V), the LM head in the layout that `wide_product` needs.
     slab_address: (1,) int64 on the device; see `kernels.decode.Paged`.
-    page: tokens of a page.
-    burst: steps whose results are kept until the host reads them.
-    joined: run the plain modules of the model with these weights, and with fused kernels between
-    their GEMMs. None: go through `model.run`, and so through the model's adapters and hooks.
+    page: number of tokens of a page.
+    burst: number of steps whose results are kept until the host reads them.
+    joined: weights to run the model's plain modules with, and with fused kernels between GEMMs.
+    None: call `model.run`, which runs the model's adapters and hooks.
 
-    A step holds no reference to its engine. In a reference cycle a graph would wait for the garbage
-    collector, which may destroy it during another graph's capture and so break that.
+    A step has no reference to its engine. The garbage collector frees a reference cycle at any
+    time, and freeing a graph during another graph's capture would make that capture fail.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class DecodeStep:
         self.model = model
         self.head = head
         self.joined = joined
-        self.graph: torch.cuda.CUDAGraph | None = None  # of `launch`
+        self.graph: torch.cuda.CUDAGraph | None = None  # holds the launches of `launch`
         n = key.rows
         zeros = partial(torch.zeros, device=device)
         self.inputs = StepInputs.allocate(n, key.table_width, device)
-        self.rules = Truncation(  # that exclude nothing
+        self.rules = Truncation(  # initially excludes no token
             top_k=zeros(n, dtype=torch.int64),
             top_p=torch.ones(n, dtype=torch.float32, device=device),
             min_p=zeros(n, dtype=torch.float32),
@@ -121,12 +121,12 @@ class DecodeStep:
         self.progress = draw.Progress.start(inputs.last_tokens, inputs.positions, burst)
 
     def load(self, rows: Rows, head: Tensor) -> None:
-        """Set the rows to continue."""
+        """Set the rows that `run` continues."""
         self.head = head
         self.inputs.load(rows)
         items, used = plan(rows.tables, self.sizes, self.rows_per_item)
         self.work.load(items, used)
-        self.progress.index.zero_()  # not 0 where an earlier burst was interrupted
+        self.progress.index.zero_()  # it is not 0 if an earlier burst was interrupted
         if self.key.truncated:
             rules = rows.sampling.truncation
             n = len(rules.top_k)
@@ -152,7 +152,7 @@ class DecodeStep:
         self._draw(hidden.to(self.model.dtype))
 
     def _draw(self, hidden: Tensor) -> None:
-        """Draw the next tokens, and note them in `progress`."""
+        """Draw the next tokens and record them in `progress`."""
         inputs = self.inputs
         temperature = inputs.temperature
         logits = wide_product(hidden, self.head)
@@ -205,7 +205,7 @@ class DecodeStep:
     # With fused kernels
 
     def _fused_forward(self, joined: JoinedWeights, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Compute `Decoder.run` of plain modules with one launch between two GEMMs."""
+        """Compute `Decoder.run` of plain modules, with one launch between two GEMMs."""
         model = self.model
         body = model.model
         rotation = layer_kernels.rotation(positions, model.inv_freq, model.rope_scale, model.dtype)
@@ -226,9 +226,9 @@ class DecodeStep:
         delta: Tensor | None,
         rotation: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Run a block on x + delta, and return (x', delta') whose sum is its output.
+        """Run a block on x + delta. Return (x', delta'), whose sum is the block's output.
 
-        The sum is left to the next norm, which adds and normalizes in one launch.
+        The next norm computes the sum, because it adds and normalizes in one launch.
         """
         n = len(x)
         attention = block.self_attn

@@ -2,8 +2,8 @@
 
 An engine runs a decoder over a paged key-value cache and draws tokens. There are three:
 `cpu_engine.NativeEngine` (C++), `cuda_engine.CudaEngine` (CUDA graphs of Triton kernels) and
-`torch_engine.TorchEngine` (PyTorch, the reference of the other two). The scheduler calls them; an
-engine calls nothing back.
+`torch_engine.TorchEngine` (PyTorch, the reference of the other two). The scheduler calls an engine.
+An engine never calls the scheduler.
 """
 
 from abc import ABC, abstractmethod
@@ -28,14 +28,14 @@ class Tokens:
     ids: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64, in the token's own sequence
     tables: Tensor  # (N, P) int32, the page table of the token's sequence
-    lengths: Sequence[int]  # tokens of each sequence, N in total
+    lengths: Sequence[int]  # number of tokens of each sequence, N in total
 
 
 @dataclass
 class Rows:
-    """B sequences that are being sampled, on the CPU; those of one prompt are adjacent."""
+    """B sequences that are being sampled, on the CPU. Sequences of one prompt are adjacent."""
 
-    last_tokens: Tensor  # (B,) int64, sampled last and not in the cache yet
+    last_tokens: Tensor  # (B,) int64, not in the cache yet
     positions: Tensor  # (B,) int64, of the last tokens
     tables: Tensor  # (B, P) int32
     sampling: Sampling
@@ -53,9 +53,9 @@ class Rows:
 class Engine(ABC):
     """A decoder with a paged key-value cache and a draw.
 
-    page: tokens of a page.
-    burst: tokens that `decode` samples for each row before the host reads them.
-    prefill_tokens: prompt tokens that one forward pass computes at most.
+    page: number of tokens of a page.
+    burst: number of tokens that `decode` samples for each row before the host reads them.
+    prefill_tokens: maximum number of prompt tokens in one forward pass.
     """
 
     page: int
@@ -64,12 +64,12 @@ class Engine(ABC):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the next call of `decode` returns a burst that has been started already."""
+        """Whether the next call of `decode` returns a burst that was started earlier."""
         return False
 
     @abstractmethod
     def page_bytes(self) -> int:
-        """Return the bytes of one page: keys and values of `page` tokens in all layers."""
+        """Return the size of one page in bytes: keys and values of `page` tokens in all layers."""
 
     @abstractmethod
     def open(self, n_pages: int, n_positions: int) -> None:
@@ -85,39 +85,40 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, tokens: Tokens) -> Tensor:
-        """Return (N, D) hidden states after the last norm; append the tokens to the cache."""
+        """Append the tokens to the cache. Return their (N, D) hidden states after the last norm."""
 
     @abstractmethod
     def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
-        """Draw a token for each of B rows; return (B,) each.
+        """Draw a token for each of B rows. Return (B,) tokens and log-probs.
 
-        hidden: (B, D). positions: (B,) int64, of the tokens that are drawn.
+        hidden: (B, D), the hidden states that predict the tokens.
+        positions: (B,) int64, positions of the drawn tokens.
 
-        A log-prob is NaN where the row's logits are not finite.
+        The log-prob of a row is NaN if its logits are not finite.
         """
 
     @abstractmethod
     def load(self, rows: Rows) -> None:
-        """Set the rows that `decode` continues from now on. No burst may be under way."""
+        """Set the rows that `decode` continues. No burst may be running."""
 
     @abstractmethod
     def keeps_loaded(self, n_active: int) -> bool:
-        """Return whether `decode` should continue all loaded rows when only n_active are active.
+        """Return whether `decode` should continue all loaded rows if only n_active are active.
 
-        The alternative is to load the active rows again, which costs time too.
+        The alternative is to load the active rows again, which also takes time.
         """
 
     @abstractmethod
     def decode(self, *, ahead: bool) -> Drawn:
-        """Return the next tokens of the loaded rows, (burst, B) each.
+        """Return the next tokens and log-probs of the loaded rows, (burst, B) each.
 
-        ahead: the burst after this one will be asked for too, so an engine that computes beside the
-        host may start it before it waits for this one.
+        ahead: whether `decode` will be called again for the same rows. If so, an asynchronous
+        engine may start the next burst before it waits for this one.
         """
 
 
 def padded_tables(tables: Sequence[Table]) -> Tensor:
-    """Return page tables as one (B, P) int32 tensor, filled up with page 0."""
+    """Return page tables as one (B, P) int32 tensor, padded with page 0."""
     width = max(map(len, tables))
     padded = [table + [0] * (width - len(table)) for table in tables]
     return torch.tensor(padded, dtype=torch.int32, device="cpu")

@@ -1,7 +1,7 @@
-"""Packed forward pass on the C++ decode engine, with the bits that sampling computes.
+"""Packed forward pass on the C++ decode engine, bit-identical to sampling.
 
-`Decoder.exact` holds it in the batch-invariant mode: the trainer's hidden states then equal those
-of sampling, however tokens are packed.
+In batch-invariant mode, `Decoder.exact` is set to it. The trainer's hidden states are then those of
+sampling, for any packing of the tokens.
 """
 
 from collections import defaultdict
@@ -18,14 +18,14 @@ from expo_fast.modeling.decoder import Decoder, Exact
 
 
 def exact_hidden(model: Decoder) -> Exact:
-    """Return the function for `model.exact`. Raise ValueError where csrc cannot run the model."""
+    """Return the function for `model.exact`. Raise ValueError if csrc does not run the model."""
     NativeEngine(model)
     return hidden
 
 
 @dataclass
 class _PackSegment:
-    """A segment of a pack: its tokens, those it continues, and its pages."""
+    """A segment of a pack, with the segment that it continues and its pages."""
 
     ids: Tensor  # (T,) int64
     start: int  # position of its first token
@@ -50,11 +50,14 @@ def hidden(
     cu_seqlens: Tensor,
     parents: Tensor | None,
 ) -> Tensor:
-    """Compute `Decoder.hidden` so that a token's bits depend on the tokens it sees alone.
+    """Compute `Decoder.hidden`. A token's result depends only on the tokens that it attends to.
 
-    tokens: (N,) int, positions: (N,) int, cu_seqlens: (S+1,) int32, parents: (S,) int or None.
+    tokens: (N,) int.
+    positions: (N,) int, the index of each token in its own sequence.
+    cu_seqlens: (S+1,) int32, the boundaries of the segments.
+    parents: (S,) int, see `PackedAttention`.
 
-    Return (N, D) in the model's dtype. Raise ValueError where csrc cannot run the model.
+    Return (N, D) in the model's dtype. Raise ValueError if csrc does not run the model.
     """
     segments = _segments(tokens.long(), positions, cu_seqlens, parents)
     n_pages = sum(pages_for(segment.end, NativeEngine.page) for segment in segments)
@@ -89,7 +92,7 @@ def _segments(
 
 
 def _run_level(engine: NativeEngine, pages: Pages, level: list[_PackSegment]) -> None:
-    """Compute segments of one depth, none of which is the parent of another."""
+    """Compute the segments of one depth of the tree. None of them is the parent of another."""
     for segment in level:
         parent_table = [] if segment.parent is None else segment.parent.table
         segment.table, copies = pages.fork(parent_table, segment.start, segment.end)

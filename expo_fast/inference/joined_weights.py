@@ -1,9 +1,9 @@
-"""Copies of projections that read the same input, joined so that one product computes them.
+"""Copies of projections with the same input, concatenated so that one GEMM computes them.
 
-At 256 rows a projection to a few hundred columns leaves most of a GPU idle: on an H100 the three
-products for queries, keys and values of a 0.5B model took 13 us, of which memory needs 1. The
-copies belong to the engine. The model's own parameters stay as they are, for checkpoints, PEFT and
-FSDP.
+With 256 rows, a projection to a few hundred columns leaves most of a GPU idle. On an H100 the three
+GEMMs for queries, keys and values of a 0.5B model took 13 us, although reading their memory takes
+only 1 us. The copies belong to the engine. The model's own parameters do not change, so that
+checkpoints, PEFT and FSDP work.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from expo_fast.modeling.decoder import Block, Decoder
 
 
 class JoinedLinear:
-    """Linear layers of one input, as one product whose outputs are side by side."""
+    """Linear layers with the same input, computed by one GEMM with concatenated outputs."""
 
     def __init__(self, parts: Sequence[nn.Linear]):
         self.parts = parts
@@ -27,13 +27,13 @@ class JoinedLinear:
         self.bias = first.new_empty(sum(self.sizes)) if has_bias else None
 
     def refresh(self) -> None:
-        """Copy the parts' weights of the moment."""
+        """Copy the current weights of the parts."""
         torch.cat([part.weight for part in self.parts], out=self.weight)
         if self.bias is not None:
             torch.cat([part.bias for part in self.parts], out=self.bias)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """Map x (N, D) to each part's output, (N, size), which are columns of one tensor."""
+        """Map x (N, D) to the output of each part, (N, size). Outputs are views of one tensor."""
         return F.linear(x, self.weight, self.bias).split(self.sizes, dim=1)
 
 
@@ -50,8 +50,8 @@ class JoinedLayer:
 class JoinedWeights:
     """The joined projections of a plain model.
 
-    They take 2 bytes for each parameter of the queries, keys, values, gates and ups: 0.5 GB for a
-    0.5B model. They keep their addresses, on which CUDA graphs rely.
+    They take 2 bytes for each parameter of the q, k, v, gate and up projections: 0.5 GB for a 0.5B
+    model. Their addresses never change, because CUDA graphs depend on them.
     """
 
     def __init__(self, model: Decoder):
@@ -62,7 +62,7 @@ class JoinedWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the model's weights of the moment."""
+        """Copy the current weights of the model."""
         for layer in self.layers:
             layer.qkv.refresh()
             layer.gate_up.refresh()

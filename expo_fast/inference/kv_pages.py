@@ -7,26 +7,28 @@ Table = list[int]  # the pages of a sequence, in the order of its tokens
 
 
 class PageCopy(NamedTuple):
-    """The content of one page is to be copied to another."""
+    """A copy of one page's content to another page."""
 
     source: int
     target: int
 
 
 def pages_for(n_tokens: int, size: int) -> int:
-    """Return how many pages of `size` tokens hold n_tokens tokens."""
+    """Return the number of pages of `size` tokens that n_tokens tokens need."""
     return -(-n_tokens // size)
 
 
 def pages_to_fork(n_shared: int, n_tokens: int, size: int) -> int:
-    """Return how many pages `Pages.fork` allocates."""
+    """Return the number of pages that `Pages.fork` allocates."""
     return pages_for(n_tokens, size) - n_shared // size
 
 
 class Pages:
-    """A fixed number of pages of `size` tokens, each free or held by one or more sequences.
+    """A fixed number of pages of `size` tokens, with the number of holders of each page.
 
-    Page 0 is never allocated: rows that only pad a batch write there.
+    A holder is a sequence, or the prefix or prompt that sequences share.
+
+    Page 0 is never allocated, because idle rows that pad a batch write to it.
     """
 
     def __init__(self, n: int, size: int):
@@ -39,7 +41,7 @@ class Pages:
 
     def take(self, n: int) -> Table:
         """Allocate n pages."""
-        assert n <= len(self.free), f"{n} pages taken of {len(self.free)} free ones"
+        assert n <= len(self.free), f"cannot take {n} pages: only {len(self.free)} are free"
         return self.hold(self.free.pop() for _ in range(n))
 
     def hold(self, pages: Iterable[int]) -> Table:
@@ -50,7 +52,7 @@ class Pages:
         return held
 
     def release(self, pages: Iterable[int]) -> None:
-        """Remove one holder from each of the pages; a page without holders is free again."""
+        """Remove one holder from each of the pages. A page without holders becomes free."""
         for page in pages:
             self._holders[page] -= 1
             if not self._holders[page]:
@@ -59,14 +61,14 @@ class Pages:
     def fork(
         self, table: Sequence[int], n_shared: int, n_tokens: int
     ) -> tuple[Table, list[PageCopy]]:
-        """Allocate the table of a sequence that starts with tokens of another one.
+        """Allocate the page table of a sequence that has a common prefix with another sequence.
 
-        table: of the other sequence.
-        n_shared: tokens that both start with.
-        n_tokens: that the new table has pages for.
+        table: page table of the other sequence.
+        n_shared: number of tokens of the common prefix.
+        n_tokens: number of tokens that the new table has pages for.
 
-        Return the new table and the copies to make before the sequence is written to. Full pages
-        are shared. A page that the shared tokens fill in part is copied.
+        Return the new table and the copies to make before the sequence is written to. Full pages of
+        the prefix are shared. A partly filled page is copied.
         """
         full_pages, rest = divmod(n_shared, self.size)
         own = self.take(pages_to_fork(n_shared, n_tokens, self.size))

@@ -1,7 +1,7 @@
-"""Structs that cpu_engine.py fills and csrc/decoder.cpp and csrc/sampling.cpp read.
+"""Structs that cpu_engine.py passes to csrc/decoder.cpp and csrc/sampling.cpp.
 
-Each mirrors the C++ struct of the same name, which documents the fields. The sizes are compared
-when the library is loaded.
+Each struct mirrors a C++ struct, which documents the fields. The sizes of both are compared when
+the library is loaded.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ class DrawStruct(ctypes.Structure):
     ]
 
 
-STRUCTS: dict[str, type[ctypes.Structure]] = {  # by their EXPO_FAST_SIZEOF names in csrc
+STRUCTS: dict[str, type[ctypes.Structure]] = {  # by their names in EXPO_FAST_SIZEOF of csrc
     "layer": LayerStruct,
     "decoder": DecoderStruct,
     "rows": RowsStruct,

@@ -9,7 +9,7 @@ from expo_fast.modeling.attention import Layer, causal_attention, varlen_attenti
 
 
 class PagedAttention:
-    """Attention of one forward pass over the pages; called once per layer.
+    """The attention of one forward pass over the pages. It is called once per layer.
 
     slab: (layers, 2, pages, page, Hkv, Dh), keys and values.
     """
@@ -20,7 +20,7 @@ class PagedAttention:
         self.lengths = tokens.lengths
         self.positions = tokens.positions.tolist()
         self.tables = tokens.tables.long().to(slab.device)
-        # where each token's key and value are kept
+        # the page and offset of each token's key and value
         column = tokens.positions // self.page
         pages = tokens.tables.gather(1, column[:, None])
         self.pages = pages.squeeze(1).long().to(slab.device)
@@ -28,7 +28,7 @@ class PagedAttention:
         self.offsets = offsets.to(slab.device)
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep k and v (N, Hkv, Dh) in the cache; return the attention of q (N, H, Dh)."""
+        """Write k and v (N, Hkv, Dh) to the cache. Return the (N, H, Dh) attention of q."""
         keys, values = self.slab[layer.index]
         keys[self.pages, self.offsets] = k
         values[self.pages, self.offsets] = v
@@ -53,7 +53,7 @@ class PagedAttention:
         return torch.cat(out)
 
     def _one_token_each(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend with one token per sequence; scores and weights are at least fp32."""
+        """Attend with one token per sequence. Attention scores and weights are at least fp32."""
         n, _, head_dim = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
         width = max(self.positions) // self.page + 1
@@ -67,7 +67,7 @@ class PagedAttention:
         seen = position <= last
         if layer.window is not None:
             seen &= position > last - layer.window
-        # unwritten memory may hold NaN, which a weight of 0 does not remove
+        # Unwritten memory may contain NaN, and 0 * NaN is NaN.
         hidden = ~seen
         v = v.masked_fill(hidden[:, None, :, None], 0)
         kv_heads = k.shape[1]
@@ -79,7 +79,7 @@ class PagedAttention:
 
 
 class VarlenPagedAttention(PagedAttention):
-    """The same with one kernel call per layer for all sequences of a prefill; 16 bits on a GPU."""
+    """PagedAttention with one varlen call per layer for all prompts. 16-bit on a GPU only."""
 
     def __init__(self, slab: Tensor, tokens: Tokens):
         super().__init__(slab, tokens)
@@ -89,7 +89,7 @@ class VarlenPagedAttention(PagedAttention):
         zero = n_seen.new_zeros(1)
         key_borders = torch.cat([zero, n_seen.cumsum(0)])
         n_keys = int(key_borders[-1])
-        # the page and the offset of every key, sequence after sequence
+        # the page and offset of every key, sequence after sequence
         sequence = torch.arange(len(n_seen)).repeat_interleave(n_seen)
         position = torch.arange(n_keys) - key_borders[sequence]
         tables = tokens.tables[last].long()

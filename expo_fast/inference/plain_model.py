@@ -1,6 +1,6 @@
-"""Tests whether a model consists of plain modules only, which kernels may run in their stead.
+"""Check whether a model consists only of plain modules, which our kernels can replace.
 
-What adapters, hooks and replaced forwards compute is Python code that the kernels do not know.
+Adapters, hooks and replaced forward methods run Python code that the kernels do not.
 """
 
 from torch import nn
@@ -15,7 +15,7 @@ OVERRIDES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # in a module's
 
 
 def is_plain(model: Decoder) -> bool:
-    """Return whether the classes of the modules tell everything that a forward pass computes."""
+    """Return whether a forward pass computes only what the classes of the modules define."""
     for module in model.modules():
         if type(module) not in PLAIN_MODULES:
             return False
@@ -23,7 +23,7 @@ def is_plain(model: Decoder) -> bool:
 
 
 def has_hooks(model: Decoder) -> bool:
-    """Return whether a forward pass runs hooks, or a forward that was set on an instance."""
+    """Return whether any module has hooks or a `forward` set on the instance."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     for module in model.modules():

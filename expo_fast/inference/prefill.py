@@ -12,10 +12,10 @@ from expo_fast.inference.kv_pages import Table
 
 @dataclass(frozen=True)
 class Segment:
-    """The next tokens of a sequence whose cache holds all tokens before them."""
+    """The next tokens of a sequence. All tokens before them are in the cache."""
 
     ids: Tensor  # (T,) int64
-    start: int  # position of the first one
+    start: int  # position of the first token
     table: Table
 
 
@@ -23,13 +23,13 @@ class Segment:
 class Piece:
     """A part of a segment that one forward pass computes."""
 
-    index: int  # of the segment in the list given
-    segment: Segment  # the piece itself
+    index: int  # index of the segment in the list
+    segment: Segment  # the tokens of the piece
 
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """The pieces of one forward pass. Its results come in the order of the pieces."""
+    """The pieces of one forward pass. Its results are in the order of the pieces."""
 
     pieces: list[Piece]
 
@@ -53,10 +53,10 @@ class PrefillBatch:
 
 
 def prefill_batches(segments: Sequence[Segment], max_tokens: int) -> Iterator[PrefillBatch]:
-    """Cut segments into batches of at most max_tokens tokens, in order.
+    """Split segments into batches of at most max_tokens tokens, in order.
 
-    A segment of more than max_tokens tokens is cut into pieces. Run the batches one after another:
-    a piece attends to the earlier pieces of its segment.
+    A segment of more than max_tokens tokens is split into pieces. Run the batches in their order,
+    because a piece attends to the earlier pieces of its segment.
     """
     batch: list[Piece] = []
     size = 0

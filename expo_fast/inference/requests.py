@@ -1,4 +1,4 @@
-"""Sampling requests, their validation, and what is returned for them."""
+"""Sampling requests, their validation, and their completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,40 +10,40 @@ from expo_fast.modeling.decoder import Shape
 
 FinishReason = Literal["stop", "length", "error"]
 
-MIN_TEMPERATURE = 1e-30  # logits divided by it are finite in fp32
-MAX_TEMPERATURE = 1e30  # logits divided by it are not all 0 in fp32
+MIN_TEMPERATURE = 1e-30  # at lower values, logits / temperature may overflow in fp32
+MAX_TEMPERATURE = 1e30  # at higher values, logits / temperature may all underflow to 0 in fp32
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. Its random numbers are keyed by (seed, position) only."""
+    """A completion to sample. Its random numbers depend only on (seed, position)."""
 
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
+    prompt_ids: Sequence[int]  # token ids, at least one
+    max_new_tokens: int  # at least 1
     temperature: float = 1.0  # 0: the likeliest token
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    seed: int = 0  # the G samples of a prompt have G different seeds
-    stop_ids: Sequence[int] | None = None  # None: the model's own EOS ids
-    stop_strings: Sequence[str] = ()
+    top_p: float = 1.0  # nucleus sampling (arXiv:1904.09751); 1: all tokens
+    top_k: int = 0  # number of likeliest tokens to draw from; 0: all tokens
+    min_p: float = 0.0  # least probability relative to the likeliest token's (arXiv:2407.01082)
+    seed: int = 0  # a 64-bit integer; use different seeds for the samples of a prompt
+    stop_ids: Sequence[int] | None = None  # token ids that end it; None: the model's EOS ids
+    stop_strings: Sequence[str] = ()  # texts that end it
 
 
 @dataclass(frozen=True)
 class Completion:
     """The tokens sampled for a request."""
 
-    token_ids: list[int]  # with the stop token, if there was one
-    logp: Tensor  # (len(token_ids),) fp32 nats, at the temperature and before any truncation
-    finish_reason: str  # a FinishReason; "error": the model's logits were not finite
+    token_ids: list[int]  # including the stop token, if there is one
+    logp: Tensor  # (len(token_ids),) fp32, nats, at the temperature and before any truncation
+    finish_reason: str  # "stop", "length", or "error" if the model's logits were not finite
 
 
 def check_requests(requests: Sequence[Request], shape: Shape, *, has_tokenizer: bool) -> None:
-    """Raise ValueError where a model of this shape cannot serve one of the requests.
+    """Raise ValueError if a model of this shape cannot serve one of the requests.
 
-    has_tokenizer: whether stop strings can be found.
+    has_tokenizer: whether stop strings are supported.
     """
-    checked: dict[int, Sequence[int]] = {}  # prompts by id: the samples of a question share one
+    checked: dict[int, Sequence[int]] = {}  # prompts by id(), because requests may share a prompt
     for index, request in enumerate(requests):
         prompt_ids = request.prompt_ids
         if id(prompt_ids) not in checked:
@@ -114,10 +114,10 @@ def _check_stop_strings(index: int, request: Request, has_tokenizer: bool) -> No
 
 def _are_integers(x: Any) -> bool:
     is_sequence = hasattr(x, "__len__") and hasattr(x, "__iter__")
-    # tokens by the thousand are of few types
+    # Checking each distinct type is faster than checking each of thousands of tokens.
     return is_sequence and all(map(_is_integer, set(map(type, x))))
 
 
 def _is_integer(x: Any) -> bool:
-    # tensors and arrays have it too; `operator.index` then accepts those of integers only
+    # Float tensors and arrays have __index__ too, but `operator.index` rejects them later.
     return hasattr(x, "__index__")

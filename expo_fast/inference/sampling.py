@@ -1,7 +1,7 @@
 """Draw a token from logits and return its log-prob, one row per sequence.
 
-A row draws with one uniform number that is keyed by (seed, position). So what it samples depends on
-its own logits only: not on its batch, nor on how often the run was resumed.
+A row draws with one uniform number, which depends only on (seed, position). A row's token therefore
+depends on its own logits and not on its batch, nor on how often the run was resumed.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 256  # vocabulary columns summed at once: a draw reads V/BLOCK + BLOCK numbers, not V
-NUCLEUS_COLUMNS = 512  # the largest weights of a row, which nearly always hold the nucleus
+BLOCK = 256  # vocabulary columns per partial sum: a draw reads V/BLOCK + BLOCK numbers, not V
+NUCLEUS_COLUMNS = 512  # number of largest weights that nearly always contain the nucleus
 
-# SplitMix64 (doi:10.1145/2714064.2660195), its constants as int64
+# Constants of SplitMix64 (doi:10.1145/2714064.2660195) as int64.
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
 
 
 class Drawn(NamedTuple):
-    """Sampled tokens, of one shape with their log-probs."""
+    """Sampled tokens and their log-probs, both of one shape."""
 
     tokens: Tensor  # int64
     logps: Tensor  # fp32 nats, at the temperature and before any truncation
@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Truncation:
-    """Which tokens may be drawn. Each rule applies to what the rules before it leave."""
+    """Rules for the tokens that may be drawn. Each rule applies to what the previous ones leave."""
 
     top_k: Tensor  # (B,) int, 0 = all
     top_p: Tensor  # (B,) fp32, 1 = all (nucleus sampling, arXiv:1904.09751)
@@ -55,7 +55,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each of B rows draws its token. A draw is keyed by (seed, position)."""
+    """Sampling options of B rows. A draw depends only on (seed, position) and the logits."""
 
     seeds: Tensor  # (B,) int64
     temperature: Tensor  # (B,) fp32; 0: the likeliest token, with its log-prob at temperature 1
@@ -94,7 +94,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift in zeros: torch's >> keeps the sign."""
+    """Shift right and fill with zeros. torch's >> fills with the sign."""
     mask = (1 << (64 - bits)) - 1
     return (x >> bits) & mask
 
@@ -105,7 +105,10 @@ def draw(
     truncation: Truncation,
     u: Tensor,  # (B,) fp64 in [0, 1)
 ) -> Drawn:
-    """Draw one token per row; (B,) each. A row with a NaN or with -inf only gets a NaN log-prob."""
+    """Draw one token per row. Return (B,) tokens and log-probs.
+
+    The log-prob is NaN for a row that contains NaN, or only -inf.
+    """
     greedy = temperature == 0
     logits /= torch.where(greedy, 1.0, temperature)[:, None]
     largest, best = logits.max(-1)
@@ -130,9 +133,9 @@ def draw_from_blocks(
     temperature: Tensor,  # (B,) fp32
     u: Tensor,  # (B,) fp64 in [0, 1)
 ) -> Drawn:
-    """Draw as `draw` does, without truncation, from the block statistics of the logits.
+    """Draw as `draw` does without truncation, using the block statistics of the logits.
 
-    It reads one block of each row, and on a GPU the host does not wait.
+    It reads one block of each row and makes no host sync.
     """
     greedy = temperature == 0
     last_column = logits.shape[1] - 1
@@ -155,12 +158,12 @@ def draw_from_blocks(
 
 
 def _columns_of(block: Tensor) -> Tensor:
-    """Return the columns (B, BLOCK) of one block per row, (B,)."""
+    """Return the (B, BLOCK) columns of one block per row. block: (B,)."""
     return block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
 
 
 def _block_sums(weights: Tensor) -> Tensor:
-    """Sum (B, V) over blocks of BLOCK columns -> (B, ceil(V / BLOCK)) fp64."""
+    """Return the sums of (B, V) over blocks of BLOCK columns: (B, ceil(V / BLOCK)) fp64."""
     n_rows, n_columns = weights.shape
     n_blocked = n_columns - n_columns % BLOCK
     blocked = weights[:, :n_blocked].view(n_rows, -1, BLOCK)
@@ -183,9 +186,10 @@ def _inverse_cdf(weights: Tensor, block_sums: Tensor, u: Tensor) -> Tensor:
 
 
 def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first column where the running sum exceeds target, and target's rest inside it.
+    """Return the first column where the running sum exceeds the target, and the remainder.
 
-    Rounding may leave target at the very end: then it is the last column of positive weight.
+    The remainder is the target minus the running sum before that column. If the target reaches the
+    total by rounding, the column is the last one of positive weight.
     """
     running = weights.cumsum(1)
     columns = torch.arange(weights.shape[1], device=weights.device)
@@ -198,7 +202,7 @@ def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw_truncated(weights: Tensor, totals: Tensor, rules: Truncation, u: Tensor) -> Tensor:
-    """Draw from the largest weights; from all weights in the rows where those do not suffice."""
+    """Draw from the largest weights, or from all weights in rows where those do not suffice."""
     tokens, settled = _draw_among(NUCLEUS_COLUMNS, weights, totals, rules, u)
     rest = (~settled).nonzero().squeeze(-1)
     if len(rest):
@@ -213,9 +217,9 @@ def _draw_among(
 ) -> tuple[Tensor, Tensor]:
     """Draw from the `size` largest weights.
 
-    Equal weights are taken in the order of their columns, whatever the size.
+    Equal weights are taken in the order of their columns, for any size.
 
-    Return the tokens (B,), and (B,) bool: rows whose other weights cannot matter.
+    Return (B,) tokens, and (B,) bool: whether the rules exclude all other weights of the row.
     """
     n_columns = weights.shape[1]
     size = min(size, n_columns)
@@ -226,8 +230,8 @@ def _draw_among(
     allowed = _allowed(kept, totals, rules)
     inside = (kept * allowed).double()
     rank, _ = _search(inside, u * inside.sum(-1))
-    # Each rule excludes a tail. It begins among the kept weights, unless one that is as small as
-    # the last of them is allowed.
+    # Each rule excludes a tail of the sorted weights. The tail begins among the kept weights,
+    # unless the rules allow a weight as small as the last kept one.
     smallest_allowed = (allowed & (kept <= kept[:, -1:])).any(-1)
     settled = ~(smallest_allowed | (rules.top_k > size))
     if size == n_columns:
@@ -237,7 +241,7 @@ def _draw_among(
 
 
 def _allowed(kept: Tensor, totals: Tensor, rules: Truncation) -> Tensor:
-    """Return (B, K) bool: which of the K largest weights, sorted, the rules leave."""
+    """Return (B, K) bool: which of the K largest weights, sorted, the rules allow."""
     top_k = rules.top_k[:, None]
     rank = torch.arange(kept.shape[1], device=kept.device)
     by_top_k = (rank < top_k) | (top_k == 0)

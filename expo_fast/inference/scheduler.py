@@ -1,7 +1,8 @@
 """Continuous batching: serve many requests with one engine and one key-value cache.
 
-Each step admits waiting requests as rows and pages become free, and prefills their prompts; or,
-where none can be admitted, decodes the active sequences. Then it collects those that are finished.
+A step admits waiting requests, if rows and pages are free, and prefills their prompts. If no
+request can be admitted, it decodes the active sequences instead. Then it collects the finished
+sequences.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,17 +26,17 @@ class Prompt:
     """The prompt of one or more requests, computed once for all of them."""
 
     ids: tuple[int, ...]
-    rank: int = 0  # its place in the order of service
-    n_waiting: int = 0  # requests that have not been admitted
-    table: Table = field(default_factory=list)  # while it is in the cache
-    hidden: Tensor | None = None  # (D,) of its last token, once it is computed
+    rank: int = 0  # index in the order of service
+    n_waiting: int = 0  # number of requests that have not been admitted
+    table: Table = field(default_factory=list)  # empty if the prompt is not in the cache
+    hidden: Tensor | None = None  # (D,) of its last token; None before it is computed
 
 
 @dataclass(eq=False)
 class SampledSequence:
-    """A request and what was sampled for it so far."""
+    """A request and the tokens sampled for it so far."""
 
-    index: int  # of the request
+    index: int  # index of the request
     request: Request
     prompt: Prompt
     token_ids: list[int] = field(default_factory=list)
@@ -49,7 +50,7 @@ class SampledSequence:
 
     @property
     def n_cached(self) -> int:
-        """Tokens to cache at most; no token attends to the very last one."""
+        """Maximum number of tokens in the cache. The last token is not cached."""
         return len(self.prompt.ids) + self.request.max_new_tokens - 1
 
     def completion(self) -> Completion:
@@ -60,19 +61,21 @@ class SampledSequence:
 
 @dataclass
 class Admission:
-    """Sequences admitted in one step. They have pages, which are to be filled."""
+    """Sequences admitted in one step. Their pages are allocated but not filled yet."""
 
     sequences: list[SampledSequence] = field(default_factory=list)
     new_prompts: list[Prompt] = field(default_factory=list)
-    prefix_copies: list[PageCopy] = field(default_factory=list)  # prefix -> new prompts
-    prompt_copies: list[PageCopy] = field(default_factory=list)  # prompts -> sequences
+    prefix_copies: list[PageCopy] = field(default_factory=list)  # from the prefix to new prompts
+    prompt_copies: list[PageCopy] = field(default_factory=list)  # from prompts to sequences
 
 
 class Scheduler:
-    """Serves one call's requests, given by their indices.
+    """Serve the requests of one call.
 
-    max_rows: sequences that are decoded together.
-    kv_cache_bytes: bound on the key-value cache. Raise ValueError where a request does not fit.
+    requests: by their indices.
+    max_rows: maximum number of sequences that are decoded together.
+    kv_cache_bytes: bound on the size of the key-value cache.
+    Raise ValueError if a request does not fit the key-value cache.
     """
 
     def __init__(
@@ -87,16 +90,16 @@ class Scheduler:
         self.engine = engine
         self.stop_rules = stop_rules
         self.max_rows = min(len(requests), max_rows)
-        self.waiting = _in_order_of_service(requests)  # the next one is last
+        self.waiting = _in_order_of_service(requests)  # the next request is the last element
         self.active: list[SampledSequence] = []
-        self.loaded: list[SampledSequence] = []  # what the engine decodes; some may be finished
+        self.loaded: list[SampledSequence] = []  # rows of the engine; some may be finished
         prompts = list({sequence.prompt.ids for sequence in self.waiting})
-        self.prefix = prompts[0][: common_prefix(prompts)]  # of all prompts, computed once
+        self.prefix = prompts[0][: common_prefix(prompts)]  # common to all prompts, computed once
         self.pages = Pages(self._n_pages(kv_cache_bytes), engine.page)
         self.prefix_table: Table = []
 
     def completions(self) -> Iterator[tuple[int, Completion]]:
-        """Yield (index, completion) as the requests finish."""
+        """Yield (index, completion) in the order in which requests finish."""
         try:
             self._open()
             while self.active or self.waiting:
@@ -114,7 +117,7 @@ class Scheduler:
             self._run_prompts([prefix], n_cached=0)
 
     def _step(self) -> list[tuple[int, Completion]]:
-        """Sample the first tokens of newly admitted sequences, or the next of all active ones."""
+        """Sample the first tokens of new sequences, or the next tokens of all active sequences."""
         if not self.engine.runs_ahead:
             admission = self._admit()
             if admission.sequences:
@@ -127,7 +130,7 @@ class Scheduler:
     # Admit
 
     def _admit(self) -> Admission:
-        """Take waiting requests while there are rows and pages for them; allocate their pages."""
+        """Admit waiting requests while rows and pages are free, and allocate their pages."""
         admission = Admission()
         n_rows = self.max_rows - len(self.active)
         while self.waiting and len(admission.sequences) < n_rows:
@@ -140,7 +143,7 @@ class Scheduler:
         return admission
 
     def _new_pages(self, sequence: SampledSequence) -> int:
-        """Return how many pages `_allocate` takes for the sequence."""
+        """Return the number of pages that `_allocate` takes for the sequence."""
         size = self.pages.size
         n_prompt = len(sequence.prompt.ids)
         needed = pages_to_fork(n_prompt, sequence.n_cached, size)
@@ -175,7 +178,7 @@ class Scheduler:
         self.loaded = []
 
     def _run_prompts(self, prompts: list[Prompt], *, n_cached: int) -> None:
-        """Compute prompts whose first n_cached tokens are in the cache."""
+        """Compute the rest of prompts whose first n_cached tokens are in the cache."""
         segments = []
         for prompt in prompts:
             ids = cpu_int64(prompt.ids[n_cached:])
@@ -183,10 +186,10 @@ class Scheduler:
         for batch in prefill_batches(segments, self.engine.prefill_tokens):
             hidden = self.engine.run(batch.tokens()).split(batch.lengths)
             for piece, rows in zip(batch.pieces, hidden, strict=True):
-                prompts[piece.index].hidden = rows[-1].clone()  # the last piece's stays
+                prompts[piece.index].hidden = rows[-1].clone()  # the last piece overwrites others
 
     def _first_tokens(self, sequences: list[SampledSequence]) -> Drawn:
-        """Draw one token per sequence from its prompt's last hidden state; (1, B) each."""
+        """Draw the first token of each sequence from its prompt's last hidden state: (1, B)."""
         hidden = []
         for sequence in sequences:
             assert sequence.prompt.hidden is not None
@@ -199,7 +202,7 @@ class Scheduler:
     # Decode
 
     def _decode(self) -> Drawn:
-        """Sample the next tokens of the loaded sequences; (burst, B) each."""
+        """Sample the next tokens of the loaded sequences: (burst, B)."""
         engine = self.engine
         keeps = bool(self.loaded) and engine.keeps_loaded(len(self.active))
         if not keeps and not engine.runs_ahead:
@@ -209,14 +212,14 @@ class Scheduler:
         return engine.decode(ahead=keeps and self._outlast_a_burst())
 
     def _outlast_a_burst(self) -> bool:
-        """Return whether the loaded rows should be decoded again after the burst that comes next.
+        """Return whether the loaded rows should be decoded again after the next burst.
 
-        What is not known yet is which sequences end before their limit.
+        This is a guess, because sequences may end before their length limit.
         """
         left = [s.request.max_new_tokens - len(s.token_ids) for s in self.active]
         if not self.waiting:
             return max(left) > self.engine.burst
-        # a request that finds a row and pages is not to wait for one burst more
+        # A request that can be admitted should not wait for a further burst.
         can_admit = len(self.active) < self.max_rows
         can_admit &= self._new_pages(self.waiting[-1]) <= len(self.pages.free)
         return not can_admit and min(left) > self.engine.burst
@@ -226,23 +229,23 @@ class Scheduler:
     def _collect(
         self, sequences: list[SampledSequence], drawn: Drawn
     ) -> list[tuple[int, Completion]]:
-        """Append (n, B) sampled tokens to B sequences; remove and return the finished ones."""
+        """Append (n, B) sampled tokens to B sequences. Remove and return the finished ones."""
         steps = zip(drawn.tokens.tolist(), drawn.logps.tolist(), strict=True)
         for tokens, logps in steps:
             for sequence, token, logp in zip(sequences, tokens, logps, strict=True):
-                if sequence.finish_reason is None:  # else it ended earlier in the burst
+                if sequence.finish_reason is None:  # otherwise it ended earlier in the burst
                     self._append(sequence, token, logp)
         finished = [sequence for sequence in self.active if sequence.finish_reason]
         if finished:
             self.active = [s for s in self.active if s.finish_reason is None]
         for sequence in finished:
-            # safe while the engine still decodes its row: the pages get another owner in an
-            # admission, after which rows are loaded again
+            # The engine may still decode this row. That is safe: only an admission gives its pages
+            # to another sequence, and rows are loaded again after it.
             self.pages.release(sequence.table)
         return [(sequence.index, sequence.completion()) for sequence in finished]
 
     def _append(self, sequence: SampledSequence, token: int, logp: float) -> None:
-        if logp != logp:  # NaN: the logits were not finite, so there is no token
+        if logp != logp:  # NaN: the logits were not finite, and the token is invalid
             sequence.finish_reason = "error"
             return
         sequence.token_ids.append(token)
@@ -252,9 +255,9 @@ class Scheduler:
     # The size of the cache
 
     def _n_pages(self, budget: int) -> int:
-        """Return how many pages to allocate, page 0 included: no more than the budget's bytes hold.
+        """Return the number of pages to allocate within the budget in bytes, including page 0.
 
-        Raise ValueError where a request needs more than the budget by itself.
+        Raise ValueError if a single request needs more than the budget.
         """
         size = self.engine.page
         prefix = len(self.prefix)
@@ -273,19 +276,19 @@ class Scheduler:
             raise ValueError(
                 f"kv_cache_bytes={budget} cannot hold request {largest.index} of "
                 f"{largest.n_cached} tokens, which needs {(fixed + needs[-1]) * page_bytes}: "
-                "raise it, or shorten prompts or completions"
+                "increase kv_cache_bytes, or shorten prompts or completions"
             )
         return fixed + min(affordable, sum(needs[-self.max_rows :]))
 
 
 def _in_order_of_service(requests: Mapping[int, Request]) -> list[SampledSequence]:
-    """Return a sequence per request, the first to be served last.
+    """Return one sequence per request. The last sequence in the list is served first.
 
-    Prompts whose requests may run longest come first, so that no long request is left to run
-    alone. The requests of a prompt are adjacent, so that they share its pages.
+    Prompts whose requests may run longest are served first, so that no long request runs alone at
+    the end. Requests of one prompt are adjacent, so that they share its pages.
     """
     prompts: dict[tuple[int, ...], Prompt] = {}
-    known: dict[int, tuple[Sequence[int], Prompt]] = {}  # tokens and prompt, by the tokens' id
+    known: dict[int, tuple[Sequence[int], Prompt]] = {}  # (tokens, prompt) by id(tokens)
     longest: dict[Prompt, int] = {}
     sequences = []
     for index, request in requests.items():

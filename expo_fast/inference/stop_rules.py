@@ -7,11 +7,11 @@ from expo_fast.inference.requests import FinishReason, Request
 
 
 class StopRules:
-    """Decides after each sampled token whether its completion is finished.
+    """Decide after each sampled token whether its completion is finished.
 
-    A new rule is a condition in `finish_reason`, and a field of `Request` where callers set it.
+    To add a rule, add a condition to `finish_reason`, and a field to `Request` if callers set it.
 
-    eos_ids: end a completion whose request names no stop ids.
+    eos_ids: token ids that end a completion whose request has no stop ids.
     tokenizer: needed for stop strings only.
     """
 
@@ -21,7 +21,7 @@ class StopRules:
         self._texts: dict[int, str] = {}  # of single tokens
 
     def finish_reason(self, request: Request, token_ids: Sequence[int]) -> FinishReason | None:
-        """Return why the last token ends the completion, or None if it does not."""
+        """Return the reason why the last token ends the completion, or None if it does not."""
         if self._is_stop_token(request, token_ids[-1]):
             return "stop"
         if self._has_stop_string(request, token_ids):
@@ -38,20 +38,20 @@ class StopRules:
         strings = request.stop_strings
         if not any(self._may_end(string, token_ids[-1]) for string in strings):
             return False
-        n_tokens = 4 * max(map(len, strings)) + 4  # a token may be a quarter of a character
+        n_tokens = 4 * max(map(len, strings)) + 4  # a UTF-8 character may be four tokens
         tail = self.tokenizer.decode(token_ids[-n_tokens:])
         return any(string in tail for string in strings)
 
     def _may_end(self, string: str, token: int) -> bool:
-        """Return whether the token may complete the string, judged by its own text.
+        """Return whether the token may complete the string, judged by the token's text.
 
-        It saves decoding the tail after every token, which would cost more than sampling it.
+        This avoids decoding the last tokens at every step, which would cost more than sampling.
         """
         text = self._texts.get(token)
         if text is None:
             text = self._texts[token] = self.tokenizer.decode([token])
         if not text.strip() or string[-1].isspace():
-            return True  # some tokenizers drop blanks at the beginning of a text
+            return True  # some tokenizers drop spaces at the beginning of a text
         if "\ufffd" in text:
-            return True  # a part of a character
+            return True  # the token is a part of a character
         return string[-1] in text

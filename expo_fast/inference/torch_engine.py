@@ -1,6 +1,6 @@
 """PyTorch decode engine: the reference of the other engines.
 
-It runs where they do not: without a compiler, in other dtypes, and through adapters and hooks.
+It also runs without a compiler, with other dtypes, and with adapters and hooks.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
 from expo_fast.kernels.products import wide_product, widened
 from expo_fast.modeling.decoder import Decoder
 
-COPIES_AT_ONCE = 16  # pages; PyTorch holds them twice while it copies
-ROW_MULTIPLE = 16  # decoded rows are padded to it: oneDNN compiles each new GEMM size, for 30 ms
+COPIES_AT_ONCE = 16  # pages per copy, which needs temporary memory for them
+ROW_MULTIPLE = 16  # rows are padded to a multiple: oneDNN compiles each new GEMM size for 30 ms
 
 
 class TorchEngine(Engine):
-    """Runs any `Decoder` on any device. Prompts and new tokens go through `model.run`."""
+    """Run any `Decoder` on any device. `model.run` computes prompts and new tokens."""
 
     page = 32
     attention: type[PagedAttention] = PagedAttention
@@ -49,7 +49,7 @@ class TorchEngine(Engine):
         self.head = self.widened_head()
 
     def widened_head(self) -> Tensor:
-        """Return the LM head (D, V) as `wide_product` needs it; a view of the model's on a GPU."""
+        """Return the (D, V) LM head in the layout that `wide_product` needs, a view on a GPU."""
         return widened(self.model.head_weight.detach()).T
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class TorchEngine(Engine):
 
 
 def _padded(tokens: Tokens, n: int) -> Tokens:
-    """Add idle rows up to n, whose results nobody reads; they write to page 0."""
+    """Add idle rows up to n rows. They write to page 0, and their results are not used."""
     n_idle = n - len(tokens.ids)
 
     def padded(x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 A pack is a row of N tokens that is divided into segments. A segment may continue an earlier one,
 its parent: the samples of a group continue their question, and the questions of a batch continue
-the worked examples. Shared tokens are computed once, forward and backward. Every segment attends to
-exactly the tokens that it would see if its complete sequence stood alone.
+the worked examples. Shared tokens are computed once, forward and backward. The chain of a segment
+is the list of its ancestors, from the root on, followed by the segment itself. A segment attends to
+the tokens of its chain, so the result is that of separate sequences.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from expo_fast.kernels import fused
 
 @dataclass(frozen=True)
 class Layer:
-    """What attention needs to know about the layer that calls it."""
+    """The layer's properties that attention depends on."""
 
     index: int
     scale: float  # 1 / sqrt(head_dim)
@@ -34,20 +35,20 @@ class Layer:
 class _VisibleKeys:
     """The keys that each segment of a pack attends to, in segment order."""
 
-    copies: fused.Copies | None  # of the pack's tokens; None: no key is shared
+    copies: fused.Copies | None  # of the pack's tokens; None if no key is shared
     cu_seqlens: Tensor  # (S+1,) int32, the boundaries of the segments in the keys
     max_length: int
 
 
 class PackedAttention:
-    """The attention of one packed forward. It is called once per layer.
+    """The attention of one packed forward pass. It is called once per layer.
 
     cu_seqlens: (S+1,) int32, the boundaries of the segments in the pack.
-    parents: (S,) the earlier segment that each segment continues, or -1. None: no segment continues
-    another one.
-    device: of the pack's tokens. None: that of cu_seqlens.
+    parents: (S,) int, the index of each segment's parent, or -1 if it has none. None: no segment
+    has a parent.
+    device: device of the pack's tokens. None: the device of cu_seqlens.
 
-    The host reads cu_seqlens and parents. It waits for them unless they are on the CPU.
+    The host reads cu_seqlens and parents, which is a sync if they are on a GPU.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class PackedAttention:
         """Map q (N, H, Dh), k and v (N, Hkv, Dh) to (N, H, Dh)."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(layer, q, k, v)
-        # split and not slices: the gradient of a slice is a zeroed tensor as large as the pack
+        # split instead of slices: the gradient of a slice is a zeroed tensor of the pack's size
         queries = q.split(self.segment_lengths)
         keys = k.split(self.segment_lengths)
         values = v.split(self.segment_lengths)
@@ -108,9 +109,10 @@ class PackedAttention:
 def copy_chains(
     boundaries: list[int], chains: list[list[int]], cu_seqlens: Tensor
 ) -> tuple[fused.Copies, Tensor]:
-    """Copy each segment to where its descendants and itself attend to it.
+    """Plan the copies of keys that make each chain contiguous.
 
-    Return the copies, on the device of cu_seqlens, and the (S+1,) boundaries of the chains in them.
+    Return the copies, on the device of cu_seqlens, and the (S+1,) boundaries of the chains in the
+    copied rows.
     """
     n_segments = len(chains)
     begins = torch.tensor(boundaries)
@@ -136,12 +138,12 @@ def copy_chains(
 
 
 def _from_zero(lengths: Tensor) -> Tensor:
-    """Return the boundaries of parts that have these lengths."""
+    """Return the cumulative boundaries of parts with these lengths, starting from 0."""
     return F.pad(lengths.cumsum(0), (1, 0))
 
 
 def _sent(indices: Tensor, device: torch.device) -> Tensor:
-    """Return the indices as int32 on a device. The host does not wait for a GPU."""
+    """Return the indices as int32 on a device, without a host sync."""
     indices = indices.int()
     if indices.is_cpu and device.type == "cuda":
         indices = indices.pin_memory()
@@ -167,8 +169,8 @@ def varlen_attention(
 ) -> Tensor:
     """Return the (Nq, H, Dh) causal attention of packed sequences.
 
-    The last query of a sequence sees its last key. Runs flash-attn if it is installed, else
-    torch's varlen_attn.
+    The last query of a sequence sees its last key. The kernel is flash-attn's if that is installed,
+    else torch's varlen_attn.
     """
     left = -1 if layer.window is None else layer.window - 1
     if _has_flash_attn():
@@ -212,7 +214,7 @@ def _has_flash_attn() -> bool:
 
 @cache
 def _grouped_queries() -> dict[str, Any]:
-    """Return what allows fewer key heads than query heads: torch 2.11 does not ask for it."""
+    """Return the arguments that enable grouped-query attention. torch 2.11 needs none."""
     from torch.nn.attention.varlen import varlen_attn
 
     asked = "enable_gqa" in signature(varlen_attn).parameters
@@ -260,7 +262,7 @@ def _mask(n_queries: int, n_keys: int, window: int | None, device: torch.device)
 
 
 def _chains(n_segments: int, parents: Tensor | None) -> list[list[int]]:
-    """Return for each segment its ancestors from the root on, followed by itself."""
+    """Return the chain of each segment: its ancestors from the root on, and the segment itself."""
     if parents is None:
         return [[segment] for segment in range(n_segments)]
     chains: list[list[int]] = []

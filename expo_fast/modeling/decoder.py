@@ -19,7 +19,7 @@ from expo_fast.modeling.attention import Layer, PackedAttention
 from expo_fast.modeling.rope import rope_frequencies, rotate_heads
 from expo_fast.modeling.shape import Shape, read_shape
 
-# (model, tokens, positions, cu_seqlens, parents) -> (N, D), as `Decoder.hidden`
+# (model, tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
 Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # (layer, q, k, v), with q (N, H, Dh), k and v (N, Hkv, Dh) -> (N, H, Dh)
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
@@ -103,7 +103,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and beside a residual connection."""
+    """One layer: attention and MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, shape: Shape, index: int):
         super().__init__()
@@ -132,7 +132,7 @@ class Body(nn.Module):
 class _ExactValue(torch.autograd.Function):
     """Return the value of `exact` with the gradient of `approximate`.
 
-    The two are the same function computed with different rounding.
+    Both are the same function, computed with different rounding.
     """
 
     @staticmethod
@@ -147,10 +147,10 @@ class _ExactValue(torch.autograd.Function):
 class Decoder(nn.Module):
     """A causal language model up to its final norm. The ops apply the head, `head_weight`.
 
-    config: the transformers config that it was built from, kept for saving.
+    config: a transformers config, kept for saving.
     checkpointing: recompute each layer in the backward pass instead of keeping its activations.
-    exact: if set, computes the values that `hidden` returns. It is used for results that must not
-    depend, to the bit, on how tokens are packed. Gradients are still those of the PyTorch forward.
+    exact: if set, this function computes the values that `hidden` returns. They must be
+    bit-identical for any packing of the tokens. Gradients are those of the PyTorch forward pass.
     """
 
     inv_freq: Tensor  # (Dh/2,) fp32
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The (V, D) weight of the head. It is the embedding itself if the two are tied."""
+        """The (V, D) weight of the head. It is the embedding if the config ties both."""
         if self.shape.tied:
             return self.model.embed_tokens.weight
         return self.lm_head.weight
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The token ids that end a completion, from the checkpoint, or () if it names none."""
+        """The token ids that end a completion, or () if the checkpoint names none."""
         for config in (self.generation_config, self.config):
             ids = getattr(config, "eos_token_id", None)
             if ids in (None, [], ()):
@@ -196,8 +196,8 @@ class Decoder(nn.Module):
     def complete_eos(self, tokenizer: Any) -> None:
         """Take the end token from the tokenizer if the checkpoint names none, and check it.
 
-        Without an end token no sample would stop. tokenizer may be None. Raises ValueError if an
-        end token is not in the vocabulary.
+        tokenizer: may be None. Without an end token, completions stop only at the length limit.
+        Raise ValueError if an end token is not in the vocabulary.
         """
         if not self.eos_ids and tokenizer is not None:
             self.config.eos_token_id = tokenizer.eos_token_id
@@ -210,9 +210,10 @@ class Decoder(nn.Module):
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
-        """Apply `.to`, `.bfloat16` and similar, and keep the RoPE frequencies in fp32.
+        """Apply `.to`, `.bfloat16` and similar methods, but keep the RoPE frequencies in fp32.
 
-        In bf16 an angle would be off by up to 1/512 of it: about a radian after 500 tokens.
+        In bf16 an angle would have a relative error of up to 1/512: about a radian after 500
+        tokens.
         """
         inv_freq = self.inv_freq
         super()._apply(fn, recurse)
@@ -222,14 +223,14 @@ class Decoder(nn.Module):
     def hidden(
         self,
         tokens: Tensor,  # (N,) int
-        positions: Tensor,  # (N,) int, the place of each token in its own sequence
+        positions: Tensor,  # (N,) int, the index of each token in its own sequence
         cu_seqlens: Tensor,  # (S+1,) int32
         parents: Tensor | None = None,  # (S,) int, see `PackedAttention`
     ) -> Tensor:
         """Return the (N, D) hidden states of a pack, after the final norm.
 
-        A token attends to its own segment and to the ancestors of that segment. cu_seqlens and
-        parents may be on the CPU, which spares a host sync on a GPU.
+        A token attends to its own segment and to the ancestors of that segment. Keep cu_seqlens and
+        parents on the CPU: on a GPU they cost a host sync.
         """
         if self.exact is None:
             attention = PackedAttention(cu_seqlens, parents, tokens.device)
@@ -254,9 +255,9 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """Return RoPE's cos and sin of (N,) positions, (N, 1, Dh/2) in the model's dtype.
+        """Return RoPE's cos and sin for (N,) positions: (N, 1, Dh/2) each, in the model's dtype.
 
-        The angles are computed in fp32.
+        Angles are computed in fp32.
         """
         angles = positions[:, None].float() * self.inv_freq
         cos = angles.cos() * self.rope_scale

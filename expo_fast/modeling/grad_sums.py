@@ -1,10 +1,11 @@
 """fp32 sums of the gradients of several backward passes.
 
-In bf16, with 8 bits, a late micro-batch rounds to nothing when it is added to a large sum.
+In bf16, which has 8 significant bits, the gradient of a late micro-batch may be lost to rounding
+when it is added to a large sum.
 """
 
 # pyright: reportPrivateImportUsage=false
-# (torch documents its multi-tensor operations, and does not export their names)
+# (torch documents its multi-tensor operations but does not export their names)
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,18 +15,18 @@ from torch import Tensor, nn
 
 from expo_fast.modeling.norms import L2Norm, batches, l2_norm
 
-# Elements of gradients that wait until they are added together. On a GPU one launch adds many.
+# Number of gradient elements to collect before they are added. On a GPU one launch adds many.
 CPU_PENDING = 0
 GPU_PENDING = 1 << 25
 
 
 class GradSums:
-    """The fp32 gradient sums of a set of parameters, which every `backward()` adds to.
+    """The fp32 gradient sums of a set of parameters. Every `backward()` adds to them.
 
     A hook on each parameter runs as soon as `loss.backward()` has computed its gradient. It adds
     `parameter.grad` to the sum and sets `parameter.grad` to None, which frees its memory before the
-    next layer's backward. On a GPU, up to GPU_PENDING elements wait to be added together. No other
-    code may read `.grad`, and a second GradSums on the same parameters is an error.
+    next layer's backward. On a GPU, up to GPU_PENDING elements are collected before they are added.
+    No other code may read `.grad`, and a second GradSums on the same parameters is an error.
 
     The sums are kept in two terms, so that the norms of two parts of a loss can be compared:
 
@@ -34,8 +35,8 @@ class GradSums:
         sft_loss.backward()
         policy_norm, sft_norm = sums.term_norms()
 
-    Each parameter has one fp32 buffer, allocated here, because the first access to new memory is
-    slow. A parameter with gradients in both terms takes a second buffer, which is reused later.
+    Each parameter has one fp32 buffer. It is allocated here, because the first access to new memory
+    is slow. A parameter with gradients in both terms gets a second buffer, which is reused later.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
@@ -64,7 +65,7 @@ class GradSums:
 
     @torch.no_grad()
     def _add_pending(self) -> None:
-        """Add the gradients that wait to the second term."""
+        """Add the pending gradients to the second term."""
         added: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         for name, grad in self._pending.items():
@@ -117,7 +118,7 @@ class GradSums:
     def _terms(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return the one or two terms of each parameter that has a gradient.
 
-        They come in the order of the parameters: the norm, and so the clipping, depends on it.
+        They are in the order of the parameters, because the rounding of the norm depends on it.
         """
         terms: list[tuple[Tensor, Tensor | None]] = []
         for name in self._parameters:
@@ -130,12 +131,12 @@ class GradSums:
         return terms
 
     def merged(self) -> dict[str, Tensor]:
-        """Merge the two terms in place and return the sums by name, without copying them."""
+        """Add the two terms in place and return the sums by name. The sums are not copies."""
         self.start_new_term()
         return self._first
 
     def clear(self) -> None:
-        """Forget all gradients. The buffers are kept."""
+        """Remove all gradients. The buffers are kept for reuse."""
         self._pending.clear()
         self._pending_elements = 0
         for sums in (self._first, self._second):
@@ -149,6 +150,6 @@ class GradSums:
         return not self._pending and not self._first and not self._second
 
 
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the first tensors of the pairs, and the second."""
-    return [first for first, _ in pairs], [second for _, second in pairs]
+def _columns(rows: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the first tensors of the rows, and the second tensors."""
+    return [first for first, _ in rows], [second for _, second in rows]

@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685) through PEFT: a projection computes W x + s B A x, with s = alpha / r.
 
-W (out, in) is frozen. A (r, in) starts random and B (out, r) zero, so the initial policy is the
-base model. A and B have the model's dtype, and the Optimizer keeps fp32 masters of bf16 ones.
+W (out, in) is frozen. A (r, in) starts random and B (out, r) starts at zero, so the initial policy
+is the base model. A and B have the model's dtype. For bf16 the Optimizer keeps fp32 masters.
 
 PEFT wraps the projections for training. Sampling runs on a merged copy: a plain model that holds
 W + s B A. Saved adapters are merged into their base without PEFT.
@@ -24,17 +24,17 @@ from expo_fast.storage.lora_files import (
     PROJECTIONS,
     TENSORS,
     Adapter,
-    LoraPair,
+    LoraFactors,
     read_adapter,
     write_adapter_tensors,
 )
 
-NAME = "default"  # PEFT's name of the only adapter
+NAME = "default"  # PEFT's name for the only adapter
 
 
 @dataclass(frozen=True)
 class _MergedWeight:
-    """A weight of the merged copy, and PEFT's layer that it is computed from."""
+    """A weight of the merged copy, and the PEFT layer that it is computed from."""
 
     layer: Any
     weight: nn.Parameter
@@ -42,7 +42,7 @@ class _MergedWeight:
 
 @dataclass(frozen=True)
 class MergedCopy:
-    """A plain model with the adapters of another one merged in. See `merged_copy`."""
+    """A plain model whose weights contain the adapters of another model. See `merged_copy`."""
 
     model: Decoder
     merged: tuple[_MergedWeight, ...]
@@ -51,25 +51,26 @@ class MergedCopy:
     def refresh(self) -> None:
         """Merge again, in place, after A and B have changed.
 
-        One projection at a time is held in fp32.
+        Only one projection at a time is in memory in fp32.
         """
         for each in self.merged:
             layer = each.layer
             base = layer.base_layer.weight
             scale = layer.scaling[NAME]
-            _merge(base, _pair(layer), scale, out=each.weight)
+            _merge(base, _factors(layer), scale, out=each.weight)
 
 
 def attach(model: Decoder, *, rank: int, alpha: float, seed: int) -> None:
     """Add adapters to all projections of all layers, in place, and freeze everything else.
 
-    A is drawn from `seed` alone, in fp32, and then rounded. Global random states do not change.
+    A depends only on `seed`. It is drawn in fp32 and then rounded. Global random states do not
+    change.
 
-    Raises ValueError if the rank is no integer from 1 to the smallest side of a projection, if
-    alpha is no positive number, or if the model already has adapters.
+    Raise ValueError if the rank is not an integer from 1 to the smallest side of a projection, if
+    alpha is not a positive number, or if the model already has adapters.
     """
     if is_attached(model):
-        raise ValueError("the model has adapters already: load it anew to attach others")
+        raise ValueError("the model has adapters already: load it again to attach others")
     sides = [min(layer.weight.shape) for layer in _projections(model).values()]
     largest = min(sides)
     if type(rank) is not int or not 1 <= rank <= largest:
@@ -97,9 +98,9 @@ def is_attached(model: Decoder) -> bool:
 
 @contextmanager
 def switched_off(model: Decoder) -> Iterator[None]:
-    """Compute what the base model computes, bit for bit, until the end of the block.
+    """Switch the adapters off until the end of the block.
 
-    Nothing is trainable in the block.
+    The model is then bit-identical to the base model, and no parameter requires a gradient.
     """
     adapted = _adapted_layers(model).values()
     layers = [layer for layer in adapted if not layer.disable_adapters]
@@ -119,12 +120,12 @@ def switched_off(model: Decoder) -> Iterator[None]:
 
 
 def merged_copy(model: Decoder) -> MergedCopy:
-    """Return a plain decoder that computes what the adapted model computes.
+    """Return a plain decoder that computes the same function as the adapted model.
 
-    It is needed for sampling: the decode engines do not support PEFT. The copy holds merged copies
-    of the adapted weights, which `refresh` updates, and shares all other parameters with `model`.
+    It is needed for sampling, because the fast decode engines do not support PEFT. The copy has its
+    own merged weights, which `refresh` updates, and shares all other parameters with `model`.
 
-    Raises ValueError if the model has no adapters.
+    Raise ValueError if the model has no adapters.
     """
     layers = _adapted_layers(model)
     if not layers:
@@ -152,14 +153,12 @@ def merged_copy(model: Decoder) -> MergedCopy:
 
 
 def save_adapter(model: Decoder, tokenizer: Any, path: str | Path, base: str) -> None:
-    """Write a folder that PEFT loads.
+    """Write the adapter to a folder that PEFT loads. The tensors keep their dtype.
 
-    The tensors keep their dtype.
+    tokenizer: None writes no tokenizer.
+    base: folder or hub id of the base model.
 
-    tokenizer: may be None.
-    base: where PEFT will find the base model.
-
-    Raises ValueError if the model has no adapters.
+    Raise ValueError if the model has no adapters.
     """
     layers = _adapted_layers(model)
     if not layers:
@@ -169,37 +168,37 @@ def save_adapter(model: Decoder, tokenizer: Any, path: str | Path, base: str) ->
     configs: Any = model.peft_config
     config = copy.copy(configs[NAME])
     config.base_model_name_or_path = base
-    config.inference_mode = True  # as PEFT saves it
-    config.target_modules = sorted(config.target_modules)  # PEFT has a set, without an order
+    config.inference_mode = True  # as in PEFT's own files
+    config.target_modules = sorted(config.target_modules)  # PEFT has a set, which has no order
     config.save_pretrained(str(path))
-    pairs = {name: _pair(layer) for name, layer in layers.items()}
-    write_adapter_tensors(path, pairs)
+    factors = {name: _factors(layer) for name, layer in layers.items()}
+    write_adapter_tensors(path, factors)
     if tokenizer is not None:
         write_tokenizer(path, tokenizer)
 
 
 @torch.no_grad()
 def load_adapter(model: Decoder, path: str | Path) -> None:
-    """Copy saved tensors into the model's adapters, to the bit.
+    """Copy saved tensors into the model's adapters, without rounding.
 
-    Raises as `read_adapter` does, and ValueError if the adapter has another rank, scale, dtype or
-    set of projections. Nothing is changed then.
+    Raise ValueError if the adapter has another rank, scale, dtype or set of projections, and what
+    `read_adapter` raises. The model is then unchanged.
     """
     adapter = read_adapter(Path(path))
     layers = _adapted_layers(model)
     _check_targets(adapter, model)
     _check_same_kind(adapter, layers, path)
     for name, layer in layers.items():
-        saved = adapter.pairs[name]
-        current = _pair(layer)
+        saved = adapter.factors[name]
+        current = _factors(layer)
         current.A.copy_(saved.A)
         current.B.copy_(saved.B)
 
 
 def _check_same_kind(adapter: Adapter, layers: dict[str, Any], path: str | Path) -> None:
-    if layers.keys() != adapter.pairs.keys():
+    if layers.keys() != adapter.factors.keys():
         raise ValueError(
-            f"{path} adapts {len(adapter.pairs)} projections, the model has adapters on "
+            f"{path} adapts {len(adapter.factors)} projections, the model has adapters on "
             f"{len(layers)} of them"
         )
     for name, layer in layers.items():
@@ -210,9 +209,9 @@ def _check_same_kind(adapter: Adapter, layers: dict[str, Any], path: str | Path)
                 f"{path} has rank {adapter.rank} and scale {adapter.scale}, the model's adapters "
                 f"have {rank} and {scale}"
             )
-        current = _pair(layer)
-        _check_same_dtype(adapter.pairs[name].A, current.A, f"{path}: {name}")
-        _check_same_dtype(adapter.pairs[name].B, current.B, f"{path}: {name}")
+        current = _factors(layer)
+        _check_same_dtype(adapter.factors[name].A, current.A, f"{path}: {name}")
+        _check_same_dtype(adapter.factors[name].B, current.B, f"{path}: {name}")
 
 
 def _check_same_dtype(saved: Tensor, current: Tensor, name: str) -> None:
@@ -224,32 +223,32 @@ def _check_same_dtype(saved: Tensor, current: Tensor, name: str) -> None:
 def merge(model: Decoder, adapter: Adapter) -> None:
     """Set W to W + s B A in a plain model, in place. Each weight is rounded once.
 
-    Raises ValueError if the adapter does not fit the model, or if a merged weight is not finite.
+    Raise ValueError if the adapter does not fit the model, or if a merged weight is not finite.
     """
     _check_targets(adapter, model)
     for name, layer in _projections(model).items():
-        if name not in adapter.pairs:
+        if name not in adapter.factors:
             continue
         weight = layer.weight
-        _merge(weight, adapter.pairs[name], adapter.scale, out=weight)
+        _merge(weight, adapter.factors[name], adapter.scale, out=weight)
         if not weight.isfinite().all():
-            raise ValueError(f"{adapter.folder}: merged into {name} it gives no finite weights")
+            raise ValueError(f"{adapter.folder}: merging it into {name} gives non-finite weights")
 
 
-def _merge(W: Tensor, pair: LoraPair, scale: float, *, out: Tensor) -> None:
-    """Write W + s B A to out (out, in).
+def _merge(W: Tensor, factors: LoraFactors, scale: float, *, out: Tensor) -> None:
+    """Write W + s B A to `out`, (out, in).
 
-    It is computed in fp32, or in fp64 if W is fp64, and rounded once.
+    The sum is computed in fp32, or in fp64 if W is fp64, and rounded once.
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
     total = W.to(dtype, copy=True)
-    A = pair.A.to(total.device, dtype)
-    B = pair.B.to(total.device, dtype)
+    A = factors.A.to(total.device, dtype)
+    B = factors.B.to(total.device, dtype)
     out.copy_(total.addmm_(B, A, alpha=scale))
 
 
 def _adapted_layers(model: Decoder) -> dict[str, Any]:
-    """Return PEFT's layers by the names of the projections that they wrap."""
+    """Return PEFT's layers, by the names of the projections that they wrap."""
     layers = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -258,7 +257,7 @@ def _adapted_layers(model: Decoder) -> dict[str, Any]:
 
 
 def _projections(model: Decoder) -> dict[str, Any]:
-    """Return the projections, or PEFT's layers around them, by name."""
+    """Return the projections, or PEFT's layers that wrap them, by name."""
     projections = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in PROJECTIONS:
@@ -266,27 +265,27 @@ def _projections(model: Decoder) -> dict[str, Any]:
     return projections
 
 
-def _pair(layer: Any) -> LoraPair:
+def _factors(layer: Any) -> LoraFactors:
     A = layer.lora_A[NAME].weight
     B = layer.lora_B[NAME].weight
-    return LoraPair(A, B)
+    return LoraFactors(A, B)
 
 
 def _check_targets(adapter: Adapter, model: Decoder) -> None:
-    """Raise ValueError unless the adapter's tensors are those of the projections that it names."""
+    """Raise ValueError unless the adapter has tensors for exactly the projections that it names."""
     projections = _projections(model)
-    for name, pair in adapter.pairs.items():
+    for name, factors in adapter.factors.items():
         if name not in projections:
             raise ValueError(f"{adapter.folder}: it adapts {name}, which the model lacks")
         layer = projections[name]
         needed = (layer.out_features, layer.in_features)
-        given = (len(pair.B), pair.A.shape[1])
+        given = (len(factors.B), factors.A.shape[1])
         if given != needed:
             raise ValueError(
-                f"{adapter.folder}: A and B of {name} make {given}, the model needs {needed}"
+                f"{adapter.folder}: B A of {name} has shape {given}, the model needs {needed}"
             )
     named = {name for name in projections if adapter.targets_projection(name)}
-    for name in sorted(named ^ adapter.pairs.keys()):
+    for name in sorted(named ^ adapter.factors.keys()):
         states, holds = ("names", "lacks") if name in named else ("does not name", "has")
         raise ValueError(
             f"{adapter.folder}: target_modules {adapter.targets!r} {states} {name}, of which "

@@ -3,12 +3,12 @@
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
     w <- w - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * w)
 
-bf16 has 8 bits, so an update of 1e-6 to a weight of 0.1 rounds to nothing. The masters are fp32,
-and the bf16 weights are copies of them that are written in place.
+bf16 has 8 significant bits, so an update of 1e-6 to a weight of 0.1 is lost to rounding. The master
+weights are fp32, and the bf16 weights are rounded copies that are written in place.
 """
 
 # pyright: reportPrivateImportUsage=false
-# (torch documents its multi-tensor operations, and does not export their names)
+# (torch documents its multi-tensor operations but does not export their names)
 
 import math
 from collections.abc import Iterable
@@ -23,12 +23,12 @@ from expo_fast.modeling.norms import L2Norm, batches, pieces
 
 Tensors = dict[str, Tensor]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names of m and v
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names for m and v
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one `Optimizer.step` did."""
+    """The result of one `Optimizer.step`."""
 
     grad_norm: float  # L2, before clipping; inf or NaN if the step was skipped
     update_norm: float  # L2 norm of the change of the weights, 0 if the step was skipped
@@ -45,8 +45,8 @@ class Optimizer:
             loss.backward()  # adds to optimizer.grad_sums
         optimizer.step(lr, max_grad_norm)
 
-    A model can have one Optimizer only. Raises ValueError if no parameter is trainable, or if one
-    is neither fp32 nor bf16.
+    A model can have only one Optimizer. Raise ValueError if no parameter is trainable, or if a
+    trainable parameter is neither fp32 nor bf16.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Optimizer:
         self._eps = eps
         self._weight_decay = weight_decay
         self._adamw = self._torch_adamw()
-        self._steps: dict[str, int] = {}  # t of each parameter, on the host to avoid a device sync
-        self.skipped = 0  # steps that were skipped for a non-finite gradient
+        self._steps: dict[str, int] = {}  # t of each parameter, on the host to avoid a host sync
+        self.skipped = 0  # number of steps skipped because of a non-finite gradient
         self.grad_sums = GradSums(self._parameters)
 
     def _torch_adamw(self) -> torch.optim.AdamW:
@@ -88,12 +88,13 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float, max_grad_norm: float) -> StepReport:
-        """Clip the summed gradients to a norm of `max_grad_norm`, update the weights, clear.
+        """Clip the summed gradients, update the weights and clear the sums.
 
-        max_grad_norm: inf to never clip.
+        max_grad_norm: the L2 norm to clip to; inf never clips.
 
-        A non-finite norm is counted in `skipped`, and changes no bit of weights or moments. A zero
-        norm, or no gradient at all, changes nothing either: no decay, no step of the moments.
+        With a non-finite norm the step is skipped and counted in `skipped`: weights and moments do
+        not change. They do not change either, not even by decay, if the norm is 0 or there is no
+        gradient.
         """
         assert max_grad_norm > 0, max_grad_norm
         grads = self.grad_sums.merged()
@@ -109,7 +110,7 @@ class Optimizer:
         return StepReport(grad_norm=norm, update_norm=update_norm, applied=applied)
 
     def _update(self, grads: Tensors, lr: float, clip: float) -> float:
-        """Apply AdamW with gradients that are scaled by `clip`; return the norm of the update."""
+        """Apply AdamW to gradients scaled by `clip`. Return the norm of the update."""
         if clip != 1.0:
             torch._foreach_mul_(list(grads.values()), clip)
         for name, grad in grads.items():
@@ -128,7 +129,7 @@ class Optimizer:
                 parameters.append(parameter)
                 masters.append(master)
         if parameters:
-            # in place: the generator and CUDA graphs read these tensors
+            # in place, because the generator and CUDA graphs read these tensors
             torch._foreach_copy_(parameters, masters)
         norm = L2Norm()
         for batch in batches(self._pieces(grads)):
@@ -151,10 +152,11 @@ class Optimizer:
         return found
 
     def _updates(self, batch: list["_Piece"], lr: float) -> list[Tensor]:
-        """Return the updates just made to some pieces, up to their sign.
+        """Return the last updates of some pieces, up to their sign.
 
-        They are computed from the new moments, so no copy of the old weights is needed. With a the
-        Adam term, w' = (1 - lr decay) w - lr a, so w - w' = (a + decay w') lr / (1 - lr decay).
+        They are computed from the new moments, so no copy of the old weights is needed. Let a be
+        the Adam term. Then w' = (1 - lr decay) w - lr a, and w - w' = (a + decay w') lr / (1 - lr
+        decay).
         """
         beta1, beta2 = self._betas
         denominators = torch._foreach_sqrt([p.v for p in batch])
@@ -170,12 +172,12 @@ class Optimizer:
         return list(updates)
 
     def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
-        """Return what an exact resume needs in addition to the weights: tensors and JSON values.
+        """Return the tensors and JSON values that an exact resume needs beside the weights.
 
         The tensors are not copies, so save or copy them before the next step. Their keys are
         `NAME.exp_avg`, `NAME.exp_avg_sq` and, for a bf16 parameter, `NAME.master`.
         """
-        assert self.grad_sums.empty, "state_dict() amid a gradient accumulation"
+        assert self.grad_sums.empty, "call state_dict() after step(), when no gradient is pending"
         tensors: Tensors = {}
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
@@ -188,10 +190,10 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        """Restore the result of `state_dict` to the bit, and bf16 weights from their masters.
+        """Restore the result of `state_dict` exactly, and bf16 weights from their masters.
 
-        fp32 weights are their own masters and are loaded with the model. Raises ValueError, and
-        changes nothing, if the state is that of other parameters.
+        fp32 weights are their own masters and are loaded with the model. Raise ValueError if the
+        state is of other parameters. The optimizer is then unchanged.
         """
         self._check_state(tensors, values["steps"])
         self.grad_sums.clear()
@@ -225,16 +227,18 @@ class Optimizer:
             master = expected.get(key)
             if tensor is None or master is None:
                 where = "the model" if tensor is not None else "the state"
-                raise ValueError(f"optimizer state: {key} is not in {where}; was it another model?")
+                raise ValueError(
+                    f"optimizer state: {key} is not in {where}: use the state of this model"
+                )
             if tensor.shape != master.shape or tensor.dtype != torch.float32:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ValueError(
-                    f"optimizer state: {key} is {got}, not float32 {tuple(master.shape)}; "
-                    "was it another model?"
+                    f"optimizer state: {key} is {got}, not float32 {tuple(master.shape)}: "
+                    "use the state of this model"
                 )
 
     def _expected_state(self, steps: dict[str, int]) -> dict[str, Tensor | None]:
-        """Return the keys of a state with these steps, each with its master, None if unknown."""
+        """Return the keys of a state with these steps, and their masters, None if unknown."""
         expected: dict[str, Tensor | None] = {}
         for name in steps:
             for key in MOMENTS:
@@ -251,12 +255,12 @@ class _Piece(NamedTuple):
     m: Tensor
     v: Tensor
     w: Tensor  # the master
-    t: int  # updates made so far
+    t: int  # number of updates so far
     decay: float
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
-    """Return the fp32 weight that AdamW updates: a fp32 parameter itself, else a copy."""
+    """Return the fp32 weight that AdamW updates: an fp32 parameter itself, else a copy."""
     if parameter.dtype == torch.float32:
         return parameter
     return parameter.detach().float()

@@ -1,8 +1,8 @@
 """Pack samples into rows of tokens in which every shared prefix is stored once.
 
-A pack is a tree of segments: the common prefix of all its prompts, under it the rest of each
-prompt, and under that the completions. A token is stored once for all samples that continue it. The
-last token of a completion is not stored, since nothing is predicted from it.
+A pack is a tree of segments. Its root is the common prefix of all prompts. The children of the root
+are the rests of the prompts, and their children are the completions. A token is stored once for all
+samples that continue it. The last token of a completion is not stored, because it predicts nothing.
 """
 
 from array import array
@@ -21,13 +21,13 @@ Prompt = tuple[int, ...]  # token ids
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, one completion of it, and how the loss weighs the completion's tokens."""
+    """A prompt, one completion of it, and the weights of the completion's tokens in the loss."""
 
     prompt_ids: Prompt
     completion_ids: tuple[int, ...]
     advantage: float = 0.0
-    row_weight: float = 0.0  # of each completion token; includes every normalizer of the loss
-    on_policy: bool = False  # True: plain log-likelihood, no ratio, clip, KL or entropy (ExP-SFT)
+    row_weight: float = 0.0  # of each completion token; includes every normaliser of the loss
+    on_policy: bool = False  # True: log-likelihood without ratio, clip, KL or entropy (ExP-SFT)
     old_logp: Tensor | None = None  # (len(completion_ids),) fp32 nats under the sampling policy
     ref_logp: Tensor | None = None  # (len(completion_ids),) fp32 nats under the reference
 
@@ -41,8 +41,8 @@ class Pack:
 
     tokens: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64, in the sample's own sequence
-    cu_seqlens: Tensor  # (S+1,) int32, on the CPU, where attention reads it
-    parents: Tensor  # (S,) int64, -1 for a root; on the CPU too
+    cu_seqlens: Tensor  # (S+1,) int32 boundaries of the segments, on the CPU for attention
+    parents: Tensor  # (S,) int64, -1 for a root; on the CPU for attention
     rows: Tensor  # (R,) int64, the token whose hidden state predicts the target
     targets: Tensor  # (R,) int64
     sequence_ids: Tensor  # (R,) int64, the index of the row's sample in `members`
@@ -54,16 +54,16 @@ class Pack:
     members: tuple[int, ...]  # the indices of the samples in the list that was packed
     lengths: tuple[int, ...]  # the number of tokens of their completions
     weighted: bool  # whether no row weight is 0
-    target_range: tuple[int, int]  # the least and the largest target
+    target_range: tuple[int, int]  # the smallest and the largest target
 
     def to(self, device: torch.device) -> "Pack":
-        """Return a pack with its tokens and rows on the device, without waiting for it."""
+        """Return the pack with its tokens and rows on the device, without a host sync."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor) and field.name not in ("cu_seqlens", "parents"):
                 if device.type == "cuda" and value.device.type == "cpu":
-                    value = value.pin_memory()  # else the copy waits for all that was launched
+                    value = value.pin_memory()  # else the copy waits for all earlier launches
                 moved[field.name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
 
@@ -73,7 +73,7 @@ class Pack:
         return least >= 0 and largest < vocabulary
 
     def split(self, per_row: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Split (R, ...) values by sample: yield each sample's index and its own values."""
+        """Split (R, ...) values by sample: yield the index and the values of each sample."""
         parts = per_row.split(self.lengths)
         yield from zip(self.members, parts, strict=True)
 
@@ -84,11 +84,11 @@ def pack(
     *,
     together: int = 1,
 ) -> Iterator[Pack]:
-    """Yield packs of at most `max_tokens` tokens. A longer sample gets a pack of its own.
+    """Yield packs of at most `max_tokens` tokens. A longer sample gets its own pack.
 
     Samples of one prompt are kept together as far as possible.
 
-    together: never separate this number of successive samples of one prompt, and keep their order.
+    together: number of successive samples of one prompt that must be in one pack, in their order.
     """
     by_prompt: dict[Prompt, list[int]] = {}
     for index, sample in enumerate(samples):
@@ -134,11 +134,11 @@ def forward(
 def common_prefix(prompts: Iterable[Prompt]) -> int:
     """Return the length of the common prefix, at most one less than the shortest prompt.
 
-    So each prompt keeps a token of its own.
+    Each prompt therefore has at least one token after the prefix.
     """
     prompts = list(prompts)
     low = min(prompts)
-    high = max(prompts)  # the prompts between these two in order share what the two share
+    high = max(prompts)  # all prompts are between low and high, and have their common prefix
     limit = min(map(len, prompts)) - 1
     for n in range(limit):
         if low[n] != high[n]:
@@ -148,6 +148,8 @@ def common_prefix(prompts: Iterable[Prompt]) -> int:
 
 @dataclass(frozen=True)
 class _Segment:
+    """A run of tokens that continues its parent."""
+
     tokens: tuple[int, ...]
     start: int  # the position of its first token in the sequence
     parent: int  # the index of the segment that it continues, or -1
@@ -159,7 +161,7 @@ class _Tree:
     def __init__(self, shared: tuple[int, ...]):
         """shared: the common prefix of all prompts, which may be empty."""
         self.segments: list[_Segment] = []
-        self.boundaries = [0]  # of the segments in the pack
+        self.boundaries = [0]  # boundaries of the segments in the pack
         self.rows: list[int] = []
         self.root = -1
         self.n_shared = len(shared)
@@ -175,7 +177,7 @@ class _Tree:
         return len(self.segments) - 1
 
     def add_single(self, sample: Sample) -> None:
-        """Add the only sample of its prompt. One segment attends faster than two."""
+        """Add the only sample of its prompt as one segment, which is faster than two."""
         completion = sample.completion_ids[:-1]
         tokens = sample.prompt_ids[self.n_shared :] + completion
         segment = _Segment(tokens, start=self.n_shared, parent=self.root)
@@ -192,7 +194,7 @@ class _Tree:
             segment = _Segment(rest, start=self.n_shared, parent=self.root)
             self._prompts[prompt] = self._append(segment)
         parent = self._prompts[prompt]
-        # the last token of the prompt predicts the first of the completion
+        # The last token of the prompt predicts the first token of the completion.
         self.rows.append(self.boundaries[parent + 1] - 1)
         completion = sample.completion_ids[:-1]
         if completion:
@@ -254,7 +256,7 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
 
 
 def _int64(values: list[int]) -> Tensor:
-    """Return torch.tensor(values), which takes seven times as long: 3 ms for 16384 values."""
+    """Return an int64 tensor. torch.tensor takes seven times as long: 3 ms for 16384 values."""
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
@@ -264,7 +266,7 @@ def _concatenated(
 ) -> Tensor | None:
     """Return the (R,) log-probs of all samples, or None if no sample has any.
 
-    A sample without log-probs gets zeros. It is on policy, and the loss ignores them.
+    A sample without log-probs gets zeros. It is on-policy, so the loss ignores them.
     """
     if all(logp is None for logp in logps):
         return None

@@ -12,9 +12,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
-    """Return the (Dh/2,) fp32 angles per token in radians, and YaRN's factor on cos and sin.
+    """Return the (Dh/2,) fp32 angles per token in radians, and YaRN's scale of cos and sin.
 
-    config: a transformers config. Raises ValueError for an unsupported type of RoPE, and for
+    config: a transformers config. Raise ValueError for an unsupported type of RoPE, and for
     parameters that do not give Dh/2 finite frequencies.
     """
     parameters = config.rope_parameters
@@ -27,7 +27,7 @@ def rope_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
         finite = (frequencies * scale).isfinite().all()
         usable = len(frequencies) == n and finite
     if not usable:
-        raise ValueError(f"rope_parameters {parameters} give no {n} finite frequencies")
+        raise ValueError(f"rope_parameters {parameters} do not give {n} finite frequencies")
     return frequencies, scale
 
 
@@ -35,7 +35,7 @@ def _frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     parameters = config.rope_parameters
     cpu = torch.device("cpu")
     if parameters["rope_type"] == "default":
-        with cpu:  # the default device may be meta
+        with cpu:  # because the default device may be meta
             places = torch.arange(0, head_dim, 2, dtype=torch.float32)
         exponents = places / head_dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
@@ -56,7 +56,7 @@ def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (N, heads, Dh) queries or keys by their positions.
 
-    Coordinate i of the first half of a head is paired with coordinate i of the second half.
+    Coordinate i of the first half of a head is rotated with coordinate i of the second half.
     cos, sin: (N, 1, Dh/2).
     """
     first, second = x.chunk(2, -1)

@@ -7,20 +7,20 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def learning_rate(
-    step: int,  # updates made before this one, 0 for the first
+    step: int,  # number of updates before this one, 0 for the first
     *,
     peak: float,
     warmup_steps: int,
     total_steps: int,
     schedule: Schedule,
-    final_fraction: float = 0.0,  # of peak, reached at total_steps and kept
+    final_fraction: float = 0.0,  # fraction of `peak` that remains from total_steps on
 ) -> float:
     """Return the learning rate of update `step`.
 
-    It depends on the number of the update alone, so a resumed run has the same rates. The warm-up
-    rises linearly, and its first update has peak / warmup_steps and not 0.
+    It depends only on the number of the update, so a resumed run has the same rates. The warm-up is
+    linear and starts at peak / warmup_steps, not at 0.
 
-    Raises ValueError for an unknown schedule.
+    Raise ValueError for an unknown schedule.
     """
     if schedule not in get_args(Schedule):
         raise ValueError(f"schedule={schedule!r}: use one of {', '.join(get_args(Schedule))}")

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # SmolLM2 is a llama
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # SmolLM2 uses llama
 
-# The architectures whose config may have the flag. transformers ignores it in other configs.
+# Architectures whose config may have this flag. transformers ignores it in other configs.
 WITH_ATTENTION_BIAS = ("llama", "qwen3", "smollm3")
 WITH_MLP_BIAS = ("llama", "smollm3")
 WITH_LAYER_TYPES = ("qwen2", "qwen3", "smollm3")
@@ -25,7 +25,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What the decoder needs from a Hugging Face config."""
+    """The values of a Hugging Face config that the decoder needs."""
 
     vocabulary: int  # V
     hidden: int  # D
@@ -47,7 +47,7 @@ class Shape:
 def read_shape(config: Any) -> Shape:
     """Return the shape of a transformers config.
 
-    Raises ValueError if it is unsupported or inconsistent.
+    Raise ValueError if the config is unsupported or inconsistent.
     """
     check_config(vars(config) | {"model_type": config.model_type})
     kind = config.model_type
@@ -77,7 +77,7 @@ def read_shape(config: Any) -> Shape:
 
 
 def check_config(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unsupported architecture, or a size that is no positive integer.
+    """Raise ValueError for an unsupported architecture or a size that is not a positive integer.
 
     values: the fields of a Hugging Face config, from config.json or from a transformers config.
     """
@@ -85,11 +85,11 @@ def check_config(values: Mapping[str, Any]) -> None:
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"model_type {kind!r} is not supported, expo_fast runs {', '.join(ARCHITECTURES)} "
-            "(SmolLM2 counts as llama)"
+            "(SmolLM2 is of model_type llama)"
         )
     for key in SIZES:
         size = values.get(key)
-        if size is None:  # transformers decides whether there is a default
+        if size is None:  # transformers may have a default
             continue
         if type(size) is not int or size < 1:
             raise ValueError(f"{key} is {size!r}, need a positive integer")
@@ -97,7 +97,7 @@ def check_config(values: Mapping[str, Any]) -> None:
 
 def _check_shape(shape: Shape) -> None:
     if shape.head_dim % 2:
-        raise ValueError(f"head_dim is {shape.head_dim}, RoPE needs an even one")
+        raise ValueError(f"head_dim is {shape.head_dim}, need an even number for RoPE")
     if shape.heads % shape.kv_heads:
         raise ValueError(
             f"num_key_value_heads is {shape.kv_heads}, need a divisor of the {shape.heads} heads"

@@ -1,7 +1,7 @@
-"""Call the C++ kernels of csrc/linear_logprob.cpp with torch's own memory.
+"""C++ backend: call the kernels of csrc/linear_logprob.cpp on torch tensors.
 
-native_library.py compiles and loads them. Nothing of size (N, V) is kept, so a backward recomputes
-the logits.
+native_library.py compiles and loads them. Nothing of size (N, V) is kept, so the backward pass
+recomputes the logits.
 """
 
 import ctypes
@@ -25,13 +25,13 @@ from expo_fast.kernels.head import (
 from expo_fast.op_backends import native_library
 from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
 
-SPAN = 1024  # csrc's kSpan, tokens: the weight gradient of more is summed in fp32 memory
+SPAN = 1024  # rows, csrc's kSpan: the weight gradient of more rows is summed in fp32 memory
 
 
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     """Return the results in fp64, from one GEMM.
 
-    Raise native_library.Unavailable where the kernels cannot be compiled or loaded.
+    Raise native_library.Unavailable if the kernels cannot be compiled or loaded.
     """
     head = _as_kernels_read(head)
     n = len(head.targets)
@@ -48,10 +48,10 @@ def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
 
 
 def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
-    """Return gradients from a forward's results.
+    """Return gradients from the forward results.
 
-    One GEMM recomputes the logits, and each gradient takes one more. Rows without a derivative cost
-    nothing.
+    One GEMM recomputes the logits, and each gradient takes one more. Rows without a derivative are
+    not computed.
     """
     if not any(needs):
         return Gradients(None, None, None)
@@ -78,7 +78,7 @@ def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -
 
 
 def _empty_gradients(head: Head, needs: Needs) -> Gradients:
-    """Return memory for the gradients; zeros where there is no row that would write it."""
+    """Return memory for the gradients. It is 0 if there is no row to write it."""
     n = len(head.targets)
     make = _empty if n else _zeros
     d_hidden = d_weight = d_bias = None
@@ -94,7 +94,7 @@ def _empty_gradients(head: Head, needs: Needs) -> Gradients:
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return CPU memory that csrc can write, whatever torch's default dtype and device are."""
+    """Return CPU memory that csrc can write, independent of torch's default dtype and device."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
@@ -103,7 +103,7 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class _Head(ctypes.Structure):
-    """struct Head of csrc/linear_logprob.cpp, which says what each field is."""
+    """struct Head of csrc/linear_logprob.cpp, where its fields are documented."""
 
     _fields_: Sequence = [
         *struct_fields(ctypes.c_void_p, "hidden weight bias targets base exponent"),
@@ -113,7 +113,7 @@ class _Head(ctypes.Structure):
 
 
 class _Gradients(ctypes.Structure):
-    """struct Gradients of csrc/linear_logprob.cpp."""
+    """struct Gradients of csrc/linear_logprob.cpp, where its fields are documented."""
 
     _fields_: Sequence = [
         *struct_fields(ctypes.c_void_p, "c0 c1 at_target d_hidden d_weight d_bias"),
@@ -122,7 +122,7 @@ class _Gradients(ctypes.Structure):
 
 
 def _as_kernels_read(head: Head) -> Head:
-    """Return the head with contiguous rows, and in fp32 all but hidden and weight."""
+    """Return the head with contiguous rows. All fields except hidden and weight are fp32."""
     weight = head.weight
     if weight.stride(1) != 1:
         weight = weight.contiguous()
@@ -144,7 +144,7 @@ def _as_kernels_read(head: Head) -> Head:
 
 
 def _run(name: str, head: Head, base: Tensor, outputs: Sequence[Tensor | _Gradients]) -> None:
-    """Call expo_fast_NAME(head, *outputs) of csrc. Raise RuntimeError with the reason it gives."""
+    """Call expo_fast_NAME(head, *outputs) of csrc. Raise RuntimeError if it fails."""
     assert isinstance(head.temperature, Tensor)
     exponent = math.log2(math.e) / head.temperature
     base = base.contiguous()

@@ -1,8 +1,9 @@
-"""The ops as torch's dispatcher and compiler see them: one graph node each, with a derivative.
+"""Registration of the ops as torch custom operators: one graph node each, with a derivative.
 
-Each op has a kernel, a fake that says the shapes of its results while a program is traced, and a
-backward. ops.py checks shapes; values are checked here, because a traced program has none. Rows
-without a target or weight are dropped before any product; their results and gradients are 0.
+Each op has a kernel, a backward, and a fake implementation that gives the shapes of its results
+during tracing. ops.py checks shapes. Values are checked here, because tensors have no values during
+tracing. Rows without a target or weight are dropped before any GEMM. Their results and gradients
+are 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from expo_fast.op_backends.row_selection import (
 
 
 def _differentiable_once(backward: Callable) -> Callable:
-    """Make a derivative of what the backward returns raise, where it would silently be 0."""
+    """Make a second derivative raise an error. Without this it would silently be 0."""
 
     def checked(ctx: Any, *upstream):
         creates_graph = torch.is_grad_enabled()
@@ -55,14 +56,15 @@ def logprob(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,)
     temperatures: Tensor | None,  # (N,)
-    temperature: float,  # where there are no temperatures
+    temperature: float,  # used if `temperatures` is None
     backend: str | None,
     complete: bool,
     needs: list[bool],  # the fields of Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return logp, entropy and lse (N,), and what the backward reads.
+    """Return logp, entropy and lse (N,), and two tensors for the backward.
 
-    That is the same three and log_total in fp64 (N, 4), and `Forward.kept`, empty if there is none.
+    These are (N, 4) fp64 with logp, entropy, lse and log_total, and `Forward.kept`, which is empty
+    if nothing is kept.
     """
     head, rows = selected_head(
         hidden, weight, bias, targets, temperatures, temperature, complete=complete
@@ -102,7 +104,7 @@ def _(hidden, weight, bias, targets, temperatures, temperature, backend, complet
 
 
 def _fake_scalar(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return an empty tensor () with the dtype of the results."""
+    """Return an uninitialized tensor, (), with the dtype of the results."""
     targets = hidden.new_empty(0, dtype=torch.int64)
     dtype = Head(hidden, weight, None, targets, 1.0).dtype
     return hidden.new_empty((), dtype=dtype)
@@ -158,7 +160,7 @@ def logprob_backward(
     complete: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias in their dtypes, empty where not needed."""
+    """Return the gradients of hidden, weight and bias in their dtypes, empty if not needed."""
     head, rows = selected_head(
         hidden, weight, bias, targets, temperatures, temperature, complete=complete
     )
@@ -191,7 +193,7 @@ def _(hidden, weight, bias, *others):
 def _as_outputs(
     grads: Gradients, rows: Tensor | None, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of all rows; empty tensors in place of those that were not needed."""
+    """Return the gradients of all rows. A gradient that is not needed is an empty tensor."""
     d_hidden, d_weight, d_bias = grads
     if d_hidden is not None:
         d_hidden = among_all_rows(d_hidden, rows, len(hidden))
@@ -202,17 +204,17 @@ def _as_outputs(
     )
 
 
-# Losses, whose gradients are computed with them
+# Losses: the forward pass computes their gradients too
 
 
 @torch.library.custom_op("expo_fast::linear_policy_loss", mutates_args=())
 def policy_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    needs: list[bool],  # whether the gradients of hidden and weight are wanted
-    objective: str,  # with the values, an objective_codes.ObjectiveCode
+    needs: list[bool],  # whether the gradients of hidden and weight are needed
+    objective: str,  # the name in an objective_codes.ObjectiveCode; `values` are its values
     values: list[float],
-    targets: Tensor,  # (N,), like all tensors that follow
+    targets: Tensor,  # (N,), as all tensors below
     advantage: Tensor,
     row_weight: Tensor,
     old_logp: Tensor | None,
@@ -226,10 +228,10 @@ def policy_loss(
     kl_coef: float,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, logp and entropy (N,), statistics (8,), and gradients of hidden and weight.
+    """Return loss (), logp and entropy (N,), statistics (8,), gradients of hidden and weight.
 
-    The gradients belong to the backward, which scales them in place and gives them away. A caller
-    must not read them, as no caller of `ops.linear_policy_loss` can.
+    The backward scales the gradients in place and passes them to autograd, so a caller must not
+    read them. `ops.linear_policy_loss` does not return them.
     """
     head, rows = selected_head(
         hidden,
@@ -282,7 +284,7 @@ def policy_loss(
 
 
 class _TermsOfSpans:
-    """A RowwiseLoss that keeps the terms of a span of all rows, which need not be made twice."""
+    """A RowwiseLoss that keeps the terms of a span of all rows, to avoid computing them twice."""
 
     def __init__(self, loss: PolicyLossOfRows):
         self._loss = loss
@@ -310,8 +312,7 @@ def _(hidden, weight, needs, objective, values, targets, *others):
 def _segments(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: str) -> Tensor:
     """Return the sequences of the selected rows, numbered from 0.
 
-    Raise ValueError if there are no ids, or if a sequence has targets among the selected rows and
-    among the others.
+    Raise ValueError if there are no ids, or if only part of a sequence's targets is selected.
     """
     if ids is None:
         raise ValueError(f"{name} needs sequence_ids, the sequence of each row")
@@ -322,7 +323,7 @@ def _segments(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: st
         if len(torn):
             raise ValueError(
                 f"sequence {int(torn[0])} has targets with and without row_weight:"
-                f" {name} needs all targets of a sequence, or none"
+                f" {name} needs all targets of a sequence or none"
             )
     return selected_ids.unique(return_inverse=True)[1]
 
@@ -331,8 +332,8 @@ def _segments(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: st
 def preference_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    needs: list[bool],  # whether the gradients of hidden and weight are wanted
-    objective: str,  # with the values, an objective_codes.ObjectiveCode
+    needs: list[bool],  # whether the gradients of hidden and weight are needed
+    objective: str,  # the name in an objective_codes.ObjectiveCode; `values` are its values
     values: list[float],
     targets: Tensor,  # (N,)
     sequence_ids: Tensor,  # (N,)
@@ -342,9 +343,9 @@ def preference_loss(
     temperature: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, summed log-probs of chosen and rejected (P,), margin, accuracy, gradients.
+    """Return loss, summed log-probs of chosen and rejected (P,), margin, accuracy and gradients.
 
-    The gradients, of hidden and weight, belong to the backward as those of policy_loss do.
+    The gradients are of hidden and weight. A caller must not read them, as in `policy_loss`.
     """
     head, rows = selected_head(hidden, weight, None, targets, temperatures, temperature)
     n_pairs = preferences.count_pairs(sequence_ids, ref_logp, pair_weight)
@@ -393,7 +394,7 @@ def _(hidden, weight, needs, objective, values, targets, ids, ref_logp, pair_wei
 
 
 def _unscaled_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of x's gradient before it is scaled: fp16 could not hold it then."""
+    """Return the dtype of x's gradient before it is scaled, when it might overflow in fp16."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
@@ -413,14 +414,14 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> list[T
 
 
 class _Saved:
-    """Stands for an input that is a tensor, which autograd saves itself."""
+    """Placeholder for an input that is a tensor, which autograd saves."""
 
 
 def _register_scaling_backward(op: Any) -> None:
-    """Give an op a backward that scales the gradients which the op has returned.
+    """Register a backward that scales the gradients returned by the op.
 
-    The op's first inputs are (hidden, weight, needs, objective), its last two outputs the gradients
-    of hidden and weight. Backward gives these away, because (V, D) is not to be held twice; a
+    The first inputs of the op are (hidden, weight, needs, objective). Its last two outputs are the
+    gradients of hidden and weight. The backward keeps no copy of them, to save memory of (V, D). A
     second backward computes them again.
     """
 
@@ -430,7 +431,7 @@ def _register_scaling_backward(op: Any) -> None:
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
         ctx.inputs = [_Saved if isinstance(x, Tensor) else x for x in inputs]
         ctx.needs = needs
-        ctx.custom_objective = holder_of(objective)  # its code stays valid for a second backward
+        ctx.custom_objective = holder_of(objective)  # keeps its code valid for a second backward
         ctx.grads = [g.detach() for g in output[-2:]]
         ctx.dtypes = [hidden.dtype, weight.dtype]
 
@@ -445,7 +446,7 @@ def _register_scaling_backward(op: Any) -> None:
             ctx.grads = op(*inputs)[-2:]
         grads = ctx.grads
         ctx.grads = None
-        if type(upstream) is not Tensor:  # traced: it has no value, and a graph owns its outputs
+        if type(upstream) is not Tensor:  # tracing: it has no value, and the graph owns its outputs
             grads = [g * upstream for g in grads]
         elif upstream.is_cuda or float(upstream) != 1:  # reading it would be a host sync on a GPU
             grads = [g.mul_(upstream) for g in grads]
@@ -459,7 +460,7 @@ _register_scaling_backward(policy_loss)
 _register_scaling_backward(preference_loss)
 
 
-# Advantages, which have no gradient
+# Advantages have no gradient
 
 
 @torch.library.custom_op("expo_fast::group_advantage", mutates_args=())

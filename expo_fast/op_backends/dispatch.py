@@ -19,18 +19,18 @@ from expo_fast.kernels.objectives import PolicyLossOfRows, PolicyTerms
 from expo_fast.kernels.reference import PLAIN
 from expo_fast.op_backends import cpu, native_library
 
-BACKENDS = {  # what each runs
+BACKENDS = {  # the dtypes and devices that each backend runs
     "torch": "anything",
     "native": "fp32, bf16 and fp16 on a CPU",
-    "triton": "fp32, bf16 and fp16 on a GPU for which triton is installed",
+    "triton": "fp32, bf16 and fp16 on a GPU with triton installed",
 }
 
 
 class Kernels(Protocol):
-    """What a backend is: a module or an object with these."""
+    """The interface of a backend, which is a module or an object."""
 
     def log_probs(self, head: Head, needs: Needs) -> Forward:
-        """Return the results, and for the gradients in `needs` what a backward would read."""
+        """Return the results, and the tensors that the gradients in `needs` are computed from."""
         ...
 
     def gradients(
@@ -41,15 +41,15 @@ class Kernels(Protocol):
 
 
 class OnePassKernels(Kernels, Protocol):
-    """A backend that can make a chunk's gradients while it still holds the chunk's logits.
+    """A backend that can compute a chunk's gradients while the chunk's logits are in memory.
 
-    That takes one GEMM less than `log_probs` and `gradients` where those do not keep the logits.
+    That takes one GEMM less than `log_probs` and `gradients`, if these do not keep the logits.
     """
 
     def log_probs_and_gradients(
         self, head: Head, loss: RowwiseLoss, needs: Needs
     ) -> tuple[LogProb, Gradients]:
-        """Return both, of a loss whose derivatives in a row depend on that row alone."""
+        """Return results and gradients of a loss whose rows are independent."""
         ...
 
 
@@ -60,9 +60,9 @@ def has_one_pass(kernels: Kernels) -> TypeGuard[OnePassKernels]:
 
 
 def choose(name: str | None, head: Head) -> Kernels:
-    """Return the kernels of that name, or the fastest for `head` where it is None.
+    """Return the kernels called `name`. None: the fastest kernels for `head`.
 
-    Raise ValueError for an unknown name and for a head that the named kernels do not run.
+    Raise ValueError for an unknown name, and for a head that the kernels do not run.
     """
     if name is None:
         name = _fastest(head)
@@ -90,7 +90,7 @@ def _fastest(head: Head) -> str:
 
 
 def runs(name: str, head: Head) -> bool:
-    """Return whether the backend of that name can run the head here."""
+    """Return whether the backend called `name` can run the head on this machine."""
     if name == "native":
         return _native_runs(head)
     if name == "triton":
@@ -121,7 +121,7 @@ def _triton_kernels(head: Head) -> Kernels:
 
 
 def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
-    """Return the kernel for `group_advantage`. Without triton, a GPU's rewards visit the CPU."""
+    """Return the kernel for `group_advantage`. Without triton, it computes on the CPU."""
     if rewards.is_cuda:
         try:
             from expo_fast.kernels import groups
@@ -135,7 +135,10 @@ PolicySums = Callable[[PolicyLossOfRows, PolicyTerms, Tensor], tuple[Tensor, Ten
 
 
 def policy_sums(value: Tensor) -> PolicySums:
-    """Return what makes the policy loss () and its statistics (8,) from terms like `value`."""
+    """Return the function that computes the policy loss () and its statistics (8,) from terms.
+
+    value: one of the terms. Its device and dtype select the function.
+    """
     if value.is_cuda and value.dtype == torch.float32:
         try:
             from expo_fast.kernels import policy_sums
@@ -147,7 +150,7 @@ def policy_sums(value: Tensor) -> PolicySums:
 
 @cache
 def compiles(part: str = "ops") -> bool:
-    """Return whether there are C++ kernels; if not, warn once that the slower path is taken."""
+    """Return whether the C++ kernels of `part` are available. If not, warn once."""
     try:
         native_library.library(native_library.isa(), part)
     except native_library.Unavailable as why:

@@ -26,14 +26,14 @@ from expo_fast.storage.files import cache_folder
 SOURCES = Path(__file__).parents[1] / "csrc"
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-COMPILER_FLAGS = {  # by instruction set, the best first
-    "amx": [*AVX512_FLAGS, "-DEXPO_FAST_AMX"],  # multiplies through oneDNN, which torch brings
+COMPILER_FLAGS = {  # by instruction set, the fastest first
+    "amx": [*AVX512_FLAGS, "-DEXPO_FAST_AMX"],  # multiplies with torch's oneDNN
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
     "avx512": AVX512_FLAGS,
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-PARTS = {  # sources of csrc that make one library
+PARTS = {  # source files of csrc, by library
     "ops": ["linear_logprob"],
     "engine": ["decoder", "sampling"],
 }
@@ -41,14 +41,14 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dt
 
 
 class Unavailable(RuntimeError):
-    """The C++ kernels cannot be compiled or loaded here; the message says why and what to do."""
+    """The C++ kernels cannot be compiled or loaded. The message says why and what to do."""
 
 
 def isa() -> str:
     """Return the instruction set to compile for: a key of COMPILER_FLAGS.
 
-    It is $EXPO_FAST_ISA where that is set, else the best one that this CPU supports. Raise
-    ValueError for an unknown name.
+    It is $EXPO_FAST_ISA if set, else the fastest one that this CPU supports. Raise ValueError for
+    an unknown name.
     """
     wanted = os.environ.get("EXPO_FAST_ISA")
     if wanted is None:
@@ -60,7 +60,7 @@ def isa() -> str:
 
 
 def supports_isa(name: str) -> bool:
-    """Return whether this CPU, and for "amx" this torch, can run code for the instruction set."""
+    """Return whether this CPU supports the instruction set and, for "amx", this torch too."""
     if name == "portable":
         return True
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -79,16 +79,17 @@ def _supports_amx() -> bool:
         return False
     try:
         return bool(library("amx").expo_fast_has_amx())
-    except Unavailable:  # torch came without its headers, which the other sets do not need
+    except Unavailable:  # torch's headers are missing, which only "amx" needs
         return False
 
 
 @cache
 def library(name: str, part: str = "ops") -> ctypes.CDLL:
-    """Return a part of csrc for an instruction set, compiled if it is not in the cache yet.
+    """Return a part of csrc for an instruction set. Compile it if it is not in the cache.
 
-    `part` is a key of PARTS and `name` one of COMPILER_FLAGS. Raise Unavailable where it can be
-    neither compiled nor loaded.
+    name: a key of COMPILER_FLAGS.
+    part: a key of PARTS.
+    Raise Unavailable if the library cannot be compiled or loaded.
     """
     flags = [*COMMON_FLAGS, *COMPILER_FLAGS[name]]
     if name == "amx":
@@ -101,15 +102,15 @@ def library(name: str, part: str = "ops") -> ctypes.CDLL:
     try:
         path = cache_folder() / "native" / f"{part}-{name}-{key.hexdigest()[:16]}.so"
         return _load([*map(str, sources), *flags], path)
-    except (OSError, RuntimeError) as error:  # no home, no right to write, no right to run
-        raise Unavailable(f"the CPU kernels cannot be had: {error}") from error
+    except (OSError, RuntimeError) as error:  # no compiler, no home folder or no permission
+        raise Unavailable(f"the C++ kernels are not available: {error}") from error
 
 
 def _load(arguments: Sequence[str], path: Path) -> ctypes.CDLL:
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
-        except OSError:  # cut short, or of another C++ standard library: compile it again
+        except OSError:  # truncated, or made with another C++ standard library: compile it again
             path.unlink()
     _compile(arguments, path)
     return ctypes.CDLL(str(path))
@@ -119,7 +120,7 @@ def _compile(arguments: Sequence[str], path: Path) -> None:
     compiler = find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes compiles, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, and the others wait
         if path.exists():
             return
         unfinished = path.with_suffix(".part")
@@ -134,9 +135,9 @@ def _compile(arguments: Sequence[str], path: Path) -> None:
 
 
 def find_compiler() -> list[str]:
-    """Return the command of the C++ compiler: $CXX, or the first that is installed.
+    """Return the command of the C++ compiler: $CXX, or the first known one that is installed.
 
-    Raise RuntimeError where there is none.
+    Raise RuntimeError if there is none.
     """
     wanted = os.environ.get("CXX")
     if wanted:
@@ -148,11 +149,11 @@ def find_compiler() -> list[str]:
     raise RuntimeError(f"no C++ compiler: install one of {', '.join(names)}")
 
 
-# Structs that Python fills and C++ reads
+# Structs that Python passes to C++
 
 
 def struct_fields(kind: type, names: str) -> list[tuple[str, type]]:
-    """Return fields of one C type for a ctypes.Structure; `names` are separated by blanks."""
+    """Return fields of one C type for a ctypes.Structure. `names` are separated by spaces."""
     return [(name, kind) for name in names.split()]
 
 
@@ -164,10 +165,11 @@ def address(x: Tensor | None) -> int | None:
 def check_struct_sizes(
     loaded: ctypes.CDLL, structs: Mapping[str, type[ctypes.Structure]]
 ) -> ctypes.CDLL:
-    """Return the library once each struct's declaration in Python has the size of that in C++.
+    """Return the library after checking that structs have the same size in Python and in C++.
 
-    A key NAME of `structs` stands for the size that the library's expo_fast_sizeof_NAME() returns:
-    EXPO_FAST_SIZEOF(NAME, struct) of common.h defines it. Raise RuntimeError where sizes differ.
+    structs: declarations by NAME. The library's expo_fast_sizeof_NAME() returns the size in C++.
+    EXPO_FAST_SIZEOF(NAME, struct) of common.h defines it.
+    Raise RuntimeError if sizes differ.
     """
     for name, declared in structs.items():
         size_in_cpp = getattr(loaded, f"expo_fast_sizeof_{name}")

@@ -1,4 +1,4 @@
-"""Objectives as a torch graph can hold them, which takes no objects: a name and numbers."""
+"""Encode objectives as a name and numbers, because a torch graph cannot hold objects."""
 
 import itertools
 import math
@@ -13,29 +13,29 @@ from expo_fast.objectives import POLICY_OBJECTIVES, PREFERENCE_OBJECTIVES
 
 
 def _built_in() -> dict[str, type]:
-    """Return the classes of the two tables by their names."""
+    """Return the classes of the tables in objectives.py, by class name."""
     entries = [*POLICY_OBJECTIVES.values(), *PREFERENCE_OBJECTIVES.values()]
     return {entry.objective.__name__: entry.objective for entry in entries}
 
 
 BUILT_IN = _built_in()
-# of each class, (name, type) of its fields: torch.compile cannot trace dataclasses.fields
+# (name, type) of the fields of each class, because torch.compile cannot trace dataclasses.fields
 FIELDS = {name: [(f.name, f.type) for f in fields(kind)] for name, kind in BUILT_IN.items()}
 
 
 class CustomObjective:
-    """Holds an objective that is not of the tables. Its code is valid as long as this lives."""
+    """An objective that is not in the tables. Its code is valid while this object exists."""
 
     def __init__(self, function: Callable):
         self.function = function
 
 
 class ObjectiveCode(NamedTuple):
-    """What a custom op is given in place of an objective."""
+    """The encoding of an objective, which is passed to a custom op."""
 
     name: str
-    values: list[float]  # the fields of a built-in objective, None as NaN
-    custom: CustomObjective | None = None  # to be kept by the caller during the op
+    values: list[float]  # the fields of a built-in objective, with NaN for None
+    custom: CustomObjective | None = None  # the caller must keep it during the op
 
 
 _custom_objectives: WeakValueDictionary[str, CustomObjective] = WeakValueDictionary()
@@ -45,7 +45,7 @@ _numbers = itertools.count()
 def encode(objective: Callable) -> ObjectiveCode:
     """Return the code of an objective.
 
-    Raise ValueError for one that is not built in while torch.compile traces the call.
+    Raise ValueError if torch.compile traces the call and the objective is not built in.
     """
     name = type(objective).__name__
     if BUILT_IN.get(name) is type(objective):
@@ -55,15 +55,15 @@ def encode(objective: Callable) -> ObjectiveCode:
             values.append(math.nan if value is None else float(value))
         return ObjectiveCode(name, values)
     if torch.compiler.is_compiling():
-        raise ValueError(f"objective={objective}: torch.compile takes the built-in objectives only")
+        raise ValueError(f"objective={objective}: torch.compile needs a built-in objective")
     custom = CustomObjective(objective)
-    name = f"{name} number {next(_numbers)}"  # fresh, so that no other call's code ends with this
+    name = f"{name} number {next(_numbers)}"  # unique, so that calls do not share a code
     _custom_objectives[name] = custom
     return ObjectiveCode(name, [], custom)
 
 
 def holder_of(name: str) -> CustomObjective | None:
-    """Return what must be kept for the code to stay valid; None for a built-in objective."""
+    """Return the object that keeps the code valid, or None for a built-in objective."""
     return _custom_objectives.get(name)
 
 

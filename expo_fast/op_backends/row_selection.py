@@ -1,6 +1,6 @@
-"""Select the rows that an op computes, and put their results back among all rows.
+"""Select the rows that an op computes, and write their results back to all rows.
 
-A selection is a tensor of row indices, or None for all rows: then nothing is copied.
+A selection is a tensor of row indices, or None for all rows. With None, nothing is copied.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ def selected_head(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,)
     temperatures: Tensor | None,  # (N,)
-    temperature: float,  # where there are no temperatures
+    temperature: float,  # used if `temperatures` is None
     wanted: Tensor | None = None,  # (N,) bool; None: all
     complete: bool = False,  # whether all rows are wanted and have a valid target
 ) -> tuple[Head, Tensor | None]:
-    """Return the head of the wanted rows that have a target, and which rows these are.
+    """Return the head of the wanted rows that have a target, and the selection.
 
-    With `complete` there is nothing to find out, and no host sync.
+    With `complete`, all rows are selected without a check or a host sync.
 
-    Raise ValueError for a target outside the vocabulary and for a selected row whose temperature is
-    not positive and finite.
+    Raise ValueError for a target outside the vocabulary, and for a selected row whose temperature
+    is not positive and finite.
     """
     rows = None if complete else _selected(targets, wanted, len(weight))
     head = Head(
@@ -43,7 +43,7 @@ def selected_head(
 
 
 def _selected(targets: Tensor, wanted: Tensor | None, vocabulary: int) -> Tensor | None:
-    """Return the indices of the wanted rows that have a target; None: all rows."""
+    """Return the indices of the wanted rows that have a target, or None for all rows."""
     select = _selection_kernel(targets)
     if select is None:
         _check_targets(targets, vocabulary)
@@ -59,7 +59,7 @@ def _selected(targets: Tensor, wanted: Tensor | None, vocabulary: int) -> Tensor
 
 
 def _selection_kernel(targets: Tensor) -> Callable[..., tuple[Tensor, bool]] | None:
-    """Return the kernel that selects rows with one host sync; None: there is none."""
+    """Return the kernel that selects rows with one host sync, or None if there is none."""
     if not targets.is_cuda:
         return None
     try:
@@ -79,11 +79,11 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 def _checked_temperatures(temperatures: Tensor) -> Tensor:
-    """Return them as fp32 or wider."""
+    """Return the temperatures as fp32 or wider. Raise ValueError for a wrong value."""
     temperatures = temperatures.to(torch.promote_types(temperatures.dtype, torch.float32))
     wrong = temperatures[~((temperatures > 0) & temperatures.isfinite())]
     if len(wrong):
-        raise ValueError(f"temperature holds {float(wrong[0])}: must be positive and finite")
+        raise ValueError(f"temperature has {float(wrong[0])}: must be positive and finite")
     return temperatures
 
 
@@ -95,7 +95,7 @@ def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
 def take_optional_rows(
     x: Tensor | None, rows: Tensor | None, dtype: torch.dtype | None = None
 ) -> Tensor | None:
-    """Return the selected rows of x, cast to the dtype where one is given; None for None."""
+    """Return the selected rows of x, cast to `dtype` if it is given. None stays None."""
     if x is None:
         return None
     x = take_rows(x, rows)
@@ -103,9 +103,9 @@ def take_optional_rows(
 
 
 def among_all_rows(x: Tensor, rows: Tensor | None, n: int) -> Tensor:
-    """Return (n, ...) with the selected rows of x, and 0 in the others.
+    """Return (n, ...) with the selected rows of x, and 0 in the other rows.
 
-    It is contiguous and a view of nothing, as an op's outputs must be, because their fakes are.
+    It is contiguous and not a view, because the fake outputs of an op are contiguous.
     """
     if rows is not None:
         return x.new_zeros(n, *x.shape[1:]).index_copy_(0, rows, x)

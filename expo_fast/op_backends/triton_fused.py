@@ -1,13 +1,13 @@
-"""Triton backend: which exponentials E (kernels/logprob.py) it keeps, and its GEMMs.
+"""Triton backend: it stores the exponentials E of kernels/logprob.py to save GEMMs.
 
 forward alone      1 GEMM, nothing of size (N, V)
-one pass           3 GEMMs, over chunks of rows whose E shares one buffer
-forward, backward  3 GEMMs for the rows whose E fits into a share of memory, 4 for the
-                   others: their backward recomputes slices of the vocabulary
-frozen head        2 GEMMs: the forward makes dlogp/dhidden, which the backward scales
+one pass           3 GEMMs, over chunks of rows that store E in one buffer
+forward, backward  3 GEMMs for rows whose E fits a fraction of memory, 4 for the other
+                   rows, whose backward recomputes slices of the vocabulary
+frozen head        2 GEMMs: the forward computes dlogp/dhidden, and the backward scales it
 
-`Forward.kept` holds the bytes of E of the first K rows, (K, V padded to 16 bytes) bf16, or with a
-frozen head those of dlogp/dhidden, (N, D) fp32.
+`Forward.kept` has the bytes of E of the first K rows, (K, V padded to 16 bytes) bf16. With a frozen
+head it has the bytes of dlogp/dhidden, (N, D) fp32.
 """
 
 from collections.abc import Iterator
@@ -30,20 +30,20 @@ from expo_fast.kernels.head import (
 )
 from expo_fast.kernels.products import matmul
 
-# Shares of the GPU's memory, not of its free memory: the same input gives the same bits.
-KEPT_SHARE = 0.125  # for the E that a forward leaves its backward
-CHUNK_SHARE = 0.0625  # for E or dz of one chunk
-INTERPRETED_BYTES = 4 << 30  # memory that the interpreter's shares are taken of
-# More rows a chunk: fewer passes over the fp32 weight gradient, and fuller waves of hidden's GEMM,
-# which for 16384 rows of D 896 is 128 x 7 tiles on 132 SMs.
+# Fractions of a GPU's total memory. Fractions of free memory would make results depend on it.
+KEPT_FRACTION = 0.125  # for E that the forward keeps for the backward
+CHUNK_FRACTION = 0.0625  # for E or dz of one chunk
+INTERPRETED_BYTES = 4 << 30  # total memory that is assumed in the interpreter
+# Maximum rows of a chunk. More rows mean fewer passes over the fp32 weight gradient, and fuller
+# waves of hidden's GEMM, which for 16384 rows of D 896 has 128 x 7 tiles on 132 SMs.
 MOST_ROWS = 16384
-MOST_COLUMNS = 32768  # of recomputed dz
-GATHER_BELOW = 0.8  # share of active rows below which gathering their E costs less than a full GEMM
-GATHER_FROM = 4096  # rows; the GEMMs of fewer take no longer than the host sync that counts them
+MOST_COLUMNS = 32768  # maximum columns of recomputed dz
+GATHER_BELOW = 0.8  # fraction of active rows below which gathering E is faster than a full GEMM
+GATHER_FROM = 4096  # minimum rows; for fewer, the host sync takes longer than the GEMMs
 
 
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
-    """Return the results, and E of the rows that fit, or dlogp/dhidden with a frozen head."""
+    """Return the results, with E of the rows that fit or, for a frozen head, dlogp/dhidden."""
     results = _empty_results(head)
     if needs.weight or needs.bias:
         return _keep_exponentials(head, results)
@@ -61,7 +61,7 @@ def _empty_results(head: Head) -> LogProb:
 
 def _keep_exponentials(head: Head, results: LogProb) -> Forward:
     n = len(head.targets)
-    fit = min(n, _rows_within(KEPT_SHARE, head))
+    fit = min(n, _rows_within(KEPT_FRACTION, head))
     if fit < n:
         fit -= fit % k.config_for(head.hidden).BN
     padded = k.padded_e(head, fit)
@@ -82,7 +82,7 @@ def _keep_hidden_gradients(head: Head, results: LogProb) -> Forward:
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return contiguous memory of x's shape, for any layout of x."""
+    """Return contiguous memory with the shape of x, for any layout of x."""
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -101,7 +101,7 @@ def log_probs_and_gradients(
 
 
 def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
-    """Return gradients from what `log_probs` kept; the logits of other rows are recomputed."""
+    """Return gradients from what `log_probs` kept. The logits of other rows are recomputed."""
     only_logp = row_grads.entropy is None and row_grads.lse is None
     if _keeps_hidden_gradients(forward, needs) and only_logp:
         return _scaled_hidden_gradients(head, forward, row_grads)
@@ -133,7 +133,7 @@ def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -
     return grads
 
 
-# What a forward keeps, as bytes
+# The bytes that a forward pass keeps
 
 
 def _as_bytes(x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 
 def _kept_exponentials(head: Head, forward: Forward, needs: Needs) -> Tensor:
-    """Return E (K, V) of the first K rows; K is 0 where none is kept."""
+    """Return E (K, V) of the first K rows. K is 0 if nothing is kept."""
     if forward.kept is None or not (needs.weight or needs.bias):
         return k.empty_e(head, 0)
     padded = forward.kept.view(torch.bfloat16)
@@ -164,7 +164,7 @@ def _scaled_hidden_gradients(head: Head, forward: Forward, row_grads: RowGrads) 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """C rows between forward and backward."""
+    """C rows between the forward and the backward pass."""
 
     head: Head
     results: LogProb  # (C,)
@@ -173,7 +173,7 @@ class _Chunk:
     reusable: bool = False  # whether E may be overwritten
 
     def gathered(self, rows: Tensor) -> "_Chunk":
-        """Return some of the rows, with a copy of their E."""
+        """Return a chunk of some of the rows, with a copy of their E."""
         e = k.empty_e(self.head, len(rows))
         return _Chunk(
             head=self.head.take(rows),
@@ -185,7 +185,7 @@ class _Chunk:
 
 
 def _stored_chunks(head: Head, results: LogProb) -> Iterator[tuple[slice, _Chunk]]:
-    """Yield spans of rows with their chunks, and fill `results`. The chunks share one buffer."""
+    """Yield spans of rows with their chunks, and fill `results`. Chunks use the same buffer."""
     buffer = None
     for span in _spans(head):
         if buffer is None:
@@ -208,7 +208,7 @@ def _forward(
     results: LogProb,
     e: Tensor | None = None,
 ) -> Tensor:
-    """Fill a span's results, and E where it is given. Return its log_total."""
+    """Fill the results of a span and, if it is given, E. Return the span's log_total."""
     log_total = results.logp.new_empty(span.stop - span.start)
     k.forward(head.take(span), e, out=(results.take(span), log_total))
     return log_total
@@ -250,18 +250,18 @@ def _add_gradients(
 
 
 def _active_rows(row_grads: RowGrads, n: int) -> Tensor | None:
-    """Return the rows with a derivative other than 0; None: all are to be computed."""
+    """Return the rows with a non-zero derivative, or None if all rows should be computed."""
     return row_grads.active_rows() if n >= GATHER_FROM else None
 
 
 def _add_to_weights(
     e: Tensor,  # (C, V)
-    hidden: Tensor,  # (C, D), times factor where there is one
+    hidden: Tensor,  # (C, D), already multiplied by `factor` if there is one
     factor: Tensor | None,  # (C, 1): dz is factor * e; None: dz is e
     grads: Gradients,
     accumulate: bool,
 ) -> None:
-    """Write or add the rows' part of the weight and bias gradients."""
+    """Write, or add, the contribution of the rows to the weight and bias gradients."""
     if grads.weight is not None:
         narrow = grads.weight.dtype == torch.float32
         matmul(e.T, hidden, grads.weight, narrow=narrow, accumulate=accumulate)
@@ -274,15 +274,15 @@ def _add_to_weights(
 def _add_recomputed(
     head: Head, results: LogProb, row_grads: RowGrads, grads: Gradients, accumulate: bool
 ) -> None:
-    """Do as `_add_gradients` for rows whose E is not stored, a slice of columns at a time."""
+    """Do the same as `_add_gradients` for rows whose E is not stored, by slices of columns."""
     active = _active_rows(row_grads, len(head.targets))
     head = head.take(active)
     results = results.take(active)
     row_grads = row_grads.take(active)
     n = len(head.targets)
     v, d = head.weight.shape
-    columns_within_share = _rows_within(CHUNK_SHARE, head) * v // max(1, n)
-    width = max(128, min(MOST_COLUMNS, columns_within_share, v) // 128 * 128)
+    columns_that_fit = _rows_within(CHUNK_FRACTION, head) * v // max(1, n)
+    width = max(128, min(MOST_COLUMNS, columns_that_fit, v) // 128 * 128)
     wide = head.hidden.new_zeros(n, d, dtype=torch.float32)
     buffer = head.hidden.new_empty(n, width)
     for first in range(0, v, width):
@@ -303,7 +303,7 @@ def _add_recomputed(
 
 
 def _write_rows(out: Tensor, indices: Tensor | None, rows: Tensor) -> None:
-    """Write rows to `out`: all of them, or those of the indices with 0 in the others."""
+    """Write rows to `out`. With indices, write the rows there, and 0 to the other rows."""
     if indices is None:
         out.copy_(rows)
     else:
@@ -311,9 +311,9 @@ def _write_rows(out: Tensor, indices: Tensor | None, rows: Tensor) -> None:
 
 
 def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
-    """Return memory for the gradients: zeros if there is no row that would write it.
+    """Return memory for the gradients. It is 0 if there is no row to write it.
 
-    A weight gradient that is not one product, but the sum of `n_sums`, is fp32.
+    n_sums: number of products that the weight gradient is the sum of. For more than one it is fp32.
     """
     device = head.hidden.device
     make = partial(torch.empty if len(head.targets) else torch.zeros, device=device)
@@ -329,9 +329,9 @@ def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
 
 
 def _spans(head: Head) -> Iterator[slice]:
-    """Yield spans of rows that fit into CHUNK_SHARE, about equal, and of complete tiles."""
+    """Yield spans of rows that fit CHUNK_FRACTION, of nearly equal sizes and complete tiles."""
     n = len(head.targets)
-    most_rows = max(1, min(MOST_ROWS, _rows_within(CHUNK_SHARE, head)))
+    most_rows = max(1, min(MOST_ROWS, _rows_within(CHUNK_FRACTION, head)))
     count = -(-n // most_rows)
     size = -(-n // max(1, count))
     if count != 1:
@@ -341,9 +341,9 @@ def _spans(head: Head) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def _rows_within(share: float, head: Head) -> int:
-    """Return how many rows of E fit into a share of the device's memory."""
+def _rows_within(fraction: float, head: Head) -> int:
+    """Return the number of rows of E that fit a fraction of the device's memory."""
     memory = INTERPRETED_BYTES
     if head.hidden.is_cuda:
         memory = torch.cuda.get_device_properties(head.hidden.device).total_memory
-    return int(share * memory) // (2 * len(head.weight))
+    return int(fraction * memory) // (2 * len(head.weight))

@@ -1,8 +1,8 @@
 """Accuracy from graded samples: pass@k, majority vote, and bootstrap intervals.
 
-pass@k is estimated without bias from n samples of which c are right, 1 - C(n-c, k) / C(n, k)
-(arXiv:2107.03374, eq. 1). The majority vote is right where the most common answer is
-(arXiv:2203.11171). Intervals are a bootstrap over problems.
+The unbiased estimate of pass@k from n samples with c right ones is 1 - C(n-c, k) / C(n, k)
+(arXiv:2107.03374, eq. 1). The majority vote is right if the most common answer is right
+(arXiv:2203.11171). Intervals are from a bootstrap over problems.
 """
 
 import random
@@ -21,26 +21,26 @@ BOOTSTRAP_RESAMPLES = 1000
 class Graded:
     """One completion and its verdict: a row of `expo_fast.evaluate --output`."""
 
-    id: str  # of the problem
+    id: str  # id of the problem
     sample: int  # index among the samples of the problem
-    level: int | None  # of the problem
+    level: int | None  # level of the problem
     completion: str
     verdict: float | None  # 1.0 right, 0.0 wrong, None undecided, which counts as wrong
     finish_reason: str
-    tokens: int  # sampled
+    tokens: int  # number of sampled tokens
 
 
-Samples = Sequence[Graded]  # all of one problem
+Samples = Sequence[Graded]  # all samples of one problem
 
 
 def by_problem(graded: Sequence[Graded], samples: int) -> list[Samples]:
-    """Split completions, of which the `samples` of a problem follow each other, by problem."""
+    """Split completions by problem. `samples` consecutive completions belong to one problem."""
     starts = range(0, len(graded), samples)
     return [graded[start : start + samples] for start in starts]
 
 
 def by_level(problems: Sequence[Samples]) -> dict[int, list[Samples]]:
-    """Return the problems of each level, in order; those without a level are left out."""
+    """Return the problems of each level, by level. Problems without a level are left out."""
     levels: dict[int, list[Samples]] = {}
     for problem in problems:
         level = problem[0].level
@@ -75,7 +75,7 @@ def _with_interval(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the chance that k of n samples, of which c are right, contain a right one."""
+    """Return the probability that k of n samples contain a right one, if c of n are right."""
     return 1 - comb(n - c, k) / comb(n, k)
 
 
@@ -83,16 +83,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 class _Vote:
     """One answer and the samples that box it."""
 
-    answer: str  # as first spelt
+    answer: str  # in its first spelling
     voters: list[Graded] = field(default_factory=list)
 
 
 def majority_is_right(samples: Samples) -> bool:
     """Return whether the answer that most samples of a problem box is right.
 
-    Of two equally common answers, the one boxed first counts. Two spellings that are equal without
-    math-verify are one answer, which is right where the verdict on one of its samples is. A sample
-    without an answer in a box does not vote.
+    Of equally common answers, the one that was boxed first counts. Spellings that are equal without
+    math-verify are one answer. An answer is right if the verdict on any of its samples is right. A
+    sample without a boxed answer does not vote.
     """
     votes: list[_Vote] = []  # in the order in which they were first boxed
     for sample in samples:
@@ -110,7 +110,7 @@ def majority_is_right(samples: Samples) -> bool:
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the mean over problems that have these values."""
+    """Return the 95% bootstrap interval of the mean of values, one per problem."""
     rng = random.Random(0)
     means = []
     for _ in range(BOOTSTRAP_RESAMPLES):

@@ -1,6 +1,6 @@
-"""What a training run shows on the console: nothing, one line a step, or a live panel.
+"""Console output of a training run: none, one line per step, or a live panel.
 
-Completions are hostile text: nothing in them reaches the terminal as a control code.
+Completions are untrusted text. Their control characters are escaped.
 """
 
 import time
@@ -13,7 +13,7 @@ from expo_fast.reporting.text import is_number, printable, short_number, short_n
 
 ConsoleKind = Literal["auto", "live", "plain", "quiet"]
 
-PANEL_METRICS = {  # label of a row of the panel: metrics shown there, if the step has them
+PANEL_METRICS = {  # label of a row of the panel: metrics shown in it, if the step has them
     "reward": ("reward", "reward_std", "frac_reward_zero_std"),
     "explanations": ("exp/rate", "exp/nll", "exp/lift", "exp/leak_rate"),
     "policy": ("kl", "entropy", "logp_gap/max"),
@@ -30,22 +30,22 @@ LINE_METRICS = {  # label in a plain line: metric
     "grad": "grad_norm",
     "lr": "learning_rate",
 }
-PROMPT_CHARACTERS = 160  # shown in the panel: the end of a longer prompt or completion
+PROMPT_CHARACTERS = 160  # of a prompt or completion in the panel; a longer one shows its end
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a run goes, after one of its steps."""
+    """The speed of a run after one of its steps."""
 
-    tokens_per_s: float | None  # None: not known from the first step alone
+    tokens_per_s: float | None  # None after the first step
     time_left: str  # H:MM:SS
 
 
 class Pace:
-    """Measures the speed of a run.
+    """Measure the speed of a run.
 
-    Tokens per second are those of the last step. The time left is what the remaining steps need at
-    the mean pace of this process: a resumed run starts at its own pace.
+    Tokens per second are of the last step. The time left assumes that the remaining steps take the
+    mean time of this process's steps, without those before a resume.
     """
 
     def __init__(self, total_steps: int):
@@ -53,7 +53,7 @@ class Pace:
         self._start = time.monotonic()
         self._last = self._start
         self._steps = 0
-        self._tokens: float | None = None  # cumulative, at the last step
+        self._tokens: float | None = None  # cumulative number at the last step
 
     def after(self, row: Row) -> Speed:
         """Return the speed after the step with these metrics."""
@@ -76,7 +76,7 @@ def _hours(seconds: float) -> str:
 
 
 class QuietConsole:
-    """Shows nothing; the base class of the other two."""
+    """A console that shows nothing, and the base class of the others."""
 
     def show_step(self, row: Row) -> None:
         """Show a step's metrics."""
@@ -93,11 +93,11 @@ class QuietConsole:
         """Show one line."""
 
     def close(self) -> None:
-        """Leave the terminal in its usual state."""
+        """Restore the terminal's usual state."""
 
 
 class LineConsole(QuietConsole):
-    """One line a step."""
+    """A console that shows one line per step."""
 
     def __init__(self, stream: TextIO, total_steps: int):
         self._stream = stream
@@ -121,9 +121,9 @@ class LineConsole(QuietConsole):
 
 
 class LiveConsole(QuietConsole):
-    """One panel that stays at the bottom of a terminal, drawn again after each step.
+    """A console with a panel at the bottom of a terminal, which is drawn again after each step.
 
-    Raise ModuleNotFoundError where rich is not installed.
+    Raise ModuleNotFoundError if rich is not installed.
     """
 
     def __init__(self, stream: TextIO, total_steps: int):
@@ -200,9 +200,9 @@ class LiveConsole(QuietConsole):
 
 
 def open_console(kind: ConsoleKind, stream: TextIO, total_steps: int) -> QuietConsole:
-    """Return the console of that kind. "auto" is live on a terminal, otherwise a line a step.
+    """Return a console. "auto" is a panel on a terminal, otherwise one line per step.
 
-    Without rich, say so once and fall back to a line a step.
+    Without rich, show one line per step and say so once.
     """
     if kind == "quiet":
         return QuietConsole()
@@ -210,7 +210,7 @@ def open_console(kind: ConsoleKind, stream: TextIO, total_steps: int) -> QuietCo
         try:
             return LiveConsole(stream, total_steps)
         except ModuleNotFoundError:
-            print("rich is not installed: one line a step instead of the panel", file=stream)
+            print("rich is not installed: one line per step instead of a panel", file=stream)
     return LineConsole(stream, total_steps)
 
 
@@ -219,6 +219,6 @@ def _times(row: Row) -> dict[str, Any]:
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-    """Return the text with characters that the stream's encoding lacks escaped."""
+    """Return the text. Characters that the stream's encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,8 +1,8 @@
 """Curves over steps as inline SVG.
 
-The same numbers give the same bytes. Lines and text have the page's text colour and the background
-is the page's own, so that a figure reads on light and dark pages and on paper. Labels are text and
-never parsed as mathematics: a `$` is a `$`.
+The output is deterministic. Lines and text have the page's text colour, and the background is the
+page's, so that a figure is readable on light and dark pages and on paper. Labels are plain text: a
+`$` does not start mathematics.
 """
 
 import io
@@ -12,8 +12,8 @@ from typing import Any
 
 from expo_fast.reporting.panels import Curve, Panel, PlottedPanel, owners, split_crowded
 
-TEXT_COLOR = "#010203"  # stands for the page's text colour until the SVG is made
-# of Okabe and Ito, whom readers with any colour vision can tell apart, and two more
+TEXT_COLOR = "#010203"  # placeholder, replaced by the page's text colour in the SVG
+# The palette of Okabe and Ito, which is safe for colour-blind readers, and two more colours.
 COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#6b4226", "#7f7f7f"),
@@ -21,14 +21,14 @@ COLORS = (
 DASHES = ("-", "--", ":", "-.")
 PANEL_WIDTH = 3.6  # inches
 PANEL_HEIGHT = 2.7  # inches
-MOST_MARKED_POINTS = 40  # a curve of so few points has each of them marked
+MOST_MARKED_POINTS = 40  # a curve with at most this number of points has markers
 
 
 def draw(name: str, panels: Sequence[PlottedPanel], names: Sequence[str]) -> str:
-    """Return the panels, two beside each other, as an <svg> element.
+    """Return the panels, two per row, as an <svg> element.
 
-    name: of the figure, which keeps ids apart on one page.
-    names: of the configurations.
+    name: name of the figure, which makes its ids unique on a page.
+    names: names of the configurations.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def draw(name: str, panels: Sequence[PlottedPanel], names: Sequence[str]) -> str
     panels = split_crowded(panels, names)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with style.context(["default", _style(name)]):  # whatever the user's matplotlibrc says
+    with style.context(["default", _style(name)]):  # ignores the user's matplotlibrc
         size = (PANEL_WIDTH * columns, PANEL_HEIGHT * rows)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -53,7 +53,7 @@ def draw(name: str, panels: Sequence[PlottedPanel], names: Sequence[str]) -> str
 def _style(name: str) -> dict[str, Any]:
     colored = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     return dict.fromkeys(colored, TEXT_COLOR) | {
-        "svg.fonttype": "none",  # text that can be searched and read out
+        "svg.fonttype": "none",  # keeps text as text, for search and screen readers
         "svg.hashsalt": name,
         "text.parse_math": False,
         "axes.spines.top": False,
@@ -67,8 +67,8 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def _fill_grid(grid: Any, panels: Sequence[PlottedPanel], *, several: bool) -> None:
-    """Draw each panel on its axes, and remove the axes that stay empty."""
-    first_of_title: dict[str, Any] = {}  # panels with one title share their scale
+    """Draw each panel on its axes, and remove empty axes."""
+    first_of_title: dict[str, Any] = {}  # panels with the same title have the same scale
     for axes, each in zip(grid, panels, strict=False):
         if not each.curves:
             axes.remove()
@@ -83,7 +83,7 @@ def _fill_grid(grid: Any, panels: Sequence[PlottedPanel], *, several: bool) -> N
 
 
 def _add_legend(figure: Any, panels: Sequence[PlottedPanel], names: Sequence[str]) -> None:
-    """Name the configurations, where a panel shows several."""
+    """Add a legend of the configurations if a panel shows several."""
     shared = [each for each in panels if not each.panel.only]
     handles = []
     for owner in owners(shared):
@@ -96,8 +96,8 @@ def _add_legend(figure: Any, panels: Sequence[PlottedPanel], names: Sequence[str
 def _fill(axes: Any, panel: Panel, curves: Sequence[Curve], *, by_owner: bool) -> None:
     """Draw one panel.
 
-    by_owner: colours tell configurations apart and dashes metrics. Otherwise there is one
-    configuration, and both tell metrics apart.
+    by_owner: each configuration has a colour, and each metric a dash pattern. Otherwise there is
+    one configuration, and each metric has a colour and a dash pattern.
     """
     _set_up_axes(axes, panel)
     names = list(panel.metrics)
@@ -137,7 +137,7 @@ def _set_up_axes(axes: Any, panel: Panel) -> None:
     if panel.log_scale:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        # the default formatter writes mathematics
+        # The default formatter writes numbers as mathematics.
         axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     if panel.zero_line:
@@ -151,9 +151,9 @@ def _legend_line(label: str, color: str, dash: Any = "-") -> Any:
 
 
 def _inline(svg: str, label: str) -> str:
-    """Return only the element.
+    """Return only the <svg> element, without styles, ids of groups and namespaces.
 
-    Without what a page needs once (styles) or not at all (ids of groups, namespaces).
+    The page has the styles once, and the others are not needed.
     """
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)

@@ -1,4 +1,4 @@
-"""JSON Lines files that survive a kill: durable appends, and readers that skip torn lines."""
+"""JSON Lines files that survive a killed process: durable appends; readers skip partial lines."""
 
 import json
 import math
@@ -11,9 +11,9 @@ Row = Mapping[str, Any]
 
 
 def json_value(value: Any) -> Any:
-    """Return the value as JSON has it.
+    """Convert a value to JSON values.
 
-    Tensor and numpy scalars become numbers, NaN and infinities None, keys strings.
+    Tensor and numpy scalars become numbers. NaN and infinities become None. Keys become strings.
     """
     if isinstance(value, Mapping):
         return {str(key): json_value(each) for key, each in value.items()}
@@ -32,9 +32,9 @@ def encode_row(row: Row) -> bytes:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Append one row and wait until the disk has it.
+    """Append one row and wait until it is on the disk.
 
-    Raise OSError where that fails. A write that fails half-way removes its half again.
+    Raise OSError if that fails. A partly written row is removed.
     """
     line = encode_row(row)
     with open(path, "ab", buffering=0) as file:
@@ -56,9 +56,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each line that holds an object, ended by a line feed, and the object.
+    """Yield each complete line that holds a JSON object, with its line feed, and the object.
 
-    Other lines, which a kill has torn, are skipped. A file that does not exist has no lines.
+    Other lines, left by a killed process, are skipped. A file that does not exist has no lines.
     """
     if not path.is_file():
         return
@@ -72,5 +72,5 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def has_step(row: Row) -> bool:
-    """Return whether the row has an integer `step`, as each row of a run's record has."""
+    """Return whether the row has an integer `step`, as all rows of a run's files have."""
     return type(row.get("step")) is int

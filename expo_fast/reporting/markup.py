@@ -1,4 +1,4 @@
-"""HTML of the report: the page and its parts. All text is escaped, and the page has no script."""
+"""HTML of the report: the page and its parts. Text is escaped, and the page has no scripts."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -36,17 +36,17 @@ BODY</body></html>
 
 
 def page(body: str) -> str:
-    """Return the page. It loads nothing."""
+    """Return the page. It loads no other files."""
     return PAGE.replace("BODY", body, 1)
 
 
 def escaped(value: Any, longest: int = LONGEST_TEXT) -> str:
-    """Return up to `longest` characters of a value as HTML that shows them."""
+    """Return up to `longest` characters of a value as escaped HTML text."""
     return html.escape(shown_text(value, longest))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table. All cells are HTML; the first of a row names it, an empty one is a dash."""
+    """Return a table. Cells are HTML. The first cell of a row is its header; "" shows a dash."""
     columns = "".join(f"<th>{cell}</th>" for cell in head)
     lines = []
     for first, *rest in rows:
@@ -57,7 +57,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """Return a section; empty where there is nothing to show under the title."""
+    """Return a section, or "" if all its parts are empty."""
     body = "\n".join(filter(None, parts))
     if not body:
         return ""
@@ -70,5 +70,5 @@ def remark(text: str) -> str:
 
 
 def small(text: str) -> str:
-    """Return a second line of a cell; empty where the text is."""
+    """Return a second line of a cell, or "" if the text is empty."""
     return f"<small>{text}</small>" if text else ""

@@ -1,6 +1,6 @@
 """The report on training runs as one HTML page.
 
-What a run has not measured is left out. Completions are hostile text: all text is escaped.
+Values that a run has not measured are left out. Completions are untrusted, so all text is escaped.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from expo_fast.reporting.tables import levels, measured_differently, overview, p
 from expo_fast.reporting.text import shown_text
 from expo_fast.reporting.verdicts import in_distribution, learning_signal
 
-SHOWN_QUESTIONS = 2  # of a step
+SHOWN_QUESTIONS = 2  # questions shown per step
 KIND_LABELS = {
     "own": "own attempt",
     "explanation": "accepted explanation",
@@ -31,22 +31,22 @@ KIND_LABELS = {
 }
 ABOUT = (
     "ExPO (arXiv:2507.02834) trains a language model on its own explanations of known answers. "
-    "Curves over several runs are means, their bands the smallest and the largest; the band of a "
-    "single run's held-out accuracy is its 95% bootstrap interval over questions."
+    "A curve over several runs is the mean. Its band is from the smallest to the largest run. The "
+    "band of a single run's held-out accuracy is its 95% bootstrap interval over questions."
 )
 ABOUT_PROPERTIES = (
-    "(a) In-distribution: under the plain question, the model finds the explanation likelier "
-    "than the expert's solution. (b) Learning signal: behind the explanation, the right answer "
-    "is likelier than behind the model's own attempts (lift above 0). An explanation that "
-    "states the answer has its lift by copying, so the verdict is on the lift with the answer "
-    "masked. Both verdicts are on the same few questions of a step, with an accepted "
-    "explanation: the likeliest of the question's, unless choose_explanations says otherwise. "
-    "The curve of the explanations' NLL is over all that are trained on."
+    "(a) In-distribution: under the plain question, the explanation is likelier than the "
+    "expert's solution. (b) Learning signal: the right answer is likelier after the explanation "
+    "than after the model's own attempts (lift above 0). An explanation that states the answer "
+    "has a lift by copying, so the verdict is on the lift with the answer masked. Both verdicts "
+    "are on the same few questions of a step that have an accepted explanation. The explanation "
+    "is the likeliest one of the question, unless choose_explanations selects another. The curve "
+    "of the explanations' NLL is over all explanations that are trained on."
 )
 
 
 def render(groups: Sequence[Group]) -> str:
-    """Return the page about these configurations."""
+    """Return the page on these configurations."""
     n_runs = sum(len(group.runs) for group in groups)
     parts = (
         remark(f"Runs: {n_runs}, configurations: {len(groups)}. {ABOUT}"),
@@ -55,7 +55,7 @@ def render(groups: Sequence[Group]) -> str:
         section("Learning curves", figure("learning", LEARNING, groups)),
         section("The two properties of a good positive sample", *properties(groups)),
         section(
-            "What updates the weights",
+            "Parts of the update",
             figure("updates", UPDATES, groups),
             zero_norms(groups),
         ),
@@ -68,7 +68,7 @@ def render(groups: Sequence[Group]) -> str:
 
 
 def figure(name: str, panels: Sequence[Panel], groups: Sequence[Group]) -> str:
-    """Return those of the panels that have data, as SVG; empty where none has."""
+    """Return the panels that have data as SVG, or "" if no panel has data."""
     shown = plotted(panels, groups)
     if not shown:
         return ""
@@ -77,7 +77,7 @@ def figure(name: str, panels: Sequence[Panel], groups: Sequence[Group]) -> str:
 
 
 def properties(groups: Sequence[Group]) -> list[str]:
-    """Return the verdicts on both properties and their curves; empty where nothing has any."""
+    """Return the verdicts on both properties and their curves, or nothing if there are no data."""
     curves = figure("properties", PROPERTIES, groups)
     if not curves:
         return []
@@ -89,7 +89,7 @@ def properties(groups: Sequence[Group]) -> list[str]:
 
 
 def zero_norms(groups: Sequence[Group]) -> str:
-    """Return how often a part gave no gradient, which the logarithmic axis cannot show."""
+    """Return the number of steps with a gradient norm of 0, which a log axis cannot show."""
     counts = []
     for group in groups:
         for key, label in GRADIENT_NORM.metrics.items():
@@ -103,7 +103,7 @@ def zero_norms(groups: Sequence[Group]) -> str:
 
 
 def completions(group: Group) -> str:
-    """Return some completions of the first and the last step of the configuration's first run."""
+    """Return completions of the first and the last step of the configuration's first run."""
     run = group.runs[0]
     files: dict[int, Path] = {}
     for file in Path(run.path, "completions").glob("step-*.jsonl"):
@@ -122,7 +122,7 @@ def completions(group: Group) -> str:
 
 
 def first_questions(file: Path) -> list[list[Row]]:
-    """Return the rows of a few questions, first those with samples of more than one kind."""
+    """Return the rows of a few questions. Questions with several kinds of samples come first."""
     rows_of: dict[str, list[Row]] = {}
     for row in read_rows(file):
         identity = repr(row.get("id"))
@@ -155,7 +155,7 @@ def question(rows: Sequence[Row]) -> str:
 
 
 def record(group: Group) -> str:
-    """Return the folders of a configuration's runs, and its fields."""
+    """Return the folders of a configuration's runs, and the configuration's fields."""
     folders = []
     for run in group.runs:
         seed = escaped(run.config.get("seed", "?"), 20)

@@ -1,4 +1,4 @@
-"""Panels of the report's figures, and the curves that the runs' records give them."""
+"""Panels of the report's figures, and their curves from the files of runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,25 +6,25 @@ from dataclasses import dataclass, replace
 from expo_fast.reporting.jsonl import Row
 from expo_fast.reporting.runs import Group, Spread, number, spread
 
-MOST_CURVES = 6  # that can be told apart on one pair of axes
+MOST_CURVES = 6  # maximum number of readable curves on one pair of axes
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What one pair of axes shows."""
+    """The title, metrics and scale of one pair of axes."""
 
     title: str
     unit: str
-    metrics: dict[str, str]  # name in the record: label
-    held_out: bool = False  # metrics of the evaluations, not of the steps
+    metrics: dict[str, str]  # name in the run's files: label
+    held_out: bool = False  # whether metrics are of evaluations, and not of steps
     log_scale: bool = False  # only values above 0 are drawn
     zero_line: bool = False
-    only: str = ""  # name of the one configuration that is shown, of several
+    only: str = ""  # name of the only configuration that is shown; empty: all are shown
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one configuration. Each list has one value a point."""
+    """One metric of one configuration. Each list has one value per point."""
 
     owner: int  # index of the configuration
     metric: str
@@ -43,16 +43,19 @@ class PlottedPanel:
 
 
 LEARNING = (
-    Panel("Held-out pass@1", "share", {"pass@1": "pass@1"}, held_out=True, zero_line=True),
+    Panel("Held-out pass@1", "fraction", {"pass@1": "pass@1"}, held_out=True, zero_line=True),
     Panel("Reward", "mean of the step", {"reward": "reward"}, zero_line=True),
     Panel(
-        "Questions that all fail", "share", {"frac_all_fail": "all samples fail"}, zero_line=True
+        "Questions whose attempts all fail",
+        "fraction",
+        {"frac_all_fail": "all attempts fail"},
+        zero_line=True,
     ),
 )
 PROPERTIES = (
     Panel(
         "(a) Negative log-likelihood",
-        "nats a token",
+        "nats per token",
         {"exp/nll": "explanation", "expert/nll": "expert", "own/nll": "own attempt"},
         zero_line=True,
     ),
@@ -72,14 +75,17 @@ GRADIENT_NORM = Panel(
 UPDATES = (
     GRADIENT_NORM,
     Panel(
-        "Texts that lean on a given answer",
+        "Texts that mention a given answer",
         "share",
         {"exp/leak_rate": "right explanations", "own/leak_rate": "own attempts"},
         zero_line=True,
     ),
-    Panel("Right explanations rejected", "share", {"exp/unfit_rate": "unfit"}, zero_line=True),
+    Panel("Right explanations rejected", "fraction", {"exp/unfit_rate": "unfit"}, zero_line=True),
     Panel(
-        "Questions with an accepted explanation", "share", {"exp/rate": "accepted"}, zero_line=True
+        "Questions with an accepted explanation",
+        "fraction",
+        {"exp/rate": "accepted"},
+        zero_line=True,
     ),
 )
 PREFERENCES = (
@@ -90,13 +96,13 @@ PREFERENCES = (
         zero_line=True,
     ),
     Panel("Margin", "nats", {"rewards/margins": "chosen - rejected"}, zero_line=True),
-    Panel("Pairs ordered right", "share", {"rewards/accuracies": "accuracy"}, zero_line=True),
+    Panel("Pairs ranked correctly", "fraction", {"rewards/accuracies": "accuracy"}, zero_line=True),
     Panel("Log-probability", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
 )
 
 
 def plotted(panels: Sequence[Panel], groups: Sequence[Group]) -> list[PlottedPanel]:
-    """Return the panels for which the runs have data, with their curves."""
+    """Return the panels that the runs have data for, with their curves."""
     found = [PlottedPanel(panel, curves(groups, panel)) for panel in panels]
     return [each for each in found if each.curves]
 
@@ -134,7 +140,7 @@ def _curve(owner: int, metric: str, points: dict[int, Spread], n_runs: int) -> C
         low = point.low
         high = point.high
         if point.n_runs == 1 and n_runs > 1:
-            # its interval over questions is no range over runs
+            # The interval over questions of one run is not a range over runs.
             low = high = None
         curve.middle.append(point.mean)
         curve.low.append(point.mean if low is None else low)
@@ -143,9 +149,10 @@ def _curve(owner: int, metric: str, points: dict[int, Spread], n_runs: int) -> C
 
 
 def split_crowded(panels: Sequence[PlottedPanel], names: Sequence[str]) -> list[PlottedPanel]:
-    """Return one panel a configuration for panels of several metrics, if one has too many curves.
+    """Split panels of several metrics by configuration, if one of them has too many curves.
 
-    names: of the configurations. Panels of one metric stay: their curves differ in colour.
+    names: names of the configurations. Panels of one metric are not split, because their curves
+    differ in colour.
     """
     single = []
     several = []

@@ -1,12 +1,12 @@
-"""The files that a run writes about itself, and the console.
+"""The log files and the console of a run.
 
-    RUN/metrics.jsonl              one object a step
-    RUN/evaluations.jsonl          one object an evaluation
+    RUN/metrics.jsonl              one object per step
+    RUN/evaluations.jsonl          one object per evaluation
     RUN/completions/step-N.jsonl   the completions of step N
-    RUN/tensorboard/               the same scalars
+    RUN/tensorboard/               the scalars of both
 
-A value that is missing or not finite is null. A file that cannot be written costs one warning and
-no training.
+A value that is missing or not finite is null. If a file cannot be written, the run warns once and
+continues.
 """
 
 import sys
@@ -30,10 +30,10 @@ class RunLog:
     """The log of one run directory.
 
     run_dir: an existing folder.
-    total_steps: of the run, for the progress and the time left.
-    console: "auto" is "live" on a terminal, otherwise "plain", which is a line a step.
-    tensorboard: also write scalars for TensorBoard, where it is installed.
-    stream: where the console goes; None is stdout.
+    total_steps: number of steps of the run, for the progress and the time left.
+    console: "auto" is "live" on a terminal, otherwise "plain", which is one line per step.
+    tensorboard: also write scalars for TensorBoard, if it is installed.
+    stream: output of the console. None: stdout.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class RunLog:
         stream: TextIO | None = None,
     ):
         self._run_dir = run_dir
-        self._failed: set[str] = set()  # kinds of output whose failure was reported
+        self._failed: set[str] = set()  # kinds of output that already failed
         self._resumed_at: int | None = None
         self._console = open_console(console, stream or sys.stdout, total_steps)
         self._tensorboard = tensorboard
-        self._scalars: Any = None  # torch's SummaryWriter, from the first row on
+        self._scalars: Any = None  # torch's SummaryWriter; None before the first row
 
     def __enter__(self) -> "RunLog":
         return self
@@ -67,7 +67,7 @@ class RunLog:
                 self._scalars.close()
 
     def write_step(self, row: Row) -> None:
-        """Append a step's metrics; `row` has `step`. Numbers may be tensors or numpy scalars."""
+        """Append a step's metrics. `row` has `step`. Numbers may be tensors or numpy scalars."""
         row = json_value(row)
         assert has_step(row), row
         with self._failures_reported(METRICS):
@@ -77,7 +77,7 @@ class RunLog:
             self._console.show_step(row)
 
     def write_evaluation(self, row: Row) -> None:
-        """Append an evaluation; `row` has `step`."""
+        """Append an evaluation. `row` has `step`."""
         row = json_value(row)
         assert has_step(row), row
         with self._failures_reported(EVALUATIONS):
@@ -87,9 +87,9 @@ class RunLog:
             self._console.show_evaluation(row)
 
     def write_completions(self, step: int, rows: Iterable[Row]) -> None:
-        """Write completions/step-N.jsonl and show the last of its rows.
+        """Write completions/step-N.jsonl and show its last rows on the console.
 
-        A row has `prompt`, `completion`, `reward` and any further keys.
+        A row has `prompt`, `completion`, `reward` and may have other keys.
         """
         plain = [json_value(row) for row in rows]
         with self._failures_reported("completions"):
@@ -105,9 +105,9 @@ class RunLog:
             self._console.note(text)
 
     def truncate_to(self, step: int) -> None:
-        """Remove what was logged after `step`: a run resumed there writes it again.
+        """Remove log entries after `step`, because a run resumed there writes them again.
 
-        Also remove the line that a killed run left unfinished. Raise OSError where that fails.
+        Also remove a partial last line of a killed run. Raise OSError if that fails.
         """
         for name in (METRICS, EVALUATIONS):
             path = self._run_dir / name
@@ -145,14 +145,14 @@ class RunLog:
 
     @contextmanager
     def _failures_reported(self, kind: str) -> Iterator[None]:
-        """Turn an OSError into one warning: a full disk or a closed terminal ends no training."""
+        """Convert an OSError to one warning, so that a full disk does not stop the training."""
         try:
             yield
         except OSError as error:
             if kind not in self._failed:
                 self._failed.add(kind)
                 warnings.warn(
-                    f"{kind} of {self._run_dir} could not be written ({error}); training goes on",
+                    f"{kind} of {self._run_dir} could not be written ({error}); training continues",
                     stacklevel=4,
                 )
 

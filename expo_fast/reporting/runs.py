@@ -1,7 +1,7 @@
-"""Training runs as their records have them, grouped by configuration.
+"""Training runs read from their log files, grouped by configuration.
 
-The reader takes what other versions wrote: unknown fields and metrics stay, missing ones are left
-out.
+The reader accepts files of other versions. Unknown fields and metrics are kept, and missing ones
+are left out.
 """
 
 import tomllib
@@ -15,8 +15,8 @@ from expo_fast.config import ADJUSTABLE
 from expo_fast.reporting.jsonl import Row, has_step, read_rows
 from expo_fast.reporting.text import is_number, shown_text
 
-# Fields in which runs of one configuration may differ. A different number of steps makes another
-# configuration, because the learning-rate schedule ends elsewhere.
+# Fields in which runs of one configuration may differ. `steps` is not one of them, because the
+# learning-rate schedule depends on it.
 FREE_FIELDS = {"seed", *ADJUSTABLE} - {"steps"}
 
 
@@ -24,14 +24,14 @@ FREE_FIELDS = {"seed", *ADJUSTABLE} - {"steps"}
 class Run:
     """One run directory."""
 
-    path: str  # as given
+    path: str  # as given by the user
     config: dict[str, Any]
-    steps: list[Row]  # of metrics.jsonl, by step
-    evaluations: list[Row]  # of evaluations.jsonl, by step
+    steps: list[Row]  # rows of metrics.jsonl, by step
+    evaluations: list[Row]  # rows of evaluations.jsonl, by step
 
     @property
     def before(self) -> Row:
-        """The evaluation before the first step; empty where there is none."""
+        """The evaluation before the first step, empty if there is none."""
         for row in self.evaluations:
             if row["step"] == 0:
                 return row
@@ -39,7 +39,7 @@ class Run:
 
     @property
     def after(self) -> Row:
-        """The last evaluation after a step; empty where there is none."""
+        """The last evaluation after a step, empty if there is none."""
         if self.evaluations and self.evaluations[-1]["step"] > 0:
             return self.evaluations[-1]
         return {}
@@ -55,14 +55,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """One configuration, run once or with several seeds."""
+    """The runs of one configuration, which may have different seeds."""
 
     name: str
     runs: list[Run]
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of the first run; the others differ in `FREE_FIELDS` at most."""
+        """The configuration of the first run. Others may differ only in `FREE_FIELDS`."""
         return self.runs[0].config
 
     @property
@@ -87,7 +87,7 @@ class Group:
 class Spread:
     """The mean of a number over runs, and its range.
 
-    Of a single run, low and high are the interval over questions, where the record has one.
+    For a single run, low and high are its interval over questions, if it has one.
     """
 
     mean: float
@@ -99,33 +99,33 @@ class Spread:
 def load_run(name: str) -> Run:
     """Return the run in the folder `name`.
 
-    Raise FileNotFoundError where it is no folder of a run, and ValueError where its configuration
-    is not TOML or no step was logged.
+    Raise FileNotFoundError if it is not the folder of a run, and ValueError if its configuration is
+    not TOML or no step was logged.
     """
     path = Path(name)
     for file in ("config.toml", "metrics.jsonl"):
         if not (path / file).is_file():
-            raise FileNotFoundError(f"{name!r} is no folder of a run: it has no {file}")
-    try:  # not cli.flags.from_toml: other versions have other fields
+            raise FileNotFoundError(f"{name!r} is not the folder of a run: it has no {file}")
+    try:  # not cli.flags.from_toml, because other versions have other fields
         text = (path / "config.toml").read_bytes().decode()
         config = tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path / 'config.toml'} is not TOML: {error}") from None
     steps = _rows_by_step(path / "metrics.jsonl")
     if not steps:
-        raise ValueError(f"{name!r} has no step logged")
+        raise ValueError(f"{name!r} has no logged step: need at least one")
     evaluations = _rows_by_step(path / "evaluations.jsonl")
     return Run(name, config, steps, evaluations)
 
 
 def _rows_by_step(path: Path) -> list[Row]:
-    """Return the file's rows in the order of their steps; the last one of a step counts."""
+    """Return the file's rows, sorted by step. Only the last row of each step is kept."""
     rows = {row["step"]: row for row in read_rows(path) if has_step(row)}
     return [rows[step] for step in sorted(rows)]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Return the configurations in the order in which they first appear."""
+    """Return the runs grouped by configuration, in the order of their first runs."""
     members: dict[str, list[Run]] = {}
     for run in runs:
         fields = {key: repr(x) for key, x in run.config.items() if key not in FREE_FIELDS}
@@ -140,7 +140,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def differing_fields(groups: Sequence[Group]) -> list[str]:
-    """Return the fields, other than the method, that are not equal in all configurations."""
+    """Return the fields, except the method, that differ between the configurations."""
     hidden = FREE_FIELDS | {"method"}
     differing = []
     for name in dict.fromkeys(name for group in groups for name in group.config):
@@ -162,13 +162,13 @@ def _finite(value: Any) -> float | None:
 
 
 def numbers(rows: Iterable[Row], key: str) -> list[float]:
-    """Return the numbers that the rows have under the key."""
+    """Return the row's numbers under the key, without missing ones."""
     found = (number(row, key) for row in rows)
     return [x for x in found if x is not None]
 
 
 def spread(rows: Sequence[Row], key: str) -> Spread | None:
-    """Return the spread of a number over rows, one row a run; None where no row has it."""
+    """Return the spread of a number over rows, one row per run, or None if no row has it."""
     rows = [row for row in rows if number(row, key) is not None]
     values = numbers(rows, key)
     if not values:
@@ -187,7 +187,7 @@ def _interval(row: Row, key: str) -> tuple[float | None, float | None]:
 
 
 def level_rows(evaluation: Mapping[str, Any]) -> list[Row]:
-    """Return what an evaluation has for each level of problems."""
+    """Return the rows of an evaluation for each level of problems."""
     rows = evaluation.get("levels")
     if not isinstance(rows, list):
         return []
@@ -195,7 +195,7 @@ def level_rows(evaluation: Mapping[str, Any]) -> list[Row]:
 
 
 def row_of_level(evaluation: Row, level: int) -> Row:
-    """Return what an evaluation has for one level; empty where it has nothing."""
+    """Return the row of an evaluation for one level, empty if it has none."""
     for row in level_rows(evaluation):
         if row.get("level") == level:
             return row

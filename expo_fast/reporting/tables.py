@@ -18,13 +18,13 @@ from expo_fast.reporting.runs import (
     spread,
 )
 
-# What an evaluation records of how it measured, and the fields that decide it.
+# Keys and fields that must be equal for accuracies to be comparable.
 MEASURED_WITH = ("problems", "samples", "template", "grader")
 EVALUATION_FIELDS = ("eval_data", "eval_temperature", "levels", "shots", "system_prompt")
 
 
 def overview(groups: Sequence[Group]) -> str:
-    """Return one row a configuration: how it differs, its accuracy, tokens and time."""
+    """Return one row per configuration: its differing fields, accuracy, tokens and time."""
     formats = _accuracy_formats(groups)
     fields = differing_fields(groups)
     head = ["configuration"]
@@ -35,16 +35,16 @@ def overview(groups: Sequence[Group]) -> str:
     head += ["tokens", "time of steps"]
     rows = [_overview_row(group, fields, formats) for group in groups]
     note = (
-        "Held-out accuracy before &rarr; after, the mean over runs. Under it, of several runs the "
-        "smallest and the largest (a&thinsp;&hellip;&thinsp;b), of one run its 95% bootstrap "
-        "interval over questions ([a, b]). Tokens and time are a run's, without its evaluations; "
-        "tokens count prompts too."
+        "Held-out accuracy before &rarr; after training, as the mean over runs. The second line is "
+        "the smallest and the largest of several runs (a&thinsp;&hellip;&thinsp;b), or the 95% "
+        "bootstrap interval over questions of a single run ([a, b]). Tokens and time are per run, "
+        "without evaluations. Tokens include prompts."
     )
     return table(head, rows) + remark(note)
 
 
 def _accuracy_formats(groups: Sequence[Group]) -> dict[str, str]:
-    """Return the keys of accuracies that an evaluation has, and how each is written."""
+    """Return the format of each accuracy that an evaluation has, by key."""
     ks = {1}
     for group in groups:
         for run in group.runs:
@@ -93,7 +93,7 @@ def _steps_done(group: Group) -> str:
 def _tokens(group: Group) -> str:
     totals = []
     for run in group.runs:
-        counts = numbers(run.steps, "num_tokens")  # cumulative
+        counts = numbers(run.steps, "num_tokens")  # cumulative numbers
         if counts:
             totals.append(max(counts))
     return f"{fmean(totals):,.0f}" if totals else ""
@@ -105,10 +105,12 @@ def _duration(group: Group) -> str:
 
 
 def before_and_after(group: Group, key: str, form: str, level: int | None = None) -> str:
-    """Return a number of the evaluations before and after as HTML; empty where there is neither.
+    """Return a number of the evaluations before and after training as HTML, or "" if none has it.
 
-    It is the mean over the runs that have both, or over all where none has. `form` formats it. With
-    a level, it is that level's number.
+    It is the mean over the runs that have both evaluations, or over all runs if no run has both.
+
+    form: format specification of the number.
+    level: level of problems; None: all problems.
     """
     pairs = []
     complete = []
@@ -148,7 +150,7 @@ def _range(x: Spread | None, form: str) -> str:
 
 
 def measured_differently(groups: Sequence[Group]) -> str:
-    """Return a warning where accuracies cannot be compared; empty where they can."""
+    """Return a warning if accuracies cannot be compared, or "" if they can."""
     evaluations = [row for group in groups for row in group.evaluations]
     differing = []
     for name in MEASURED_WITH:
@@ -162,7 +164,7 @@ def measured_differently(groups: Sequence[Group]) -> str:
 
 
 def levels(groups: Sequence[Group]) -> str:
-    """Return accuracy with one column a level; empty for a single level, as the overview has it."""
+    """Return accuracy with one column per level, or "" for a single level."""
     evaluations = [row for group in groups for row in group.evaluations]
     rows = [row for evaluation in evaluations for row in level_rows(evaluation)]
     row_of: dict[int, Row] = {}
@@ -188,11 +190,11 @@ def levels(groups: Sequence[Group]) -> str:
 
 
 def _is_pass_at_k(key: str) -> bool:
-    return key.startswith("pass@") and "/" not in key  # pass@1/interval is no accuracy
+    return key.startswith("pass@") and "/" not in key  # pass@1/interval is not an accuracy
 
 
 def phases(groups: Sequence[Group]) -> str:
-    """Return mean seconds of a step by phase; empty where no run has them."""
+    """Return the mean seconds of a step by phase, or "" if no run has them."""
     spent = {group.name: group.seconds_by_phase for group in groups}
     columns = list(dict.fromkeys(chain(*spent.values())))
     rows = []
@@ -214,4 +216,4 @@ def phases(groups: Sequence[Group]) -> str:
         return ""
     names = [escaped(phase, 40).replace("_", " ") for phase in columns]
     head = ["configuration", *names, "sum"]
-    return table(head, rows) + remark("Mean seconds of a step, and the phase's share of their sum.")
+    return table(head, rows) + remark("Mean seconds per step, and the percentage of their sum.")

@@ -1,17 +1,19 @@
-"""Text and numbers for people to read. Text of a model or a config file is hostile."""
+"""Format text and numbers for people. Text of a model or a configuration file is untrusted."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-LONGEST_TEXT = 1200  # characters of a text that the report shows
+LONGEST_TEXT = 1200  # maximum characters of a text in the report
 
 
 def printable(text: str, *, newlines: bool = False) -> str:
-    """Return the text with blanks for white space and other unprintable characters escaped.
+    """Return the text with spaces for white space, and other unprintable characters escaped.
 
-    Those are control, escape and bidirectional characters and lone surrogates, which could steer a
-    terminal, reorder what is shown or break an encoder. With `newlines`, line feeds stay.
+    Unprintable characters are control, escape and bidirectional characters and lone surrogates.
+    They could control a terminal, reorder the shown text or make an encoder fail.
+
+    newlines: keep line feeds.
     """
     kept = "\n" if newlines else ""
     return "".join(_printable_character(c, kept) for c in text)
@@ -26,12 +28,12 @@ def _printable_character(c: str, kept: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether the value is an int or a float; a bool is neither."""
+    """Return whether the value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def short_number(value: Any) -> str:
-    """Return a number with three significant digits, an integer in full, None as a dash."""
+    """Return a number with three significant digits. Integers are complete, and None is a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -40,7 +42,7 @@ def short_number(value: Any) -> str:
 
 
 def short_numbers(metrics: Mapping[str, Any]) -> str:
-    """Return metrics on one line, each by the last part of its name: `exp/rate` is `rate`."""
+    """Return metrics on one line, named by the last part of their names: `exp/rate` is `rate`."""
     parts = []
     for key, value in metrics.items():
         name = key.removesuffix("/max").rpartition("/")[2]
@@ -49,12 +51,12 @@ def short_numbers(metrics: Mapping[str, Any]) -> str:
 
 
 def shown_text(value: Any, longest: int = LONGEST_TEXT) -> str:
-    """Return up to `longest` characters of a text, printable, and how many were left out.
+    """Return up to `longest` printable characters of a text, and the number of those left out.
 
-    A value that is no text is shown as JSON.
+    A value that is not text is converted to JSON.
     """
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     shown = printable(text[:longest], newlines=True)
     if len(text) > longest:
-        shown += f" ... and {len(text) - longest} characters more"
+        shown += f" ... and {len(text) - longest} more characters"
     return shown

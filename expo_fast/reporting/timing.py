@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """Seconds of host time, summed by phase. A phase inside another counts in both.
+    """Seconds of host time, summed by phase. A phase inside another one counts in both.
 
-    A GPU's work counts in the phase that waits for it.
+    The time of a GPU's work counts in the phase that waits for it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -17,7 +17,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to the phase, also where the block raises."""
+        """Add the time of the block to the phase, even if the block raises an exception."""
         start = self._clock()
         try:
             yield

@@ -1,7 +1,7 @@
 """Verdicts on the two properties of a good positive sample (ExPO, arXiv:2507.02834, section 3).
 
-A verdict is words and counts over the steps that measured the property, in all runs of a
-configuration together. Nothing is claimed beyond the numbers.
+A verdict has a word and counts of the steps that measured the property, in all runs of a
+configuration. It claims nothing beyond these numbers.
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,18 @@ def in_distribution(group: Group) -> str:
         reason="the explanation's NLL is {} the expert's",
         side="below",
     )
-    return f"{verdict}. Mean difference {fmean(differences):+.3g} nats a token."
+    return f"{verdict}. Mean difference {fmean(differences):+.3g} nats per token."
 
 
 def learning_signal(group: Group) -> str:
-    """Return whether explanations make the right answer likelier than own attempts do, as HTML."""
+    """Return, as HTML, whether explanations make the answer likelier than own attempts do."""
     lift = numbers(group.steps, "exp/lift")
     stated = numbers(group.steps, "exp/lift_stated")
     if not lift:
         return "Learning signal: not measured."
     what = "Learning signal"
     if not stated:
-        what += ", if the answer was masked, which the record does not say"
+        what += " (the files do not say whether the answer was masked)"
     verdict = _verdict(what, [x > 0 for x in lift], reason="the lift is {} 0", side="above")
     low = f"lowest {min(lift):.3g}"
     high = f"highest {max(lift):.3g}"

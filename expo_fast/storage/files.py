@@ -1,4 +1,4 @@
-"""General file helpers: the cache folder, atomic writes, and one-sentence errors of readers."""
+"""General file helpers: the cache folder, atomic writes, and one-line errors of readers."""
 
 import os
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from textwrap import shorten
 
 
 def cache_folder() -> Path:
-    """Return the folder for compiled kernels and the default model, which can be made again.
+    """Return the folder for compiled kernels and the default model. It can be deleted safely.
 
     It is $EXPO_FAST_CACHE if set, else $XDG_CACHE_HOME/expo_fast if that is set, else
-    ~/.cache/expo_fast. Nothing is created. Raises RuntimeError if there is no home folder.
+    ~/.cache/expo_fast. It is not created here. Raise RuntimeError if there is no home folder.
     """
     named = os.environ.get("EXPO_FAST_CACHE")
     if named:
@@ -24,9 +24,9 @@ def cache_folder() -> Path:
 
 @contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """Turn any exception of the block into a ValueError of one line that names `what`.
+    """Convert any exception of the block into a ValueError of one line that names `what`.
 
-    For calls into libraries, which may raise anything and name no file.
+    Use it for calls into libraries, which may raise any exception without naming the file.
     """
     try:
         yield
@@ -38,18 +38,18 @@ def reading(what: str | Path) -> Iterator[None]:
 def output_file(name: str) -> Path:
     """Return the path of an output file that can be written.
 
-    Raises ValueError if its folder does not exist, or if it is a folder or a device.
+    Raise ValueError if its folder does not exist, or if it is a folder or a device.
     """
     path = Path(name)
     if not path.parent.is_dir():
         raise ValueError(f"--output {name!r}: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
-        raise ValueError(f"--output {name!r} is there and no file: name a file")
+        raise ValueError(f"--output {name!r} exists and is not a file: name a file")
     return path
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: a kill leaves the old content or the new, never a part of it."""
+    """Write a file atomically: a killed process leaves the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)

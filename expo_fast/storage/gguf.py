@@ -1,8 +1,8 @@
 """Read GGUF files: convert llama.cpp's names, layout and tokenizer to Hugging Face's.
 
 transformers reads the config and builds the tokenizer. Two of its errors are corrected here. It has
-no `smollm` pre-tokenizer, so "a  1" and "\\n\\n1" would be split where the model never saw a split.
-It gives the vocabularies of Qwen and Llama 3 no normalizer and no `ignore_merges`.
+no `smollm` pre-tokenizer, so it would split "a  1" and "\\n\\n1" unlike the model's training data.
+It sets no normalizer and no `ignore_merges` for the vocabularies of Qwen and Llama 3.
 """
 
 import re
@@ -48,7 +48,7 @@ WORDS = (
 def read_gguf(path: Path) -> StoredModel:
     """Read a GGUF file. The tensors are dequantized to fp32, one at a time.
 
-    Raises ValueError for a file that is damaged or not GGUF, and for an unsupported architecture,
+    Raise ValueError for a file that is damaged or not GGUF, and for an unsupported architecture,
     RoPE scaling or pre-tokenizer.
     """
     from transformers import AutoConfig
@@ -64,7 +64,7 @@ def read_gguf(path: Path) -> StoredModel:
     with reading(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config.name_or_path = ""
-    vars(config).pop("_model_name_or_path", None)  # transformers puts the model's title there
+    vars(config).pop("_model_name_or_path", None)  # transformers sets it to the model's title
     head_dim = _field(reader, f"{architecture}.attention.key_length")
     if head_dim:
         config.head_dim = head_dim
@@ -93,7 +93,7 @@ def _field(reader: "GGUFReader", name: str) -> Any:
 def _refuse_rope_scaling(path: Path, reader: "GGUFReader", architecture: str) -> None:
     """Raise ValueError for RoPE scaling.
 
-    GGUF stores Llama 3's scaling as computed factors, and transformers ignores every kind.
+    transformers ignores every kind of scaling in GGUF files, which store Llama 3's as factors.
     """
     scaling = _field(reader, f"{architecture}.rope.scaling.type")
     has_factors = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
@@ -120,13 +120,16 @@ def _tensors(
 
 
 def halve_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Reorder (heads * Dh, ...) rows from RoPE's adjacent pairs to the two halves of each head."""
+    """Reorder (heads * Dh, ...) rows: RoPE's adjacent pairs become the two halves of each head."""
     pairs = rows.unflatten(0, (heads, -1, 2))
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def hugging_face_name(name: str) -> str:
-    """Map `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; keep unknown names."""
+    """Map a name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`.
+
+    Unknown names are returned unchanged.
+    """
     parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if parts is None or parts[2] not in NAMES:
         return name
@@ -151,7 +154,7 @@ def _tokenizer(path: Path, reader: "GGUFReader", config: Any) -> Any:
 def set_pre_tokenizer(backend: Any, pre: str | None) -> None:
     """Set the pre-tokenizer of a byte-level tokenizer to the one that `tokenizer.ggml.pre` names.
 
-    Raises ValueError for one that is not supported.
+    Raise ValueError if it is not supported.
     """
     from tokenizers import Regex, normalizers, pre_tokenizers
 

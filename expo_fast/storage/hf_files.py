@@ -1,6 +1,6 @@
 """Read and write Hugging Face model folders: config, tensors and tokenizer. Pickles are refused.
 
-Errors are one sentence that names the file.
+An error is one sentence that names the file.
 """
 
 import copy
@@ -41,7 +41,7 @@ class StoredModel:
     """The content of a model folder or file."""
 
     config: Any  # a transformers config
-    tensors: Iterator[StoredTensor]  # read while it is iterated
+    tensors: Iterator[StoredTensor]  # reads each tensor when it is reached
     tokenizer: Any  # None if there is none
     generation_config: Any = None  # None if there is none
 
@@ -49,7 +49,8 @@ class StoredModel:
 def read_model(folder: Path, check: CheckConfig) -> StoredModel:
     """Read a model folder. The tensors are views of the mapped files.
 
-    check: see `read_config`. Raises FileNotFoundError or ValueError for missing or damaged files.
+    check: called with the values of config.json, as in `read_config`.
+    Raise FileNotFoundError or ValueError for missing or damaged files.
     """
     return StoredModel(
         config=read_config(folder, check),
@@ -62,13 +63,14 @@ def read_model(folder: Path, check: CheckConfig) -> StoredModel:
 def read_config(folder: Path, check: CheckConfig) -> Any:
     """Return the transformers config of a model folder.
 
-    check: is called before transformers, which may not know the architecture either.
+    check: called with the values of config.json. It runs before transformers, because transformers
+    may not support the architecture.
     """
     from transformers import AutoConfig
 
     file = folder / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     values = read_json(file)
     with reading(file):
         check(values)
@@ -89,7 +91,7 @@ def _read_generation_config(folder: Path) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object of a file. Raises ValueError if it holds anything else."""
+    """Return the JSON object of a file. Raise ValueError if it holds anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
@@ -129,11 +131,11 @@ def _tensor_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
-    for name in names:  # check the name, not its target: the hub's cache is made of links
+    for name in names:  # check the name and not its target, because the hub's cache has links
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} points to {name!r}, need a .safetensors file beside it")
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{index} points to {name}, which is not there")
+            raise FileNotFoundError(f"{index} points to {name}, which does not exist")
     return [folder / name for name in names]
 
 
@@ -148,8 +150,8 @@ def read_tokenizer(folder: Path) -> Any:
     for name in present:
         if name.endswith(".json"):
             read_json(folder / name)
-    # transformers 5 builds some tokenizer classes from the vocabulary alone. SmolLM2's then loses
-    # the Digits step of its tokenizer.json. This class takes the file as it is.
+    # transformers 5 builds some tokenizer classes from the vocabulary alone. SmolLM2's tokenizer
+    # then loses the Digits step of its tokenizer.json. PreTrainedTokenizerFast loads that file.
     kind = PreTrainedTokenizerFast if "tokenizer.json" in present else AutoTokenizer
     with reading(f"{folder}: tokenizer ({', '.join(present)})"):
         return kind.from_pretrained(folder)
@@ -166,7 +168,7 @@ def write_model(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, of transformers 4 and 5.
 
-    The tensors keep their dtype, and the config records it. The given config is not changed.
+    The tensors keep their dtype, which is written to the folder's config. `config` is not changed.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -175,7 +177,7 @@ def write_model(
     config.dtype = next(iter(tensors.values())).dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     _write_json(folder / "config.json", config_for_both(json.loads(config.to_json_string())))
-    if generation_config is not None:  # save_pretrained refuses what some checkpoints hold
+    if generation_config is not None:  # save_pretrained refuses values of some checkpoints
         generation_config.to_json_file(folder / "generation_config.json")
     _write_tensors(tensors, folder, shard_bytes)
     if tokenizer is not None:
@@ -216,7 +218,7 @@ def _write_tensors(
     for name, shard in zip(names, shards, strict=True):
         write_tensor_file(shard, folder / name)
         weight_map |= dict.fromkeys(shard, name)
-    for stale in folder.glob("model*.safetensors"):  # readers would prefer them to the new files
+    for stale in folder.glob("model*.safetensors"):  # readers may prefer them to the new files
         if stale.name not in names:
             stale.unlink()
     if len(shards) == 1:
@@ -234,7 +236,7 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
-    """Group the tensors in order, each shard at most shard_bytes unless one tensor is larger."""
+    """Split the tensors, in order, into shards of at most shard_bytes or of one larger tensor."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for key, tensor in tensors.items():

@@ -25,9 +25,9 @@ def snapshot(
     offline: bool = False,  # only look into the hub's local cache
     timeout_s: float = 10,
 ) -> Path:
-    """Return the local folder of a hub repository, after fetching the files that it lacks.
+    """Return the local folder of a hub repository, after downloading the files that it lacks.
 
-    Raises what huggingface_hub raises, an OSError or ValueError, if the hub does not give them.
+    Raise an OSError or ValueError of huggingface_hub if the files cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 

@@ -21,16 +21,16 @@ from expo_fast.storage.hf_files import (
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's, before the name of a module
+PREFIX = "base_model.model."  # PEFT's prefix of a module's name
 KEY = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+)\.lora_(?P<side>[AB])\.weight")
 
 # Keys of adapter_config.json that are read here.
 READ = {"base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "use_rslora"}
-# Keys that do not change what a trained adapter computes. Every other key, also one of a newer
-# PEFT, must be unset.
+# Keys that do not change what a trained adapter computes. Every other key must be unset, also one
+# that a newer PEFT adds.
 IGNORED = {
     "auto_mapping",
-    "corda_config",  # this and the next three matter at the start of a training only
+    "corda_config",  # this and the next three matter only at the start of training
     "eva_config",
     "loftq_config",
     "lora_ga_config",
@@ -44,16 +44,16 @@ IGNORED = {
     "runtime_config",
     "task_type",
 }
-# Keys of which only these values are accepted.
+# Accepted values of some keys.
 ALLOWED = {
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # the others change W as well
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # other values also change W
     "revision": ("main",),
 }
 
 
 @dataclass(frozen=True)
-class LoraPair:
+class LoraFactors:
     """The two factors of one projection's update, s B A."""
 
     A: Tensor  # (r, in)
@@ -62,14 +62,14 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as it is stored, with its tensors on the CPU."""
+    """A stored LoRA adapter, with its tensors on the CPU."""
 
     folder: Path
     base: str  # a folder, an id of the hub, or the default model's name
     rank: int
     scale: float  # s
-    targets: str | list[str]  # as PEFT has it: a regular expression, or ends of names
-    pairs: dict[str, LoraPair]  # by the name of the projection
+    targets: str | list[str]  # PEFT's target_modules: a regular expression, or ends of names
+    factors: dict[str, LoraFactors]  # by the name of the projection
 
     def targets_projection(self, name: str) -> bool:
         """Return whether `target_modules` names a projection, by PEFT's rules."""
@@ -79,7 +79,7 @@ class Adapter:
 
 
 def holds_adapter(path: Path) -> bool:
-    """Return whether a folder holds an adapter and no model."""
+    """Return whether a folder holds an adapter and not a model."""
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return False
     return (path / CONFIG).exists()
@@ -88,13 +88,12 @@ def holds_adapter(path: Path) -> bool:
 def read_adapter(folder: Path) -> Adapter:
     """Read the LoRA adapter of a PEFT folder.
 
-    Raises FileNotFoundError for missing files. Raises ValueError for damaged files, pickles, other
-    kinds of adapters, options that change the computation in an unknown way, and tensors that are
-    not pairs of A and B.
+    Raise FileNotFoundError for missing files. Raise ValueError for damaged files, pickles, other
+    kinds of adapters, options that may change the computation, and an A or B without the other.
     """
     file = folder / CONFIG
     if not file.exists():
-        raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}")
+        raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {CONFIG}")
     values = read_json(file)
     _check_options(file, values)
     base: Any = values.get("base_model_name_or_path")
@@ -107,7 +106,7 @@ def read_adapter(folder: Path) -> Adapter:
     if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         raise ValueError(f"{file}: lora_alpha is {alpha!r}, need a finite number")
     targets = _read_targets(file, values.get("target_modules"))
-    pairs = _read_pairs(folder, rank)
+    factors = _read_factors(folder, rank)
     divisor = math.sqrt(rank) if values.get("use_rslora") else rank  # arXiv:2312.03732
     return Adapter(
         folder=folder,
@@ -115,16 +114,19 @@ def read_adapter(folder: Path) -> Adapter:
         rank=rank,
         scale=alpha / divisor,
         targets=targets,
-        pairs=pairs,
+        factors=factors,
     )
 
 
-def write_adapter_tensors(folder: Path, pairs: dict[str, LoraPair]) -> None:
-    """Write the pairs, by the names of their projections, under PEFT's names."""
+def write_adapter_tensors(folder: Path, by_projection: dict[str, LoraFactors]) -> None:
+    """Write the factors of each projection under PEFT's names.
+
+    by_projection: LoRA factors by the name of their projection.
+    """
     tensors = {}
-    for name, pair in pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B
+    for name, factors in by_projection.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.B
     write_tensor_file(tensors, folder / TENSORS)
 
 
@@ -158,7 +160,7 @@ def _is_projection(name: str) -> bool:
     return name.rpartition(".")[2] in PROJECTIONS
 
 
-def _read_pairs(folder: Path, rank: int) -> dict[str, LoraPair]:
+def _read_factors(folder: Path, rank: int) -> dict[str, LoraFactors]:
     file = folder / TENSORS
     if not file.exists():
         pickled = next(folder.glob("*.bin"), None)
@@ -175,17 +177,17 @@ def _read_pairs(folder: Path, rank: int) -> dict[str, LoraPair]:
         is_a = parts["side"] == "A"
         _check_tensor(stored, rank, rank_dimension=0 if is_a else 1)
         side = A if is_a else B
-        side[parts["name"]] = stored.tensor.clone()  # the mapped file may change
+        side[parts["name"]] = stored.tensor.clone()  # because the mapped file may change
     unpaired = A.keys() ^ B.keys()
     if unpaired:
-        raise ValueError(f"{file} has A or B of {min(unpaired)} alone")
-    return {name: LoraPair(A[name], B[name]) for name in A}
+        raise ValueError(f"{file} has only one of A and B of {min(unpaired)}")
+    return {name: LoraFactors(A[name], B[name]) for name in A}
 
 
 def _check_tensor(stored: StoredTensor, rank: int, rank_dimension: int) -> None:
     tensor = stored.tensor
     where = f"{stored.file}: {stored.key}"
     if tensor.ndim != 2 or tensor.shape[rank_dimension] != rank:
-        raise ValueError(f"{where} has shape {tuple(tensor.shape)}, the rank is {rank}")
+        raise ValueError(f"{where} has shape {tuple(tensor.shape)}, which does not fit r={rank}")
     if not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise ValueError(f"{where} holds values that are no finite floating point")
+        raise ValueError(f"{where} must have finite floating-point values")
