@@ -130,14 +130,20 @@ def templated_tokenizer() -> Any:
     return tokenizer
 
 
+def left_tokenizer() -> Any:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.padding_side = "left"
+    tokenizer.truncation_side = "left"
+    return tokenizer
+
+
 TOKENIZERS = {
     "tiny": tiny_tokenizer,
     "byte-level": byte_level_tokenizer,
     "prefix-space": lambda: byte_level_tokenizer(add_prefix_space=True),
     "clean-up": lambda: byte_level_tokenizer(clean_up_tokenization_spaces=True),
-    "extra-tokens": lambda: byte_level_tokenizer(
-        extra_special_tokens=["<|one|>", "<|two|>"], padding_side="left", truncation_side="left"
-    ),
+    "extra-tokens": lambda: byte_level_tokenizer(extra_special_tokens=["<|one|>", "<|two|>"]),
+    "left": left_tokenizer,
     "named-tokens": lambda: byte_level_tokenizer(
         extra_special_tokens=["<|one|>"], model_specific_special_tokens={"image_token": "<|left|>"}
     ),
