@@ -1,1 +1,1 @@
-"""What expo_fast is measured with; started from the root of a checkout."""
+"""Benchmarks of expo_fast. Run them from the root of a checkout."""

@@ -1,11 +1,18 @@
-"""Compiles every Triton kernel for a Hopper GPU, on any machine, and reads the machine code.
+"""Compile every Triton kernel for a Hopper GPU, on any machine, and analyse the machine code.
 
     python -m benchmarks.aot
 
-Prints, for each kernel in each form that is launched: registers and stack bytes a thread (a stack
-means spills), shared memory a block (an H200 has 232448 bytes), and how many instructions multiply
-matrices (HGMMA of 64 rows, HMMA of 16), load and store tiles (UTMALDG, UTMASTG), load ahead
-(LDGSTS) and spill (LDL, STL). Prints JSON last.
+A row describes one kernel in one form in which it is launched:
+
+    registers          per thread
+    stack              bytes per thread; more than 0 means that registers spill
+    shared             bytes of shared memory per block; an H200 has 232448
+    HGMMA, HMMA        instructions that multiply matrices of 64 rows, and of 16 rows
+    UTMALDG, UTMASTG   instructions that load and store tiles
+    LDGSTS             instructions that load asynchronously to shared memory
+    LDL, STL           instructions that spill
+
+The last line is JSON.
 """
 
 import json
@@ -39,21 +46,21 @@ from expo_fast.kernels import logprob as k
 from expo_fast.kernels.advantage import SAME_REWARD
 from expo_fast.kernels.head import IGNORE
 
-# constants that tell forms apart
+# The constants that are printed, because forms of a kernel differ in them.
 SHOWN = ("STORE", "BIAS", "LARGEST", "REDONE", "H", "DH", "HALF", "INVERSE", "WIDTH")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
-TYPES = dict.fromkeys(("N", "V", "D", "sx", "sw", "se", "sdz", "stride"), "i32") | {
-    "targets": "*i64",
-    "again": "*i1",
-}
+INTEGERS = ("N", "V", "D", "sx", "sw", "se", "sdz", "stride")
+TYPES = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i64", "again": "*i1"}
+# Integer arguments that need not be divisible by 16.
+UNALIGNED = ("N", "V", "M", "window", "SLOTS", "H", "BLOCKS")
 
-
+# A kernel; the types of its arguments that are not fp32 pointers; its constants; compiler options.
 Form = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
 
 def launched() -> Iterator[Form]:
-    """(kernel, types of arguments that are not fp32 pointers, constants, options)."""
+    """Yield every kernel in each form in which it is launched."""
     yield from fused_head(k.VARIANTS[k.BY_CARD["default"]])
     for bias in ({"BIAS": False, "bias": None}, {"BIAS": True}):
         pointers = {"x": "*bf16", "w": "*bf16"}
@@ -89,9 +96,11 @@ def launched() -> Iterator[Form]:
 
 
 def fused_head(config: k.Config) -> Iterator[Form]:
-    """Return the fused kernels of a linear head at that tile."""
+    """Yield the fused kernels of the LM head with a tile."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    tile = {n: x for n, x in vars(config).items() if n not in (*options, "MASK_ALL", "MOMENT")}
+    tile = dict(vars(config))
+    for name in (*options, "MASK_ALL", "MOMENT"):
+        del tile[name]
     tile |= {"PROGRAMS": 132, "WIDE": False}
     stored = f"tensordesc<bf16[{config.BN}, {config.BV}]>"
     given = {"x": f"tensordesc<bf16[{config.BN}, {config.BD}]>"}
@@ -107,7 +116,7 @@ def fused_head(config: k.Config) -> Iterator[Form]:
 
 
 def rows_of_head(config: k.Config) -> Iterator[Form]:
-    """Return the kernels between the fused head's GEMMs."""
+    """Yield the kernels between the GEMMs of the fused head."""
     size = {"ROWS": row_results.ROWS, "AT_ONCE": row_results.AT_ONCE}
     size |= {"BN": config.BN, "BV": config.BV}
     types = dict.fromkeys(("logp", "entropy", "lse", "log_total"), "*fp64") | {"e": "*bf16"}
@@ -120,13 +129,13 @@ def rows_of_head(config: k.Config) -> Iterator[Form]:
     yield row_results.largest_logits, types, size, {}
 
 
-# Layers, heads, key-value heads and head size: of Qwen2.5 0.5B and 3B, of Phi-3, whose heads are no
-# power of two, and of Gemma 2, whose heads are the widest.
+# Layers, heads, key-value heads and head size of Qwen2.5 0.5B and 3B, of Phi-3, whose head size is
+# not a power of two, and of Gemma 2, whose head size is the largest.
 DECODERS = ((24, 14, 2, 64), (36, 16, 2, 128), (32, 32, 32, 96), (26, 8, 4, 256))
 
 
 def decoding(dtype: str) -> Iterator[Form]:
-    """Return the kernels of a decode step for a model of that dtype."""
+    """Yield the kernels of a decode step for a model of a dtype."""
     types: dict[str, str] = dict.fromkeys(
         ("layer", "window", "W", "SLOTS", "width", "H", "half"), "i32"
     )
@@ -143,7 +152,7 @@ def decoding(dtype: str) -> Iterator[Form]:
         rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
-        sums = {"total": "*fp32"}  # whatever the dtype of the model
+        sums = {"total": "*fp32"}  # for every dtype of the model
         yield decode.attend_items, types | sums, cache | rows | block | fixed, options
         group = triton.next_power_of_2(heads // kv_heads)
         slots = {"H": heads, "HKV": kv_heads, "DH": dim, "BG": group, "WIDE": False} | block
@@ -152,18 +161,18 @@ def decoding(dtype: str) -> Iterator[Form]:
         new = {"BLOCK": triton.next_power_of_2(kv_heads * dim)}
         yield decode.append_tokens, types, cache | new, {}
         for norm in (False, True):
-            turned = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
-            yield layer.place_heads, types, cache | turned, {"num_warps": 1}
-        turned = {"BLOCK": block["BD"] // 2, "WIDE": False}
-        yield layer.rotation_rows, types, turned, {"num_warps": 1}
-    for nothing in ({"d": None, "total": None}, {}):
-        yield layer.add_norm_rows, types, nothing | {"BLOCK": 2048, "WIDE": False}, {}
+            heads_form = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
+            yield layer.place_heads, types, cache | heads_form, {"num_warps": 1}
+        rotation_form = {"BLOCK": block["BD"] // 2, "WIDE": False}
+        yield layer.rotation_rows, types, rotation_form, {"num_warps": 1}
+    for no_sum in ({"d": None, "total": None}, {}):
+        yield layer.add_norm_rows, types, no_sum | {"BLOCK": 2048, "WIDE": False}, {}
     elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
     yield layer.swiglu_elements, types, elements, {}
 
 
 def training(dtype: str) -> Iterator[Form]:
-    """Return the kernels between the GEMMs of a model of that dtype while it trains."""
+    """Yield the kernels between the GEMMs of a training step for a model of a dtype."""
     names = "q k v cos sin q_out k_out v_out d_k d_v gate up d_out d_gate d_up"
     types: dict[str, str] = dict.fromkeys(names.split(), f"*{dtype}")
     types |= dict.fromkeys(("rows", "segments", "cu_seqlens", "first", "begins"), "*i32")
@@ -173,16 +182,16 @@ def training(dtype: str) -> Iterator[Form]:
     for _, heads, kv_heads, dim in DECODERS:
         tile = training_layer.heads_tile(heads, kv_heads, dim)
         for inverse in (False, True):
-            turned = tile | {"INVERSE": inverse, "WIDE": False}
-            yield training_layer.rotate_heads, types, turned, training_layer.UNFUSED
+            rotation_form = tile | {"INVERSE": inverse, "WIDE": False}
+            yield training_layer.rotate_heads, types, rotation_form, training_layer.UNFUSED
         tile = training_layer.keys_tile(kv_heads, dim)
         yield training_layer.copy_key_rows, types, tile, {}
-        summed = tile | {"TOGETHER": training_layer.TOGETHER, "WIDE": False}
-        yield training_layer.sum_key_copies, types, summed, {}
+        sum_form = tile | {"TOGETHER": training_layer.TOGETHER, "WIDE": False}
+        yield training_layer.sum_key_copies, types, sum_form, {}
 
 
 def drawing() -> Iterator[Form]:
-    """Return the kernels of a draw, whose logits are always fp32."""
+    """Yield the kernels of a draw. Logits are always fp32."""
     columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
     yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
     rows = {"BLOCKS": "i32", "B": "i32", "BURST": "i32", "u": "*fp64", "us": "*fp64"}
@@ -200,37 +209,43 @@ def drawing() -> Iterator[Form]:
 def compile_for_hopper(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    names = kernel.arg_names
-    kind = {name: "constexpr" if name in constants else None for name in names}
-    kind |= {n: (TYPES | types).get(n, "*fp32") for n in names if kind[n] is None}
-    values = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
-    # what a launch finds out by itself: torch's memory is aligned, and so are depths and strides
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name not in ("N", "V", "M", "window", "SLOTS", "H", "BLOCKS")
-        and str(kind[name])[0] in "*i"
-    }
-    source = ASTSource(kernel, kind, values, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    """Compile a kernel in one form. Return what is printed of it."""
+    signature: dict[str, str] = {}
+    values: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    known_types = TYPES | types
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(i,)] = constants[name]
+            continue
+        signature[name] = known_types.get(name, "*fp32")
+        # A launch detects this itself: memory of torch is aligned, and so are depths and strides.
+        if name not in UNALIGNED and signature[name][0] in "*i":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shown = {name: constants[name] for name in SHOWN if name in constants}
     if "q" in types:
         shown["dtype"] = types["q"].removeprefix("*")
-    code = read(made.asm["cubin"])
-    return {"kernel": kernel.__name__, **shown, "shared": made.metadata.shared, **code}
+    counts = analyse(compiled.asm["cubin"])
+    return {"kernel": kernel.__name__, **shown, "shared": compiled.metadata.shared, **counts}
 
 
-def read(cubin: bytes) -> dict[str, int]:
+def analyse(cubin: bytes) -> dict[str, int]:
+    """Return the registers, the stack bytes and the counted instructions of machine code."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-    def dump(what: str) -> str:
-        command = [str(tool), what, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    def dump(option: str) -> str:
+        command = [str(tool), option, file.name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return done.stdout
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = dump("--dump-resource-usage"), dump("-sass")
+        usage = dump("--dump-resource-usage")
+        code = dump("-sass")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}
@@ -238,7 +253,7 @@ def read(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    rows = [compile_for_hopper(*x) for x in launched()]
+    rows = [compile_for_hopper(*form) for form in launched()]
     print(f"triton {triton.__version__}, sm_90")
     print(f"{'':52s}{'registers':>10s}{'stack':>6s}{'shared':>8s}", *COUNTED)
     for row in rows:

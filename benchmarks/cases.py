@@ -1,4 +1,4 @@
-"""What the benchmarks run: shapes, inputs, and each op's contestants."""
+"""Shapes and inputs of the op benchmarks, and the implementations that compete in each op."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,7 +20,7 @@ from expo_fast.ops import (
     linear_preference_loss,
 )
 
-SHAPES = {  # (V, D) of the head
+SHAPES = {  # (V, D) of the LM head
     "smollm2-135m": (49152, 576),
     "qwen2.5-0.5b": (151936, 896),
     "qwen2.5-1.5b": (151936, 1536),
@@ -29,36 +29,48 @@ SHAPES = {  # (V, D) of the head
     "llama-3.2-3b": (128256, 3072),
 }
 ROWS = (1024, 4096, 16384)
-SEQUENCE = 256  # rows of a sequence
-CLIP, BETA = 0.2, 0.1
+SEQUENCE = 256  # rows in a sequence
+CLIP = 0.2  # of the policy loss
+BETA = 0.1  # of the preference loss, per nat
 OURS = "expo_fast"
 
 
 @dataclass(frozen=True)
 class Case:
-    """B sequences of one length, one after the other; of pairs, all chosen before all rejected."""
+    """Inputs of an op: B sequences of equal length.
+
+    For a preference loss, all chosen sequences come before all rejected ones. A zero row has no
+    target and no gradient.
+    """
 
     hidden: Tensor  # (N, D) bf16
-    ref_hidden: Tensor  # (N, D) bf16, of a reference model with the same head
+    ref_hidden: Tensor  # (N, D) bf16, from a reference model with the same LM head
     weight: Tensor  # (V, D) bf16
     targets: Tensor  # (N,), IGNORE in a zero row
-    upstream: Tensor  # (N,) dloss/dlogp, 0 in a zero row
-    row_weight: Tensor  # (N,) of the policy loss: each sequence's mean, and the mean of those
+    upstream: Tensor  # (N,) d loss / d logp, 0 in a zero row
+    row_weight: Tensor  # (N,) weights of the policy loss: the mean over sequences of their means
     old_logp: Tensor  # (N,) nats
     advantage: Tensor  # (B,)
-    pair_ids: Tensor  # (N,) as linear_preference_loss takes them
+    pair_ids: Tensor  # (N,) in the format of linear_preference_loss
 
     @property
-    def shape(self) -> tuple[int, int]:  # (B, rows of a sequence)
-        return len(self.advantage), len(self.targets) // len(self.advantage)
+    def shape(self) -> tuple[int, int]:
+        """Return (B, rows in a sequence)."""
+        n_sequences = len(self.advantage)
+        return n_sequences, len(self.targets) // n_sequences
 
     @property
-    def live(self) -> Tensor:  # (N,) bool
+    def active(self) -> Tensor:
+        """Return (N,) bool: the rows that have a target."""
         return self.targets != IGNORE
 
     def with_zero_rows(self) -> "Case":
-        """Two rows of five dropped, as prompts and groups without advantage are."""
-        zero = torch.arange(len(self.targets), device=self.targets.device) % 5 >= 3
+        """Return the case with two of five rows as zero rows.
+
+        In training, prompt tokens and groups without advantage are such rows.
+        """
+        index = torch.arange(len(self.targets), device=self.targets.device)
+        zero = index % 5 >= 3
         targets = self.targets.masked_fill(zero, IGNORE)
         weight = _mean_of_means(targets.view(self.shape))
         upstream = self.upstream.masked_fill(zero, 0)
@@ -67,18 +79,21 @@ class Case:
 
 @lru_cache(maxsize=1)
 def make_case(model: str, rows: int, device: str) -> Case:
-    (v, d), b = SHAPES[model], max(4, rows // SEQUENCE)
+    """Return random inputs. Raise ValueError if the rows do not divide into sequences."""
+    v, d = SHAPES[model]
+    b = max(4, rows // SEQUENCE)
     if rows % b:
-        raise ValueError(f"rows={rows}: must divide into {b} sequences")
+        raise ValueError(f"rows={rows}: must be a multiple of {b}, the number of sequences")
     g = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=g, device=device)
     weight = (normal(v, d) * (2 / d**0.5)).bfloat16()
     targets = torch.randint(v, (rows,), generator=g, device=device)
-    # targets are likely, as sampled tokens are: the probability is 1e-2 to 1
-    lean = torch.empty(rows, 1, device=device).uniform_(2.5, 5.5, generator=g)
-    hidden = (normal(rows, d) + lean * weight[targets]).bfloat16()
+    # Like sampled tokens, targets are likely: their probability is 1e-2 to 1.
+    along_target = torch.empty(rows, 1, device=device).uniform_(2.5, 5.5, generator=g)
+    hidden = (normal(rows, d) + along_target * weight[targets]).bfloat16()
     logp = linear_logprob(hidden, weight, targets, backend="torch").logp
-    pairs = torch.arange(b, device=device).view(2, -1)
+    sequences = torch.arange(b, device=device).view(2, -1)
+    pair_ids = 2 * (sequences % (b // 2)) + sequences // (b // 2)
     return Case(
         ref_hidden=(hidden + 0.1 * normal(rows, d)).bfloat16(),
         hidden=hidden.requires_grad_(),
@@ -88,16 +103,19 @@ def make_case(model: str, rows: int, device: str) -> Case:
         row_weight=_mean_of_means(targets.view(b, -1)),
         old_logp=logp + 0.1 * normal(rows),  # some ratios leave the clip range
         advantage=normal(b),
-        pair_ids=(2 * (pairs % (b // 2)) + pairs // (b // 2)).repeat_interleave(rows // b),
+        pair_ids=pair_ids.repeat_interleave(rows // b),
     )
 
 
-def _mean_of_means(targets: Tensor) -> Tensor:  # (B, T) -> (B * T,)
-    live = (targets != IGNORE).float()
-    return (live / live.sum(1, keepdim=True).clamp(min=1) / len(live)).reshape(-1)
+def _mean_of_means(targets: Tensor) -> Tensor:
+    """Return the weights (B * T,) of a mean over sequences of means over their active rows."""
+    active = (targets != IGNORE).float()
+    per_sequence = active.sum(1, keepdim=True).clamp(min=1)
+    return (active / per_sequence / len(active)).reshape(-1)
 
 
-# The losses by their formulas. `reference` is the log-probs under the reference model.
+# The losses by their formulas, from log-probs (N,). `reference` holds the log-probs under the
+# reference model.
 
 
 def weighted_sum(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
@@ -113,54 +131,64 @@ def clipped(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
 
 def dpo(case: Case, logp: Tensor, reference: Tensor | None) -> Tensor:
     assert reference is not None
-    gain = ((logp - reference) * case.live).view(2, -1, case.shape[1]).sum(-1)  # (2, P)
-    return -F.logsigmoid(BETA * (gain[0] - gain[1])).mean()
+    log_ratio = (logp - reference) * case.active
+    per_sequence = log_ratio.view(2, -1, case.shape[1]).sum(-1)  # (2, P)
+    chosen, rejected = per_sequence
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-# The contestants. Those of an op may come and go with what is installed.
+# The contestants. A peer is a contestant of an op only where it is installed.
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets -> log-probs (N,)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    run: Callable[[Case], Tensor]  # log-probs (N,), 0 in zero rows, or a loss
-    cost: float  # its time over its op's limit on a CPU (1 Zen 5 core): plans alone rest on it
-    logit_bytes: int = 0  # of memory at the peak, for each of the N * V logits
+    """An implementation of an op."""
+
+    run: Callable[[Case], Tensor]  # returns log-probs (N,), 0 in zero rows, or a loss
+    # Time over the limit of the op on one Zen 5 core. Only `foreseen_seconds` uses it.
+    cost: float
+    logit_bytes: int = 0  # peak memory for each of the N * V logits
 
 
 class Op(NamedTuple):
+    """An op: its loss by formula, and its contestants."""
+
     loss: Callable[[Case, Tensor, Tensor | None], Tensor]
-    contestants: Callable[[str], Iterator[tuple[str, Contestant]]]  # of a device
+    contestants: Callable[[str], Iterator[tuple[str, Contestant]]]  # takes a device
     backward: bool = True
     head: bool = False  # contestants return log-probs, not the loss
     reference: bool = False  # the loss needs a reference model's log-probs
 
     def run(self, contestant: Contestant, case: Case) -> Tensor:
-        """Do what is timed; gradients stay in the case's tensors."""
+        """Run the timed work. Gradients are left in the tensors of the case."""
         with torch.set_grad_enabled(self.backward):
             value = contestant.run(case)
             if self.backward:
-                (self.loss(case, value, None) if self.head else value).backward()
+                loss = self.loss(case, value, None) if self.head else value
+                loss.backward()
         return value.detach()
 
 
 def heads(device: str, backward: bool) -> Iterator[tuple[str, Contestant]]:
+    """Yield the contestants that compute log-probs."""
+
     def contestant(head: Head, cost: float, logit_bytes: int = 0) -> Contestant:
         return Contestant(
             lambda case: head(case.hidden, case.weight, case.targets), cost, logit_bytes
         )
 
-    kept = 16 if backward else 8
+    bytes_kept = 16 if backward else 8
     for backend, name in backends(device):
         yield name, contestant(partial(_ours, backend=backend), 1.5)
-    yield "eager", contestant(eager, 4, kept)
+    yield "eager", contestant(eager, 4, bytes_kept)
     if device != "cpu":
         compiled = torch.compile(eager, dynamic=True)
-        yield "eager, torch.compile", contestant(compiled, 2, kept)
+        yield "eager, torch.compile", contestant(compiled, 2, bytes_kept)
     if hasattr(F, "linear_cross_entropy"):
-        torchs = partial(F.linear_cross_entropy, reduction="none", options=None)
-        yield "torch F.linear_cross_entropy", contestant(_negative(torchs), 2, 5)
+        from_torch = partial(F.linear_cross_entropy, reduction="none", options=None)
+        yield "torch F.linear_cross_entropy", contestant(_negative(from_torch), 2, 5)
     with suppress(ImportError):
         from cut_cross_entropy import (  # pyright: ignore[reportMissingImports]
             linear_cross_entropy,
@@ -168,7 +196,8 @@ def heads(device: str, backward: bool) -> Iterator[tuple[str, Contestant]]:
 
         impl = "torch_compile" if device == "cpu" else "cce"
         cce = partial(linear_cross_entropy, reduction="none", impl=impl)
-        yield f"cut_cross_entropy {impl}", contestant(_negative(cce), 1.5, 2 * (device == "cpu"))
+        logit_bytes = 2 if device == "cpu" else 0
+        yield f"cut_cross_entropy {impl}", contestant(_negative(cce), 1.5, logit_bytes)
     with suppress(ImportError):
         from liger_kernel.ops import (  # pyright: ignore[reportMissingImports]
             LigerFusedLinearScaledCrossEntropyFunction as Scaled,
@@ -181,18 +210,21 @@ def heads(device: str, backward: bool) -> Iterator[tuple[str, Contestant]]:
         )
 
         trl = partial(_trl, selective_log_softmax)
-        yield "TRL selective_log_softmax", contestant(trl, 4, kept)
+        yield "TRL selective_log_softmax", contestant(trl, 4, bytes_kept)
 
 
 def backends(device: str) -> Iterator[tuple[str | None, str]]:
+    """Yield the backends of ours to time, each with its name as a contestant."""
     yield None, OURS
     if device != "cpu":
         yield "torch", f"{OURS} torch"
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the log-probs (N,), 0 in zero rows, in plain PyTorch."""
     logits = (hidden @ weight.T).float()
-    logp = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
+    index = targets.clamp(min=0)[:, None]
+    logp = logits.gather(1, index)[:, 0] - logits.logsumexp(-1)
     return torch.where(targets == IGNORE, 0, logp)
 
 
@@ -206,16 +238,18 @@ def _negative(head: Head) -> Head:
 
 def _trl(selective_log_softmax: Callable, *head: Tensor) -> Tensor:
     hidden, weight, targets = head
-    logits = (hidden @ weight.T).view(-1, min(SEQUENCE, len(hidden)), len(weight))
+    length = min(SEQUENCE, len(hidden))
+    logits = (hidden @ weight.T).view(-1, length, len(weight))
     index = targets.clamp(min=0).view(logits.shape[:2])
     logp = selective_log_softmax(logits, index).reshape(-1)
     return torch.where(targets == IGNORE, 0, logp.float())
 
 
 def policy(device: str) -> Iterator[tuple[str, Contestant]]:
+    """Yield the contestants of the policy loss."""
     for backend, name in backends(device):
         yield name, Contestant(partial(_policy, backend=backend), 1.5)
-    yield "eager", Contestant(lambda case: clipped(case, _eager(case), None), 4, 16)
+    yield "eager", Contestant(_eager_policy, 4, 16)
     with suppress(ImportError):
         from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
             LigerFusedLinearGRPOLoss,
@@ -226,6 +260,10 @@ def policy(device: str) -> Iterator[tuple[str, Contestant]]:
 
 def _eager(case: Case) -> Tensor:
     return eager(case.hidden, case.weight, case.targets)
+
+
+def _eager_policy(case: Case) -> Tensor:
+    return clipped(case, _eager(case), None)
 
 
 def _policy(case: Case, backend: str | None) -> Tensor:
@@ -249,13 +287,14 @@ def _grpo(liger: Callable, case: Case) -> Tensor:
         case.hidden.view(*case.shape, -1),
         case.weight,
         case.targets.clamp(min=0).view(case.shape),
-        case.live.float().view(case.shape),
+        case.active.float().view(case.shape),
         case.advantage,
         old_per_token_logps=case.old_logp.view(case.shape),
     )[0]
 
 
 def preference(device: str) -> Iterator[tuple[str, Contestant]]:
+    """Yield the contestants of the preference loss, log-probs of the reference model included."""
     for backend, name in backends(device):
         yield name, Contestant(partial(_preference, backend=backend), 1.5)
     yield "eager", Contestant(_eager_dpo, 4, 16)
@@ -271,7 +310,8 @@ def _preference(case: Case, backend: str | None) -> Tensor:
     head = (case.weight, case.targets)
     with torch.no_grad():
         logp = linear_logprob(case.ref_hidden, *head, backend=backend).logp
-        reference = logp.view(2, -1, case.shape[1]).sum(-1).T.reshape(-1)
+        per_sequence = logp.view(2, -1, case.shape[1]).sum(-1)
+        reference = per_sequence.T.reshape(-1)
     return linear_preference_loss(
         case.hidden,
         *head,
@@ -299,8 +339,17 @@ def _liger_dpo(liger: Callable, case: Case) -> Tensor:
 
 
 OPS = {
-    "logprob forward": Op(weighted_sum, partial(heads, backward=False), backward=False, head=True),
-    "logprob forward+backward": Op(weighted_sum, partial(heads, backward=True), head=True),
+    "logprob forward": Op(
+        loss=weighted_sum,
+        contestants=partial(heads, backward=False),
+        backward=False,
+        head=True,
+    ),
+    "logprob forward+backward": Op(
+        loss=weighted_sum,
+        contestants=partial(heads, backward=True),
+        head=True,
+    ),
     "policy loss": Op(clipped, policy),
     "preference loss": Op(dpo, preference, reference=True),
 }
@@ -308,18 +357,19 @@ OPS = {
 
 @dataclass(frozen=True)
 class Group:
-    """Contestants that are timed against each other."""
+    """One setting of an op, in which its contestants are timed against each other."""
 
     op: str
     model: str
     rows: int
-    zeros: bool  # 40% of the rows are zero
+    zeros: bool  # whether 40% of the rows are zero rows
 
     def __str__(self) -> str:
         zeros = ", 40% zero" if self.zeros else ""
         return f"{self.op}, {self.model}, {self.rows} rows{zeros}"
 
     def case(self, device: str) -> Case:
+        """Return the inputs."""
         case = make_case(self.model, self.rows, device)
         return case.with_zero_rows() if self.zeros else case
 
@@ -329,5 +379,6 @@ def groups(
     rows: list[int] | None = None,
     ops: list[str] | None = None,
 ) -> list[Group]:
-    every = product(rows or ROWS, models or SHAPES, (False, True), ops or OPS)
-    return [Group(op, model, n, zeros) for n, model, zeros, op in every]
+    """Return all settings of these models, row counts and ops; None stands for all."""
+    settings = product(rows or ROWS, models or SHAPES, (False, True), ops or OPS)
+    return [Group(op, model, n, zeros) for n, model, zeros, op in settings]

@@ -8,7 +8,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--max-seconds",
         type=float,
         default=60,
-        help="skip what would take longer by the machine's GEMM rate; all of it is many hours",
+        help="skip a case that would take longer, by the machine's GEMM rate; all cases take hours",
     )
 
 

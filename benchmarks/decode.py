@@ -1,15 +1,17 @@
-"""Times the generator against other samplers: interleaved laps in one process, same requests.
+"""Time the generator against other samplers, in interleaved rounds of one process.
 
     python -m benchmarks.decode                       SmolLM2-135M, 8 prompts x 8 samples
     python -m benchmarks.decode --peers llama.cpp     only these peers, where they are installed
 
-Every sampler draws at temperature 1, truncates nothing, ignores EOS and uses torch's threads.
-Before a sampler is timed its tokens are checked: their mean log-prob under a full forward of the
-model must be what sampling gives. Prints a table, then one JSON object.
+All samplers get the same requests. Each one draws at temperature 1 without truncation, ignores EOS
+and uses as many threads as torch. Before a sampler is timed, its tokens are checked: their mean
+log-prob under a full forward of the model must be the one that sampling gives. The command prints a
+table and then one JSON object.
 
-The limit is, for the prompts and for each decode step, the longer of two times: its FLOPs at the
-rate of torch.mm and its bytes at the rate of a copy, both measured in the same run. A step reads
-every weight once, and the keys and values in the cache, those of a prompt once for all its samples.
+The limit is a sum over the prefill and all decode steps. Each of them takes the longer of two
+times: its FLOPs at the rate of torch.mm, and its bytes at the rate of a copy. Both rates are
+measured in the same run. A step reads every weight once and all cached keys and values, those of a
+prompt once for all of its samples.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Ceilings, Stopwatch, Wrong, brief, ceilings, reason
+from benchmarks.measure import Ceilings, Stopwatch, WrongResult, brief, ceilings, reason
 from benchmarks.samplers import OURS, PEERS, SAMPLERS, Load, Sampler, Subject, requests
 from benchmarks.summary import default_device, machine, ms
 from expo_fast.generate import Generator
@@ -33,23 +35,29 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.ops import linear_logprob
 from expo_fast.weights import load_model, save_model
 
-SIGMAS = 5  # by which a sampler's mean log-prob may differ from ours
-SEQUENCES = 32  # that our mean is estimated from at least
-GAP = 0.05  # nats, mean difference between our generator's log-probs and a full forward's in bf16
+SIGMAS = 5  # standard errors by which a sampler's mean log-prob may differ from ours
+SEQUENCES = 32  # the least number of sequences that our mean is estimated from
+# The largest mean difference in nats, in bf16, between our log-probs and those of a full forward.
+GAP = 0.05
 
 
 @torch.no_grad()
-def logps(model: Decoder, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
+def completion_logps(
+    model: Decoder, prompts: list[list[int]], completions: list[list[int]]
+) -> list[Tensor]:
     """Return the log-probs (T,) of each completion's tokens, by a full forward."""
     found = []
     samples = len(completions) // len(prompts)
     for i, ids in enumerate(completions):
         prompt = prompts[i // samples]
-        whole = torch.tensor([*prompt, *ids], device=model.device)
-        borders = torch.tensor([0, len(whole)], dtype=torch.int32, device=model.device)
-        hidden = model.hidden(whole, torch.arange(len(whole), device=model.device), borders)
-        rows, targets = hidden[len(prompt) - 1 : -1], whole[len(prompt) :]
-        found.append(linear_logprob(rows, model.head_weight, targets).logp.cpu())
+        tokens = torch.tensor([*prompt, *ids], device=model.device)
+        positions = torch.arange(len(tokens), device=model.device)
+        borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=model.device)
+        hidden = model.hidden(tokens, positions, borders)
+        rows = hidden[len(prompt) - 1 : -1]
+        targets = tokens[len(prompt) :]
+        result = linear_logprob(rows, model.head_weight, targets)
+        found.append(result.logp.cpu())
     return found
 
 
@@ -63,65 +71,87 @@ class Truth:
 
 
 def truth(subject: Subject) -> Truth:
-    """Return those of our own tokens. Raise Wrong if our log-probs differ from a full forward's."""
+    """Return the statistics of tokens that our generator samples.
+
+    Raise WrongResult if its log-probs differ from those of a full forward.
+    """
     load = subject.load
     prompts = load.ids(subject.model.shape.vocabulary)
-    asked = requests(prompts, max(load.samples, -(-SEQUENCES // load.prompts)), load.new_tokens)
-    done = Generator(subject.model).sample(asked)
-    exact = logps(subject.model, prompts, [c.token_ids for c in done])
-    pairs = zip(done, exact, strict=True)
-    gap = float(torch.cat([(c.logp - logp).abs() for c, logp in pairs]).mean())
+    samples = max(load.samples, -(-SEQUENCES // load.prompts))
+    done = Generator(subject.model).sample(requests(prompts, samples, load.new_tokens))
+    exact = completion_logps(subject.model, prompts, [c.token_ids for c in done])
+    gaps = [(c.logp - logp).abs() for c, logp in zip(done, exact, strict=True)]
+    gap = float(torch.cat(gaps).mean())
     if not gap < GAP:
-        raise Wrong(f"our log-probs are {gap:.4f} nats off a full forward's on average")
+        raise WrongResult(
+            f"our log-probs differ from those of a full forward by {gap:.4f} nats on average: "
+            f"at most {GAP} is allowed"
+        )
     means = [float(x.mean()) for x in exact]
     return Truth(statistics.fmean(means), statistics.stdev(means), len(means))
 
 
 def judge(subject: Subject, completions: list[list[int]], truth: Truth) -> float:
-    """Return the mean log-prob of the tokens. Raise Wrong where sampling would not give it."""
+    """Return the mean log-prob of the tokens.
+
+    Raise WrongResult if the completions are not those that were requested, or if correct sampling
+    would not give this mean.
+    """
     load = subject.load
+    n = len(completions)
     lengths = {len(ids) for ids in completions}
-    if len(completions) != load.prompts * load.samples or lengths != {load.new_tokens}:
-        raise Wrong(f"{len(completions)} completions of {sorted(lengths)} tokens for {load}")
+    if n != load.prompts * load.samples or lengths != {load.new_tokens}:
+        raise WrongResult(f"got {n} completions of {sorted(lengths)} tokens for {load}")
     prompts = load.ids(subject.model.shape.vocabulary)
-    mean = float(torch.cat(logps(subject.model, prompts, completions)).mean())
-    allowed = SIGMAS * truth.stdev * (1 / truth.n + 1 / len(completions)) ** 0.5
+    logps = completion_logps(subject.model, prompts, completions)
+    mean = float(torch.cat(logps).mean())
+    allowed = SIGMAS * truth.stdev * (1 / truth.n + 1 / n) ** 0.5
     if abs(mean - truth.mean) > allowed:
-        raise Wrong(f"mean log-prob {mean:.3f}, ours {truth.mean:.3f}: more than {allowed:.3f} off")
+        raise WrongResult(
+            f"the mean log-prob is {mean:.3f} and ours is {truth.mean:.3f}: they may differ by "
+            f"{allowed:.3f} at most"
+        )
     return mean
 
 
 def limit(model: Decoder, load: Load, best: Ceilings) -> float:
-    """Return the seconds that no sampler of this model can beat by much; see the module."""
+    """Return the seconds of the limit that the module's docstring defines."""
     shape = model.shape
     body = sum(p.numel() for p in model.model.layers.parameters())
     head = shape.vocabulary * shape.hidden
     rows = load.prompts * load.samples
-    per_token = 2 * len(shape.windows) * shape.kv_heads * shape.head_dim * model.dtype.itemsize
+    layers = len(shape.windows)
+    itemsize = model.dtype.itemsize
+    cache_bytes = 2 * layers * shape.kv_heads * shape.head_dim * itemsize  # of one token
+    weight_bytes = (body + head) * itemsize
 
-    def attention(n: float) -> float:  # FLOPs of one token that sees n
-        return 4 * n * len(shape.windows) * shape.heads * shape.head_dim
+    def attention(n: float) -> float:
+        """Return the FLOPs of one token that attends to n tokens."""
+        return 4 * n * layers * shape.heads * shape.head_dim
 
     def seconds(flops: float, moved: float) -> float:
         return max(flops / best.flops, moved / best.bytes)
 
-    weights = (body + head) * model.dtype.itemsize
-    prompts = load.prompts * load.prompt_tokens
-    flops = prompts * (2 * body + attention(load.prompt_tokens / 2)) + 2 * load.prompts * head
-    total = seconds(flops, weights + prompts * per_token)
+    prompt_tokens = load.prompts * load.prompt_tokens
+    flops = prompt_tokens * (2 * body + attention(load.prompt_tokens / 2))
+    flops += 2 * load.prompts * head
+    total = seconds(flops, weight_bytes + prompt_tokens * cache_bytes)
     for own in range(1, load.new_tokens):
         flops = rows * (2 * (body + head) + attention(load.prompt_tokens + own))
-        total += seconds(flops, weights + (prompts + rows * own) * per_token)
+        cached_tokens = prompt_tokens + rows * own
+        total += seconds(flops, weight_bytes + cached_tokens * cache_bytes)
     return total
 
 
 @dataclass
-class Race:
+class Comparison:
+    """The samplers of a load, and their times."""
+
     subject: Subject
     samplers: dict[str, Sampler]
     left_out: dict[str, str]
     mean_logp: dict[str, float]
-    first_token: float  # seconds to the first tokens of all
+    first_token: float  # seconds until every sequence has its first token
     ceilings: Ceilings
 
     def __post_init__(self):
@@ -129,74 +159,93 @@ class Race:
         self.seconds: dict[str, list[float]] = {}
         self.extra_bytes: dict[str, list[int]] = {}
 
-    def lap(self, besides: str = "") -> None:
+    def run_round(self, without: str = "") -> None:
+        """Time every sampler once, except the one to leave out."""
         for name in self.samplers:
-            if name != besides:
+            if name != without:
                 self.stopwatch.start()
-                self.work(name)
+                self.run(name)
                 self.stop(name)
 
-    def work(self, name: str) -> None:
+    def run(self, name: str) -> None:
+        """Run a sampler once."""
         load = self.subject.load
         prompts = load.ids(self.subject.model.shape.vocabulary)
         self.samplers[name](prompts, load.samples, load.new_tokens)
 
     def stop(self, name: str) -> None:
+        """Keep the time and the memory of what ran since the stopwatch started."""
         seconds, extra = self.stopwatch.stop()
         self.seconds.setdefault(name, []).append(seconds)
         self.extra_bytes.setdefault(name, []).append(max(0, extra))
 
     def result(self) -> dict[str, Any]:
         """Return the results as plain data, for JSON."""
-        s, load = self.subject, self.subject.load
-        least = limit(s.model, load, self.ceilings)
-        mine = statistics.median(self.seconds[OURS])
+        load = self.subject.load
+        least = limit(self.subject.model, load, self.ceilings)
+        ours = statistics.median(self.seconds[OURS])
+        contestants = {}
+        for name, seconds in self.seconds.items():
+            median = statistics.median(seconds)
+            contestants[name] = {
+                "median_s": median,
+                "seconds": seconds,
+                "tokens_per_second": load.tokens / median,
+                "times_ours": median / ours,
+                "of_limit": least / median,
+                "extra_bytes": statistics.median(self.extra_bytes[name]),
+                "mean_logp": self.mean_logp[name],
+            }
         return {
             "load": vars(load) | {"tokens": load.tokens},
-            "device": s.device,
+            "device": self.subject.device,
             "threads": torch.get_num_threads(),
             "ceilings": vars(self.ceilings),
             "limit_seconds": least,
             "first_token_seconds": self.first_token,
-            "contestants": {
-                name: {
-                    "median_s": (median := statistics.median(seconds)),
-                    "seconds": seconds,
-                    "tokens_per_second": load.tokens / median,
-                    "times_ours": median / mine,
-                    "of_limit": least / median,
-                    "extra_bytes": statistics.median(self.extra_bytes[name]),
-                    "mean_logp": self.mean_logp[name],
-                }
-                for name, seconds in self.seconds.items()
-            },
+            "contestants": contestants,
             "left_out": self.left_out,
         }
 
 
-def warm_up(subject: Subject, peers: Sequence[str]) -> Race:
-    """Run and check each sampler once. Raise what ours raises, or Wrong if its tokens are."""
-    load, generator = subject.load, Generator(subject.model)
+def warm_up(subject: Subject, peers: Sequence[str]) -> Comparison:
+    """Run and check each sampler once.
+
+    A peer that fails is left out of the comparison. Raise what ours raises, such as WrongResult.
+    """
+    load = subject.load
+    generator = Generator(subject.model)
     prompts = load.ids(subject.model.shape.vocabulary)
     expected = truth(subject)
     began = time.perf_counter()
     generator.sample(requests(prompts, load.samples, 1))
-    race = Race(subject, {}, {}, {}, time.perf_counter() - began, ceilings(subject.device))
-    for name in [name for name in SAMPLERS if name not in PEERS or name in peers]:
+    comparison = Comparison(
+        subject=subject,
+        samplers={},
+        left_out={},
+        mean_logp={},
+        first_token=time.perf_counter() - began,
+        ceilings=ceilings(subject.device),
+    )
+    for name in SAMPLERS:
+        if name in PEERS and name not in peers:
+            continue
         try:
             sampler = SAMPLERS[name](subject)
             completions = sampler(prompts, load.samples, load.new_tokens)
-            race.mean_logp[name] = judge(subject, completions, expected)
-            race.samplers[name] = sampler
+            comparison.mean_logp[name] = judge(subject, completions, expected)
+            comparison.samplers[name] = sampler
         except Exception as e:  # a peer may not be installed
             if name not in PEERS:
                 raise
-            race.left_out[name] = reason(e)
-    return race
+            comparison.left_out[name] = reason(e)
+    return comparison
 
 
 def show(model: str, result: dict[str, Any]) -> None:
-    best, load = result["ceilings"], Load(**{k: result["load"][k] for k in vars(Load())})
+    """Print a table of the results."""
+    best = result["ceilings"]
+    load = Load(**{name: result["load"][name] for name in vars(Load())})
     print(f"\n{model}, {load}, bf16, {result['device']}, {result['threads']} threads")
     print(
         f"torch.mm {best['flops'] / 1e9:.0f} GFLOP/s, copy {best['bytes'] / 1e9:.1f} GB/s; limit "
@@ -219,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m", help="as of expo_fast.train")
+    parser.add_argument("--model", default="smollm2-135m", help="as in expo_fast.train")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
     for name, value in vars(Load()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
@@ -227,14 +276,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = parser.parse_args(argv)
     load = Load(**{name: getattr(a, name) for name in vars(Load())})
     with tempfile.TemporaryDirectory() as folder:
-        race = warm_up(subject(a.model, load, Path(folder)), a.peers)
+        subject = make_subject(a.model, load, Path(folder))
+        comparison = warm_up(subject, a.peers)
         for _ in range(a.repeats):
-            race.lap()
-    show(a.model, race.result())
-    print(json.dumps({"machine": machine(), "model": a.model, **race.result()}))
+            comparison.run_round()
+    result = comparison.result()
+    show(a.model, result)
+    print(json.dumps({"machine": machine(), "model": a.model, **result}))
 
 
-def subject(model: str, load: Load, folder: Path) -> Subject:
+def make_subject(model: str, load: Load, folder: Path) -> Subject:
+    """Load a model and save it to a folder, from which peers load it."""
     device = default_device()
     loaded, tokenizer = load_model(model, dtype=torch.bfloat16, device=device)
     save_model(loaded, tokenizer, folder)

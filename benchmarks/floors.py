@@ -1,18 +1,19 @@
-"""What each part of the Triton ops should take on a GPU, written down before it is measured.
+"""Forecast the time of each part of the Triton ops on a GPU, before it is measured.
 
     python -m benchmarks.floors                              # a Markdown table, 16384 rows
     python -m benchmarks.floors --card "H100 datasheet" --rows 4096
-    python -m benchmarks.floors --ceilings FILE --card NAME  # of a card that was measured
+    python -m benchmarks.floors --ceilings FILE --card NAME  # for a card that was measured
 
-FILE holds JSON, as `benchmarks/lease.sh check` writes it: by the card's name the TFLOP/s of a bf16
-product and the GB/s of a copy, read and written.
+FILE is JSON that `benchmarks/lease.sh check` writes. It contains, by the name of the card, the
+TFLOP/s of a bf16 product and the GB/s of a copy, read and written.
 
-floor: the longer of the FLOPs and the bytes at these ceilings, each input read and each output
-written once. expected: what the shipped tiles, counted, leave of it. A program's tile takes its
-products at MAIN_LOOP of the SM's rate, then FILL until the next tile's loads arrive, then its
-epilogue: an element is EXP clocks of the SM's 16 exponentials a clock, or ISSUE of its 128 fp32
-instructions a clock if that is longer, and E goes through shared memory at 128 bytes a clock.
-`benchmarks.parts` prints what it measures beside both, so a gap says which of these is wrong.
+"floor" is the longer of two times at these rates: that of the FLOPs, and that of the bytes if each
+input is read and each output is written once. "expected" models the tiles that we ship. A program
+computes the products of a tile at MAIN_LOOP of the SM's rate. It then waits FILL seconds until the
+loads of the next tile arrive, and computes its epilogue. An element of the epilogue takes EXP
+clocks, at 16 exponentials a clock, or ISSUE clocks, at 128 fp32 instructions a clock, whichever is
+longer. E passes through shared memory at 128 bytes a clock. `benchmarks.parts` prints measured
+times next to both figures, so that a difference shows which assumption is wrong.
 """
 
 import argparse
@@ -26,21 +27,24 @@ from benchmarks.cases import SHAPES
 from benchmarks.measure import Ceilings
 from expo_fast.kernels.logprob import BY_CARD, VARIANTS
 
-# By the vendor's datasheets: dense bf16 and memory. No kernel reaches either.
+# Rates of the vendor's datasheets: dense bf16 products, and memory. No kernel reaches them.
 DATASHEETS = {
     "H200 datasheet": Ceilings(flops=989e12, bytes=4.8e12),
     "H100 datasheet": Ceilings(flops=989e12, bytes=3.35e12),
 }
-SMS, CLOCK = 132, 1.75e9
-CUBLAS = 0.97  # of the FLOP/s, at shapes that are not square
-MAIN_LOOP, FILL = 0.88, 0.3e-6  # of the SM's share of the FLOP/s; seconds
-EXP, ISSUE = 1 / 16, 8 / 128  # clocks of an SM for an element of a tile
-STREAM = 0.9  # of the bytes/s, of a kernel that reads or writes rows
+SMS = 132
+CLOCK = 1.75e9  # Hz
+CUBLAS = 0.97  # share of the FLOP/s that cuBLAS reaches at shapes that are not square
+MAIN_LOOP = 0.88  # share of an SM's FLOP/s that our main loop reaches
+FILL = 0.3e-6  # seconds
+EXP = 1 / 16  # clocks of an SM for the exponential of an element
+ISSUE = 8 / 128  # clocks of an SM for the fp32 instructions of an element
+STREAM = 0.9  # share of the bytes/s that a kernel over rows reaches
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs, bytes, and the seconds expected of the part that we ship."""
+    """FLOPs and bytes of a part, and the seconds that we expect of our implementation."""
 
     flops: float
     bytes: float
@@ -49,13 +53,16 @@ class Work:
 
     @property
     def floor(self) -> float:
+        """Return the seconds that no implementation can beat."""
         return max(self.flops / self.best.flops, self.bytes / self.best.bytes)
 
 
 def works(n: int, v: int, d: int, best: Ceilings) -> dict[str, Work]:
-    """Of N rows, V columns and depth D; named as `benchmarks.parts` names them."""
-    gemm, operands, logits = 2.0 * n * v * d, 2.0 * (n + v) * d, float(n * v)
-    gradients = 4.0 * (n + v) * d
+    """Return the parts for N rows, V columns and depth D, by the names of `benchmarks.parts`."""
+    gemm = 2.0 * n * v * d  # FLOPs
+    operands = 2.0 * (n + v) * d  # bytes of hidden and weight in bf16
+    gradients = 4.0 * (n + v) * d  # bytes of their gradients in fp32
+    logits = float(n * v)
     stored = fused(n, v, d, best, store=True)
     wide = product(gemm, operands + 4 * logits, best)
     passes = row_pass(4 * logits, best)
@@ -89,43 +96,55 @@ def works(n: int, v: int, d: int, best: Ceilings) -> dict[str, Work]:
 
 
 def product(flops: float, moved: float, best: Ceilings) -> Work:
-    """By cuBLAS."""
+    """Return a product that cuBLAS computes."""
     seconds = max(flops / best.flops / CUBLAS, moved / best.bytes / STREAM)
     return Work(flops, moved, seconds, best)
 
 
 def row_pass(moved: float, best: Ceilings) -> Work:
+    """Return a kernel over rows that reads and writes `moved` bytes."""
     return Work(0.0, moved, moved / best.bytes / STREAM, best)
 
 
 def fused(n: int, v: int, d: int, best: Ceilings, *, store: bool) -> Work:
-    """Products and epilogue in one persistent kernel, a program an SM."""
+    """Return a persistent kernel of one program per SM, with products and epilogue."""
     tile = VARIANTS[BY_CARD["default"]]
     elements = tile.BN * tile.BV
     tiles = ceil(ceil(n / tile.BN) * ceil(v / tile.BV) / SMS)  # of the busiest SM
     epilogue = elements * max(EXP, ISSUE) / CLOCK + store * 2 * elements / 128 / CLOCK
     products = 2 * elements * d / (best.flops / SMS) / MAIN_LOOP
-    # the weight is read again for each GROUP of row tiles
-    moved = 2.0 * d * (n + v * ceil(n / tile.BN / tile.GROUP)) + 2.0 * n * v * store
-    seconds = max(tiles * (products + FILL + epilogue), moved / best.bytes / STREAM)
-    return Work(2.0 * n * v * d, 2.0 * (n + v) * d + 2.0 * n * v * store, seconds, best)
+    compute_seconds = tiles * (products + FILL + epilogue)
+    stored = 2.0 * n * v * store  # bytes
+    weight_reads = ceil(n / tile.BN / tile.GROUP)  # one for each GROUP of row tiles
+    moved = 2.0 * d * (n + v * weight_reads) + stored
+    seconds = max(compute_seconds, moved / best.bytes / STREAM)
+    least_moved = 2.0 * (n + v) * d + stored
+    return Work(2.0 * n * v * d, least_moved, seconds, best)
 
 
 def together(*parts: Work, bytes: float) -> Work:
-    """One after the other; bytes: the least for all of them, were the rest kept on the chip."""
-    return Work(sum(p.flops for p in parts), bytes, sum(p.expected for p in parts), parts[0].best)
+    """Return parts that run one after the other.
+
+    bytes: what they would move if all intermediate results stayed on the chip.
+    """
+    flops = sum(part.flops for part in parts)
+    expected = sum(part.expected for part in parts)
+    return Work(flops, bytes, expected, parts[0].best)
 
 
 def read(file: Path) -> dict[str, Ceilings]:
-    """Ceilings by card, from JSON that `write` made."""
-    return {
-        card: Ceilings(flops=x["gemm_tflops"] * 1e12, bytes=x["copy_gb_s"] * 1e9)
-        for card, x in json.loads(file.read_text()).items()
-    }
+    """Return the ceilings by card from a file that `write` saved."""
+    found = {}
+    for card, rates in json.loads(file.read_text()).items():
+        found[card] = Ceilings(
+            flops=rates["gemm_tflops"] * 1e12,
+            bytes=rates["copy_gb_s"] * 1e9,
+        )
+    return found
 
 
 def write(file: Path, measured: Mapping[str, Ceilings]) -> None:
-    """Save ceilings by card."""
+    """Save the ceilings by card."""
     plain = {
         card: {"gemm_tflops": best.flops / 1e12, "copy_gb_s": best.bytes / 1e9}
         for card, best in measured.items()
@@ -151,9 +170,15 @@ def main() -> None:
         print("| part | TFLOP | GB | floor, ms | expected, ms | of the floor's rate |")
         print("|---|--:|--:|--:|--:|--:|")
         for name, work in works(given.rows, v, d, best).items():
-            ms = f"{work.floor * 1e3:.2f} | {work.expected * 1e3:.2f}"
-            share = f"{work.floor / work.expected:.0%}"
-            print(f"| {name} | {work.flops / 1e12:.2f} | {work.bytes / 1e9:.2f} | {ms} | {share} |")
+            cells = [
+                name,
+                f"{work.flops / 1e12:.2f}",
+                f"{work.bytes / 1e9:.2f}",
+                f"{work.floor * 1e3:.2f}",
+                f"{work.expected * 1e3:.2f}",
+                f"{work.floor / work.expected:.0%}",
+            ]
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The generator on a GPU: batch 256, random weights of Qwen2.5's shapes, and its attention alone.
+"""Time the generator on a GPU, at batch 256 and with random weights of Qwen2.5's shapes.
 
-A model's row says how many tokens a second `Generator.sample` gives and what share that is of the
-limit of `benchmarks.decode`; `decoding` is the same without the prompts and the first tokens, from
-the difference to a call that samples one token each.
+A model's row gives the tokens per second of `Generator.sample`, and their share of the limit of
+`benchmarks.decode`. `decoding` gives the same figures without the prompts and the first tokens: the
+time of a call that samples one token for each sequence is subtracted. The attention of a layer is
+timed alone too.
 """
 
 import statistics
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode as racing
-from benchmarks.decode import Race, limit
+from benchmarks import decode as decode_benchmark
+from benchmarks.decode import Comparison, limit
 from benchmarks.measure import Ceilings, Stopwatch, brief, reason
 from benchmarks.samplers import OURS, PEERS, Load, Subject, ours, requests
 from expo_fast.generate import Generator
@@ -25,14 +26,16 @@ from expo_fast.inference.cuda_engine import CudaEngine, uncollected
 from expo_fast.modeling.decoder import Decoder
 
 LOAD = Load(prompts=32, samples=8, prompt_tokens=512, new_tokens=128)
-SMOKE = Load(prompts=2, samples=2, prompt_tokens=40, new_tokens=4)  # on a CPU
+SMOKE = Load(prompts=2, samples=2, prompt_tokens=40, new_tokens=4)  # for a CPU
 PEER = "transformers generate_batch"
 REPEATS = 3
-LAYERS = 8  # of keys and values, so that none of them is in L2 when its turn comes
+LAYERS = 8  # enough for their keys and values to exceed L2
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """The sizes of a model."""
+
     layers: int
     hidden: int
     intermediate: int
@@ -50,8 +53,8 @@ TINY = Sizes(2, 64, 96, 4, 2, 500)
 
 
 def config_of(sizes: Sizes) -> Any:
-    """Return transformers' config where it is installed; ours reads the same names of anything."""
-    known = {
+    """Return the config of transformers, or an object like it where transformers is missing."""
+    fields = {
         "vocab_size": sizes.vocabulary,
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.intermediate,
@@ -67,11 +70,12 @@ def config_of(sizes: Sizes) -> Any:
     try:
         from transformers import Qwen2Config
     except ImportError:
-        return SimpleNamespace(**known, model_type="qwen2", hidden_act="silu")
-    return Qwen2Config(**known)
+        return SimpleNamespace(**fields, model_type="qwen2", hidden_act="silu")
+    return Qwen2Config(**fields)
 
 
 def random_model(sizes: Sizes, device: str) -> Decoder:
+    """Return a bf16 model with random weights."""
     with torch.device(device):
         model = Decoder(config_of(sizes)).bfloat16()
     with torch.no_grad():
@@ -82,28 +86,41 @@ def random_model(sizes: Sizes, device: str) -> Decoder:
 
 
 def measure(name: str, device: str, best: Ceilings, peer: bool) -> dict[str, Any]:
-    """Plain data. Raises Wrong where our log-probs are not those of a full forward."""
+    """Time the generator and, if `peer`, that of transformers. Return plain data.
+
+    Raise WrongResult if our log-probs differ from those of a full forward.
+    """
     gpu = device != "cpu"
-    model, load = random_model(MODELS[name] if gpu else TINY, device), LOAD if gpu else SMOKE
+    model = random_model(MODELS[name] if gpu else TINY, device)
+    load = LOAD if gpu else SMOKE
     with TemporaryDirectory() as folder:
         subject = Subject(model, Path(folder), load, device)
-        race = contest(subject, best, peer)
+        comparison = warm_up(subject, best, peer)
         for _ in range(REPEATS):
-            race.lap()
-    race.first_token = statistics.median(first_tokens(subject) for _ in range(REPEATS))
-    result = race.result() | {"model": name, "decoding": decoding(race)}
-    racing.show(name, result)
+            comparison.run_round()
+    times = [first_token_seconds(subject) for _ in range(REPEATS)]
+    comparison.first_token = statistics.median(times)
+    result = comparison.result() | {"model": name, "decoding": decoding(comparison)}
+    decode_benchmark.show(name, result)
     print(*(f"decoding: {what} {x:.3g}" for what, x in result["decoding"].items()), sep="\n")
     return result
 
 
-def contest(subject: Subject, best: Ceilings, peer: bool) -> Race:
-    """Ours and, if asked for, transformers' own, both judged."""
-    load, expected = subject.load, racing.truth(subject)
-    race = Race(subject, {OURS: ours(subject)}, {}, {OURS: expected.mean}, 0.0, best)
-    race.work(OURS)  # its graphs are made
+def warm_up(subject: Subject, best: Ceilings, peer: bool) -> Comparison:
+    """Run and check ours and, if `peer`, the generator of transformers."""
+    load = subject.load
+    expected = decode_benchmark.truth(subject)
+    comparison = Comparison(
+        subject=subject,
+        samplers={OURS: ours(subject)},
+        left_out={},
+        mean_logp={OURS: expected.mean},
+        first_token=0.0,
+        ceilings=best,
+    )
+    comparison.run(OURS)  # captures its graphs
     if not peer:
-        return race
+        return comparison
     try:
         from expo_fast.weights import save_model
 
@@ -111,40 +128,50 @@ def contest(subject: Subject, best: Ceilings, peer: bool) -> Race:
         sampler = PEERS[PEER](subject)
         prompts = load.ids(subject.model.shape.vocabulary)
         completions = sampler(prompts, load.samples, load.new_tokens)
-        race.mean_logp[PEER] = racing.judge(subject, completions, expected)
-        race.samplers[PEER] = sampler
-    except Exception as e:  # it may not be installed, or not run here
-        race.left_out[PEER] = reason(e)
-    return race
+        comparison.mean_logp[PEER] = decode_benchmark.judge(subject, completions, expected)
+        comparison.samplers[PEER] = sampler
+    except Exception as e:  # it may not be installed, or not run on this device
+        comparison.left_out[PEER] = reason(e)
+    return comparison
 
 
-def first_tokens(subject: Subject) -> float:
-    """Seconds until each sequence has its first token."""
-    load, stopwatch = subject.load, Stopwatch(subject.device)
-    asked = requests(load.ids(subject.model.shape.vocabulary), load.samples, 1)
+def first_token_seconds(subject: Subject) -> float:
+    """Return the seconds until each sequence has its first token."""
+    load = subject.load
+    stopwatch = Stopwatch(subject.device)
+    one_token_each = requests(load.ids(subject.model.shape.vocabulary), load.samples, 1)
     generator = Generator(subject.model)
     stopwatch.start()
-    generator.sample(asked)
-    return stopwatch.stop()[0]
+    generator.sample(one_token_each)
+    seconds, _ = stopwatch.stop()
+    return seconds
 
 
-def decoding(race: Race) -> dict[str, float]:
-    s, load = race.subject, race.subject.load
-    seconds = statistics.median(race.seconds[OURS]) - race.first_token
-    prompts = limit(s.model, replace(load, new_tokens=1), race.ceilings)
+def decoding(comparison: Comparison) -> dict[str, float]:
+    """Return the figures of ours without the prompts and the first tokens."""
+    model = comparison.subject.model
+    load = comparison.subject.load
+    seconds = statistics.median(comparison.seconds[OURS]) - comparison.first_token
+    prompts = limit(model, replace(load, new_tokens=1), comparison.ceilings)
     tokens = load.tokens - load.prompts * load.samples
-    least = limit(s.model, load, race.ceilings) - prompts
+    least = limit(model, load, comparison.ceilings) - prompts
     return {"tokens/s": tokens / seconds, "of limit": least / seconds}
 
 
 class AttentionCase:
-    """A layer's attention in the middle of a load: queries, and pages that samples share."""
+    """The attention of a layer when half of the new tokens are sampled.
+
+    Samples of a prompt share its pages.
+    """
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, load: Load, device: str):
         from expo_fast.kernels import cascade, decode
 
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        page, rows = CudaEngine.page, load.prompts * load.samples
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        page = CudaEngine.page
+        rows = load.prompts * load.samples
         self.tables = shared_tables(load)
         size = (1 + int(self.tables.max()), LAYERS, 2, page, kv_heads, head_dim)
         self.slab = torch.randn(size, device=device).bfloat16()
@@ -154,38 +181,48 @@ class AttentionCase:
         self.work = decode.Work.allocate(self.sizes, heads, head_dim, torch.device(device))
         self.q = torch.randn(rows, heads, head_dim, device=device).bfloat16()
         seen = load.prompt_tokens + load.new_tokens // 2
-        self.given = self.tables.to(device), torch.full((rows,), seen - 1, device=device)
+        positions = torch.full((rows,), seen - 1, device=device)
+        self.where = self.tables.to(device), positions
         tokens = load.prompts * load.prompt_tokens + rows * load.new_tokens // 2
-        self.moved = tokens * self.slab[0, 0, :, 0].nbytes + 2 * self.q.nbytes  # bytes, at least
+        token_bytes = self.slab[0, 0, :, 0].nbytes
+        self.moved = tokens * token_bytes + 2 * self.q.nbytes  # the least bytes to move
 
     def plan(self, together: int) -> None:
-        """Share what rows have in common among that many."""
+        """Plan the work items. At most `together` rows with a common prefix share an item."""
         from expo_fast.kernels import cascade
 
         self.work.load(*cascade.plan(self.tables, self.sizes, together))
 
     def run(self, layer: int, tile: Any = None) -> None:
+        """Launch the attention of a layer; with the default tile if `tile` is None."""
         from expo_fast.kernels import decode
 
         scale = self.head_dim**-0.5
-        decode.attend(self.cache, layer, self.q, *self.given, self.work, scale, None, tile)
+        decode.attend(self.cache, layer, self.q, *self.where, self.work, scale, None, tile)
 
 
-def shared_tables(load: Load) -> torch.Tensor:  # (rows, W) int32
-    """Pages of a load's rows: those of a prompt for all its samples, then each row's own."""
-    page, rows = CudaEngine.page, load.prompts * load.samples
-    whole, own = load.prompt_tokens // page, -(-load.new_tokens // page)
-    prompts = 1 + torch.arange(load.prompts * whole).view(load.prompts, whole)
-    tails = 1 + load.prompts * whole + torch.arange(rows * own).view(rows, own)
-    return torch.cat([prompts.repeat_interleave(load.samples, 0), tails], 1).int()
+def shared_tables(load: Load) -> torch.Tensor:
+    """Return the pages (rows, W) int32 of the rows of a load.
+
+    The pages of a prompt are shared by all of its samples. Each row's own pages follow.
+    """
+    page = CudaEngine.page
+    rows = load.prompts * load.samples
+    prompt_pages = load.prompt_tokens // page
+    own_pages = -(-load.new_tokens // page)
+    first_own = 1 + load.prompts * prompt_pages
+    prompts = torch.arange(1, first_own).view(load.prompts, prompt_pages)
+    own = first_own + torch.arange(rows * own_pages).view(rows, own_pages)
+    return torch.cat([prompts.repeat_interleave(load.samples, 0), own], 1).int()
 
 
 @torch.no_grad()
 def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
-    """Time a layer's attention in the middle of the load, in some configurations."""
+    """Time the attention of a layer in several configurations. Return plain data."""
     from expo_fast.kernels import decode
 
-    shape, device = model.shape, str(model.device)
+    shape = model.shape
+    device = str(model.device)
     case = AttentionCase(shape.heads, shape.kv_heads, shape.head_dim, load, device)
     found = {}
 
@@ -201,32 +238,37 @@ def attention(model: Decoder, load: Load, best: Ceilings) -> dict[str, Any]:
         decode.Tile(128, 4, 2),
         decode.Tile(64, 8, 3),
     ]
-    todo = [(False, shipped), (True, shipped)]
-    todo += [(False, tile) for tile in others if tile != shipped]
-    for alone, tile in todo:
-        case.plan(1 if alone else together)
+    # (whether rows share what they have in common, tile)
+    todo = [(True, shipped), (False, shipped)]
+    todo += [(True, tile) for tile in others if tile != shipped]
+    for shares, tile in todo:
+        case.plan(together if shares else 1)
         sizes = (tile.tokens, tile.warps, tile.stages)
-        name = f"{'no cascade, ' if alone else ''}{sizes}"
+        name = f"{'' if shares else 'no cascade, '}{sizes}"
         try:
             found[name] = replayed(partial(each_layer, tile), device) / LAYERS
-        except Exception as e:  # too large for shared memory
+        except Exception as e:  # such as a tile that does not fit into shared memory
             found[name] = reason(e)
     floor = case.moved / best.bytes
     print(f"attention of a layer: floor {floor * 1e6:.1f} us; tokens, warps, stages:")
-    for name, s in found.items():
-        rate = (
-            "" if isinstance(s, str) else f"{s * 1e6:.1f} us, {floor / s:.0%} of the floor's rate"
-        )
-        print(f"    {name}: {rate or brief(str(s))}")
+    for name, result in found.items():
+        if isinstance(result, str):
+            shown = brief(result)
+        else:
+            shown = f"{result * 1e6:.1f} us, {floor / result:.0%} of the floor's rate"
+        print(f"    {name}: {shown}")
     return {"floor_seconds": floor, "bytes": case.moved, "seconds": found}
 
 
 def replayed(work: Callable[[], None], device: str) -> float:
-    """Seconds of the work as a CUDA graph: to launch its kernels one by one takes the host longer
-    than they run. On a CPU: of the work itself.
+    """Return the seconds of the work in a CUDA graph, or of the work itself on a CPU.
+
+    The kernels are shorter than the time in which the host launches them one by one.
     """
     work()  # compiles
-    run, stopwatch, seconds = work, Stopwatch(device), []
+    run = work
+    stopwatch = Stopwatch(device)
+    seconds = []
     if device != "cpu":
         graph = torch.cuda.CUDAGraph()
         with uncollected(), torch.cuda.graph(graph):

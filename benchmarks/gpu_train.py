@@ -1,8 +1,8 @@
-"""A few ExP-GRPO steps on a GPU, of random weights: seconds by phase, MFU, memory, kernels.
+"""Time a few ExP-GRPO steps of random weights on a GPU: seconds by phase, MFU, memory, kernels.
 
-The whole loop runs: prompts, paged sampling, rewards, explanations, diagnostics, packed forward and
-backward, optimizer. Random weights neither answer nor explain, so a reward is the parity of the
-tokens' sum, and all explanations of a question are taken as right.
+The complete loop runs: prompts, paged sampling, rewards, explanations, diagnostics, packed forward
+and backward, optimizer. A model of random weights answers and explains nothing. Therefore the
+reward is the parity of the sum of a completion's tokens, and all explanations are accepted.
 """
 
 import re
@@ -35,7 +35,7 @@ from expo_fast.reporting.timing import Phases
 from expo_fast.reward import score_answers
 
 SHAPES = {"smollm2-135m": Sizes(30, 576, 1536, 9, 3, 49152), **MODELS}
-STEPS = 4  # the first, which compiles and captures, is not counted; the last is profiled
+STEPS = 4  # the first one compiles and captures, and is not counted; the last one is profiled
 LOAD = Train(
     steps=STEPS,
     shots=0,
@@ -46,10 +46,10 @@ LOAD = Train(
     pack_tokens=16384,
     learning_rate=1e-6,
 )
-# At 1.5B the backward needs 128 kB a token and layer: 59 GB for 16384 tokens, beside 34 GB of
-# parameters and optimizer. 80 GB do not hold both.
+# At 1.5B the backward needs 128 kB per token and layer, which is 59 GB for 16384 tokens. With the
+# 34 GB of parameters and optimizer, that exceeds 80 GB.
 PACK_TOKENS = {"qwen2.5-1.5b": 8192}
-SMOKE = replace(  # on a CPU
+SMOKE = replace(  # for a CPU
     LOAD,
     prompts_per_step=2,
     num_generations=2,
@@ -60,8 +60,9 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-KINDS = {  # what a kernel does, by its name
-    "attention": r"flash|fmha|attention|attend_items|add_slots",  # of CUTLASS, too: so first
+KINDS = {  # the kind of a kernel, by a pattern of its name; the first match counts
+    # Names of attention kernels contain "cutlass" too, so attention comes before products.
+    "attention": r"flash|fmha|attention|attend_items|add_slots",
     "products": r"gemm|gemv|nvjet|cutlass|xmma|splitk|softmax_sums|logit_gradients",
     "decoding": r"append_tokens|place_heads|add_norm_rows|swiglu_elements|rotation_rows",
 }
@@ -70,25 +71,26 @@ KINDS = {  # what a kernel does, by its name
 def accept_all(
     questions: Sequence[Problem], completions: Sequence[Completion], *_: Any, **__: Any
 ) -> Explanations:
-    """Stand for `accept_explanations`: random weights explain nothing right, so accept all."""
+    """Replace `accept_explanations` and accept everything: random weights explain nothing."""
     per_question = len(completions) // len(questions)
     found = Explanations(n_questions=len(questions), n_sampled=len(completions))
     for i, question in enumerate(questions):
-        own = completions[i * per_question : (i + 1) * per_question]
+        first = i * per_question
+        own = completions[first : first + per_question]
         found.accepted[question.id] = [tuple(completion.token_ids) for completion in own]
     return found
 
 
 @dataclass
 class Count:
-    """FLOPs of products with weights, and tokens, of a trainer's steps."""
+    """Counts the tokens of training steps, and the FLOPs of products with weights."""
 
     model: Decoder
     flops: float = 0.0
     sampled: int = 0  # tokens
     learnt: int = 0  # tokens with a loss
-    body: int = field(init=False)
-    head: int = field(init=False)
+    body: int = field(init=False)  # parameters of the layers
+    head: int = field(init=False)  # parameters of the LM head
 
     def __post_init__(self):
         self.body = sum(p.numel() for p in self.model.model.layers.parameters())
@@ -102,14 +104,15 @@ class Count:
         def watched_hidden(
             tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, parents: Tensor | None = None
         ) -> Tensor:
-            passes = 3 if torch.is_grad_enabled() else 1  # a backward is two forwards
+            passes = 3 if torch.is_grad_enabled() else 1  # a backward counts as two forwards
             self.flops += 2 * self.body * len(tokens) * passes
             return hidden(tokens, positions, cu_seqlens, parents)
 
         def watched_sample(requests: Sequence[Request]) -> list[Completion]:
             done = sample(requests)
             new = sum(len(completion.token_ids) for completion in done)
-            prompts = sum(len(prompt) for prompt in {tuple(r.prompt_ids) for r in requests})
+            unique_prompts = {tuple(request.prompt_ids) for request in requests}
+            prompts = sum(len(prompt) for prompt in unique_prompts)
             self.sampled += new
             self.flops += 2 * self.body * (prompts + new) + 2 * self.head * new
             return done
@@ -131,7 +134,7 @@ class Count:
 
 @contextmanager
 def lenient_and_counted(count: Count) -> Iterator[None]:
-    """Meanwhile all explanations are accepted, and the losses of `grpo` are counted."""
+    """Inside this context, accept all explanations and count the tokens of the losses of `grpo`."""
     with (
         patch.object(grpo, "accept_explanations", accept_all),
         patch.object(grpo, "policy_backward", count.counted(grpo.policy_backward)),
@@ -143,13 +146,16 @@ def lenient_and_counted(count: Count) -> Iterator[None]:
 def parity(
     _: object, texts: Sequence[str], completions: Sequence[Completion]
 ) -> list[float | None]:
+    """Return the reward of each completion: the parity of the sum of its tokens."""
     return [float(sum(c.token_ids) % 2) for c in completions]
 
 
-def letters() -> Any:
+def byte_tokenizer() -> Any:
     """Return a tokenizer of bytes, which needs no file."""
-    named = ["<pad>", "<|im_end|>", "<|im_start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(named)}, merges=[]))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<|im_end|>", "<|im_start|>", *letters]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -160,22 +166,23 @@ def letters() -> Any:
 
 
 def build(name: str, device: str) -> Trainer:
+    """Return a trainer of a random model: a tiny one on a CPU."""
     gpu = device != "cpu"
     model = random_model(SHAPES[name] if gpu else TINY, device)
     config = replace(LOAD if gpu else SMOKE, device=device)
     if gpu:
         config = replace(config, pack_tokens=PACK_TOKENS.get(name, LOAD.pack_tokens))
     problems = load_problems("builtin:arithmetic-2:train", limit=STEPS * config.prompts_per_step)
-    prompter = Prompter(letters())
+    prompter = Prompter(byte_tokenizer())
     return make_trainer(config, model, None, prompter, problems, parity, score_answers)
 
 
 def measure(name: str, device: str, flops: float) -> Iterator[dict[str, Any]]:
-    """Yield plain data of some steps, and again with what a profile of one more step adds.
+    """Yield plain data of some steps, and then the same data with a profile of one more step.
 
-    flops: a second, of the device's products.
+    flops: the FLOP/s of products on the device.
 
-    Raise RuntimeError where a step learns nothing.
+    Raise RuntimeError if a step learns nothing.
     """
     trainer = build(name, device)
     rows: list[dict[str, Any]] = []
@@ -192,7 +199,7 @@ def measure(name: str, device: str, flops: float) -> Iterator[dict[str, Any]]:
         seconds.append(time.perf_counter() - began)
         rows.append(row)
         require_learning(step, row)
-    steady = STEPS - 2
+    counted_steps = STEPS - 2
     total = sum(seconds[1:])
     phases = {key for key in rows[-1] if key.startswith("time/")}
     found: dict[str, Any] = {
@@ -202,10 +209,10 @@ def measure(name: str, device: str, flops: float) -> Iterator[dict[str, Any]]:
             key.removeprefix("time/"): statistics.fmean(row[key] for row in rows[1:])
             for key in sorted(phases)
         },
-        "sampled": count.sampled / steady,
-        "learnt": count.learnt / steady,
+        "sampled": count.sampled / counted_steps,
+        "learnt": count.learnt / counted_steps,
         "tokens/s": (count.sampled + count.learnt) / total,
-        "flops": count.flops / steady,
+        "flops": count.flops / counted_steps,
         "mfu": count.flops / total / flops,
         "logp_gap/mean": rows[-1]["logp_gap/mean"],
     }
@@ -213,19 +220,19 @@ def measure(name: str, device: str, flops: float) -> Iterator[dict[str, Any]]:
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     yield found
     if device != "cpu":
-        found |= profiled(trainer, count, total / steady)
+        found |= profiled(trainer, count, total / counted_steps)
     show(found)
     yield found
 
 
 def require_learning(step: int, row: Mapping[str, Any]) -> None:
-    """RuntimeError unless the step had something to learn and learnt it."""
+    """Raise RuntimeError if the step accepted no explanation or had no gradient."""
     if not row["grad_norm"] > 0 or not row["exp/accepted"]:
-        raise RuntimeError(f"step {step + 1} learnt nothing: {row}")
+        raise RuntimeError(f"step {step + 1} learnt nothing. Its metrics are {row}")
 
 
 def run_step(trainer: Trainer, step: int, count: Count) -> dict[str, Any]:
-    """Run a step and return its metrics, seconds by phase included."""
+    """Run a step. Return its metrics, which include the seconds of each phase."""
     phases = Phases()
     with lenient_and_counted(count):
         metrics, _ = grpo.run_step(trainer, step, phases)
@@ -233,15 +240,15 @@ def run_step(trainer: Trainer, step: int, count: Count) -> dict[str, Any]:
 
 
 def profiled(trainer: Trainer, count: Count, seconds: float) -> dict[str, Any]:
-    """Of the last step: seconds of each kind of kernel, and of the longest others.
+    """Profile the last step. Return the seconds of each kind of kernel, and of the longest others.
 
-    seconds: of an ordinary step. The host is slower while it is watched, and stops when buffers of
-    events are full, so what is idle is told from those.
+    seconds: the time of an ordinary step, from which the idle time follows. The profiled step takes
+    longer: the profiler slows down the host, and stops it when buffers of events are full.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run_step(trainer, STEPS - 1, count)
         torch.cuda.synchronize()
-    # `profiler.events()` takes a minute for half a million kernels
+    # `profiler.events()` would take a minute for half a million kernels.
     raw: Any = profiler.profiler
     events = [e for e in raw.kineto_results.events() if "CUDA" in str(e.device_type())]
     kernels = [(e.name(), e.duration_ns() / 1e9) for e in events]
@@ -249,25 +256,40 @@ def profiled(trainer: Trainer, count: Count, seconds: float) -> dict[str, Any]:
 
 
 def shares(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, Any]:
-    """kernels: (name, seconds). `idle` is what no kernel takes of a step's wall time."""
+    """Sum the times of kernels by their kind.
+
+    kernels: names and seconds.
+    wall: the seconds of a step. "idle" is the part of it in which no kernel runs.
+    """
     by_kind: defaultdict[str, float] = defaultdict(float)
     others: defaultdict[str, float] = defaultdict(float)
     for name, seconds in kernels:
-        kind = next((k for k, names in KINDS.items() if re.search(names, name, re.I)), "others")
+        kind = kind_of(name)
         by_kind[kind] += seconds
         if kind == "others":
             others[name[:80]] += seconds
     by_kind["idle"] = max(0.0, wall - sum(by_kind.values()))
     outside = by_kind["others"] + by_kind["idle"]
+    longest = sorted(others.items(), key=lambda item: -item[1])[:12]
     return {
         "kernels": dict(by_kind),
         "outside": outside / wall,
-        "others": dict(sorted(others.items(), key=lambda item: -item[1])[:12]),
+        "others": dict(longest),
     }
 
 
+def kind_of(kernel: str) -> str:
+    """Return the kind of a kernel by its name."""
+    for kind, pattern in KINDS.items():
+        if re.search(pattern, kernel, re.IGNORECASE):
+            return kind
+    return "others"
+
+
 def show(found: Mapping[str, Any]) -> None:
-    print(f"\ntraining, {found['model']}: {statistics.fmean(found['seconds'][1:]):.3f} s a step")
+    """Print the figures of `measure`."""
+    seconds = statistics.fmean(found["seconds"][1:])
+    print(f"\ntraining, {found['model']}: {seconds:.3f} s a step")
     print(*(f"    {name:20s}{s:9.3f} s" for name, s in found["phases"].items()), sep="\n")
     numbers = f"{found['tokens/s']:.0f} tokens/s, MFU {found['mfu']:.1%}"
     if "kernels" in found:

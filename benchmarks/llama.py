@@ -1,7 +1,7 @@
-"""llama.cpp, by llama-cpp-python, as a batched sampler of a folder that transformers saved.
+"""llama.cpp, through llama-cpp-python, as a batched sampler of a model that transformers saved.
 
-A prompt is computed once and its cache shared by its samples (llama_memory_seq_cp); then one
-llama_decode a step over all sequences. Keys and values are kept in fp16, its default and fastest.
+A prompt is computed once, and its samples share its cache (llama_memory_seq_cp). Each step is one
+llama_decode over all sequences. Keys and values are in fp16, the default and the fastest choice.
 """
 
 import ctypes
@@ -28,47 +28,56 @@ NAMES = {
 
 
 class Llama:
-    """Raises ImportError where llama-cpp-python or gguf is not installed."""
+    """A sampler. Raise ImportError where llama-cpp-python or gguf is not installed."""
 
     def __init__(self, folder: Path, threads: int):
         self.api: Any = import_module("llama_cpp")
-        self.quiet = self.api.llama_log_callback(lambda *_: None)  # C keeps no reference
-        self.api.llama_log_set(self.quiet, ctypes.c_void_p(0))
+        # C keeps no reference to the callback, so this object does.
+        self.no_log = self.api.llama_log_callback(lambda *_: None)
+        self.api.llama_log_set(self.no_log, ctypes.c_void_p(0))
         self.api.llama_backend_init()
-        path, self.threads = folder / "bf16.gguf", threads
+        self.threads = threads
+        path = folder / "bf16.gguf"
         write_gguf(folder, path)
-        given = self.api.llama_model_default_params()
-        self.model = self.api.llama_model_load_from_file(str(path).encode(), given)
+        params = self.api.llama_model_default_params()
+        self.model = self.api.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
-        self.vocabulary = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+        vocabulary = self.api.llama_model_get_vocab(self.model)
+        self.vocabulary = self.api.llama_vocab_n_tokens(vocabulary)
 
     def __call__(self, prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
         n = len(prompts) * samples
-        self.context = self._context(n, len(prompts[0]) + new_tokens, sum(map(len, prompts)))
-        self.batch = self.api.llama_batch_init(max(n, sum(map(len, prompts))), 0, 1)
+        prompt_tokens = sum(map(len, prompts))
+        self.context = self._context(n, len(prompts[0]) + new_tokens, prompt_tokens)
+        self.batch = self.api.llama_batch_init(max(n, prompt_tokens), 0, 1)
         try:
             return self._sample(prompts, samples, new_tokens)
         finally:
             self.api.llama_batch_free(self.batch)
             self.api.llama_free(self.context)
 
-    def _context(self, n: int, length: int, n_prompts: int) -> Any:
-        given = self.api.llama_context_default_params()
-        given.n_ctx = n * -(-length // 256) * 256  # it pads each sequence's
-        given.n_seq_max, given.n_batch = n, max(n, n_prompts)
-        given.n_threads = given.n_threads_batch = self.threads
-        given.kv_unified, given.no_perf = False, True
-        context = self.api.llama_init_from_model(self.model, given)
+    def _context(self, n: int, length: int, prompt_tokens: int) -> Any:
+        params = self.api.llama_context_default_params()
+        params.n_ctx = n * -(-length // 256) * 256  # llama.cpp pads each sequence to 256 tokens
+        params.n_seq_max = n
+        params.n_batch = max(n, prompt_tokens)
+        params.n_threads = self.threads
+        params.n_threads_batch = self.threads
+        params.kv_unified = False
+        params.no_perf = True
+        context = self.api.llama_init_from_model(self.model, params)
         if not context:
-            raise RuntimeError(f"llama.cpp gives no context for {n} sequences of {length} tokens")
+            raise RuntimeError(f"llama.cpp has no context for {n} sequences of {length} tokens")
         return context
 
     def _sample(self, prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        n, i = len(prompts) * samples, 0
+        n = len(prompts) * samples
+        i = 0
         for p, prompt in enumerate(prompts):
             for position, token in enumerate(prompt):
-                self._put(i, token, position, p * samples, position == len(prompt) - 1)
+                is_last = position == len(prompt) - 1
+                self._put(i, token, position, sequence=p * samples, wants_logits=is_last)
                 i += 1
         self.batch.n_tokens = i
         logits = np.repeat(self._step(len(prompts)), samples, 0)
@@ -80,34 +89,42 @@ class Llama:
         self.batch.n_tokens = n
         while len(drawn) < new_tokens:
             for s, token in enumerate(drawn[-1]):
-                self._put(s, token, len(prompts[s // samples]) + len(drawn) - 1, s, True)
+                position = len(prompts[s // samples]) + len(drawn) - 1
+                self._put(s, token, position, sequence=s, wants_logits=True)
             drawn.append(_draw(self._step(n)))
         return np.stack(drawn, 1).tolist()
 
-    def _put(self, i: int, token: int, position: int, sequence: int, wanted: bool) -> None:
+    def _put(self, i: int, token: int, position: int, *, sequence: int, wants_logits: bool) -> None:
+        """Write a token to place i of the batch."""
         batch = self.batch
-        batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
-        batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        batch.token[i] = token
+        batch.pos[i] = position
+        batch.logits[i] = wants_logits
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = sequence
 
     def _step(self, rows: int) -> np.ndarray:
-        """(rows, V) logits of the tokens for which they are wanted."""
-        if self.api.llama_decode(self.context, self.batch):
-            raise RuntimeError("llama_decode failed")
+        """Run the batch. Return the logits (rows, V) of the tokens that want them."""
+        status = self.api.llama_decode(self.context, self.batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status} for {self.batch.n_tokens} tokens")
         found = self.api.llama_get_logits(self.context)
         return np.ctypeslib.as_array(found, (rows, self.vocabulary))
 
 
 def _draw(logits: np.ndarray) -> np.ndarray:
-    """Return a token a row; faster than llama.cpp's own samplers at so many rows."""
-    return torch.multinomial(torch.from_numpy(logits).softmax(-1), 1).squeeze(1).numpy()
+    """Draw a token for each row. For many rows this is faster than llama.cpp's own samplers."""
+    probabilities = torch.from_numpy(logits).softmax(-1)
+    return torch.multinomial(probabilities, 1).squeeze(1).numpy()
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """Matrices in bf16, norms in fp32, and no words: it is asked for ids alone."""
+    """Write the model with matrices in bf16, norms in fp32 and no tokenizer."""
     import gguf
 
     config = json.loads((folder / "config.json").read_text())
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    heads = config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -143,8 +160,12 @@ def _name(key: str) -> str:
 
 
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Its RoPE turns neighbours where transformers' turns halves."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    """Return the rows in the order of llama.cpp, whose RoPE rotates pairs of neighbouring features.
+
+    The RoPE of transformers rotates pairs of a feature in the first half and one in the second.
+    """
+    halves = weight.view(heads, 2, -1, weight.shape[1])
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def _add(writer: Any, gguf: Any, name: str, tensor: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Times a group's contestants against each other: interleaved laps, in one process.
+"""Time the contestants of a group against each other, in interleaved rounds of one process.
 
-A lap times every contestant once, and the op's GEMMs alone. Before the first lap each has run once:
-that compiles, touches memory, and is what the judge sees. One that is wrong is not timed.
+A round times every contestant once, and the GEMMs of the op alone. Before the first round, each
+contestant runs once. This run compiles, touches memory, and is checked for accuracy. A contestant
+that is not accurate is not timed.
 """
 
 import ctypes
@@ -17,53 +18,65 @@ from typing import Any
 import torch
 
 from benchmarks.cases import OPS, OURS, SHAPES, Case, Contestant, Group
-from benchmarks.judge import Errors, Yardstick, answer, errors, yardstick
+from benchmarks.judge import Baseline, Errors, answer, baseline, errors
 
-SLOW = 8  # times the GEMMs' time: a contestant beyond takes part in every second lap
-GEMM_ROWS = 4096  # the GEMMs of more rows are timed at so many, which does not slow them
-JUDGE_GEMMS = 16  # what the judge takes on a CPU, in GEMMs of one forward
-COLD_BYTES = 256 << 20  # written before each timing on a GPU, whose L2 is then cold
+# A contestant slower than this multiple of the GEMMs' time runs in every second round only.
+SLOW = 8
+GEMM_ROWS = 4096  # the most rows at which GEMMs are timed: more would not change their rate
+JUDGE_GEMMS = 16  # time of the accuracy check on a CPU, in GEMMs of one forward
+COLD_BYTES = 256 << 20  # written before each timing on a GPU, so that L2 is cold
 
 
 def reason(error: Exception) -> str:
-    """Return the full traceback: of a compiler's error, each line may be the one that tells."""
+    """Return the full traceback: the cause of a compiler's error may be in any of its lines."""
     return "".join(traceback.format_exception(error)).strip()
 
 
 def brief(why: str) -> str:
-    """Return the line of a traceback that names the error; CUDA's go on with advice."""
+    """Return the line of a traceback that names the error.
+
+    It is not always the last line: errors of CUDA go on with advice.
+    """
     lines = why.splitlines()
     headers = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
-    said = lines[headers[-1] + 1 :] if headers else lines
-    return next((line for line in said if line.strip() and not line[0].isspace()), lines[-1])[:200]
+    after_header = lines[headers[-1] + 1 :] if headers else lines
+    for line in after_header:
+        if line.strip() and not line[0].isspace():
+            return line[:200]
+    return lines[-1][:200]
 
 
-class Wrong(Exception):
-    """The results are off, by more than twice what plain PyTorch's are."""
+class WrongResult(Exception):
+    """Results differ from the truth by more than is allowed."""
 
 
 class Stopwatch:
-    """Seconds and peak extra memory of one call."""
+    """Measures the seconds and the peak extra memory of one call."""
 
     def __init__(self, device: str):
         self.cuda = device != "cpu"
-        self.cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=device) if self.cuda else None
+        self.cold = None
+        if self.cuda:
+            self.cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=device)
 
     def start(self) -> None:
+        """Start the measurement."""
         if self.cold is not None:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
-            self.cold.zero_()  # and gives the host a head start
+            self.cold.zero_()  # empties L2; while it runs, the host can queue the work
             self.begin = torch.cuda.Event(enable_timing=True)
             self.begin.record()
             return
-        ctypes.CDLL(None).malloc_trim(0)  # memory that others have freed would hide what is used
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        # Return freed memory to the system: reusing it would not raise the peak.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self.before = _status("VmRSS")
         self.began = time.perf_counter()
 
     def stop(self) -> tuple[float, int]:
+        """Return the seconds and the peak extra bytes since `start`."""
         if self.cuda:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
@@ -73,60 +86,74 @@ class Stopwatch:
         return time.perf_counter() - self.began, _status("VmHWM") - self.before
 
 
-def _status(name: str) -> int:  # bytes
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
+def _status(name: str) -> int:
+    """Return a field of /proc/self/status, in bytes."""
+    return _kilobytes(Path("/proc/self/status"), name) << 10
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    for line in file.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise ValueError(f"{file} has no line {name}")
 
 
 def free_bytes(device: str) -> int:
+    """Return the bytes that can be allocated on the device."""
     if device != "cpu":
         held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + held
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) << 10
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") << 10
 
 
 @dataclass
-class Race:
+class Comparison:
+    """The contestants of a group, and their times."""
+
     group: Group
     device: str
     case: Case
     works: dict[str, Callable[[], object]] = field(default_factory=dict)
     errors: dict[str, Errors] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)  # who is not in `works`, and why
+    left_out: dict[str, str] = field(default_factory=dict)  # contestants not in `works`, and why
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    extra_bytes: dict[str, list[int]] = field(default_factory=dict)  # beside the gradients
-    laps: int = 0
+    extra_bytes: dict[str, list[int]] = field(default_factory=dict)  # without the gradients
+    rounds: int = 0
 
     def __post_init__(self):
         self.gemms = gemms(self.case, OPS[self.group.op].backward)
         self.stopwatch = Stopwatch(self.device)
 
-    def lap(self, besides: str = "") -> None:
-        everyone = self.gemms | self.works
-        for name in [name for name in everyone if name != besides and self._takes_part(name)]:
+    def run_round(self, without: str = "") -> None:
+        """Time the GEMMs and every contestant once, except the one to leave out."""
+        everything = self.gemms | self.works
+        names = [name for name in everything if name != without and self._takes_part(name)]
+        for name in names:
             self.start()
-            everyone[name]()
+            everything[name]()
             self.stop(name)
-        self.laps += 1
+        self.rounds += 1
 
     def start(self) -> None:
+        """Start the measurement of one contestant."""
         self.clear()
         self.stopwatch.start()
 
     def clear(self) -> None:
+        """Drop the gradients of the last contestant."""
         self.case.hidden.grad = self.case.weight.grad = None
 
     def stop(self, name: str) -> None:
+        """Keep the time and the memory of what ran since `start`."""
         seconds, extra = self.stopwatch.stop()
         self.seconds.setdefault(name, []).append(seconds)
-        kept = sum(
-            x.grad.nbytes for x in (self.case.hidden, self.case.weight) if x.grad is not None
-        )
-        self.extra_bytes.setdefault(name, []).append(max(0, extra - kept))
+        for tensor in (self.case.hidden, self.case.weight):
+            if tensor.grad is not None:
+                extra -= tensor.grad.nbytes
+        self.extra_bytes.setdefault(name, []).append(max(0, extra))
 
     def finished(self, name: str) -> Callable[[], None]:
-        """Return the contestant's work, for a clock of the host's."""
+        """Return the contestant's work up to its end on the device, for a clock of the host."""
 
         def work() -> None:
             self.works[name]()
@@ -136,20 +163,33 @@ class Race:
         return work
 
     def _takes_part(self, name: str) -> bool:
-        slow = self.laps and self.seconds.get(name, [0])[0] > SLOW * self.limit()
-        return not (slow and self.laps % 2)
+        if self.rounds % 2 == 0 or name not in self.seconds:
+            return True
+        return self.seconds[name][0] <= SLOW * self.limit()
 
     def limit(self) -> float:
-        """Seconds that the GEMMs of the live rows take alone."""
-        timed = min(self.group.rows, GEMM_ROWS)
-        share = self.case.live.sum().item() / timed
+        """Return the seconds that the GEMMs of the active rows take alone."""
         op = OPS[self.group.op]
         times = {"logits": 2 if op.reference else 1, "d_hidden": 1, "d_weight": 1}
-        return share * sum(times[n] * statistics.median(self.seconds[n]) for n in self.gemms)
+        total = sum(times[name] * statistics.median(self.seconds[name]) for name in self.gemms)
+        timed_rows = min(self.group.rows, GEMM_ROWS)
+        return self.case.active.sum().item() / timed_rows * total
 
     def result(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        limit, ours = self.limit(), statistics.median(self.seconds[OURS])
+        """Return the results as plain data, for JSON."""
+        limit = self.limit()
+        ours = statistics.median(self.seconds[OURS])
+        contestants = {}
+        for name in self.works:
+            median = statistics.median(self.seconds[name])
+            contestants[name] = {
+                "median_s": median,
+                "seconds": self.seconds[name],
+                "times_ours": median / ours,
+                "of_limit": limit / median,
+                "extra_bytes": statistics.median(self.extra_bytes[name]),
+                "error": self.errors[name]._asdict(),
+            }
         return {
             **vars(self.group),
             "device": self.device,
@@ -157,24 +197,15 @@ class Race:
             "gemm_seconds": {name: statistics.median(self.seconds[name]) for name in self.gemms},
             "gemm_rows": min(self.group.rows, GEMM_ROWS),
             "limit_seconds": limit,
-            "contestants": {
-                name: {
-                    "median_s": (median := statistics.median(self.seconds[name])),
-                    "seconds": self.seconds[name],
-                    "times_ours": median / ours,
-                    "of_limit": limit / median,
-                    "extra_bytes": statistics.median(self.extra_bytes[name]),
-                    "error": self.errors[name]._asdict(),
-                }
-                for name in self.works
-            },
+            "contestants": contestants,
             "left_out": self.left_out,
         }
 
 
 def gemms(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
-    """Return the products that any way to the op needs, into memory that is there."""
-    hidden, weight = case.hidden.detach()[:GEMM_ROWS], case.weight.detach()
+    """Return the products that every implementation needs, with their outputs allocated."""
+    hidden = case.hidden.detach()[:GEMM_ROWS]
+    weight = case.weight.detach()
     logits = hidden @ weight.T
     products = {"logits": (hidden, weight.T, logits)}
     if backward:
@@ -183,57 +214,73 @@ def gemms(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     return {name: partial(torch.mm, a, b, out=out) for name, (a, b, out) in products.items()}
 
 
-def warm_up(group: Group, device: str, without: Collection[str] = ()) -> Race:
-    """Run and judge each contestant once, but for those that are to be left out.
+def warm_up(group: Group, device: str, without: Collection[str] = ()) -> Comparison:
+    """Run and check every contestant once, except those to leave out.
 
-    Raises Wrong if ours is off, and whatever it raises.
+    A peer that fails is left out of the comparison. Raise what ours raises, such as WrongResult.
     """
-    # with the default of 8 recompilations a peer would quietly fall back to slower code
+    # After the default of 8 recompilations, a peer would fall back to slower code without an error.
     torch._dynamo.config.recompile_limit = 1000
-    case, op = group.case(device), OPS[group.op]
-    measure, race = yardstick(case, op), Race(group, device, case)
+    case = group.case(device)
+    op = OPS[group.op]
+    expected = baseline(case, op)
+    comparison = Comparison(group, device, case)
     for name, contestant in op.contestants(device):
         if name in without:
             continue
         try:
-            race.errors[name] = attempt(race, contestant, measure)
-            race.works[name] = partial(op.run, contestant, case)
-        except Exception as e:  # of a peer, which may not even run on this device
+            comparison.errors[name] = attempt(comparison, contestant, expected)
+            comparison.works[name] = partial(op.run, contestant, case)
+        except Exception as e:  # a peer may not run on this device
             if name == OURS:
                 raise
-            race.left_out[name] = reason(e)
-    return race
+            comparison.left_out[name] = reason(e)
+    return comparison
 
 
-def attempt(race: Race, contestant: Contestant, measure: Yardstick) -> Errors:
-    """Run and judge a contestant. Raise MemoryError or Wrong."""
-    case, op = race.case, OPS[race.group.op]
+def attempt(comparison: Comparison, contestant: Contestant, expected: Baseline) -> Errors:
+    """Run a contestant and return its errors.
+
+    Raise MemoryError if its logits do not fit, and WrongResult if an error is more than twice that
+    of plain PyTorch.
+    """
+    case = comparison.case
+    op = OPS[comparison.group.op]
     needed = contestant.logit_bytes * len(case.hidden) * len(case.weight)
-    if needed > (free := free_bytes(race.device)):
-        raise MemoryError(f"needs some {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-    race.clear()
-    found = errors(answer(case, op.run(contestant, case)), measure.truth)
-    race.clear()
-    if not found.within_twice(measure.plain, is_loss=not op.head):
-        raise Wrong(f"errors are {found}; plain PyTorch's {measure.plain}")
+    free = free_bytes(comparison.device)
+    if needed > free:
+        raise MemoryError(f"needs some {needed / 1e9:.0f} GB, but {free / 1e9:.0f} GB are free")
+    comparison.clear()
+    value = op.run(contestant, case)
+    found = errors(answer(case, value), expected.truth)
+    comparison.clear()
+    if not found.within_twice(expected.plain, is_loss=not op.head):
+        raise WrongResult(f"errors are {found}; those of plain PyTorch are {expected.plain}")
     return found
 
 
 def measure(
     group: Group, device: str, repeats: int, without: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Plain data; without: contestants that are left out."""
-    race = warm_up(group, device, without)
+    """Time a group in `repeats` rounds. Return plain data.
+
+    without: names of contestants to leave out.
+    """
+    comparison = warm_up(group, device, without)
     for _ in range(repeats):
-        race.lap()
-    return race.result()
+        comparison.run_round()
+    return comparison.result()
 
 
 def gemm_rate(device: str, **how: Any) -> float:
-    """FLOP/s of a bf16 product: a forward's on a CPU, on a GPU one large enough for its best."""
+    """Return the FLOP/s of a bf16 product.
+
+    On a CPU it has the shape of a forward. On a GPU it is large enough to reach the highest rate.
+    """
     m, k, n = (1024, 1024, 16384) if device == "cpu" else (8192, 8192, 8192)
     a, b = (torch.randn(rows, k, device=device).bfloat16() for rows in (m, n))
-    stopwatch, seconds = Stopwatch(device), []
+    stopwatch = Stopwatch(device)
+    seconds = []
     for _ in range(8):
         stopwatch.start()
         torch.mm(a, b.T, **how)
@@ -243,28 +290,32 @@ def gemm_rate(device: str, **how: Any) -> float:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device does at its best."""
+    """The highest measured rates of a device."""
 
-    flops: float  # a second, of torch.mm in bf16
-    bytes: float  # a second, read and written by a copy
+    flops: float  # per second, in torch.mm of bf16 matrices
+    bytes: float  # per second, read and written in a copy
 
 
 def ceilings(device: str) -> Ceilings:
-    """Measure them."""
-    room = torch.empty(
-        (4 << 30) if device != "cpu" else (256 << 20), dtype=torch.int8, device=device
-    )
-    twin, stopwatch, seconds = room.clone(), Stopwatch(device), []
+    """Measure the rates of a device."""
+    size = (4 << 30) if device != "cpu" else (256 << 20)
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    destination = source.clone()
+    stopwatch = Stopwatch(device)
+    seconds = []
     for _ in range(5):
         stopwatch.start()
-        twin.copy_(room)
+        destination.copy_(source)
         seconds.append(stopwatch.stop()[0])
-    return Ceilings(gemm_rate(device), 2 * room.nbytes / min(seconds))
+    return Ceilings(gemm_rate(device), 2 * source.nbytes / min(seconds))
 
 
 def foreseen_seconds(group: Group, device: str, repeats: int, rate: float) -> float:
-    (v, d), op = SHAPES[group.model], OPS[group.op]
+    """Return roughly how long `measure` would take, at a rate in FLOP/s."""
+    v, d = SHAPES[group.model]
+    op = OPS[group.op]
     forward = 2 * group.rows * v * d / rate
     gemms = 1 + 2 * op.backward + op.reference
     cost = 1 + sum(contestant.cost for _, contestant in op.contestants(device))
-    return forward * (JUDGE_GEMMS * (1 + op.reference) + gemms * cost * (repeats + 1))
+    judged = JUDGE_GEMMS * (1 + op.reference)
+    return forward * (judged + gemms * cost * (repeats + 1))

@@ -1,4 +1,4 @@
-"""The parts of the Triton ops, timed one by one: what to tune, before tuning it."""
+"""Time each part of the Triton ops separately, to find out which part to tune."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from benchmarks import floors
 from benchmarks.cases import SHAPES, make_case
-from benchmarks.measure import Ceilings, Stopwatch, Wrong, brief, reason
+from benchmarks.measure import Ceilings, Stopwatch, WrongResult, brief, reason
 from expo_fast.kernels import logprob as k
 from expo_fast.kernels import rowwise
 from expo_fast.kernels.head import NOTHING, Head, LogProb, Needs, RowGrads
 from expo_fast.kernels.products import matmul
 from expo_fast.kernels.reference import PLAIN
 
-TOLERANCE = 1e-4  # nats between two orders of summing a row
+TOLERANCE = 1e-4  # nats by which two orders of summing a row may differ
 
 
 class GivenLoss(NamedTuple):
-    """A loss whose derivatives are known before its log-probs."""
+    """A loss whose gradients do not depend on the log-probs."""
 
     grads: RowGrads  # (N,) each
 
@@ -32,26 +32,32 @@ class GivenLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Something to time."""
+    """A part to time."""
 
     forecast: str  # its name in `benchmarks.floors`
     run: Callable[[], Any]
-    judged: bool = False  # whether it returns results whose log-probs are to be compared
+    returns_logp: bool = False  # whether `run` returns results whose log-probs can be checked
 
 
 def stored(head: Head, expected: LogProb) -> tuple[Tensor, str | None]:
-    """E (N, V) by the fused forward; random numbers, and why, where that fails."""
+    """Return E (N, V) from the fused forward, and None.
+
+    Where the forward fails, return random numbers and the reason.
+    """
     e = k.empty_e(head, len(head.hidden))
     try:
         k.forward(head, e)
         return e, None
-    except Exception as error:  # the other parts can be timed without it
+    except Exception as error:  # the other parts can still be timed
         e.uniform_()
         return e, reason(error)
 
 
 def works(head: Head, e: Tensor, known: LogProb) -> dict[str, Part]:
-    """Return what to time. known: the results of a forward."""
+    """Return the parts to time, by name.
+
+    known: the results of a forward.
+    """
     hidden, weight = head.hidden, head.weight
     log_total = -known.logp
     d_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -67,13 +73,13 @@ def works(head: Head, e: Tensor, known: LogProb) -> dict[str, Part]:
     }
 
     def logits() -> None:
-        rows = slice(0, min(4096, len(hidden)))  # the rest would take memory and tell nothing new
-        z = torch.empty(rows.stop, len(weight), dtype=torch.float32, device=hidden.device)
-        for first in range(0, len(hidden), rows.stop):
-            part = hidden[first : first + rows.stop]
+        chunk = min(4096, len(hidden))  # to save memory
+        z = torch.empty(chunk, len(weight), dtype=torch.float32, device=hidden.device)
+        for first in range(0, len(hidden), chunk):
+            part = hidden[first : first + chunk]
             matmul(part, weight.T, z[: len(part)], narrow=True)
 
-    def both_ways() -> None:
+    def forward_and_backward() -> None:
         k.forward(head, e)
         into_hidden()
         into_weight()
@@ -89,22 +95,24 @@ def works(head: Head, e: Tensor, known: LogProb) -> dict[str, Part]:
         "dz recomputed": partial(k.recomputed, head, known, row_grads, 0, dz),
         "row kernels, forward": partial(rowwise.ROWWISE.log_probs, head, NOTHING),
         "row kernels, one pass": partial(one_pass, GivenLoss(row_grads), Needs(True, True, False)),
-        "forward and backward with E": both_ways,
+        "forward and backward with E": forward_and_backward,
     }
     todo = {name: Part(name, run) for name, run in plain.items()}
     for variant, config in k.VARIANTS.items():
         for name, given in (("fused forward", None), ("fused forward with E", e)):
             run = partial(k.forward, head, given, config)
-            todo[f"{name}, {variant}"] = Part(name, run, judged=True)
+            todo[f"{name}, {variant}"] = Part(name, run, returns_logp=True)
     return todo
 
 
 def parts(model: str, rows: int, device: str, repeats: int, best: Ceilings) -> dict[str, Any]:
-    """Median seconds of each part, interleaved, and of the fused forward in each variant.
+    """Return the median seconds of each part, and of the fused forward in each variant.
 
-    A part that raises, or whose log-probs are not plain PyTorch's, is not timed.
+    Rounds of all parts are interleaved. A part that raises an error, or whose log-probs differ from
+    those of plain PyTorch, is not timed.
     """
-    case, stopwatch = make_case(model, rows, device), Stopwatch(device)
+    case = make_case(model, rows, device)
+    stopwatch = Stopwatch(device)
     head = Head(case.hidden.detach(), case.weight.detach(), None, case.targets, 1.0)
     expected = PLAIN.log_probs(head, NOTHING).results
     expected = LogProb(*(x.double() for x in expected))
@@ -112,18 +120,18 @@ def parts(model: str, rows: int, device: str, repeats: int, best: Ceilings) -> d
     failed = {"E": why} if why else {}
     todo = works(head, e, expected)
     seconds: dict[str, list[float]] = {}
-    for lap in range(repeats + 1):  # the first compiles
+    for round_number in range(repeats + 1):  # the first round compiles
         for name in [name for name in todo if name not in failed]:
             try:
                 stopwatch.start()
                 found = todo[name].run()
                 taken, _ = stopwatch.stop()
-                if lap == 0 and todo[name].judged:
+                if round_number == 0 and todo[name].returns_logp:
                     check(found[0].logp, expected.logp)
-            except Exception as error:  # a config that does not fit into shared memory
+            except Exception as error:  # such as a variant that does not fit into shared memory
                 failed[name] = reason(error)
                 continue
-            if lap:
+            if round_number > 0:
                 seconds.setdefault(name, []).append(taken)
     found = {name: statistics.median(x) for name, x in seconds.items()}
     foreseen = floors.works(rows, *SHAPES[model], best)
@@ -140,9 +148,12 @@ def parts(model: str, rows: int, device: str, repeats: int, best: Ceilings) -> d
 
 
 def check(logp: Tensor, expected: Tensor) -> None:
+    """Raise WrongResult if the log-probs differ from those of plain PyTorch."""
     if not torch.allclose(logp, expected, rtol=0, atol=TOLERANCE):
         gap = float((logp - expected).abs().max())
-        raise Wrong(f"log-probs are {gap:.1e} nats off plain PyTorch's")
+        raise WrongResult(
+            f"log-probs are {gap:.1e} nats off plain PyTorch: at most {TOLERANCE:.0e} is allowed"
+        )
 
 
 def show(
@@ -151,6 +162,7 @@ def show(
     forecasts: Mapping[str, floors.Work],
     failed: Mapping[str, str],
 ) -> None:
+    """Print measured times next to the forecasts."""
     print(f"\n{title}\n{'':52s}{'ms':>10s}{'TFLOP/s':>9s}{'floor':>9s}{'expected':>10s}")
     for name, s in found.items():
         work = forecasts[name]

@@ -1,6 +1,6 @@
-"""The samplers that benchmarks.decode compares: ours, and others as their users would run them.
+"""The samplers that benchmarks.decode compares: ours, and others in the way their users run them.
 
-Each draws at temperature 1, truncates nothing, ignores EOS and uses torch's threads.
+Each one draws at temperature 1 without truncation, ignores EOS and uses as many threads as torch.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,13 @@ from expo_fast.modeling.decoder import Decoder
 
 OURS = "expo_fast"
 
-Sampler = Callable[[list[list[int]], int, int], list[list[int]]]  # prompts, samples, new tokens
+# Takes prompts, samples for each prompt, and new tokens for each sample. Returns completions.
+Sampler = Callable[[list[list[int]], int, int], list[list[int]]]
 
 
 @dataclass(frozen=True)
 class Load:
-    """Prompts of one length, with samples of one length for each."""
+    """What to sample: prompts of equal length, and samples of equal length for each prompt."""
 
     prompts: int = 8
     samples: int = 8
@@ -36,9 +37,11 @@ class Load:
 
     @property
     def tokens(self) -> int:
+        """Return the number of new tokens."""
         return self.prompts * self.samples * self.new_tokens
 
     def ids(self, vocabulary: int) -> list[list[int]]:
+        """Return prompts of random tokens."""
         random = torch.Generator().manual_seed(0)
         size = (self.prompts, self.prompt_tokens)
         return torch.randint(3, vocabulary, size, generator=random).tolist()
@@ -46,22 +49,27 @@ class Load:
 
 @dataclass(frozen=True)
 class Subject:
+    """The model, load and device of a comparison."""
+
     model: Decoder
-    folder: Path  # holds the same model in the format of transformers
+    folder: Path  # contains the same model in the format of transformers
     load: Load
     device: str
 
 
 def ours(subject: Subject, **options: Any) -> Sampler:
+    """Return our generator as a sampler."""
     generator = Generator(subject.model, **options)
 
     def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        return [c.token_ids for c in generator.sample(requests(prompts, samples, new_tokens))]
+        completions = generator.sample(requests(prompts, samples, new_tokens))
+        return [completion.token_ids for completion in completions]
 
     return run
 
 
 def requests(prompts: list[list[int]], samples: int, new_tokens: int) -> list[Request]:
+    """Return requests with a seed for each sample, in the order of the prompts."""
     return [
         Request(prompt, new_tokens, seed=i * samples + j, stop_ids=())
         for i, prompt in enumerate(prompts)
@@ -70,6 +78,7 @@ def requests(prompts: list[list[int]], samples: int, new_tokens: int) -> list[Re
 
 
 def transformers_generate(subject: Subject, cache: str | None) -> Sampler:
+    """Return `generate` of transformers with a cache implementation."""
     from transformers import GenerationConfig
 
     model = _transformers(subject)
@@ -84,6 +93,7 @@ def transformers_generate(subject: Subject, cache: str | None) -> Sampler:
 
 
 def transformers_continuous(subject: Subject) -> Sampler:
+    """Return `generate_batch` of transformers, its continuous batching."""
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -92,7 +102,7 @@ def transformers_continuous(subject: Subject) -> Sampler:
     def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
         n = len(prompts) * samples
         options: dict[str, Any] = {}
-        if subject.device == "cpu":  # where it cannot determine these by itself
+        if subject.device == "cpu":  # there it cannot determine these by itself
             pages = -(-(len(prompts[0]) + new_tokens) // 32) + 1
             options = {"page_size": 32, "num_blocks": n * pages, "max_batch_tokens": max(512, n)}
         config = GenerationConfig(**_plain(new_tokens), num_return_sequences=samples)
@@ -114,19 +124,27 @@ def _transformers(subject: Subject) -> Any:
 
 
 def _plain(new_tokens: int) -> dict[str, Any]:
-    """Return options without truncation and without an end: no token has id -1."""
-    ends = {"max_new_tokens": new_tokens, "eos_token_id": -1, "pad_token_id": 0}
-    return ends | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    """Return options without truncation and without an EOS token: no token has id -1."""
+    return {
+        "max_new_tokens": new_tokens,
+        "eos_token_id": -1,
+        "pad_token_id": 0,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
 
 
 def llama_cpp(subject: Subject) -> Sampler:
+    """Return llama.cpp as a sampler."""
     from benchmarks.llama import Llama
 
     return Llama(subject.folder, torch.get_num_threads())
 
 
 def vllm(subject: Subject) -> Sampler:
-    """Run vLLM in this process, on all of its cores."""
+    """Return vLLM, run in this process and on all of its cores, as a sampler."""
     import os
 
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -142,11 +160,11 @@ def vllm(subject: Subject) -> Sampler:
     )
 
     def run(prompts: list[list[int]], samples: int, new_tokens: int) -> list[list[int]]:
-        engine.reset_prefix_cache()  # else it would hold the prompts of the last lap
-        given = SamplingParams(n=samples, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        done = engine.generate(asked, given, use_tqdm=False)
-        return [list(output.token_ids) for each in done for output in each.outputs]
+        engine.reset_prefix_cache()  # otherwise it contains the prompts of the last round
+        params = SamplingParams(n=samples, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        results = engine.generate(inputs, params, use_tqdm=False)
+        return [list(output.token_ids) for result in results for output in result.outputs]
 
     return run
 

@@ -1,11 +1,12 @@
-"""Prints tables of the fused ops against their peers, and one JSON object last.
+"""Time the fused ops against their peers, and print tables and then one JSON object.
 
     python -m benchmarks.summary --models smollm2-135m --rows 1024
-    python -m benchmarks.summary FILE    of pytest benchmarks --benchmark-json FILE
+    python -m benchmarks.summary FILE    print what `pytest benchmarks --benchmark-json FILE` saved
 
-Of limit: what the GEMMs of the live rows take alone, in the same run, over what the op took. There
-is one forward, two more with gradients, and one for a reference model. Errors are against fp64: the
-largest of the log-probs or the loss's, and of the gradients relative to their norm.
+"of limit" is the time of the op's GEMMs alone, in the same run and for the active rows, divided by
+the time of the op. The GEMMs are one for a forward, two more for gradients, and one for a reference
+model. Errors are differences from fp64: the largest error of a log-prob, or the error of the loss,
+and the errors of gradients relative to their norm.
 """
 
 import argparse
@@ -28,17 +29,24 @@ PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "trl")
 
 
 def default_device() -> str:
+    """Return "cuda" where torch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
-    found["device"] = platform.processor() or platform.machine()
+    """Return the date, the device, the commit and the versions of packages."""
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "device": platform.processor() or platform.machine(),
+    }
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["device"] = next(x for x in lines if x.startswith("model name")).split(": ")[1]
+        name = next(line for line in lines if line.startswith("model name"))
+        found["device"] = name.split(": ")[1]
     if torch.cuda.is_available():
-        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        found["device"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
     with suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
@@ -50,6 +58,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
+    """Print a table of the results of a group."""
     group = Group(*(result[name] for name in Group.__dataclass_fields__))
     gemms = ", ".join(f"{name} {ms(s)}" for name, s in result["gemm_seconds"].items())
     print(f"\n{group}, bf16, {result['device']}, {result['threads']} threads")
@@ -70,13 +79,21 @@ def show(result: dict[str, Any]) -> None:
 
 
 def ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.{0 if seconds >= 1 else 1 if seconds >= 0.01 else 3}f}"
+    """Return a time in milliseconds, with 0, 1 or 3 decimals."""
+    if seconds >= 1:
+        decimals = 0
+    elif seconds >= 0.01:
+        decimals = 1
+    else:
+        decimals = 3
+    return f"{seconds * 1e3:.{decimals}f}"
 
 
 def load(path: Path) -> dict[str, Any]:
+    """Return the results of ops that pytest-benchmark saved."""
     data = json.loads(path.read_text())
     results = [benchmark["extra_info"] for benchmark in data["benchmarks"]]
-    results = [result for result in results if "op" in result]  # test_decode's are no ops
+    results = [result for result in results if "op" in result]  # not those of test_decode
     return {"machine": data["machine_info"]["expo_fast"], "results": results}
 
 
@@ -97,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         summary = {"machine": machine(), "results": []}
         for group in groups(a.models, a.rows, a.ops):
-            summary["results"].append(measure(group, default_device(), a.repeats))
-            show(summary["results"][-1])
+            result = measure(group, default_device(), a.repeats)
+            summary["results"].append(result)
+            show(result)
     print(f"\n{' '.join(f'{k} {v}' for k, v in summary['machine'].items())}")
     print(json.dumps(summary))
 

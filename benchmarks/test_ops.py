@@ -1,6 +1,7 @@
-"""pytest benchmarks: every op at every shape that fits, ours in pytest-benchmark's own table.
+"""Time every op at every shape that fits: run `pytest benchmarks`.
 
-A round times the peers first, then ours; their figures are in the JSON's extra_info, and printed.
+A round times the peers first and then ours. The table of pytest-benchmark shows ours. The figures
+of all are printed, and are in the extra_info of the JSON.
 """
 
 import pytest
@@ -19,21 +20,25 @@ def rate() -> float:
 
 @pytest.mark.parametrize("group", groups(), ids=str)
 def test_op(group: Group, rate: float, benchmark, capsys, request):
-    device, limit = default_device(), request.config.getoption("max_seconds")
+    device = default_device()
+    limit = request.config.getoption("max_seconds")
     rounds = request.config.getoption("benchmark_min_rounds")
     foreseen = foreseen_seconds(group, device, rounds, rate)
     if foreseen > limit:
-        pytest.skip(f"would take some {foreseen:.0f} s: more than --max-seconds {limit:g}")
-    race = warm_up(group, device)
+        pytest.skip(f"would take about {foreseen:.0f} s, more than --max-seconds {limit:g}")
+    comparison = warm_up(group, device)
 
-    def others() -> None:
-        race.lap(besides=OURS)
-        race.start()
+    def time_peers() -> None:
+        comparison.run_round(without=OURS)
+        comparison.start()
 
     benchmark.pedantic(
-        race.finished(OURS), setup=others, teardown=lambda: race.stop(OURS), rounds=rounds
+        comparison.finished(OURS),
+        setup=time_peers,
+        teardown=lambda: comparison.stop(OURS),
+        rounds=rounds,
     )
-    if benchmark.stats:  # not with --benchmark-disable, which leaves the check
-        benchmark.extra_info.update(race.result())
+    if benchmark.stats:  # None with --benchmark-disable, which only checks the results
+        benchmark.extra_info.update(comparison.result())
         with capsys.disabled():
             show(benchmark.extra_info)

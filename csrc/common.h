@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
@@ -14,26 +15,27 @@
 
 #include "lanes.h"
 
-constexpr int64_t kBlock = 64;    // tokens of a tile
-constexpr float kNever = -1e30f;  // logit whose exp is 0, and so is its product with the logit
+constexpr int64_t kBlock = 64;    // tokens in a tile
+constexpr float kNever = -1e30f;  // a logit z so low that exp(z) and z * exp(z) are 0
 
-// The codes of op_backends/native_library.py's DTYPE_CODES.
+// The same codes as DTYPE_CODES in op_backends/native_library.py.
 enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-// Defines expo_fast_sizeof_NAME(): the size of a struct that Python fills, which it compares with
-// that of its own declaration when it loads the library (native_library.check_struct_sizes).
+// Defines expo_fast_sizeof_NAME(), which returns the size of a struct that Python fills. When the
+// library is loaded, native_library.check_struct_sizes compares it with the size in Python.
 #define EXPO_FAST_SIZEOF(name, Struct) \
   extern "C" int64_t expo_fast_sizeof_##name() { return sizeof(Struct); }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// The part of n pieces of work that thread t of `threads` does: [begin, end).
+// The range [begin, end) of n work items that thread t of `threads` processes.
 struct Share {
   int64_t begin, end;
 
   Share(int64_t n, int t, int threads) : begin(n * t / threads), end(n * (t + 1) / threads) {}
 };
 
+// Calls f with a value of the C++ type that the code stands for.
 template <class F>
 void with_dtype(int32_t dtype, F f) {
   if (dtype == kFloat32) f(float{});
@@ -41,34 +43,45 @@ void with_dtype(int32_t dtype, F f) {
   if (dtype == kFloat16) f(fp16{});
 }
 
+// Marks memory that is not written yet. It does nothing, except in the library that tests build with
+// EXPO_FAST_POISON: there every float in it becomes NaN, so that a read before the first write shows.
+inline void poison([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(EXPO_FAST_POISON)
+  std::memset(memory, 0xff, bytes);
+#endif
+}
+
+// A buffer of `size` elements, aligned to 64 bytes and not initialized.
 template <class T>
 struct Scratch {
-  explicit Scratch(int64_t size) : data(new (std::align_val_t{64}) T[size]) {}
+  explicit Scratch(int64_t size) : data(new (std::align_val_t{64}) T[size]) {
+    poison(data.get(), size * sizeof(T));
+  }
   struct Free { void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); } };
   std::unique_ptr<T[], Free> data;
 };
 
-// Runs f(t) on each thread. An exception must not leave an OpenMP region: the first one is thrown
-// again after it.
+// Runs f(t) on each thread. An exception must not leave an OpenMP region, so the first one is
+// thrown again after the region.
 template <class F>
 void parallel(int threads, F f) {
-  std::vector<std::exception_ptr> failed(threads);
+  std::vector<std::exception_ptr> errors(threads);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t) {
     try {
       f(t);
     } catch (...) {
-      failed[t] = std::current_exception();
+      errors[t] = std::current_exception();
     }
   }
-  for (auto& error : failed)
+  for (auto& error : errors)
     if (error) std::rethrow_exception(error);
 }
 
-// Threads that go through the same phases together.
+// A team of threads that run the same sequence of phases, with a barrier after each phase.
 class Team {
  public:
-  // Runs f(team, t) on each of the threads that OpenMP gives, t = 0, 1, ...
+  // Runs f(team, t) on every thread t = 0, 1, ... that OpenMP provides.
   template <class F>
   static void run(int threads, F f) {
     Team team;
@@ -80,7 +93,8 @@ class Team {
     }
   }
 
-  // One phase: f(0) ... f(n - 1), each on the next free thread. Every thread waits for all of them.
+  // Runs one phase: each of f(0), ..., f(n - 1) runs on the next free thread. No thread returns
+  // before all calls have finished.
   template <class F>
   void each(int64_t n, F f) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
@@ -93,8 +107,9 @@ class Team {
   alignas(64) std::atomic<int> waiting{0};
   alignas(64) std::atomic<int> phase{0};
 
-  // With more threads than free cores, a thread that only spins keeps the thread that it waits for
-  // from running: OpenMP's own barrier then makes decoding 13 times slower.
+  // A barrier that yields. With more threads than free cores, a thread that only spins takes the
+  // core from the thread that it waits for: with OpenMP's own barrier, decoding is then 13 times
+  // slower.
   void wait() {
     const int now = phase.load(std::memory_order_relaxed);
     if (waiting.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {

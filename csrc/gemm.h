@@ -1,5 +1,6 @@
-// Small matrix products inside one thread: C (M, N) = A (M, K) @ B (K, N), or C += A @ B, with sums
-// in fp32. N is a multiple of 16. A bf16 B holds its rows in pairs, (K / 2, N, 2), and K is even.
+// Small matrix products inside one thread: C (M, N) = A (M, K) @ B (K, N), or C += A @ B, summed in
+// fp32. N is a multiple of 16. In bf16, K is even and B is stored with its rows interleaved in
+// pairs, as (K / 2, N, 2).
 #pragma once
 
 #include <type_traits>
@@ -11,10 +12,10 @@
 #endif
 
 #if defined(EXPO_FAST_AMX) || defined(__AVX512BF16__)
-#define EXPO_FAST_BF16  // products of bf16 values are faster than of their fp32 copies
+#define EXPO_FAST_BF16  // products of bf16 values are faster than products of their fp32 copies
 #endif
 
-// Neighbouring rows of B, or values of a row of A, that one step along K multiplies.
+// The neighbouring rows of B, and the values in a row of A, that one step along K multiplies.
 template <class T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
 
@@ -33,20 +34,22 @@ inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
 }
 #endif
 
-// R x J vectors of C stay in registers during the loop over K: 24 of AVX-512's 32, 12 of AVX2's 16.
-// They start at 0 and are added to C at the end: rounded once to C's magnitude, not at every step.
+// Computes R x J vectors of C. Their sums stay in registers during the loop over K: in 24 of the 32
+// registers of AVX-512, or 12 of the 16 of AVX2. The sums start at 0 and are added to C at the end,
+// so that they are rounded to the magnitude of C once and not at every step.
 template <int R, int J, class T>
 inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
                        int64_t ldc, bool add) {
   Lanes sum[R][J] = {};
-  for (int r = 0; r < R; ++r)  // a C in L3 has arrived when K is done: d_hidden is 9% faster
+  // Prefetch C, which may be in L3, while the loop over K runs: d_hidden is 9% faster.
+  for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) __builtin_prefetch(c + r * ldc + j * kLanes, 1);
   for (int64_t k = 0; k < steps; ++k) {
-    if (k * kPair<T> * sizeof(T) % 64 == 0)  // the rows of the next block, line by line
+    if (k * kPair<T> * sizeof(T) % 64 == 0)  // prefetch the next block's rows, one line at a time
       for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * lda + k * kPair<T>);
     Lanes row[J];
     for (int j = 0; j < J; ++j) row[j] = load<Lanes>(b + (k * ldb + j * kLanes) * kPair<T>);
-#pragma GCC unroll 12  // without it the sums of many rows do not stay in registers
+#pragma GCC unroll 12  // otherwise the sums of many rows do not stay in registers
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j)
         sum[r][j] = multiply_add(sum[r][j], a + r * lda + k * kPair<T>, row[j]);
@@ -58,16 +61,21 @@ inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64
     }
 }
 
-constexpr int kTileRows = 6;
+// Rows of C whose sums stay in registers together.
+constexpr int kRegisterRows = 6;
+
+// Rows of a tile: its part of C, with 64 columns, stays in L1. Without AMX it is a multiple of
+// kRegisterRows, so that no rows remain.
 #if defined(EXPO_FAST_AMX)
-constexpr int64_t kTall = 128;  // rows of a tile whose C of 64 columns stays in L1 ...
+constexpr int64_t kTileRows = 128;
 #else
-constexpr int64_t kTall = 126;  // ... and leaves no remainder of kTileRows
+constexpr int64_t kTileRows = 126;
 #endif
 
-constexpr int fewer(int rows) { return rows > kTileRows ? rows / 2 : rows - 1; }
+// The next smaller number of rows to multiply together.
+constexpr int fewer(int rows) { return rows > kRegisterRows ? rows / 2 : rows - 1; }
 
-// Multiplies R rows at a time, then the rest in blocks of at most kTileRows.
+// Multiplies R rows at a time, and then the remaining rows in smaller blocks.
 template <int R, int J, class T>
 inline void gemm_columns(int64_t m, int64_t steps, const T* a, int64_t lda, const T* b,
                          int64_t ldb, float* c, int64_t ldc, bool add) {
@@ -80,15 +88,16 @@ inline void gemm_columns(int64_t m, int64_t steps, const T* a, int64_t lda, cons
 template <class T>
 inline void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                  float* c, int64_t ldc, bool add) {
-  constexpr int J = kLanes == 16 ? 4 : 2, R = kTileRows;
-  // Steps of K at a time: a panel of B stays in cache, and fp32 sums are short. With bf16 factors
-  // rounding has cost more than long sums would, and long rows of A are 4% faster (Zen 5).
+  constexpr int J = kLanes == 16 ? 4 : 2, R = kRegisterRows;
+  // K is processed in parts of kDepth, so that a panel of B stays in cache and fp32 sums stay
+  // short. In bf16 longer sums do no harm, because rounding the factors has cost more precision,
+  // and longer rows of A are 4% faster (Zen 5).
   constexpr int64_t kDepth = kPair<T> == 2 ? 1024 : 256;
   for (int64_t k0 = 0; k0 < k; k0 += kDepth, add = true) {
     const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kPair<T>;
     const T *a0 = a + k0, *b0 = b + k0 * ldb;
     int64_t j = 0;
-    auto columns = [&](auto rows, auto width) {  // each shape has as many independent sums
+    auto columns = [&](auto rows, auto width) {  // every shape has R * J independent sums
       for (; j + width * kLanes <= n; j += width * kLanes)
         gemm_columns<rows, width>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
     };
@@ -106,7 +115,8 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, co
 }
 #endif
 
-// Call after a thread's last product: the state of AMX tiles would slow down its other code.
+// Call this after the last product of a thread: AMX tiles that stay configured slow down its other
+// code.
 inline void gemm_done() {
 #if defined(EXPO_FAST_AMX)
   at::native::cpublas::brgemm_release(true);

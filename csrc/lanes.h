@@ -1,5 +1,5 @@
-// Vectors of the target's width, in the vector extensions of GCC and clang: one source for AVX-512,
-// AVX2 and all other targets.
+// Vectors as wide as the target's registers, in the vector extensions of GCC and clang: one source
+// serves AVX-512, AVX2 and all other targets.
 #pragma once
 
 #include <cstdint>
@@ -45,32 +45,32 @@ inline To bits_as(From v) {
   return to;
 }
 
-// x -> 2^(k x), k > 0: exactly 0 below -126.5, inf from 127.5, NaN for NaN. The relative error of
-// the polynomial is 2e-9 (fitted on [-1/2, 1/2]), and k x is not rounded before its integer part is
-// subtracted, so large exponents lose no digits.
+// Computes 2^(k x) for k > 0: exactly 0 for k x below -126.5, inf from 127.5, and NaN for NaN. The
+// polynomial is fitted on [-1/2, 1/2] with a relative error of 2e-9. k x is not rounded before its
+// integer part is subtracted, so large exponents lose no digits.
 struct Power {
   Lanes k, low, high;
 
   explicit Power(Lanes k) : k(k), low(-127.0f / k), high(128.0f / k) {}
 
   Lanes operator()(Lanes x) const {
-    x = x < low ? low : x;  // this order lets NaN through
+    x = x < low ? low : x;  // comparisons in this order keep NaN
     x = x > high ? high : x;
-    const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds off the fraction
-    const Lanes whole = (x * k + to_integer) - to_integer;
-    const Lanes f = x * k - whole;  // fused
+    const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Lanes integer = (x * k + to_integer) - to_integer;
+    const Lanes f = x * k - integer;  // one fused multiply-add, without rounding x * k
     Lanes p = f * 1.5345812029e-04f + 1.3399931362e-03f;
     p = p * f + 9.6184889583e-03f;
     p = p * f + 5.5503287766e-02f;
     p = p * f + 2.4022646891e-01f;
     p = p * f + 6.9314720574e-01f;
     p = p * f + 1.0f;
-    const IntLanes exponent = (__builtin_convertvector(whole, IntLanes) + 127) << 23;
+    const IntLanes exponent = (__builtin_convertvector(integer, IntLanes) + 127) << 23;
     return p * bits_as<Lanes>(exponent);
   }
 };
 
-// Rounds to bf16, in the upper half of each lane, to nearest, ties to even.
+// Rounds to bf16, to nearest with ties to even. The result is the upper half of each lane.
 inline BitLanes rounded_to_bf16(Lanes x) {
 #if defined(__AVX512BF16__)
   const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
@@ -83,7 +83,7 @@ inline BitLanes rounded_to_bf16(Lanes x) {
 #endif
 }
 
-// Transposes 4 x 4 values; in bf16 with four values in a 64-bit word.
+// Transposes 4 x 4 values. In bf16, a 64-bit word holds the four values of a row.
 inline void transpose4(const bf16* from, int64_t from_stride, bf16* to, int64_t to_stride) {
   const uint64_t even = 0x0000ffff0000ffff, low = 0x00000000ffffffff;
   uint64_t a = load<uint64_t>(from), b = load<uint64_t>(from + from_stride);
@@ -108,7 +108,7 @@ inline float widen(bf16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
 inline float widen(fp16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return bits_as<float>(sign | 0x7f800000u | (rest & 0x3ff) << 13);
-  // exponents differ by 112; the product is right for subnormals too
+  // The exponent biases differ by 112. A product is right for subnormal numbers too.
   return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(rest << 13) * 0x1p112f));
 }
 
@@ -119,11 +119,15 @@ inline void narrow(float x, bf16& to) {
   to.bits = x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16;
 }
 
-inline void narrow(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof *to); }
+inline void narrow(const float* from, int64_t n, float* to) {
+  std::memcpy(to, from, n * sizeof *to);
+}
 
 inline void narrow(const float* from, int64_t n, bf16* to) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    store(to + i, __builtin_convertvector(rounded_to_bf16(load<Lanes>(from + i)) >> 16, ShortLanes));
+  for (; i + kLanes <= n; i += kLanes) {
+    const BitLanes high = rounded_to_bf16(load<Lanes>(from + i)) >> 16;
+    store(to + i, __builtin_convertvector(high, ShortLanes));
+  }
   for (; i < n; ++i) narrow(from[i], to[i]);
 }

@@ -1,15 +1,15 @@
-// A linear head's log-probs and their gradients on a CPU, with no (N, V) buffer.
+// Log-probs of the LM head and their gradients on a CPU, without an (N, V) buffer.
 //
-//   z = (hidden @ weight.T + bias)    u_j = (z_j - base) / temperature    y the target
+//   z = hidden @ weight.T + bias    u_j = (z_j - base) / temperature    y: the target
 //   forward   other = sum_{j != y} exp(u_j)    moment = sum_{j != y} exp(u_j) (z_j - base)
-//   backward  dz_j = exp(u_j) (c0 + c1 (z_j - base)) for j != y,    dz_y given
+//   backward  dz_j = exp(u_j) (c0 + c1 (z_j - base)) for j != y,    dz_y is given
 //             d_hidden = dz @ weight    d_weight = dz.T @ hidden    d_bias = sum_n dz
 //
-// Tokens lie along the vector lanes: Z.T = weight @ hidden.T reads weight as it is in memory, and
-// sums over the vocabulary are vertical. Threads split the vocabulary, so that each owns its rows
-// of d_weight; their partial sums are added in the order of threads: the same number of threads
-// gives the same bits. Forward is one GEMM; backward three, because it recomputes Z. Each kSpan tokens
-// read weight once from memory.
+// Tokens lie along the vector lanes: Z.T = weight @ hidden.T reads weight in memory order, and sums
+// over the vocabulary need no sum across lanes. Threads split the vocabulary, so that each thread
+// owns its rows of d_weight. Partial sums of the threads are added in the order of the threads, so
+// the same number of threads gives the same bits. Forward is one GEMM. Backward is three, because
+// it recomputes Z. A span of kSpan tokens reads weight from memory once.
 
 #include <algorithm>
 #include <cmath>
@@ -22,16 +22,20 @@
 
 namespace {
 
-constexpr int64_t kSpan = 1024;    // tokens that share a pass over weight: both packings stay in L3
-constexpr int64_t kForward = kTall;          // vocabulary rows of a tile: its logits stay in L1
-constexpr int64_t kBackward = 4 * kForward;  // ... its weight, dz and logits stay in L2 or near
-constexpr int64_t kPad = 32;       // elements that keep rows from sharing cache sets
+// Tokens that share a pass over weight. Both packed copies of their hidden states stay in L3.
+constexpr int64_t kSpan = 1024;
+// Vocabulary rows of a tile in forward. The logits of a tile stay in L1.
+constexpr int64_t kForward = kTileRows;
+// Vocabulary rows of a tile in backward. Its weight, dz and logits stay in or close to L2.
+constexpr int64_t kBackward = 4 * kForward;
+// Elements of padding after a row, so that rows do not compete for the same cache sets.
+constexpr int64_t kPad = 32;
 
 }  // namespace
 
-// Head and Gradients are declared in op_backends/cpu.py too. Vectors are (N,) fp32 unless noted.
+// op_backends/cpu.py declares Head and Gradients too. Vectors are (N,) fp32 unless noted.
 struct Head {
-  const void *hidden, *weight;  // (N, D) contiguous, (V, D) with contiguous rows
+  const void *hidden, *weight;  // (N, D), contiguous; (V, D), each row contiguous
   const float* bias;            // (V,) or null
   const int64_t* targets;
   const float* base;
@@ -42,8 +46,8 @@ struct Head {
 
 struct Gradients {
   const float *c0, *c1, *at_target;
-  void* d_hidden;  // (N, D) contiguous, or null
-  void* d_weight;  // (V, D) contiguous, or null; fp32 where N exceeds kSpan
+  void* d_hidden;  // (N, D), contiguous, or null
+  void* d_weight;  // (V, D), contiguous, or null; fp32 if N exceeds kSpan
   float* d_bias;   // (V,) or null
   int32_t d_hidden_dtype, d_weight_dtype;  // fp32 or bf16
 };
@@ -53,34 +57,34 @@ EXPO_FAST_SIZEOF(gradients, Gradients)
 
 namespace {
 
-// Gradients are written as fp32 or bf16.
+// Calls f with a value of the type of a gradient, which is fp32 or bf16.
 template <class F>
 void with_gradient_dtype(int32_t dtype, F f) {
   if (dtype == kFloat32) f(float{});
   if (dtype == kBFloat16) f(bf16{});
 }
 
-// A span of tokens, packed for both products that they are a factor of.
+// The hidden states of a span of tokens, packed for the two products that read them.
 template <class T>
 struct Span {
-  int64_t start, n, lanes;  // lanes: n rounded up to 16
-  int64_t d, depth;         // depth: d rounded up to a pair
+  int64_t start, n, padded_n;  // padded_n is n rounded up to 16
+  int64_t d, depth;            // depth is d rounded up to a multiple of kPair
 
   Span(const Head& head, bool backward)
       : d(head.d), depth(round_up(d, kPair<T>)),
         columns_(kSpan * depth), rows_(backward ? kSpan * round_up(d, 16) : 0) {}
 
-  int64_t blocks() const { return (lanes + kBlock - 1) / kBlock; }
-  int64_t width(int64_t block) const { return std::min(kBlock, lanes - block * kBlock); }
-  // (depth, width): B of Z.T = weight @ hidden.T
+  int64_t blocks() const { return (padded_n + kBlock - 1) / kBlock; }
+  int64_t width(int64_t block) const { return std::min(kBlock, padded_n - block * kBlock); }
+  // Returns (depth, width), the B of Z.T = weight @ hidden.T.
   const T* columns(int64_t block) const { return columns_.data.get() + block * kBlock * depth; }
-  // (lanes, up to kBlock) from feature `start` on: B of d_weight = dZ.T @ hidden
-  const T* rows(int64_t start) const { return rows_.data.get() + start * lanes; }
+  // Returns (padded_n, up to kBlock) from feature `start` on, the B of d_weight = dZ.T @ hidden.
+  const T* rows(int64_t start) const { return rows_.data.get() + start * padded_n; }
 
   void take(const Head& head, int64_t first, bool backward) {
     start = first;
     n = std::min(kSpan, head.n - first);
-    lanes = round_up(n, 16);
+    padded_n = round_up(n, 16);
     with_dtype(head.hidden_dtype, [&](auto type) {
       auto from = static_cast<const decltype(type)*>(head.hidden) + first * d;
       parallel(head.threads, [&](int t) {
@@ -126,12 +130,12 @@ struct Span {
   }
 };
 
-// Rows [start, start + rows) of weight as T; used in place in memory if possible, else a copy.
+// Rows [start, start + rows) of weight as T: in place where the dtype allows it, else as a copy.
 template <class T>
 struct WeightTile {
   WeightTile(const Head& head, int64_t rows)
       : head(head), depth(round_up(head.d, kPair<T>)), in_place(usable(head)),
-        room_(in_place ? 0 : rows * depth) {}
+        copy_(in_place ? 0 : rows * depth) {}
 
   const Head& head;
   const int64_t depth;
@@ -145,7 +149,7 @@ struct WeightTile {
       stride = head.weight_stride;
       return;
     }
-    T* to = room_.data.get();
+    T* to = copy_.data.get();
     with_dtype(head.weight_dtype, [&](auto type) {
       auto from = static_cast<const decltype(type)*>(head.weight) + start * head.weight_stride;
       for (int64_t r = 0; r < rows; ++r)
@@ -157,7 +161,7 @@ struct WeightTile {
   }
 
  private:
-  Scratch<T> room_;
+  Scratch<T> copy_;
 
   static bool usable(const Head& head) {
     const int32_t wanted = sizeof(T) == 2 ? kBFloat16 : kFloat32;
@@ -165,7 +169,7 @@ struct WeightTile {
   }
 };
 
-// Z.T of a tile (rows, w), before the bias; targets' logits are kNever.
+// Writes Z.T of a tile, (rows, w), before the bias. The logits of targets are set to kNever.
 template <class T>
 void write_logits(const Head& head, const Span<T>& span, const WeightTile<T>& weight, int64_t start,
                   int64_t rows, int64_t block, float* z) {
@@ -179,19 +183,21 @@ void write_logits(const Head& head, const Span<T>& span, const WeightTile<T>& we
   }
 }
 
-void copy_padded(const float* from, int64_t n, int64_t lanes, float pad, float* to) {
-  std::fill(std::copy_n(from, n, to), to + lanes, pad);
+void copy_padded(const float* from, int64_t n, int64_t padded_n, float pad, float* to) {
+  std::fill(std::copy_n(from, n, to), to + padded_n, pad);
 }
 
-// Backward's inputs for each token of a span, padded so that dz is 0.
-struct Lane {
+// What backward reads for each token of a span. Padding gives dz = 0.
+struct TokenInputs {
   float base[kSpan], exponent[kSpan], c0[kSpan], c1[kSpan];
 
-  void take(const Head& head, const Gradients& g, int64_t start, int64_t n, int64_t lanes) {
-    copy_padded(head.base + start, n, lanes, -kNever, base);
-    copy_padded(head.exponent + start, n, lanes, 1, exponent);
-    copy_padded(g.c0 + start, n, lanes, 0, c0);
-    copy_padded(g.c1 + start, n, lanes, 0, c1);
+  TokenInputs() { poison(this, sizeof *this); }
+
+  void take(const Head& head, const Gradients& g, int64_t start, int64_t n, int64_t padded_n) {
+    copy_padded(head.base + start, n, padded_n, -kNever, base);
+    copy_padded(head.exponent + start, n, padded_n, 1, exponent);
+    copy_padded(g.c0 + start, n, padded_n, 0, c0);
+    copy_padded(g.c1 + start, n, padded_n, 0, c1);
   }
 };
 
@@ -199,10 +205,10 @@ float bias_of(const Head& head, int64_t row) {
   return head.bias ? std::max(head.bias[row], kNever) : 0.0f;
 }
 
-// Running sums over the vocabulary, per token: sum exp((z - base) / T), and that times z - base.
-// base starts at the target's logit, so that nothing cancels as p_y -> 1. It moves up where the sum
-// of a tile is much larger than all before it, so that the largest terms are exponentials of small
-// numbers.
+// Running sums over the vocabulary for each token: `other` sums exp((z - base) / T) and `moment`
+// sums exp((z - base) / T) (z - base). The base starts at the logit of the target, so that nothing
+// cancels as p_y -> 1. It moves up when the sum of a tile is much larger than the sum so far, so
+// that the largest terms are exponentials of small numbers.
 struct Sums {
   double *other, *moment;
   float *base, *exponent;
@@ -222,7 +228,7 @@ struct Sums {
   }
 };
 
-// Adds the part of one tile and block of tokens to the sums.
+// Adds one tile of the vocabulary, for one block of tokens, to the sums.
 void add_exponentials(const Head& head, const float* z, int64_t start, int64_t rows, int64_t w,
                       Sums to) {
   for (int64_t i = 0; i < w; i += kLanes) {
@@ -257,14 +263,14 @@ template <class T>
 void forward(const Head& head, double* other, double* moment, float* base) {
   Span<T> span(head, false);
   const int64_t tiles = (head.v + kForward - 1) / kForward;
-  const int64_t lanes = round_up(head.n, 16), all = head.threads * lanes;
-  Scratch<double> doubles(2 * all);
-  Scratch<float> floats(2 * all), logits(head.threads * kForward * kBlock);
-  const Sums sums{&doubles.data[0], &doubles.data[all], &floats.data[0], &floats.data[all]};
-  std::fill_n(sums.other, 2 * all, 0.0);
+  const int64_t padded_n = round_up(head.n, 16), size = head.threads * padded_n;
+  Scratch<double> doubles(2 * size);
+  Scratch<float> floats(2 * size), logits(head.threads * kForward * kBlock);
+  const Sums sums{&doubles.data[0], &doubles.data[size], &floats.data[0], &floats.data[size]};
+  std::fill_n(sums.other, 2 * size, 0.0);
   for (int t = 0; t < head.threads; ++t) {
-    copy_padded(head.base, head.n, lanes, -kNever, sums.base + t * lanes);
-    copy_padded(head.exponent, head.n, lanes, 1, sums.exponent + t * lanes);
+    copy_padded(head.base, head.n, padded_n, -kNever, sums.base + t * padded_n);
+    copy_padded(head.exponent, head.n, padded_n, 1, sums.exponent + t * padded_n);
   }
   for (int64_t first = 0; first < head.n; first += kSpan) {
     span.take(head, first, false);
@@ -278,7 +284,7 @@ void forward(const Head& head, double* other, double* moment, float* base) {
         for (int64_t b = 0; b < span.blocks(); ++b) {
           write_logits(head, span, weight, start, rows, b, z);
           add_exponentials(head, z, start, rows, span.width(b),
-                           sums.at(t * lanes + first + b * kBlock));
+                           sums.at(t * padded_n + first + b * kBlock));
         }
       }
       gemm_done();
@@ -287,32 +293,35 @@ void forward(const Head& head, double* other, double* moment, float* base) {
   for (int64_t i = 0; i < head.n; ++i) {
     Sums total{other, moment, base, const_cast<float*>(head.exponent)};
     base[i] = kNever;
-    for (int t = 0; t < head.threads; ++t) base[i] = std::max(base[i], sums.base[t * lanes + i]);
+    for (int t = 0; t < head.threads; ++t) base[i] = std::max(base[i], sums.base[t * padded_n + i]);
     other[i] = moment[i] = 0;
     for (int t = 0; t < head.threads; ++t) {
-      Sums part = sums.at(t * lanes);
+      Sums part = sums.at(t * padded_n);
       part.move(i, base[i]);
       total.add(i, part.other[i], part.moment[i]);
     }
   }
 }
 
-// One thread's part of backward.
+// Backward on one thread.
 template <class T>
 class Backward {
  public:
-  Backward(const Head& head, const Gradients& g, const Span<T>& span, const Lane& lane)
-      : head(head), g(g), span(span), lane(lane), weight(head, kBackward),
+  Backward(const Head& head, const Gradients& g, const Span<T>& span, const TokenInputs& inputs)
+      : head(head), g(g), span(span), inputs(inputs), weight(head, kBackward),
         z(kBackward * kBlock), dz(kBackward * kStride), pairs(kBackward * kBlock),
-        turned(g.d_hidden ? head.d * kTurned : 0), d_hidden(g.d_hidden ? kSpan * head.d : 0) {}
+        weight_t(g.d_hidden ? head.d * kWeightStride : 0),
+        d_hidden(g.d_hidden ? kSpan * head.d : 0) {
+    poison(bias_sum, sizeof bias_sum);
+  }
 
-  void begin() { if (g.d_hidden) std::fill_n(d_hidden.data.get(), span.lanes * head.d, 0.0f); }
+  void begin() { if (g.d_hidden) std::fill_n(d_hidden.data.get(), span.padded_n * head.d, 0.0f); }
 
   void tile(int64_t first, int64_t count) {
     start = first;
     rows = count;
     weight.take(start, rows);
-    if (g.d_hidden) turn_weight();
+    if (g.d_hidden) transpose_weight();
     if (g.d_bias) std::fill_n(bias_sum, rows, Lanes{});
     for (int64_t b = 0; b < span.blocks(); ++b) {
       write_logits(head, span, weight, start, rows, b, z.data.get());
@@ -324,53 +333,53 @@ class Backward {
     if (g.d_bias) write_d_bias();
   }
 
-  // (d, width) of a block
+  // Returns d_hidden of a block, (d, width).
   const float* d_hidden_of(int64_t block) const {
     return d_hidden.data.get() + block * kBlock * head.d;
   }
 
  private:
-  static constexpr int64_t kStride = kSpan + kPad, kTurned = kBackward + kPad;
+  static constexpr int64_t kStride = kSpan + kPad, kWeightStride = kBackward + kPad;
   const Head& head;
   const Gradients& g;
   const Span<T>& span;
-  const Lane& lane;
+  const TokenInputs& inputs;
   WeightTile<T> weight;
-  Scratch<float> z;         // (rows, w) logits
-  Scratch<T> dz;            // (rows, lanes) with kStride
-  Scratch<T> pairs;         // (rows, w) of the block, rows interleaved as a product wants them
-  Scratch<T> turned;        // (d, rows) with kTurned: weight.T
+  Scratch<float> z;         // (rows, w), the logits of a block
+  Scratch<T> dz;            // (rows, padded_n), with row stride kStride
+  Scratch<T> pairs;         // (rows, w), dz of a block with rows in pairs, the B of a product
+  Scratch<T> weight_t;      // (d, rows), weight.T with row stride kWeightStride
   Scratch<float> d_hidden;  // (blocks, d, w)
   Lanes bias_sum[kBackward];
   int64_t start, rows;
 
   int64_t depth() const { return round_up(rows, kPair<T>); }
 
-  void turn_weight() {
-    const int64_t whole_rows = rows / 4 * 4, whole_d = head.d / 4 * 4;
-    auto turn = [&](int64_t r, int64_t k) {
-      turned.data[k * kTurned + r] = r < rows ? weight.data[r * weight.stride + k] : T{};
+  void transpose_weight() {
+    const int64_t rows_4 = rows / 4 * 4, d_4 = head.d / 4 * 4;  // rounded down to multiples of 4
+    auto copy = [&](int64_t r, int64_t k) {
+      weight_t.data[k * kWeightStride + r] = r < rows ? weight.data[r * weight.stride + k] : T{};
     };
-    for (int64_t r0 = 0; r0 < whole_rows; r0 += 32)  // a line of each of turned's rows
-      for (int64_t k = 0; k < whole_d; k += 4)
-        for (int64_t r = r0; r < std::min(r0 + 32, whole_rows); r += 4)
+    for (int64_t r0 = 0; r0 < rows_4; r0 += 32)  // fills one cache line of each row of weight_t
+      for (int64_t k = 0; k < d_4; k += 4)
+        for (int64_t r = r0; r < std::min(r0 + 32, rows_4); r += 4)
           transpose4(weight.data + r * weight.stride + k, weight.stride,
-                     turned.data.get() + k * kTurned + r, kTurned);
+                     weight_t.data.get() + k * kWeightStride + r, kWeightStride);
     for (int64_t k = 0; k < head.d; ++k)
-      for (int64_t r = k < whole_d ? whole_rows : 0; r < depth(); ++r) turn(r, k);
+      for (int64_t r = k < d_4 ? rows_4 : 0; r < depth(); ++r) copy(r, k);
   }
 
   void write_dz(int64_t block) {
     const int64_t w = span.width(block), at = block * kBlock;
     for (int64_t i = 0; i < w; i += kLanes) {
-      const Lanes base = load<Lanes>(lane.base + at + i);
-      const Power power(load<Lanes>(lane.exponent + at + i));
-      const Lanes c0 = load<Lanes>(lane.c0 + at + i), c1 = load<Lanes>(lane.c1 + at + i);
+      const Lanes base = load<Lanes>(inputs.base + at + i);
+      const Power power(load<Lanes>(inputs.exponent + at + i));
+      const Lanes c0 = load<Lanes>(inputs.c0 + at + i), c1 = load<Lanes>(inputs.c1 + at + i);
       auto value = [&](int64_t r) {
         if (r >= rows) return Lanes{};
         Lanes x = load<Lanes>(&z.data[r * w + i]) - base;
         if (head.bias) x += bias_of(head, start + r);
-        x = x < power.low ? power.low : x;  // without it a large c1 times kNever would be inf
+        x = x < power.low ? power.low : x;  // else a large c1 times kNever would be inf
         const Lanes d = power(x) * (c0 + c1 * x);
         if (g.d_bias) bias_sum[r] += d;
         return d;
@@ -406,8 +415,8 @@ class Backward {
     const int64_t w = span.width(block), at = block * kBlock;
     const T* b = kPair<T> == 2 ? pairs.data.get() : dz.data.get() + at;
     float* to = d_hidden.data.get() + at * head.d;
-    gemm(head.d, w, depth(), turned.data.get(), kTurned, b, kPair<T> == 2 ? w : kStride, to, w,
-         true);
+    const int64_t ldb = kPair<T> == 2 ? w : kStride;
+    gemm(head.d, w, depth(), weight_t.data.get(), kWeightStride, b, ldb, to, w, true);
   }
 
   template <class To>
@@ -415,7 +424,8 @@ class Backward {
     for (int64_t k0 = 0; k0 < head.d; k0 += kBlock) {
       const int64_t w = std::min(kBlock, round_up(head.d, 16) - k0);
       const int64_t real = std::min(w, head.d - k0);
-      gemm(rows, w, span.lanes, dz.data.get(), kStride, span.rows(k0), w, z.data.get(), w, false);
+      gemm(rows, w, span.padded_n, dz.data.get(), kStride, span.rows(k0), w, z.data.get(), w,
+           false);
       for (int64_t r = 0; r < rows; ++r) {
         To* to = static_cast<To*>(g.d_weight) + (start + r) * head.d + k0;
         const float* from = z.data.get() + r * w;
@@ -436,7 +446,7 @@ class Backward {
   }
 };
 
-// Adds up the threads' parts of d_hidden for one block's tokens.
+// Adds the threads' parts of d_hidden for the tokens of one block.
 template <class T, class To>
 void write_d_hidden(const Span<T>& span, int64_t block,
                     const std::unique_ptr<Backward<T>>* parts, int n_parts, To* out) {
@@ -453,15 +463,16 @@ void write_d_hidden(const Span<T>& span, int64_t block,
 template <class T>
 void backward(const Head& head, const Gradients& g) {
   Span<T> span(head, true);
-  auto lane = std::make_unique<Lane>();
-  const int64_t size = std::min(kBackward, round_up((head.v + head.threads - 1) / head.threads, 16));
+  auto inputs = std::make_unique<TokenInputs>();
+  const int64_t share = (head.v + head.threads - 1) / head.threads;
+  const int64_t size = std::min(kBackward, round_up(share, 16));
   const int64_t tiles = (head.v + size - 1) / size;
   auto parts = std::make_unique<std::unique_ptr<Backward<T>>[]>(head.threads);
   for (int t = 0; t < head.threads; ++t)
-    parts[t] = std::make_unique<Backward<T>>(head, g, span, *lane);
+    parts[t] = std::make_unique<Backward<T>>(head, g, span, *inputs);
   for (int64_t first = 0; first < head.n; first += kSpan) {
     span.take(head, first, true);
-    lane->take(head, g, first, span.n, span.lanes);
+    inputs->take(head, g, first, span.n, span.padded_n);
     parallel(head.threads, [&](int t) {
       parts[t]->begin();
       const Share mine(tiles, t, head.threads);
@@ -483,7 +494,7 @@ void backward(const Head& head, const Gradients& g) {
 
 thread_local char last_error[1024];
 
-// 0, or 1 with the reason in last_error.
+// Calls f with a value of the type to multiply in. Returns 0, or 1 with the reason in last_error.
 template <class F>
 int32_t with_product(const Head& head, F f) {
   try {
@@ -503,7 +514,8 @@ extern "C" {
 
 const char* expo_fast_error() { return last_error; }
 
-// Whether oneDNN multiplies with AMX here: ONEDNN_MAX_CPU_ISA may forbid what the CPU has.
+// Returns whether oneDNN multiplies with AMX here. ONEDNN_MAX_CPU_ISA may forbid it on a CPU that
+// has it.
 int32_t expo_fast_has_amx() {
 #if defined(EXPO_FAST_AMX)
   return at::native::cpublas::could_pack(at::kBFloat16);
@@ -512,7 +524,7 @@ int32_t expo_fast_has_amx() {
 #endif
 }
 
-// Logit of each row's target, (N,), summed in fp64.
+// Writes the logit of each row's target, (N,), summed in fp64.
 int32_t expo_fast_anchor(const Head* head, float* out) {
   parallel(head->threads, [&](int t) {
     const Share mine(head->n, t, head->threads);
@@ -532,14 +544,15 @@ int32_t expo_fast_anchor(const Head* head, float* out) {
   return 0;
 }
 
-// Writes other and moment, (N,) fp64, and the base (N,) that they are relative to: it is not
-// head->base where p_y is small.
+// Writes other and moment, (N,) fp64, and the base (N,) that they are relative to, which differs
+// from head->base where p_y is small. Returns 0, or 1 and sets the error.
 int32_t expo_fast_forward(const Head* head, double* other, double* moment, float* base) {
   return with_product(*head, [&](auto type) {
     forward<decltype(type)>(*head, other, moment, base);
   });
 }
 
+// Writes the gradients that `g` asks for. Returns 0, or 1 and sets the error.
 int32_t expo_fast_backward(const Head* head, const Gradients* g) {
   return with_product(*head, [&](auto type) { backward<decltype(type)>(*head, *g); });
 }

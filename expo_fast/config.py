@@ -61,7 +61,9 @@ class Prompting:
     max_completion_length: int = 64
     """Maximum number of tokens sampled for one completion."""
     seed: int = 0
+    """Seed of all random numbers."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the model's weights."""
     device: str = "auto"
     """Device of the model; auto: cuda if there is a GPU, else cpu."""
 
@@ -87,9 +89,11 @@ class Train(Prompting):
     train_data: str = "builtin:arithmetic-2:train"
     """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
     eval_data: str = "builtin:arithmetic-2:eval"
+    """Source of the held-out problems, as for train_data."""
     output_dir: str | None = None
     """Run directory; None: runs/METHOD-HASH, one for each configuration."""
     steps: int = 16
+    """Number of training steps."""
     prompts_per_step: int = 16
     """P, the number of questions in a batch."""
     num_generations: int = 4
@@ -106,8 +110,12 @@ class Train(Prompting):
     temperature: float = 1.0
     """Temperature of the attempts, and of the log-probs in the loss."""
     top_p: float = 1.0
+    """Nucleus sampling of attempts (arXiv:1904.09751); 1: all tokens."""
     top_k: int = 0
+    """Number of likeliest tokens that attempts are sampled from; 0: all tokens."""
     min_p: float = 0.0
+    """Minimum probability of a sampled token, relative to the likeliest token (arXiv:2407.01082);
+    0: all tokens."""
     reward: str | None = None
     """Dotted path of f(prompts, completions, completion_ids, **columns); None: 1 for the right
     boxed answer, else 0."""
@@ -133,8 +141,9 @@ class Train(Prompting):
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Standard deviation that divides the advantages; none: they are not divided (Dr.GRPO)."""
     clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low (DAPO: 0.2)."""
     clip_high: float = 0.2
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO: 0.2, 0.28)."""
+    """The ratio is clipped from above at 1 + clip_high (DAPO: 0.28)."""
     kl_coef: float = 0.0
     """Weight of the k3 KL penalty towards the initial model. Without LoRA, a value above 0 keeps a
     frozen copy of that model."""
@@ -193,12 +202,19 @@ class Train(Prompting):
     """The adapters' output is scaled by lora_alpha / lora_rank."""
 
     learning_rate: float = 5e-5
+    """Peak learning rate."""
     warmup_steps: int = 2
+    """Number of optimizer steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up; linear and cosine fall to 0 at the end of the run."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
     eps: float = 1e-8
+    """AdamW's epsilon."""
     weight_decay: float = 0.0
+    """AdamW's weight decay of matrices."""
     max_grad_norm: float = 1.0
+    """L2 norm that the gradient is clipped to; inf: no clipping."""
     pack_tokens: int = 4096
     """Maximum number of tokens in one forward and backward pass. It bounds memory and does not
     change the loss."""

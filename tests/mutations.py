@@ -31,6 +31,7 @@ class Mutation:
 
 
 OPTIONS = "tests/test_every_option.py"
+POISON = "tests/test_poison.py -k "
 GRPO = "expo_fast/algorithms/grpo.py"
 ROLLOUT = "expo_fast/algorithms/rollout.py"
 TRAINER = "expo_fast/algorithms/trainer.py"
@@ -129,13 +130,104 @@ MUTATIONS = [
         "every = config.explain_every + 1",
         "tests/test_explanations.py tests/test_grpo.py tests/test_train.py " + OPTIONS,
     ),
-    # Memory that nobody has written
+    # Memory that no kernel has written
     Mutation(
         "values of unwritten tokens",
         "csrc/decoder.cpp",
-        "if (!token) std::fill_n(to, kPage * s.wide, T{});",
+        "if (!token) std::fill_n(to, kPage * s.value_width, T{});",
         "",
-        "tests/test_cache.py tests/test_generate.py",
+        POISON + "engines",
+    ),
+    Mutation(
+        "running sums of attention",
+        "csrc/decoder.cpp",
+        "    std::fill_n(bench.sum, queries * s.wide, 0.0f);\n",
+        "",
+        POISON + "engines",
+    ),
+    Mutation(
+        "a product's sums in registers",
+        "csrc/gemm.h",
+        "Lanes sum[R][J] = {};",
+        "Lanes sum[R][J];",
+        POISON + "native",
+    ),
+    Mutation(
+        "columns that pad a block of tokens",
+        "csrc/linear_logprob.cpp",
+        "        const bool real = token < n && k < d;\n",
+        "        const bool real = token < n && k < d;\n        if (!real) continue;\n",
+        POISON + "native",
+    ),
+    Mutation(
+        "the bias gradient's sums",
+        "csrc/linear_logprob.cpp",
+        "if (g.d_bias) std::fill_n(bias_sum, rows, Lanes{});",
+        "",
+        POISON + "native",
+    ),
+    Mutation(
+        "gradients of a batch without rows",
+        "expo_fast/op_backends/cpu.py",
+        "make = _empty if n else _zeros",
+        "make = _empty",
+        POISON + "native",
+    ),
+    Mutation(
+        "hidden gradients of inactive rows",
+        "expo_fast/op_backends/triton_fused.py",
+        "out.zero_().index_copy_",
+        "out.index_copy_",
+        POISON + "triton",
+    ),
+    Mutation(
+        "padding of the exponentials that are kept",
+        "kernels/logprob.py",
+        "    e[:, len(head.weight) :] = 0\n",
+        "",
+        POISON + "triton",
+    ),
+    Mutation(
+        "log_total of rows that are not kept",
+        "expo_fast/op_backends/triton_fused.py",
+        "log_total = results.logp.new_zeros(n)",
+        "log_total = results.logp.new_empty(n)",
+        POISON + "triton",
+    ),
+    Mutation(
+        "results of rows without a target",
+        "expo_fast/op_backends/row_selection.py",
+        "return x.new_zeros(n, *x.shape[1:]).index",
+        "return x.new_empty(n, *x.shape[1:]).index",
+        POISON + "torch",
+    ),
+    Mutation(
+        "keys and values beyond the newest token",
+        "kernels/decode.py",
+        "values = tl.load(at + PAGE * HKV * DH, inside, 0.0)",
+        "values = tl.load(at + PAGE * HKV * DH, deep[None, :], 0.0)",
+        POISON + "gpu",
+    ),
+    Mutation(
+        "slots of a step that has no rows yet",
+        "kernels/decode.py",
+        "used=torch.zeros(sizes.rows",
+        "used=torch.ones(sizes.rows",
+        POISON + "captured",
+    ),
+    Mutation(
+        "gradients of the last copies of a key",
+        "kernels/training_layer.py",
+        "_store(v_out + at, v_sum, inside, WIDE)",
+        "_store(v_out + at, v_sum, inside & (n_copies > 1)[:, None], WIDE)",
+        POISON + "training_with",
+    ),
+    Mutation(
+        "a second buffer of gradient sums",
+        "expo_fast/modeling/grad_sums.py",
+        "torch._foreach_copy_(*_columns(copied))",
+        "torch._foreach_add_(*_columns(copied))",
+        POISON + "training",
     ),
     # Of our own choosing
     Mutation(

@@ -1,7 +1,7 @@
 """Fused kernels of a training layer against fp64 and plain PyTorch, on a GPU or interpreted."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from expo_fast.kernels import fused, training_layer
 from expo_fast.modeling import attention, decoder, lora, rope
 from expo_fast.modeling.attention import PackedAttention
 from expo_fast.modeling.decoder import Block, Decoder
+from poison import poisoned_tensors
 from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,18 +27,12 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take the kernels, of 16 bits, on a CPU too; what they leave unwritten is NaN."""
-    new_empty = Tensor.new_empty
-    empty_like = torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **how: poisoned(new_empty(*a, **how)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **how: poisoned(empty_like(*a, **how)))
     if DEVICE == "cpu":
         monkeypatch.setattr(fused, "runs", lambda *x: all(y.dtype in HALVES for y in x))
+    with poisoned_tensors():
+        yield
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_what_is_timed_must_agree_with_plain_pytorch():
 
     logp = torch.randn(8, dtype=torch.float64)
     parts.check(logp + 1e-5, logp)
-    with pytest.raises(parts.Wrong, match="nats off plain PyTorch"):
+    with pytest.raises(parts.WrongResult, match="nats off plain PyTorch"):
         parts.check(logp + 1e-3, logp)
 
 
@@ -291,8 +291,8 @@ def test_an_item_keeps_its_traceback_its_warnings_and_what_it_had_found(tmp_path
         report.compare("z", torch.tensor([math.nan]), torch.ones(1), 1.0)
 
     monkeypatch.setattr(Item, "run", work)
-    monkeypatch.setattr(command, "lost", lambda device: False)
-    assert command.item("versions", tmp_path, 60, dry=False) == 1
+    monkeypatch.setattr(command, "context_is_lost", lambda device: False)
+    assert command.run_item("versions", tmp_path, 60, dry=False) == 1
     found = json.loads((tmp_path / "versions.json").read_text())
     assert found["early"] == 1 and found["warned"] == ["without CUDA graphs"]
     assert found["error"].startswith("Traceback") and "in work\n" in found["error"]  # where, too
@@ -305,9 +305,9 @@ def test_a_lost_context_is_told_from_an_error(monkeypatch):
         raise torch.AcceleratorError("CUDA error: misaligned address\nCompile with ...")
 
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
-    assert command.lost("cuda") and not command.lost("cpu")
+    assert command.context_is_lost("cuda") and not command.context_is_lost("cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert not command.lost("cuda")
+    assert not command.context_is_lost("cuda")
 
 
 def test_a_failed_comparison_keeps_at_most_a_megabyte(tmp_path):

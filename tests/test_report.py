@@ -245,7 +245,7 @@ def test_a_property_that_was_not_measured_gets_no_verdict(tmp_path: Path):
     assert "holds" not in text
     old = write_run(tmp_path / "b", rows=[{"exp/lift": 1.0}, {"exp/lift": 3.0}], steps=1)
     assert (
-        "Learning signal, if the answer was masked, which the record does not say: holds in 2 of 2 "
+        "Learning signal (the files do not say whether the answer was masked): holds in 2 of 2 "
         "measured steps: the lift is above 0. Mean 2 nats, lowest 1, highest 3."
     ) in page_of(tmp_path, old).text
 
@@ -423,7 +423,7 @@ def test_an_error_is_one_sentence(tmp_path: Path, capsys):
             [str(tmp_path / "no_config")],
             "no_config' is not the folder of a run: it has no config.toml",
         ),
-        ([unlogged], "unlogged' has no step logged"),
+        ([unlogged], "unlogged' has no logged step"),
         ([broken], "config.toml is not TOML"),
         ([good, good + "/."], "a run is given twice"),
         ([good, "--outptu", "x"], "--outptu"),

@@ -101,7 +101,7 @@ def test_a_run_that_went_on_later_names_the_commits_of_both(tmp_path, monkeypatc
 
 def test_what_is_collected_names_no_folder_of_this_machine(tmp_path):
     given = [str(tmp_path / "gsm8k.jsonl"), "builtin:arithmetic-1:train", 3]
-    assert collect.anywhere(given) == ["gsm8k.jsonl", *given[1:]]
+    assert collect.without_folder(given) == ["gsm8k.jsonl", *given[1:]]
 
 
 def test_arms_are_compared_over_the_seeds_that_all_have():

@@ -356,7 +356,7 @@ def test_an_end_token_outside_the_vocabulary_is_refused(folder: Path, end: objec
     ("name", "message"),
     [
         ("../stolen.safetensors", "points to '../stolen.safetensors', need a .safetensors file"),
-        ("/etc/stolen.safetensors", "need a .safetensors file beside it"),
+        ("/etc/stolen.safetensors", "need a .safetensors file in its folder"),
         ("model.bin", "points to 'model.bin', need a .safetensors file"),
         ("gone.safetensors", "points to gone.safetensors, which does not exist"),
     ],

@@ -1,8 +1,12 @@
-"""Check and time the CUDA path on a machine that is there for minutes; see `benchmarks/lease.sh`.
+"""Check and time the CUDA path on a machine that is available for minutes only.
 
-plan        the items: what runs, in which order, for how long
-runner      one process an item, time limits, the archive
-report      what an item measured, saved as it goes
-switches    fallbacks for what a check found broken
-fake_driver the dry run's Triton driver
+Run `benchmarks/lease.sh`. The modules are:
+
+plan         the items, in their order and with their time limits
+runner       runs each item in a process of its own, and writes the archive
+report       saves what an item measures, after each measurement
+switches     fallbacks for what a check found broken
+fake_driver  the Triton driver of a dry run
+
+The other modules contain the work of the items.
 """

@@ -1,7 +1,8 @@
-"""A Triton driver for machines without a GPU: kernels are compiled for sm_90, and not run.
+"""A Triton driver for machines without a GPU. Kernels are compiled for sm_90, but not run.
 
-Launches take the real path: arguments are bound and specialised, the kernel is compiled, the grid
-is computed. `LAUNCHES` counts them by kernel. What a kernel would have written stays as it was.
+A launch binds and specialises its arguments, compiles the kernel and computes the grid, as it does
+on a GPU. The outputs of a kernel keep the values that they had. `LAUNCHES` counts launches by
+kernel.
 """
 
 from collections import Counter
@@ -13,18 +14,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 MULTIPROCESSORS = 132
-SHARED_BYTES = 232448  # that a block may have
+SHARED_BYTES = 232448  # the most shared memory of a block
 LAUNCHES: Counter[str] = Counter()
 
 
 class Utils:
-    """What the JIT asks the driver's C module for."""
+    """The functions of the driver's C module that the JIT calls."""
 
     loaded = 0
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
         if shared > SHARED_BYTES:
-            raise RuntimeError(f"{name} needs {shared} bytes of shared memory")
+            raise RuntimeError(
+                f"{name} needs {shared} bytes of shared memory: a block has at most {SHARED_BYTES}"
+            )
         self.loaded += 1
         registers, spills, most_threads = 0, 0, 1024
         return 1, self.loaded, registers, spills, most_threads
@@ -49,7 +52,10 @@ class Launcher:
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: int, *_: Any) -> None:
         if not (0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16):
-            raise RuntimeError(f"{self.name}: grid ({x}, {y}, {z})")
+            raise RuntimeError(
+                f"{self.name}: the grid is ({x}, {y}, {z}), but sizes must be at least 1 "
+                "and less than 2**31, 2**16 and 2**16"
+            )
         LAUNCHES[self.name] += 1
 
 
@@ -85,7 +91,7 @@ class Driver:
 
 
 def install() -> None:
-    """Send tensors of a CPU through the CUDA path of this process."""
+    """Make this process use the CUDA path for tensors on a CPU."""
     from expo_fast.inference import cpu_engine, cuda_engine
     from expo_fast.kernels import fused, logprob
     from expo_fast.kernels.head import Head
@@ -94,7 +100,7 @@ def install() -> None:
     from expo_fast.op_backends.dispatch import choose
 
     if INTERPRETED:
-        raise RuntimeError("a dry run compiles kernels: unset TRITON_INTERPRET")
+        raise RuntimeError("TRITON_INTERPRET is set, but a dry run compiles kernels: unset it")
     active: Any = Driver()
     driver.set_active(active)
     logprob._Call.programs = lambda self: MULTIPROCESSORS
@@ -113,7 +119,7 @@ def install() -> None:
         return triton_fused if logprob.supports(head) else ROWWISE
 
     custom_ops.choose = through_triton
-    # What no kernel writes would be whatever lay there, and so might be read as an index.
+    # Kernels write nothing, so that uninitialized memory could be read as an index.
     torch.empty = torch.zeros
     torch.empty_like = torch.zeros_like
     Tensor.new_empty = Tensor.new_zeros

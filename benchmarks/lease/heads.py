@@ -1,4 +1,4 @@
-"""The linear head's kernels against fp64."""
+"""Check the kernels of the LM head against fp64."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,16 @@ from expo_fast.kernels.products import matmul
 
 SHAPE = 1023, 72, 50257
 DRY_ROWS, DRY_COLUMNS = 300, 1024
-LOGP = 1e-4  # nats: the largest error of a row; tensor cores cut off what they sum
-PRODUCT = 1e-4  # of a norm: summed in fp32; results rounded to bf16 would be 2e-3 off
-GRADIENT = 8e-3  # of a norm: bf16 factors
+# The largest error of a row in nats: tensor cores truncate the terms of their sums.
+LOGP = 1e-4
+# Errors relative to a norm. Products are summed in fp32; rounded to bf16, they would be 2e-3 off.
+PRODUCT = 1e-4
+GRADIENT = 8e-3  # its factors are bf16
 ALL = Needs(True, True, True)
 
 
 def make_head(report: Report, shape: Sequence[int], *, bias: bool = True) -> Head:
-    """Random rows, with a temperature each; the first of them sure of its target."""
+    """Return random rows with a temperature each. The first row is almost sure of its target."""
     n, d, v = shape
     if report.dry:
         n, v = min(n, DRY_ROWS), min(v, DRY_COLUMNS)
@@ -40,7 +42,7 @@ def make_head(report: Report, shape: Sequence[int], *, bias: bool = True) -> Hea
 
 
 def truth_of(head: Head, upstream: Tensor | None = None) -> tuple[LogProb, list[Tensor]]:
-    """Results in fp64, and with upstream slopes (3, N) the gradients."""
+    """Return the results in fp64, and the inputs' gradients for upstream gradients (3, N)."""
     assert head.bias is not None and isinstance(head.temperature, Tensor)
     inputs = [x.double() for x in (head.hidden, head.weight, head.bias)]
     if upstream is not None:
@@ -56,14 +58,15 @@ def truth_of(head: Head, upstream: Tensor | None = None) -> tuple[LogProb, list[
 
 
 def compare_results(report: Report, got: LogProb, truth: LogProb) -> None:
+    """Compare log-probs, entropies and log-sum-exps."""
     for name in LogProb._fields:
-        mine, theirs = getattr(got, name), getattr(truth, name)
-        allowed = LOGP * max(1.0, float(theirs.abs().max()) / 10)
-        report.compare(name, mine, theirs, allowed, worst=True)
+        expected = getattr(truth, name)
+        allowed = LOGP * max(1.0, float(expected.abs().max()) / 10)
+        report.compare(name, getattr(got, name), expected, allowed, worst=True)
 
 
 def products(report: Report) -> None:
-    """bf16 factors, fp32 results, in each layout that the gradients use."""
+    """Check products of bf16 factors with fp32 results, in each layout that gradients use."""
     n, d, v = (300, 64, 512) if report.dry else (1024, 896, 32768)
     g = torch.Generator(report.device).manual_seed(0)
     sizes = ((n, v), (v, d), (n, d))
@@ -80,20 +83,20 @@ def products(report: Report) -> None:
 
 
 def row_kernels(report: Report) -> None:
-    """Check the fallback, forward and backward."""
+    """Check the row kernels, which are the fallback, forward and backward."""
     head = make_head(report, SHAPE)
     upstream = torch.randn(3, len(head.hidden), device=report.device)
     truth, gradients = truth_of(head, upstream)
     forward = rowwise.ROWWISE.log_probs(head, ALL)
     compare_results(report, forward.results, truth)
     got = rowwise.ROWWISE.gradients(head, forward, RowGrads(*upstream), ALL)
-    for name, mine, theirs in zip(("hidden", "weight", "bias"), got, gradients, strict=True):
-        assert mine is not None
-        report.compare(f"d_{name}", mine, theirs, GRADIENT)
+    for name, grad, expected in zip(("hidden", "weight", "bias"), got, gradients, strict=True):
+        assert grad is not None
+        report.compare(f"d_{name}", grad, expected, GRADIENT)
 
 
 def target_logits(report: Report) -> None:
-    """Each row's logit of its target."""
+    """Check the logits of the targets."""
     for bias in (True, False):
         head = make_head(report, SHAPE, bias=bias)
         rows = head.weight.double()[head.targets]
@@ -107,7 +110,7 @@ def target_logits(report: Report) -> None:
 
 
 def forward(report: Report, shape: Sequence[int], store: bool) -> None:
-    """Check the fused forward, and E as its gradients want it."""
+    """Check the fused forward and, if `store`, E, which the gradients read."""
     head = make_head(report, shape)
     n = len(head.hidden)
     e = None
@@ -125,49 +128,50 @@ def forward(report: Report, shape: Sequence[int], store: bool) -> None:
 
 
 def exponentials(head: Head, truth: LogProb, log_total: Tensor) -> Tensor:
-    """E in fp64: exp(z_j - z_y), and at the target what the gradients need there."""
+    """Return E in fp64: exp(z_j - z_y), and at the target the value that gradients need there."""
     assert head.bias is not None and isinstance(head.temperature, Tensor)
     z = head.hidden.double() @ head.weight.double().T + head.bias.double()
     z /= head.temperature.double()[:, None]
-    # what the kernel's anchor may differ from the target's logit by is part of log_total
+    # log_total contains the difference between the kernel's anchor and the logit of the target.
     e = (z - (truth.lse - log_total.double())[:, None]).exp_()
-    patch = truth.logp.expm1() * log_total.double().exp()
-    return e.scatter_(1, head.targets[:, None], patch[:, None])
+    at_target = truth.logp.expm1() * log_total.double().exp()
+    return e.scatter_(1, head.targets[:, None], at_target[:, None])
 
 
 def logit_gradients(report: Report) -> None:
-    """dz recomputed from a forward's results, whole and of some columns."""
+    """Check dz recomputed from the results of a forward, for all columns and for some of them."""
     head = make_head(report, SHAPE)
     truth, _ = truth_of(head)
-    slopes = random_slopes(report, len(head.hidden))
-    expected = true_dz(head, truth, slopes)
+    row_grads = random_row_grads(report, len(head.hidden))
+    expected = true_dz(head, truth, row_grads)
     for first, last in ((0, len(head.weight)), (128, 512)):
         dz = k.padded_e(head, len(head.hidden))[:, : last - first]
         dz.fill_(math.nan)
-        k.recomputed(head, truth, slopes, first, dz)
+        k.recomputed(head, truth, row_grads, first, dz)
         report.compare(f"columns {first} to {last}", dz, expected[:, first:last], GRADIENT)
 
 
 def scale_stored(report: Report) -> None:
-    """dz from E, where the loss has an entropy term."""
+    """Check dz computed from E, for a loss with an entropy term."""
     head = make_head(report, SHAPE)
     truth, _ = truth_of(head)
-    slopes = random_slopes(report, len(head.hidden))
+    row_grads = random_row_grads(report, len(head.hidden))
     log_total = -truth.logp
     e = k.empty_e(head, len(head.hidden))
     e.copy_(exponentials(head, truth, log_total))
     dz = torch.full_like(e, math.nan)
-    k.from_stored(head, e, log_total, truth, slopes, dz)
-    report.compare("dz", dz, true_dz(head, truth, slopes), 2 * GRADIENT)
+    k.from_stored(head, e, log_total, truth, row_grads, dz)
+    report.compare("dz", dz, true_dz(head, truth, row_grads), 2 * GRADIENT)
 
 
-def random_slopes(report: Report, n: int) -> RowGrads:
+def random_row_grads(report: Report, n: int) -> RowGrads:
+    """Return random gradients of a loss in the results of each row."""
     g = torch.Generator(report.device).manual_seed(1)
     return RowGrads(*torch.randn(3, n, generator=g, device=report.device).double())
 
 
-def true_dz(head: Head, truth: LogProb, slopes: RowGrads) -> Tensor:
-    """Return the gradient in the logits before temperature, fp64, by autograd."""
+def true_dz(head: Head, truth: LogProb, row_grads: RowGrads) -> Tensor:
+    """Return the gradient of the logits before temperature, computed by autograd in fp64."""
     assert head.bias is not None and isinstance(head.temperature, Tensor)
     z = head.hidden.double() @ head.weight.double().T + head.bias.double()
     wide = replace(head, temperature=head.temperature.double())
@@ -177,6 +181,6 @@ def true_dz(head: Head, truth: LogProb, slopes: RowGrads) -> Tensor:
     logp = logs.gather(1, head.targets[:, None])[:, 0]
     entropy = -(logs.exp() * logs).sum(1)
     lse = (z / wide.temperature[:, None]).logsumexp(1)
-    upstream = tuple(x for x in slopes if x is not None)
+    upstream = tuple(grad for grad in row_grads if grad is not None)
     (dz,) = torch.autograd.grad((logp, entropy, lse), z, upstream)
     return dz

@@ -1,4 +1,4 @@
-"""Fused functions of a training layer, forward and backward, against fp64 and plain PyTorch."""
+"""Check the fused functions of a training layer against fp64 and plain PyTorch."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -17,12 +17,14 @@ from expo_fast.modeling.rope import rotate, rotate_heads
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 DTYPES = (torch.bfloat16, torch.float16)
-# segments and their parents: worked examples, two questions, samples of each, one that stands alone
+# Segments of a pack and their parents: worked examples, two questions, samples of each question,
+# and a segment without a parent.
 LENGTHS = (301, 57, 64, 130, 1, 255, 33, 128, 77)
 PARENTS = (-1, 0, 0, 1, 1, 1, 2, 2, -1)
 
 
 def normal(report: Report, *size: int, seed: int = 0) -> Tensor:
+    """Return normal random numbers with standard deviation 2."""
     g = torch.Generator(report.device).manual_seed(seed)
     return 2 * torch.randn(*size, generator=g, device=report.device)
 
@@ -30,59 +32,63 @@ def normal(report: Report, *size: int, seed: int = 0) -> Tensor:
 def judge(
     report: Report, what: str, ours: Function, plain: Function, inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Errors are at most twice those of plain PyTorch in the same dtype.
+    """Check that our errors are at most twice those of plain PyTorch in the same dtype.
 
-    Return values and gradients.
+    Return our values and gradients.
     """
 
     def run(function: Function, dtype: torch.dtype) -> list[Tensor]:
-        given = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = function(*given)
-        out = (out,) if isinstance(out, Tensor) else out
+        arguments = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        values = function(*arguments)
+        if isinstance(values, Tensor):
+            values = (values,)
         upstream = []
-        for i, x in enumerate(out):
-            u = normal(report, *x.shape, seed=9 + i)
-            upstream.append(u.to(inputs[0].dtype).to(dtype))
-        return [*(x.detach() for x in out), *torch.autograd.grad(out, given, upstream)]
+        for i, value in enumerate(values):
+            grad = normal(report, *value.shape, seed=9 + i)
+            upstream.append(grad.to(inputs[0].dtype).to(dtype))
+        grads = torch.autograd.grad(values, arguments, upstream)
+        return [*(value.detach() for value in values), *grads]
 
     dtype = inputs[0].dtype
     got = run(ours, dtype)
-    near = run(plain, dtype)
+    from_plain = run(plain, dtype)
     truth = run(plain, torch.float64)
-    for i, (g, n, t) in enumerate(zip(got, near, truth, strict=True)):
-        name = f"value {i}" if i < len(got) - len(inputs) else f"gradient {i}"
-        error = float((n.double() - t).norm() / t.norm())
-        report.compare(f"{what}, {name}", g, t, 2 * error + torch.finfo(dtype).eps / 2)
+    n_values = len(got) - len(inputs)
+    for i, exact in enumerate(truth):
+        name = f"value {i}" if i < n_values else f"gradient {i}"
+        plain_error = float((from_plain[i].double() - exact).norm() / exact.norm())
+        allowed = 2 * plain_error + torch.finfo(dtype).eps / 2
+        report.compare(f"{what}, {name}", got[i], exact, allowed)
     return got
 
 
 def train_swiglu(report: Report) -> None:
-    """Of Qwen2.5 0.5B's width, and of an odd one."""
+    """Check SwiGLU at the width of Qwen2.5 0.5B and at an odd width."""
+
+    def plain(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
     for dtype in DTYPES:
         for size in ((1000, 4864), (77, 1031)):
             gate, up = (normal(report, *size, seed=i).to(dtype) for i in range(2))
-            judge(report, f"{dtype}, {size}", swiglu, lambda g, u: F.silu(g) * u, (gate, up))
+            judge(report, f"{dtype}, {size}", swiglu, plain, (gate, up))
 
 
 def train_rope(report: Report) -> None:
-    """Check queries and keys of several head sizes: equal to plain PyTorch to the bit."""
+    """Check the RoPE of queries and keys: values must equal those of plain PyTorch to the bit."""
+    sizes = ((14, 2, 64), (6, 2, 80), (32, 32, 96), (16, 2, 128), (8, 4, 256))
     for dtype in DTYPES:
-        for heads, kv_heads, dim in (
-            (14, 2, 64),
-            (6, 2, 80),
-            (32, 32, 96),
-            (16, 2, 128),
-            (8, 4, 256),
-        ):
-            q, k = (normal(report, 515, h, dim, seed=h).to(dtype) for h in (heads, kv_heads))
+        for heads, kv_heads, dim in sizes:
+            q = normal(report, 515, heads, dim, seed=heads).to(dtype)
+            k = normal(report, 515, kv_heads, dim, seed=kv_heads).to(dtype)
             angle = normal(report, 515, 1, dim // 2, seed=2)
-            turn = angle.cos().to(dtype), angle.sin().to(dtype)
+            rotation = angle.cos().to(dtype), angle.sin().to(dtype)
 
-            def ours(q: Tensor, k: Tensor, turn=turn) -> tuple[Tensor, Tensor]:
-                return rotate_heads(q, k, *turn)
+            def ours(q: Tensor, k: Tensor, rotation=rotation) -> tuple[Tensor, Tensor]:
+                return rotate_heads(q, k, *rotation)
 
-            def plain(q: Tensor, k: Tensor, turn=turn) -> tuple[Tensor, Tensor]:
-                cos, sin = (x.to(q.dtype) for x in turn)
+            def plain(q: Tensor, k: Tensor, rotation=rotation) -> tuple[Tensor, Tensor]:
+                cos, sin = (x.to(q.dtype) for x in rotation)
                 return rotate(q, cos, sin), rotate(k, cos, sin)
 
             what = f"{dtype}, {dim}"
@@ -92,14 +98,15 @@ def train_rope(report: Report) -> None:
 
 
 def train_keys(report: Report) -> None:
-    """Keys and values that segments share, in packs of segments whose parents have parents."""
+    """Check the copies of keys and values that segments share with their ancestors."""
     pack = packed(report)
     copies = pack._visible_keys.copies
     assert copies is not None
     rows = copies.rows.long()
     for dtype in DTYPES:
         for heads, dim in ((2, 64), (5, 80), (32, 96)):
-            k, v = (normal(report, sum(LENGTHS), heads, dim, seed=i).to(dtype) for i in range(2))
+            size = (sum(LENGTHS), heads, dim)
+            k, v = (normal(report, *size, seed=i).to(dtype) for i in range(2))
 
             def ours(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
                 return copy_keys(k, v, copies)
@@ -115,32 +122,32 @@ def train_keys(report: Report) -> None:
 
 
 def packed(report: Report) -> PackedAttention:
-    """Return the attention of the segments above."""
+    """Return the attention of the segments LENGTHS and PARENTS."""
     borders = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(report.device)
     return PackedAttention(borders, torch.tensor(PARENTS, device=report.device))
 
 
 def train_decoder(report: Report) -> None:
-    """Check a small decoder, forward and backward, with the fused functions and without them."""
+    """Check a small decoder with the fused functions against the same decoder without them."""
     model = random_model(TINY, report.device)
-    wide = copy.deepcopy(model).double()
+    model_fp64 = copy.deepcopy(model).double()
     got = hidden_and_gradients(report, model)
     with patch.object(fused, "runs", lambda *x: False):
         plain = hidden_and_gradients(report, model)
-        truth = hidden_and_gradients(report, wide)
-    for name, t in truth.items():
-        error = float((plain[name].double() - t).norm() / t.norm())
-        report.compare(name, got[name], t, 2 * error + 1e-6)
+        truth = hidden_and_gradients(report, model_fp64)
+    for name, exact in truth.items():
+        plain_error = float((plain[name].double() - exact).norm() / exact.norm())
+        report.compare(name, got[name], exact, 2 * plain_error + 1e-6)
     report.show(tensors=len(truth))
 
 
 def hidden_and_gradients(report: Report, model: Decoder) -> dict[str, Tensor]:
     """Return the hidden states of a pack, and the gradients of all parameters."""
-    starts = []
+    starts = []  # the position of each segment's first token
     for parent in PARENTS:
         starts.append(starts[parent] + LENGTHS[parent] if parent >= 0 else 0)
-    each = [torch.arange(n) + start for n, start in zip(LENGTHS, starts, strict=True)]
-    positions = torch.cat(each).to(report.device)
+    by_segment = [start + torch.arange(n) for n, start in zip(LENGTHS, starts, strict=True)]
+    positions = torch.cat(by_segment).to(report.device)
     tokens = torch.arange(len(positions), device=report.device) % model.shape.vocabulary
     pack = packed(report)
     hidden = model.run(tokens, positions, pack)

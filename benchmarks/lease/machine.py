@@ -1,4 +1,4 @@
-"""What the machine is, and what it does at its best."""
+"""Describe the machine, and measure its highest rates."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi")
 
 
 def versions(report: Report) -> None:
-    """Versions of everything, and properties of the card."""
+    """Report versions of packages, and properties of the card."""
     found: dict[str, Any] = {}
     for name in PACKAGES:
         try:
@@ -42,21 +42,22 @@ def versions(report: Report) -> None:
     )
     report.show(card=card.name)
     if which("nvidia-smi"):
-        asked = "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
         done = subprocess.run(
-            ["nvidia-smi", asked, "--format=csv"], capture_output=True, text=True, timeout=20
+            ["nvidia-smi", query, "--format=csv"], capture_output=True, text=True, timeout=20
         )
         report.add(nvidia_smi=done.stdout)
 
 
 def card_name(device: str) -> str:
-    """Return the name by which ceilings are kept."""
+    """Return the name under which the ceilings are saved."""
     return torch.cuda.get_device_name() if device != "cpu" else "cpu"
 
 
 def best(report: Report) -> measure.Ceilings:
-    """Return the card's ceilings, from a check before if there was one."""
-    card, file = card_name(report.device), report.folder.parent / "ceilings.json"
+    """Return the ceilings of the card, from an earlier check if there was one."""
+    card = card_name(report.device)
+    file = report.folder.parent / "ceilings.json"
     if file.exists():
         known = floors.read(file)
         if card in known:
@@ -65,22 +66,24 @@ def best(report: Report) -> measure.Ceilings:
 
 
 def ceilings(report: Report) -> None:
-    """Time a copy, a large product, and products with fp32 results at the head's own shapes."""
+    """Time a copy, a large product, and the products of the LM head with fp32 results."""
     device = report.device
     found = measure.ceilings(device)
     floors.write(report.folder / "ceilings-by-card.json", {card_name(device): found})
     report.show(tflops=round(found.flops / 1e12), copy_gb_s=round(found.bytes / 1e9))
     for model in ("qwen2.5-0.5b", "qwen2.5-3b"):
-        (v, d), n = ((512, 64), 64) if report.dry else (SHAPES[model], 16384)
+        v, d = (512, 64) if report.dry else SHAPES[model]
+        n = 64 if report.dry else 16384
         e = torch.randn(n, v, device=device).bfloat16()
         hidden = torch.randn(n, d, device=device).bfloat16()
         weight = torch.randn(v, d, device=device).bfloat16()
-        wide = {
+        products = {
             "d_hidden": (e, weight, torch.empty(n, d, device=device)),
             "d_weight": (e.T, hidden, torch.empty(v, d, device=device)),
         }
-        for name, (a, b, out) in wide.items():
-            stopwatch, seconds = measure.Stopwatch(device), []
+        for name, (a, b, out) in products.items():
+            stopwatch = measure.Stopwatch(device)
+            seconds = []
             for _ in range(6):
                 stopwatch.start()
                 matmul(a, b, out, narrow=True)

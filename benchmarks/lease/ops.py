@@ -1,4 +1,4 @@
-"""Whole ops against their peers, and against themselves."""
+"""Time the ops against their peers, and check that repeated calls agree to the bit."""
 
 from functools import partial
 
@@ -10,20 +10,21 @@ from benchmarks.measure import measure
 from benchmarks.summary import ms, show
 
 REPEATED = "qwen2.5-0.5b"
-ROWS = [16384, 1024, 4096]  # what matters most first: the time may run out
+ROWS = [16384, 1024, 4096]  # the most important first, because the time may run out
 NAMES = ["logprob forward+backward", "policy loss", "logprob forward", "preference loss"]
 LIGER = "Liger scaled cross entropy"
-# The first compiles for longer than all else runs. The second took 1.8 s where ours takes 25 ms.
-# The third compiles for a while too, and is timed by `beside_liger`.
+# Contestants that are left out: the first compiles for longer than all others run, the second took
+# 1.8 s where ours takes 25 ms, and the third, which compiles for long too, is timed by
+# `beside_liger`.
 WITHOUT = ("eager, torch.compile", "LigerFusedLinearGRPOLoss", LIGER)
 REPEATS = 5
-SECONDS = 6  # left, or no more is begun
-SAME = 50  # calls whose results must be equal to the bit
+SECONDS = 6  # no group starts with less time left
+REPEATED_CALLS = 50  # calls whose results must be equal to the bit
 SMALL = "small"
 
 
 def timed(report: Report, model: str) -> None:
-    """Each op against eager PyTorch and what is installed of its peers, judged in fp64."""
+    """Time each op against eager PyTorch and the installed peers, all checked against fp64."""
     if report.dry:
         return every_contestant(report)
     todo = groups([model], ROWS, NAMES)
@@ -32,8 +33,9 @@ def timed(report: Report, model: str) -> None:
         if report.left() < SECONDS:
             report.extend("not_reached", str(group))
             continue
-        # What fails is ours: a peer's failure is part of what `measure` finds.
-        found = report.attempt(str(group), partial(measure, group, report.device, REPEATS, WITHOUT))
+        # An attempt fails only if ours fails: `measure` reports the failure of a peer as a result.
+        work = partial(measure, group, report.device, REPEATS, WITHOUT)
+        found = report.attempt(str(group), work)
         if found:
             show(found)
             report.extend("results", found)
@@ -51,7 +53,7 @@ def timed(report: Report, model: str) -> None:
 
 
 def beside_liger(report: Report, models: list[str]) -> None:
-    """Log-probs and their gradients beside Liger's kernels for Hopper, which CUTLASS compiles."""
+    """Time log-probs and their gradients against Liger's kernels for Hopper (CUTLASS)."""
     if report.dry:
         return
     others = {name for name, _ in OPS[NAMES[0]].contestants(report.device)} - {OURS, LIGER}
@@ -69,7 +71,7 @@ def beside_liger(report: Report, models: list[str]) -> None:
 
 
 def every_contestant(report: Report) -> None:
-    """Run each once, on a few rows."""
+    """Run ours once for each op, on a few rows."""
     for op in OPS:
         case = small_case(op)
         for name, contestant in OPS[op].contestants("cpu"):
@@ -79,13 +81,14 @@ def every_contestant(report: Report) -> None:
 
 
 def small_case(op: str) -> Case:
+    """Return inputs for a dry run."""
     SHAPES[SMALL] = (264, 64)
     return Group(op, SMALL, 64, zeros=False).case("cpu")
 
 
 def repeated(report: Report) -> None:
-    """Each op many times on the same inputs: values and gradients are equal to the bit."""
-    calls = 2 if report.dry else SAME
+    """Run each op many times on the same inputs: values and gradients must be equal to the bit."""
+    calls = 2 if report.dry else REPEATED_CALLS
     for op in OPS:
         group = Group(op, REPEATED, ROWS[1], zeros=False)
         case = small_case(op) if report.dry else group.case(report.device)

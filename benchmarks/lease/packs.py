@@ -1,4 +1,4 @@
-"""Varlen attention against fp64: forward, backward, windows, and keys that are not repeated."""
+"""Check variable-length attention against fp64, forward and backward."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,14 @@ from benchmarks.lease.report import Report
 from expo_fast.modeling import attention
 from expo_fast.modeling.attention import Layer
 
-ERROR = 1e-2  # of a norm: bf16
+ERROR = 1e-2  # relative to a norm, in bf16
 HEADS, KV_HEADS, DIM = 14, 2, 64
-QUERIES = (65, 1, 300, 128)
-KEYS = (65, 40, 812, 128)  # of each sequence, those of its queries last
+QUERIES = (65, 1, 300, 128)  # of each sequence
+KEYS = (65, 40, 812, 128)  # of each sequence; its last keys are those of its queries
 
 
 def sequences(report: Report) -> tuple[Tensor, ...]:
-    """q, k, v, and the borders of queries and keys."""
+    """Return q, k, v, the borders of queries, and the borders of keys."""
     g = torch.Generator(report.device).manual_seed(0)
 
     def normal(n: int, heads: int) -> Tensor:
@@ -27,61 +27,67 @@ def sequences(report: Report) -> tuple[Tensor, ...]:
         torch.tensor([0, *lengths], device=report.device).cumsum(0).int()
         for lengths in (QUERIES, KEYS)
     )
-    nq, nk = sum(QUERIES), sum(KEYS)
-    return normal(nq, HEADS), normal(nk, KV_HEADS), normal(nk, KV_HEADS), *borders
+    q = normal(sum(QUERIES), HEADS)
+    k = normal(sum(KEYS), KV_HEADS)
+    v = normal(sum(KEYS), KV_HEADS)
+    return q, k, v, *borders
 
 
 def varlen(report: Report) -> None:
-    """As the trainer and the prefill call it."""
+    """Check the attention that the trainer and the prefill call, with and without a window."""
     for window in (None, 50):
         layer = Layer(0, DIM**-0.5, window)
         q, k, v, cu_queries, cu_keys = sequences(report)
-        given = (cu_queries, cu_keys, max(QUERIES), max(KEYS))
+        lengths = (cu_queries, cu_keys, max(QUERIES), max(KEYS))
         function = switches.each_sequence if report.dry else attention.varlen_attention
         inputs = (q, k, v)
-        out = function(layer, *inputs, *given)
+        out = function(layer, *inputs, *lengths)
         upstream = torch.randn_like(out)
         grads = torch.autograd.grad(out, inputs, upstream)
-        wide = [x.detach().double().requires_grad_() for x in inputs]
-        truth = by_definition(layer, *wide)
-        true_grads = torch.autograd.grad(truth, wide, upstream.double())
+        inputs_fp64 = [x.detach().double().requires_grad_() for x in inputs]
+        truth = by_definition(layer, *inputs_fp64)
+        true_grads = torch.autograd.grad(truth, inputs_fp64, upstream.double())
         report.compare(f"window {window}", out.detach(), truth.detach(), ERROR)
         for name, got, expected in zip("qkv", grads, true_grads, strict=True):
             report.compare(f"d{name}, window {window}", got, expected, ERROR)
 
 
 def grouped(report: Report) -> None:
-    """Whether torch's kernel takes fewer key heads than query heads, which would save a copy."""
+    """Check whether torch's kernel accepts fewer key heads than query heads.
+
+    If it does, it saves a copy of the keys and values.
+    """
     if report.dry:
         return
     from torch.nn.attention.varlen import varlen_attn
 
     layer = Layer(0, DIM**-0.5, None)
     q, k, v, cu_queries, cu_keys = sequences(report)
-    given = (cu_queries, cu_keys, max(QUERIES), max(KEYS))
-    out = varlen_attn(q, k, v, *given, scale=layer.scale, window_size=(-1, 0))
+    lengths = (cu_queries, cu_keys, max(QUERIES), max(KEYS))
+    out = varlen_attn(q, k, v, *lengths, scale=layer.scale, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     upstream = torch.randn_like(out)
     grads = torch.autograd.grad(out, (q, k, v), upstream)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    truth = by_definition(layer, *wide)
-    true_grads = torch.autograd.grad(truth, wide, upstream.double())
+    inputs_fp64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth = by_definition(layer, *inputs_fp64)
+    true_grads = torch.autograd.grad(truth, inputs_fp64, upstream.double())
     report.compare("out", out.detach(), truth.detach(), ERROR)
     for name, got, expected in zip("qkv", grads, true_grads, strict=True):
         report.compare(f"d{name}", got, expected, ERROR)
 
 
 def by_definition(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each sequence's attention, in the dtype of the inputs."""
-    each = zip(q.split(QUERIES), k.split(KEYS), v.split(KEYS), strict=True)
+    """Compute the attention of each sequence by its formula, in the dtype of the inputs."""
+    sequences = zip(q.split(QUERIES), k.split(KEYS), v.split(KEYS), strict=True)
     out = []
-    for queries, keys, values in each:
+    for queries, keys, values in sequences:
         group = HEADS // KV_HEADS
         keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * layer.scale
-        last = torch.arange(len(queries), device=q.device) + len(keys) - len(queries)
-        ahead = last[:, None] - torch.arange(len(keys), device=q.device)
-        seen = (ahead >= 0) & (ahead < (layer.window or len(keys)))
+        first = len(keys) - len(queries)  # the position of the first query
+        positions = first + torch.arange(len(queries), device=q.device)
+        distance = positions[:, None] - torch.arange(len(keys), device=q.device)
+        seen = (distance >= 0) & (distance < (layer.window or len(keys)))
         weights = F.softmax(scores.masked_fill(~seen, -torch.inf), -1)
         out.append(torch.einsum("hqk,khd->qhd", weights, values))
     return torch.cat(out)

@@ -1,4 +1,4 @@
-"""The items of a check and of the timings, in their order."""
+"""The items of `check` and of `time`, in their order."""
 
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,19 +10,21 @@ from benchmarks.lease.report import Report
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to check or to time, in a process of its own."""
+    """One thing to check or to time. It runs in a process of its own."""
 
     name: str
-    work: str  # module of benchmarks.lease, and its function of (Report, **given)
-    seconds: float  # its limit
+    work: str  # MODULE:FUNCTION in benchmarks.lease; the function takes (Report, **given)
+    seconds: float  # time limit
     given: dict[str, Any] = field(default_factory=dict)
-    switch: str | None = None  # to be set for the timings where the item fails
-    alone: bool = False  # nothing else may use the device meanwhile
-    sanitized: bool = False  # whether a failure is run again under compute-sanitizer
+    switch: str | None = None  # the switch that the timings need if the item fails
+    alone: bool = False  # whether no other item may use the device at the same time
+    sanitized: bool = False  # whether to run it again under compute-sanitizer if it fails
 
     def run(self, report: Report) -> None:
+        """Run the work in this process."""
         module, function = self.work.split(":")
-        getattr(import_module(f"benchmarks.lease.{module}"), function)(report, **self.given)
+        work = getattr(import_module(f"benchmarks.lease.{module}"), function)
+        work(report, **self.given)
 
 
 def kernel(name: str, work: str, switch: str | None, **given: Any) -> Item:
@@ -30,7 +32,7 @@ def kernel(name: str, work: str, switch: str | None, **given: Any) -> Item:
     return Item(name, work, 45, given, switch, sanitized=True)
 
 
-# N, D, V; the second is ragged in all of them
+# N, D and V. No size of the second shape is a multiple of a tile.
 SHAPES = {"small": (300, 64, 509), "ragged": (1023, 72, 50257), "large": (1024, 896, 151936)}
 HEAD = [
     kernel(f"{name}-{size}", "heads:forward", switches.ROWS, shape=shape, store=store)
@@ -67,11 +69,11 @@ MODELS = {"135m": "smollm2-135m"} | {size: f"qwen2.5-{size}" for size in ("0.5b"
 
 
 def timing(name: str, work: str, seconds: float, **given: Any) -> Item:
-    """Return an item that times something, with the device to itself."""
+    """Return an item that times something. No other item uses the device meanwhile."""
     return Item(name, work, seconds, given, alone=True)
 
 
-# What matters most first: the time may run out.
+# The most important items come first, because the time may run out.
 TIME = [
     timing("compile", "variants:compiled", 40),
     timing("parts-3b", "variants:timed", 45, model=MODELS["3b"]),

@@ -1,6 +1,6 @@
-"""Hardware counters of one launch, by Nsight Compute.
+"""Read the hardware counters of one kernel launch with Nsight Compute.
 
-python -m benchmarks.lease.profiles KERNEL    launches it, as the profiler is to see it
+python -m benchmarks.lease.profiles KERNEL    launch the kernel that the profiler measures
 """
 
 import csv
@@ -22,11 +22,11 @@ from expo_fast.kernels.head import Head
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "LaunchStats")
 SECTIONS += ("Occupancy", "SchedulerStats", "WarpStateStats", "InstructionStats")
 SHOWN = ("Duration", "Compute (SM) Throughput", "Memory Throughput", "Registers Per Thread")
-MARGIN = 3  # seconds to read the counters in
+MARGIN = 3  # seconds to read the counters
 
 
 def counters(report: Report, kernel: str) -> None:
-    """Profile the kernel's first launch; in a dry run launch it without the profiler."""
+    """Profile the first launch of a kernel. In a dry run, launch it without the profiler."""
     target = [sys.executable, "-m", "benchmarks.lease.profiles", kernel]
     if report.dry:
         launch(kernel, "cpu")
@@ -49,20 +49,24 @@ def counters(report: Report, kernel: str) -> None:
         if row.get("Metric Name")
     }
     if not metrics:
-        raise Mismatch(f"ncu said: {(done.stdout + done.stderr)[-2000:]}", {})
+        output = (done.stdout + done.stderr)[-2000:]
+        raise Mismatch(f"ncu printed no metrics. Its output ends with {output}", {})
     report.add(metrics=metrics)
     report.show(**{name: metrics[name] for name in SHOWN if name in metrics})
 
 
 def launch(kernel: str, device: str) -> None:
-    """Launch one kernel at the sizes that are timed."""
+    """Launch one kernel at the sizes that are timed, or at small sizes on a CPU."""
     LAUNCHES[kernel](device)
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def softmax_sums(device: str) -> None:
-    (v, d), n = (SHAPES["qwen2.5-0.5b"], 16384) if device != "cpu" else ((1024, 64), 300)
+    n = 16384
+    v, d = SHAPES["qwen2.5-0.5b"]
+    if device == "cpu":
+        n, v, d = 300, 1024, 64
     hidden = torch.randn(n, d, device=device).bfloat16()
     weight = (torch.randn(v, d, device=device) * 2 / d**0.5).bfloat16()
     head = Head(hidden, weight, None, torch.randint(v, (n,), device=device), 1.0)
@@ -82,8 +86,9 @@ def draw_allowed(device: str) -> None:
 
 
 def truncated_draw(logits: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0) -> None:
-    """Draw a token of each row, as a decode step does."""
-    n, device = len(logits), logits.device
+    """Draw a token for each row, as a decode step does."""
+    n = len(logits)
+    device = logits.device
     temperature = torch.ones(n, device=device)
     zeros = torch.zeros(2, n, dtype=torch.int64, device=device)
     seeds = torch.arange(n, device=device)

@@ -1,7 +1,7 @@
-"""Run items apart, each with its own time limit; pack what they found after every one.
+"""Run each item in a process of its own, and update the archive after each of them.
 
-An item is a process of its own: what one breaks or holds, the next does not see. It is stopped at
-its limit with all that it started, and what it had saved by then is kept.
+What an item breaks or keeps in memory does not affect the next one. An item that reaches its time
+limit is killed with all processes that it started. What it has saved by then is kept.
 """
 
 import io
@@ -25,17 +25,17 @@ from benchmarks.lease.plan import Item
 from benchmarks.measure import brief
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHIVE_BYTES = 15 << 20  # packed; larger files are left out, and named
-LEAST_SECONDS = 8  # an item is not begun with less: python and torch take some of it
-RESERVE = 4  # seconds kept for the last packing and the table
+ARCHIVE_BYTES = 15 << 20  # limit of the archive, compressed; the largest files are left out
+LEAST_SECONDS = 8  # an item does not start with less: importing torch takes a part of it
+RESERVE = 4  # seconds kept for the last archive and the table
 SANITIZER_SECONDS = 60
-DRY_SECONDS = 900  # of an item that compiles on a slow CPU
-LOST = 2  # probes of the device that fail, after which nothing more is begun
+DRY_SECONDS = 900  # the limit of an item in a dry run, which compiles on a slow CPU
+LOST = 2  # how many failed probes of the device in a row end the run
 
 
 @dataclass
 class Outcome:
-    """How an item ended."""
+    """The outcome of an item."""
 
     item: Item
     state: str  # "ok", "failed", "stopped after N s", "not run: why"
@@ -51,7 +51,7 @@ class Outcome:
         return not self.state.startswith("not run")
 
     def line(self) -> str:
-        """One line of JSON: what matters, short."""
+        """Return the outcome as one line of JSON."""
         shown: dict[str, Any] = {"item": self.item.name, "state": self.state}
         shown["seconds"] = round(self.seconds, 1)
         if "error" in self.found:
@@ -62,32 +62,32 @@ class Outcome:
 
 @dataclass
 class Run:
-    """One call: its folder of work, its archive and its deadline."""
+    """One call of `check` or `time`."""
 
     name: str  # "check" or "time"
-    folder: Path  # of each item's files
+    folder: Path  # for the files of the items
     archive: Path
-    deadline: float  # of time.monotonic()
+    deadline: float  # on the clock of time.monotonic()
     dry: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
-    lost: int = 0
+    lost: int = 0  # failed probes of the device in a row
     lock: Any = field(default_factory=Lock)
     stopping: Event = field(default_factory=Event)
     running: set[int] = field(default_factory=set)  # process groups
 
     def left(self) -> float:
-        """Seconds until the deadline, less what the end needs; never negative."""
+        """Return the seconds until the deadline, less RESERVE, and at least 0."""
         return max(0.0, self.deadline - RESERVE - time.monotonic())
 
     def work(self, items: Sequence[Item], jobs: int) -> None:
-        """Run the items in order: neighbours that may share the device side by side."""
+        """Run the items in order. Neighbours that may share the device run at the same time."""
         for group in grouped(items):
             with ThreadPoolExecutor(1 if group[0].alone else jobs) as pool:
                 list(pool.map(self.one, group))
             self.sanitize([outcome for outcome in self.outcomes if outcome.item in group])
 
     def one(self, item: Item) -> None:
-        """Run an item, print its line, keep its outcome and pack."""
+        """Run an item, print its line, keep its outcome and update the archive."""
         outcome = self.attempt(item)
         with self.lock:
             self.outcomes.append(outcome)
@@ -95,7 +95,7 @@ class Run:
             self.pack()
 
     def attempt(self, item: Item) -> Outcome:
-        """Run an item as far as the time allows."""
+        """Run an item if there is time, and return its outcome."""
         limit = min(DRY_SECONDS if self.dry else item.seconds, self.left())
         if self.stopping.is_set():
             return Outcome(item, "not run: interrupted")
@@ -115,13 +115,13 @@ class Run:
         return outcome
 
     def command(self, item: str, limit: float) -> list[str]:
-        """Return what runs an item."""
+        """Return the command that runs an item."""
         command = [sys.executable, "-u", "-m", "benchmarks.lease", "item", item]
         command += ["--keep", str(self.folder), "--seconds", f"{limit:.0f}"]
         return [*command, "--dry-run"] if self.dry else command
 
     def found(self, item: str) -> dict[str, Any]:
-        """Return what an item has saved."""
+        """Return the findings that an item has saved."""
         file = self.folder / f"{item}.json"
         if not file.exists():
             return {}
@@ -131,7 +131,10 @@ class Run:
             return {"error": f"{file.name} is not JSON"}
 
     def bounded(self, command: Sequence[str], log: str, seconds: float) -> str:
-        """How a command ended in that time; its output goes to a file of the folder."""
+        """Run a command with a time limit, and return how it ended.
+
+        log: the file of the folder that gets its output.
+        """
         with (self.folder / log).open("w") as out:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, process_group=0
@@ -143,14 +146,14 @@ class Run:
             except subprocess.TimeoutExpired:
                 return f"stopped after {seconds:.0f} s"
             finally:
-                if process.poll() is None:  # late, or this process is interrupted
-                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                if process.poll() is None:  # at its time limit, or when this process is interrupted
+                    os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
                     process.wait()  # until its memory is free
                 with self.lock:
                     self.running.discard(process.pid)
 
     def probe(self) -> None:
-        """Count whether a fresh process can use the device."""
+        """Check whether a new process can use the device, and count failures."""
         if self.dry:
             return
         code = "import torch; assert torch.ones(8, device='cuda').sum() == 8"
@@ -161,44 +164,52 @@ class Run:
             self.lost += 1
 
     def sanitize(self, outcomes: Sequence[Outcome]) -> None:
-        """Run what failed again under compute-sanitizer, as far as the time for it allows."""
+        """Run failed items again under compute-sanitizer, while there is time for it."""
         until = time.monotonic() + SANITIZER_SECONDS
         for outcome in [o for o in outcomes if o.item.sanitized and o.began and not o.ok]:
             limit = min(until - time.monotonic(), self.left())
             if limit < LEAST_SECONDS or self.dry or self.lost >= LOST:
                 return
-            name, state = outcome.item.name, "compute-sanitizer is not installed"
+            name = outcome.item.name
+            state = "compute-sanitizer is not installed"
             log = self.folder / f"{name}.sanitizer.log"
             if which("compute-sanitizer"):
-                # what it finds goes to a folder of its own, and leaves the first findings alone
+                # A folder of its own, so that the findings of the first run are not overwritten.
                 again = replace(self, folder=self.folder.parent / "sanitizer")
                 again.folder.mkdir(exist_ok=True)
                 command = ["compute-sanitizer", "--tool", "memcheck", *again.command(name, limit)]
                 state = self.bounded(command, log.name, limit)
             lines = log.read_text().splitlines() if log.exists() else []
-            said = [line for line in lines if line.startswith("=========")][-1:]
-            line = {"item": f"{name}, again under compute-sanitizer", "state": state, "said": said}
-            print(json.dumps(line), flush=True)
+            summary = [line for line in lines if line.startswith("=========")][-1:]
+            shown = {
+                "item": f"{name}, again under compute-sanitizer",
+                "state": state,
+                "summary": summary,
+            }
+            print(json.dumps(shown), flush=True)
             self.pack()
 
     def pack(self) -> None:
-        """Write the archive anew: all files of the folder, but the largest while it is too big."""
+        """Write the archive again, with all files of the folder.
+
+        While it is too large, leave out the largest file.
+        """
         kept: dict[str, bytes] = {}
         for file in sorted(self.folder.iterdir()):
-            with suppress(FileNotFoundError):  # one that an item was about to rename
+            with suppress(FileNotFoundError):  # an item may rename a file at this moment
                 kept[file.name] = file.read_bytes()
         left_out = []
         while len(packed := archived(self.name, kept)) > ARCHIVE_BYTES:
             left_out.append(max(kept, key=lambda name: len(kept[name])))
             del kept[left_out[-1]]
-        aside = self.archive.with_name(f".{self.archive.name}")
-        aside.write_bytes(packed)
-        os.replace(aside, self.archive)
+        unfinished = self.archive.with_name(f".{self.archive.name}")
+        unfinished.write_bytes(packed)
+        os.replace(unfinished, self.archive)
         if left_out:
             print(json.dumps({"left out of the archive": left_out}), flush=True)
 
     def interrupt(self, *_: object) -> None:
-        """Stop everything that runs; what was found stays in the archive."""
+        """Kill everything that runs. The archive keeps what was found."""
         self.stopping.set()
         for group in list(self.running):
             with suppress(ProcessLookupError):
@@ -206,7 +217,7 @@ class Run:
 
 
 def archived(folder: str, files: Mapping[str, bytes]) -> bytes:
-    """Return a tar.gz of the files."""
+    """Return the files as a tar.gz."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=3) as tar:
         for name, data in files.items():
@@ -217,7 +228,7 @@ def archived(folder: str, files: Mapping[str, bytes]) -> bytes:
 
 
 def grouped(items: Sequence[Item]) -> list[list[Item]]:
-    """Return runs of neighbours that are all alone, or all not."""
+    """Split the items into groups of neighbours with the same value of `alone`."""
     groups: list[list[Item]] = []
     for item in items:
         if groups and groups[-1][0].alone == item.alone:
@@ -228,8 +239,11 @@ def grouped(items: Sequence[Item]) -> list[list[Item]]:
 
 
 def table(outcomes: Sequence[Outcome], shown: Callable[[Outcome], str]) -> str:
-    """Return a line for each item."""
-    lines = [
-        f"{o.item.name:24s}{o.seconds:7.1f} s  {o.state:28s} {shown(o)}".rstrip() for o in outcomes
-    ]
+    """Return the outcomes as text, with a line for each item."""
+    lines = []
+    for outcome in outcomes:
+        line = (
+            f"{outcome.item.name:24s}{outcome.seconds:7.1f} s  {outcome.state:28s} {shown(outcome)}"
+        )
+        lines.append(line.rstrip())
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The generator: end to end, a step's graph alone, truncated draws, and a trace."""
+"""Time the generator: end to end, the graph of a step alone, truncated draws, and a trace."""
 
 import math
 import os
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import decode as racing
+from benchmarks import decode as decode_benchmark
 from benchmarks import gpu_decode
 from benchmarks.gpu_decode import LOAD, MODELS, SMOKE, TINY, random_model, shared_tables
 from benchmarks.lease import switches
 from benchmarks.lease.machine import best
 from benchmarks.lease.profiles import truncated_draw
 from benchmarks.lease.report import Report
-from benchmarks.measure import Stopwatch, Wrong
+from benchmarks.measure import Stopwatch, WrongResult
 from benchmarks.samplers import OURS, Subject
 from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.engine import Rows, Sampling
@@ -26,23 +26,24 @@ from expo_fast.modeling.decoder import Decoder
 STEPS = 64  # replayed one after the other
 BURSTS = 4  # in a trace
 REPEATS = 5
-LONGEST = 15  # kernels named in a trace's summary
+LONGEST = 15  # kernels in the summary of a trace
 DRAWS = {"peaked": 8.0, "flat": 0.01}  # standard deviation of the logits
 RULES: dict[str, dict[str, Any]] = {"top-p": {"top_p": 0.9}, "top-k": {"top_k": 50}}
 
 
 def timed(report: Report, model: str, truncated: bool) -> None:
-    """All of it for one model; a part that fails costs no other its figures.
+    """Time the generator of one model. A part that fails does not stop the other parts.
 
-    truncated: whether to time truncated draws too, which are the same for every model.
+    truncated: whether to time truncated draws too, which do not depend on the model.
     """
-    device, ceilings = report.device, best(report)
+    device = report.device
+    ceilings = best(report)
     if report.dry:
         accept_anything()
     load = SMOKE if report.dry else LOAD
     decoder = random_model(TINY if report.dry else MODELS[model], device)
     if switches.TORCH_ENGINE in switches.wanted(os.environ):
-        report.add(note=f"{switches.TORCH_ENGINE}: nothing of Triton's engine is timed")
+        report.add(note=f"{switches.TORCH_ENGINE} is set: Triton's engine is not timed")
     else:
         report.attempt("step", partial(step_alone, report, decoder))
         if truncated:
@@ -50,9 +51,9 @@ def timed(report: Report, model: str, truncated: bool) -> None:
         attention = partial(gpu_decode.attention, decoder, load, ceilings)
         report.add(attention=report.attempt("attention", attention))
         del attention
-    del decoder  # `measure` makes its own
-    whole = partial(gpu_decode.measure, model, device, ceilings, peer=False)
-    found = report.attempt("end to end", whole)
+    del decoder  # frees memory: `measure` builds a model of its own
+    end_to_end = partial(gpu_decode.measure, model, device, ceilings, peer=False)
+    found = report.attempt("end to end", end_to_end)
     if found:
         report.add(result=found)
         ours = found["contestants"][OURS]
@@ -62,7 +63,7 @@ def timed(report: Report, model: str, truncated: bool) -> None:
 
 
 def beside_peer(report: Report, model: str) -> None:
-    """Time the generator beside transformers' continuous batching."""
+    """Time the generator and the continuous batching of transformers."""
     if report.dry:
         accept_anything()
     found = gpu_decode.measure(model, report.device, best(report), peer=True)
@@ -72,34 +73,37 @@ def beside_peer(report: Report, model: str) -> None:
 
 
 def accept_anything() -> None:
-    """Let a race go on although no kernel has run, so that no sampler can be right."""
-    truth = racing.truth
+    """Make the checks of samplers pass in a dry run, in which no kernel runs."""
+    truth = decode_benchmark.truth
 
-    def any_truth(subject: Subject) -> racing.Truth:
+    def any_truth(subject: Subject) -> decode_benchmark.Truth:
         try:
             return truth(subject)
-        except Wrong:
-            return racing.Truth(mean=0.0, stdev=1.0, n=1)
+        except WrongResult:
+            return decode_benchmark.Truth(mean=0.0, stdev=1.0, n=1)
 
-    racing.truth = any_truth
-    racing.SIGMAS = math.inf
+    decode_benchmark.truth = any_truth
+    decode_benchmark.SIGMAS = math.inf
 
 
 @torch.no_grad()
 def step_alone(report: Report, model: Decoder) -> None:
-    """Seconds of a decode step without the host: replays of its graph, one behind the other."""
+    """Time a decode step without the host: replay its graph many times without a host sync."""
     load = SMOKE if report.dry else LOAD
     engine = CudaEngine(model)
     tables = shared_tables(load)
     n = len(tables)
     engine.open(1 + int(tables.max()), load.prompt_tokens + load.new_tokens)
     engine.slab.normal_()
-    none = Truncation(torch.zeros(n).long(), torch.ones(n), torch.zeros(n))
+    no_truncation = Truncation(torch.zeros(n).long(), torch.ones(n), torch.zeros(n))
     middle = load.prompt_tokens + load.new_tokens // 2 - STEPS // 2
     first = min(load.prompt_tokens, max(0, middle))
-    where = torch.full((n,), 5), torch.full((n,), first)
-    engine.load(Rows(*where, tables, Sampling(torch.arange(n), torch.ones(n), none)))
-    stopwatch, seconds = Stopwatch(report.device), []
+    last_tokens = torch.full((n,), 5)
+    positions = torch.full((n,), first)
+    keys = Sampling(torch.arange(n), torch.ones(n), no_truncation)
+    engine.load(Rows(last_tokens, positions, tables, keys))
+    stopwatch = Stopwatch(report.device)
+    seconds = []
     steps = 1 if report.dry else STEPS
     for _ in range(REPEATS):
         engine.step.inputs.positions.fill_(first)
@@ -109,18 +113,19 @@ def step_alone(report: Report, model: Decoder) -> None:
         seconds.append(stopwatch.stop()[0] / steps)
     engine.step.inputs.positions.fill_(first)
     engine.step.progress.index.zero_()
-    middle_one = statistics.median(seconds)
+    median_seconds = statistics.median(seconds)
     captured = engine.step.graph is not None
-    report.add(step={"seconds": middle_one, "all": seconds, "graph": captured})
-    report.show(step_ms=f"{middle_one * 1e3:.3f}")
+    report.add(step={"seconds": median_seconds, "all": seconds, "graph": captured})
+    report.show(step_ms=f"{median_seconds * 1e3:.3f}")
     report.add(trace=traced(report, engine))
     engine.close()
 
 
 def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:
-    """Trace some bursts, host and device, and return the kernels that take longest."""
+    """Trace some bursts on host and device. Return the kernels that take longest."""
     kinds = [ProfilerActivity.CPU]
-    kinds += [] if report.dry else [ProfilerActivity.CUDA]
+    if not report.dry:
+        kinds.append(ProfilerActivity.CUDA)
     with profile(activities=kinds) as profiler:
         for _ in range(1 if report.dry else BURSTS):
             engine.decode(ahead=False)
@@ -136,22 +141,24 @@ def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:
 
 
 def draws(report: Report) -> None:
-    """Seconds of a truncated draw at batch 256, where few tokens stand out and where none does."""
+    """Time truncated draws at batch 256, for peaked and for flat distributions."""
     n, v = (4, 4096) if report.dry else (256, 151936)
     found = {}
     for shape, spread in DRAWS.items():
         logits = spread * torch.randn(n, v, device=report.device)
         for rule, given in RULES.items():
             run = partial(truncated_draw, logits, **given)
-            found[f"{shape}, {rule}"] = median(report, run)
-        found[f"{shape}, topk(512)"] = median(report, partial(torch.topk, logits, 512))
+            found[f"{shape}, {rule}"] = median_time(report, run)
+        topk = partial(torch.topk, logits, 512)
+        found[f"{shape}, topk(512)"] = median_time(report, topk)
         report.add(draws=found)
 
 
-def median(report: Report, run: Any) -> float:
-    """Seconds of a call, after one that compiles."""
+def median_time(report: Report, run: Any) -> float:
+    """Return the median seconds of a call, after a first call that compiles."""
     run()
-    stopwatch, seconds = Stopwatch(report.device), []
+    stopwatch = Stopwatch(report.device)
+    seconds = []
     for _ in range(1 if report.dry else REPEATS):
         stopwatch.start()
         run()

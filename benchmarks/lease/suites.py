@@ -1,4 +1,4 @@
-"""The project's own tests, on the device, side by side where pytest-xdist is there."""
+"""Run the project's tests on the device, in several processes if pytest-xdist is installed."""
 
 import re
 import subprocess
@@ -9,24 +9,25 @@ from benchmarks.lease.report import Report
 from benchmarks.lease.runner import ROOT
 
 FILES = ("test_triton.py", "test_fused.py", "test_decode.py", "test_device.py", "test_ops*.py")
-WITHOUT = "not hopper and not oldest"  # compile ahead of time, which needs no GPU
+# Leaves out the tests that compile ahead of time, which need no GPU.
+WITHOUT = "not hopper and not oldest"
 PROCESSES = 8
-MARGIN = 5  # seconds to read the outcome in
+MARGIN = 5  # seconds to read the outcome
 
 
 class Failed(Exception):
-    """Some tests failed, or not all of them ran."""
+    """Tests failed, or none ended in time."""
 
 
 def tests(report: Report) -> None:
-    """Run them until the time is up; what had failed by then is known."""
+    """Run the tests until the time is up, and report those that have failed by then."""
     files = [str(f) for pattern in FILES for f in sorted((ROOT / "tests").glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-k", WITHOUT, *files]
     if find_spec("xdist"):
         command += ["-n", str(PROCESSES)]
     else:
-        report.add(note="pytest-xdist is not installed: one process")
+        report.add(note="pytest-xdist is not installed: the tests run in one process")
     if report.dry:
         command.append("--collect-only")
     log = report.folder / "pytest.txt"

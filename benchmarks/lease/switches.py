@@ -1,6 +1,6 @@
-"""Fallbacks, as environment variables: what a check found broken is left out of the timings.
+"""Switches: environment variables that select a fallback for a path that a check found broken.
 
-They are applied in an item's process, before it starts; the package itself reads none of them.
+The process of an item applies them before the item runs. expo_fast itself does not read them.
 """
 
 import os
@@ -32,7 +32,7 @@ FILE = "switches.env"
 
 
 def wanted(environment: Mapping[str, str]) -> list[str]:
-    """Switches that are on."""
+    """Return the switches that are on."""
     return [name for name in MEANING if environment.get(name, "") not in ("", "0")]
 
 
@@ -42,16 +42,17 @@ def save(folder: Path, names: Sequence[str]) -> None:
 
 
 def load(folders: Sequence[Path]) -> list[str]:
-    """Switches of the first folder that has a file of them."""
+    """Return the switches from the first folder that contains a file of switches."""
     for folder in folders:
-        if (folder / FILE).exists():
-            pairs = [line.split("=") for line in (folder / FILE).read_text().split()]
+        file = folder / FILE
+        if file.exists():
+            pairs = [line.split("=") for line in file.read_text().split()]
             return wanted({name: value for name, value in pairs})
     return []
 
 
 def apply() -> None:
-    """Make this process fall back as its environment asks."""
+    """Apply the switches of the environment to this process."""
     on = wanted(os.environ)
     if ROWS in on:
         from expo_fast.kernels import logprob
@@ -79,9 +80,9 @@ def each_sequence(
     max_queries: int,
     max_keys: int,
 ) -> Tensor:
-    """`attention.varlen_attention` by one call a sequence."""
+    """Compute `attention.varlen_attention` with one call for each sequence."""
     queries = q.split(cu_queries.diff().tolist())
     keys = k.split(cu_keys.diff().tolist())
     values = v.split(cu_keys.diff().tolist())
-    each = zip(queries, keys, values, strict=True)
-    return torch.cat([causal_attention(layer, *of_one) for of_one in each])
+    sequences = zip(queries, keys, values, strict=True)
+    return torch.cat([causal_attention(layer, *sequence) for sequence in sequences])

@@ -1,6 +1,8 @@
-"""Tables of what a check and timings found, as Markdown.
+"""Print the findings of a check and of timings as Markdown tables.
 
-python -m benchmarks.lease.tables FOLDER    holds the JSON files of an unpacked archive
+    python -m benchmarks.lease.tables FOLDER
+
+FOLDER contains the JSON files of an unpacked archive.
 """
 
 import argparse
@@ -31,7 +33,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def parts(items: dict[str, Findings]) -> Iterator[str]:
-    """Yield a table for each model and number of rows: measured beside forecast."""
+    """Yield a table of measured and forecast times for each model and number of rows."""
     for item in items.values():
         for found in item.get("parts", []):
             yield f"**Parts, {found['model']}, {found['rows']} rows**\n"
@@ -45,7 +47,7 @@ def parts(items: dict[str, Findings]) -> Iterator[str]:
 
 
 def ops(items: dict[str, Findings]) -> Iterator[str]:
-    """Yield a table for each op, model and number of rows: ours beside the peers."""
+    """Yield a table of ours and the peers for each op, model and number of rows."""
     for name, item in items.items():
         if not name.startswith(("ops", "liger")):
             continue
@@ -72,7 +74,7 @@ def ops(items: dict[str, Findings]) -> Iterator[str]:
 
 
 def decoding(items: dict[str, Findings]) -> Iterator[str]:
-    """Yield a table of the generator: a step alone, and end to end."""
+    """Yield a table of the generator: a decode step alone, and end to end."""
     rows = []
     for item in items.values():
         result = item.get("result", {})
@@ -95,7 +97,7 @@ def decoding(items: dict[str, Findings]) -> Iterator[str]:
 
 
 def training(items: dict[str, Findings]) -> Iterator[str]:
-    """Yield a table of training steps: seconds by phase, and what the GPU does."""
+    """Yield a table of training steps: seconds of phases and of kinds of kernels."""
     for name, item in items.items():
         result = item.get("result", {})
         if "phases" not in result:

@@ -1,4 +1,4 @@
-"""Training steps of random weights, with a profile of the last."""
+"""Time training steps of random weights, and profile the last step."""
 
 from benchmarks import gpu_train
 from benchmarks.lease.machine import best
@@ -6,8 +6,8 @@ from benchmarks.lease.report import Report
 
 
 def timed(report: Report, model: str) -> None:
-    """Time a few steps: seconds by phase, MFU, memory; then what kinds of kernels take the time."""
-    if report.dry:  # without kernels there is nothing to learn
+    """Time a few steps: seconds by phase, MFU, memory, and seconds by kind of kernel."""
+    if report.dry:  # no kernel runs, so no step learns anything
         gpu_train.require_learning = lambda step, row: None
     for found in gpu_train.measure(model, report.device, best(report).flops):
         report.add(result=found)

@@ -1,4 +1,4 @@
-"""The parts of the head's ops, and the variants of its fused forward, side by side."""
+"""Time the parts of the ops of the LM head, and the variants of its fused forward."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -20,21 +20,25 @@ SMALL = "small"  # the shape of a dry run
 
 
 def compiled(report: Report) -> None:
-    """Compile every variant, several at a time, into the cache that the timings read."""
+    """Compile every variant into Triton's cache, several at a time, before they are timed."""
     todo = [(name, store, report.dry) for name in k.VARIANTS for store in (False, True)]
     jobs = min(len(todo), max(1, len(os.sched_getaffinity(0)) - 1))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         outcomes = list(pool.map(compile_one, *zip(*todo, strict=True)))
-    found = dict(zip((f"{n}{', E' * s}" for n, s, _ in todo), outcomes, strict=True))
+    labels = [f"{name}, E" if store else name for name, store, _ in todo]
+    found = dict(zip(labels, outcomes, strict=True))
     report.add(compiled=found)
-    report.show(variants=sum(why == "ok" for why in outcomes), of=len(outcomes))
+    report.show(variants=outcomes.count("ok"), of=len(outcomes))
     for name in set(k.BY_CARD.values()):
         if found[name] != "ok":
-            raise Mismatch(f"the variant {name}: {brief(found[name])}", {})
+            raise Mismatch(f"the variant {name} does not compile: {brief(found[name])}", {})
 
 
 def compile_one(variant: str, store: bool, dry: bool) -> str:
-    """Launch a variant on few rows: its sizes are specialised as those of real heads are."""
+    """Launch a variant on a few rows, which Triton specialises in the same way as real shapes.
+
+    Return "ok" or the reason of a failure.
+    """
     if dry:
         from benchmarks.lease import fake_driver
 
@@ -48,13 +52,13 @@ def compile_one(variant: str, store: bool, dry: bool) -> str:
         k.forward(head, e, k.VARIANTS[variant])
         if not dry:
             torch.cuda.synchronize()
-    except Exception as error:  # one that does not fit; the others go on
+    except Exception as error:  # such as a variant that does not fit into shared memory
         return reason(error)
     return "ok"
 
 
 def timed(report: Report, model: str) -> None:
-    """Every part and every variant at some numbers of rows."""
+    """Time every part and every variant for some numbers of rows."""
     if report.dry:
         SHAPES[SMALL] = (264, 64)
         parts.check = lambda logp, expected: None
@@ -67,10 +71,11 @@ def timed(report: Report, model: str) -> None:
         named = SMALL if report.dry else model
         found = parts.parts(named, rows, report.device, repeats, ceilings)
         report.extend("parts", found)
-        # a variant may be for the forward without E alone
-        broken = {n: w for n, w in found["failed"].items() if "OutOfResources" not in w}
+        # A variant may need too much memory with E, and be meant for the forward without E only.
+        broken = {name: why for name, why in found["failed"].items() if "OutOfResources" not in why}
         if report.dry and broken:
-            raise Mismatch("; ".join(f"{n}: {brief(w)}" for n, w in broken.items()), {})
+            reasons = [f"{name}: {brief(why)}" for name, why in broken.items()]
+            raise Mismatch("; ".join(reasons), {})
         ms = {
             name.removeprefix("fused forward with E, "): seconds * 1e3
             for name, seconds in found["seconds"].items()

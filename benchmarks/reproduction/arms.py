@@ -1,4 +1,4 @@
-"""What is compared, and how much of it: an arm is `expo_fast.train` with flags of its own."""
+"""The arms and the sizes of the comparison. An arm is `expo_fast.train` with flags of its own."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,20 +8,24 @@ from pathlib import Path
 from expo_fast.methods import METHODS
 
 SEEDS = (0, 1, 2)
-COEFFICIENTS = (0.0, 0.01, 0.04, 0.1, 0.5)  # of the paper's Table 5; 0 is GRPO
+COEFFICIENTS = (0.0, 0.01, 0.04, 0.1, 0.5)  # as in the paper's Table 5; 0 is GRPO
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: the same model, questions, steps and completions sampled as the rest."""
+    """A row of the table.
+
+    All arms have the same model, questions, number of steps and number of sampled completions.
+    """
 
     name: str
     flags: dict[str, object]
     seeds: tuple[int, ...] = SEEDS
-    mirrors: str | None = None  # an arm of the same flags, so that this one is not run
+    mirrors: str | None = None  # the arm with the same flags, whose runs this arm uses
 
     @property
     def slug(self) -> str:
+        """Return the name in a form for file names."""
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
 
@@ -49,27 +53,29 @@ ABLATION = [
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured. All arms share it."""
+    """How much all arms train and measure."""
 
     model: str
     train_sources: tuple[str, ...]
     eval_sources: tuple[str, ...]
     shots_source: str
-    train_candidates: tuple[int, ...]  # questions of each source that the base model is tried on
+    train_candidates: tuple[int, ...]  # how many questions of each source the base model tries
     eval_candidates: tuple[int, ...]
-    tries: tuple[int, ...]  # samples of each, then of those that failed all; all must fail
+    # Samples of each candidate. Every further number is for the candidates that failed all samples
+    # before. A question is chosen if all samples fail.
+    tries: tuple[int, ...]
     flags: dict[str, object]
-    explaining: dict[str, object] = field(default_factory=dict)  # of arms that explain
+    explaining: dict[str, object] = field(default_factory=dict)  # flags of arms that explain
 
 
 SIZES = {
-    "tiny": Size(  # some eight minutes a run on one CPU core
+    "tiny": Size(  # a run takes about eight minutes on one CPU core
         "smollm2-135m",
         ("builtin:arithmetic-1:train",),
         ("builtin:arithmetic-1:eval", "builtin:arithmetic-2:eval"),
         shots_source="builtin:arithmetic-1:train",
         train_candidates=(128,),
-        eval_candidates=(40, 16),  # of level 2 nothing is trained: does it carry over?
+        eval_candidates=(40, 16),  # level 2, on which no arm trains, measures transfer
         tries=(8,),
         flags={
             "steps": 24,
@@ -83,15 +89,16 @@ SIZES = {
             "eval-samples": 4,
             "diagnose": 2,
         },
-        # many to choose one from: of 4 explanations a question often none was fit, one of two
-        # seeds never left the SFT term, and that alone, which Adam scales up, unlearns
+        # Many explanations, of which one is kept: of 4 explanations of a question, often none was
+        # fit. One of two seeds then trained on the SFT term alone, and unlearned, because Adam
+        # scales its small gradient up.
         explaining={
             "explanations-per-question": 12,
             "keep-explanations": 1,
             "append-answer": True,
         },
     ),
-    "full": Size(  # on a GPU
+    "full": Size(  # for a GPU
         "HuggingFaceTB/SmolLM2-360M-Instruct",
         ("hub:openai/gsm8k/main:train",),
         ("hub:openai/gsm8k/main:test",),
@@ -114,19 +121,30 @@ SIZES = {
 
 
 def target(folder: Path, arm: Arm, seed: int) -> Path:
+    """Return the folder of a run."""
     return folder / f"{arm.slug}-{seed}"
 
 
 def train_flags(arm: Arm, size: Size, seed: int, folder: Path) -> list[str]:
-    explaining = size.explaining if METHODS[str(arm.flags["method"])].explains else {}
-    flags = size.flags | explaining | arm.flags | {"seed": seed}
-    flags |= {"train-data": folder / "train.jsonl", "eval-data": folder / "eval.jsonl"}
-    flags |= {"output-dir": target(folder, arm, seed), "shots-data": size.shots_source}
-    flags |= {"model": size.model, "eval-limit": 10000, "keep-checkpoints": 1}
+    """Return the flags of `expo_fast.train` for a run."""
+    method = METHODS[str(arm.flags["method"])]
+    explaining = size.explaining if method.explains else {}
+    flags = size.flags | explaining | arm.flags
+    flags |= {
+        "seed": seed,
+        "train-data": folder / "train.jsonl",
+        "eval-data": folder / "eval.jsonl",
+        "output-dir": target(folder, arm, seed),
+        "shots-data": size.shots_source,
+        "model": size.model,
+        "eval-limit": 10000,
+        "keep-checkpoints": 1,
+    }
     return [*as_flags(flags)]
 
 
 def as_flags(values: Mapping[str, object]) -> Iterator[str]:
+    """Yield the flags. A value of True is a flag without a value."""
     for name, value in values.items():
         yield f"--{name}"
         if value is not True:

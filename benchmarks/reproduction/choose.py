@@ -1,12 +1,14 @@
-"""The questions: those of which the base model fails all samples, at the temperature of training.
+"""Choose the questions of which the base model fails all samples at the temperature of training.
 
-Selection on failure regresses to the mean: among what failed 8 times are questions that it solves
-one time in eight. So nothing is measured with the samples that selected; "before" is fresh ones.
+A selection by failure regresses to the mean: some of the questions that failed 8 times are
+questions that the model solves one time in eight. Therefore the samples that select are not used to
+measure anything. The "before" figures come from fresh samples.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.reproduction.arms import Size, as_flags
@@ -15,64 +17,96 @@ from expo_fast.data.problems import Problem, load_problems
 from expo_fast.reward import grader_hash
 from expo_fast.storage.files import replace_file
 
-SEED = 1000  # of the samples that select: no run's
-SAMPLED = ("temperature", "shots", "max-completion-length")  # as in training
+SEED = 1000  # of the samples that select; no run has this seed
+# The options that are the same as in training.
+SAMPLED = ("temperature", "shots", "max-completion-length")
+
+Row = dict[str, object]
 
 
 def choose(size: Size, folder: Path, split: str) -> None:
-    """FOLDER/SPLIT.jsonl with the all-fail questions of the split; made once.
+    """Write the all-fail questions of a split to FOLDER/SPLIT.jsonl, unless the file exists.
 
-    SystemExit where the folder's were chosen in another way.
+    Raise SystemExit if the questions of the folder were chosen with other settings.
     """
-    chosen, record = folder / f"{split}.jsonl", folder / "chosen.json"
-    how = {"model": size.model, "train": size.train_sources, "eval": size.eval_sources}
-    how |= {"train_candidates": size.train_candidates, "eval_candidates": size.eval_candidates}
-    how |= {"tries": size.tries, "shots_from": size.shots_source} | sampled(size)
-    how |= {"grader": grader_hash()}
-    text = json.dumps(how, indent=1) + "\n"
+    chosen = folder / f"{split}.jsonl"
+    record = folder / "chosen.json"
+    settings = {
+        "model": size.model,
+        "train": size.train_sources,
+        "eval": size.eval_sources,
+        "train_candidates": size.train_candidates,
+        "eval_candidates": size.eval_candidates,
+        "tries": size.tries,
+        "shots_from": size.shots_source,
+        **sampling_options(size),
+        "grader": grader_hash(),
+    }
+    text = json.dumps(settings, indent=1) + "\n"
     if record.exists() and record.read_text() != text:
-        raise SystemExit(f"{record} says that other questions were chosen: take another --folder")
+        raise SystemExit(
+            f"{record}: these questions were chosen with other settings: take another --folder"
+        )
     if chosen.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(record, text.encode())
     sources = size.train_sources if split == "train" else size.eval_sources
     tried = size.train_candidates if split == "train" else size.eval_candidates
-    both = zip(sources, tried, strict=True)
-    rows = [row for source, n in both for row in failed(size, source, n, folder)]
-    replace_file(chosen, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    rows: list[Row] = []
+    for source, n in zip(sources, tried, strict=True):
+        rows += all_fail_questions(size, source, n, folder)
+    write_rows(chosen, rows)
 
 
-def failed(size: Size, source: str, n: int, folder: Path) -> list[dict[str, object]]:
-    """Of n questions of the source those that fail in every round of tries."""
-    rows = [as_row(p) for p in load_problems(source, limit=n)]
-    asked, graded = folder / "asked.jsonl", folder / "graded.jsonl"
-    for number, tries in enumerate(size.tries):
-        replace_file(asked, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        command = [sys.executable, "-m", "expo_fast.evaluate", "--model", size.model]
-        command += ["--data", str(asked), "--samples", str(tries), "--seed", str(SEED + number)]
-        command += ["--shots-data", size.shots_source, "--output", str(graded)]
-        subprocess.run([*command, *as_flags(sampled(size))], check=True)
+def all_fail_questions(size: Size, source: str, n: int, folder: Path) -> list[Row]:
+    """Return those of the first n questions of a source that fail in every round of tries."""
+    rows = [as_row(problem) for problem in load_problems(source, limit=n)]
+    asked = folder / "asked.jsonl"
+    graded = folder / "graded.jsonl"
+    for round_number, tries in enumerate(size.tries):
+        write_rows(asked, rows)
+        flags: dict[str, object] = {
+            "model": size.model,
+            "data": asked,
+            "samples": tries,
+            "seed": SEED + round_number,
+            "shots-data": size.shots_source,
+            "output": graded,
+            **sampling_options(size),
+        }
+        subprocess.run([sys.executable, "-m", "expo_fast.evaluate", *as_flags(flags)], check=True)
         verdicts: dict[str, list[float | None]] = {}
-        for row in map(json.loads, graded.read_text().splitlines()):
+        for line in graded.read_text().splitlines():
+            row = json.loads(line)
             verdicts.setdefault(row["id"], []).append(row["verdict"])
-        lost = {key for key, each in verdicts.items() if 1.0 not in each}
-        rows = [row for row in rows if row["id"] in lost]
+        all_fail = {key for key, of_samples in verdicts.items() if 1.0 not in of_samples}
+        rows = [row for row in rows if row["id"] in all_fail]
         print(f"{source}: {len(rows)} of {n} fail {tries} more samples", flush=True)
     return rows
 
 
-def sampled(size: Size) -> dict[str, object]:
-    """How the size samples, its training's defaults included: evaluation has others."""
+def sampling_options(size: Size) -> dict[str, object]:
+    """Return the sampling options of training, which has other defaults than evaluation."""
     defaults = Train()
-    return {k: size.flags.get(k, getattr(defaults, k.replace("-", "_"))) for k in SAMPLED}
+    options = {}
+    for flag in SAMPLED:
+        default = getattr(defaults, flag.replace("-", "_"))
+        options[flag] = size.flags.get(flag, default)
+    return options
 
 
-def as_row(p: Problem) -> dict[str, object]:
+def as_row(problem: Problem) -> Row:
+    """Return a problem as a row of a data file."""
     return {
-        "id": p.id,
-        "prompt": p.prompt,
-        "answer": p.answer,
-        "solution": p.solution,
-        "level": p.level,
+        "id": problem.id,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "solution": problem.solution,
+        "level": problem.level,
     }
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write a JSON Lines file."""
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,10 +1,12 @@
-"""Which ranking tells explanations that are sound from those that only end in the right box?
+"""Measure which ranking puts sound explanations above those that only end in the right box.
 
     python -m benchmarks.reproduction.soundness --data runs/reproduction/tiny/train.jsonl
 
-Sound: some equation of two numbers, none of them false, and the last one gives the answer. The
-figure for a ranking is its AUC: the share of (sound, unsound) pairs that it puts in this order.
-Arithmetic alone can be judged so; a trainer has no such judge, which is why rankings matter.
+An explanation is sound if it has an equation of two numbers, if none of its equations is false, and
+if the last one gives the answer. The figure of a ranking is its AUC: the share of pairs of a sound
+and an unsound explanation in which it ranks the sound one higher. Soundness can be checked in this
+way for arithmetic only. In training nothing checks it, so the choice of explanations relies on a
+ranking.
 """
 
 import argparse
@@ -50,10 +52,12 @@ def main() -> None:
         problems, completions, prompter, score_answers, append_answer=given.append_answer
     )
     by_id = {p.id: p for p in problems}
-    candidates = [(by_id[key], ids) for key, each in found.accepted.items() for ids in each]
-    sound = [is_sound(prompter.text(ids), p.answer) for p, ids in candidates]
+    sound = []
+    for problem_id, explanations in found.accepted.items():
+        answer = by_id[problem_id].answer
+        sound += [is_sound(prompter.text(ids), answer) for ids in explanations]
     print(f"{len(problems)} questions, {found.n_sampled} explanations, right box: {found.n_right}")
-    print(f"accepted: {len(candidates)} for {len(found.accepted)} questions; sound: {sum(sound)}")
+    print(f"accepted: {len(sound)} for {len(found.accepted)} questions; sound: {sum(sound)}")
     for name in ("likelihood", "lift"):
         samples = ranking_samples(found, problems, prompter, name)
         logprobs = completion_logprobs(model, samples, temperature=1.0, max_tokens=4096)
@@ -61,16 +65,22 @@ def main() -> None:
 
 
 def is_sound(text: str, answer: str) -> bool:
+    """Return whether an explanation is sound."""
     results = RESULT.findall(text)
     return bool(results) and results[-1] == answer and not miscalculates(text)
 
 
 def auc(ranks: Sequence[float], right: Sequence[bool]) -> float:
-    """Ties count half; NaN where there is no pair."""
-    good = [x for x, ok in zip(ranks, right, strict=True) if ok]
-    bad = [x for x, ok in zip(ranks, right, strict=True) if not ok]
-    pairs = [(x > y) + (x == y) / 2 for x in good for y in bad]
-    return sum(pairs) / len(pairs) if pairs else float("nan")
+    """Return the share of pairs that are ranked right. Ties count half.
+
+    Return NaN if there is no pair.
+    """
+    good = [rank for rank, is_right in zip(ranks, right, strict=True) if is_right]
+    bad = [rank for rank, is_right in zip(ranks, right, strict=True) if not is_right]
+    if not good or not bad:
+        return float("nan")
+    scores = [(x > y) + (x == y) / 2 for x in good for y in bad]
+    return sum(scores) / len(scores)
 
 
 if __name__ == "__main__":

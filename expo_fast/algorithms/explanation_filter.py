@@ -107,7 +107,7 @@ def copies_answer(text: str, answer: str) -> bool:
 
 
 def names_another_answer(text: str, answer: str) -> bool:
-    """Return whether the text says "the answer is X" where X is another number than the answer."""
+    """Return whether the text says "the answer is X" with a number X other than the answer."""
     if _decimal(answer) is None:
         return False
     return not all(stated(number, answer) for number in _NAMED.findall(text))

@@ -1,8 +1,8 @@
 """The state of a training run, and the parts of a step that all algorithms share.
 
 `Trainer` holds the parts of a run and has no loop: `grpo.run_step`, `dpo.run_step` and
-`sft.run_step` take a trainer and the number of a step. `Trainer.state` returns what an exact resume
-needs beside the weights.
+`sft.run_step` take a trainer and the number of a step. An exact resume needs the weights and
+`Trainer.state`.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Trainer:
         self.sampled_tokens += sum(len(completion.token_ids) for completion in completions)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors and JSON values that an exact resume needs beside the weights."""
+        """Return the tensors and JSON values that an exact resume needs, except the weights."""
         tensors, optimizer = self.optimizer.state_dict()
         values = {
             "optimizer": optimizer,
@@ -80,7 +80,7 @@ class Trainer:
         return tensors, values
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Restore what `state` returned. The model's weights must be restored before."""
+        """Restore the result of `state`. The model's weights must be restored before."""
         self.optimizer.load_state_dict(tensors, values["optimizer"])
         self.broken_steps = values["broken"]
         self.data_tokens = values["read"]

@@ -43,7 +43,7 @@ def load_training_data(config: Train) -> TrainingData:
         check_answers(config.eval_data, held_out)
     if len(problems) < config.prompts_per_step:
         raise ValueError(
-            f"{config.train_data} has {len(problems)} problems beside {config.shots} worked "
+            f"{config.train_data} has {len(problems)} problems without {config.shots} worked "
             f"examples: need at least prompts_per_step={config.prompts_per_step}"
         )
     check_columns(config, problems)

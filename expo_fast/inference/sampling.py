@@ -186,7 +186,7 @@ def _inverse_cdf(weights: Tensor, block_sums: Tensor, u: Tensor) -> Tensor:
 
 
 def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first column where the running sum exceeds the target, and the remainder.
+    """Return the first column at which the running sum exceeds the target, and the remainder.
 
     The remainder is the target minus the running sum before that column. If the target reaches the
     total by rounding, the column is the last one of positive weight.

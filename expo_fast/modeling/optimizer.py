@@ -172,7 +172,7 @@ class Optimizer:
         return list(updates)
 
     def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
-        """Return the tensors and JSON values that an exact resume needs beside the weights.
+        """Return the tensors and JSON values that an exact resume needs, except the weights.
 
         The tensors are not copies, so save or copy them before the next step. Their keys are
         `NAME.exp_avg`, `NAME.exp_avg_sq` and, for a bf16 parameter, `NAME.master`.

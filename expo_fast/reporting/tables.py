@@ -53,9 +53,9 @@ def _accuracy_formats(groups: Sequence[Group]) -> dict[str, str]:
     formats = {f"pass@{k}": ".3f" for k in sorted(ks)}
     formats |= {"majority": ".3f", "all_fail": ".0%"}
     known = {}
-    for key, form in formats.items():
-        if any(before_and_after(group, key, form) for group in groups):
-            known[key] = form
+    for key, number_format in formats.items():
+        if any(before_and_after(group, key, number_format) for group in groups):
+            known[key] = number_format
     return known
 
 
@@ -70,7 +70,7 @@ def _overview_row(group: Group, fields: Sequence[str], formats: dict[str, str]) 
     seeds = [run.config.get("seed", "?") for run in group.runs]
     row.append(", ".join(escaped(seed, 20) for seed in seeds))
     row.append(_steps_done(group))
-    row += [before_and_after(group, key, form) for key, form in formats.items()]
+    row += [before_and_after(group, key, number_format) for key, number_format in formats.items()]
     row.append(_tokens(group))
     row.append(_duration(group))
     return row
@@ -104,12 +104,12 @@ def _duration(group: Group) -> str:
     return str(timedelta(seconds=round(seconds))) if seconds else ""
 
 
-def before_and_after(group: Group, key: str, form: str, level: int | None = None) -> str:
+def before_and_after(group: Group, key: str, number_format: str, level: int | None = None) -> str:
     """Return a number of the evaluations before and after training as HTML, or "" if none has it.
 
     It is the mean over the runs that have both evaluations, or over all runs if no run has both.
 
-    form: format specification of the number.
+    number_format: format specification, such as `.3f`.
     level: level of problems; None: all problems.
     """
     pairs = []
@@ -126,8 +126,8 @@ def before_and_after(group: Group, key: str, form: str, level: int | None = None
     after = spread([row for _, row in shown], key)
     if before is None and after is None:
         return ""
-    cell = f"{_mean(before, form)} &rarr; {_mean(after, form)}"
-    ranges = [_range(before, form), _range(after, form)]
+    cell = f"{_mean(before, number_format)} &rarr; {_mean(after, number_format)}"
+    ranges = [_range(before, number_format), _range(after, number_format)]
     if any(ranges):
         cell += small(" &rarr; ".join(ranges))
     if 0 < len(complete) < len(pairs):
@@ -135,15 +135,15 @@ def before_and_after(group: Group, key: str, form: str, level: int | None = None
     return cell
 
 
-def _mean(x: Spread | None, form: str) -> str:
-    return format(x.mean, form) if x else "&ndash;"
+def _mean(x: Spread | None, number_format: str) -> str:
+    return format(x.mean, number_format) if x else "&ndash;"
 
 
-def _range(x: Spread | None, form: str) -> str:
+def _range(x: Spread | None, number_format: str) -> str:
     if x is None or x.low is None or x.high is None:
         return ""
-    low = format(x.low, form)
-    high = format(x.high, form)
+    low = format(x.low, number_format)
+    high = format(x.high, number_format)
     if x.n_runs > 1:
         return f"{low}&thinsp;&hellip;&thinsp;{high}"
     return f"[{low}, {high}]"

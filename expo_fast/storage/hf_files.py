@@ -133,7 +133,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:  # check the name and not its target, because the hub's cache has links
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} points to {name!r}, need a .safetensors file beside it")
+            raise ValueError(f"{index} points to {name!r}, need a .safetensors file in its folder")
         if not (folder / name).exists():
             raise FileNotFoundError(f"{index} points to {name}, which does not exist")
     return [folder / name for name in names]
