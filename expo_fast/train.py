@@ -18,6 +18,7 @@ from expo_fast.algorithms.resume import (
     names_checkpoint,
     restore,
     save_checkpoint,
+    write_base,
 )
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import (
@@ -82,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
         if config.spec.loop == "dpo":
             dpo.open_pair_store(trainer, config.run_dir, start)
         begin_record(config, resumed_from, start, log)
+        write_base(trainer, log)
         train(trainer, data.held_out, log, start)
 
 

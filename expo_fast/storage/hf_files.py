@@ -5,7 +5,7 @@ An error is one sentence that names the file.
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,14 +197,24 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def write_tensor_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write one .safetensors file."""
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a .safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def write_tensor_file(
+    tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one .safetensors file. `metadata` is added to what transformers needs."""
     from safetensors.torch import save_file
 
     contiguous = {}
     for key, tensor in tensors.items():
         contiguous[key] = tensor.detach().contiguous()
-    save_file(contiguous, file, METADATA)
+    save_file(contiguous, file, METADATA | dict(metadata or {}))
 
 
 def _write_tensors(
