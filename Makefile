@@ -21,6 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(if $(filter Linux,$(shell uname)),$(VENV)/triton-3.6/.ready)
+OLD_TRANSFORMERS := $(VENV)/transformers-4.57/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # A worker of pytest runs on one core: tests/conftest.py gives it one thread.
@@ -34,7 +35,7 @@ train: $(READY)
 quick: lint
 	$(PYTEST) -m "not slow and not long" $(ARGS)
 
-test: lint $(OLDEST)
+test: lint $(OLDEST) $(OLD_TRANSFORMERS)
 	$(PYTEST) $(ARGS)
 
 lint: $(READY)
@@ -65,6 +66,14 @@ $(READY): pyproject.toml constraints.txt
 $(VENV)/triton-3.6/.ready: $(READY)
 	@rm -rf $(@D)
 	@$(PIP) install --no-deps --target $(@D) triton==3.6.0 numpy==2.3.5
+	@touch $@
+
+# The last transformers 4, which reads the folders that are saved here, and the two packages whose
+# versions in constraints.txt it refuses.
+$(OLD_TRANSFORMERS): $(READY)
+	@rm -rf $(@D)
+	@$(PIP) install --no-deps --target $(@D) \
+		transformers==4.57.1 huggingface_hub==0.36.2 tokenizers==0.22.2
 	@touch $@
 
 clean:

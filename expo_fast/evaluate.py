@@ -16,7 +16,7 @@ import torch
 
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.algorithms.rollout import Verifier
-from expo_fast.algorithms.training_data import check_answers
+from expo_fast.algorithms.training_data import check_answers, check_ids
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
@@ -176,7 +176,7 @@ def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
 def check_prompts(
     config: Evaluate, model: Decoder, prompter: Prompter, problems: Sequence[Problem]
 ) -> None:
-    """Raise ValueError if there is no problem, or if a problem does not fit the model's context."""
+    """Raise ValueError if there is no problem, or if a problem does not fit the model."""
     if not problems:
         raise ValueError(
             f"{config.data} has only the {config.shots} worked examples: need at least one more "
@@ -184,6 +184,7 @@ def check_prompts(
         )
     for problem in problems:
         prompt = prompter.solve(problem)
+        check_ids(problem, prompt, prompter, model.shape.vocabulary)
         new_tokens = config.max_completion_length
         check_length(problem, prompt, new=new_tokens, context=model.shape.context)
 

@@ -18,9 +18,15 @@ from expo_fast.algorithms.resume import (
     names_checkpoint,
     restore,
     save_checkpoint,
+    write_base,
 )
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
-from expo_fast.algorithms.training_data import TrainingData, check_lengths, load_training_data
+from expo_fast.algorithms.training_data import (
+    TrainingData,
+    check_lengths,
+    check_token_ids,
+    load_training_data,
+)
 from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
@@ -54,8 +60,10 @@ def main(argv: Sequence[str]) -> None:
     trainer = build_trainer(config, data)
     if trainer.model.device.type == "cpu":
         dispatch.compiles()  # called here to report a missing compiler before the run begins
-    context = trainer.model.shape.context
-    check_lengths(config, trainer.prompter, data.problems, data.held_out, context)
+    shape = trainer.model.shape
+    prompter = trainer.prompter
+    check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
+    check_lengths(config, prompter, data.problems, data.held_out, shape.context)
     # A named checkpoint is read first, so that a wrong one leaves no new run directory.
     restored = None
     if config.dry_run or names_checkpoint(config):
@@ -75,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
         if config.spec.loop == "dpo":
             dpo.open_pair_store(trainer, config.run_dir, start)
         begin_record(config, resumed_from, start, log)
+        write_base(trainer, log)
         train(trainer, data.held_out, log, start)
 
 

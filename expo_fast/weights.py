@@ -1,5 +1,6 @@
 """Find, load and save models: Hugging Face folders, GGUF files, LoRA adapters of PEFT."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +10,17 @@ import torch
 from torch import Tensor
 
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.lora import is_attached, merge
+from expo_fast.modeling.lora import base_tensors, is_attached, merge
 from expo_fast.modeling.shape import Shape, check_config, read_shape
 from expo_fast.storage import hub
-from expo_fast.storage.default_model import DEFAULT_MODEL, find_default_model
+from expo_fast.storage.default_model import (
+    DEFAULT_MODEL,
+    HUB_ID,
+    WHEEL,
+    find_default_model,
+    is_wheel_model,
+    wheel_model,
+)
 from expo_fast.storage.files import reading
 from expo_fast.storage.gguf import read_gguf
 from expo_fast.storage.hf_files import (
@@ -24,17 +32,19 @@ from expo_fast.storage.hf_files import (
     read_tokenizer,
     write_model,
 )
-from expo_fast.storage.lora_files import Adapter, holds_adapter, read_adapter
+from expo_fast.storage.lora_files import Adapter, BaseModel, holds_adapter, read_adapter
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
-def find_model(source: str | Path) -> Path:
+def find_model(source: str | Path, revision: str | None = None) -> Path:
     """Return the model folder or .gguf file that a source names.
 
     The source is a local path, the default model's name, or an id of the Hugging Face hub. They are
     tried in this order. Downloaded files are cached.
+
+    revision: branch, tag or commit of a hub id; None: its main branch.
 
     Raise FileNotFoundError if there is no such model, ConnectionError if the default model cannot
     be downloaded, and ValueError if the file is not a .gguf file or the download is damaged.
@@ -53,7 +63,7 @@ def find_model(source: str | Path) -> Path:
             f"or {DEFAULT_MODEL}"
         )
     try:
-        return hub.snapshot(name, hub.MODEL_FILES)
+        return hub.snapshot(name, hub.MODEL_FILES, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
@@ -175,6 +185,46 @@ def save_model(
     )
 
 
+def name_base(source: str | Path) -> BaseModel:
+    """Return how an adapter should name its base model, which `find_model` has found.
+
+    A hub id stays. A folder of the hub's cache becomes its hub id and revision, the default model
+    the hub id of its original, and another path is made absolute.
+    """
+    path = Path(source).expanduser()
+    is_default = not path.exists() and str(source) == DEFAULT_MODEL
+    if is_default:
+        path = find_default_model()
+    if not path.exists():
+        return BaseModel(str(source))
+    if is_wheel_model(path):
+        return BaseModel(HUB_ID, wheel=WHEEL)
+    repository = hub.cached_repository(path)
+    if repository is None:
+        return BaseModel(os.path.abspath(path))
+    return BaseModel(repository.name, None if is_default else repository.revision)
+
+
+def peft_loads_base(source: str | Path) -> bool:
+    """Return whether PEFT can load a model as a base.
+
+    It reads no .gguf file. Of an adapter's adapter it computes something else, without an error.
+    """
+    path = find_model(source)
+    return path.is_dir() and not holds_adapter(path)
+
+
+def save_base(model: Decoder, tokenizer: Any, path: str | Path) -> None:
+    """Write the base model of a model with adapters, as `save_model` writes a model."""
+    write_model(
+        Path(path),
+        model.config,
+        base_tensors(model),
+        tokenizer,
+        generation_config=model.generation_config,
+    )
+
+
 def _base_and_adapters(path: Path) -> tuple[Path, list[Adapter]]:
     """Return the base model of a folder, and the adapters to merge into it, in order.
 
@@ -188,8 +238,14 @@ def _base_and_adapters(path: Path) -> tuple[Path, list[Adapter]]:
         adapter = read_adapter(path)
         adapters[folder] = adapter
         with reading(f"{path}: base_model_name_or_path"):
-            path = find_model(adapter.base)
+            path = _find_base(adapter.base)
     return path, list(reversed(adapters.values()))
+
+
+def _find_base(base: BaseModel) -> Path:
+    if base.name == HUB_ID and base.wheel == WHEEL:
+        return wheel_model()
+    return find_model(base.name, base.revision)
 
 
 def _checked_state(

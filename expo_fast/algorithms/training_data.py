@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from expo_fast.algorithms.explanations import answer_after
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
 from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
-from expo_fast.data.prompts import Prompter, check_length, expert_text
+from expo_fast.data.prompts import Prompter, boxed, check_length, expert_text
 
 REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids"}  # given to a reward function
 
@@ -145,3 +146,59 @@ def texts_trained_on(
     if spec.chosen_source == "data" and problem.pair:
         for text in problem.pair:
             yield prompter.completion(text)
+
+
+def check_token_ids(
+    config: Train,
+    prompter: Prompter,
+    problems: Sequence[Problem],
+    held_out: Sequence[Problem],
+    vocabulary: int,
+) -> None:
+    """Raise ValueError if a text of the run has a token that the model's embedding lacks.
+
+    vocabulary: the rows of the embedding. A tokenizer may have more tokens if no text has them.
+    """
+    if fits_embedding(prompter, vocabulary):
+        return
+    for problem in problems:
+        for ids in (
+            *texts_trained_on(config, prompter, problem),
+            *run_texts(config, prompter, problem),
+        ):
+            check_ids(problem, ids, prompter, vocabulary)
+    for problem in held_out:
+        check_ids(problem, prompter.solve(problem), prompter, vocabulary)
+
+
+def fits_embedding(prompter: Prompter, vocabulary: int) -> bool:
+    """Return whether every token of the tokenizer has a row in the embedding."""
+    return max(prompter.tokenizer.get_vocab().values()) < vocabulary
+
+
+def check_ids(problem: Problem, ids: Sequence[int], prompter: Prompter, vocabulary: int) -> None:
+    """Raise ValueError if a text of a problem has a token that the embedding lacks."""
+    token = max(ids, default=0)
+    if token >= vocabulary:
+        text = prompter.tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(
+            f"problem {problem.id}: its texts have the token {text!r} with the id {token}, but the "
+            f"model's embedding has {vocabulary} rows: use the model's own tokenizer, or a model "
+            "with an embedding for each of its tokens"
+        )
+
+
+def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[tuple[int, ...]]:
+    """Yield the token ids of a problem's texts that the run makes besides the data's own texts."""
+    yield prompter.solve(problem)
+    if config.explains:
+        yield prompter.explain(problem)
+        answer = answer_after(problem, (), prompter, mask=False)
+        yield (*answer.prompt_ids, *answer.completion_ids)
+    if config.append_answer:
+        yield prompter.longer((), boxed(problem.answer))
+    samples_text = config.explains or config.spec.samples_pairs
+    if samples_text and prompter.stop_strings:
+        yield prompter.completion("")  # the end token, which replaces the stop string
+    if config.spec.samples_attempts and config.diagnose and problem.solution is not None:
+        yield prompter.expert(problem)

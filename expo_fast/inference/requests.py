@@ -50,6 +50,7 @@ def check_requests(requests: Sequence[Request], shape: Shape, *, has_tokenizer: 
             _check_prompt(index, prompt_ids, shape)
             checked[id(prompt_ids)] = prompt_ids
         _check_integers(index, request)
+        _check_stop_ids(index, request, shape)
         _check_length(index, request, shape)
         _check_sampling(index, request)
         _check_stop_strings(index, request, has_tokenizer)
@@ -60,11 +61,7 @@ def _check_prompt(index: int, ids: Sequence[int], shape: Shape) -> None:
         raise ValueError(f"request {index} has prompt_ids={ids!r}: need a sequence of integers")
     if not len(ids):
         raise ValueError(f"request {index} has an empty prompt, need at least one token")
-    for token in (min(ids), max(ids)):
-        if not 0 <= token < shape.vocabulary:
-            raise ValueError(
-                f"request {index} has the token id {token} outside [0, {shape.vocabulary})"
-            )
+    _check_vocabulary(f"request {index} has the token id", ids, shape)
 
 
 def _check_integers(index: int, request: Request) -> None:
@@ -72,9 +69,24 @@ def _check_integers(index: int, request: Request) -> None:
         value = getattr(request, name)
         if not _is_integer(value) or not -(2**63) <= value < 2**63:
             raise ValueError(f"request {index} has {name}={value!r}: need an integer of 64 bits")
+
+
+def _check_stop_ids(index: int, request: Request, shape: Shape) -> None:
     ids = request.stop_ids
-    if ids is not None and not _are_integers(ids):
+    if ids is None:
+        return
+    if not _are_integers(ids):
         raise ValueError(f"request {index} has stop_ids={ids!r}: need a sequence of integers")
+    if len(ids):
+        _check_vocabulary(f"request {index} has the stop id", ids, shape)
+
+
+def _check_vocabulary(what: str, ids: Sequence[int], shape: Shape) -> None:
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < shape.vocabulary:
+            raise ValueError(
+                f"{what} {token} outside [0, {shape.vocabulary}), the model's vocabulary"
+            )
 
 
 def _check_length(index: int, request: Request, shape: Shape) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.storage.hf_files import write_tokenizer
 from expo_fast.storage.lora_files import (
     PROJECTIONS,
     TENSORS,
@@ -151,11 +152,19 @@ def merged_copy(model: Decoder) -> MergedCopy:
     return result
 
 
-def save_adapter(model: Decoder, tokenizer: Any, path: str | Path, base: str) -> None:
+def save_adapter(
+    model: Decoder,
+    tokenizer: Any,
+    path: str | Path,
+    base: str,
+    *,
+    revision: str | None = None,
+    wheel: str | None = None,
+) -> None:
     """Write the adapter to a folder that PEFT loads. The tensors keep their dtype.
 
     tokenizer: None writes no tokenizer.
-    base: folder or hub id of the base model.
+    base, revision, wheel: the base model, see `BaseModel`.
 
     Raise ValueError if the model has no adapters.
     """
@@ -167,13 +176,23 @@ def save_adapter(model: Decoder, tokenizer: Any, path: str | Path, base: str) ->
     configs: Any = model.peft_config
     config = copy.copy(configs[NAME])
     config.base_model_name_or_path = base
+    config.revision = revision
     config.inference_mode = True  # as in PEFT's own files
     config.target_modules = sorted(config.target_modules)  # PEFT has a set, which has no order
     config.save_pretrained(str(path))
     factors = {name: _factors(layer) for name, layer in layers.items()}
-    write_adapter_tensors(path, factors)
+    write_adapter_tensors(path, factors, wheel)
     if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+        write_tokenizer(path, tokenizer)
+
+
+def base_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Return the parameters of the base model by their Hugging Face names."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            tensors[name.replace(".base_layer.", ".")] = parameter
+    return tensors
 
 
 @torch.no_grad()

@@ -124,8 +124,16 @@ def forward(
     *,
     together: int = 1,
 ) -> Iterator[tuple[Pack, Tensor]]:
-    """Yield each pack on the model's device, with the (R, D) hidden states of its rows."""
+    """Yield each pack on the model's device, with the (R, D) hidden states of its rows.
+
+    Raise ValueError for a token that the embedding lacks. On a GPU it would end the process's use
+    of the device.
+    """
+    vocabulary = model.shape.vocabulary
     for on_cpu in pack(samples, max_tokens, together=together):
+        largest = int(on_cpu.tokens.max())
+        if largest >= vocabulary:
+            raise ValueError(f"a sample has the token id {largest} outside [0, {vocabulary})")
         p = on_cpu.to(model.device)
         hidden = model.hidden(p.tokens, p.positions, p.cu_seqlens, p.parents)
         yield p, hidden[p.rows]

