@@ -140,20 +140,10 @@ WRONG = [
 # A person would judge these otherwise. Known, and no way to gain a reward that an honest answer
 # would not: mostly right answers in rare forms. An upgrade of math-verify may move them.
 DEVIATIONS = [
-    ("-1", r"e^{i\pi}", 0.0),  # i is a symbol to the parser here
-    ("2i", "i+i", 0.0),
-    ("2x-y=4", "y-2x=-4", 0.0),
-    (r"\frac13", r"0.\overline{3}", 0.0),  # not parsed
+    ("-1", r"e^{i\pi}", 0.0),  # i is a symbol to math-verify here
     ("x^2+C", "x^2+K", 0.0),  # the constant's name counts
-    (r"(0,\infty)", r"\{x|x>0\}", 0.0),  # not parsed
-    (
-        "18",
-        "18 books",
-        0.0,
-    ),  # a unit outside \text{} is a product of letters, unless on a short list
-    (r"300\text{ cm}", r"3\text{ m}", 0.0),  # units are dropped, not converted ...
-    (r"3\text{ cm}", r"3\text{ m}", 1.0),  # ... so the wrong unit passes
-    ("8", r"8\text{ is wrong}", 1.0),  # a trailing \text{} is taken for a unit
+    ("90^\\circ", r"\frac{\pi}{2}", 0.0),  # degrees are not converted
+    ("1.5", "1,5", 0.0),  # a comma separates items or thousands
     ("8", r"8 \approx 9", 1.0),  # the left side counts; `9 \approx 8` is wrong, so it is no hedge
     ("(3,5)", "3,5", 1.0),  # a list without brackets takes the reference's
     (r"\frac{0}{0}", r"\frac{0}{0}", 1.0),  # the same text is the same answer
