@@ -658,10 +658,11 @@ def is_huge(text: str) -> bool:
         large = is_huge(match["exponent"]) or (value is not None and value > MAX_BITS)
         return large and int(match["base"][:9]) > 1 and not match["exponent"].startswith("-")
     if match["factorial"]:
-        argument = match["factorial"].removeprefix("(").removesuffix(")")
-        return is_huge(argument) or (
-            argument.isdigit() and (len(argument) > 9 or int(argument) > 999)
-        )
+        argument = match["factorial"]
+        parsed = parse(argument)
+        value = parsed and as_number(parsed.value)
+        inner = argument.removeprefix("(").removesuffix(")")
+        return is_huge(inner) or value is not None and value > 999
     return True
 
 

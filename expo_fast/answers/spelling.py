@@ -82,7 +82,7 @@ def spell(char: str) -> str:
             return " "
         case "Cf":  # zero-width and bidirectional controls
             return ""
-    if kind in ("<wide>", "<font>"):  # full width, mathematical bold
+    if kind in ("<wide>", "<font>", "<small>"):  # full width, mathematical bold, small forms
         return unicodedata.normalize("NFKC", char)
     return GREEK.get(char, char)
 
@@ -192,7 +192,7 @@ ABOUT = re.compile(
     r"(?![A-Za-z])\s*",
     re.IGNORECASE,
 )
-EDGES = re.compile(r"^(?:\\\\|[\s,;:`]|\*\*)+|(?:\\\\|\\|[\s,;:`]|\*\*|(?<!\\ldots)\.)+$")
+EDGES = re.compile(r"^(?:\\\\|[\s,;:=`]|\*\*)+|(?:\\\\|\\|[\s,;:`]|\*\*|(?<!\\ldots)\.)+$")
 WRAPPED = re.compile(r"\\text ?\{([^{}]*)\}")
 
 

@@ -14,11 +14,13 @@ __all__ = ["MAX_CHARS", "decide", "last_boxed", "last_boxed_span", "tidy"]
 MAX_CHARS = 1000  # of an answer
 MAX_NESTING = 32  # of braces in an answer
 
-# \boxed{...}; or without braces one number, command or letter, up to the end of the formula
+# \boxed{...}, or without braces \boxed 6: up to the end of the formula if it has no blank, or a
+# number, or a command with its arguments
 BOX = re.compile(
     r"\\(?:boxed|fbox|framebox)(?:\s*(?P<brace>\{)|(?![A-Za-z])[ \t]*(?P<bare>"
-    r"-?[\d.][\d.,]*\d*(?:/\d+)?(?=[\s$.,;:)\]\\]|$)|[A-Za-z](?=[\s$.,;:)\]\\]|$)"
-    r"|-?\\(?!boxed|fbox|framebox|text)[A-Za-z]+[^$\n]{0,200}?(?=\$|\\\)|\\\]|$)))"
+    r"(?!\\(?:boxed|fbox|framebox))[-\d.A-Za-z\\(\[][^$\s]{0,200}?(?=[ \t]*(?:\$|\\\)|\\\]))"
+    r"|-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?(?=[.,;:]?(?:\s|$))"
+    r"|-?\\[A-Za-z]+(?:\{[^{}]{0,100}\}){1,2}(?=[.,;:]?\s*$)))"
 )
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 
