@@ -296,6 +296,7 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("10", r"\dbinom52"),
             ("10", r"{5 \choose 2}"),
             ("720", "6!"),
+            ("720", "6!=720"),
             ("3", r"\log_2 8"),
             ("3", r"\log_{2}{8}"),
             (r"\ln 8", r"3\ln 2"),

@@ -662,7 +662,7 @@ def is_huge(text: str) -> bool:
         parsed = parse(argument)
         value = parsed and as_number(parsed.value)
         inner = argument.removeprefix("(").removesuffix(")")
-        return is_huge(inner) or value is not None and value > 999
+        return is_huge(inner) or (value is not None and value > 999)
     return True
 
 

@@ -19,7 +19,14 @@ PHRASE = re.compile(
     r"(?![A-Za-z0-9'-])(?P<rest>[^0-9]*)",
     re.IGNORECASE,
 )
-HALF = re.compile(r"(?:one|a)[ -]half", re.IGNORECASE)
+_PART = "half|halves|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth"
+PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4} | {
+    word: size for size, word in enumerate(_PART.split("|")[4:], start=4)
+}
+PART = re.compile(
+    rf"(?:(?P<count>a|{'|'.join(UNITS)})[ -])?(?P<part>{_PART})s?",
+    re.IGNORECASE,
+)
 SCALED = re.compile(
     r"(?P<value>-?\d[\d,]*(?:\.\d+)?) ?(?:\\text\{ ?)?(?P<scale>thousand|million|billion|trillion)"
     r"(?![A-Za-z])(?P<rest>.*)",
@@ -35,8 +42,10 @@ def digits_for_words(text: str) -> str:
         return _shifted(scaled["value"].replace(",", ""), scale) + _rest(text, scaled["rest"])
     if not text[:1].isalpha() and not text.startswith(r"\text"):
         return text
-    if HALF.fullmatch(text):
-        return r"\frac{1}{2}"
+    part = PART.fullmatch(text)
+    if part:
+        count = UNITS.get((part["count"] or "one").lower(), 1)
+        return rf"\frac{{{count}}}{{{PARTS[part['part'].lower()]}}}"
     phrase = PHRASE.fullmatch(text)
     if phrase is None:
         return text

@@ -25,6 +25,9 @@ REPEATING = re.compile(
 )
 
 
+ENDLESS = re.compile(r"(?P<sign>[+-]?) ?(?P<integer>\d*)\.(?P<digits>\d{3,100}) ?\\ldots")
+
+
 class Number(NamedTuple):
     """An exact number, and how it was written."""
 
@@ -35,7 +38,7 @@ class Number(NamedTuple):
 def plain_number(text: str) -> Number | None:
     """Return the number that a text is, or None."""
     text = FRAC.sub(_slash, text).strip()
-    for read in (_fraction, _decimal, _scientific, _repeating):
+    for read in (_fraction, _decimal, _scientific, _repeating, _endless):
         number = read(text)
         if number is not None:
             return number
@@ -92,6 +95,23 @@ def _repeating(text: str) -> Number | None:
     value = Fraction(int((match["integer"] or "0") + fixed), 10 ** len(fixed))
     value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
     return Number(_signed(match["sign"], value), None)
+
+
+def _endless(text: str) -> Number | None:
+    """Return 0.333... and 0.1212... with the period that they show, of which two are needed."""
+    match = ENDLESS.fullmatch(text)
+    if match is None:
+        return None
+    digits = match["digits"]
+    for size in range(1, len(digits) // 2 + 1):
+        period = digits[-size:]
+        fixed = digits
+        while fixed.endswith(period):
+            fixed = fixed[:-size]
+        if len(digits) - len(fixed) >= max(3, 2 * size):
+            shown = f"{match['sign']}{match['integer']}.{fixed}"
+            return _repeating(rf"{shown}\overline{{{period}}}")
+    return None
 
 
 def _signed(sign: str, value: Fraction) -> Fraction:

@@ -48,6 +48,11 @@ class RealSet:
     pieces: tuple[Piece, ...]
     variable: str = ""
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the set has more than points."""
+        return any(piece.low != piece.high for piece in self.pieces)
+
 
 LOWEST = r"-\infty"
 HIGHEST = r"\infty"

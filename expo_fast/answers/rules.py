@@ -18,6 +18,7 @@ from expo_fast.answers.numbers import plain_number, same_number
 from expo_fast.answers.real_sets import Piece, RealSet, real_set
 from expo_fast.answers.spelling import squash
 from expo_fast.answers.structures import (
+    COMMA,
     FUNCTION,
     MAX_ITEMS,
     RELATIONS,
@@ -107,10 +108,16 @@ CLOCK = re.compile(
 )
 
 
+DAYTIME = re.compile(
+    r"(?:\\text ?\{ ?)?in the (?:morning|afternoon|evening) ?\}?$",
+    re.IGNORECASE,
+)
+
+
 def clock_times(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """3:30 PM is 15:30 and 3:30 p.m.; without "a.m." or "p.m." it may be either of a reference."""
-    x = CLOCK.fullmatch(gold)
-    y = CLOCK.fullmatch(box)
+    x = CLOCK.fullmatch(_in_digits(gold))
+    y = CLOCK.fullmatch(_in_digits(box))
     if not x or not y or not (x["minute"] or x["half"]) or not (y["minute"] or y["half"]):
         return PASS
     exact = _minutes(x) == _minutes(y)
@@ -121,6 +128,12 @@ def clock_times(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     return exact or (int(x["hour"]) == int(y["hour"]) and x["minute"] == y["minute"])
 
 
+def _in_digits(text: str) -> str:
+    """Return noon as 12:00 pm, and 3:30 in the afternoon as 3:30 pm."""
+    text = DAYTIME.sub(lambda match: "am" if "morning" in match[0] else "pm", text)
+    return {"noon": "12:00 pm", "midnight": "12:00 am"}.get(text.lower(), text)
+
+
 def _minutes(match: re.Match[str]) -> tuple[int, int, int]:
     """Return the hour of 24, the minute and the second of a time."""
     hour = int(match["hour"])
@@ -129,7 +142,9 @@ def _minutes(match: re.Match[str]) -> tuple[int, int, int]:
     return hour, int(match["minute"] or 0), int(match["second"] or 0)
 
 
-CHOICE = re.compile(r"\(? ?(?:\\text ?\{ ?)?\(? ?([A-Z]) ?\)? ?\}? ?\)?\.?")
+CHOICE = re.compile(
+    r"(?:(?:\\text ?\{ ?)?(?i:option|choice|answer) ?\}? ?)?\(? ?(?:\\text ?\{ ?)?\(? ?([A-Z]) ?\)? ?\}? ?\)?\.?"
+)
 CHOICE_AND_TEXT = re.compile(
     r"(?:\(|\\text ?\{ ?\() ?([A-Z]) ?\) ?\}? ?[^\s,;%!].*|([A-Z]) ?[.:)] [^\s,;%!].*"
 )
@@ -185,12 +200,17 @@ def residues(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return _same_class(x, y)
     if y:  # the reference is the residue itself
         residue = RESIDUE.fullmatch(y["value"].strip())
-        return equal(gold, residue["residue"]) if residue else PASS
+        if residue is None:
+            return PASS
+        reduced = abs(int(residue["residue"])) < int(y["modulus"])
+        return equal(gold, residue["residue"]) if reduced else False
     assert x is not None
     residue = RESIDUE.fullmatch(x["value"].strip())
     if residue is None:
         return PASS
-    return every([equal(residue["residue"], box)]) or _is_progression(x, box)
+    if labelled(box).label:
+        return _is_progression(x, box)
+    return equal(residue["residue"], box) or _is_progression(x, box)
 
 
 def _same_class(x: re.Match[str], y: re.Match[str]) -> Verdict | Pass:
@@ -207,7 +227,7 @@ def _same_class(x: re.Match[str], y: re.Match[str]) -> Verdict | Pass:
 def _is_progression(x: re.Match[str], box: str) -> Verdict | Pass:
     """Return whether an answer is 3 + 7k for the residue 3 modulo 7."""
     residue = RESIDUE.fullmatch(x["value"].strip())
-    parsed = algebra.parse(labelled(box).value)
+    parsed = algebra.parse(split_top(labelled(box).value, COMMA)[0][0])  # 3+7k, k an integer
     if residue is None or parsed is None:
         return PASS
     linear = algebra.linear_in_one_variable(parsed.value.top)
@@ -221,9 +241,10 @@ def _is_progression(x: re.Match[str], box: str) -> Verdict | Pass:
 
 
 NUMERAL = re.compile(
-    r"\(?(?:\\text ?\{)?(?P<digits>[0-9A-F]{0,40}[0-9][0-9A-F]{0,40})\}?\)?"
-    r"_\{?(?:\\text\{)?(?P<base>\d+|[a-z]+)\}{0,2}"
+    r"(?P<digits>[0-9A-Fa-f]{0,40}[0-9][0-9A-Fa-f]{0,40}?)"
+    r"(?:_(?:base)?|(?:in)?base)(?P<base>\d+|[a-z]+)"
 )
+NUMERAL_MARKUP = re.compile(r"\\text|[ {}()]")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
 BASES |= {"ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16}
 DIGITS = re.compile(r"[0-9A-F]+")
@@ -244,18 +265,23 @@ def numerals(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
 
 
 def _numeral(text: str) -> tuple[str, int] | None:
-    match = NUMERAL.fullmatch(text.replace(" ", ""))
+    """Return the digits and the base of `101_2`, `101_{two}`, `101 base 2`; or None."""
+    match = NUMERAL.fullmatch(NUMERAL_MARKUP.sub("", text))
     if match is None:
         return None
     base = BASES.get(match["base"]) or (int(match["base"]) if match["base"].isdigit() else 0)
-    digits = match["digits"].lstrip("0") or "0"
-    return (digits, base) if 2 <= base <= 36 else None
+    digits = match["digits"]
+    if not 2 <= base <= 36 or (base <= 10 and not digits.isdigit()):
+        return None
+    return digits.upper().lstrip("0") or "0", base
 
 
 def units(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Units may be missing on one side; two units are converted, and others are different."""
     x = split_unit(gold)
     y = split_unit(box)
+    if x.glued:
+        return PASS
     if not (x.unit or y.unit or x.percent or y.percent):
         return PASS
     verdict = _same_quantity(x, y, equal)
@@ -302,8 +328,10 @@ def matrices(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Matrices in any brackets are compared cell by cell."""
     x = matrix_rows(gold)
     y = matrix_rows(box)
-    if x is None or y is None:
+    if x is None and y is None:
         return PASS
+    if x is None or y is None:  # it may be a product with a matrix, but no number
+        return PASS if algebra.parse(box if x else gold) is None else False
     if x[0] != y[0] or [len(row) for row in x[1]] != [len(row) for row in y[1]]:
         return False
     cells = zip(chain.from_iterable(x[1]), chain.from_iterable(y[1]), strict=True)
@@ -320,7 +348,9 @@ def real_sets(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     x = _real_set(gold)
     y = _real_set(box)
     if x is None or y is None:
-        return PASS
+        found = x or y
+        value = algebra.parse(box if x else gold)
+        return False if found and value and found.is_wide else PASS
     if x.variable and y.variable and not same_label(x.variable, y.variable):
         return False
     if len(x.pieces) != len(y.pieces):
@@ -407,7 +437,8 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return _same_tuple(x, y, equal)
     if x.named and y.named and len(x.items) > 1:
         return _same_names(x, y, equal)
-    if (x.named or y.named) and len(x.items) > 1:
+    named = x if x.named else y
+    if named.named and len(x.items) > 1 and len({name[0] for name in named.labels}) > 1:
         return _same_tuple(x, y, equal)
     if not x.items or not y.items:
         return len(x.items) == len(y.items)
@@ -447,6 +478,10 @@ def _same_names(x: Collection, y: Collection, equal: Comparer) -> Verdict:
 # Equations
 
 
+ARGUMENT = re.compile(r"\(([A-Za-z])\)$")
+NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+
+
 def same_label(a: str, b: str) -> bool:
     """Return whether two names are the same, or both of a function: y, f(x)."""
     return a == b or bool(FUNCTION.fullmatch(a) and FUNCTION.fullmatch(b))
@@ -461,12 +496,22 @@ def equations(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     x = labelled(gold)
     y = labelled(box)
     if x.label and y.label and same_label(x.label, y.label):
-        return _same_values(x.value, y.value, equal)
+        value = _renamed(y.value, of=y.label, to=x.label)
+        return _same_values(x.value, value, equal)
     if x_signs == y_signs == ["="]:
         return _same_equation(x_sides, y_sides)
     if (x.label and y.label) or (x_signs and y_signs and not (x.label or y.label)):
         return PASS
     return _same_values(x.value, y.value, equal)
+
+
+def _renamed(value: str, of: str, to: str) -> str:
+    """Return the value of f(t) in terms of the x of f(x)."""
+    old = ARGUMENT.search(of)
+    new = ARGUMENT.search(to)
+    if old is None or new is None or old[1] == new[1]:
+        return value
+    return NAME.sub(lambda match: new[1] if match[0] == old[1] else match[0], value)
 
 
 def _same_equation(x: list[str], y: list[str]) -> Verdict | Pass:
@@ -535,7 +580,7 @@ def words(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     if x and y and (x == y or any(x in group and y in group for group in SYNONYMS)):
         return True
     # letters without \text may be products of variables, but not both of listen and silent
-    prose = PROSE.fullmatch(gold) and PROSE.fullmatch(box) and LONG_WORD.search(gold + box)
+    prose = PROSE.fullmatch(gold) and PROSE.fullmatch(box) and LONG_WORD.search(f"{gold} {box}")
     return False if prose or r"\text" in gold + box else PASS
 
 

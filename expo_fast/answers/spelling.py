@@ -8,6 +8,7 @@ brackets, order, words and units.
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import lru_cache
 
 from expo_fast.answers.number_words import digits_for_words
 
@@ -49,6 +50,9 @@ SYMBOLS = {
     "‘": "'",
     "“": '"',
     "”": '"',
+    "¢": r"\text{ cents }",
+    "℃": r"^\circ \text{C}",
+    "℉": r"^\circ \text{F}",
     "€": r"\text{ euros }",
     "£": r"\text{ pounds sterling }",
     "¥": r"\text{ yen }",
@@ -95,6 +99,11 @@ def _index(match: re.Match[str]) -> str:
     return f"_{{{match[0].translate(SUBSCRIPTS)}}}"
 
 
+def _overlined(match: re.Match[str]) -> str:
+    digits = match[0].replace("\u0305", "")
+    return rf"\overline{{{digits}}}"
+
+
 def _root(match: re.Match[str]) -> str:
     degree = {"√": "", "∛": "[3]", "∜": "[4]"}[match[1]]
     return rf"\sqrt{degree}{{{match[2] or match[3]}}}"
@@ -123,14 +132,16 @@ def _table(*rows: tuple[str, Replacement]) -> list[tuple[re.Pattern[str], Replac
 UNICODE = _table(
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", _power),
     (r"[₀-₉]+", _index),
+    (r"((?:\d\u0305)+)", _overlined),
     (r"([√∛∜])\s*(?:(\d+|[a-z])|\{([^{}]*)\}|(?=\())", _root),
 )
 
 LATEX = _table(
     # spacing and delimiters, which mean nothing; `\\` stays, because it ends rows of a matrix
     (r"(?<=\d)(?:,\\!|\{,\}) *(?=\d{3}(?!\d))", ""),
-    (r"\\!\s*|(?<!\\)\\[()\[\]](?![^\\]*pt\])|\$\$", ""),
-    (r"\\\$|\$(?=\s*[\d.])(?![^$]*\$)", " USD "),  # currency, not a delimiter
+    (r"\\!\s*|(?<!\\)\\[()\[\]]|\$\$", ""),
+    (r"\\pounds(?![A-Za-z])", r"\\text{ pounds sterling }"),
+    (r"US ?\\?\$|\\\$|\$(?=\s*[\d.])(?![^$]*\$)", " USD "),  # currency, not a delimiter
     (r"\$", ""),
     (r"\{,\}", ","),
     (r"(?<!\\)(?:\\[,;:> ]|\\q?quad\b|\\(?:hspace|vspace|phantom)\{[^{}]*\})|[~\s\x00-\x1f]", " "),
@@ -139,10 +150,12 @@ LATEX = _table(
     # one command for each meaning
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"(?<![A-Za-z\\])C ?\( ?(\d+) ?, ?(\d+) ?\)", r"\\binom{\1}{\2}"),
+    (r"(?:\{ ?\})?(?<![\w}])_ ?\{? ?(\d+) ?\}? ?C ?_ ?\{? ?(\d+) ?\}?", r"\\binom{\1}{\2}"),
     (r"\{ ?(\d+) ?\\choose ?(\d+) ?\}|(\d+) ?\\choose ?(\d+)", r"\\binom{\1\3}{\2\4}"),
     (r"\\(?:leq?(?:slant)?|leqq)(?![A-Za-z])|<=|=<", r"\\le "),
     (r"\\(?:geq?(?:slant)?|geqq)(?![A-Za-z])|>=", r"\\ge "),
-    (r"\\neq?(?![A-Za-z])|\\not ?=|!=", r"\\ne "),
+    (r"\\neq?(?![A-Za-z])|\\not ?=|(?<![\w)}])!=", r"\\ne "),  # 5!=120 is an equation
     (r"\\lt(?![A-Za-z])", "<"),
     (r"\\gt(?![A-Za-z])", ">"),
     (r"\\lbrace(?![A-Za-z])", r"\\{"),
@@ -160,6 +173,8 @@ LATEX = _table(
         r"|boldsymbol|emph) ?\{([^{}]*)\}",
         _font,
     ),
+    (r"\\text ?\{ ?\(? ?mod(?:ulo)? ?\)? ?\}", " mod "),
+    (r"\\lg(?![A-Za-z])", r"\\log_{10} "),
     # plain names of functions and constants
     (r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty "),
@@ -193,11 +208,15 @@ ABOUT = re.compile(
     re.IGNORECASE,
 )
 EDGES = re.compile(r"^(?:\\\\|[\s,;:=`]|\*\*)+|(?:\\\\|\\|[\s,;:`]|\*\*|(?<!\\ldots)\.)+$")
+NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")  # needs no change
 WRAPPED = re.compile(r"\\text ?\{([^{}]*)\}")
 
 
+@lru_cache(maxsize=4096)  # the samples of a group share their reference and many answers
 def tidy(text: str) -> str:
     """Return one spelling of equal answers."""
+    if NUMBER.fullmatch(text):
+        return text
     if not text.isascii():
         for pattern, replacement in UNICODE:
             text = pattern.sub(replacement, text)
@@ -254,7 +273,7 @@ def _closes_at_end(text: str) -> bool:
     return False
 
 
-LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z,]) | (?![0-9A-Za-z])")  # 1, 234 is not 1,234
 BRACED = re.compile(r"([\^_]) ?\{ ?(-?\w) ?\}")
 
 

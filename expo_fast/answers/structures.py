@@ -38,6 +38,7 @@ def split_top(text: str, separators: frozenset[str]) -> Separated:
     return parts, found
 
 
+CASES = re.compile(r"\\begin ?\{cases\}(.*)\\end ?\{cases\}", re.DOTALL)
 COMMA = frozenset(",")
 SEMICOLON = frozenset(";")
 
@@ -46,6 +47,9 @@ def list_items(text: str) -> list[str]:
     """Return the items of a list without brackets: `1, 2 and 3`. Another text is its only item."""
     if plain_number(text):  # 1,000
         return [text]
+    system = CASES.fullmatch(text)
+    if system:
+        text = system[1].replace(r"\\", ",").replace("&", " ")
     text = _AND.sub(",", text)
     for separator in (SEMICOLON, COMMA):
         parts, _ = split_top(text, separator)
@@ -159,7 +163,7 @@ def matrix_rows(text: str) -> tuple[str, list[list[str]]] | None:
 
 def expand_signs(text: str) -> list[str]:
     r"""Return `1 \pm 2` as `1 + 2` and `1 - 2`. Another text is the only item."""
-    if r"\pm" not in text:
+    if r"\pm" not in text and r"\mp" not in text:
         return [text]
     upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
     lower = text.replace(r"\pm", "-").replace(r"\mp", "+")

@@ -103,6 +103,7 @@ class Quantity:
     unit: Unit | None  # None: it has none
     percent: bool = False
     ambiguous: bool = False  # the unit may be a product of letters: 5 m
+    glued: bool = False  # it more likely is one: 5m^2
 
 
 CURRENCY = re.compile(
@@ -114,10 +115,19 @@ PERCENT = re.compile(
 DEGREE = re.compile(
     r"\^\\circ ?(?:\\text ?\{ ?)?(?P<scale>(?:C|F|Celsius|Fahrenheit)(?![A-Za-z]))? ?\}?$"
 )
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+PARENTHESIZED = re.compile(r"(?<=[0-9}]) \(([A-Za-z]{2}[A-Za-z .]*)\)$")
+SUM = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?) ?(?:\\text ?\{ ?)?(?P<unit>[A-Za-z]+)\.? ?(?:,|and)? ?\}? ?"
+    r"(?:\\text ?\{ ?and ?\} ?|and )?"
+)
 PIECE = re.compile(
     r"(?P<text>\\text ?\{[^{}]*\})|(?P<word>[A-Za-z][A-Za-z.'-]*)"
     r"|(?P<power>\^ ?(?:\{ ?-?\d ?\}|-?\d))|(?P<sign> |/|\*|\\cdot(?![A-Za-z]))|\\[A-Za-z]+|."
 )
+GLUED = re.compile(
+    r"m ?\^ ?\{? ?[23] ?\}?|m/s(?:\^ ?\{? ?2 ?\}?)?"
+)  # the only ones with one letter
 MARKUP = re.compile(r"\\text|\\cdot|[{}]")
 WORD = re.compile(r"(?P<name>[A-Za-z][A-Za-z.'-]*)|\^ ?\{? ?(?P<power>-?\d)|(?P<over>/)")
 VALUE_END = re.compile(r"[\d)}\]!.]$|\\(?:pi|infty)$|^-?[a-z]$")
@@ -137,12 +147,12 @@ def split_unit(text: str) -> Quantity:
             unit = _unit([(name, 1)])
             return Quantity(rest.value, _times(unit, rest.unit, name))
     degree = DEGREE.search(text)
-    if degree and degree.start():
+    if degree and degree.start() and not TRIGONOMETRIC.search(text):
         scale = {"c": "celsius", "f": "fahrenheit", "": "degree"}[
             (degree["scale"] or "")[:1].lower()
         ]
         return Quantity(text[: degree.start()].strip(), _unit([(scale, 1)]))
-    return _split_words(text)
+    return _split_sum(text) or _split_words(PARENTHESIZED.sub(r" \1", text))
 
 
 def _times(currency: Unit, rest: Unit | None, name: str) -> Unit:
@@ -155,6 +165,21 @@ def _times(currency: Unit, rest: Unit | None, name: str) -> Unit:
     return Unit(frozenset(powers.items()), currency.size * rest.size)
 
 
+def _split_sum(text: str) -> Quantity | None:
+    """Return 1 hour 30 minutes in hours, 5 ft 3 in in feet; None for another text."""
+    terms = list(SUM.finditer(text))
+    if len(terms) < 2 or "".join(term[0] for term in terms) != text:
+        return None
+    names = [_canonical(term["unit"]) for term in terms]
+    if not all(name in UNITS for name in names):
+        return None
+    sizes = [UNITS[name][1] for name in names]
+    if len({UNITS[name][0] for name in names}) > 1 or sizes != sorted(set(sizes), reverse=True):
+        return None
+    total = sum(Fraction(term["number"]) * size for term, size in zip(terms, sizes, strict=True))
+    return Quantity(str(total / sizes[0]), _unit([(names[0], 1)]))
+
+
 def _split_words(text: str) -> Quantity:
     """Return the value and the unit that is written after it."""
     start = _start_of_words(text)
@@ -163,10 +188,12 @@ def _split_words(text: str) -> Quantity:
         return Quantity(text, None)
     phrase = text[start:]
     wrapped = phrase.startswith(r"\text")
-    unit = unit_of(phrase, wrapped=wrapped, spaced=value.endswith(" "))
+    spaced = value.endswith(" ")
+    glued = GLUED.fullmatch(phrase) is not None and not spaced
+    unit = unit_of(phrase, wrapped=wrapped, spaced=spaced or glued)
     if unit is None:
         return Quantity(text, None)
-    return Quantity(strip_edges(value), unit, ambiguous=not wrapped)
+    return Quantity(strip_edges(value), unit, ambiguous=not wrapped, glued=glued)
 
 
 def _start_of_words(text: str) -> int:
@@ -196,7 +223,8 @@ def unit_of(phrase: str, wrapped: bool, spaced: bool) -> Unit | None:
         # without \text, the m of 5m is a letter of a formula; that of 5 m may be
         single = any(len(name) == 1 for name in names)
         return None if single and not spaced else _unit(factors)
-    return _unit(factors) if spaced and _is_noun(names[-1]) else None
+    last_word = re.findall(r"[A-Za-z]+", phrase)[-1]
+    return _unit(factors) if spaced and _is_noun(last_word) else None
 
 
 def _is_noun(word: str) -> bool:
@@ -227,7 +255,7 @@ class _Phrase:
         name = _canonical(word)
         if name in PREFIXES:
             self.prefix = PREFIXES[name]
-        elif name in SUFFIXES and self.factors:
+        elif name in SUFFIXES:
             self.raise_last(SUFFIXES[name])
         elif name == "per":
             self.sign = -1

@@ -41,8 +41,8 @@ def judge_leaf(gold: str, box: str) -> bool:
 
     if misread(gold, box):
         return False
-    gold_parsed = _parse(gold)
-    box_parsed = _parse(box)
+    gold_parsed = [with_imaginary_unit(part) for part in _parse(gold)]
+    box_parsed = [with_imaginary_unit(part) for part in _parse(box)]
     if not gold_parsed or not box_parsed or is_false_equation(box_parsed[0]):
         return False
     equal = verify(
@@ -87,6 +87,16 @@ def _parse(text: str) -> list:
         parsing_timeout=None,  # pyright: ignore[reportArgumentType]
         raise_on_error=True,
     )
+
+
+def with_imaginary_unit(parsed):
+    """Return a parsed number with i as the imaginary unit; math-verify takes it for a variable."""
+    from sympy import Expr, I, Symbol
+
+    i = Symbol("i")
+    if isinstance(parsed, Expr) and parsed.free_symbols == {i}:
+        return parsed.subs(i, I)
+    return parsed
 
 
 def is_false_equation(expr) -> bool:
