@@ -161,7 +161,6 @@ WRONG = [
 # A person would judge these otherwise. Known, and no way to gain a reward that an honest answer
 # would not: mostly right answers in rare forms. An upgrade of math-verify may move them.
 DEVIATIONS = [
-    ("-1", r"e^{i\pi}", 0.0),  # i is a symbol to math-verify here
     ("x^2+C", "x^2+K", 0.0),  # the constant's name counts
     ("90^\\circ", r"\frac{\pi}{2}", 0.0),  # degrees are not converted
     ("1.5", "1,5", 0.0),  # a comma separates items or thousands

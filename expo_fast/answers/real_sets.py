@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from expo_fast.answers import algebra
+from expo_fast.answers.quotients import ONE, as_number, linear_in_one_variable
 from expo_fast.answers.structures import (
     ORDERS,
     bracketed,
@@ -127,7 +128,7 @@ def _without_points(points: list[str]) -> tuple[Piece, ...] | None:
     values = []
     for point in points:
         expression = algebra.parse(point)
-        value = expression and algebra.as_number(expression.value)
+        value = expression and as_number(expression.value)
         if value is None:
             return None
         values.append((value, point))
@@ -176,13 +177,13 @@ def _between(sides: list[str], signs: list[str]) -> RealSet | None:
 def _solve(left: str, right: str, sign: str) -> tuple[str, str, str] | None:
     """Return (x, sign, number) of an inequality that is linear in one variable."""
     side = algebra.side_difference(left, right)
-    if side is None or side.opaque or side.value.bottom.keys() != {algebra.ONE}:
+    if side is None or side.opaque or side.value.bottom.keys() != {ONE}:
         return None
-    linear = algebra.linear_in_one_variable(side.value.top)
+    linear = linear_in_one_variable(side.value.top)
     if linear is None:
         return None
     name, slope, constant = linear
-    denominator = side.value.bottom[algebra.ONE]
+    denominator = side.value.bottom[ONE]
     end = Fraction(-constant, slope)
     if slope * denominator < 0:
         sign = FLIPPED[sign]

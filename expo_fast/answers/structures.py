@@ -168,3 +168,8 @@ def expand_signs(text: str) -> list[str]:
     upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
     lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
     return [upper, lower]
+
+
+def same_label(a: str, b: str) -> bool:
+    """Return whether two names are the same, or both of a function: y, f(x)."""
+    return a == b or bool(FUNCTION.fullmatch(a) and FUNCTION.fullmatch(b))

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from expo_fast.answers.numbers import plain_number
-from expo_fast.answers.rules import Comparer
+from expo_fast.answers.rules import compare
 
 JUXTAPOSED = re.compile(r"\d \d")
 BASE = re.compile(r"\d_\{?(\d+)")
@@ -29,7 +29,7 @@ OPENING = re.compile(r"\(|\[|\\\{")
 
 def judge(gold: str, box: str) -> bool:
     """Return whether two answers are equal, by the rules and, where they end, by math-verify."""
-    return bool(Comparer(judge_leaf)(gold, box))
+    return bool(compare(gold, box, judge_leaf))
 
 
 def judge_leaf(gold: str, box: str) -> bool:
@@ -91,12 +91,14 @@ def _parse(text: str) -> list:
 
 def with_imaginary_unit(parsed):
     """Return a parsed number with i as the imaginary unit; math-verify takes it for a variable."""
-    from sympy import Expr, I, Symbol
+    from sympy import Expr, I
 
-    i = Symbol("i")
-    if isinstance(parsed, Expr) and parsed.free_symbols == {i}:
-        return parsed.subs(i, I)
-    return parsed
+    if not isinstance(parsed, Expr):
+        return parsed
+    symbols = parsed.free_symbols
+    if [str(symbol) for symbol in symbols] != ["i"]:
+        return parsed
+    return parsed.subs(symbols.pop(), I)
 
 
 def is_false_equation(expr) -> bool:

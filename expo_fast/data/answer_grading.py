@@ -6,7 +6,7 @@
 
 import re
 
-from expo_fast.answers.rules import Comparer
+from expo_fast.answers.rules import compare
 from expo_fast.answers.spelling import tidy
 
 __all__ = ["MAX_CHARS", "decide", "last_boxed", "last_boxed_span", "tidy"]
@@ -86,7 +86,7 @@ def decide(gold: str, box: str) -> bool | None:
         return False
     if not gold:
         return None
-    return Comparer(_open)(gold, box)
+    return compare(gold, box, _open)
 
 
 def _open(gold: str, box: str) -> None:
