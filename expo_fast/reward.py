@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from expo_fast import answers
 from expo_fast.data import answer_grading, verifier
 from expo_fast.data.problems import Problem
 from expo_fast.data.verifier import Verifier
@@ -113,7 +114,8 @@ def grader_hash() -> str:
     Verdicts with equal hashes come from the same grader.
     """
     digest = hashlib.sha256()
-    for source in (__file__, verifier.__file__, answer_grading.__file__):
+    rules = sorted(Path(answers.__file__).parent.glob("*.py"))
+    for source in (__file__, verifier.__file__, answer_grading.__file__, *rules):
         digest.update(Path(source).read_bytes())
     with suppress(PackageNotFoundError):  # then only the answers that need it fail
         digest.update(version("math-verify").encode())

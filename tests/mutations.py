@@ -280,6 +280,27 @@ MUTATIONS = [
         "tests/test_reward.py tests/test_answer.py",
     ),
     Mutation(
+        "any unit is as good as another",
+        "expo_fast/answers/notations.py",
+        "if not same_dimension(x.unit, y.unit):",
+        "if False:",
+        "tests/test_answer_families.py",
+    ),
+    Mutation(
+        "a closed interval is an open one",
+        "expo_fast/answers/aggregates.py",
+        "if (a.low_closed, a.high_closed) != (b.low_closed, b.high_closed):",
+        "if False:",
+        "tests/test_answer_families.py",
+    ),
+    Mutation(
+        "an equation is a multiple of any other",
+        "expo_fast/answers/quotients.py",
+        "return ratios.pop() if len(ratios) == 1 else None",
+        "return ratios.pop()",
+        "tests/test_answer_families.py",
+    ),
+    Mutation(
         "a stop string ends nothing",
         "expo_fast/inference/stop_rules.py",
         "return any(string in tail for string in strings)",

@@ -38,6 +38,27 @@ def verifier():
         ("12", None),
         ("", None),
         (r"put it in \boxed form", None),
+        (r"\boxed 6", "6"),
+        (r"so $x = \boxed 6$.", "6"),
+        (r"so $x = \boxed6.$", "6"),
+        (r"so \(\boxed 16\) and $y = 5$", "16"),
+        (r"\boxed -3.5, as asked", "-3.5"),
+        (r"\boxed 1,200.", "1,200"),
+        (r"\boxed 2/3 of it", "2/3"),
+        (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
+        (r"$\boxed\frac12\pi$", r"\frac12\pi"),
+        (r"\boxed\sqrt{2}.", r"\sqrt{2}"),
+        (r"$\boxed x$", "x"),
+        (r"$\boxed\text{B}$", r"\text{B}"),
+        (r"\boxed{5} or rather \boxed 6", "6"),
+        (r"\boxed{5} as in a \boxed answer", "5"),
+        (r"\boxed{5}, and no other \boxed", "5"),
+        (r"\boxed 6\pi r", None),
+        (r"\fbox{12}", "12"),
+        (r"\fbox 12", "12"),
+        (r"\framebox {12}", "12"),
+        (r"\boxed{5} and then \fbox{12}", "12"),
+        (r"\boxedfoo{12}", None),
         (r"<think>\boxed{12}</think> so \boxed{13}", "13"),
         (r"<think>\boxed{12}</think> no idea", None),
         (r"<think>a</think>\boxed{12}</think> hm", None),
@@ -140,22 +161,11 @@ WRONG = [
 # A person would judge these differently. They are mostly right answers in rare forms, and offer no
 # way to gain a reward without an honest answer. An upgrade of math-verify may change them.
 DEVIATIONS = [
-    ("-1", r"e^{i\pi}", 0.0),  # i is a symbol to the parser here
-    ("2i", "i+i", 0.0),
-    ("2x-y=4", "y-2x=-4", 0.0),
-    (r"\frac13", r"0.\overline{3}", 0.0),  # not parsed
     ("x^2+C", "x^2+K", 0.0),  # the constant's name counts
-    (r"(0,\infty)", r"\{x|x>0\}", 0.0),  # not parsed
-    (
-        "18",
-        "18 books",
-        0.0,
-    ),  # a unit outside \text{} is a product of letters, unless on a short list
-    (r"300\text{ cm}", r"3\text{ m}", 0.0),  # units are dropped, not converted ...
-    (r"3\text{ cm}", r"3\text{ m}", 1.0),  # ... so the wrong unit passes
-    ("8", r"8\text{ is wrong}", 1.0),  # a trailing \text{} is read as a unit
-    ("8", r"8 \approx 9", 1.0),  # the left side counts; `9 \approx 8` is wrong
-    ("(3,5)", "3,5", 1.0),  # a list without brackets gets those of the reference
+    ("90^\\circ", r"\frac{\pi}{2}", 0.0),  # degrees are not converted
+    ("1.5", "1,5", 0.0),  # a comma separates items or thousands
+    ("8", r"8 \approx 9", 1.0),  # the left side counts; `9 \approx 8` is wrong, so it is no hedge
+    ("(3,5)", "3,5", 1.0),  # a list without brackets takes the reference's
     (r"\frac{0}{0}", r"\frac{0}{0}", 1.0),  # the same text is the same answer
 ]
 

@@ -1,13 +1,14 @@
 """pass@k, majority votes and intervals, and the output of an evaluation."""
 
 import json
+import shutil
 from importlib.metadata import PackageNotFoundError
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from expo_fast import evaluate, reward
+from expo_fast import answers, evaluate, reward
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
 from expo_fast.data import answer_grading, verifier
@@ -60,12 +61,9 @@ def test_pass_at_k_is_the_fraction_of_k_subsets_with_a_right_sample(n: int):
         (boxes("1,000", "9", "9", "1000", r"\$1000."), "1000", True),
         (boxes("50", "9", "9", "-50"), "9", True),
         (boxes("Yes", "no", "no", "yes", "YES"), "yes", True),
-        (
-            boxes("x+1", "9", "1+x"),
-            "x+1",
-            True,
-        ),  # one vote each: math-verify does not compare votes
-        (boxes("9", "x+1", "1+x"), "x+1", False),
+        # one vote each: math-verify does not compare votes
+        (boxes("|x|+1", "9", "1+|x|"), "|x|+1", True),
+        (boxes("9", "|x|+1", "1+|x|"), "|x|+1", False),
         (["4", "4", *boxes("9")], "9", True),  # no box, no vote
         (boxes("", "$ $", "9"), "9", True),  # an empty box is no vote
         (["4", "4", "4"], "4", False),
@@ -154,6 +152,16 @@ def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch)
         copy.write_text(text)
         monkeypatch.setattr(module, "__file__", str(copy))
         assert (grader_hash() == before) is same
+
+
+def test_the_graders_hash_changes_with_a_rule(tmp_path, monkeypatch):
+    before = grader_hash()
+    shutil.copytree(Path(answers.__file__).parent, tmp_path / "answers")
+    monkeypatch.setattr(answers, "__file__", str(tmp_path / "answers" / "__init__.py"))
+    assert grader_hash() == before
+    with open(tmp_path / "answers" / "units.py", "a") as file:
+        file.write("# edited\n")
+    assert grader_hash() != before
 
 
 def test_the_graders_hash_changes_with_math_verify_and_without_it(monkeypatch):

@@ -34,6 +34,7 @@ ORDER = [
     "ops",
     "methods",
     "config",
+    "answers",
     "data",
     "modeling",
     "inference",

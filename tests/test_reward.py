@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expo_fast.data import answer_grading
+from expo_fast.answers import worker
 from expo_fast.data import verifier as verifier_module
 from expo_fast.data.problems import Problem
 from expo_fast.data.verifier import Verifier
@@ -26,7 +26,8 @@ from expo_fast.reward import (
 )
 from expo_fast.reward import score_answers as score
 
-HANG = "1E+1000000000"  # minutes in one C call of math-verify 0.9.0, which no alarm interrupts
+# minutes in one C call of math-verify 0.9.0, which no alarm interrupts
+HANG = "|1E+1000000000|"
 
 
 def box(text):
@@ -71,31 +72,31 @@ def test_simple_answers_need_no_worker():
 
 def test_verdicts_are_in_the_order_of_the_answers(verifier):
     n = 60
-    golds = [f"x^2 + {i % 7}" for i in range(n)]
-    texts = [box(f"{i % 5} + x^2") for i in range(n)]
+    golds = [f"|x| + {i % 7}" for i in range(n)]
+    texts = [box(f"{i % 5} + |x|") for i in range(n)]
     assert verifier.judge(golds, texts) == [float(i % 7 == i % 5) for i in range(n)]
 
 
 def test_a_hang_in_c_code_is_killed_and_affects_no_other_answer():
     with Verifier(workers=1, timeout_s=0.5) as pool:
-        pool.judge(["x"], [box("y")])
+        pool.judge(["|x|"], [box("|y|")])
         before = time.monotonic()
-        texts = [box("1+x"), box(HANG), box("x+1.0"), box("2x"), box("12")]
-        got = pool.judge(["x+1", "x+1", "x+1", "x+1", "12"], texts)
+        texts = [box("1+|x|"), box(HANG), box("|x|+1.0"), box("2|x|"), box("12")]
+        got = pool.judge(["|x|+1", "|x|+1", "|x|+1", "|x|+1", "12"], texts)
         assert time.monotonic() - before < 10
         assert got == [1.0, None, 1.0, 0.0, 1.0]
         assert (pool.timeouts, pool.crashes) == (1, 0)
 
 
-@pytest.mark.parametrize("bomb", [HANG, "((100!)!)!", "(" * 300])
+@pytest.mark.parametrize("bomb", [HANG, "|((100!)!)!|", "(" * 300])
 def test_a_hostile_reference_affects_no_other_answer(bomb):
     with Verifier(workers=1, timeout_s=0.3) as pool:
-        assert pool.judge([bomb, "x+1"], [box("8"), box("1+x")]) in ([None, 1.0], [0.0, 1.0])
+        assert pool.judge([bomb, "|x|+1"], [box("8"), box("1+|x|")]) in ([None, 1.0], [0.0, 1.0])
 
 
 def test_the_memory_of_a_worker_is_limited():
     with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
-        assert pool.judge(["x+1", "x+1"], [box("2^{2^{40}}"), box("1+x")]) == [None, 1.0]
+        assert pool.judge(["|x|+1", "|x|+1"], [box("|2^{2^{40}}|"), box("1+|x|")]) == [None, 1.0]
         assert (pool.timeouts, pool.crashes) == (0, 1)
         pid = pool._pool[0].process.pid
         limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
@@ -107,54 +108,59 @@ def test_the_memory_of_a_worker_is_limited():
 def test_the_memory_of_the_trainer_does_not_count_towards_the_limit():
     ballast = bytearray(b"1") * (300 << 20)  # getrusage of a child starts at this peak
     with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
-        assert pool.judge(["x+1", "x+1"], [box("2^{2^{40}}"), box("x+2")]) == [None, 0.0]
+        assert pool.judge(["|x|+1", "|x|+1"], [box("|2^{2^{40}}|"), box("|x|+2")]) == [None, 0.0]
         assert (pool.timeouts, pool.crashes) == (0, 1)
     del ballast
 
 
 def test_hostile_answers_do_not_slow_the_pool_down():
-    bombs = [box(f"1E+{10**9 + i}") for i in range(6)]
-    fine = [box(f"x + {i}") for i in range(50)]
+    bombs = [box(f"|1E+{10**9 + i}|") for i in range(6)]
+    fine = [box(f"|x| + {i}") for i in range(50)]
     with Verifier(workers=2, timeout_s=0.1) as pool:
-        assert pool.judge(["x"] * 6, bombs) == [None] * 6
+        assert pool.judge(["|x|"] * 6, bombs) == [None] * 6
         assert pool.timeouts == 6
         start = time.monotonic()
-        assert pool.judge(["x+7"] * 50, fine, timeout_s=10.0) == [float(i == 7) for i in range(50)]
+        assert pool.judge(["|x|+7"] * 50, fine, timeout_s=10.0) == [
+            float(i == 7) for i in range(50)
+        ]
         assert time.monotonic() - start < 10
 
 
 def test_equal_comparisons_are_graded_once():
     with Verifier(workers=2, timeout_s=0.3) as pool:
-        assert pool.judge(["x"] * 64, [box(HANG)] * 64) == [None] * 64
+        assert pool.judge(["|x|"] * 64, [box(HANG)] * 64) == [None] * 64
         assert pool.timeouts == 1
 
 
 def test_the_start_of_a_worker_does_not_count_towards_the_time_limit(monkeypatch, tmp_path):
-    slow = tmp_path / "slow.py"
-    slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(answer_grading.__file__).read_text()}")
-    monkeypatch.setattr(answer_grading, "__file__", str(slow))
+    slow = tmp_path / "slow_worker.py"
+    slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(worker.__file__).read_text()}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(verifier_module, "WORKER", "slow_worker")
     with Verifier(workers=1, timeout_s=1.0) as pool:
-        assert pool.judge(["x+1"], [box("1+x")]) == [1.0]
+        assert pool.judge(["|x|+1"], [box("1+|x|")]) == [1.0]
 
 
 def test_a_grader_that_cannot_start_raises_an_error(monkeypatch, tmp_path):
-    program, broken = Path(answer_grading.__file__).read_text(), tmp_path / "broken.py"
-    monkeypatch.setattr(answer_grading, "__file__", str(broken))
+    program = Path(worker.__file__).read_text()
+    broken = tmp_path / "broken_worker.py"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(verifier_module, "WORKER", "broken_worker")
     broken.write_text(program.replace("from math_verify import", "from math_verify_absent import"))
     with (
         Verifier() as pool,
         pytest.raises(RuntimeError, match="No module named 'math_verify_absent'"),
     ):
-        pool.judge(["x+1"], [box("1+x")])
+        pool.judge(["|x|+1"], [box("1+|x|")])
     broken.write_text("raise SystemExit(3)")
     with Verifier() as pool, pytest.raises(RuntimeError, match="exit code 3"):
-        pool.judge(["x+1"], [box("1+x")])
+        pool.judge(["|x|+1"], [box("1+|x|")])
 
 
 def test_no_process_outlives_its_pool():
     before = children()
     with Verifier(workers=2, timeout_s=0.2) as pool:
-        pool.judge(["x", "x", "x"], [box(HANG), box("y"), box("(10^{10})!")])
+        pool.judge(["|x|", "|x|", "|x|"], [box(HANG), box("|y|"), box("|(10^{10})!|")])
         assert len(children() - before) <= 2  # killed ones leave no zombies
     assert children() <= before
 
@@ -162,22 +168,22 @@ def test_no_process_outlives_its_pool():
 def test_a_worker_is_replaced_after_its_number_of_jobs(monkeypatch):
     monkeypatch.setattr(verifier_module, "JOBS_PER_WORKER", 3)
     with Verifier(workers=1, timeout_s=10.0) as pool:
-        pool.judge(["x"], [box("x+1")])
+        pool.judge(["|x|"], [box("|x|+1")])
         first = pool._pool[0].process.pid
-        assert pool.judge(["x+3"] * 7, [box(f"x + {i}") for i in range(7)]).count(1.0) == 1
+        assert pool.judge(["|x|+3"] * 7, [box(f"|x| + {i}") for i in range(7)]).count(1.0) == 1
         assert first not in children()
         assert (pool.timeouts, pool.crashes) == (0, 0)
 
 
 def test_a_worker_lost_between_calls_is_replaced():
     with Verifier(workers=1, timeout_s=10.0) as pool:
-        started = threading.Thread(target=pool.judge, args=(["x"], [box("y")]))
+        started = threading.Thread(target=pool.judge, args=(["|x|"], [box("|y|")]))
         started.start()
         started.join()  # the kernel kills the worker, because the thread that started it has ended
-        assert pool.judge(["x+1"], [box("1+x")]) == [1.0]
+        assert pool.judge(["|x|+1"], [box("1+|x|")]) == [1.0]
         os.kill(pool._pool[0].process.pid, signal.SIGKILL)
         pool._pool[0].process.wait()
-        assert pool.judge(["x+2"], [box("2+x")]) == [1.0]
+        assert pool.judge(["|x|+2"], [box("2+|x|")]) == [1.0]
         assert pool.crashes == 0
 
 
@@ -185,9 +191,9 @@ PARENT = """
 import sys
 from expo_fast.data.verifier import Verifier
 pool = Verifier(workers=2, timeout_s=60.0)
-pool.judge(["x", "x+1"], [r"\\boxed{y}", r"\\boxed{z}"])
+pool.judge(["|x|", "|x|+1"], [r"\\boxed{|y|}", r"\\boxed{|z|}"])
 print(*[w.process.pid for w in pool._pool], flush=True)
-pool.judge(["x", "x"], [r"\\boxed{1E+1000000000}", r"\\boxed{1E+1000000001}"])
+pool.judge(["|x|", "|x|"], [r"\\boxed{|1E+1000000000|}", r"\\boxed{|1E+1000000001|}"])
 """
 
 
@@ -206,15 +212,15 @@ def test_workers_end_with_their_parent_even_inside_c_code(kind):
 
 def test_an_interrupted_call_does_not_change_the_next_verdicts():
     with Verifier(workers=1, timeout_s=30.0) as pool:
-        pool.judge(["x"], [box("y")])
+        pool.judge(["|x|"], [box("|y|")])
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            pool.judge(["x"], [box(HANG)])
-        assert pool.judge(["x+1", "x+1"], [box("2x"), box("1+x")]) == [0.0, 1.0]
+            pool.judge(["|x|"], [box(HANG)])
+        assert pool.judge(["|x|+1", "|x|+1"], [box("2|x|"), box("1+|x|")]) == [0.0, 1.0]
 
 
 def test_score_answers_grades_and_checks_its_arguments():
-    golds, texts = ["12", "x+1", "x+1"], [box("12"), box("1+x"), box("2x")]
+    golds, texts = ["12", "|x|+1", "|x|+1"], [box("12"), box("1+|x|"), box("2|x|")]
     assert score(golds, texts, timeout_s=10.0) == [1.0, 1.0, 0.0]
     assert score([], []) == []
     with pytest.raises(ValueError, match="2 answers for 1 completions"):
@@ -279,10 +285,10 @@ def test_a_custom_reward_gets_all_columns():
         return [1, None]
 
     done = [Completion([5], torch.zeros(1), "stop"), Completion([6, 7], torch.zeros(2), "stop")]
-    assert custom_reward(fn)(PROBLEMS, ["x", "y"], done) == [1.0, None]
+    assert custom_reward(fn)(PROBLEMS, ["|x|", "y"], done) == [1.0, None]
     assert given == expected | {
         "prompts": ["1 + 1?", "1 + 2?"],
-        "completions": ["x", "y"],
+        "completions": ["|x|", "y"],
         "completion_ids": [[5], [6, 7]],
     }
 

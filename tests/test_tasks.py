@@ -21,6 +21,7 @@ from expo_fast.data.problems import (
     worked_examples,
 )
 from expo_fast.data.sources import LINE_BYTES
+from expo_fast.reward import score_answers
 
 ROW = {"problem": "What is 40 + 2?", "answer": "42"}
 TURN = {"role": "assistant", "content": "Well."}
@@ -75,10 +76,37 @@ def test_chat_messages_are_kept(save):
         (2.5, "2.5"),
         (" 7\n", "7"),
         (10**400, "1" + "0" * 400),
+        (-(10**400), "-1" + "0" * 400),
+        (1e-07, "0.0000001"),
+        (-2.5e-10, "-0.00000000025"),
+        (5e-324, "0." + "0" * 323 + "5"),
+        (1e16, "1" + "0" * 16),
+        (1.5e300, "15" + "0" * 299),
+        (1e23, "1" + "0" * 23),  # int(1e23) is 99999999999999991611392
+        (0.1, "0.1"),
+        (123456789.125, "123456789.125"),
     ],
 )
 def test_numbers_become_texts_of_answers(save, value, text):
     assert load_problems(save(lines({**ROW, "answer": value})))[0].answer == text
+
+
+@pytest.mark.parametrize(
+    ("value", "right", "wrong"),
+    [
+        (1e-07, ["0.0000001", "10^{-7}", "1e-7", r"1 \times 10^{-7}"], ["0", "1e-8", "10^{7}"]),
+        (-2.5e-10, [r"-2.5 \cdot 10^{-10}", "-2.5E-10"], ["2.5e-10", "-2.5e-11", "0"]),
+        (6.5e20, [r"6.5 \times 10^{20}", "650000000000000000000"], ["6.5e19", "65", "6.4e20"]),
+        (1e300, ["10^{300}", "1e300"], ["10^{299}", "10^{301}"]),
+        (3.0, ["3", "3.0", r"\frac{6}{2}"], ["30", "0.3", "-3"]),
+        (10**30, ["10^{30}", "1e30"], ["10^{31}", "10^{30}+1"]),
+    ],
+)
+def test_an_answer_that_json_holds_as_a_number_is_judged_as_one(save, value, right, wrong):
+    (problem,) = load_problems(save(lines({**ROW, "answer": value})))
+    texts = [rf"\boxed{{{text}}}" for text in [*right, *wrong]]
+    verdicts = score_answers([problem.answer] * len(texts), texts)
+    assert verdicts == [1.0] * len(right) + [0.0] * len(wrong)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,10 @@ false equation. To add a rule, write a function and call it in `is_unfit`.
 import re
 from fractions import Fraction
 
-from expo_fast.data.answer_grading import (
-    Number,
-    last_boxed_span,
-    plain_number,
-    same_number,
-    tidy,
-)
+from expo_fast.answers.numbers import Number, plain_number, same_number
+from expo_fast.answers.spelling import tidy
+from expo_fast.answers.units import split_unit
+from expo_fast.data.answer_grading import last_boxed_span
 from expo_fast.data.problems import Problem, last_question
 
 MASK = "?"  # replaces the answer, so that a lift comes from the reasoning
@@ -190,5 +187,5 @@ def stated(text: str, answer: str) -> list[tuple[int, int]]:
 
 def _decimal(text: str) -> Number | None:
     """Return the magnitude of an integer or decimal in any spelling, and its decimal places."""
-    text = tidy(text).lstrip("+-")
+    text = split_unit(tidy(text)).value.lstrip("+-")
     return plain_number(text) if _NUMBER.fullmatch(text) else None

@@ -7,6 +7,7 @@ and raises ValueError in one sentence for a value that cannot be used.
 import json
 import math
 import re
+from decimal import Decimal
 
 GSM8K_ANSWER = re.compile(r"(?P<solution>.*?)\s*####\s*(?P<answer>[^#\n]*?)\s*", re.DOTALL)
 GSM8K_CALCULATOR = re.compile(r"<<[^<>]*>>")  # calls of a calculator: "4*6=<<4*6=24>>24"
@@ -61,13 +62,13 @@ def read_reply(what: str, value: object) -> str:
 
 
 def read_answer(what: str, value: object) -> str:
-    """Return a final answer as text: a number is written out, 42.0 as 42."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    """Return a final answer as text: a number is written out, 42.0 as 42 and 1e-7 as 0.0000001."""
     if _is_int(value):
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
-        return str(value)
+        # the shortest decimal that is this float, which is how the data wrote it
+        digits = format(Decimal(repr(value)), "f")
+        return "0" if not value else digits.removesuffix(".0")
     if isinstance(value, str) and value.strip():
         return value.strip()
     raise ValueError(f"{what} must be text that is not empty or a number, not {shown(value)}")

@@ -1,6 +1,6 @@
 """Verdicts on boxed answers from worker processes that have limits of time and memory.
 
-The workers run the file answer_grading.py as a program. math-verify (sympy) may hang in C code,
+The workers run the module `expo_fast.answers.worker`. math-verify (sympy) may hang in C code,
 where no alarm reaches it, or use up all memory. Such a worker is killed and replaced.
 """
 
@@ -15,13 +15,16 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import NamedTuple
 
+import expo_fast
 from expo_fast.data import answer_grading
 from expo_fast.data.answer_grading import MAX_CHARS, last_boxed, tidy
 
 # A worker is then replaced: sympy's caches grow, and nothing that a text planted in it may last.
 JOBS_PER_WORKER = 500
+WORKER = "expo_fast.answers.worker"  # the module that a worker runs
 START_LIMIT_S = 120.0  # a start takes 1 s; this is for a cold network disk on a busy machine
 REPLY_BYTES = 1 << 16
 
@@ -100,9 +103,11 @@ def _start_program(memory_bytes: int) -> tuple[Connection, subprocess.Popen]:
     ours, theirs = Pipe()
     fd = theirs.fileno()
     arguments = (fd, os.getpid(), memory_bytes)
-    # -P keeps the folder of the program, whose modules have short names, off its path.
-    command = [sys.executable, "-P", answer_grading.__file__, *map(str, arguments)]
+    # -P keeps the current folder off its path.
+    command = [sys.executable, "-P", "-m", WORKER, *map(str, arguments)]
     environment = dict(os.environ)
+    paths = [str(Path(expo_fast.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment["PYTHONHASHSEED"] = "0"  # sympy orders by hash: equal texts get equal verdicts
     with theirs:
         process = subprocess.Popen(

@@ -1,0 +1,175 @@
+"""Parts of an answer: items of a list, brackets, sides of a relation, rows of a matrix."""
+
+import re
+from dataclasses import dataclass
+
+from expo_fast.answers.number_words import digits_for_words
+from expo_fast.answers.numbers import plain_number
+from expo_fast.answers.spelling import strip_edges
+
+MAX_ITEMS = 64
+
+# a piece of text that is taken as one: an escape, a command, a character
+_PIECE = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
+_OPENING = frozenset([*"([{", r"\{", r"\langle", r"\lceil", r"\lfloor", r"\begin"])
+_CLOSING = frozenset([*")]}", r"\}", r"\rangle", r"\rceil", r"\rfloor", r"\end"])
+_AND = re.compile(r"\\text ?\{ ?,? ?(and|or) ?\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
+
+Separated = tuple[list[str], list[str]]  # parts, and the separators between them
+
+
+def split_top(text: str, separators: frozenset[str]) -> Separated:
+    """Split a text at separators that are in no brackets. Half-open intervals count as brackets."""
+    parts: list[str] = []
+    found: list[str] = []
+    depth = 0
+    start = 0
+    for piece in _PIECE.finditer(text):
+        token = piece[0]
+        if token in _OPENING:
+            depth += 1
+        elif token in _CLOSING:
+            depth -= 1
+        elif depth == 0 and token in separators:
+            parts.append(text[start : piece.start()].strip())
+            found.append(token)
+            start = piece.end()
+    parts.append(text[start:].strip())
+    return parts, found
+
+
+CASES = re.compile(r"\\begin ?\{cases\}(.*)\\end ?\{cases\}", re.DOTALL)
+COMMA = frozenset(",")
+SEMICOLON = frozenset(";")
+
+
+def list_items(text: str) -> list[str]:
+    """Return the items of a list without brackets: `1, 2 and 3`. Another text is its only item."""
+    if plain_number(text):  # 1,000
+        return [text]
+    system = CASES.fullmatch(text)
+    if system:
+        text = system[1].replace(r"\\", ",").replace("&", " ")
+    text = _AND.sub(",", text)
+    for separator in (SEMICOLON, COMMA):
+        parts, _ = split_top(text, separator)
+        items = [digits_for_words(strip_edges(part)) for part in parts]
+        items = [item for item in items if item]
+        if len(items) > 1:
+            return items
+    return [strip_edges(text)]
+
+
+BRACKETS = {
+    "(": ")",
+    "[": "]",
+    r"\{": r"\}",
+    r"\langle": r"\rangle",
+}
+ENDS = {")": ")", "]": "]", r"\}": r"\}", r"\rangle": r"\rangle"}
+_BRACKET_START = re.compile(r"\(|\[|\\\{|\\langle(?![A-Za-z])")
+_BRACKET_END = re.compile(r"(?:\)|\]|\\\}|\\rangle)$")
+
+
+@dataclass(frozen=True)
+class Bracketed:
+    """The content of a text that is in one pair of brackets."""
+
+    opening: str
+    content: str
+    closing: str
+
+    @property
+    def is_set(self) -> bool:
+        return self.opening == r"\{" and self.closing == r"\}"
+
+
+def bracketed(text: str) -> Bracketed | None:
+    """Return the parts of `(1, 2]` or `\\{3\\}`; None for `(x+1)(x+2)` and for no brackets."""
+    start = _BRACKET_START.match(text)
+    end = _BRACKET_END.search(text)
+    if start is None or end is None or end.start() < start.end():
+        return None
+    depth = 0
+    for piece in _PIECE.finditer(text):
+        depth += (piece[0] in _OPENING) - (piece[0] in _CLOSING)
+        if depth == 0 and piece.end() < len(text):
+            return None
+    if depth:
+        return None
+    opening = "(" if start[0] == r"\langle" else start[0]
+    closing = ")" if end[0] == r"\rangle" else end[0]
+    return Bracketed(opening, text[start.end() : end.start()].strip(), closing)
+
+
+EQUALS = frozenset(["="])
+IN = frozenset([r"\in"])
+RELATIONS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\equiv", r"\in"])
+ORDERS = frozenset(["<", ">", r"\le", r"\ge", r"\ne"])
+
+# what may stand before `=` or `\in`: x, x_1, f(x), AB, |AB|, \angle ABC, (x, y), \text{Area}
+LABEL = re.compile(
+    r"(?:\\(?:text|vec|overline|overrightarrow|hat|bar|mathbf) ?\{ ?[A-Za-z .']+\}"
+    r"|\\frac ?\{ ?[A-Z]+ ?\} ?\{ ?[A-Z]+ ?\}|\\Delta ?[A-Za-z]"
+    r"|\\(?:angle|triangle) ?[A-Z]+|\|?[A-Z]{2,4}\|?"
+    r"|\(? ?(?:[A-Za-z]|\\[A-Za-z]+)'?(?:_ ?(?:\{[^{}]*\}|\w))?'?"
+    r"(?:\^ ?\{? ?-1 ?\}?)?(?: ?\( ?[A-Za-z](?: ?, ?[A-Za-z])* ?\))?"
+    r"(?: ?[,:] ?[A-Za-z](?:_ ?(?:\{[^{}]*\}|\w))?)* ?\)?)"
+)
+FUNCTION = re.compile(r"(?:y|[A-Za-z]'?(?:\^ ?\{? ?-1 ?\}?)? ?\( ?[A-Za-z] ?\))")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A value and the name that is given to it, "" for none."""
+
+    label: str
+    value: str
+
+
+def labelled(text: str) -> Labelled:
+    """Return the parts of `x = 3`, `f(x) = 2x`, `D = (0, 1)`; the label is "" for another text."""
+    parts, signs = split_top(text, RELATIONS)
+    if not signs or signs[0] not in ("=", r"\in", r"\approx"):
+        return Labelled("", text)
+    label = parts[0].replace(" ", "").replace("{", "").replace("}", "")
+    if LABEL.fullmatch(parts[0]):
+        start = text.index(signs[0]) + len(signs[0])
+        return Labelled(label, text[start:].strip())
+    if signs == ["="] and re.fullmatch(r"[A-Za-z]", parts[1]):  # 3 = x
+        return Labelled(parts[1], parts[0])
+    return Labelled("", text)
+
+
+MATRIX = re.compile(
+    r"[(\[]? ?\\begin ?\{(?P<kind>[pbBvV]?matrix|smallmatrix|array)\}(?: ?\{[clr| ]*\})?"
+    r"(?P<content>.*)\\end ?\{(?P=kind)\} ?[)\]]?",
+    re.DOTALL,
+)
+
+
+def matrix_rows(text: str) -> tuple[str, list[list[str]]] | None:
+    """Return a matrix as rows of cells, and whether it is a determinant; None for another text."""
+    match = MATRIX.fullmatch(text)
+    if match is None or r"\begin" in match["content"]:
+        return None
+    kind = match["kind"] if match["kind"].startswith(("v", "V")) else "matrix"
+    rows = []
+    for row in re.split(r"\\\\(?:\[[^\]]*\])?", match["content"]):
+        if row.strip() and row.strip() != r"\hline":
+            rows.append([strip_edges(cell.strip()) for cell in row.split("&")])
+    return kind, rows
+
+
+def expand_signs(text: str) -> list[str]:
+    r"""Return `1 \pm 2` as `1 + 2` and `1 - 2`. Another text is the only item."""
+    if r"\pm" not in text and r"\mp" not in text:
+        return [text]
+    upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
+    lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
+    return [upper, lower]
+
+
+def same_label(a: str, b: str) -> bool:
+    """Return whether two names are the same, or both of a function: y, f(x)."""
+    return a == b or bool(FUNCTION.fullmatch(a) and FUNCTION.fullmatch(b))

@@ -1,0 +1,228 @@
+"""The program of the processes in which math-verify (sympy) judges what exact rules leave open.
+
+It may hang in C code or use up all memory, so `verifier.Verifier` kills such a process at a time
+limit. No text is run as code: it goes only to math-verify's LaTeX grammar, and never to its
+`parse_expr`, which calls `eval`.
+"""
+
+import ctypes
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from expo_fast.answers.numbers import plain_number
+from expo_fast.answers.rules import compare
+
+JUXTAPOSED = re.compile(r"\d \d")
+BASE = re.compile(r"\d_\{?(\d+)")
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+DEGREES = re.compile(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?")  # math-verify takes 30^\circ for 30
+OPENING = re.compile(r"\(|\[|\\\{")
+
+
+def judge(gold: str, box: str) -> bool:
+    """Return whether two answers are equal, by the rules and, where they end, by math-verify."""
+    return bool(compare(gold, box, judge_leaf))
+
+
+def judge_leaf(gold: str, box: str) -> bool:
+    """Return whether math-verify finds two expressions equal.
+
+    Its own timeouts are off: they are alarms, which wait for C code to return.
+    """
+    from math_verify import verify
+
+    if misread(gold, box):
+        return False
+    gold_parsed = [with_imaginary_unit(part) for part in _parse(gold)]
+    box_parsed = [with_imaginary_unit(part) for part in _parse(box)]
+    if not gold_parsed or not box_parsed or is_false_equation(box_parsed[0]):
+        return False
+    equal = verify(
+        gold_parsed,
+        box_parsed,
+        allow_set_relation_comp=True,
+        timeout_seconds=None,
+        raise_on_error=True,
+    )
+    return equal and same_magnitude(gold_parsed[0], box_parsed[0])
+
+
+def misread(gold: str, box: str) -> bool:
+    """Return whether math-verify 0.9.0 would call two different answers equal."""
+    if BASE.findall(gold) != BASE.findall(box):  # it ignores the base of 204_5
+        return True
+    gold_bracket = OPENING.match(gold)  # it equates {1, 2} and (1, 2)
+    box_bracket = OPENING.match(box)
+    if gold_bracket and box_bracket and gold_bracket[0] != box_bracket[0]:
+        return True
+    if r"\text" in box and box != gold:  # it drops words: `8 \text{ is wrong}`
+        return True
+    juxtaposed = JUXTAPOSED.search(box)  # it reads `1 2` as 3
+    return juxtaposed is not None and plain_number(box) is None
+
+
+def _parse(text: str) -> list:
+    r"""Parse an answer as the content of a box: the first match only, and without fallback.
+
+    By default math-verify goes on to the last number that it finds, and `10^{10^7} \bmod 7`, which
+    is 4, passes for 7.
+    """
+    from math_verify import LatexExtractionConfig, parse
+
+    if TRIGONOMETRIC.search(text):
+        text = DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
+    return parse(
+        rf"\boxed{{{text}}}",
+        [LatexExtractionConfig(boxed_match_priority=0)],
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,  # pyright: ignore[reportArgumentType]
+        raise_on_error=True,
+    )
+
+
+def with_imaginary_unit(parsed):
+    """Return a parsed number with i as the imaginary unit; math-verify takes it for a variable."""
+    from sympy import Expr, I
+
+    if not isinstance(parsed, Expr):
+        return parsed
+    symbols = parsed.free_symbols
+    if [str(symbol) for symbol in symbols] != ["i"]:
+        return parsed
+    return parsed.subs(symbols.pop(), I)
+
+
+def is_false_equation(expr) -> bool:
+    """Return whether `expr` claims something like 8 = 7, of which math-verify would take the 7.
+
+    The tolerance is 1%, because people write 1/3 = 0.33.
+    """
+    from sympy import Eq
+
+    for equation in expr.atoms(Eq):
+        if equation.free_symbols:
+            continue
+        if not close(equation.lhs, equation.rhs, 0.01):
+            return True
+    return False
+
+
+def same_magnitude(gold, box) -> bool:
+    """Return whether two numbers agree to a relative 1e-5; True for anything else.
+
+    math-verify tests |a - b| < 1e-15, which is true of any tiny numbers, like 1/2004! and 1/2006!
+    """
+    from sympy import Eq
+
+    if isinstance(gold, Eq):
+        gold = gold.rhs
+    if isinstance(box, Eq):
+        box = box.rhs
+    return close(gold, box, 1e-5)
+
+
+def close(a, b, tolerance: float) -> bool:
+    """Return whether two numbers agree to a relative tolerance.
+
+    True for anything but two finite nonzero numbers.
+    """
+    if not _is_number(a) or not _is_number(b):
+        return True
+    x = a.evalf(15)
+    y = b.evalf(15)
+    if not (x.is_finite and y.is_finite):
+        return True
+    if x == 0 or y == 0:
+        return True
+    larger = max(abs(x), abs(y))
+    return bool(abs(x - y) <= tolerance * larger)
+
+
+def _is_number(expr) -> bool:
+    return getattr(expr, "is_number", False)
+
+
+def serve(fd: int, parent: int, memory_bytes: int) -> None:
+    """Run a worker: read (reference, answer, timeout) as JSON, and write verdicts as JSON.
+
+    It ends with its parent, or at a limit.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # the parent died before the line above
+        return
+    # Out of memory, the kernel shall kill this process rather than the trainer.
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    channel = Connection(fd)
+    try:
+        # The imports and the tables of first use are made before any time limit runs.
+        judge_leaf(r"\frac{1}{2} + |x|", r"|x| + \sqrt{2}")
+    except ImportError as error:
+        _send(channel, error=str(error))
+        return
+    limit_resources(memory_bytes)
+    ceiling = memory("VmHWM") + memory_bytes // 2
+    _send(channel, ready=True)
+    with suppress(EOFError):
+        while True:
+            gold, box, timeout_s = json.loads(channel.recv_bytes())
+            limit_cpu(timeout_s)
+            right = judge_or_die(gold, box, ceiling)
+            _send(channel, right=right)
+
+
+def _send(channel: Connection, **message: object) -> None:
+    channel.send_bytes(json.dumps(message).encode())
+
+
+def judge_or_die(gold: str, box: str, ceiling: int) -> bool:
+    """Return `judge`'s verdict, or end this process if the memory limit may have caused it."""
+    try:
+        right = judge(gold, box)
+    except (MemoryError, RecursionError):
+        os._exit(1)
+    except Exception:  # it cannot compare the two, say a matrix and an interval: not equal
+        right = False
+    # sympy and math-verify turn many MemoryErrors into "not equal". The memory's peak shows them.
+    if not right and memory("VmHWM") > ceiling:
+        os._exit(1)
+    return right
+
+
+def memory(field: str) -> int:
+    """Return a field of /proc/self/status in bytes.
+
+    getrusage's maximum is of no use: it starts with the trainer's, which exec passes on.
+    """
+    status = Path("/proc/self/status").read_text()
+    _, _, rest = status.partition(f"{field}:")
+    kibibytes = rest.split()[0]
+    return int(kibibytes) << 10
+
+
+def limit_resources(memory_bytes: int) -> None:
+    """Limit the address space beyond that of the imports. Forbid growing files and core dumps."""
+    space = memory("VmSize") + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (space, space))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def limit_cpu(timeout_s: float) -> None:
+    """Limit the CPU time, in case the parent is stopped and cannot enforce the time limit."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used = usage.ru_utime + usage.ru_stime
+    soft = math.ceil(used + timeout_s) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:]))
