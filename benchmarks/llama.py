@@ -104,7 +104,7 @@ class Llama:
         batch.seq_id[i][0] = sequence
 
     def _step(self, rows: int) -> np.ndarray:
-        """Run the batch. Return the logits (rows, V) of the tokens that want them."""
+        """Run the batch. Return the logits (rows, V) of the tokens whose logits flag is set."""
         status = self.api.llama_decode(self.context, self.batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status} for {self.batch.n_tokens} tokens")

@@ -157,9 +157,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
-    """Return the problems and the worked examples. No worked example is among the problems.
+    """Return the problems and the few-shot examples. No example is among the problems.
 
-    The worked examples of built-in data are from the train split.
+    The examples of built-in data are from the train split.
     """
     levels = config.levels
     problems = load_problems(config.data, levels=levels, limit=config.limit)

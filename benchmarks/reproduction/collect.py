@@ -126,7 +126,7 @@ def done(path: Path, flags: Sequence[str]) -> Run | None:
 
 
 def same_seeds(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """Return the runs whose seed all groups have."""
+    """Return the runs whose seed occurs in every group."""
     by_group = [{run.config["seed"] for run in runs} for runs in groups.values()]
     common = set.intersection(*by_group)
     found = {}

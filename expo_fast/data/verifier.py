@@ -46,7 +46,8 @@ class Worker:
 
     def __init__(self, memory_bytes: int):
         self.channel, self.process = _start_program(memory_bytes)
-        self.starter = threading.current_thread()  # the kernel kills the worker when it ends
+        # When this thread ends, the operating system kills the worker.
+        self.starter = threading.current_thread()
         self.ready = False
         self.job: Comparison | None = None
         self.deadline = time.monotonic() + START_LIMIT_S  # infinite while it is idle

@@ -55,7 +55,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options of B rows. A draw depends only on (seed, position) and the logits."""
+    """Sampling options of B rows. The random number of a draw depends only on (seed, position)."""
 
     seeds: Tensor  # (B,) int64
     temperature: Tensor  # (B,) fp32; 0: the likeliest token, with its log-prob at temperature 1

@@ -193,7 +193,7 @@ class Optimizer:
         """Restore the result of `state_dict` exactly, and bf16 weights from their masters.
 
         fp32 weights are their own masters and are loaded with the model. Raise ValueError if the
-        state is of other parameters. The optimizer is then unchanged.
+        state has other names, shapes or dtypes of parameters. The optimizer is then unchanged.
         """
         self._check_state(tensors, values["steps"])
         self.grad_sums.clear()

@@ -15,7 +15,7 @@ class Panel:
 
     title: str
     unit: str
-    metrics: dict[str, str]  # name in the run's files: label
+    metrics: dict[str, str]  # metric's name in the run's files -> label in the report
     held_out: bool = False  # whether metrics are of evaluations, and not of steps
     log_scale: bool = False  # only values above 0 are drawn
     zero_line: bool = False

@@ -26,7 +26,7 @@ class Run:
 
     path: str  # as given by the user
     config: dict[str, Any]
-    steps: list[Row]  # rows of metrics.jsonl, by step
+    steps: list[Row]  # rows of metrics.jsonl, in the order of the steps
     evaluations: list[Row]  # rows of evaluations.jsonl, by step
 
     @property

@@ -228,7 +228,8 @@ def _write_tensors(
     for name, shard in zip(names, shards, strict=True):
         write_tensor_file(shard, folder / name)
         weight_map |= dict.fromkeys(shard, name)
-    for stale in folder.glob("model*.safetensors"):  # readers may prefer them to the new files
+    # A loader may prefer the weight files of an earlier save to the new ones.
+    for stale in folder.glob("model*.safetensors"):
         if stale.name not in names:
             stale.unlink()
     if len(shards) == 1:
