@@ -1,13 +1,15 @@
 """Find, load and save models: Hugging Face folders, GGUF files, LoRA adapters of PEFT."""
 
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from expo_fast.data.chat_template import answer_turn
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import is_attached, merge
 from expo_fast.modeling.shape import Shape, check_config, read_shape
@@ -72,6 +74,9 @@ def load_model(
     If the folder holds a LoRA adapter, the base model that it names is loaded in `dtype`, and the
     adapter is merged into it. The tokenizer is the adapter's if it has one.
 
+    `Decoder.eos_ids` are the ends that the checkpoint, the chat template or the tokenizer names.
+    A warning says so if the checkpoint does not name them all.
+
     Raises ValueError or OSError, with one sentence, if nothing is found, and for unsupported
     architectures, pickles, damaged files, tensors that are missing, unexpected, misshapen or not
     finite, and adapters that are not plain LoRA.
@@ -103,6 +108,8 @@ def load_model(
     model.generation_config = stored.generation_config
     with reading(path):
         model.complete_eos(tokenizer)
+    if tokenizer is not None:
+        _add_ends_of_turns(model, tokenizer, path)
     return model, tokenizer
 
 
@@ -184,6 +191,53 @@ def _base_and_adapters(path: Path) -> tuple[Path, list[Adapter]]:
         with reading(f"{path}: base_model_name_or_path"):
             path = find_model(adapter.base)
     return path, list(reversed(adapters.values()))
+
+
+def _add_ends_of_turns(model: Decoder, tokenizer: Any, path: Path) -> None:
+    """Let the model end completions where the chat template and the tokenizer end a turn.
+
+    Warns if they and the checkpoint do not agree. Raises ValueError if the end that texts are
+    trained with is not in the model's vocabulary.
+    """
+    try:
+        turn = answer_turn(tokenizer)
+    except ValueError:
+        return  # without an end, or with a template that fails, no prompt can be rendered either
+    vocabulary = model.shape.vocabulary
+    for token in turn.end_ids:
+        if token >= vocabulary:
+            raise ValueError(
+                f"{path}: a turn ends with {_named(tokenizer, [token])}, but the model's "
+                f"vocabulary has {vocabulary} tokens: put the model's own tokenizer beside it"
+            )
+    known = model.eos_ids
+    missing = [token for token in turn.stop_ids if token not in known and token < vocabulary]
+    reasons = []
+    if missing:
+        model.add_eos(missing)
+        both = "tokenizer" if not tokenizer.chat_template else "chat template and the tokenizer"
+        reasons.append(
+            f"the checkpoint ends a text with {_named(tokenizer, known)}, the {both} a turn with "
+            f"{_named(tokenizer, turn.stop_ids)}"
+        )
+    if turn.stop_strings and not turn.end_ids:
+        reasons.append("the end that the chat template renders is no token of the tokenizer")
+    elif tokenizer.chat_template and not turn.tail.strip():
+        reasons.append("the chat template renders no end after the last answer")
+    if reasons:
+        stops = [_named(tokenizer, model.eos_ids), *map(repr, turn.stop_strings)]
+        end = _named(tokenizer, turn.end_ids) if turn.end_ids else repr(turn.end_text.strip())
+        warnings.warn(
+            f"{path}: {' and '.join(reasons)}: sampling stops at {' or '.join(stops)}, and given "
+            f"texts are trained to end with {end}",
+            stacklevel=3,
+        )
+
+
+def _named(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return tokens as a message names them."""
+    named = [f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in ids]
+    return " or ".join(named) or "no token"
 
 
 def _checked_state(

@@ -144,4 +144,4 @@ def texts_trained_on(
         yield prompter.target(problem)
     if spec.chosen_source == "data" and problem.pair:
         for text in problem.pair:
-            yield prompter.completion(text)
+            yield prompter.completion(problem, text)
