@@ -136,7 +136,13 @@ def main(argv: Sequence[str]) -> None:
     problems, shots = load_data(config)
     dtype = getattr(torch, config.dtype)
     model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
-    prompter = Prompter(tokenizer, shots, config.system_prompt, config.instruction)
+    prompter = Prompter(
+        tokenizer,
+        shots,
+        config.system_prompt,
+        config.instruction,
+        ends=model.eos_ids,
+    )
     check_prompts(config, model, prompter, problems)
     result = evaluate(
         Generator(model, tokenizer=tokenizer),

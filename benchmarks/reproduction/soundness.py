@@ -39,7 +39,7 @@ def main() -> None:
     model, tokenizer = load_model(given.model)
     shots, _ = worked_examples(load_problems(given.shots_data), given.shots)
     problems = load_problems(given.data, limit=given.limit)
-    prompter = Prompter(tokenizer, shots)
+    prompter = Prompter(tokenizer, shots, ends=model.eos_ids)
 
     requests = []
     for p in problems:

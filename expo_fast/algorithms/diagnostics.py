@@ -70,8 +70,9 @@ def diagnostic_samples(
         prompt_ids = prompter.solve(problem)
         attempts = [tuple(attempt.token_ids) for attempt in question.attempts[:ATTEMPTS]]
         texts = [("attempt", ids) for ids in attempts]
-        if problem.solution is not None:
-            texts.append(("expert", prompter.expert(problem)))
+        expert = _expert_ids(problem, prompter)
+        if expert is not None:
+            texts.append(("expert", expert))
         if question.explanation is not None:
             texts.append(("explanation", tuple(question.explanation)))
         for kind, ids in texts:
@@ -85,6 +86,16 @@ def diagnostic_samples(
                 sample = answer_after(problem, ids, prompter, mask=mask)
                 samples.append(DiagnosticSample(i, kind, sample, is_answer=True, masked=mask))
     return samples
+
+
+def _expert_ids(problem: Problem, prompter: Prompter) -> tuple[int, ...] | None:
+    """Return the expert's solution, None if there is none or the template cannot render it."""
+    if problem.solution is None:
+        return None
+    try:
+        return prompter.expert(problem)
+    except ValueError:
+        return None  # a run that trains on solutions has been refused before
 
 
 def diagnostic_metrics(

@@ -193,8 +193,8 @@ def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
     return Pair(
         problem_id=problem.id,
         prompt_ids=prompter.solve(problem),
-        chosen_ids=prompter.completion(chosen),
-        rejected_ids=prompter.completion(rejected),
+        chosen_ids=prompter.completion(problem, chosen),
+        rejected_ids=prompter.completion(problem, rejected),
     )
 
 

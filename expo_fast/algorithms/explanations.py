@@ -75,6 +75,15 @@ class Explanations:
         }
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A complete explanation."""
+
+    question: Problem
+    ids: TokenIds
+    text: str
+
+
 @dataclass
 class ExplanationCache:
     """Accepted explanations of earlier steps, for `explain_every` and the shuffled control."""
@@ -162,27 +171,28 @@ def accept_explanations(
     """
     per_question = len(completions) // len(questions) if questions else 0
     explained = [question for question in questions for _ in range(per_question)]
-    texts = [prompter.text(completion.token_ids) for completion in completions]
-    verdicts = verify([question.answer for question in explained], texts)
-    found = Explanations(n_questions=len(questions), n_sampled=len(explained))
-    for question, completion, text, verdict in zip(
-        explained, completions, texts, verdicts, strict=True
-    ):
+    candidates: list[_Candidate] = []
+    for question, completion in zip(explained, completions, strict=True):
         if completion.finish_reason != "stop":
             continue
         ids = prompter.ended(completion.token_ids, completion.finish_reason)
-        reaches_answer = bool(stated(text, question.answer))
-        if append_answer and reaches_answer and last_boxed_span(text) is None:
+        text = prompter.text(ids)
+        if append_answer and last_boxed_span(text) is None and stated(text, question.answer):
             ids = with_appended_answer(ids, text, question, prompter)
             text = prompter.text(ids)
-        elif verdict != 1.0:
+        candidates.append(_Candidate(question, ids, text))
+    # Judged as they are trained on, after the cut and with the appended answer.
+    verdicts = verify([each.question.answer for each in candidates], [x.text for x in candidates])
+    found = Explanations(n_questions=len(questions), n_sampled=len(explained))
+    for each, verdict in zip(candidates, verdicts, strict=True):
+        if verdict != 1.0:
             continue
         found.n_right += 1
-        found.n_leaked += leaks(text)
-        if is_unfit(text, question):
+        found.n_leaked += leaks(each.text)
+        if is_unfit(each.text, each.question):
             found.n_unfit += 1
         else:
-            found.accepted.setdefault(question.id, []).append(ids)
+            found.accepted.setdefault(each.question.id, []).append(each.ids)
     return found
 
 
@@ -191,7 +201,7 @@ def with_appended_answer(
 ) -> TokenIds:
     """Return the token ids of an explanation with its boxed answer at the end."""
     kept = before_claim(text, question.answer)
-    return prompter.longer(prompter.cut(ids, len(kept)), boxed(question.answer))
+    return prompter.longer(prompter.cut(ids, kept), boxed(question.answer))
 
 
 def ranking_samples(
@@ -306,17 +316,17 @@ def answer_after(
     The prompt is the plain question and the completion up to its last box.
     mask: replace each statement of the answer in the completion.
     """
-    tokenizer = prompter.tokenizer
-    special = set(tokenizer.all_special_ids)  # transformers rebuilds this list at each access
-    ids = [token for token in completion_ids if token not in special]
-    span = last_boxed_span(tokenizer.decode(ids))
-    while span is not None and ids and len(tokenizer.decode(ids)) > span[0]:
+    codec = prompter.codec
+    special = set(prompter.tokenizer.all_special_ids)  # transformers rebuilds it at each access
+    ids = [token for token in prompter.written(completion_ids) if token not in special]
+    span = last_boxed_span(codec.decode(ids))
+    while span is not None and ids and len(codec.decode(ids)) > span[0]:
         ids.pop()
-    text = tokenizer.decode(ids)
+    text = codec.decode(ids)
     masked_text = masked(text, problem.answer)
     if mask and masked_text != text:
-        ids = tokenizer(masked_text, add_special_tokens=False).input_ids
-    box = tokenizer(" \\boxed{", add_special_tokens=False).input_ids
+        ids = codec.encode(masked_text)
+    box = codec.encode(" \\boxed{")
     # The closing brace is left out: "}." may be one token.
-    answer = tokenizer(problem.answer, add_special_tokens=False).input_ids
+    answer = codec.encode(problem.answer)
     return Sample((*prompter.solve(problem), *ids, *box), tuple(answer))

@@ -261,6 +261,11 @@ def policy_samples(groups: Sequence[Group], config: Train) -> list[Sample]:
     grpo: 1/(N T_i); dapo: 1/T; dr-grpo: 1/(N L_max). N and T count the attempts with a reward and
     their tokens. An attempt that cannot have a gradient is not returned, but N and T include it.
     """
+    # The tokens are those that were sampled, up to the one that completes a stop string. The text
+    # that was judged is a function of them (`Prompter.text`), and the stop string is how the policy
+    # ended it, as an end token is. A cut would be wrong here: of a re-encoded part of a token the
+    # sampler has no log-prob, and a ratio to a policy that did not choose it means nothing. Where
+    # an attempt is trained on as a given text, as in DPO, `Prompter.ended` cuts it.
     judged = []
     for group in groups:
         for completion, reward, advantage in zip(

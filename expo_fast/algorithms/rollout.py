@@ -124,6 +124,8 @@ def judge_attempts(
 ) -> list[Group]:
     """Return the group of each question, with its attempts and their rewards.
 
+    What is judged is an attempt's text before the end or the stop string that ended it.
+
     completions: in the order of `attempt_requests`.
     """
     size = config.group_size

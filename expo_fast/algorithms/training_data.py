@@ -145,7 +145,7 @@ def texts_trained_on(
         yield prompter.target(problem)
     if spec.chosen_source == "data" and problem.pair:
         for text in problem.pair:
-            yield prompter.completion(text)
+            yield prompter.completion(problem, text)
 
 
 def check_token_ids(
@@ -199,6 +199,6 @@ def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[t
         yield prompter.longer((), boxed(problem.answer))
     samples_text = config.explains or config.spec.samples_pairs
     if samples_text and prompter.stop_strings:
-        yield prompter.completion("")  # the end token, which replaces the stop string
+        yield prompter.longer((), "")  # the end, which replaces the stop string
     if config.spec.samples_attempts and config.diagnose and problem.solution is not None:
         yield prompter.expert(problem)

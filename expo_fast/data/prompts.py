@@ -8,48 +8,48 @@ in-distribution property of arXiv:2507.02834, section 3). The wording is ours, n
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from textwrap import shorten
+from functools import cached_property
 from typing import Any
 
 from expo_fast.config import INSTRUCTION
+from expo_fast.data.chat_template import AnswerTurn, TokenIds, answer_turn, fill
 from expo_fast.data.columns import Message
 from expo_fast.data.problems import Problem
-
-TokenIds = tuple[int, ...]
+from expo_fast.data.text_codec import TextCodec
 
 EXPLAIN = "{question} (The answer is {answer}.)"  # in place of the question
 PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat template
-PLAIN_STOP = "\nQuestion:"
-
-# Templates that state the day (Llama 3, SmolLM3) get this one. Otherwise a run resumed tomorrow and
-# an evaluation next week would ask something else. It is given as a macro, because newer
-# transformers accept no function.
-TODAY = datetime(2026, 1, 1)
-DATE_CODES = [f"%{code}" for code in "aAbBdejmyYHIMSp"] + ["%-d", "%-m"]
-REPLACE_DATES = "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
-STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + REPLACE_DATES + " }}{% endmacro %}\n"
 
 
 @dataclass(frozen=True)
 class Prompter:
     """Renders problems as token ids for one tokenizer.
 
-    Raises ValueError if there is no tokenizer, or if it has no end token.
+    Raises ValueError if there is no tokenizer, or if nothing names the end of a turn.
     """
 
     tokenizer: Any
     shots: tuple[Problem, ...] = ()  # worked examples, shown as earlier turns
     system: str | None = None  # None: what the chat template does by itself
     instruction: str = INSTRUCTION  # appended to each question; "": none
+    ends: TokenIds = ()  # ids that end a completion, named by the checkpoint (Decoder.eos_ids)
 
     def __post_init__(self):
         if self.tokenizer is None:
             raise ValueError(
                 "the model has no tokenizer: put its tokenizer.json beside the weights"
             )
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no eos_token: name one in tokenizer_config.json")
+        _ = self.turn  # raises ValueError
+
+    @cached_property
+    def turn(self) -> AnswerTurn:
+        """What the chat template puts around an answer, and how it ends."""
+        return answer_turn(self.tokenizer)
+
+    @cached_property
+    def codec(self) -> TextCodec:
+        """Encodes texts that continue a completion."""
+        return TextCodec(self.tokenizer)
 
     # Prompts
 
@@ -63,8 +63,8 @@ class Prompter:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end a completion, for a tokenizer without a chat template."""
-        return () if self._has_chat_template else (PLAIN_STOP,)
+        """Strings that end a completion: () where its end is a token."""
+        return self.turn.stop_strings
 
     @property
     def template_hash(self) -> str:
@@ -78,72 +78,171 @@ class Prompter:
 
     def expert(self, problem: Problem) -> TokenIds:
         """Return the completion ids of the expert's solution, with its answer boxed."""
-        return self.completion(expert_text(problem))
+        return self.completion(problem, expert_text(problem))
 
     def target(self, problem: Problem) -> TokenIds:
         """Return the completion ids that the data prefer: a pair's chosen text, or the solution."""
         if problem.pair is not None:
             chosen, _ = problem.pair
-            return self.completion(chosen)
+            return self.completion(problem, chosen)
         return self.expert(problem)
 
-    def completion(self, text: str) -> TokenIds:
-        """Return the ids of a text as a completion of the model, with the end token."""
-        if not self._has_chat_template:
-            text = " " + text
-        return (*self._encode(text), self.tokenizer.eos_token_id)
+    def completion(self, problem: Problem, text: str) -> TokenIds:
+        """Return the ids of a given text as an answer to the problem, with the end of a turn.
+
+        They are what the rendered prompt and answer have after the prompt. So they include the
+        blank or the header that a template puts before an answer, and lack the blanks that it
+        removes. What a template renders after the end, such as a newline, is left out: sampling
+        stops before it.
+
+        Raises ValueError if the template does not render the prompt before the answer.
+        """
+        prompt = self._prompt_text(problem, explain=False)
+        after = self._after_prompt(problem, prompt, text)
+        prompt_ids = self._encode_from_start(prompt)
+        together = self._encode_from_start(prompt + after)
+        if together[: len(prompt_ids)] == prompt_ids:
+            ids = together[len(prompt_ids) :]
+        else:
+            # The last token of the prompt would be another one in front of this text. The prompt
+            # that is trained on must be the one that is sampled from.
+            ids = self.codec.encode(after)
+        return (*ids, *self.turn.end_ids)
 
     def ended(self, token_ids: Sequence[int], finish_reason: str) -> TokenIds:
         """Return the ids of a sampled completion that ends like all others.
 
-        If a stop string ended it, it is cut before the string and gets the end token.
+        A completion that the template's or the model's own end ended is returned as it was sampled,
+        with the other tokens of the template's end. Any other that stopped is cut before what ended
+        it, and gets the end of a turn.
         """
         ids = list(token_ids)
-        if finish_reason != "stop" or not self.stop_strings:
+        turn = self.turn
+        if finish_reason != "stop":
             return tuple(ids)
-        text = self.text(ids)
+        if ids[-1:] == list(turn.end_ids[:1]):
+            return (*ids, *turn.end_ids[1:])
+        if ids and ids[-1] in self._ends:
+            return tuple(ids)
+        written = self.written(ids)
+        if written == ids and not turn.stop_strings:
+            return tuple(ids)
+        kept = self.codec.decode(written).rstrip()
+        if not turn.end_ids and self.codec.decode(ids) == kept + turn.end_text:
+            return tuple(ids)  # the end of several tokens, as the model wrote it
+        end_text = self.codec.encode(turn.end_text) if turn.end_text else []
+        return (*self.cut(written, kept), *end_text, *turn.end_ids)
+
+    def written(self, completion_ids: Sequence[int]) -> list[int]:
+        """Return the ids of what the model wrote, without its end.
+
+        They are cut before a stop string and before the beginning of another turn, and before the
+        blanks that precede these.
+        """
+        ids = list(completion_ids)
+        turn = self.turn
+        next_turn = False
+        n_end = len(turn.end_ids)
+        if n_end > 1 and ids[-n_end:] == list(turn.end_ids):
+            del ids[-n_end:]
+        elif ids and ids[-1] in (*turn.stop_ids, *self.ends):
+            last = ids.pop()
+            next_turn = last not in self._ends
+        if not next_turn and not turn.stop_strings:
+            return ids
+        text = self.codec.decode(ids)
         end = len(text)
-        for stop in self.stop_strings:
+        for stop in turn.stop_strings:
             if stop in text:
                 end = min(end, text.find(stop))
-        before = text[:end].rstrip()
-        kept = self.cut(ids, len(before))
-        return (*kept, self.tokenizer.eos_token_id)
+        if end == len(text) and not next_turn:
+            return ids
+        return self.cut(ids, text[:end].rstrip())
 
-    def cut(self, ids: Sequence[int], length: int) -> list[int]:
-        """Return the longest prefix of the tokens whose text has at most `length` characters."""
-        ids = list(ids)
-        while ids and len(self.text(ids)) > length:
-            ids.pop()
-        return ids
+    def cut(self, ids: Sequence[int], kept: str) -> list[int]:
+        """Return the ids of the text `kept`, with which the text of `ids` begins.
+
+        The sampled tokens are not changed, except the one inside which `kept` ends. It is replaced
+        by the ids of its part: `}\\n` is one token of many vocabularies, and a box would lose its
+        brace without it.
+        """
+        n = len(ids)
+        while n and not kept.startswith(self.codec.decode(ids[:n])):
+            n -= 1
+        rest = kept.removeprefix(self.codec.decode(ids[:n]))
+        if not rest.strip():
+            return list(ids[:n])
+        return [*ids[:n], *self.codec.encode(rest)]
 
     def longer(self, ids: Sequence[int], more: str) -> TokenIds:
-        """Return an ended completion with a text inserted before its end token.
+        """Return a completion with a text inserted before its end.
 
         The sampled tokens are not changed.
         """
-        special = self.tokenizer.all_special_ids
-        written = [token for token in ids if token not in special]
-        return (*written, *self._encode(more), self.tokenizer.eos_token_id)
+        special = set(self.tokenizer.all_special_ids)
+        written = [token for token in self.written(ids) if token not in special]
+        return (*written, *self.codec.encode(more + self.turn.end_text), *self.turn.end_ids)
 
     def text(self, completion_ids: Sequence[int]) -> str:
-        """Return what the model wrote, without the end token."""
-        return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        """Return what the model wrote, without the end and without special tokens.
+
+        This is what is judged, and all text of what is trained on: `ended` and `longer` put only an
+        end after it.
+        """
+        return self.codec.decode(self.written(completion_ids))
+
+    @property
+    def _ends(self) -> TokenIds:
+        """The ids that end an answer, and do not begin the next turn."""
+        of_checkpoint = (token for token in self.ends if token not in self.turn.stop_ids)
+        return (*self.turn.ends, *of_checkpoint)
 
     @property
     def _has_chat_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
     def _render(self, problem: Problem, *, explain: bool) -> TokenIds:
+        return tuple(self._encode_from_start(self._prompt_text(problem, explain=explain)))
+
+    def _prompt_text(self, problem: Problem, *, explain: bool) -> str:
         turns = self._turns(problem, explain)
-        if self._has_chat_template:
-            text = self._fill(turns)
-        else:
-            text = (self.tokenizer.bos_token or "") + _plain(turns)
-        return tuple(self._encode(text))
+        return self._fill(turns) if self._has_chat_template else _plain(turns)
+
+    def _encode_from_start(self, text: str) -> list[int]:
+        """Return the ids of a text at whose beginning a sequence begins."""
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if self._has_chat_template or self.tokenizer.bos_token_id is None:
+            return ids
+        # Not as a part of the text: some tokenizers put a blank before the first word only.
+        return [self.tokenizer.bos_token_id, *ids]
+
+    def _after_prompt(self, problem: Problem, prompt: str, text: str) -> str:
+        """Return what is rendered of an answer after the prompt, up to its end."""
+        turn = self.turn
+        if not self._has_chat_template:
+            return " " + text
+        turns = self._turns(problem, explain=False)
+        answered = fill(
+            self.tokenizer,
+            [*turns, {"role": "assistant", "content": text}],
+            for_answer=False,
+        )
+        complete = answered.startswith(prompt) and answered.endswith(turn.tail)
+        if complete and holds(answered, text):
+            return answered.removeprefix(prompt).removesuffix(turn.tail) + turn.end_text
+        # A template may remove the reasoning of an answer, and a prompt may begin it (DeepSeek-R1).
+        # The model writes all of it after the prompt, so the text is taken as it is.
+        begun = turn.opened.strip()
+        if begun and text.lstrip().startswith(begun):
+            return text.lstrip().removeprefix(begun).removeprefix("\n") + turn.end_text
+        if complete:
+            return turn.lead + text + turn.end_text
+        advice = f"begin the text with {begun!r}, or " if begun else ""
+        raise ValueError(
+            f"problem {problem.id}: the chat template ends a prompt with {prompt[-24:]!r} and does "
+            f"not render that before a given answer: {advice}choose a method that trains on "
+            "sampled texts only"
+        )
 
     def _turns(self, problem: Problem, explain: bool) -> list[Message]:
         """Return the conversation: system messages first, worked examples, the question."""
@@ -174,18 +273,7 @@ class Prompter:
         return [*earlier, {**last, "content": content}]
 
     def _fill(self, turns: list[Message]) -> str:
-        try:
-            template = STRFTIME_NOW + self.tokenizer.get_chat_template()
-            return self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            roles = ", ".join(turn["role"] for turn in turns)
-            reason = shorten(f"{type(error).__name__}: {error}", 300)
-            raise ValueError(f"the chat template refuses the turns ({roles}): {reason}") from error
+        return fill(self.tokenizer, turns)
 
 
 def check_length(
@@ -216,6 +304,11 @@ def expert_text(problem: Problem) -> str:
     if "\\boxed" in problem.solution:
         return problem.solution
     return problem.solution + boxed(problem.answer)
+
+
+def holds(rendered: str, text: str) -> bool:
+    """Return whether a rendered text has all of the text, blanks aside."""
+    return "".join(text.split()) in "".join(rendered.split())
 
 
 def boxed(answer: str) -> str:

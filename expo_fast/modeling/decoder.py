@@ -6,7 +6,7 @@ and sampling run the same code with different attention: over a pack (`PackedAtt
 the generator's KV cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -208,6 +208,13 @@ class Decoder(nn.Module):
                     f"eos_token_id is {token!r}, need an integer in [0, {V}): "
                     "set it in generation_config.json or config.json"
                 )
+
+    def add_eos(self, ids: Sequence[int]) -> None:
+        """Let the token ids end completions too, here and in what is saved."""
+        ends = list(dict.fromkeys((*self.eos_ids, *ids)))
+        self.config.eos_token_id = ends
+        if self.generation_config is not None:
+            self.generation_config.eos_token_id = ends
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
         """Apply `.to`, `.bfloat16` and similar methods, but keep the RoPE frequencies in fp32.
