@@ -73,8 +73,8 @@ class Rows:
 
 
 SIZES = {
-    "ragged": (40, 16, 151),
-    "odd depth": (9, 7, 131),
+    "ragged": (32, 16, 151),
+    "odd depth": (6, 7, 131),
     "one row": (1, 8, 2),
     "empty": (0, 8, 33),
 }
@@ -214,6 +214,21 @@ def test_ops(name: str, backend: str, dtype: torch.dtype):
         require_same_bits(lambda rows=rows: OPS[name](rows, backend))
 
 
+def test_which_rows_a_gpu_selects():
+    pytest.importorskip("triton")
+    from expo_fast.kernels.selection import selected
+
+    rows = Rows.make(40, 1, 30, torch.float32)
+
+    def select() -> Iterator[Tensor]:
+        for wanted in (None, rows.noise[0] > 0):
+            indices, valid = selected(rows.targets, wanted, vocabulary=30)
+            assert valid
+            yield indices
+
+    require_same_bits(select)
+
+
 def test_many_tokens_of_native_kernels():
     """Each span of 1024 tokens adds to the gradient of the weights."""
     rows = Rows.make(1600, 6, 40, torch.bfloat16)
@@ -269,7 +284,7 @@ def test_engines(backend: str, kind: str, dtype: torch.dtype, few_rows):
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "hooked"),
-    [("qwen3", torch.bfloat16, False), ("mistral-window", torch.float32, True)],
+    [("qwen3-biases", torch.bfloat16, False), ("mistral-window", torch.float32, True)],
 )
 def test_the_engine_of_a_gpu(kind: str, dtype: torch.dtype, hooked: bool, few_rows):
     """Through joined weights and fused kernels, or through the model and its hooks."""
@@ -339,8 +354,8 @@ def test_truncated_draws_of_a_gpu():
 # Training
 
 
-def train(model: Decoder, backend: str) -> Iterator[Tensor]:
-    """Two optimizer steps of two packs and two terms each, on prompts with a common prefix."""
+def train(model: Decoder, backend: str, steps: int = 2) -> Iterator[Tensor]:
+    """Optimizer steps of two packs and two terms each, on prompts with a common prefix."""
     noise = torch.linspace(-1, 1, 3)
     samples = [
         Sample((5, 6, 7, 8), (11, 12, 13), 0.5, 0.1, old_logp=noise),
@@ -350,7 +365,7 @@ def train(model: Decoder, backend: str) -> Iterator[Tensor]:
     ]
     optimizer = Optimizer(model.named_parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     sums = optimizer.grad_sums
-    for _ in range(2):
+    for _ in range(steps):
         for pack, hidden in packing.forward(model, samples, max_tokens=12):
             loss = ops.linear_policy_loss(
                 hidden,
@@ -391,7 +406,7 @@ def test_training_with_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
     def run() -> Iterator[Tensor]:
         model = tiny_model("qwen3", dtype=torch.bfloat16, num_hidden_layers=1)
         model.checkpointing = True
-        return train(model, "triton")
+        return train(model, "triton", steps=1)
 
     require_same_bits(run)
 
