@@ -785,6 +785,8 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("(B) 12", "C"),
             ("12", r"\textbf{(B) } 12"),
             ("E", "e"),
+            ("a", "A"),
+            ("x", "X"),
             (r"\text{Tuesday}", "Thursday"),
             (r"\text{even}", "odd"),
             ("no solution", "one solution"),
