@@ -126,10 +126,8 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return PASS
     if max(len(x.items), len(y.items)) > MAX_ITEMS:
         return None
-    if x.brackets and y.brackets:
-        sides = (x.brackets.opening, x.brackets.closing)
-        if sides != (y.brackets.opening, y.brackets.closing):
-            return False
+    if not _same_brackets(x.brackets, y.brackets):
+        return False
     if x.is_tuple or y.is_tuple:
         return _same_tuple(x, y, equal)
     if x.named and y.named and len(x.items) > 1:
@@ -140,6 +138,14 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     if not x.items or not y.items:
         return len(x.items) == len(y.items)
     return _same_members(x.items, y.items, equal)
+
+
+def _same_brackets(x: Bracketed | None, y: Bracketed | None) -> bool:
+    """Return whether brackets agree. Without any, 1, 2 may be (1, 2) or {1, 2}, but not [1, 2)."""
+    if x and y:
+        return (x.opening, x.closing) == (y.opening, y.closing)
+    brackets = x or y
+    return brackets is None or brackets.is_set or brackets.is_round
 
 
 def _same_tuple(x: Collection, y: Collection, equal: Comparer) -> Verdict:

@@ -62,17 +62,27 @@ CHOICE_MARK = re.compile(r"\( ?[A-Z] ?\)")
 
 
 def choices(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Letters of a multiple choice: B is (B), and `(B) 12` too."""
-    x = CHOICE.fullmatch(gold)
-    if x is None:
+    """Letters of a multiple choice: B is (B), b, and `(B) 12` too."""
+    x = "" if gold in SMALL_CHOICES else _choice(gold)  # a variable
+    y = _choice(box)
+    if not x or not y:
         return PASS
-    y = CHOICE.fullmatch(box.upper() if box.strip("()") in SMALL_CHOICES else box)
-    if y:
-        return x[1] == y[1]
-    text = CHOICE_AND_TEXT.fullmatch(box)
-    if text is None:
-        return PASS
-    return x[1] == (text[1] or text[2]) and len(CHOICE_MARK.findall(box)) <= 1
+    # of two texts beside letters the text counts
+    return PASS if _choice_and_text(gold) and _choice_and_text(box) else x == y
+
+
+def _choice(text: str) -> str:
+    """Return the letter of a choice, "" for none."""
+    match = CHOICE.fullmatch(text.upper() if text.strip("()") in SMALL_CHOICES else text)
+    return match[1] if match else _choice_and_text(text)
+
+
+def _choice_and_text(text: str) -> str:
+    """Return the letter of `(B) 12`; "" for another text, and for one that names two letters."""
+    match = CHOICE_AND_TEXT.fullmatch(text)
+    if match is None or len(CHOICE_MARK.findall(text)) > 1:
+        return ""
+    return match[1] or match[2]
 
 
 RATIO = frozenset(":")
@@ -105,6 +115,8 @@ def residues(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return PASS
     if x and y:
         return _same_class(x, y)
+    if y and labelled(gold).label:
+        return _is_progression(y, gold)
     if y:  # the reference is the residue itself
         residue = RESIDUE.fullmatch(y["value"].strip())
         if residue is None:

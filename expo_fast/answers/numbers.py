@@ -32,7 +32,7 @@ class Number(NamedTuple):
     """An exact number, and how it was written."""
 
     value: Fraction
-    places: int | None  # decimal places, negative in 1.5e30; None if it has none
+    places: int | None  # decimal places; None if it has none
 
 
 def plain_number(text: str) -> Number | None:
@@ -82,8 +82,9 @@ def _scientific(text: str) -> Number | None:
     mantissa = _decimal(match["mantissa"] or f"{sign}1")
     if mantissa is None:
         return None
-    places = None if mantissa.places is None else mantissa.places - shift
-    return Number(mantissa.value * Fraction(10) ** shift, places)
+    places = (mantissa.places or 0) - shift
+    # 1.5e12 is an integer as it stands; only a decimal may be rounded
+    return Number(mantissa.value * Fraction(10) ** shift, places if places > 0 else None)
 
 
 def _repeating(text: str) -> Number | None:

@@ -80,7 +80,13 @@ class Bracketed:
     closing: str
 
     @property
+    def is_round(self) -> bool:
+        """Whether the brackets are those of a point."""
+        return self.opening == "(" and self.closing == ")"
+
+    @property
     def is_set(self) -> bool:
+        r"""Whether the brackets are `\{` and `\}`."""
         return self.opening == r"\{" and self.closing == r"\}"
 
 
