@@ -229,7 +229,8 @@ def group_advantage(
     `scale` says whose unbiased (n - 1) standard deviation: "group" (GRPO, arXiv:2402.03300),
     "batch" (all rewards, Lite-PPO, arXiv:2508.08221) or "none" (Dr.GRPO, arXiv:2503.20783). A NaN
     reward is left out of its group and gets 0. A group of one gets 0 too, and so does a group whose
-    rewards differ by float noise alone.
+    rewards differ by rounding alone: by at most 2^-21 of the largest |reward| (2^-50 for rewards in
+    fp64 and integers; kernels/advantage.py derives it).
     Raise ValueError for an unknown scale, shapes that do not fit and an infinite reward. On a GPU
     an infinite reward does not raise, because that would need a host sync: all known rewards of its
     group get NaN, and with scale "batch" those of all groups that are not constant.

@@ -15,6 +15,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Completion, Request
+from expo_fast.kernels.advantage import are_unequal
 from expo_fast.reward import Reward
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
@@ -47,8 +48,8 @@ class Group:
 
     @property
     def has_unequal_rewards(self) -> bool:
-        """Whether the rewards differ before the soft overlong punishment."""
-        return len({reward for reward in self.rewards if reward is not None}) > 1
+        """Whether the rewards differ by more than rounding, before the overlong punishment."""
+        return are_unequal([reward for reward in self.rewards if reward is not None])
 
     @property
     def failed(self) -> list[Completion]:
@@ -172,12 +173,14 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     completions = [completion for group in groups for completion in group.completions]
     reward_means = []
     reward_stds = []
+    zero_stds = []
     for group in groups:
         rewards = [reward for reward in group.rewards if reward is not None]
         if rewards:
             reward_means.append(statistics.fmean(rewards))
         if len(rewards) > 1:
             reward_stds.append(statistics.stdev(rewards))
+            zero_stds.append(not group.has_unequal_rewards)
     lengths = [len(completion.token_ids) for completion in completions]
     reasons = [completion.finish_reason for completion in completions]
     token_nlls = [-completion.logp for completion in completions if len(completion.logp)]
@@ -185,7 +188,7 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     return {
         "reward": mean(reward_means),
         "reward_std": mean(reward_stds),
-        "frac_reward_zero_std": mean([std == 0 for std in reward_stds]),
+        "frac_reward_zero_std": mean(zero_stds),
         "frac_all_fail": mean([group.all_fail for group in groups if group.accuracy is not None]),
         # The mean NLL of sampled tokens is an unbiased estimate of the entropy.
         "entropy": mean([nll for nlls in token_nlls for nll in nlls.tolist()]),
