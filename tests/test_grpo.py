@@ -483,7 +483,10 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(again: int):
 
 def test_a_group_whose_rewards_differ_by_rounding_has_no_gradient_and_counts_so():
     third = 1 / 3
-    rewards = [[third, 0.1 + third - 0.1, third, third], [1e6, 1e6 + 0.5, 1e6, 1e6 + 1]]
+    rewards: list[list[float | None]] = [
+        [third, 0.1 + third - 0.1, third, third],
+        [1e6, 1e6 + 0.5, 1e6, 1e6 + 1],
+    ]
     assert rewards[0][0] != rewards[0][1]
     constant, far_from_0 = grpo.with_advantages(groups(rewards), config())
     assert not any(constant.advantages) and not constant.has_unequal_rewards
