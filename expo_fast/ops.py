@@ -7,7 +7,8 @@
 
 Hidden states of rows without a target or weight are never read. For any dtype of the inputs,
 logits, results and the weight gradient's sums are fp32 (fp64 where an input is fp64); each gradient
-has its input's dtype and cannot be differentiated again. On a CPU the ops run C++, compiled on
+has its input's dtype and cannot be differentiated again. Forward-mode derivatives, those of
+torch.func, and vmap of what requires a gradient are refused. On a CPU the ops run C++, compiled on
 first use (op_backends/cpu.py), on a GPU Triton (op_backends/triton_fused.py). Under autocast hidden
 states and weights are cast as a linear layer's are. torch.compile keeps each op as one graph node
 (op_backends/custom_ops.py).
@@ -25,6 +26,7 @@ from expo_fast.kernels.objectives import Clipped, PolicyObjective
 from expo_fast.kernels.preferences import *  # noqa: F403
 from expo_fast.kernels.preferences import Dpo, PreferenceObjective
 from expo_fast.op_backends import custom_ops
+from expo_fast.op_backends.function_transforms import check_transforms
 from expo_fast.op_backends.objective_codes import encode
 
 __all__ = [
@@ -226,6 +228,7 @@ def group_advantage(
 ) -> Tensor:
     """Return rewards minus their group's mean, over a standard deviation plus eps: (M,) fp32.
 
+    The result is a constant: it is detached from the rewards.
     `scale` says whose unbiased (n - 1) standard deviation: "group" (GRPO, arXiv:2402.03300),
     "batch" (all rewards, Lite-PPO, arXiv:2508.08221) or "none" (Dr.GRPO, arXiv:2503.20783). A NaN
     reward is left out of its group and gets 0. A group of one gets 0 too, and so does a group whose
@@ -238,6 +241,7 @@ def group_advantage(
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
     _check_same_shape(rewards, group_ids=group_ids)
+    check_transforms(rewards)
     return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
 
 
@@ -263,6 +267,7 @@ def _check_head(
                 f" {name}.full_tensor(grad_placements=[Partial()]), whose gradient is the sum of"
                 " what the ranks' rows give (Replicate() where all ranks have the same rows)"
             )
+    check_transforms(hidden, weight, bias)
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}:"
