@@ -39,6 +39,7 @@ ORDER = [
     "inference",
     "generate",
     "cli",
+    "reward_functions",
     "reward",
     "weights",
     "reporting",

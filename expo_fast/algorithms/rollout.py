@@ -6,7 +6,7 @@ can be compared at equal cost.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
-from expo_fast.reward import Reward
+from expo_fast.reward_functions import Reward, RewardLog, Rewards
+
+METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens", "time/")  # train.py adds them
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
@@ -36,6 +38,8 @@ class Group:
     """One per attempt, 0 for an attempt without a reward. Empty until GRPO computes them."""
     right_above: float = 0.0
     """An attempt with a higher reward is right."""
+    log: RewardLog = field(default_factory=RewardLog)
+    """What the user's reward functions left of these attempts."""
 
     @property
     def accuracy(self) -> float | None:
@@ -130,10 +134,11 @@ def judge_attempts(
     size = config.group_size
     texts = [prompter.text(completion.token_ids) for completion in completions]
     attempted = [question for question in questions for _ in range(size)]
-    rewards = reward(attempted, texts, completions)
+    judged = reward(attempted, texts, completions)
+    log = judged.log if isinstance(judged, Rewards) else RewardLog()
     rewards = [
         None if is_masked(completion, config) else reward
-        for completion, reward in zip(completions, rewards, strict=True)
+        for completion, reward in zip(completions, judged, strict=True)
     ]
     groups = []
     for i, question in enumerate(questions):
@@ -145,9 +150,19 @@ def judge_attempts(
             texts=texts[members],
             rewards=rewards[members],
             right_above=config.right_above,
+            log=log_of_members(log, members),
         )
         groups.append(group)
     return groups
+
+
+def log_of_members(log: RewardLog, members: slice) -> RewardLog:
+    """Return what reward functions left of some of the completions, and all their metrics."""
+    return RewardLog(
+        by_function={name: rewards[members] for name, rewards in log.by_function.items()},
+        columns={name: values[members] for name, values in log.columns.items()},
+        metrics=log.metrics,
+    )
 
 
 def is_masked(completion: Completion, config: Train) -> bool:
@@ -200,6 +215,35 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     }
 
 
+def reward_function_metrics(
+    groups: Sequence[Group], taken: Collection[str]
+) -> dict[str, float | None]:
+    """Return what TRL logs of each reward function, and what the functions logged themselves.
+
+    taken: names of the trainer's metrics.
+
+    Raise ValueError if a function logged a metric under a name of the trainer's.
+    """
+    by_function: dict[str, list[float]] = {}
+    logged: dict[str, list[float]] = {}
+    for group in groups:
+        for name, rewards in group.log.by_function.items():
+            known = [reward for reward in rewards if reward is not None]
+            by_function.setdefault(name, []).extend(known)
+        for name, values in group.log.metrics.items():
+            logged.setdefault(name, []).extend(values)
+    metrics: dict[str, float | None] = {}
+    for name, rewards in by_function.items():
+        metrics[f"rewards/{name}/mean"] = mean(rewards)
+        several = len(rewards) > 1
+        metrics[f"rewards/{name}/std"] = statistics.stdev(rewards) if several else None
+    for name, values in logged.items():
+        if name in metrics or name in taken or name.startswith(METRICS_OF_THE_LOOP):
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
+        metrics[name] = mean(values)
+    return metrics
+
+
 def completion_rows(
     groups: Sequence[Group],
     positives: dict[str, list[tuple[int, ...]]],
@@ -213,16 +257,29 @@ def completion_rows(
     """
     rows = []
     for group in groups:
-        for text, completion, reward, advantage in zip(
-            group.texts, group.completions, group.rewards, group.advantages, strict=True
-        ):
-            row = completion_row(group.problem, "own", text, reward)
-            row["finish_reason"] = completion.finish_reason
-            row["advantage"] = advantage
-            rows.append(row)
+        for i, text in enumerate(group.texts):
+            row = completion_row(group.problem, "own", text, group.rewards[i])
+            row["finish_reason"] = group.completions[i].finish_reason
+            row["advantage"] = group.advantages[i]
+            rows.append(row | columns_of_attempt(group.log, i, row))
         for ids in positives.get(group.problem.id, ()):
             rows.append(completion_row(group.problem, kind, prompter.text(ids)))
     return rows
+
+
+def columns_of_attempt(log: RewardLog, i: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns that reward functions add to the row of attempt i of a group.
+
+    Raise ValueError if a function logged a column under a name of the trainer's.
+    """
+    added: dict[str, Any] = {}
+    if log.by_function:
+        added["rewards"] = {name: rewards[i] for name, rewards in log.by_function.items()}
+    for name, values in log.columns.items():
+        if name in row or name in added:
+            raise ValueError(f"log_extra: {name!r} is a column of the trainer's: rename yours")
+        added[name] = values[i]
+    return added
 
 
 def completion_row(
