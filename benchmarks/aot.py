@@ -45,7 +45,7 @@ from expo_fast.kernels import (
     truncate,
 )
 from expo_fast.kernels import logprob as k
-from expo_fast.kernels.advantage import SAME_REWARD
+from expo_fast.kernels.advantage import rounding_noise
 from expo_fast.kernels.head import IGNORE
 
 # The constants that are printed, because forms of a kernel differ in them.
@@ -88,7 +88,7 @@ def launched() -> Iterator[Form]:
 
     for scale in ({"GROUP": True, "BATCH": False}, {"GROUP": False, "BATCH": True}):
         sizes = {"rewards": "*fp64", "ids": "*i64", "M": "i32", "eps": "fp32"}
-        constants = scale | {"SAME_REWARD": SAME_REWARD, "BLOCK": groups.BLOCK}
+        constants = scale | {"NOISE": rounding_noise(torch.float32), "BLOCK": groups.BLOCK}
         yield groups.centre_and_scale, sizes, constants, {}
     for dtype in DTYPES:
         yield from decoding(dtype)

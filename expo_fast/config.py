@@ -28,7 +28,7 @@ ADJUSTABLE = (
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
-ADDED_LATER = ("rdpo_alpha",)
+ADDED_LATER = ("rdpo_alpha", "reward_weights")
 
 if TYPE_CHECKING:
     Method = str
@@ -116,9 +116,11 @@ class Train(Prompting):
     min_p: float = 0.0
     """Minimum probability of a sampled token, relative to the likeliest token (arXiv:2407.01082);
     0: all tokens."""
-    reward: str | None = None
-    """Dotted path of f(prompts, completions, completion_ids, **columns); None: 1 for the right
-    boxed answer, else 0."""
+    reward: str | tuple[str, ...] | None = None
+    """One or more functions with TRL's signature (prompts, completions, completion_ids, **columns):
+    module.f, module:f or file.py:f. None: 1 for the right boxed answer, else 0."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the functions in the sum of their rewards; empty: all 1."""
     right_above: float = 0.0
     """An attempt with a higher reward counts as right, in accuracies and in the choice of rejected
     attempts."""
@@ -251,6 +253,7 @@ class Train(Prompting):
         _require(self, "output_dir", self.output_dir != "", "a folder, or to be left out")
         _require(self, "resume", self.resume != "", "auto, never or a checkpoint's folder")
         self._check_sampling()
+        self._check_rewards()
         self._check_options_of_the_method()
         self._check_objective()
         self._check_preference()
@@ -269,6 +272,16 @@ class Train(Prompting):
         size = self.prompts_per_step
         divides = size % self.updates_per_batch == 0
         _require(self, "updates_per_batch", divides, f"a divisor of prompts_per_step={size}")
+
+    def _check_rewards(self) -> None:
+        functions = self.reward_functions
+        named = self.reward is None or (functions and all(functions))
+        _require(self, "reward", bool(named), "one or more functions, or to be left out")
+        finite = all(map(math.isfinite, self.reward_weights))
+        _require(self, "reward_weights", finite, "finite numbers")
+        need = f"one for each function of reward={self.reward!r}"
+        fits = len(self.reward_weights) in (0, len(functions))
+        _require(self, "reward_weights", fits, need)
 
     def _check_generation_budget(self, least_attempts: int) -> None:
         least = least_attempts + self.n_explanations
@@ -322,6 +335,13 @@ class Train(Prompting):
     @property
     def spec(self) -> MethodSpec:
         return METHODS[self.method]
+
+    @property
+    def reward_functions(self) -> tuple[str, ...]:
+        """The user's reward functions; empty: the reward is the boxed answer."""
+        if self.reward is None:
+            return ()
+        return (self.reward,) if isinstance(self.reward, str) else self.reward
 
     @property
     def explains(self) -> bool:

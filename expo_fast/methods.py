@@ -94,6 +94,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "top_k",
         "min_p",
         "reward",
+        "reward_weights",
         "right_above",
         "num_generations",
         "generation_budget",

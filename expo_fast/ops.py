@@ -7,10 +7,11 @@
 
 Hidden states of rows without a target or weight are never read. Logits, results and the sums of the
 weight gradient are fp32 for any dtype of the inputs (fp64 if an input is fp64). Each gradient has
-the dtype of its input and cannot be differentiated again. On a CPU the ops run C++ that is compiled
-on first use (op_backends/cpu.py), on a GPU Triton (op_backends/triton_fused.py). Autocast casts
-hidden states and weights as for a linear layer. torch.compile keeps each op as one graph node
-(op_backends/custom_ops.py).
+the dtype of its input and cannot be differentiated again. Forward-mode derivatives, those of
+torch.func, and vmap of an input that requires a gradient are refused. On a CPU the ops run C++ that
+is compiled on first use (op_backends/cpu.py), on a GPU Triton (op_backends/triton_fused.py).
+Autocast casts hidden states and weights as for a linear layer. torch.compile keeps each op as one
+graph node (op_backends/custom_ops.py).
 """
 
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from expo_fast.kernels.objectives import Clipped, PolicyObjective
 from expo_fast.kernels.preferences import *  # noqa: F403
 from expo_fast.kernels.preferences import Dpo, PreferenceObjective
 from expo_fast.op_backends import custom_ops
+from expo_fast.op_backends.function_transforms import check_transforms
 from expo_fast.op_backends.objective_codes import encode
 
 __all__ = [
@@ -233,10 +235,12 @@ def group_advantage(
 ) -> Tensor:
     """Return (reward - mean of its group) / (standard deviation + eps): (M,) fp32.
 
+    The result is a constant: it is detached from the rewards.
     `scale` selects the rewards of the unbiased (n - 1) standard deviation: "group" (GRPO,
     arXiv:2402.03300), "batch" (all rewards; Lite-PPO, arXiv:2508.08221) or "none" (no division;
     Dr.GRPO, arXiv:2503.20783). A NaN reward is left out of its group and gets 0. A group of one
-    gets 0, and so does a group whose rewards differ only by rounding errors.
+    gets 0, and so does a group whose rewards differ only by rounding errors: by at most 2^-21 of
+    the largest |reward| (2^-50 for rewards in fp64 and integers; kernels/advantage.py derives it).
     Raise ValueError for an unknown scale, shapes that do not fit and an infinite reward. On a GPU
     an infinite reward does not raise, because that would need a host sync. Instead, all known
     rewards of its group get NaN, and with scale "batch" those of all groups that are not constant.
@@ -244,6 +248,7 @@ def group_advantage(
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
     _check_same_shape(rewards, group_ids=group_ids)
+    check_transforms(rewards)
     return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
 
 
@@ -269,6 +274,7 @@ def _check_head(
                 f" {name}.full_tensor(grad_placements=[Partial()]), which sums the gradients of the"
                 " ranks' rows (use Replicate() if all ranks have the same rows)"
             )
+    check_transforms(hidden, weight, bias)
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}:"

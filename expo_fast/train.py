@@ -38,7 +38,14 @@ from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.op_backends import dispatch
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.reporting.timing import Phases
-from expo_fast.reward import boxed_answer_reward, custom_reward, load_reward, score_answers
+from expo_fast.reward import boxed_answer_reward, score_answers
+from expo_fast.reward_functions import (
+    Reward,
+    TrainerState,
+    check_reward_functions,
+    custom_reward,
+    load_rewards,
+)
 from expo_fast.storage import checkpoint
 from expo_fast.weights import load_model
 
@@ -89,6 +96,8 @@ def main(argv: Sequence[str]) -> None:
 
 def build_trainer(config: Train, data: TrainingData) -> Trainer:
     """Load the model and return the trainer of a new run."""
+    progress = TrainerState(max_steps=config.steps)
+    reward = build_reward(config, data, progress)
     dtype = getattr(torch, config.dtype)
     model, tokenizer = load_model(
         config.model,
@@ -102,9 +111,6 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
     if needs_frozen_reference(config):
         reference, _ = load_model(config.model, dtype=dtype, device=config.device)
         reference.requires_grad_(False)
-    reward = boxed_answer_reward
-    if config.reward is not None:
-        reward = custom_reward(load_reward(config.reward))
     prompter = Prompter(
         tokenizer,
         data.shots,
@@ -113,8 +119,27 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
         ends=model.eos_ids,
     )
     return make_trainer(
-        config, model, reference, prompter, data.problems, reward, verify=score_answers
+        config,
+        model,
+        reference,
+        prompter,
+        data.problems,
+        reward,
+        verify=score_answers,
+        progress=progress,
     )
+
+
+def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> Reward:
+    """Return the reward: the boxed answer, or the weighted sum of the user's functions.
+
+    Raise ValueError or FileNotFoundError if a function is missing, or does not fit the data.
+    """
+    if not config.reward_functions:
+        return boxed_answer_reward
+    functions = load_rewards(config.reward_functions)
+    check_reward_functions(functions, config.train_data, data.problems)
+    return custom_reward(functions, config.reward_weights, progress)
 
 
 def needs_frozen_reference(config: Train) -> bool:
@@ -147,6 +172,8 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
         done = step + 1
         phases = Phases()
         skipped_before = trainer.optimizer.skipped
+        trainer.progress.global_step = step
+        trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
         try:
             metrics, texts = run_step(trainer, step, phases)
         except ValueError as error:

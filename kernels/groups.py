@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.advantage import SAME_REWARD
+from expo_fast.kernels.advantage import rounding_noise
 from expo_fast.kernels.rowwise import launch_device
 
 BLOCK = 32
@@ -29,36 +29,38 @@ def centre_and_scale(
     rewards, ids,  # (M,) fp64, NaN: unknown; (M,) int64
     out,  # (M,) fp32
     M, eps,
-    SAME_REWARD: tl.constexpr, GROUP: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr, GROUP: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     reward = tl.load(rewards + row, row < M, 0.0)
     group = tl.load(ids + row, row < M, 0)
     count = reward * 0
-    total = reward * 0
+    total = reward * 0  # of the group, above this row's own reward: exact where rewards are close
     count_of_all = reward * 0
     total_of_all = reward * 0
     top = reward * 0 - float("inf")
     bottom = reward * 0 + float("inf")
     for first in range(0, M, BLOCK):
         r, known, mate = _others(rewards, ids, group, first, M, BLOCK)
+        above = r - reward[:, None]
         count += tl.sum(mate.to(tl.float64), 1)
-        total += tl.sum(tl.where(mate, r, 0.0), 1)
+        total += tl.sum(tl.where(mate, above, 0.0), 1)
         top = tl.maximum(top, tl.max(tl.where(mate, r, -float("inf")), 1))
         bottom = tl.minimum(bottom, tl.min(tl.where(mate, r, float("inf")), 1))
         count_of_all += tl.sum(known.to(tl.float64), 1)
-        total_of_all += tl.sum(tl.where(known, r, 0.0), 1)
-    mean = total / count
-    size = tl.maximum(tl.maximum(tl.abs(top), tl.abs(bottom)), 1.0)
-    advantage = tl.where(top - bottom <= SAME_REWARD * size, 0.0, reward - mean)
+        total_of_all += tl.sum(tl.where(known, above, 0.0), 1)
+    mean_above = total / count
+    size = tl.maximum(tl.abs(top), tl.abs(bottom))
+    advantage = tl.where(top - bottom <= NOISE * size, 0.0, -mean_above)
     # An infinite reward makes `size` infinite, so its group would count as constant.
     advantage = tl.where(size < float("inf"), advantage, float("nan"))
     if GROUP or BATCH:
-        centre = mean if GROUP else total_of_all / count_of_all
+        centre = mean_above if GROUP else total_of_all / count_of_all
         squares = reward * 0
         for first in range(0, M, BLOCK):
             r, known, mate = _others(rewards, ids, group, first, M, BLOCK)
-            deviation = tl.where(mate if GROUP else known, r - centre[:, None], 0.0)
+            above = r - reward[:, None]
+            deviation = tl.where(mate if GROUP else known, above - centre[:, None], 0.0)
             squares += tl.sum(deviation * deviation, 1)
         freedom = tl.maximum((count if GROUP else count_of_all) - 1, 1.0)
         scaled = advantage / (tl.sqrt(squares / freedom) + eps)
@@ -97,7 +99,7 @@ def group_advantage(
             out,
             m,
             eps,
-            SAME_REWARD=SAME_REWARD,
+            NOISE=rounding_noise(rewards.dtype),
             GROUP=scale == "group",
             BATCH=scale == "batch",
             BLOCK=BLOCK,

@@ -58,6 +58,7 @@ CASES = {
     "top_k": Case("--top-k 3"),
     "min_p": Case("--min-p 0.5"),
     "reward": Case("--reward {root}/rewards.py:even"),
+    "reward_weights": Case("--reward-weights -1"),
     "right_above": Case("--right-above 2", EXPO + " --exp-sft-max-accuracy 0"),
     "generation_budget": Case("--generation-budget 5"),
     "dynamic_sampling": Case("--dynamic-sampling 2", "--method grpo --num-generations 2"),

@@ -470,6 +470,20 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(again: int):
         assert len(kept) == P
 
 
+def test_a_group_whose_rewards_differ_by_rounding_has_no_gradient_and_counts_so():
+    third = 1 / 3
+    rewards: list[list[float | None]] = [
+        [third, 0.1 + third - 0.1, third, third],
+        [1e6, 1e6 + 0.5, 1e6, 1e6 + 1],
+    ]
+    assert rewards[0][0] != rewards[0][1]
+    constant, far_from_0 = grpo.with_advantages(groups(rewards), config())
+    assert not any(constant.advantages) and not constant.has_unequal_rewards
+    assert far_from_0.advantages == pytest.approx([-0.783, 0.261, -0.783, 1.306], abs=1e-3)
+    assert far_from_0.has_unequal_rewards
+    assert attempt_metrics([constant, far_from_0])["frac_reward_zero_std"] == 0.5
+
+
 def test_overlong_completions_are_punished_softly():
     c = config(max_completion_length=12, overlong_buffer=4)
     lengths = {5: 0, 8: 0, 9: 0.25, 11: 0.75, 12: 1.0}

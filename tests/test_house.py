@@ -40,6 +40,7 @@ ORDER = [
     "inference",
     "generate",
     "cli",
+    "reward_functions",
     "reward",
     "weights",
     "reporting",

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -428,11 +429,86 @@ def test_advantages_of_ragged_shuffled_groups_equal_the_formula(scale):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_rewards_that_differ_by_rounding_have_no_advantage(scale):
     noise = 1e-7 * torch.randn(8, generator=torch.Generator().manual_seed(0))
-    rewards = torch.cat([0.3 + noise, 3e3 * (1 + noise), torch.tensor([0.0, 1.0])])
+    rewards = torch.cat([0.3 * (1 + noise), 3e3 * (1 + noise), torch.tensor([0.0, 1.0])])
     ids = torch.tensor([0] * 8 + [1] * 8 + [2] * 2)
     got = group_advantage(rewards, ids, scale=scale, eps=0.0)
     assert rewards[:8].unique().numel() > 1
     assert (got[:16] == 0).all() and got[16] < 0 < got[17]
+
+
+def exact_advantages(rewards: Tensor, scale: str, eps: float) -> list[float]:
+    """Return the advantages of one group by the formula, in fractions of integers."""
+    values = [Fraction(x) for x in rewards.tolist()]
+    mean = sum(values) / len(values)
+    deviations = [x - mean for x in values]
+    if scale == "none":
+        return [float(x) for x in deviations]
+    variance = sum(x * x for x in deviations) / (len(values) - 1)
+    # a root with 60 more bits than fp64's: isqrt takes integers
+    bits = 2**400
+    std = Fraction(math.isqrt(int(variance * bits * bits)), bits)
+    return [float(x / (std + Fraction(eps))) for x in deviations]
+
+
+FAR_FROM_0 = {
+    "a million and halves": torch.tensor([1e6, 1e6 + 0.5, 1e6, 1e6 + 1]),
+    "below -1e6": torch.tensor([-1e6, -1e6 - 0.5, -1e6, -1e6 + 1]),
+    "a thousand and a two-thousandth": torch.tensor([1000.0, 1000.0005, 1000.0]),
+    "1e30": torch.tensor([1e30, 2e30, -1e30, 1e30]),
+    "1e30, close": torch.tensor([1e30, 1.000001e30, 1e30, 1.000003e30]),
+    "1e-30": torch.tensor([1e-30, 2e-30, 1e-30, 0.0]),
+    "two steps of fp32 above 0": torch.tensor([0.0, 2.8e-45]),
+    "fp64, a million and billionths": torch.tensor(
+        [1e6, 1e6 + 1e-9, 1e6 + 4e-9], dtype=torch.float64
+    ),
+    "integers": torch.tensor([10_000_000, 10_000_001, 10_000_003]),
+    "bf16, neighbours": torch.tensor([8.0, 8.0625], dtype=torch.bfloat16),
+    "zeros of both signs": torch.tensor([0.0, -0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("name", FAR_FROM_0)
+def test_rewards_of_any_size_get_the_formulas_advantages(name, scale, eps):
+    rewards = FAR_FROM_0[name]
+    ids = torch.zeros(len(rewards), dtype=torch.int64)
+    got = group_advantage(rewards, ids, scale=scale, eps=eps)
+    assert got.tolist() == pytest.approx(exact_advantages(rewards, scale, eps), rel=1e-6, abs=0)
+    assert got.any()
+
+
+def test_a_group_far_from_0_beside_one_near_0():
+    """Each group has its own bound, and unknown rewards and groups of one change none."""
+    far = torch.tensor([1e6, 1e6 + 0.5, 1e6, 1e6 + 1])
+    near = torch.tensor([1.0, 1.00001, 1.0])
+    rest = torch.tensor([math.nan, 3e20, 1e6])
+    ids = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 2, 3])
+    got = group_advantage(torch.cat([far, near, rest]), ids, eps=0.0)
+    expected = exact_advantages(far, "group", 0.0) + exact_advantages(near, "group", 0.0)
+    assert got.tolist() == pytest.approx([*expected, 0.0, 0.0, 0.0], rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_computed_in_another_order_are_equal(size, dtype):
+    g = torch.Generator().manual_seed(0)
+    a, b, share = (torch.rand(1000, generator=g, dtype=dtype) for _ in range(3))
+    one = share * (size * a + size * b)
+    other = share * (size * a) + share * (size * b)
+    assert (one != other).any()
+    rewards = torch.stack([one, other], 1).flatten()
+    got = group_advantage(rewards, torch.arange(1000).repeat_interleave(2), eps=0.0)
+    assert (got == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decimal_sums_are_equal(dtype):
+    tenths = torch.arange(11, dtype=dtype) / 10
+    sums = (tenths[:, None] + tenths).flatten()
+    ids = (torch.arange(11)[:, None] + torch.arange(11)).flatten()
+    assert sums.unique().numel() > 21  # 0.1 + 0.7 is not 0.8, nor 0.1 + 0.2 0.3 in fp64
+    assert (group_advantage(sums, ids, eps=0.0) == 0).all()
 
 
 def test_advantages_of_no_rewards_and_of_invalid_rewards():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_inductor_cache as fresh_cache
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from expo_fast.op_backends import custom_ops
@@ -529,6 +530,132 @@ def test_a_compiled_op_still_names_a_bad_target():
     targets[3] = V
     with pytest.raises(ValueError, match=rf"targets\[3\] is {V}"):
         counted(logprob)[0](hidden, weight, targets)
+
+
+# 23. Transforms: forward mode, torch.func, vmap, derivatives of derivatives
+
+
+def forward_ad_tangent(f: Loss, x: Tensor) -> Tensor | None:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def tangent_of_a_gradient(f: Loss, x: Tensor) -> Tensor | None:
+    x = x.clone().requires_grad_()
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
+        (grad,) = torch.autograd.grad(f(x), x, grad_outputs=upstream)
+        return forward_ad.unpack_dual(grad).tangent
+
+
+def gradient_through_vmap(f: Loss, x: Tensor) -> Tensor:
+    many = torch.stack([x, x]).requires_grad_()
+    return torch.autograd.grad((torch.func.vmap(f)(many) + many.sum()).sum(), many)[0]
+
+
+FORWARD_MODE: dict[str, Callable[[Loss, Tensor], Any]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jvp of vmap": lambda f, x: torch.func.jvp(torch.func.vmap(f), (x[None],), (x[None],)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "linearize": lambda f, x: torch.func.linearize(f, x)[1](x),
+    "forward_ad": forward_ad_tangent,
+    "a forward-mode Jacobian": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, strategy="forward-mode", vectorize=True
+    ),
+    "compiled jvp": lambda f, x: torch.compile(
+        lambda x: torch.func.jvp(f, (x,), (x,)), backend="eager"
+    )(x),
+    "jvp of a compiled function": lambda f, x: torch.func.jvp(
+        torch.compile(f, backend="eager"), (x,), (x,)
+    ),
+}
+TORCH_FUNC: dict[str, Callable[[Loss, Tensor], Any]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(())),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "grad of grad": lambda f, x: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x[None]),
+    "the gradient of vmap": gradient_through_vmap,
+}
+TWICE: dict[str, Callable[[Loss, Tensor], Any]] = {
+    "hvp": lambda f, x: torch.autograd.functional.hvp(f, x, x),
+    "vhp": lambda f, x: torch.autograd.functional.vhp(f, x, x),
+    "hessian": lambda f, x: torch.autograd.functional.hessian(f, x),
+    "jvp by two backwards": lambda f, x: torch.autograd.functional.jvp(f, x, x),
+}
+REFUSED = [("no forward-mode derivative", call) for call in FORWARD_MODE.values()]
+REFUSED += [("no derivative under torch.func", call) for call in TORCH_FUNC.values()]
+REFUSED += [("differentiable once", call) for call in TWICE.values()]
+NAMES = [*FORWARD_MODE, *TORCH_FUNC, *(f"autograd's {name}" for name in TWICE)]
+
+
+@pytest.mark.parametrize(("says", "call"), REFUSED, ids=NAMES)
+def test_a_derivative_that_would_be_0_is_refused(loss_of, backend, says, call):
+    """torch gives a custom operator no tangent, and its vmap cuts the graph of gradients."""
+    torch._dynamo.reset()
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    f = partial(loss_of, weight=weight, targets=targets, backend=backend)
+    with pytest.raises(RuntimeError, match=says):
+        call(f, hidden)
+
+
+@pytest.mark.parametrize("name", ["jvp", "grad", "autograd's hvp"])
+def test_a_derivative_in_the_weight_is_refused_too(loss_of, name):
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    says, call = REFUSED[NAMES.index(name)]
+    with pytest.raises(RuntimeError, match=says):
+        call(lambda weight: loss_of(hidden, weight, targets), weight)
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_advantages_have_no_forward_derivative(name):
+    def sum_of_squares(rewards: Tensor) -> Tensor:
+        return group_advantage(rewards.flatten(), torch.arange(rewards.numel()) // 4).square().sum()
+
+    torch._dynamo.reset()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        FORWARD_MODE[name](sum_of_squares, torch.rand(8))
+
+
+def test_the_tangent_of_an_upstream_gradient_is_refused(loss_of, backend):
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    f = partial(loss_of, weight=weight, targets=targets, backend=backend)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        tangent_of_a_gradient(f, hidden)
+
+
+def test_the_gradient_of_a_gradient_by_its_upstream_is_refused(loss_of, backend):
+    hidden, weight, targets = make_inputs()
+    scale = torch.tensor(2.0, requires_grad=True)
+    loss = scale * loss_of(hidden, weight.detach(), targets, backend=backend)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(grad.sum(), scale)
+
+
+def test_vmap_without_gradients_is_a_loop(loss_of, backend):
+    weight, targets = (x.detach() for x in make_inputs()[1:])
+    many = torch.stack([make_inputs(seed=seed)[0].detach() for seed in range(3)])
+    f = partial(loss_of, weight=weight, targets=targets, backend=backend)
+    with torch.no_grad():
+        got = torch.func.vmap(f)(many)
+    assert torch.equal(got, torch.stack([f(hidden) for hidden in many]))
+
+
+def test_functional_call_and_an_unrelated_tangent_change_nothing(loss_of, backend):
+    hidden, weight, targets = make_inputs()
+    module = torch.nn.Linear(D, D, bias=False)
+    inside = {"weight": module.weight.detach().clone().requires_grad_()}
+
+    def loss() -> Tensor:
+        called = torch.func.functional_call(module, inside, (hidden,))
+        return loss_of(called, weight, targets, backend=backend)
+
+    (truth,) = torch.autograd.grad(loss(), inside["weight"])
+    with forward_ad.dual_level():
+        (got,) = torch.autograd.grad(loss(), inside["weight"])
+    assert torch.equal(got, truth) and truth.any()
 
 
 # 22. Tensors on several devices, and a device that is not the current one

@@ -286,6 +286,8 @@ def test_a_custom_reward_gets_all_columns():
 
     done = [Completion([5], torch.zeros(1), "stop"), Completion([6, 7], torch.zeros(2), "stop")]
     assert custom_reward(fn)(PROBLEMS, ["|x|", "y"], done) == [1.0, None]
+    for name in ("trainer_state", "log_extra", "log_metric"):
+        del given[name]
     assert given == expected | {
         "prompts": ["1 + 1?", "1 + 2?"],
         "completions": ["|x|", "y"],

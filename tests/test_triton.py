@@ -330,6 +330,19 @@ def test_advantages_are_those_of_the_definition(scale, m):
     assert torch.equal(got.cpu() == 0, truth == 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_far_from_0_are_those_of_the_definition(scale, dtype):
+    sizes = torch.tensor([1e6, 1e6, 1e6, 1e6, 1, 1, 1, 7, 3e9, 3e9], dtype=torch.float64)
+    steps = torch.tensor([0, 0.5, 0, 1, 0, 0, 2e-4, 0, 0, 256], dtype=torch.float64)
+    rewards = (sizes + steps).to(dtype)
+    ids = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3, 3])
+    got = groups.group_advantage(rewards.to(DEVICE), ids.to(DEVICE), scale, 1e-4)
+    truth = advantage.group_advantage(rewards, ids, scale, 1e-4)
+    assert torch.allclose(got.cpu(), truth, rtol=1e-6, atol=0)
+    assert truth.any() or dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf])
 def test_an_infinite_reward_makes_advantages_nan_and_not_zero(scale, infinite):

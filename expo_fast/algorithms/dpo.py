@@ -47,6 +47,7 @@ from expo_fast.algorithms.rollout import (
     completion_row,
     judge_attempts,
     mean,
+    reward_function_metrics,
 )
 from expo_fast.algorithms.trainer import (
     Metrics,
@@ -152,6 +153,7 @@ def make_pairs(
         if policy_step == step:
             # Attempts sampled by the weights of an earlier step do not measure this step's weights.
             metrics |= attempt_metrics(groups)
+            metrics |= reward_function_metrics(groups, taken=metrics)
     metrics["pairs/tokens"] = trainer.sampled_tokens - tokens_before
     with phases.phase("reference"):
         pairs = with_reference_logprobs(trainer, pairs, policy_step)

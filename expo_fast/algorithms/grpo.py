@@ -41,6 +41,7 @@ from expo_fast.algorithms.rollout import (
     judge_attempts,
     mean,
     overlong_punishment,
+    reward_function_metrics,
 )
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.algorithms.trainer import (
@@ -92,6 +93,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
 
     explained = positives if config.explains else Explanations()
     metrics = attempt_metrics(sampled) | explained.metrics() | diagnosed | mean_metrics(updates)
+    metrics |= reward_function_metrics(sampled, taken=metrics)
     kind = "expert" if config.spec.sft_source == "solutions" else "explanation"
     return metrics, completion_rows(groups, positives.accepted, trainer.prompter, kind)
 

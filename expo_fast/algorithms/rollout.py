@@ -6,7 +6,7 @@ can be compared at equal cost.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,10 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Completion, Request
-from expo_fast.reward import Reward
+from expo_fast.kernels.advantage import are_unequal
+from expo_fast.reward_functions import Reward, RewardLog, Rewards
+
+METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens", "time/")  # train.py adds them
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
@@ -35,6 +38,8 @@ class Group:
     """One per attempt, 0 for an attempt without a reward. Empty until GRPO computes them."""
     right_above: float = 0.0
     """An attempt with a higher reward is right."""
+    log: RewardLog = field(default_factory=RewardLog)
+    """What the user's reward functions left of these attempts."""
 
     @property
     def accuracy(self) -> float | None:
@@ -47,8 +52,8 @@ class Group:
 
     @property
     def has_unequal_rewards(self) -> bool:
-        """Whether the rewards differ before the soft overlong punishment."""
-        return len({reward for reward in self.rewards if reward is not None}) > 1
+        """Whether the rewards differ by more than rounding, before the overlong punishment."""
+        return are_unequal([reward for reward in self.rewards if reward is not None])
 
     @property
     def failed(self) -> list[Completion]:
@@ -131,10 +136,11 @@ def judge_attempts(
     size = config.group_size
     texts = [prompter.text(completion.token_ids) for completion in completions]
     attempted = [question for question in questions for _ in range(size)]
-    rewards = reward(attempted, texts, completions)
+    judged = reward(attempted, texts, completions)
+    log = judged.log if isinstance(judged, Rewards) else RewardLog()
     rewards = [
         None if is_masked(completion, config) else reward
-        for completion, reward in zip(completions, rewards, strict=True)
+        for completion, reward in zip(completions, judged, strict=True)
     ]
     groups = []
     for i, question in enumerate(questions):
@@ -146,9 +152,19 @@ def judge_attempts(
             texts=texts[members],
             rewards=rewards[members],
             right_above=config.right_above,
+            log=log_of_members(log, members),
         )
         groups.append(group)
     return groups
+
+
+def log_of_members(log: RewardLog, members: slice) -> RewardLog:
+    """Return what reward functions left of some of the completions, and all their metrics."""
+    return RewardLog(
+        by_function={name: rewards[members] for name, rewards in log.by_function.items()},
+        columns={name: values[members] for name, values in log.columns.items()},
+        metrics=log.metrics,
+    )
 
 
 def is_masked(completion: Completion, config: Train) -> bool:
@@ -174,12 +190,14 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     completions = [completion for group in groups for completion in group.completions]
     reward_means = []
     reward_stds = []
+    zero_stds = []
     for group in groups:
         rewards = [reward for reward in group.rewards if reward is not None]
         if rewards:
             reward_means.append(statistics.fmean(rewards))
         if len(rewards) > 1:
             reward_stds.append(statistics.stdev(rewards))
+            zero_stds.append(not group.has_unequal_rewards)
     lengths = [len(completion.token_ids) for completion in completions]
     reasons = [completion.finish_reason for completion in completions]
     token_nlls = [-completion.logp for completion in completions if len(completion.logp)]
@@ -187,7 +205,7 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     return {
         "reward": mean(reward_means),
         "reward_std": mean(reward_stds),
-        "frac_reward_zero_std": mean([std == 0 for std in reward_stds]),
+        "frac_reward_zero_std": mean(zero_stds),
         "frac_all_fail": mean([group.all_fail for group in groups if group.accuracy is not None]),
         # The mean NLL of sampled tokens is an unbiased estimate of the entropy.
         "entropy": mean([nll for nlls in token_nlls for nll in nlls.tolist()]),
@@ -197,6 +215,35 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
         "completions/clipped_ratio": mean([reason == "length" for reason in reasons]),
         "completions/error_ratio": mean([reason == "error" for reason in reasons]),
     }
+
+
+def reward_function_metrics(
+    groups: Sequence[Group], taken: Collection[str]
+) -> dict[str, float | None]:
+    """Return what TRL logs of each reward function, and what the functions logged themselves.
+
+    taken: names of the trainer's metrics.
+
+    Raise ValueError if a function logged a metric under a name of the trainer's.
+    """
+    by_function: dict[str, list[float]] = {}
+    logged: dict[str, list[float]] = {}
+    for group in groups:
+        for name, rewards in group.log.by_function.items():
+            known = [reward for reward in rewards if reward is not None]
+            by_function.setdefault(name, []).extend(known)
+        for name, values in group.log.metrics.items():
+            logged.setdefault(name, []).extend(values)
+    metrics: dict[str, float | None] = {}
+    for name, rewards in by_function.items():
+        metrics[f"rewards/{name}/mean"] = mean(rewards)
+        several = len(rewards) > 1
+        metrics[f"rewards/{name}/std"] = statistics.stdev(rewards) if several else None
+    for name, values in logged.items():
+        if name in metrics or name in taken or name.startswith(METRICS_OF_THE_LOOP):
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
+        metrics[name] = mean(values)
+    return metrics
 
 
 def completion_rows(
@@ -212,16 +259,29 @@ def completion_rows(
     """
     rows = []
     for group in groups:
-        for text, completion, reward, advantage in zip(
-            group.texts, group.completions, group.rewards, group.advantages, strict=True
-        ):
-            row = completion_row(group.problem, "own", text, reward)
-            row["finish_reason"] = completion.finish_reason
-            row["advantage"] = advantage
-            rows.append(row)
+        for i, text in enumerate(group.texts):
+            row = completion_row(group.problem, "own", text, group.rewards[i])
+            row["finish_reason"] = group.completions[i].finish_reason
+            row["advantage"] = group.advantages[i]
+            rows.append(row | columns_of_attempt(group.log, i, row))
         for ids in positives.get(group.problem.id, ()):
             rows.append(completion_row(group.problem, kind, prompter.text(ids)))
     return rows
+
+
+def columns_of_attempt(log: RewardLog, i: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns that reward functions add to the row of attempt i of a group.
+
+    Raise ValueError if a function logged a column under a name of the trainer's.
+    """
+    added: dict[str, Any] = {}
+    if log.by_function:
+        added["rewards"] = {name: rewards[i] for name, rewards in log.by_function.items()}
+    for name, values in log.columns.items():
+        if name in row or name in added:
+            raise ValueError(f"log_extra: {name!r} is a column of the trainer's: rename yours")
+        added[name] = values[i]
+    return added
 
 
 def completion_row(

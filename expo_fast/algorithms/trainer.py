@@ -27,7 +27,7 @@ from expo_fast.modeling.lora import MergedCopy, is_attached, merged_copy
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.modeling.schedule import learning_rate
 from expo_fast.reporting.timing import Phases
-from expo_fast.reward import Reward
+from expo_fast.reward_functions import Reward, TrainerState
 
 Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
@@ -54,6 +54,8 @@ class Trainer:
     initial_weights_hash: str
     pair_store: PairStore | None = None
     """The pairs of a DPO run."""
+    progress: TrainerState = field(default_factory=TrainerState)
+    """What reward functions are told of the run. The loop over steps keeps it."""
     explanations: ExplanationCache = field(default_factory=ExplanationCache)
     sampled_tokens: int = 0
     """Prompt and completion tokens of all requests so far."""
@@ -98,6 +100,7 @@ def make_trainer(
     problems: Sequence[Problem],
     reward: Reward,
     verify: Verifier,
+    progress: TrainerState | None = None,
 ) -> Trainer:
     """Return a trainer with a generator and an optimizer made from the configuration."""
     initial_weights_hash = weights_hash(model)
@@ -126,6 +129,7 @@ def make_trainer(
         optimizer=optimizer,
         merged_copy=merged,
         initial_weights_hash=initial_weights_hash,
+        progress=progress or TrainerState(),
     )
 
 

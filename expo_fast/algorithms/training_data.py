@@ -9,8 +9,7 @@ from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
 from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
 from expo_fast.data.prompts import Prompter, boxed, check_length, expert_text
-
-REWARD_ARGUMENTS = {"prompts", "completions", "completion_ids"}  # given to a reward function
+from expo_fast.reward_functions import check_reward_columns
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,10 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
                 f"--method {config.method} needs both; expo-dpo and expert-dpo make pairs from "
                 "attempts"
             )
-        if spec.needs_answers and not problem.answer:
+        if needs_answer(config, problem) and not problem.answer:
+            has = "a preference pair" if problem.pair else "a solution without a box"
             raise ValueError(
-                f"problem {problem.id} has a preference pair and no 'answer': "
+                f"problem {problem.id} has {has} and no 'answer': "
                 f"--method {config.method} needs one to judge attempts; --method dpo trains on "
                 "pairs"
             )
@@ -102,18 +102,20 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
         )
 
 
+def needs_answer(config: Train, problem: Problem) -> bool:
+    """Return whether the run needs the answer: to judge attempts, or to explain it.
+
+    A user's reward function may judge by the solution.
+    """
+    if not config.spec.needs_answers:
+        return False
+    judged_by_solution = bool(config.reward_functions and problem.solution)
+    return config.explains or not judged_by_solution
+
+
 def boxes_another_answer(solution: str, answer: str) -> bool:
     boxed = last_boxed(solution) or ""
     return decide(tidy(answer), tidy(boxed)) is False
-
-
-def check_reward_columns(source: str, problem: Problem) -> None:
-    taken = REWARD_ARGUMENTS.intersection(problem.columns)
-    if taken:
-        raise ValueError(
-            f"{source} has a column {min(taken)!r}, but the trainer passes an argument of that "
-            "name to the reward function: rename the column"
-        )
 
 
 def check_lengths(

@@ -129,6 +129,11 @@ def _typed(value: Any, wanted: Any) -> Any:
     arguments = get_args(wanted)
     if get_origin(wanted) is tuple:
         return _typed_tuple(value, arguments)
+    if isinstance(value, list):  # only a union may hold a tuple
+        tuples = [each for each in arguments if get_origin(each) is tuple]
+        if not tuples:
+            raise TypeError
+        return _typed_tuple(value, get_args(tuples[0]))
     if get_origin(wanted) is Literal:
         fits = value in arguments
     elif wanted is float:

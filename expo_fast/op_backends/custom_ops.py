@@ -21,6 +21,7 @@ from expo_fast.kernels.objectives import (
     is_sequence_level,
 )
 from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
+from expo_fast.op_backends.function_transforms import check_transforms
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
     among_all_rows,
@@ -34,14 +35,20 @@ def _differentiable_once(backward: Callable) -> Callable:
     """Make a second derivative raise an error. Without this it would silently be 0."""
 
     def checked(ctx: Any, *upstream):
+        check_transforms(*upstream)
         creates_graph = torch.is_grad_enabled()
         with torch.no_grad():
             grads = backward(ctx, *upstream)
         if not creates_graph:
             return grads
+        # The node that raises is reached from all that the gradients depend on.
+        sources = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad]
         autograd: Any = torch._C._functions  # pyright: ignore[reportAttributeAccessIssue]
-        refuse = autograd.DelayedError(b"expo_fast's ops are differentiable once, not twice", 1)
-        return tuple(g if g is None else refuse(g.requires_grad_()) for g in grads)
+        n_inputs = 1 + len(sources)
+        refuse = autograd.DelayedError(
+            b"expo_fast's ops are differentiable once, not twice", n_inputs
+        )
+        return tuple(g if g is None else refuse(g, *sources)[0] for g in grads)
 
     return checked
 

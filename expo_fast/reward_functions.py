@@ -1,0 +1,541 @@
+"""Reward functions of users, which have the signature of TRL's.
+
+A function is called with keyword arguments: `prompts`, `completions` and `completion_ids`, one of
+each per completion, then a list for each column of the data, and `trainer_state`, `log_extra` and
+`log_metric`. It returns a list of numbers, or of None for what it does not judge, or is a coroutine
+function that does. A function without `**kwargs` gets only the arguments that it names.
+
+A problem whose prompt is chat messages has its prompt and its completion as lists of messages. A
+problem whose prompt is text has both as text, unless the function's annotation says that its
+completions are lists of messages, as those of `trl.rewards` do.
+"""
+
+import asyncio
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import re
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from numbers import Real
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expo_fast.data.columns import Message
+from expo_fast.data.problems import Problem
+
+if TYPE_CHECKING:  # scoring answers needs no generator
+    from expo_fast.generate import Completion
+
+MOST = torch.finfo(torch.float32).max  # advantages are of rewards in fp32, as TRL's
+
+# Arguments that a function gets beside the columns of the data.
+ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+LISTS_OF_LISTS = re.compile(r"(\w+\.)*(list|sequence)\[(\w+\.)*(list|sequence)\b", re.IGNORECASE)
+
+
+@dataclass
+class TrainerState:
+    """What `trainer_state` tells a reward function of the run."""
+
+    global_step: int = 0
+    """Steps done so far."""
+    max_steps: int = 0
+    """Steps of the complete run."""
+    epoch: float = 0.0
+    """Passes over the problems so far."""
+    is_world_process_zero: bool = True
+    """There is one process only."""
+
+
+@dataclass
+class RewardLog:
+    """What reward functions leave beside the rewards of a batch of completions."""
+
+    by_function: dict[str, list[float | None]] = field(default_factory=dict)
+    """Rewards without weights, by the function's name; empty for the built-in reward."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """What `log_extra` was given: columns of completions/step-N.jsonl, one value per completion."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """What `log_metric` was given: metrics of the step, each the mean of its values."""
+
+
+class Rewards(list[float | None]):
+    """Rewards of a batch of completions, None for undecided, and the log of their functions."""
+
+    def __init__(self, values: Sequence[float | None], log: RewardLog):
+        super().__init__(values)
+        self.log = log
+
+
+# (problems, texts, completions), one of each per sample -> rewards, None for undecided; those of
+# `custom_reward` are `Rewards`
+Reward = Callable[
+    [Sequence[Problem], Sequence[str], Sequence["Completion"]],
+    list[float | None],
+]
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A user's function and the name under which its rewards are logged."""
+
+    name: str
+    fn: Callable[..., Any]
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return those of the given arguments that the function takes.
+
+        Left out are arguments that a functools.partial has bound, and columns without a value for
+        which the function has a default.
+        """
+        parameters = parameters_of(self.fn)
+        takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        bound = bound_names(self.fn)
+        taken = {}
+        for name, value in given.items():
+            parameter = parameters.get(name)
+            if name in bound or (parameter is None and not takes_all):
+                continue
+            optional = parameter is not None and parameter.default is not parameter.empty
+            if optional and name not in ARGUMENTS and all(each is None for each in value):
+                continue
+            taken[name] = value
+        return taken
+
+    @property
+    def required(self) -> list[str]:
+        """The names of the arguments that the function cannot do without."""
+        names = []
+        for name, parameter in parameters_of(self.fn).items():
+            several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if parameter.default is parameter.empty and not several:
+                names.append(name)
+        return names
+
+    @property
+    def wants_messages(self) -> bool:
+        """Whether the annotation of `completions` says that each is a list of messages."""
+        parameter = parameters_of(self.fn).get("completions")
+        if parameter is None or parameter.annotation is parameter.empty:
+            return False
+        annotation = parameter.annotation
+        text = annotation if isinstance(annotation, str) else str(annotation)
+        return bool(LISTS_OF_LISTS.match(text)) and "|" not in text
+
+
+def parameters_of(fn: Callable) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function; of one that tells none, any keyword argument."""
+    try:
+        return dict(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):  # a function in C may have no signature
+        anything = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+        return {"kwargs": anything}
+
+
+def bound_names(fn: Callable) -> set[str]:
+    """Return the keyword arguments that a functools.partial has bound."""
+    names: set[str] = set()
+    while isinstance(fn, functools.partial):
+        names |= fn.keywords.keys()
+        fn = fn.func
+    return names
+
+
+# Rewards
+
+
+def custom_reward(
+    functions: Callable[..., Any] | Sequence[RewardFunction],
+    weights: Sequence[float] = (),  # one per function; (): all 1
+    state: TrainerState | None = None,
+) -> Reward:
+    """Return the weighted sum of the rewards of users' functions as a `Reward`.
+
+    As in TRL, a function that returns None for a completion is left out of its sum. A completion
+    that no function judges has no reward.
+    """
+    if not isinstance(functions, Sequence):
+        functions = [RewardFunction(name_of(functions), functions)]
+    weights = weights or [1.0] * len(functions)
+    state = state or TrainerState()
+
+    def reward(
+        problems: Sequence[Problem],
+        texts: Sequence[str],
+        completions: Sequence["Completion"],
+    ) -> Rewards:
+        log = RewardLog()
+        results = []
+        for function in functions:
+            given = arguments_of_batch(function, problems, texts, completions)
+            given["trainer_state"] = state
+            given["log_extra"] = partial(_log_extra, log, len(texts))
+            given["log_metric"] = partial(_log_metric, log)
+            results.append(start(function, given))
+        rewards = finish(functions, results, len(texts))
+        log.by_function = dict(zip([f.name for f in functions], rewards, strict=True))
+        sums = [weighted_sum(each, weights) for each in zip(*rewards, strict=True)]
+        return Rewards(sums, log)
+
+    return reward
+
+
+def arguments_of_batch(
+    function: RewardFunction,
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    completions: Sequence["Completion"],
+) -> dict[str, Any]:
+    """Return the arguments that a function gets for a batch, in the form of the data."""
+    prompts = []
+    replies = []
+    always_messages = function.wants_messages
+    for problem, text in zip(problems, texts, strict=True):
+        if always_messages or not isinstance(problem.prompt, str):
+            prompts.append(chat_of(problem))
+            replies.append([{"role": "assistant", "content": text}])
+        else:
+            prompts.append(problem.prompt)
+            replies.append(text)
+    return {
+        "prompts": prompts,
+        "completions": replies,
+        "completion_ids": [list(completion.token_ids) for completion in completions],
+        **reward_columns(problems),
+    }
+
+
+def chat_of(problem: Problem) -> list[Message]:
+    """Return the prompt of a problem as messages, which belong to the caller."""
+    if isinstance(problem.prompt, str):
+        return [{"role": "user", "content": problem.prompt}]
+    return [dict(message) for message in problem.prompt]
+
+
+def reward_columns(problems: Sequence[Problem]) -> dict[str, list[object]]:
+    """Return the columns that a user's function gets, one value per problem.
+
+    They are all columns of the data, with None in a problem that lacks one, and `id`, `answer`,
+    `solution` and `level`. A `solution` that is only an answer counts as a column of the data.
+    """
+    rows: list[dict[str, object]] = []
+    names: dict[str, None] = {}  # in the order of their first appearance
+    for problem in problems:
+        row = {
+            **problem.columns,
+            "id": problem.id,
+            "answer": problem.answer,
+            "solution": problem.solution or problem.columns.get("solution"),
+            "level": problem.level,
+        }
+        rows.append(row)
+        names |= dict.fromkeys(row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """Return the weighted sum of the rewards that are known, None if none is.
+
+    Raise ValueError if fp32 does not hold it.
+    """
+    known = [w * r for w, r in zip(weights, rewards, strict=True) if r is not None]
+    if not known:
+        return None
+    total = sum(known)
+    if not abs(total) <= MOST:
+        raise ValueError(
+            f"the weighted sum of the rewards {list(rewards)} is {total}: need at most {MOST:.4g}"
+        )
+    return total
+
+
+def _log_extra(log: RewardLog, n: int, column: str, values: Any) -> None:
+    """Add a column to the table of completions; TRL's `log_extra`."""
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    if len(values) != n:
+        raise ValueError(
+            f"log_extra got {len(values)} values for the column {column!r}: give one for each of "
+            f"the {n} completions"
+        )
+    log.columns[column] = [_plain_value(value) for value in values]
+
+
+def _plain_value(value: Any) -> Any:
+    """Return a value as JSON has it; what JSON cannot express becomes text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return json.loads(json.dumps(value, default=str))
+
+
+def _log_metric(log: RewardLog, name: str, value: Any) -> None:
+    """Add a value of a metric; TRL's `log_metric`. NaN is left out, as None is."""
+    number = _number(value)
+    if value is not None and number is None:
+        raise ValueError(f"log_metric got {value!r} for the metric {name!r}: give a number")
+    if number is not None and not math.isnan(number):
+        log.metrics.setdefault(name, []).append(number)
+
+
+# Calls
+
+
+def call_reward(
+    fn: Callable[..., Any],
+    prompts: Sequence,  # text or chat messages
+    completions: Sequence,
+    completion_ids: Sequence[Sequence[int]],
+    columns: dict[str, list],  # the other columns of the data, one value per completion
+) -> list[float | None]:
+    """Return the rewards of one function, called as TRL calls it. NaN becomes None.
+
+    Raise ValueError if it does not return one finite number or None per completion. Raise
+    RuntimeError, with its name and the cause, if it raises.
+    """
+    function = RewardFunction(name_of(fn), fn)
+    given = {
+        "prompts": prompts,
+        "completions": completions,
+        "completion_ids": completion_ids,
+        **columns,
+    }
+    return finish([function], [start(function, given)], len(completions))[0]
+
+
+def start(function: RewardFunction, given: dict[str, Any]) -> Any:
+    """Call a function, and return what it returns, which may be an awaitable."""
+    try:
+        returned = function.fn(**function.arguments(given))
+        return list(returned) if isinstance(returned, Iterator) else returned
+    except Exception as error:
+        raise _failure(function, error) from error
+
+
+def finish(
+    functions: Sequence[RewardFunction], started: Sequence[Any], n: int
+) -> list[list[float | None]]:
+    """Return the rewards of each function, after all coroutines have run side by side."""
+    waiting = [i for i, returned in enumerate(started) if inspect.isawaitable(returned)]
+    results = list(started)
+    if waiting:
+        jobs = [_awaited(functions[i], started[i]) for i in waiting]
+        done = asyncio.run_coroutine_threadsafe(_all_of(jobs), _event_loop()).result()
+        for i, returned in zip(waiting, done, strict=True):
+            results[i] = returned
+    pairs = zip(functions, results, strict=True)
+    return [checked_rewards(function.name, returned, n) for function, returned in pairs]
+
+
+async def _all_of(jobs: Sequence[Awaitable]) -> list[Any]:
+    return await asyncio.gather(*jobs)
+
+
+async def _awaited(function: RewardFunction, returned: Awaitable) -> Any:
+    try:
+        return await returned
+    except Exception as error:
+        raise _failure(function, error) from error
+
+
+def _failure(function: RewardFunction, error: Exception) -> RuntimeError:
+    cause = f"{type(error).__name__}: {error}"
+    return RuntimeError(f"reward function {function.name} raised {cause}")
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop that runs in a thread for ever.
+
+    A client that a function keeps from step to step belongs to the loop of its first step.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="reward functions", daemon=True).start()
+    return loop
+
+
+def checked_rewards(name: str, returned: Any, n: int) -> list[float | None]:
+    """Return what a function has returned as n numbers, None for None and NaN.
+
+    Raise ValueError if it is something else.
+    """
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, list | tuple) or len(values) != n:
+        raise ValueError(
+            f"reward function {name} returned {_described(returned)}: return a list of {n}, one "
+            "reward for each completion"
+        )
+    return [_checked_reward(name, index, reward) for index, reward in enumerate(values)]
+
+
+def _described(returned: Any) -> str:
+    """Return what a function returned, in words."""
+    kind = type(returned).__name__
+    if returned is None:
+        return "None"
+    if hasattr(returned, "shape"):
+        return f"a {kind} of shape {tuple(returned.shape)}"
+    if isinstance(returned, list | tuple):
+        return f"a {kind} of {len(returned)}"
+    return f"a {kind}"
+
+
+def _checked_reward(name: str, index: int, value: object) -> float | None:
+    if value is None:
+        return None
+    number = _number(value)
+    if number is not None and math.isnan(number):
+        return None
+    if number is None or abs(number) > MOST:
+        got = f"returned {value!r} at index {index}"
+        need = f"return a finite number, at most {MOST:.4g} in size, or None"
+        raise ValueError(f"reward function {name} {got}: {need}")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, also one of numpy or torch, as a float, None for anything else."""
+    if not isinstance(value, Real) and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond fp64
+        return math.inf
+
+
+# Functions by name
+
+
+def load_rewards(places: Sequence[str]) -> list[RewardFunction]:
+    """Return the functions at these places, with names that differ. A module is loaded once.
+
+    Raise ValueError or FileNotFoundError as load_reward does.
+    """
+    modules: dict[str, ModuleType] = {}
+    functions: list[RewardFunction] = []
+    for place in places:
+        fn = load_reward(place, modules)
+        name = name_of(fn, place)
+        taken = [function.name for function in functions]
+        number = 2
+        unique = name
+        while unique in taken:
+            unique = f"{name}_{number}"
+            number += 1
+        functions.append(RewardFunction(unique, fn))
+    return functions
+
+
+def name_of(fn: Callable[..., Any], place: str | None = None) -> str:
+    """Return a function's name as TRL gives it; a lambda has the name at the end of its place."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__name__", type(fn).__name__)
+    if name == "<lambda>" and place is not None:
+        return re.split(r"[.:]", place)[-1]
+    return name
+
+
+def load_reward(place: str, modules: dict[str, ModuleType] | None = None) -> Callable[..., Any]:
+    """Return the function at `package.module.function`, `package.module:function` or
+    `path/to/file.py:function`.
+
+    modules: those that were loaded before, by name or path. New ones are added.
+
+    Raise ValueError or FileNotFoundError if there is none. An error that the module itself raises
+    is not caught.
+    """
+    modules = {} if modules is None else modules
+    module_name, _, name = place.rpartition(":" if ":" in place else ".")
+    if not module_name or not name:
+        form = "package.module.function or path/to/file.py:function"
+        raise ValueError(f"reward function {place!r}: write it as {form}")
+    if module_name not in modules:
+        modules[module_name] = _load(module_name)
+    try:
+        fn = attrgetter(name)(modules[module_name])
+    except AttributeError:
+        fn = None
+    if not callable(fn):
+        raise ValueError(f"reward function {place!r}: {module_name} has no function {name!r}")
+    if inspect.isclass(fn):
+        raise ValueError(
+            f"reward function {place!r}: {name} is a class: make an instance in its module, "
+            f"mine = {name}(...), and name that"
+        )
+    return fn
+
+
+def _load(place: str) -> ModuleType:
+    if place.endswith(".py"):
+        return _load_file(Path(place).expanduser())
+    return _load_module(place)
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"reward file {str(path)!r} does not exist")
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(dotted: str) -> ModuleType:
+    try:
+        return importlib.import_module(dotted)
+    except ModuleNotFoundError as error:
+        if f"{dotted}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"reward module {dotted!r}: there is no module {error.name!r}"
+            ) from error
+        raise  # the module exists, but lacks another one
+
+
+# Checks before a run
+
+
+def check_reward_functions(
+    functions: Sequence[RewardFunction], source: str, problems: Sequence[Problem]
+) -> None:
+    """Raise ValueError if a function needs an argument that the data do not have."""
+    columns = reward_columns(problems)
+    known = {name for name, values in columns.items() if any(each is not None for each in values)}
+    for function in functions:
+        for name in function.required:
+            if name in ARGUMENTS or name in known:
+                continue
+            raise ValueError(
+                f"reward function {function.name} needs the argument {name!r}, which is no column "
+                f"of {source} and none of {', '.join(ARGUMENTS)}"
+            )
+
+
+def check_reward_columns(source: str, problem: Problem) -> None:
+    """Raise ValueError if the data have a column of the name of another argument."""
+    taken = problem.columns.keys() & set(ARGUMENTS)
+    if taken:
+        raise ValueError(
+            f"{source} has a column {min(taken)!r}, but the trainer passes an argument of that "
+            "name to the reward function: rename the column"
+        )
