@@ -155,32 +155,35 @@ class Prompter:
         for shot in self.shots:
             question = self._question(shot, explain)
             turns += [turn for turn in question if turn["role"] != "system"]
-            turns.append({"role": "assistant", "content": expert_text(shot)})
+            begun = turns.pop()["content"] if shot.prefill else ""
+            turns.append({"role": "assistant", "content": begun + expert_text(shot)})
         turns += [turn for turn in asked if turn["role"] != "system"]
         return turns
 
     def _question(self, problem: Problem, explain: bool) -> list[Message]:
-        """Return the messages of a problem, with the instruction in the last."""
-        if isinstance(problem.prompt, str):
-            earlier = []
-            last = {"role": "user", "content": problem.prompt}
-        else:
-            *earlier, last = problem.prompt
+        """Return the messages of a problem, with the instruction in the user's last."""
+        prompt = problem.prompt
+        if isinstance(prompt, str):
+            prompt = ({"role": "user", "content": prompt},)
+        asked = len(prompt) - 1 if problem.prefill else len(prompt)
+        *earlier, last = prompt[:asked]
         content = last["content"]
         if explain:
             content = EXPLAIN.format(question=content, answer=problem.answer)
         if self.instruction:
             content = f"{content}\n\n{self.instruction}"
-        return [*earlier, {**last, "content": content}]
+        return [*earlier, {**last, "content": content}, *prompt[asked:]]
 
     def _fill(self, turns: list[Message]) -> str:
+        begun = turns[-1]["role"] == "assistant"  # the prompt has the beginning of the answer
         try:
             template = STRFTIME_NOW + self.tokenizer.get_chat_template()
             return self.tokenizer.apply_chat_template(
                 turns,
                 chat_template=template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
             )
         except Exception as error:  # a template is a program: it may raise anything
             roles = ", ".join(turn["role"] for turn in turns)
@@ -236,6 +239,8 @@ def request_seed(*key: int | str) -> int:
 
 def _plain(turns: Sequence[Message]) -> str:
     """Render turns for a tokenizer without a chat template."""
+    if turns[-1]["role"] == "assistant":  # the beginning of the answer
+        return f"{_plain(turns[:-1])} {turns[-1]['content']}"
     text = ""
     for turn in turns:
         content = turn["content"]
