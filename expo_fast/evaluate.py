@@ -105,7 +105,9 @@ def evaluate(
     ]
     completions = generator.sample(requests)
     texts = [prompter.text(completion.token_ids) for completion in completions]
-    verdicts = verify([problem.answer for problem, _ in asked], texts)
+    answers = [problem.answer for problem, _ in asked]
+    complete = [p.prefill + text for (p, _), text in zip(asked, texts, strict=True)]
+    verdicts = verify(answers, complete)
     results = zip(asked, completions, texts, verdicts, strict=True)
     graded = [
         Graded(

@@ -47,9 +47,12 @@ def boxed_answer_reward(
 ) -> list[float | None]:
     """Return 1.0 if the last box of a text holds the problem's answer, else 0.0.
 
-    None where the verifier is undecided. This is the default reward.
+    None where the verifier is undecided. This is the default reward. The beginning of an answer
+    that the prompt gives belongs to the text.
     """
-    return score_answers([problem.answer for problem in problems], texts)
+    answers = [problem.answer for problem in problems]
+    complete = [p.prefill + text for p, text in zip(problems, texts, strict=True)]
+    return score_answers(answers, complete)
 
 
 def score_answers(

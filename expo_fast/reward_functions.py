@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import re
+import reprlib
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -289,7 +290,9 @@ def _log_metric(log: RewardLog, name: str, value: Any) -> None:
     """Add a value of a metric; TRL's `log_metric`. NaN is left out, as None is."""
     number = _number(value)
     if value is not None and number is None:
-        raise ValueError(f"log_metric got {value!r} for the metric {name!r}: give a number")
+        raise ValueError(
+            f"log_metric got {reprlib.repr(value)} for the metric {name!r}: give a number"
+        )
     if number is not None and not math.isnan(number):
         log.metrics.setdefault(name, []).append(number)
 
@@ -403,7 +406,7 @@ def _checked_reward(name: str, index: int, value: object) -> float | None:
     if number is not None and math.isnan(number):
         return None
     if number is None or abs(number) > MOST:
-        got = f"returned {value!r} at index {index}"
+        got = f"returned {reprlib.repr(value)} at index {index}"
         need = f"return a finite number, at most {MOST:.4g} in size, or None"
         raise ValueError(f"reward function {name} {got}: {need}")
     return number

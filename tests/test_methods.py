@@ -256,3 +256,47 @@ def test_invalid_configurations_are_refused_in_one_sentence(
     assert len(errors) == 1
     assert sentence in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def user(n: int) -> dict[str, str]:
+    return {"role": "user", "content": f"{n} + 1?"}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+DATA_FORMS = {
+    "UltraFeedback's": (
+        "dpo",
+        lambda n: {
+            "chosen": [user(n), assistant(f"It is {n + 1}.")],
+            "rejected": [user(n), assistant("No.")],
+        },
+    ),
+    "verl's": (
+        "grpo",
+        lambda n: {"prompt": [user(n)], "reward_model": {"ground_truth": str(n + 1)}},
+    ),
+    "TRL's": ("grpo", lambda n: {"prompt": [user(n)], "solution": f"$\\boxed{{{n + 1}}}$"}),
+    "TRL's without a box": (
+        "grpo",
+        lambda n: {"prompt": [user(n)], "solution": f"One\nis {n + 1} - {n}."},
+    ),
+    "with the answer's beginning": (
+        "expo-grpo",
+        lambda n: {"prompt": [user(n), assistant("It is")], "answer": str(n + 1)},
+    ),
+}
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("form", DATA_FORMS)
+def test_data_of_trl_and_verl_are_trained_on(form: str, folder: Path, tmp_path: Path):
+    method, row = DATA_FORMS[form]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row(n)) + "\n" for n in range(8)))
+    given = ("--train-data", data, "--method", method, "--steps", 1)
+    train.main(flags(folder, tmp_path / "run", *given))
+    (logged,) = rows(tmp_path / "run")
+    assert logged["grad_norm"] > 0

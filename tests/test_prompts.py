@@ -70,6 +70,60 @@ def test_the_turns_of_a_chat_are_kept():
     assert text.startswith("<|im_start|>system\nYou count.<|im_end|>\n<|im_start|>user\n1 and 1? (")
 
 
+BEGUN = Problem(
+    id="b",
+    prompt=({"role": "user", "content": "1 and 1?"}, {"role": "assistant", "content": "Let me"}),
+    answer="2",
+    solution="1 + 1 = 2.",
+)
+
+
+def test_a_prompt_that_begins_the_answer_is_continued():
+    tokenizer = tiny_tokenizer()
+    prompter = Prompter(tokenizer, (SHOT,), "Be brief.", instruction="")
+    text = tokenizer.decode(prompter.solve(BEGUN))
+    assert text.endswith("user\n1 and 1?<|im_end|>\n<|im_start|>assistant\nLet me")
+    explained = tokenizer.decode(prompter.explain(BEGUN))
+    assert explained.endswith(
+        "1 and 1? (The answer is 2.)<|im_end|>\n<|im_start|>assistant\nLet me"
+    )
+    asked = tokenizer.decode(Prompter(tokenizer, instruction="Think!").solve(BEGUN))
+    assert "1 and 1?\n\nThink!<|im_end|>" in asked and asked.endswith("Let me")
+
+
+def test_a_prompt_that_begins_the_answer_is_rendered_as_trl_renders_it():
+    data_utils = pytest.importorskip("trl.data_utils")
+    tokenizer = tiny_tokenizer()
+    theirs = data_utils.apply_chat_template({"prompt": [*BEGUN.prompt]}, tokenizer)["prompt"]
+    assert tokenizer.decode(Prompter(tokenizer, instruction="").solve(BEGUN)) == theirs
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_given_answer_follows_the_beginning_that_the_prompt_has(chat):
+    tokenizer = tiny_tokenizer()
+    if not chat:
+        tokenizer.chat_template = None
+    prompter = Prompter(tokenizer, instruction="")
+    ids = [*prompter.solve(BEGUN), *prompter.completion(BEGUN, " see: 1 + 1 = 2.")]
+    text = tokenizer.decode(ids[:-1])
+    assert text.endswith("Let me see: 1 + 1 = 2.") and text.count("Let me") == 1
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_base_model_continues_the_beginning_of_an_answer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    text = tokenizer.decode(Prompter(tokenizer, (SHOT,)).solve(BEGUN))
+    assert text.endswith("\nAnswer: Let me")
+
+
+def test_a_worked_example_may_have_the_beginning_of_its_answer():
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.decode(Prompter(tokenizer, (BEGUN,)).solve(ASKED))
+    assert text.count("<|im_start|>assistant\n") == 2
+    assert "assistant\nLet me1 + 1 = 2.\nThe answer is \\boxed{2}.<|im_end|>" in text
+
+
 def test_an_expert_completion_has_one_box_and_the_end_token():
     tokenizer = tiny_tokenizer()
     ids = Prompter(tokenizer).expert(ASKED)

@@ -268,6 +268,14 @@ def test_the_built_in_reward_is_the_verdict_of_the_boxed_answer():
     assert boxed_answer_reward([Problem("c", "?", "")], [box("2")], []) == [None]
 
 
+def test_a_box_that_the_prompt_opens_is_judged():
+    chat = (
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "It is \\boxed{"},
+    )
+    assert boxed_answer_reward([Problem("a", chat, "2")] * 2, ["2}.", "3}."], []) == [1.0, 0.0]
+
+
 def test_a_custom_reward_gets_all_columns():
     expected = {
         "hint": ["two", None],

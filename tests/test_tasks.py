@@ -16,12 +16,14 @@ from expo_fast.data import arithmetic
 from expo_fast.data.problems import (
     Problem,
     fingerprint,
+    last_question,
     load_problems,
     overlap,
     worked_examples,
 )
 from expo_fast.data.sources import LINE_BYTES
 from expo_fast.reward import score_answers
+from expo_fast.reward_functions import reward_columns
 
 ROW = {"problem": "What is 40 + 2?", "answer": "42"}
 TURN = {"role": "assistant", "content": "Well."}
@@ -148,6 +150,173 @@ def test_pairs_are_texts_or_assistant_messages_and_need_no_answer(save):
     bare, graded = load_problems(save(lines(pair, {**pair, "answer": "7"})))
     assert bare.pair == graded.pair == ("Well.", "No.")
     assert (bare.answer, graded.answer) == ("", "7")
+
+
+# Rows of TRL's and verl's forms
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [SYSTEM, user("Hi"), assistant("Hello"), user("Q?")]
+IMPLICIT = {
+    "UltraFeedback": ([user("Q?")], [assistant("Yes.")], [assistant("No.")]),
+    "earlier turns": (EARLIER, [assistant("Yes.")], [assistant("No.")]),
+    "text": ("Human: Q? Assistant:", " Yes.", " No."),
+    "text, cut where it differs": ("The answer is 1", "2", "3"),
+    "text, one the beginning of the other": ("Q? Ye", "s", "s, I think."),
+}
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_an_implicit_prompt_is_what_trl_extracts(save, name):
+    prompt, chosen, rejected = IMPLICIT[name]
+    row = {"chosen": prompt + chosen, "rejected": prompt + rejected, "score_chosen": 9.0}
+    (problem,) = load_problems(save(lines(row)))
+    assert problem.prompt == (prompt if isinstance(prompt, str) else tuple(prompt))
+    texts = [x if isinstance(x, str) else x[0]["content"] for x in (chosen, rejected)]
+    assert problem.pair == tuple(texts)
+    assert problem.answer == "" and problem.columns == {"score_chosen": 9.0}
+    data_utils = pytest.importorskip("trl.data_utils")
+    expected = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert data_utils.extract_prompt(row) == expected
+
+
+def test_conversations_win_over_the_question_as_text(save):
+    """HuggingFaceH4's UltraFeedback repeats it in `prompt`."""
+    prompt, chosen, rejected = IMPLICIT["earlier turns"]
+    row = {"prompt": "Q?", "chosen": prompt + chosen, "rejected": prompt + rejected}
+    (problem,) = load_problems(save(lines(row)))
+    assert (problem.prompt, problem.pair) == (tuple(prompt), ("Yes.", "No."))
+    data_utils = pytest.importorskip("trl.data_utils")
+    assert data_utils.maybe_extract_prompt(row)["prompt"] == prompt
+
+
+def test_an_explicit_prompt_beside_replies_is_kept(save):
+    row = {"prompt": [user("Q?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
+    text = {"prompt": "Q? Yes", "chosen": "Q? Yes.", "rejected": "Q? Yes!"}
+    one, other = load_problems(save(lines(row, text)))
+    assert (one.prompt, one.pair) == ((user("Q?"),), ("Yes.", "No."))
+    assert (other.prompt, other.pair) == ("Q? Yes", ("Q? Yes.", "Q? Yes!"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "says"),
+    [
+        ([user("Q?"), TURN], [user("P?"), TURN], "no common prompt that an answer follows"),
+        ([SYSTEM, user("Q?")], [SYSTEM, user("P?")], "no common prompt that an answer follows"),
+        (
+            [user("Q?"), TURN, user("So?")],
+            [user("Q?"), TURN, user("No?")],
+            "no common prompt that an answer follows",
+        ),
+        (
+            [user("Q?"), assistant("A"), user("More"), assistant("B")],
+            [user("Q?"), assistant("C")],
+            "1: chosen must be text .* a list of one chat message",
+        ),
+        ([user("Q?"), TURN], [user("Q?"), TURN], "1: chosen and rejected are the same text"),
+        ([user("Q?"), user("P?")], [user("Q?"), TURN], "1: chosen must be text"),
+        ("Yes.", "No.", "no common prompt that an answer follows"),
+        ("", "No.", "no common prompt that an answer follows"),
+        ([user("Q?"), TURN], "No.", "1: chosen must be text"),
+        ([TURN], [assistant("No.")], "1: no column 'prompt' or"),
+        ([5, 6], [5, 7], "1: chosen must be text"),
+    ],
+)
+def test_pairs_without_a_prompt_are_refused(save, chosen, rejected, says):
+    with pytest.raises(ValueError, match=says):
+        load_problems(save(lines({"chosen": chosen, "rejected": rejected})))
+
+
+SOLUTIONS = {
+    "\\boxed{\\frac{1}{2}}": ("\\frac{1}{2}", None),
+    "$\\boxed{7}$.": ("7", None),
+    "First 3, then \\boxed{4}.": ("4", "First 3, then \\boxed{4}."),
+    "\\frac{1}{3}": ("\\frac{1}{3}", None),
+    "42": ("42", None),
+    "40 + 2 = 42\n#### 42": ("42", "40 + 2 = 42"),
+    "40 + 2 = 42.\nThat is all.": ("", "40 + 2 = 42.\nThat is all."),
+}
+
+
+@pytest.mark.parametrize("solution", SOLUTIONS)
+def test_trls_solution_holds_the_answer(save, solution):
+    row = {"prompt": [user("Q?")], "solution": solution}
+    (problem,) = load_problems(save(lines(row)))
+    assert (problem.answer, problem.solution) == SOLUTIONS[solution]
+    given = reward_columns([problem])["solution"]
+    assert given == [solution if problem.solution is None else problem.solution]
+
+
+def test_an_answer_beside_a_solution_is_the_answer(save):
+    row = {**ROW, "solution": "So \\boxed{43}.", "reward_model": {"ground_truth": "44"}}
+    (problem,) = load_problems(save(lines(row)))
+    assert (problem.answer, problem.solution) == ("42", "So \\boxed{43}.")
+
+
+VERL = {
+    "data_source": "openai/gsm8k",
+    "prompt": [user("Q?")],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "42"},
+    "extra_info": {"split": "train", "index": 0},
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"answer": None}, {"solution": None}])
+@pytest.mark.parametrize("truth", ["42", 42, 42.0, "#### 42"])
+def test_verls_ground_truth_is_the_answer(save, truth, more):
+    reward_model = {"style": "rule", "ground_truth": truth}
+    (problem,) = load_problems(save(lines(VERL | {"reward_model": reward_model} | more)))
+    assert (problem.prompt, problem.answer) == ((user("Q?"),), "42")
+    expected = {"reward_model": reward_model, "data_source": "openai/gsm8k"}
+    assert expected.items() <= problem.columns.items()
+    assert problem.columns["extra_info"] == {"split": "train", "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("reward_model", "says"),
+    [
+        ({"ground_truth": ["42"]}, r"1: reward_model.ground_truth must be text .*, not \["),
+        ({"ground_truth": {"x": 1}}, "1: reward_model.ground_truth must be text"),
+        ({"ground_truth": None}, "1: no column 'answer'"),
+        ({"style": "model"}, "1: no column 'answer'"),
+        ("42", "1: no column 'answer'"),
+    ],
+)
+def test_verls_other_ground_truths_are_refused(save, reward_model, says):
+    with pytest.raises(ValueError, match=says):
+        load_problems(save(lines(VERL | {"reward_model": reward_model})))
+
+
+def test_a_prompt_may_begin_the_answer(save):
+    row = {"prompt": [user("Q?"), assistant("Let me")], "answer": "7"}
+    (problem,) = load_problems(save(lines(row)))
+    assert (problem.prefill, last_question(problem)) == ("Let me", "Q?")
+    (plain,) = load_problems(save(lines({"prompt": "Q?", "answer": "7"})))
+    assert plain.prefill == "" and overlap([plain], [problem]) == [problem]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [assistant("A")],
+        [user("Q?"), assistant(" ")],
+        [user("Q?"), assistant("A"), assistant("B")],
+        [user("Q?"), {"role": "tool", "content": "5"}],
+        [user(" "), assistant("A")],
+    ],
+)
+def test_a_prompt_that_asks_nothing_is_refused(save, prompt):
+    with pytest.raises(ValueError, match="1: prompt: the last message must be the user's question"):
+        load_problems(save(lines({"prompt": prompt, "answer": "7"})))
 
 
 # Rows that are refused: {path} in a message stands for the file

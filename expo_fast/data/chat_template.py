@@ -62,16 +62,19 @@ class AnswerTurn:
 def fill(tokenizer: Any, turns: Sequence[Message], *, for_answer: bool = True) -> str:
     """Return the turns as the tokenizer's chat template renders them.
 
-    for_answer: end with what precedes an answer of the assistant, if the template renders it.
+    for_answer: end with what precedes an answer of the assistant, if the template renders it. If
+        the last turn is the assistant's, it is the beginning of the answer: end with its text.
 
     Raises ValueError, with one sentence, if the template does not accept the turns.
     """
+    prefilled = for_answer and turns[-1]["role"] == "assistant"
     try:
         return tokenizer.apply_chat_template(
             list(turns),
             chat_template=STRFTIME_NOW + tokenizer.get_chat_template(),
             tokenize=False,
-            add_generation_prompt=for_answer,
+            add_generation_prompt=for_answer and not prefilled,
+            continue_final_message=prefilled,
         )
     except Exception as error:  # a template is a program: it may raise anything
         roles = ", ".join(turn["role"] for turn in turns)

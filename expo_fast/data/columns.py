@@ -18,7 +18,10 @@ Message = dict[str, str]  # a chat message: role, content
 
 
 def read_prompt(what: str, value: object) -> str | tuple[Message, ...]:
-    """Return a question as text, or as chat messages of which the last is the user's."""
+    """Return a question as text, or as chat messages.
+
+    The last message is the user's, or the assistant's after it: the beginning of the answer.
+    """
     if isinstance(value, str) and value.strip():
         return value
     if not isinstance(value, list) or not value:
@@ -27,9 +30,13 @@ def read_prompt(what: str, value: object) -> str | tuple[Message, ...]:
         )
     messages = tuple(_message(what, message) for message in value)
     last = messages[-1]
-    if last["role"] != "user" or not last["content"].strip():
+    asked = messages
+    if last["role"] == "assistant" and last["content"].strip():
+        asked = messages[:-1]
+    if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip():
         raise ValueError(
-            f"{what}: the last message must be the user's question: {shown(value[-1])}"
+            f"{what}: the last message must be the user's question, or after it the beginning of "
+            f"the assistant's answer: {shown(value[-1])}"
         )
     return messages
 
@@ -50,9 +57,10 @@ def _message(what: str, value: object) -> Message:
 
 def read_reply(what: str, value: object) -> str:
     """Return an answer of a preference pair: text, or a list of the one message that answers."""
-    if isinstance(value, list) and len(value) == 1:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         message = value[0]
-        value = message.get("content") if isinstance(message, dict) else value
+        if message.get("role", "assistant") == "assistant":
+            value = message.get("content")
     if isinstance(value, str) and value.strip():
         return value
     raise ValueError(

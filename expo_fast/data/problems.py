@@ -4,7 +4,8 @@ A source is a path to JSON lines (gzipped or not), `hub:ORG/NAME[/CONFIG][:SPLIT
 `builtin:NAME[:SPLIT]`. Each row has a question in `prompt`, `problem` or `question`, as text or as
 chat messages, and an `answer`. It may have a `solution`, a `level` and an `id`. An answer in the
 style of GSM8K, "... reasoning ... #### 42", in a row without a solution is split into a solution
-and an answer.
+and an answer. row_forms.py says which other forms of TRL and verl are read. Chat messages may end
+with the beginning of the answer, an assistant's message, which the model continues.
 
 A complete source is checked before anything is built on it. The first bad row is a ValueError that
 names its file, line and value.
@@ -19,15 +20,13 @@ from dataclasses import asdict, dataclass, field
 
 from expo_fast.data.columns import (
     Message,
-    read_answer,
     read_id,
     read_level,
     read_prompt,
     read_reply,
-    read_solution,
     shown,
-    split_gsm8k,
 )
+from expo_fast.data.row_forms import Answer, extract_prompt, find_answer
 from expo_fast.data.sources import Row, read_rows
 
 QUESTION_COLUMNS = ("prompt", "problem", "question")  # the first one that a row has is taken
@@ -38,12 +37,19 @@ class Problem:
     """A question with its known answer."""
 
     id: str
-    prompt: str | tuple[Message, ...]  # the question, or chat messages that end with the user's
+    prompt: str | tuple[Message, ...]  # the question, or chat messages (see read_prompt)
     answer: str  # the final answer alone; "" if the row has a pair instead
     solution: str | None = None  # the expert's chain of thought
     level: int | None = None
     columns: Mapping[str, object] = field(default_factory=dict)  # the other columns of the row
     pair: tuple[str, str] | None = None  # a chosen and a rejected answer, if the row has them
+
+    @property
+    def prefill(self) -> str:
+        """The beginning of the answer, which the prompt ends with; "" if there is none."""
+        if isinstance(self.prompt, str) or self.prompt[-1]["role"] != "assistant":
+            return ""
+        return self.prompt[-1]["content"]
 
 
 def load_problems(
@@ -140,9 +146,11 @@ def question_text(problem: Problem) -> str:
 
 
 def last_question(problem: Problem) -> str:
-    """Return the question as it is, and of a chat its last message."""
+    """Return the question as it is, and of a chat the user's last message."""
     prompt = problem.prompt
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[-2 if problem.prefill else -1]["content"]
 
 
 def _of_levels(
@@ -174,21 +182,20 @@ def _problem(row: Row) -> Problem:
         raise ValueError(f"{where}: a row must be a JSON object, not {shown(row.value)}")
     columns: dict[str, object] = dict(row.value)
     question = next((name for name in QUESTION_COLUMNS if name in columns), None)
+    question = extract_prompt(where, columns, question)
     pair = _pair(where, columns)
-    if question is None or not (pair or "answer" in columns):
-        raise ValueError(f"{where}: {_missing(question, columns)}")
+    missing = _missing(question, columns)
+    answer = find_answer(where, columns, required=pair is None)
+    if question is None or (answer is None and not pair):
+        raise ValueError(f"{where}: {missing}")
+    answer = answer or Answer("")
     prompt = read_prompt(f"{where}: {question}", columns.pop(question))
-    answer = columns.pop("answer", "")
-    answer = read_answer(f"{where}: answer", answer) if answer or not pair else ""
-    solution = read_solution(f"{where}: solution", columns.pop("solution", None))
-    if solution is None:
-        solution, answer = split_gsm8k(f"{where}: answer", answer)
     level = read_level(f"{where}: level", columns.pop("level", None))
     return Problem(
         id=_id(where, columns.pop("id", None)),
         prompt=prompt,
-        answer=answer,
-        solution=solution,
+        answer=answer.text,
+        solution=answer.solution,
         level=level,
         columns=columns,
         pair=pair,

@@ -220,16 +220,17 @@ class Prompter:
         """Return what is rendered of an answer after the prompt, up to its end."""
         turn = self.turn
         if not self._has_chat_template:
-            return " " + text
+            return text if problem.prefill else " " + text
         turns = self._turns(problem, explain=False)
-        answered = fill(
-            self.tokenizer,
-            [*turns, {"role": "assistant", "content": text}],
-            for_answer=False,
-        )
+        if problem.prefill:
+            turns.pop()
+        answer: Message = {"role": "assistant", "content": problem.prefill + text}
+        answered = fill(self.tokenizer, [*turns, answer], for_answer=False)
         complete = answered.startswith(prompt) and answered.endswith(turn.tail)
         if complete and holds(answered, text):
             return answered.removeprefix(prompt).removesuffix(turn.tail) + turn.end_text
+        if complete and problem.prefill:
+            return text + turn.end_text
         # A template may remove the reasoning of an answer, and a prompt may begin it (DeepSeek-R1).
         # The model writes all of it after the prompt, so the text is taken as it is.
         begun = turn.opened.strip()
@@ -254,23 +255,24 @@ class Prompter:
         for shot in self.shots:
             question = self._question(shot, explain)
             turns += [turn for turn in question if turn["role"] != "system"]
-            turns.append({"role": "assistant", "content": expert_text(shot)})
+            begun = turns.pop()["content"] if shot.prefill else ""
+            turns.append({"role": "assistant", "content": begun + expert_text(shot)})
         turns += [turn for turn in asked if turn["role"] != "system"]
         return turns
 
     def _question(self, problem: Problem, explain: bool) -> list[Message]:
-        """Return the messages of a problem, with the instruction in the last."""
-        if isinstance(problem.prompt, str):
-            earlier = []
-            last = {"role": "user", "content": problem.prompt}
-        else:
-            *earlier, last = problem.prompt
+        """Return the messages of a problem, with the instruction in the user's last."""
+        prompt = problem.prompt
+        if isinstance(prompt, str):
+            prompt = ({"role": "user", "content": prompt},)
+        asked = len(prompt) - 1 if problem.prefill else len(prompt)
+        *earlier, last = prompt[:asked]
         content = last["content"]
         if explain:
             content = EXPLAIN.format(question=content, answer=problem.answer)
         if self.instruction:
             content = f"{content}\n\n{self.instruction}"
-        return [*earlier, {**last, "content": content}]
+        return [*earlier, {**last, "content": content}, *prompt[asked:]]
 
     def _fill(self, turns: list[Message]) -> str:
         return fill(self.tokenizer, turns)
@@ -329,6 +331,8 @@ def request_seed(*key: int | str) -> int:
 
 def _plain(turns: Sequence[Message]) -> str:
     """Render turns for a tokenizer without a chat template."""
+    if turns[-1]["role"] == "assistant":  # the beginning of the answer
+        return f"{_plain(turns[:-1])} {turns[-1]['content']}"
     text = ""
     for turn in turns:
         content = turn["content"]

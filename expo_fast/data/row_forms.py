@@ -1,0 +1,145 @@
+r"""Bring the data forms of TRL and verl into one: a question, and an answer or a pair.
+
+- Implicit prompts: `chosen` and `rejected` are complete conversations, or texts, that begin with
+  the same prompt. The row has none, or repeats the question as text (UltraFeedback).
+- TRL's rows for GRPO: `prompt` and `solution`, which holds the answer, in a box or alone.
+- verl's rows: the answer is `reward_model["ground_truth"]`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expo_fast.data.answer_grading import last_boxed, last_boxed_span
+from expo_fast.data.columns import GSM8K_ANSWER, read_answer, read_solution, shown, split_gsm8k
+
+LONGEST_ANSWER = 100  # characters of a solution without a box that is taken for the answer
+
+
+# Implicit prompts
+
+
+def extract_prompt(where: str, columns: dict[str, Any], question: str | None) -> str | None:
+    """Move an implicit prompt from `chosen` and `rejected` into `prompt`, as TRL does.
+
+    question: the name of the row's question column, None if it has none.
+
+    Return the name of the question column, None if there is none. Raise ValueError if there is no
+    common prompt, or what differs first is no answer to a user.
+    """
+    if not has_implicit_prompt(columns, question):
+        return question
+    chosen = columns["chosen"]
+    rejected = columns["rejected"]
+    n = common_length(chosen, rejected)
+    prompt = chosen[:n]
+    if isinstance(prompt, str):
+        found = bool(prompt.strip())
+    else:
+        found = bool(prompt) and prompt[-1].get("role") == "user"
+    if not found:
+        raise ValueError(
+            f"{where}: chosen and rejected have no common prompt that an answer follows: they are "
+            f"{shown(chosen)} and {shown(rejected)}"
+        )
+    if question is not None:
+        del columns[question]  # as text; the conversations have it as a message
+    columns["prompt"] = prompt
+    columns["chosen"] = chosen[n:]
+    columns["rejected"] = rejected[n:]
+    return "prompt"
+
+
+def has_implicit_prompt(columns: Mapping[str, Any], question: str | None) -> bool:
+    """Return whether `chosen` and `rejected` include the prompt."""
+    chosen = columns.get("chosen")
+    rejected = columns.get("rejected")
+    if is_conversation(chosen) and is_conversation(rejected):
+        return question is None or isinstance(columns[question], str)
+    both_texts = isinstance(chosen, str) and isinstance(rejected, str)
+    return question is None and both_texts
+
+
+def is_conversation(value: object) -> bool:
+    """Return whether a value is a list of several messages."""
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    return all(isinstance(message, dict) and "role" in message for message in value)
+
+
+def common_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """Return how many messages or characters the prompt takes, as TRL's extract_prompt counts.
+
+    A space before the first difference belongs to the answers, and so does the last element of the
+    shorter one.
+    """
+    longest = min(len(chosen), len(rejected)) - 1
+    n = 0
+    while n < longest and chosen[n] == rejected[n]:
+        n += 1
+    differs = chosen[n : n + 1] != rejected[n : n + 1]
+    if differs and n > 0 and chosen[n - 1] == " ":
+        n -= 1
+    return n
+
+
+# Answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of a row, and the expert's reasoning that comes with it."""
+
+    text: str
+    """Empty if the row has none."""
+    solution: str | None = None
+
+
+def find_answer(where: str, columns: dict[str, Any], *, required: bool) -> Answer | None:
+    """Return the answer in `answer`, `reward_model` or `solution`, None if the row has no such.
+
+    Remove `answer` and a `solution` with reasoning from the columns. A `solution` that is only the
+    answer stays, for the reward functions that read it.
+    """
+    is_there = "answer" in columns
+    answer = columns.pop("answer", None)
+    solution = read_solution(f"{where}: solution", columns.get("solution"))
+    if answer is not None and (required or answer != ""):
+        columns.pop("solution", None)
+        return with_solution(where, read_answer(f"{where}: answer", answer), solution)
+    reward_model = columns.get("reward_model")
+    if isinstance(reward_model, Mapping) and reward_model.get("ground_truth") is not None:
+        columns.pop("solution", None)
+        what = f"{where}: reward_model.ground_truth"
+        return with_solution(where, read_answer(what, reward_model["ground_truth"]), solution)
+    if solution is None:
+        columns.pop("solution", None)
+        if is_there and required:
+            read_answer(f"{where}: answer", answer)  # raises ValueError
+        return None
+    found = answer_in_solution(where, solution)
+    if found.solution is not None:
+        del columns["solution"]
+    return found
+
+
+def with_solution(where: str, answer: str, solution: str | None) -> Answer:
+    """Return an answer with its solution, which GSM8K writes into the answer."""
+    if solution is None:
+        solution, answer = split_gsm8k(f"{where}: answer", answer)
+    return Answer(answer, solution)
+
+
+def answer_in_solution(where: str, solution: str) -> Answer:
+    """Return the answer that a solution has in its last box, after ####, or that it is."""
+    boxed = last_boxed(solution)
+    if boxed:
+        start, end = last_boxed_span(solution) or (0, 0)
+        reasoning = re.search(r"\w", solution[:start] + solution[end:])
+        return Answer(boxed, solution if reasoning else None)
+    if GSM8K_ANSWER.fullmatch(solution):
+        return with_solution(where, solution, None)
+    if len(solution) <= LONGEST_ANSWER and "\n" not in solution:
+        return Answer(solution)
+    return Answer("", solution)
