@@ -170,6 +170,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_set_aside(tmp_path):
     assert names(tmp_path) == {"step-3", "step-3.bad-0"}
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_line_of_a_save_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
     """After a SIGKILL at any line, the old or the new checkpoint is complete."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses no written page

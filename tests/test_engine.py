@@ -39,6 +39,7 @@ def opened(engine):
     return engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TorchEngine, NativeEngine])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def prefill(engine: Engine, segments: list[Segment]) -> list[Tensor]:
     return [torch.cat(parts) for parts in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -138,6 +140,7 @@ def test_errors_are_at_most_twice_those_of_plain_pytorch(kind: str, dtype, isa: 
     assert error(ours) <= 2 * error(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_instruction_set_and_number_of_threads_samples_the_same(isa, threads, monkeypatch):
@@ -207,6 +210,7 @@ def test_stop_strings_are_found_where_a_character_has_several_tokens(stop: str, 
     assert stopped and stopped[0] == expected[0]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_bf16_gap_to_the_trainer_is_no_larger_than_within_transformers(smollm, tmp_path):
     """The gap is between a cached decode and a full forward of the same tokens."""

@@ -177,6 +177,7 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", CASES)
 def test_a_field_changes_the_files_of_a_run(field: str, root: Path, trained: Trained):
     case = CASES[field]

@@ -101,6 +101,7 @@ def test_swiglu_takes_columns_and_strided_gradients():
     assert torch.equal(decoder.swiglu(gate, up), decoder.swiglu(gate.clone(), up.clone()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("dim", [2, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("n", "heads"), [(0, (4, 2)), (1, (1, 1)), (19, (7, 2))])
@@ -171,6 +172,7 @@ def rows_by_definition(tree: str) -> list[int]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("tree", "heads"),
@@ -272,6 +274,7 @@ def make_model(kind: str, dtype: torch.dtype, adapters: bool = False) -> Decoder
     return model.to(DEVICE, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "kind", "tree"),
     [
@@ -319,6 +322,7 @@ def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
+@pytest.mark.slow
 def test_hidden_states_without_gradients_are_equal_to_the_bit(varlen):
     model = make_model("llama", torch.bfloat16)
     with_graph = model.hidden(*given("prefix", model))

@@ -55,6 +55,7 @@ def same(a: list[Completion], b: list[Completion]) -> bool:
     return tokens(a) == tokens(b) and bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VARIANTS)
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_log_probs_are_those_of_a_full_forward(kind: str, rows: int, backend: str, monkeypatch):

@@ -65,6 +65,7 @@ def test_floors_are_those_of_the_measured_card(tmp_path, monkeypatch, capsys):
         floors.main()
 
 
+@pytest.mark.slow
 def test_each_timed_part_has_a_forecast(monkeypatch, capsys):
     from benchmarks import parts
 
@@ -80,6 +81,7 @@ def test_each_timed_part_has_a_forecast(monkeypatch, capsys):
     assert "expected" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_broken_kernel_does_not_stop_the_timing_of_other_parts(monkeypatch):
     from benchmarks import parts
 
@@ -398,6 +400,7 @@ def dry_run(folder: Path, what: str, *names: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_a_dry_run_compiles_the_kernels_that_it_would_launch(tmp_path):
     lines = dry_run(tmp_path, "check", "addmm-fp32-out", "append")
     assert {line["item"]: line["state"] for line in lines} == {

@@ -13,6 +13,8 @@ from pathlib import Path
 from textwrap import dedent
 from tokenize import TokenInfo
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "expo_fast"
 OURS = sorted(
@@ -223,6 +225,7 @@ def test_the_ops_need_nothing_but_torch():
     )
 
 
+@pytest.mark.slow
 def test_importing_a_module_has_no_side_effects():
     """It probes no device, starts no process, makes no folder and reads no environment."""
     modules = sorted(dotted_name(path) for path in OURS if path.parent.name != "kernels")
@@ -267,3 +270,17 @@ def test_nothing_committed_names_a_folder_of_one_machine():
     assert len(names) > 10
     files = [ROOT / name for name in names if (ROOT / name).is_file()]
     assert [str(f) for f in files if machine.search(f.read_bytes())] == []
+
+
+def test_each_test_file_has_a_test_that_is_not_slow():
+    """`make quick` runs a part of everything."""
+    without = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        marks = []
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                decorators = [ast.unparse(each) for each in node.decorator_list]
+                marks.append(any("mark.slow" in each for each in decorators))
+        if all(marks):
+            without.append(path.name)
+    assert without == []

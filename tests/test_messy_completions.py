@@ -173,6 +173,7 @@ COMPLETIONS: list[tuple[str, str, bool]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gold", "completion", "right"), COMPLETIONS)
 def test_messy_completions(verifier, gold, completion, right):
     start = time.monotonic()
@@ -181,6 +182,7 @@ def test_messy_completions(verifier, gold, completion, right):
     assert bool(verdict) is right
 
 
+@pytest.mark.slow
 def test_few_hostile_texts_reach_a_worker_and_none_is_undecided(verifier):
     golds = [gold for gold, _, _ in COMPLETIONS]
     texts = [completion for _, completion, _ in COMPLETIONS]
@@ -200,6 +202,7 @@ PIECES = [
 ]
 
 
+@pytest.mark.slow
 def test_random_texts_take_little_time_and_raise_nothing():
     draw = random.Random(0)
     slowest = 0.0

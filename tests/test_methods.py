@@ -57,6 +57,7 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("preset", presets())
 def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
@@ -73,6 +74,7 @@ def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
     assert tokenizer is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     "more",

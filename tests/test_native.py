@@ -205,6 +205,7 @@ def test_torch_defaults_change_nothing(default):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_a_failing_kernel_raises_an_exception():
     """An exception in a thread of the kernel would end the process."""
     if not torch.cpu._is_avx512_bf16_supported():
@@ -244,6 +245,7 @@ def test_weights_and_hidden_states_may_be_any_view():
             assert a.dtype == torch.float32 and max_error(a, t) < 1e-5
 
 
+@pytest.mark.slow
 def test_no_memory_of_rows_times_vocabulary_is_held():
     """Measure the peak resident memory in a process of its own."""
     done = subprocess.run(
@@ -296,6 +298,7 @@ print(linear_logprob(torch.ones(1, 2), torch.eye(2), torch.tensor([0]){}).logp.i
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_plain_pytorch_is_used_with_a_warning(tmp_path):
     alone = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)}
     alone["CXX"] = ""
@@ -306,6 +309,7 @@ def test_without_a_compiler_plain_pytorch_is_used_with_a_warning(tmp_path):
     assert "Unavailable: the C++ kernels are not available: no C++ compiler: install" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"no library"])
 def test_a_truncated_library_is_compiled_again(tmp_path, content):
     where = {"XDG_CACHE_HOME": str(tmp_path), "EXPO_FAST_ISA": "portable"}
@@ -316,6 +320,7 @@ def test_a_truncated_library_is_compiled_again(tmp_path, content):
     assert float(run(where, native_only).stdout) == pytest.approx(-math.log(2))
 
 
+@pytest.mark.slow
 def test_an_unusable_cache_folder_is_no_error(tmp_path):
     (tmp_path / "expo_fast").write_text("a file where a folder must be")
     done = run({"XDG_CACHE_HOME": str(tmp_path)}, SCORE.format(""))
@@ -323,12 +328,14 @@ def test_an_unusable_cache_folder_is_no_error(tmp_path):
     assert "using plain PyTorch, which is slower: the C++ kernels are not available" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_compiler_error_is_reported_and_leaves_no_library(tmp_path):
     done = run({"XDG_CACHE_HOME": str(tmp_path), "CXX": "false"}, SCORE.format(""))
     assert "false cannot compile csrc" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_concurrent_processes_compile_once(tmp_path):
     log = tmp_path / "log"
     compiler = tmp_path / "c++"

@@ -125,6 +125,7 @@ def test_relative_accuracy_as_the_probability_goes_to_one(rest):
     assert abs(d_weight[3].item() / (others / (1 + others)).item() - 1) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, spread):
@@ -285,6 +286,7 @@ def test_invalid_arguments_are_named(change, message):
 # Custom objectives
 
 
+@pytest.mark.slow
 def test_a_custom_objective_is_freed_with_its_graph():
     case, ones = make_head(), torch.ones(61)
     held = weakref.WeakSet()
@@ -355,6 +357,7 @@ def measure(f, weight) -> Meter:
     return meter
 
 
+@pytest.mark.slow
 def test_no_tensor_of_rows_times_vocabulary_is_made():
     case = make_head(120, 4, 500).to(torch.float32)
     w, ids = torch.ones(120), torch.arange(120) // 6

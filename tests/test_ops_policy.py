@@ -168,6 +168,7 @@ def test_policy_loss_and_gradients_equal_the_formula(method, with_sft_rows, kl_c
         assert max_error(a, t) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_split_into_micro_batches_changes_neither_loss_nor_gradients(method, dtype):
@@ -305,6 +306,7 @@ def test_objectives_with_invalid_coefficients_are_refused(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_bf16_policy_gradient_error_is_at_most_twice_that_of_plain_pytorch():
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(300, 32, generator=g), torch.randn(500, 32, generator=g)

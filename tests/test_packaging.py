@@ -61,6 +61,7 @@ def sources() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_each_module_of_the_wheel_can_be_imported(installed: Path):
     modules = [path.removesuffix(".py").replace("/", ".") for path in sorted(sources())]
     assert "expo_fast.reporting.run_log" in modules
@@ -80,6 +81,7 @@ def test_the_wheel_contains_its_license(installed: Path):
     assert license.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_ops_of_the_wheel_work_with_torch_alone(installed: Path):
     """The log-prob of a token of V equal logits is -log V."""
     code = """

@@ -236,6 +236,7 @@ def test_every_kernel_is_launched_on_a_grid_of_one_dimension(monkeypatch):
 # 3. A vocabulary that no tile divides, and its phantom tokens of logit 0 (verl #2656, #2899)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v", [1000, 50257, 129920, 151936])
 def test_vocabulary_not_a_multiple_of_the_tile_adds_no_phantom_tokens(
     backend, dtype, v, monkeypatch
@@ -275,6 +276,7 @@ def near_one_case(backend, dtype, v=1000) -> tuple[Case, Tensor, Tensor]:
     return case, -torch.log1p(others), others / (1 + others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", [False, True])
 def test_relative_accuracy_of_a_policy_loss_as_the_probability_goes_to_one(backend, dtype, on):
     case, logp, rest = near_one_case(backend, dtype)
@@ -349,6 +351,7 @@ def true_loss(name: str, k: Known, logp: Tensor, entropy: Tensor, lse: Tensor) -
     return (k.w * (value + 0.1 * kl_estimate(logp, k.ref))).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [90.0, 1000.0])
 @pytest.mark.parametrize("name", ["logprob", "policy", "sequence", *PAIRS])
 def test_losses_are_right_where_targets_have_almost_no_probability(backend, dtype, name, gap):
@@ -368,6 +371,7 @@ def test_losses_are_right_where_targets_have_almost_no_probability(backend, dtyp
 # 6. A weight gradient that is rounded to bf16 after every chunk (Liger #1472, torch, FLSCE)
 
 
+@pytest.mark.slow
 def test_weight_gradient_of_64_chunks_is_as_accurate_as_of_one(backend, monkeypatch):
     n = 65536 if backend != "triton" or GPU.type == "cuda" else 256
     case, one = make_case(backend, BF16, n, 16, 40), torch.ones(n)

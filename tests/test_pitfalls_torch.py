@@ -149,6 +149,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_weight_is_refused_and_the_advised_gather_sums_gradients_of_ranks(tmp_path):
     """full_tensor() without grad_placements drops the gradients of the other ranks' rows."""
     program = tmp_path / "program.py"
@@ -252,6 +253,7 @@ def test_gradients_are_right_for_views_and_results_written_in_place(loss_of, bac
     same([grad], torch.autograd.grad(2 * logp[4:].sum(), leaf), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_only_inputs_that_require_a_gradient_get_one(loss_of, backend, dtype, frozen):
     """See Liger #1157."""
@@ -327,6 +329,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_results_of_a_contiguous_one(loss_of, backend, dtype, layout):
     hidden, weight, targets = make_inputs(dtype)
@@ -336,6 +339,7 @@ def test_any_layout_gives_the_results_of_a_contiguous_one(loss_of, backend, dtyp
     same(got, truth, 2e-6 if dtype == torch.float32 else 8e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_targets_may_be_a_column_of_another_tensor(loss_of, backend, dtype, kind):
     """CCE pads targets to 16 bytes."""
@@ -394,6 +398,7 @@ def counted(f) -> tuple[Callable, CompileCounterWithBackend]:
     return torch.compile(f, fullgraph=True, backend=counter), counter
 
 
+@pytest.mark.slow
 def test_strides_are_those_that_the_fake_implementation_declares_to_inductor():
     hidden, weight, targets = make_inputs()
     torch._dynamo.reset()
@@ -407,6 +412,7 @@ def test_strides_are_those_that_the_fake_implementation_declares_to_inductor():
     same(got, gradients(lambda *x: logp(*x).sum(), hidden, weight, targets), 1e-6)
 
 
+@pytest.mark.slow
 def test_no_op_breaks_the_graph_on_any_backend(loss_of, backend):
     inputs = make_inputs(torch.bfloat16)
     compiled, counter = counted(partial(loss_of, backend=backend))
@@ -427,6 +433,7 @@ def test_a_compiled_loss_sees_a_number_that_changes(name):
         same(gradients(compiled, *inputs, **given), gradients(policy, *inputs, **given), 1e-6)
 
 
+@pytest.mark.slow
 @known_bug(reason="an op's float argument is a constant of its graph")
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_changes_needs_no_new_graph(name):
@@ -492,6 +499,7 @@ OPS: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "masked", "transposed", "fp64"])
 @pytest.mark.parametrize("name", OPS)
 def test_fake_implementations_have_the_shapes_strides_and_dtypes_of_results(
@@ -509,6 +517,7 @@ def test_fake_implementations_have_the_shapes_strides_and_dtypes_of_results(
     opcheck(monkeypatch, name, which, lambda: OPS[name](hidden, weight, targets, backend=backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OPS if name != "logprob_backward"])
 def test_forward_and_backward_can_be_traced_with_any_size(name, backend, monkeypatch, request):
     if name == "policy_loss":  # as its docstring says; ops.py does not return that output
@@ -590,6 +599,7 @@ REFUSED += [("differentiable once", call) for call in TWICE.values()]
 NAMES = [*FORWARD_MODE, *TORCH_FUNC, *(f"autograd's {name}" for name in TWICE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("says", "call"), REFUSED, ids=NAMES)
 def test_a_derivative_that_would_be_0_is_refused(loss_of, backend, says, call):
     """torch gives a custom operator no tangent, and its vmap cuts the graph of gradients."""

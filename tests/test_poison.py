@@ -206,6 +206,7 @@ def take_the_paths_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_fused, "GATHER_FROM", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_ops(name: str, backend: str, dtype: torch.dtype):
@@ -274,6 +275,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaEngine, "burst", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["llama-biases", "qwen3", "smollm3-windows"])
 @pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
@@ -282,6 +284,7 @@ def test_engines(backend: str, kind: str, dtype: torch.dtype, few_rows):
     require_same_bits(lambda: sample(model, backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype", "hooked"),
     [("qwen3-biases", torch.bfloat16, False), ("mistral-window", torch.float32, True)],
@@ -394,6 +397,7 @@ def test_training(backend: str, dtype: torch.dtype):
     require_same_bits(lambda: train(tiny_model("smollm3-windows", dtype=dtype), backend))
 
 
+@pytest.mark.slow
 def test_training_with_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
     """Layers are computed again in the backward."""
     take_the_paths_of_a_gpu(monkeypatch)

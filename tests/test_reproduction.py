@@ -29,6 +29,7 @@ def planned(size: str) -> dict[str, Train]:
     return {c.run_dir.name: c for c in configs}
 
 
+@pytest.mark.slow
 def test_all_arms_have_the_same_budget_questions_and_seeds():
     for size in ("tiny", "full"):
         configs = planned(size)
@@ -116,6 +117,7 @@ def test_arms_are_compared_over_their_common_seeds():
     }
 
 
+@pytest.mark.slow
 def test_the_arms_are_the_methods_of_the_paper_and_its_controls():
     configs = [c for c in planned("tiny").values() if c.seed == 0 and c.exp_sft_coef == 0.04]
     found = {(c.method, c.shuffle_explanations, bool(c.pairs_every)) for c in configs}

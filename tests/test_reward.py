@@ -88,6 +88,7 @@ def test_a_hang_in_c_code_is_killed_and_affects_no_other_answer():
         assert (pool.timeouts, pool.crashes) == (1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", [HANG, "|((100!)!)!|", "(" * 300])
 def test_a_hostile_reference_affects_no_other_answer(bomb):
     with Verifier(workers=1, timeout_s=0.3) as pool:
@@ -105,6 +106,7 @@ def test_the_memory_of_a_worker_is_limited():
         assert limit["Max file size"] == limit["Max core file size"] == "0"
 
 
+@pytest.mark.slow
 def test_the_memory_of_the_trainer_does_not_count_towards_the_limit():
     ballast = bytearray(b"1") * (300 << 20)  # getrusage of a child starts at this peak
     with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
@@ -113,6 +115,7 @@ def test_the_memory_of_the_trainer_does_not_count_towards_the_limit():
     del ballast
 
 
+@pytest.mark.slow
 def test_hostile_answers_do_not_slow_the_pool_down():
     bombs = [box(f"|1E+{10**9 + i}|") for i in range(6)]
     fine = [box(f"|x| + {i}") for i in range(50)]
@@ -197,6 +200,7 @@ pool.judge(["|x|", "|x|"], [r"\\boxed{|1E+1000000000|}", r"\\boxed{|1E+100000000
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_parent_even_inside_c_code(kind):
     command = [sys.executable, "-c", PARENT]

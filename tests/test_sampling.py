@@ -28,6 +28,7 @@ def frequencies(logits: Tensor, temperature: float, cut: Truncation) -> Tensor:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
     [

@@ -59,10 +59,16 @@ def make_job(
     write_data(folder / "eval.jsonl", first=100, **(eval_data or {}))
 
 
-def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], main: Any) -> str:
+def one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], main: Any) -> str:
     """Return the one line with which a command refuses."""
     assert exit_status.run(main, arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], main: Any) -> str:
+    """Return the one line with which a command refuses a text."""
+    line = one_line(capsys, arguments, main)
     assert f"token '{EXTRA}' with the id {V}" in line
     assert f"embedding has {V} rows" in line
     return line
@@ -70,7 +76,6 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], main: Any)
 
 METHODS = ("grpo", "expo-grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo", "dpo", "sft")
 IN_TEMPLATE = CHAT_TEMPLATE.replace("assistant\n", f"assistant{EXTRA}\n")
-PLAIN = {"chat_template": None, "eos_token": EXTRA}
 
 
 @pytest.mark.parametrize("only", ["", "--dry-run"])
@@ -92,16 +97,11 @@ def test_a_prompt_beyond_the_embedding_is_refused_first(tmp_path, capsys, method
         ("grpo", "", {}, {}, {"question": EXTRA}),
         ("grpo", "--diagnose 4", {}, {"solution": EXTRA}, {}),
         ("expo-grpo", "--diagnose 0", {}, {"answer": EXTRA}, {}),
-        ("expo-grpo", "--diagnose 0 --append-answer", {"eos_token": EXTRA}, {}, {}),
-        ("expo-grpo", "--diagnose 0", PLAIN, {}, {}),
         ("expert-grpo", "--diagnose 0", {}, {"solution": EXTRA}, {}),
-        ("expert-grpo", "--diagnose 0", {"eos_token": EXTRA}, {}, {}),
-        ("expo-dpo", "--diagnose 0", PLAIN, {}, {}),
         ("expert-dpo", "--diagnose 0", {}, {"solution": EXTRA}, {}),
         ("dpo", "", {}, {"chosen": EXTRA}, {}),
         ("dpo", "", {}, {"rejected": EXTRA}, {}),
         ("sft", "", {}, {"chosen": EXTRA}, {}),
-        ("sft", "", {"eos_token": EXTRA}, {}, {}),
     ],
 )
 def test_any_text_beyond_the_embedding_is_refused_in_a_dry_run(
@@ -110,6 +110,15 @@ def test_any_text_beyond_the_embedding_is_refused_in_a_dry_run(
     make_job(tmp_path, larger_tokenizer(**tokenizer), train_data, eval_data)
     arguments = [*flags(tmp_path, method), *more.split(), "--dry-run"]
     refusal(capsys, arguments, train.main)
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE.replace("<|im_end|>", EXTRA)])
+@pytest.mark.parametrize("method", ["grpo", "expo-dpo", "sft"])
+def test_an_end_beyond_the_embedding_is_refused(tmp_path, capsys, method, template):
+    tokenizer = larger_tokenizer(chat_template=template, eos_token=EXTRA)
+    make_job(tmp_path, tokenizer)
+    line = one_line(capsys, [*flags(tmp_path, method), "--dry-run"], train.main)
+    assert f"a turn ends with {EXTRA} ({V}), but the model's vocabulary has {V} tokens" in line
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,7 +133,10 @@ def test_a_larger_tokenizer_whose_further_tokens_do_not_occur_trains(tmp_path, m
     ("method", "more", "tokenizer", "train_data"),
     [
         ("grpo", "--diagnose 0", {}, {"solution": EXTRA}),
-        ("grpo", "--diagnose 0", {"eos_token": EXTRA}, {}),
+        ("grpo", "--diagnose 0", {"eos_token": EXTRA}, {}),  # texts end as the template's do
+        ("expo-grpo", "--append-answer", {"eos_token": EXTRA}, {}),
+        ("expert-grpo", "--diagnose 0", {"eos_token": EXTRA}, {}),
+        ("sft", "", {"eos_token": EXTRA}, {}),
         ("dpo", "", {}, {"answer": EXTRA}),
         ("sft", "", {}, {"rejected": EXTRA}),
     ],

@@ -36,8 +36,6 @@ from read_with_transformers4 import logits as logits_of
 from read_with_transformers4 import tokenizer_results
 from tiny import CHAT_TEMPLATE, VARIANTS, tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.slow
-
 OLD = Path(sys.prefix) / "transformers-4.57"  # the Makefile puts it there
 READER = Path(__file__).with_name("read_with_transformers4.py")
 
@@ -240,6 +238,21 @@ def read_with_transformers4(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_saved_config_has_the_rope_fields_of_transformers_4_and_5(tmp_path, name: str):
+    save_model(make_model(name), None, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    new = config["rope_parameters"]
+    assert config["rope_theta"] == new["rope_theta"]
+    assert config["torch_dtype"] == config["dtype"]
+    if new["rope_type"] == "default":
+        assert not config.get("rope_scaling")
+    else:
+        assert config["rope_scaling"]["rope_type"] == new["rope_type"]
+        assert "rope_theta" not in config["rope_scaling"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_computes_the_same_in_transformers_4_and_5(saved: Saved, name: str):
     assert saved.old["version"].startswith("4.57.")
     ours = our_logits(make_model(name))
@@ -255,12 +268,14 @@ def test_a_saved_model_computes_the_same_in_transformers_4_and_5(saved: Saved, n
     assert json.loads(first.read_text()) == json.loads(second.read_text())
 
 
+@pytest.mark.slow
 def test_a_saved_generation_config_is_the_same_in_transformers_4(saved: Saved):
     generation = saved.old["models"]["llama-base"]["generation"]
     assert generation["eos_token_id"] == [1, 2]
     assert generation["temperature"] == 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTED)
 def test_a_saved_adapter_computes_the_same_with_transformers_4(saved: Saved, name: str):
     of_4 = torch.tensor(saved.old["adapters"][name])
@@ -268,6 +283,7 @@ def test_a_saved_adapter_computes_the_same_with_transformers_4(saved: Saved, nam
     assert (of_4 - our_logits(make_model(name))).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TOKENIZERS, "of-an-adapter", "default-model"])
 def test_a_saved_tokenizer_is_the_same_in_transformers_4_and_5(saved: Saved, name: str):
     folder = saved.folder / "tokenizers" / name
@@ -282,6 +298,7 @@ def test_a_saved_tokenizer_is_the_same_in_transformers_4_and_5(saved: Saved, nam
         assert saved.old["tokenizers"][name][key] == value, key
 
 
+@pytest.mark.slow
 def test_the_default_model_is_as_good_in_transformers_4(saved: Saved):
     """Its RoPE base is 100000; with 10000 a token costs 0.19 nats more."""
     model, tokenizer = load_model(saved.folder / "default", dtype=torch.float32, device="cpu")

@@ -707,6 +707,7 @@ def smollm2() -> tuple[Path, Decoder, Any]:
     return folder, *load_model(folder, dtype=torch.float32, device="cpu")
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers_reading_of_its_gguf(smollm2: tuple[Path, Decoder, Any]):
     folder, model, tokenizer = smollm2
     theirs = transformers_reading(folder / default_model.GGUF_NAME)

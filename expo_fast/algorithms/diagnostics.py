@@ -70,7 +70,7 @@ def diagnostic_samples(
         prompt_ids = prompter.solve(problem)
         attempts = [tuple(attempt.token_ids) for attempt in question.attempts[:ATTEMPTS]]
         texts = [("attempt", ids) for ids in attempts]
-        expert = _expert_ids(problem, prompter)
+        expert = expert_ids(problem, prompter)
         if expert is not None:
             texts.append(("expert", expert))
         if question.explanation is not None:
@@ -88,7 +88,7 @@ def diagnostic_samples(
     return samples
 
 
-def _expert_ids(problem: Problem, prompter: Prompter) -> tuple[int, ...] | None:
+def expert_ids(problem: Problem, prompter: Prompter) -> tuple[int, ...] | None:
     """Return the expert's solution, None if there is none or the template cannot render it."""
     if problem.solution is None:
         return None

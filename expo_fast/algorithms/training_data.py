@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from expo_fast.algorithms.diagnostics import expert_ids
 from expo_fast.algorithms.explanations import answer_after
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
@@ -202,5 +203,7 @@ def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[t
     samples_text = config.explains or config.spec.samples_pairs
     if samples_text and prompter.stop_strings:
         yield prompter.longer((), "")  # the end, which replaces the stop string
-    if config.spec.samples_attempts and config.diagnose and problem.solution is not None:
-        yield prompter.expert(problem)
+    if config.spec.samples_attempts and config.diagnose:
+        expert = expert_ids(problem, prompter)
+        if expert is not None:
+            yield expert
