@@ -650,7 +650,7 @@ def test_bf16_log_probs_are_right_and_a_nan_ends_only_its_requests():
 
 @pytest.mark.slow
 def test_steps_are_kept_for_a_new_slab_but_not_for_a_changed_model():
-    model = shallow()
+    model = tiny_model(num_hidden_layers=2).to(DEVICE)
     asked = requests()[:2]
     generator = Generator(model, backend="triton")
     generator.sample(asked)
@@ -764,7 +764,7 @@ def test_two_streams_of_a_generator_have_separate_slabs():
 
 
 def shallow(**changes):
-    return tiny_model(num_hidden_layers=2, **changes).to(DEVICE)
+    return tiny_model(num_hidden_layers=1, **changes).to(DEVICE)
 
 
 def test_the_triton_backend_is_refused_where_triton_cannot_run(monkeypatch):
