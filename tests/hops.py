@@ -3,8 +3,8 @@
     python tests/hops.py [FLAGS OF expo_fast.train]
 
 A hop is a change of module among the modules of expo_fast. A chain ends at the call of a backend.
-Modules of kernels/ are not counted. Those of answers/ count as one: its rules compare the parts of an
-answer by all rules again.
+Modules of kernels/ are not counted. Those of answers/ count as one: its rules compare the parts of
+an answer by all rules again.
 """
 
 import sys
