@@ -141,7 +141,7 @@ MUTATIONS = [
     Mutation(
         "running sums of attention",
         "csrc/decoder.cpp",
-        "    std::fill_n(bench.sum, queries * s.wide, 0.0f);\n",
+        "    std::fill_n(buffers.sum, queries * s.value_width, 0.0f);\n",
         "",
         POISON + "engines",
     ),
