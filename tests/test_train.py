@@ -106,7 +106,7 @@ def test_a_program_gets_the_record_and_the_model_of_a_run(folder: Path, tmp_path
     assert [row["step"] for row in result.evaluations] == [0, 1, 2]
     assert result.model_path == tmp_path / "run" / "checkpoints" / "step-2"
     assert len(result.completions(2)) == 2 * (3 + 1)
-    saved = load_file(result.model_path / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-2" / "model.safetensors")
     (trained,) = [w for n, w in result.model.named_parameters() if n.endswith("model.norm.weight")]
     assert torch.equal(trained, saved["model.norm.weight"])
     (completion,) = result.generator.sample([Request([5, 6], max_new_tokens=2)])
