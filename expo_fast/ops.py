@@ -270,9 +270,11 @@ def _check_head(
             )
         if hasattr(x, "full_tensor"):
             raise ValueError(
-                f"{name} is a DTensor, which holds one shard of a tensor: gather it with"
-                f" {name}.full_tensor(grad_placements=[Partial()]), which sums the gradients of the"
-                " ranks' rows (use Replicate() if all ranks have the same rows)"
+                f"{name} is a DTensor, which holds one shard of a tensor: with FSDP, leave the"
+                " head in the root unit, whose weights stay gathered after its forward; elsewhere,"
+                f" gather it with {name}.full_tensor(grad_placements=[Partial()]), which sums the"
+                " gradients of the ranks' rows (divide by the world size where the other gradients"
+                " are averages, as FSDP's are; use Replicate() if all ranks have the same rows)"
             )
     check_transforms(hidden, weight, bias)
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:

@@ -160,6 +160,112 @@ def test_a_sharded_weight_is_refused_and_the_advised_gather_sums_gradients_of_ra
     assert done.returncode == 0, done.stderr
     assert "weight is a DTensor" in done.stdout
     assert "weight.full_tensor(grad_placements=[Partial()])" in done.stdout
+    assert "leave the head in the root unit" in done.stdout
+    assert "divide by the world size" in done.stdout
+
+
+FULLY_SHARDED = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial
+from expo_fast.ops import linear_logprob
+
+VOCABULARY = 10
+WIDTH = 8
+
+class Head(nn.Linear):
+    def forward(self, hidden, targets):
+        return linear_logprob(hidden, self.weight, targets).logp
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.head = Head(WIDTH, VOCABULARY, bias=False)
+        random = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=random))
+
+    def forward(self, ids):
+        return torch.tanh(self.body(self.embedding(ids)))
+
+def in_the_root_unit(model, hidden, targets):
+    return linear_logprob(hidden, model.head.weight, targets).logp
+
+def in_the_forward_of_its_own_unit(model, hidden, targets):
+    return model.head(hidden, targets)
+
+def gathered_and_divided(model, hidden, targets):
+    weight = model.head.weight.full_tensor(grad_placements=[Partial("avg")])
+    return linear_logprob(hidden, weight, targets).logp
+
+def gathered_and_summed(model, hidden, targets):
+    weight = model.head.weight.full_tensor(grad_placements=[Partial()])
+    return linear_logprob(hidden, weight, targets).logp
+
+def sharded(mesh, head_has_its_own_unit):
+    model = Model()
+    fully_shard(model.body, mesh=mesh)
+    if head_has_its_own_unit:
+        fully_shard(model.head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+def rank_of_two(rank, path):
+    torch.set_num_threads(1)
+    if sys.platform == "linux":  # a machine may have no name that resolves
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    ids = torch.arange(8)
+    targets = (3 * ids + 1) % VOCABULARY
+    mine = slice(4 * rank, 4 * rank + 4)  # each rank has rows of its own
+    exact = Model()
+    logits = exact(ids) @ exact.head.weight.T
+    nn.functional.cross_entropy(logits, targets).backward()
+    for logp_of, own_unit, factor in (
+        (in_the_root_unit, False, 1),
+        (in_the_forward_of_its_own_unit, True, 1),
+        (gathered_and_divided, True, 1),
+        (gathered_and_summed, True, 2),  # too large by the number of ranks
+    ):
+        model = sharded(mesh, own_unit)
+        for _ in range(2):  # the second step gathers again
+            model.zero_grad()
+            (-logp_of(model, model(ids[mine]), targets[mine]).mean()).backward()
+        for (name, got), truth in zip(model.named_parameters(), exact.parameters(), strict=True):
+            scale = factor if name == "head.weight" else 1
+            torch.testing.assert_close(got.grad.full_tensor(), scale * truth.grad)
+        if rank == 0:
+            print(logp_of.__name__)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(rank_of_two, (sys.argv[1],), 2, start_method="fork")
+"""
+
+
+@pytest.mark.slow
+def test_gradients_of_a_head_under_fsdp_are_those_of_one_process(tmp_path):
+    """FSDP averages the gradients of ranks, and Partial() sums them."""
+    program = tmp_path / "program.py"
+    program.write_text(FULLY_SHARDED)
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "store"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "in_the_root_unit",
+        "in_the_forward_of_its_own_unit",
+        "gathered_and_divided",
+        "gathered_and_summed",
+    ]
 
 
 # 13. Tensors saved for backward that change before it
