@@ -1,4 +1,4 @@
-"""Reward functions of users get what TRL gives them, and mistakes of theirs are named."""
+"""Reward functions of users get the same arguments as in TRL, and errors name the function."""
 
 import asyncio
 import functools
@@ -481,7 +481,7 @@ def test_a_run_logs_each_function_as_trl_does(folder: Path, tmp_path: Path, data
 @pytest.mark.parametrize(
     ("names", "error", "says"),
     [
-        ("needs", ValueError, r"needs needs the argument 'difficulty', which is no column of"),
+        ("needs", ValueError, r"needs needs the argument 'difficulty', which is neither a"),
         ("takes_a_column", RuntimeError, "log_extra: 'advantage' is a column of the trainer's"),
         ("takes_over", RuntimeError, "log_metric: 'loss' is a metric of the trainer's"),
         ("get_cosine_scaled_reward", ValueError, "needs the argument 'max_len'"),

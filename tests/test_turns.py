@@ -179,7 +179,7 @@ def test_a_template_that_renders_no_question_is_refused():
     tokenizer = family("chatml").tokenizer
     parts = "{% for p in m.content %}{{ p.text }}{% endfor %}"
     tokenizer.chat_template = families.CHATML.replace("{{ m.content }}", parts)
-    with pytest.raises(ValueError, match="renders no question that is a plain text"):
+    with pytest.raises(ValueError, match="does not render a question that is a plain text"):
         Prompter(tokenizer)
 
 
