@@ -23,7 +23,12 @@ OURS = sorted(
     if path.parent != PACKAGE / "kernels"  # the link
 )
 TESTS = sorted(ROOT.glob("tests/*.py"))
-PYTHON = [*OURS, *TESTS, *sorted(ROOT.glob("benchmarks/**/*.py"))]
+PROGRAMS = [
+    *ROOT.glob("benchmarks/**/*.py"),
+    *ROOT.glob("examples/*.py"),
+    *ROOT.glob("docs/**/*.py"),
+]
+PYTHON = [*OURS, *TESTS, *sorted(PROGRAMS)]
 MOST_FLAT_MODULES = 14
 MOST_TOKENS = 600  # of a function; 50 lines have about 400
 

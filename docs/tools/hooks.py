@@ -19,6 +19,7 @@ from pymdownx.superfences import fence_code_format
 
 # Pages of the site that are files elsewhere in the repository: the page's path and the file's.
 PAGES = {
+    "examples.md": "examples/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "results.md": "benchmarks/RESULTS.md",
     "changelog.md": "CHANGELOG.md",
