@@ -437,6 +437,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def takes_over(completions, log_metric, log_extra):
             log_metric("loss", 1.0)
             return [0.0 for _ in completions]
+        def takes_over_dpo(completions, log_metric):
+            log_metric("rewards/margins", 1.0)
+            return [float(i % 2) for i, _ in enumerate(completions)]
+        def takes_over_pairs(completions, log_metric):
+            log_metric("pairs/tokens", 1.0)
+            return [float(i % 2) for i, _ in enumerate(completions)]
+        def steps(completions, log_metric):
+            log_metric("steps of the proof", 2.0)
+            return [0.0 for _ in completions]
         def takes_a_column(completions, log_extra):
             log_extra("advantage", [0 for _ in completions])
             return [0.0 for _ in completions]
@@ -491,6 +500,22 @@ def test_functions_that_do_not_fit_a_run(folder, tmp_path, names, error, says):
     with pytest.raises(error) as e:
         run(folder, tmp_path / "run", "text", names)
     assert re.search(says, f"{e.value} {e.value.__cause__}")
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("takes_over_dpo", "rewards/margins"), ("takes_over_pairs", "pairs/tokens")],
+)
+def test_a_metric_of_preference_training_is_not_overwritten(folder, tmp_path, name, metric):
+    expert_dpo = ("--method", "expert-dpo")
+    with pytest.raises(RuntimeError) as e:
+        run(folder, tmp_path / "run", "text", name, *expert_dpo)
+    assert f"log_metric: '{metric}' is a metric of the trainer's" in str(e.value.__cause__)
+
+
+def test_a_metric_may_begin_with_the_name_of_another(folder: Path, tmp_path: Path):
+    rows = run(folder, tmp_path / "run", "text", "steps")
+    assert rows[0]["steps of the proof"] == 2
 
 
 @pytest.mark.parametrize("name", ["log_metric", "trainer_state", "prompts"])
