@@ -700,7 +700,7 @@ def test_a_second_derivative_of_a_compiled_loss_is_refused(loss_of, name):
     torch._dynamo.reset()
     hidden, weight, targets = (x.detach() for x in make_inputs())
     f = torch.compile(partial(loss_of, weight=weight, targets=targets), backend="aot_eager")
-    with pytest.raises(RuntimeError, match="differentiable once|double backward"):
+    with pytest.raises(RuntimeError, match=r"differentiable once|double backward"):
         TWICE[name](f, hidden)
 
 
