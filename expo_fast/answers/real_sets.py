@@ -13,6 +13,7 @@ from expo_fast.answers.quotients import ONE, as_number, linear_in_one_variable
 from expo_fast.answers.structures import (
     ORDERS,
     bracketed,
+    connective,
     labelled,
     list_items,
     split_top,
@@ -26,9 +27,7 @@ REALS = frozenset(["all real numbers", "all reals", "all real", "the real number
 BUILDER = re.compile(
     r"\\\{ ?(?P<name>[a-zA-Z]) ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(?P<rest>.*)\\\}"
 )
-OR = re.compile(
-    r"\\text ?\{ ?,? ?or ?\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])"
-)
+OR = connective("or", r"\\(?:lor|vee)(?![A-Za-z])")
 ABSOLUTE = re.compile(r"(?:\\lvert|\||\\vert)(?P<inside>[^|\\]+)(?:\\rvert|\||\\vert)")
 BARE = re.compile(r"[A-Za-z](?:_ ?\w)?|\\(?:theta|alpha|beta|lambda|mu)|[A-Za-z] ?\( ?[A-Za-z] ?\)")
 

@@ -13,7 +13,15 @@ MAX_ITEMS = 64
 _PIECE = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPENING = frozenset([*"([{", r"\{", r"\langle", r"\lceil", r"\lfloor", r"\begin"])
 _CLOSING = frozenset([*")]}", r"\}", r"\rangle", r"\rceil", r"\rfloor", r"\end"])
-_AND = re.compile(r"\\text ?\{ ?,? ?(and|or) ?\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
+
+
+def connective(words: str, *more: str) -> re.Pattern[str]:
+    r"""Return a pattern of words between parts, in \text{} or not, and of `more` patterns."""
+    bare = rf"(?<![A-Za-z\\])(?:{words})(?![A-Za-z])"
+    return re.compile("|".join([rf"\\text ?\{{ ?,? ?(?:{words}) ?\}}", bare, *more]))
+
+
+AND = connective("and|or")
 
 Separated = tuple[list[str], list[str]]  # parts, and the separators between them
 
@@ -50,7 +58,7 @@ def list_items(text: str) -> list[str]:
     system = CASES.fullmatch(text)
     if system:
         text = system[1].replace(r"\\", ",").replace("&", " ")
-    text = _AND.sub(",", text)
+    text = AND.sub(",", text)
     for separator in (SEMICOLON, COMMA):
         parts, _ = split_top(text, separator)
         items = [digits_for_words(strip_edges(part)) for part in parts]

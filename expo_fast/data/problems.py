@@ -115,6 +115,15 @@ def worked_examples(
     return tuple(shots), rest
 
 
+def split_examples(
+    candidates: Sequence[Problem], k: int, problems: Sequence[Problem]
+) -> tuple[tuple[Problem, ...], list[Problem]]:
+    """Return k worked examples of the candidates, and the problems that are none of them."""
+    shots, _ = worked_examples(candidates, k)
+    shown = overlap(shots, problems)
+    return shots, [problem for problem in problems if problem not in shown]
+
+
 def _solution_length(problem: Problem) -> tuple[int, str]:
     return len(problem.solution or ""), problem.id
 
