@@ -138,7 +138,10 @@ def test_an_annotation_of_messages_gives_messages_for_text_data_too(tmp_path, an
     assert rewarded(load(tmp_path, source, "f")) == [len(text) for text in TEXTS]
 
 
-@pytest.mark.parametrize("annotation", ["list[str]", "list", "list[str] | list[list[dict]]"])
+@pytest.mark.parametrize(
+    "annotation",
+    ["list[str]", "list", "list[str] | list[list[dict]]", "list[list[dict]] | list[str]"],
+)
 def test_another_annotation_gives_what_the_data_are(tmp_path, annotation):
     source = f"""
     def f(completions: {annotation}, **kwargs):
