@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from itertools import chain
 
 from expo_fast.answers import algebra
-from expo_fast.answers.real_sets import Piece, RealSet, real_set
+from expo_fast.answers.real_sets import OR, Piece, RealSet, real_set
 from expo_fast.answers.structures import (
     MAX_ITEMS,
     Bracketed,
@@ -129,6 +129,8 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     if not _same_brackets(x.brackets, y.brackets):
         return False
     if x.is_tuple or y.is_tuple:
+        if x.is_tuple and not y.brackets and OR.search(box):  # 1 or 2 is no point
+            return False
         return _same_tuple(x, y, equal)
     if x.named and y.named and len(x.items) > 1:
         return _same_names(x, y, equal)

@@ -46,7 +46,12 @@ def split_top(text: str, separators: frozenset[str]) -> Separated:
     return parts, found
 
 
-CASES = re.compile(r"\\begin ?\{cases\}(.*)\\end ?\{cases\}", re.DOTALL)
+# a system of equations
+CASES = re.compile(
+    r"(?:\\\{ ?)?\\begin ?\{(?P<kind>cases|aligned|array)\}(?: ?\{[clr| ]*\})?"
+    r"(?P<content>.*=.*)\\end ?\{(?P=kind)\}",
+    re.DOTALL,
+)
 COMMA = frozenset(",")
 SEMICOLON = frozenset(";")
 
@@ -57,7 +62,7 @@ def list_items(text: str) -> list[str]:
         return [text]
     system = CASES.fullmatch(text)
     if system:
-        text = system[1].replace(r"\\", ",").replace("&", " ")
+        text = system["content"].replace(r"\\", ",").replace("&", " ")
     text = AND.sub(",", text)
     for separator in (SEMICOLON, COMMA):
         parts, _ = split_top(text, separator)
@@ -165,7 +170,7 @@ MATRIX = re.compile(
 def matrix_rows(text: str) -> tuple[str, list[list[str]]] | None:
     """Return a matrix as rows of cells, and whether it is a determinant; None for another text."""
     match = MATRIX.fullmatch(text)
-    if match is None or r"\begin" in match["content"]:
+    if match is None or r"\begin" in match["content"] or "=" in match["content"]:
         return None
     kind = match["kind"] if match["kind"].startswith(("v", "V")) else "matrix"
     rows = []
