@@ -179,6 +179,10 @@ def scaled(completion_ids, level, **kwargs):
     return [level * len(ids) for ids in completion_ids]
 
 
+def hinted(completion_ids, hint, **kwargs):
+    return [hint * len(ids) for ids in completion_ids]
+
+
 async def awaited(completion_ids, **kwargs):
     await asyncio.sleep(0)
     return [float(len(ids)) for ids in completion_ids]
@@ -188,6 +192,7 @@ FORMS: dict[str, tuple[Callable, list[float], str]] = {
     "a callable object": (Length(), [9, 12], "Length"),
     "a partial": (functools.partial(Length(), scale=2.0), [18, 24], "Length"),
     "a partial of what would be a column": (functools.partial(scaled, level=3), [27, 36], "scaled"),
+    "a partial of a column": (functools.partial(hinted, hint=3), [27, 36], "hinted"),
     "a bound method": (Length().__call__, [9, 12], "__call__"),
     "a coroutine function": (awaited, [9, 12], "awaited"),
     "a partial of one": (functools.partial(awaited), [9, 12], "awaited"),

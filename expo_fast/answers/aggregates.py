@@ -126,11 +126,10 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return PASS
     if max(len(x.items), len(y.items)) > MAX_ITEMS:
         return None
-    if not _same_brackets(x.brackets, y.brackets):
+    alternatives = not y.brackets and OR.search(box)  # 1 or 2 is no point
+    if not _same_brackets(x.brackets, y.brackets) or (x.is_tuple and alternatives):
         return False
     if x.is_tuple or y.is_tuple:
-        if x.is_tuple and not y.brackets and OR.search(box):  # 1 or 2 is no point
-            return False
         return _same_tuple(x, y, equal)
     if x.named and y.named and len(x.items) > 1:
         return _same_names(x, y, equal)
