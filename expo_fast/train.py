@@ -3,6 +3,7 @@
 Without flags, it runs the default job.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -38,6 +39,7 @@ from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.op_backends import dispatch
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.reporting.timing import Phases
+from expo_fast.reporting.trackers import check_trackers
 from expo_fast.reward import boxed_answer_reward, score_answers
 from expo_fast.reward_functions import (
     Reward,
@@ -62,6 +64,7 @@ LOOPS: dict[str, StepFunction] = {
 def main(argv: Sequence[str]) -> None:
     """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
     config = parse(Train, argv)
+    check_trackers(config.report_to)
     check_run_dir(config)
     data = load_training_data(config)
     trainer = build_trainer(config, data)
@@ -81,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
         return
     with (
         checkpoint.run_lock(config.run_dir),
-        RunLog(config.run_dir, total_steps=config.steps) as log,
+        open_log(config) as log,
     ):
         log.note(f"run directory: {config.run_dir}")
         check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
@@ -91,7 +94,19 @@ def main(argv: Sequence[str]) -> None:
             dpo.open_pair_store(trainer, config.run_dir, start)
         begin_record(config, resumed_from, start, log)
         write_base(trainer, log)
+        log.open_trackers()
         train(trainer, data.held_out, log, start)
+
+
+def open_log(config: Train) -> RunLog:
+    """Return the log of the run."""
+    return RunLog(
+        config.run_dir,
+        total_steps=config.steps,
+        loop=config.spec.loop,
+        config=dataclasses.asdict(config),
+        report_to=config.report_to,
+    )
 
 
 def build_trainer(config: Train, data: TrainingData) -> Trainer:
