@@ -292,6 +292,7 @@ def completion_row(
         "id": problem.id,
         "prompt": last_question(problem),
         "answer": problem.answer,
+        "level": problem.level,
         "kind": kind,
         "completion": text,
         "reward": reward,
