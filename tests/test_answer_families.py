@@ -1,4 +1,4 @@
-"""Notations of right answers, family by family, each beside near misses that stay wrong."""
+"""Families of notations: right answers in other notations, and near misses that are wrong."""
 # ruff: noqa: RUF001  (the characters that look like others are intended)
 
 import pytest
@@ -12,7 +12,7 @@ def verifier():
         yield pool
 
 
-# situation: (right answers, near misses), each as (reference, content of the box)
+# {situation: (right answers, near misses)}. An answer is (reference, content of the box).
 FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "numbers in scientific notation": (
         [
@@ -843,7 +843,7 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
 
 
 def pairs(right: bool) -> list:
-    """Return the cases of all families with the name of the situation as their id."""
+    """Return the cases of all families. The id of a case begins with its situation."""
     cases = []
     for situation, (same, different) in FAMILIES.items():
         for gold, box in same if right else different:

@@ -1,6 +1,6 @@
 r"""Sets of real numbers: intervals and their unions, inequalities, `x \ne 3`, all reals.
 
-A set is a list of pieces. Their ends are texts, which the caller compares.
+A set is a list of pieces. The ends of a piece are texts, and the caller compares them.
 """
 
 import re
@@ -34,7 +34,7 @@ BARE = re.compile(r"[A-Za-z](?:_ ?\w)?|\\(?:theta|alpha|beta|lambda|mu)|[A-Za-z]
 
 @dataclass(frozen=True)
 class Piece:
-    """An interval. A point is a closed interval from itself to itself."""
+    """An interval. A point is a closed interval with equal ends."""
 
     low: str
     high: str
@@ -44,14 +44,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class RealSet:
-    """A union of intervals, and the variable of the inequality that it comes from, if any."""
+    """A union of intervals, and the variable of the inequality, or "" if there was none."""
 
     pieces: tuple[Piece, ...]
     variable: str = ""
 
     @property
     def is_wide(self) -> bool:
-        """Whether the set has more than points."""
+        """Whether the set contains more than single points."""
         return any(piece.low != piece.high for piece in self.pieces)
 
 
@@ -60,7 +60,7 @@ HIGHEST = r"\infty"
 
 
 def real_set(text: str) -> RealSet | None:
-    """Return the set that a text describes, or None."""
+    """Return the set that a text describes, or None if it describes no set."""
     builder = BUILDER.fullmatch(text)
     if builder:
         found = real_set(builder["rest"].strip())
@@ -175,7 +175,7 @@ def _between(sides: list[str], signs: list[str]) -> RealSet | None:
 
 
 def _solve(left: str, right: str, sign: str) -> tuple[str, str, str] | None:
-    """Return (x, sign, number) of an inequality that is linear in one variable."""
+    """Return (x, sign, number) of an inequality that is linear in one variable, else None."""
     side = algebra.side_difference(left, right)
     if side is None or side.opaque or side.value.bottom.keys() != {ONE}:
         return None

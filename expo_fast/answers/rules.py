@@ -1,4 +1,4 @@
-"""Compare an answer with its reference: a table of rules. The first that applies decides."""
+"""Compare an answer with its reference by a table of rules. The first rule that applies decides."""
 
 import re
 from itertools import pairwise
@@ -23,14 +23,14 @@ from expo_fast.answers.verdicts import PASS, Comparer, Leaf, Pass, Rule, Verdict
 
 
 def same_text(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Texts that differ at most in spaces are equal; an empty answer is wrong."""
+    """Accept texts that differ at most in spaces. Reject an empty answer."""
     if not box:
         return False
     return True if gold == box or squash(gold) == squash(box) else PASS
 
 
 def numbers(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Numbers are compared exactly; a decimal may be rounded."""
+    """Compare numbers exactly. A decimal may be rounded."""
     x = plain_number(gold)
     y = plain_number(box)
     return same_number(x, y) if x and y else PASS
@@ -44,7 +44,10 @@ NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
 def equations(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Names before = may be missing on one side; equations may be multiples of each other."""
+    """Compare equations, and values with a name.
+
+    The name before = may be missing on one side. Equations may be multiples of each other.
+    """
     x_sides, x_signs = split_top(gold, RELATIONS)
     y_sides, y_signs = split_top(box, RELATIONS)
     if (not x_signs and not y_signs) or not set(x_signs + y_signs) <= {"=", r"\approx"}:
@@ -62,7 +65,7 @@ def equations(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
 
 
 def _renamed(value: str, of: str, to: str) -> str:
-    """Return the value of f(t) in terms of the x of f(x)."""
+    """Return a value with the argument of `of` renamed to that of `to`, such as f(t) to f(x)."""
     old = ARGUMENT.search(of)
     new = ARGUMENT.search(to)
     if old is None or new is None or old[1] == new[1]:
@@ -71,12 +74,12 @@ def _renamed(value: str, of: str, to: str) -> str:
 
 
 def _same_equation(x: list[str], y: list[str]) -> Verdict | Pass:
-    """Return whether two equations have the same solutions because one is a multiple."""
+    """Return whether one equation is a multiple of the other, so that the solutions are equal."""
     a = algebra.side_difference(*x)
     b = algebra.side_difference(*y)
     if a is None or b is None:
         return PASS
-    if not a.value.top or not b.value.top:  # 3 = 3 and 4 = 4 say nothing
+    if not a.value.top or not b.value.top:  # 3 = 3 and 4 = 4 hold for all values
         return False
     if ratio(a.value.top, b.value.top) is not None:
         return True
@@ -85,7 +88,7 @@ def _same_equation(x: list[str], y: list[str]) -> Verdict | Pass:
 
 
 def _same_values(gold: str, box: str, equal: Comparer) -> Verdict:
-    """Compare values that may be chains, such as `5 + 3 = 8`, of equal parts."""
+    """Compare values. Each may be a chain of equal parts, such as `5 + 3 = 8`."""
     x, x_holds = _chain_value(gold, equal)
     y, y_holds = _chain_value(box, equal)
     return every([equal(x, y), x_holds, y_holds])
@@ -100,7 +103,7 @@ def _chain_value(text: str, equal: Comparer) -> tuple[str, Verdict]:
 
 
 def _is_written_as(value: str, number: str, equal: Comparer) -> Verdict:
-    """Return whether two values are equal, or the second is rounded: 1/3 = 0.33."""
+    """Return whether two values are equal, or the second is the first rounded: 1/3 = 0.33."""
     verdict = equal(value, number)
     x = plain_number(value)
     y = plain_number(number)
@@ -128,20 +131,21 @@ NO_SOLUTION = SYNONYMS[0]
 
 
 def words(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Words are compared without case, punctuation and articles; a formula never equals words."""
+    """Compare words without case, punctuation and articles. A formula never equals words."""
     x = _phrase(gold)
     y = _phrase(box)
     if EMPTY in (gold, box):
         return (y if gold == EMPTY else x) in NO_SOLUTION
     if x and y and (x == y or any(x in group and y in group for group in SYNONYMS)):
         return True
-    # letters without \text may be products of variables, but not both of listen and silent
+    # Letters without \text may be a product of variables. Longer words are compared as words,
+    # because as products "listen" would equal "silent".
     prose = PROSE.fullmatch(gold) and PROSE.fullmatch(box) and LONG_WORD.search(f"{gold} {box}")
     return False if prose or r"\text" in gold + box else PASS
 
 
 def _phrase(text: str) -> str:
-    """Return words in lower case without punctuation; "" for a formula."""
+    """Return words in lower case without punctuation, or "" for a formula."""
     text = TEXT.sub(r" \1 ", text).strip()
     if not PHRASE.fullmatch(text) or not WORD.search(text):
         return ""
@@ -150,7 +154,7 @@ def _phrase(text: str) -> str:
 
 
 def expressions(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Polynomials, fractions of them, roots, i and pi are compared exactly."""
+    """Compare polynomials, their quotients, roots, i and pi exactly."""
     verdict = algebra.same_expression(gold, box)
     return PASS if verdict is None else verdict
 
@@ -174,5 +178,5 @@ RULES: tuple[Rule, ...] = (
 
 
 def compare(gold: str, box: str, leaf: Leaf) -> Verdict:
-    """Return the verdict on two tidy answers; `leaf` judges what the rules leave open."""
+    """Return the verdict on two tidy answers. `leaf` judges the parts that no rule decides."""
     return Comparer(RULES, leaf)(gold, box)
