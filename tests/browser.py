@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-pipe",
 )
-SECONDS = 15  # a command or a condition that takes longer is an error
+SECONDS = 60  # a command or a condition that takes longer is an error
 
 
 def find_browser() -> str | None:

@@ -38,6 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row = {"reward": 0.1 * step + 0.2 * seed, "time/generate": 2.0, "own/nll": 0.5}
             if method == "expo-grpo":
                 row |= {"exp/nll": 0.25, "expert/nll": 0.75, "exp/lift": 1.5}
+                row |= {"exp/leak_rate": 0.5, "own/leak_rate": 0.25}
             rows.append(row)
         ends = [evaluation(0, 0.1), evaluation(3, 0.2)]
         folder = root / f"{method}-{seed}"
@@ -98,7 +99,7 @@ def test_the_page_is_drawn_without_errors_and_loads_no_other_file(browser, page,
     assert browser.requests == [page.resolve().as_uri()]
     assert page.stat().st_size < LIMIT
     n_charts = browser.run("document.querySelectorAll('figure[data-chart]').length")
-    assert browser.run("document.querySelectorAll('.plot svg').length") == n_charts == 5
+    assert browser.run("document.querySelectorAll('.plot svg').length") == n_charts == 6
     assert browser.run("document.documentElement.scrollWidth") <= width
     too_wide = (
         "[...document.querySelectorAll('.plot svg')].filter((x) => x.clientWidth > {}).length"
@@ -108,15 +109,17 @@ def test_the_page_is_drawn_without_errors_and_loads_no_other_file(browser, page,
     assert background == ("rgb(22, 22, 22)" if dark else "rgb(255, 255, 255)")
 
 
-def test_no_text_of_a_chart_overlaps_another_one(browser, page):
+def test_no_text_of_a_chart_overlaps_another_one_or_is_cut(browser, page):
     for width in (1280, 390):
         browser.open(page, width=width)
         overlapping = browser.run("""(() => {
             const found = [];
             for (const svg of document.querySelectorAll(".plot svg")) {
+                const end = svg.getBoundingClientRect().right;
                 const texts = [...svg.querySelectorAll("text")]
                     .filter((x) => x.textContent.trim() && x.getAttribute("opacity") !== "0")
                     .map((x) => [x.textContent, x.getBoundingClientRect()]);
+                texts.forEach(([a, r]) => { if (r.right > end + 1) found.push([a, "the edge"]); });
                 texts.forEach(([a, r], i) => texts.slice(i + 1).forEach(([b, s]) => {
                     const wide = Math.min(r.right, s.right) - Math.max(r.left, s.left);
                     const high = Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top);

@@ -25,7 +25,7 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 PLOT_HEIGHT = 190  # pixels
 STATIC_WIDTH = 290  # pixels of a chart of an SVG file
 MOST_MARKED_POINTS = 40  # a curve with at most this number of points has markers
-MOST_POINTS = 6000  # of the charts of a figure; longer curves have every k-th step
+MOST_POINTS = 5000  # of the charts of a figure; longer curves have every k-th step
 
 CHOSEN = "chosen"  # parameter: the entry of the legend that was clicked; none: all
 NEAREST = "nearest"  # parameter: the point next to the pointer
@@ -56,6 +56,7 @@ CONFIG = {
         "symbolSize": 300,
         "symbolStrokeWidth": 2,
         "columns": 2,
+        "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
     },
     "title": {"color": TEXT_COLOR, "fontSize": 13, "anchor": "start", "offset": 10},
 }

@@ -12,6 +12,7 @@ from typing import Any
 from expo_fast.reporting.drawing import CONFIG, Chart, charts, phase_chart
 from expo_fast.reporting.markup import escaped, page, remark, resource, section, warning
 from expo_fast.reporting.panels import (
+    ATTEMPTS,
     GRADIENT_NORM,
     LEARNING,
     PREFERENCES,
@@ -84,7 +85,8 @@ def render(groups: Sequence[Group], skipped: Sequence[str] = ()) -> str:
         section("Accuracy by level", levels(groups)),
         section("Learning curves", drawn.figure(LEARNING)),
         section("The two properties of a good positive sample", *properties(groups, drawn)),
-        section("Parts of the update", drawn.figure(UPDATES), zero_norms(groups)),
+        section("Attempts", drawn.figure(ATTEMPTS)),
+        section("Updates", drawn.figure(UPDATES), zero_norms(groups)),
         section("Preference pairs", drawn.figure(PREFERENCES)),
         section("Time by phase", drawn.add(phase_chart(groups)), phases(groups)),
         section("Completions", completions(samples)),
