@@ -3,6 +3,7 @@
 Without flags, it runs the default job. `run` is the same for Python programs and notebooks.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -43,6 +44,7 @@ from expo_fast.op_backends import dispatch
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
 from expo_fast.reporting.timing import Phases
+from expo_fast.reporting.trackers import check_trackers
 from expo_fast.reward import boxed_answer_reward, score_answers
 from expo_fast.reward_functions import (
     Reward,
@@ -107,6 +109,7 @@ def run(config: Train) -> TrainResult:
     With `config.dry_run`, everything is checked and no step runs.
     Raise ValueError or OSError for an error that a user can correct.
     """
+    check_trackers(config.report_to)
     check_run_dir(config)
     data = load_training_data(config)
     trainer = build_trainer(config, data)
@@ -126,7 +129,7 @@ def run(config: Train) -> TrainResult:
         return result_of(trainer)
     with (
         checkpoint.run_lock(config.run_dir),
-        RunLog(config.run_dir, total_steps=config.steps) as log,
+        open_log(config) as log,
     ):
         log.note(f"run directory: {config.run_dir}")
         check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
@@ -136,6 +139,7 @@ def run(config: Train) -> TrainResult:
             dpo.open_pair_store(trainer, config.run_dir, start)
         begin_record(config, resumed_from, start, log)
         write_base(trainer, log)
+        log.open_trackers()
         train(trainer, data.held_out, log, start)
     return result_of(trainer)
 
@@ -147,6 +151,17 @@ def result_of(trainer: Trainer) -> TrainResult:
         model=trainer.model,
         tokenizer=trainer.prompter.tokenizer,
         generator=trainer.generator,
+    )
+
+
+def open_log(config: Train) -> RunLog:
+    """Return the log of the run."""
+    return RunLog(
+        config.run_dir,
+        total_steps=config.steps,
+        loop=config.spec.loop,
+        config=dataclasses.asdict(config),
+        report_to=config.report_to,
     )
 
 

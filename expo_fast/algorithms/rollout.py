@@ -299,6 +299,7 @@ def completion_row(
         "id": problem.id,
         "prompt": last_question(problem),
         "answer": problem.answer,
+        "level": problem.level,
         "kind": kind,
         "completion": text,
         "reward": reward,
