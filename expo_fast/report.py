@@ -3,12 +3,15 @@
 Runs that differ only in their seed count as one configuration.
 """
 
-import sys
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("report"))
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import from_flags
 from expo_fast.reporting.page import render
 from expo_fast.reporting.runs import group_runs, load_run
@@ -41,7 +44,3 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise ValueError(f"--output {config.output!r}: {error.strerror}") from None
     print(f"report: {output}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
