@@ -3,9 +3,13 @@
 The last line of stdout is a JSON object with `Evaluation.summary` and the names of model and data.
 """
 
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("evaluate"))
+
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +21,6 @@ import torch
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.algorithms.rollout import Verifier
 from expo_fast.algorithms.training_data import check_answers, check_ids
-from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
 from expo_fast.data.answer_grading import last_boxed
@@ -193,7 +196,3 @@ def check_prompts(
         check_ids(problem, prompt, prompter, model.shape.vocabulary)
         new_tokens = config.max_completion_length
         check_length(problem, prompt, new=new_tokens, context=model.shape.context)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -3,10 +3,14 @@
 Without flags, it runs the default job. `run` is the same for Python programs and notebooks.
 """
 
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("train"))
+
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +34,6 @@ from expo_fast.algorithms.training_data import (
     check_token_ids,
     load_training_data,
 )
-from expo_fast.cli import exit_status
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -335,7 +338,3 @@ def summary(config: Train) -> Iterator[str]:
     model = checkpoint.newest(config.run_dir)
     if model is not None:
         yield f"model: {model}"
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status.run(main))
