@@ -368,6 +368,20 @@ class Train(Prompting):
         return self.generation_budget - self.n_explanations
 
     @property
+    def needs_frozen_reference(self) -> bool:
+        """Whether the run needs a frozen copy of the initial policy.
+
+        Offline pairs need none, because they get their log-probs before the first step. With LoRA,
+        the initial policy is the model with its adapter switched off.
+        """
+        if self.lora_rank:
+            return False
+        if self.kl_coef > 0:
+            return True
+        online = self.pairs_every > 0 and not self.refresh_reference
+        return online and PREFERENCE_OBJECTIVES[self.preference].needs_reference
+
+    @property
     def run_dir(self) -> Path:
         """output_dir, or runs/METHOD-HASH, where HASH depends on the configuration."""
         if self.output_dir is not None:

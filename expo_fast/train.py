@@ -42,7 +42,6 @@ from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
-from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.op_backends import dispatch
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
@@ -182,7 +181,7 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
     if config.lora_rank:
         attach(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     reference = None
-    if needs_frozen_reference(config):
+    if config.needs_frozen_reference:
         reference, _ = load_model(config.model, dtype=dtype, device=config.device)
         reference.requires_grad_(False)
     prompter = Prompter(
@@ -214,20 +213,6 @@ def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> R
     functions = load_rewards(config.reward_functions)
     check_reward_functions(functions, config.train_data, data.problems)
     return custom_reward(functions, config.reward_weights, progress)
-
-
-def needs_frozen_reference(config: Train) -> bool:
-    """Return whether the run needs a frozen copy of the initial policy.
-
-    Offline pairs need none, because they get their log-probs before the first step. With LoRA, the
-    initial policy is the model with its adapter switched off.
-    """
-    if config.lora_rank:
-        return False
-    if config.kl_coef > 0:
-        return True
-    online = config.pairs_every > 0 and not config.refresh_reference
-    return online and PREFERENCE_OBJECTIVES[config.preference].needs_reference
 
 
 def check_continuation(trainer: Trainer, start: int) -> None:
