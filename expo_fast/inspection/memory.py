@@ -33,7 +33,6 @@ from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.modeling.packing import Pack, Sample, pack
 from expo_fast.modeling.shape import Shape
-from expo_fast.objectives import PREFERENCE_OBJECTIVES
 
 FP32_BYTES = 4
 MOMENTS = 2  # AdamW's m and v
