@@ -943,6 +943,7 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("8", r"8 \approx 9 \text{ cm}"),
             ("1234", r"1234 \approx 1300"),
             ("1.41", r"\sqrt2 \approx 1.41"),
+            ("8", r"9 \approx 10^{400}"),
             (r"\sqrt2", r"\sqrt2 \approx 1.41 \approx 2.4"),
             (r"2\pi", r"2\pi \approx 6.38"),
         ],

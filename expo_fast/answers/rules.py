@@ -14,7 +14,7 @@ from expo_fast.answers.notations import (
     units,
 )
 from expo_fast.answers.numbers import plain_number, same_number
-from expo_fast.answers.quotients import approximation, linear_in_one_variable, ratio
+from expo_fast.answers.quotients import approximation, linear_in_one_variable, ratio, rational
 from expo_fast.answers.spelling import squash
 from expo_fast.answers.structures import RELATIONS, labelled, same_label, split_top
 from expo_fast.answers.units import split_unit
@@ -130,9 +130,10 @@ def _may_be_rounded_to(value: str, number: str) -> bool:
     parsed = algebra.parse(split_unit(value).value)
     x = parsed and approximation(parsed.value)
     y = plain_number(split_unit(number).value)
-    if x is None or y is None:
+    rounded = y and approximation(rational(y.value))
+    if x is None or y is None or rounded is None:
         return True
-    gap = abs(x - float(y.value))
+    gap = abs(x - rounded)
     if y.places:
         return gap < 10.0**-y.places
     digits = str(abs(y.value))
