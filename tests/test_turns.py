@@ -213,7 +213,7 @@ def test_an_end_that_is_not_marked_as_special_is_no_part_of_what_is_judged():
 
 
 def test_a_template_may_have_another_end_in_the_middle_than_at_the_end():
-    tokenizer = family("chatml").tokenizer
+    tokenizer = family("chatml-base").tokenizer  # whose eos_token is not the one in the middle
     tokenizer.chat_template = families.CHATML.replace(
         "<|im_end|>", "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}"
     )
