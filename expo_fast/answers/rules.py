@@ -125,14 +125,21 @@ def _chain_value(text: str, equal: Comparer) -> tuple[str, Verdict]:
 def _may_be_rounded_to(value: str, number: str) -> bool:
     """Return whether a value may be rounded to a number: 2.5 to 3, 1234 to 1200, but not 8 to 9.
 
-    True for a value or a number that is not read here.
+    True for a value or a number that is not read here, and for two units.
     """
-    parsed = algebra.parse(split_unit(value).value)
-    x = parsed and approximation(parsed.value)
-    y = plain_number(split_unit(number).value)
+    exact = split_unit(value)
+    about = split_unit(number)
+    parsed = algebra.parse(exact.value)
+    y = plain_number(about.value)
     rounded = y and approximation(rational(y.value))
-    if x is None or y is None or rounded is None:
+    other_units = exact.percent != about.percent or (
+        exact.unit and about.unit and exact.unit != about.unit
+    )
+    if parsed is None or parsed.opaque or y is None or rounded is None or other_units:
         return True
+    x = approximation(parsed.value)
+    if x is None:  # it has a variable or i, or is beyond fp64
+        return False
     gap = abs(x - rounded)
     if y.places:
         return gap < 10.0**-y.places
