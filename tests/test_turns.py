@@ -216,7 +216,7 @@ def test_an_end_that_is_not_marked_as_special_is_not_judged():
 
 
 def test_a_template_may_end_the_last_turn_with_another_token():
-    tokenizer = family("chatml").tokenizer
+    tokenizer = family("chatml-base").tokenizer  # its eos_token is not the one in the middle
     tokenizer.chat_template = families.CHATML.replace(
         "<|im_end|>", "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}"
     )
