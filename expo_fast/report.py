@@ -4,13 +4,16 @@ Runs that differ only in their seed count as one configuration. A run that canno
 a crash, is left out with a warning.
 """
 
-import sys
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("report"))
+
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import from_flags
 from expo_fast.reporting.page import render
 from expo_fast.reporting.runs import Run, group_runs, load_run
@@ -64,7 +67,3 @@ def load_runs(names: Sequence[str]) -> tuple[list[Run], list[str]]:
     for error in errors:
         warnings.warn(f"a run is left out: {error}", stacklevel=2)
     return runs, [str(error) for error in errors]
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
