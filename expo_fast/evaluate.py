@@ -3,9 +3,13 @@
 The last line of stdout is a JSON object with `Evaluation.summary` and the names of model and data.
 """
 
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("evaluate"))
+
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +21,10 @@ import torch
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.algorithms.rollout import Verifier
 from expo_fast.algorithms.training_data import check_answers, check_ids
-from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
 from expo_fast.data.answer_grading import last_boxed
-from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
+from expo_fast.data.problems import Problem, load_problems, split_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
@@ -175,9 +178,7 @@ def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
     train_split = re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", config.data)
     source = config.shots_data or train_split
     candidates = load_problems(source, levels=levels)
-    shots, _ = worked_examples(candidates, config.shots)
-    shown = overlap(shots, problems)
-    problems = [problem for problem in problems if problem not in shown]
+    shots, problems = split_examples(candidates, config.shots, problems)
     return problems, shots
 
 
@@ -195,7 +196,3 @@ def check_prompts(
         check_ids(problem, prompt, prompter, model.shape.vocabulary)
         new_tokens = config.max_completion_length
         check_length(problem, prompt, new=new_tokens, context=model.shape.context)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -3,9 +3,14 @@
 Without flags, it runs the default job. `run` is the same for Python programs and notebooks.
 """
 
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("train"))
+
+import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +34,6 @@ from expo_fast.algorithms.training_data import (
     check_token_ids,
     load_training_data,
 )
-from expo_fast.cli import exit_status
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -43,6 +47,7 @@ from expo_fast.op_backends import dispatch
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
 from expo_fast.reporting.timing import Phases
+from expo_fast.reporting.trackers import check_trackers
 from expo_fast.reward import boxed_answer_reward, score_answers
 from expo_fast.reward_functions import (
     Reward,
@@ -107,6 +112,7 @@ def run(config: Train) -> TrainResult:
     With `config.dry_run`, everything is checked and no step runs.
     Raise ValueError or OSError for an error that a user can correct.
     """
+    check_trackers(config.report_to)
     check_run_dir(config)
     data = load_training_data(config)
     trainer = build_trainer(config, data)
@@ -126,7 +132,7 @@ def run(config: Train) -> TrainResult:
         return result_of(trainer)
     with (
         checkpoint.run_lock(config.run_dir),
-        RunLog(config.run_dir, total_steps=config.steps) as log,
+        open_log(config) as log,
     ):
         log.note(f"run directory: {config.run_dir}")
         check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
@@ -136,6 +142,7 @@ def run(config: Train) -> TrainResult:
             dpo.open_pair_store(trainer, config.run_dir, start)
         begin_record(config, resumed_from, start, log)
         write_base(trainer, log)
+        log.open_trackers()
         train(trainer, data.held_out, log, start)
     return result_of(trainer)
 
@@ -147,6 +154,17 @@ def result_of(trainer: Trainer) -> TrainResult:
         model=trainer.model,
         tokenizer=trainer.prompter.tokenizer,
         generator=trainer.generator,
+    )
+
+
+def open_log(config: Train) -> RunLog:
+    """Return the log of the run."""
+    return RunLog(
+        config.run_dir,
+        total_steps=config.steps,
+        loop=config.spec.loop,
+        config=dataclasses.asdict(config),
+        report_to=config.report_to,
     )
 
 
@@ -320,7 +338,3 @@ def summary(config: Train) -> Iterator[str]:
     model = checkpoint.newest(config.run_dir)
     if model is not None:
         yield f"model: {model}"
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status.run(main))

@@ -759,6 +759,57 @@ def test_vmap_without_gradients_is_a_loop(loss_of, backend):
     assert torch.equal(got, torch.stack([f(hidden) for hidden in many]))
 
 
+CONSTANTS: dict[str, tuple[Loss, tuple[int, ...]]] = {
+    "advantage": (policy, (N,)),
+    "row_weight": (policy, (N,)),
+    "old_logp": (policy, (N,)),
+    "temperature": (logprob, (N,)),
+    "ref_logp": (preference, (4,)),
+    "pair_weight": (preference, (2,)),
+}
+
+
+@pytest.mark.parametrize("name", ["jvp", "grad"])
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_a_derivative_in_a_constant_is_refused(constant, name):
+    """It would be 0, because the ops detach all but hidden states, weights and biases."""
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    loss_of, shape = CONSTANTS[constant]
+    known = {"advantage": ramp(targets), "row_weight": ramp(targets).abs() + 0.1}
+    says, call = REFUSED[NAMES.index(name)]
+
+    def f(x: Tensor) -> Tensor:
+        if constant in known:
+            given = known | {constant: x}
+            return linear_policy_loss(hidden, weight, targets, **given).loss
+        return loss_of(hidden, weight, targets, **{constant: x})
+
+    with pytest.raises(NotImplementedError, match=says):
+        call(f, torch.rand(shape) + 0.5)
+
+
+def test_several_gradients_at_once_are_those_of_a_loop(loss_of, backend):
+    """is_grads_batched, and the reverse mode of a vectorized Jacobian."""
+    hidden, weight, targets = make_inputs()
+    loss = loss_of(hidden, weight, targets, backend=backend)
+    scales = torch.tensor([1.0, -2.0, 0.5])
+    inputs = hidden, weight
+    got = torch.autograd.grad(loss, inputs, scales, is_grads_batched=True, retain_graph=True)
+    for i, scale in enumerate(scales):
+        truth = torch.autograd.grad(loss, inputs, scale, retain_graph=True)
+        same([grad[i] for grad in got], truth, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["hvp", "vhp"])
+def test_a_second_derivative_of_a_compiled_loss_is_refused(loss_of, name):
+    """Compiled, the gradient is an output of the forward, on which no input seems to depend."""
+    torch._dynamo.reset()
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    f = torch.compile(partial(loss_of, weight=weight, targets=targets), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"differentiable once|double backward"):
+        TWICE[name](f, hidden)
+
+
 def test_functional_call_and_an_unrelated_tangent_change_nothing(loss_of, backend):
     hidden, weight, targets = make_inputs()
     module = torch.nn.Linear(D, D, bias=False)

@@ -138,7 +138,10 @@ def test_an_annotation_of_messages_gives_messages_for_text_data_too(tmp_path, an
     assert rewarded(load(tmp_path, source, "f")) == [len(text) for text in TEXTS]
 
 
-@pytest.mark.parametrize("annotation", ["list[str]", "list", "list[str] | list[list[dict]]"])
+@pytest.mark.parametrize(
+    "annotation",
+    ["list[str]", "list", "list[str] | list[list[dict]]", "list[list[dict]] | list[str]"],
+)
 def test_other_annotations_give_the_form_of_the_data(tmp_path, annotation):
     source = f"""
     def f(completions: {annotation}, **kwargs):
@@ -176,6 +179,10 @@ def scaled(completion_ids, level, **kwargs):
     return [level * len(ids) for ids in completion_ids]
 
 
+def hinted(completion_ids, hint, **kwargs):
+    return [hint * len(ids) for ids in completion_ids]
+
+
 async def awaited(completion_ids, **kwargs):
     await asyncio.sleep(0)
     return [float(len(ids)) for ids in completion_ids]
@@ -185,6 +192,7 @@ FORMS: dict[str, tuple[Callable, list[float], str]] = {
     "a callable object": (Length(), [9, 12], "Length"),
     "a partial": (functools.partial(Length(), scale=2.0), [18, 24], "Length"),
     "a partial of what would be a column": (functools.partial(scaled, level=3), [27, 36], "scaled"),
+    "a partial of a column": (functools.partial(hinted, hint=3), [27, 36], "hinted"),
     "a bound method": (Length().__call__, [9, 12], "__call__"),
     "a coroutine function": (awaited, [9, 12], "awaited"),
     "a partial of one": (functools.partial(awaited), [9, 12], "awaited"),
@@ -437,6 +445,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def takes_over(completions, log_metric, log_extra):
             log_metric("loss", 1.0)
             return [0.0 for _ in completions]
+        def takes_over_dpo(completions, log_metric):
+            log_metric("rewards/margins", 1.0)
+            return [float(i % 2) for i, _ in enumerate(completions)]
+        def takes_over_pairs(completions, log_metric):
+            log_metric("pairs/tokens", 1.0)
+            return [float(i % 2) for i, _ in enumerate(completions)]
+        def steps(completions, log_metric):
+            log_metric("steps of the proof", 2.0)
+            return [0.0 for _ in completions]
         def takes_a_column(completions, log_extra):
             log_extra("advantage", [0 for _ in completions])
             return [0.0 for _ in completions]
@@ -491,6 +508,22 @@ def test_functions_that_do_not_fit_a_run_are_refused(folder, tmp_path, names, er
     with pytest.raises(error) as e:
         run(folder, tmp_path / "run", "text", names)
     assert re.search(says, f"{e.value} {e.value.__cause__}")
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("takes_over_dpo", "rewards/margins"), ("takes_over_pairs", "pairs/tokens")],
+)
+def test_a_metric_of_preference_training_is_not_overwritten(folder, tmp_path, name, metric):
+    expert_dpo = ("--method", "expert-dpo")
+    with pytest.raises(RuntimeError) as e:
+        run(folder, tmp_path / "run", "text", name, *expert_dpo)
+    assert f"log_metric: '{metric}' is a metric of the trainer's" in str(e.value.__cause__)
+
+
+def test_a_metric_may_begin_with_the_name_of_another(folder: Path, tmp_path: Path):
+    rows = run(folder, tmp_path / "run", "text", "steps")
+    assert rows[0]["steps of the proof"] == 2
 
 
 @pytest.mark.parametrize("name", ["log_metric", "trainer_state", "prompts"])

@@ -8,7 +8,7 @@ from expo_fast.algorithms.diagnostics import expert_ids
 from expo_fast.algorithms.explanations import answer_after
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
-from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
+from expo_fast.data.problems import Problem, load_problems, overlap, split_examples
 from expo_fast.data.prompts import Prompter, boxed, check_length, expert_text
 from expo_fast.reward_functions import check_reward_columns
 
@@ -34,9 +34,7 @@ def load_training_data(config: Train) -> TrainingData:
     shots_source = problems
     if config.shots_data:
         shots_source = load_problems(config.shots_data, levels=config.levels)
-    shots, _ = worked_examples(shots_source, config.shots)
-    shown = overlap(shots, problems)
-    problems = [problem for problem in problems if problem not in shown]
+    shots, problems = split_examples(shots_source, config.shots, problems)
     held_out = []
     if config.eval_every:
         held_out = load_problems(config.eval_data, levels=config.levels, limit=config.eval_limit)

@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from itertools import chain
 
 from expo_fast.answers import algebra
-from expo_fast.answers.real_sets import Piece, RealSet, real_set
+from expo_fast.answers.real_sets import OR, Piece, RealSet, real_set
 from expo_fast.answers.structures import (
     MAX_ITEMS,
     Bracketed,
@@ -130,7 +130,8 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return PASS
     if max(len(x.items), len(y.items)) > MAX_ITEMS:
         return None
-    if not _same_brackets(x.brackets, y.brackets):
+    alternatives = not y.brackets and OR.search(box)  # 1 or 2 is no point
+    if not _same_brackets(x.brackets, y.brackets) or (x.is_tuple and alternatives):
         return False
     if x.is_tuple or y.is_tuple:
         return _same_tuple(x, y, equal)

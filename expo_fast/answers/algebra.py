@@ -273,8 +273,9 @@ class Parser:
             raise Unsupported("a numeral in a base")
         if self.next == r"\frac" and "." not in literal:
             fraction = self.command()
-            if as_number(fraction) is not None and self.next != "^":
-                return add(value, fraction)
+            part = as_number(fraction)
+            if part is not None and self.next != "^":
+                return add(value, fraction) if part > 0 else multiply(value, fraction)
             if self.next == "^":
                 raise Unsupported("a power of a mixed number")
             return multiply(value, fraction)

@@ -6,7 +6,7 @@ from expo_fast.answers import algebra
 from expo_fast.answers.numbers import plain_number, same_number
 from expo_fast.answers.quotients import constant, linear_in_one_variable
 from expo_fast.answers.structures import COMMA, labelled, split_top
-from expo_fast.answers.units import Quantity, same_dimension, split_unit
+from expo_fast.answers.units import Quantity, same_dimension, split_unit, unit_of
 from expo_fast.answers.verdicts import PASS, Comparer, Pass, Verdict, every
 
 CLOCK = re.compile(
@@ -207,6 +207,10 @@ def _numeral(text: str) -> tuple[str, int] | None:
     return digits.upper().lstrip("0") or "0", base
 
 
+DEGREES = unit_of(r"\text{degrees}", wrapped=True, spaced=True)
+RADIANS = unit_of(r"\text{radians}", wrapped=True, spaced=True)
+
+
 def units(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Compare values with units.
 
@@ -219,10 +223,20 @@ def units(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return PASS
     if not (x.unit or y.unit or x.percent or y.percent):
         return PASS
+    if _is_in_radians(x, y, gold):
+        return True
     verdict = _same_quantity(x, y, equal)
     if not verdict and (x.ambiguous or y.ambiguous) and not (x.percent or y.percent):
         return PASS
     return verdict
+
+
+def _is_in_radians(x: Quantity, y: Quantity, gold: str) -> bool:
+    r"""Return whether a reference with the sign of degrees, 90^\circ, is answered by \pi/2."""
+    in_degrees = gold.endswith(r"^\circ") and x.unit == DEGREES
+    if not in_degrees or y.percent or y.unit not in (None, RADIANS) or r"\pi" not in y.value:
+        return False
+    return algebra.same_expression(rf"({x.value}) \pi", f"180 ({y.value})") is True
 
 
 def _same_quantity(x: Quantity, y: Quantity, equal: Comparer) -> Verdict:

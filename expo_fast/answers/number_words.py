@@ -88,7 +88,7 @@ def _value(words: str) -> int | None:
             group = 0
             smallest = 1000
         elif word == "hundred":
-            if not 0 < group < 10:
+            if not 0 < group < 100:  # fifteen hundred
                 return None
             group *= 100
             smallest = 100

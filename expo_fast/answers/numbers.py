@@ -10,7 +10,7 @@ DECIMAL = re.compile(
 FRACTION = re.compile(
     r"(?P<sign>[+-]?) ?(?:(?P<whole>\d+) )?(?P<numerator>\d+) ?/ ?(?P<denominator>\d+)"
 )
-FRAC = re.compile(r" ?\\[dtc]?frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))(?!\d)")
+FRAC = re.compile(r" ?\\[dtc]?frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))(?!\d)")
 # 1.5e-7, 1.5 \times 10^{-7}, 10^{-7}. Exponents have at most three digits, so that the value is
 # small enough to compute.
 SCIENTIFIC = re.compile(

@@ -23,6 +23,7 @@ Monomial = tuple[tuple[str, int], ...]  # generators and their exponents, sorted
 Terms = dict[Monomial, Fraction]
 
 ONE: Monomial = ()
+CONSTANTS = {r"\pi": math.pi, "e": math.e}
 I = "i"  # noqa: E741  (the name of the imaginary unit)
 
 
@@ -140,6 +141,27 @@ def as_number(a: Quotient) -> Fraction | None:
     if a.top.keys() <= {ONE} and a.bottom.keys() == {ONE}:
         return a.top.get(ONE, Fraction(0)) / a.bottom[ONE]
     return None
+
+
+def approximation(a: Quotient) -> float | None:
+    """Return a number made of rationals, square roots, pi and e; None for another quotient."""
+    try:
+        return _sum_of_terms(a.top) / _sum_of_terms(a.bottom)
+    except (KeyError, OverflowError, ZeroDivisionError):
+        return None
+
+
+def _sum_of_terms(terms: Terms) -> float:
+    """Return the value of a polynomial. Raise KeyError if it has a variable."""
+    total = 0.0
+    for monomial, coefficient in terms.items():
+        factor = float(coefficient)
+        for name, exponent in monomial:
+            square = _square(name) or 0
+            value = math.sqrt(square) if square > 0 else CONSTANTS[name]
+            factor *= value**exponent
+        total += factor
+    return total
 
 
 def power(base: Quotient, exponent: int) -> Quotient:

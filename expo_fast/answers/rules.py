@@ -14,9 +14,10 @@ from expo_fast.answers.notations import (
     units,
 )
 from expo_fast.answers.numbers import plain_number, same_number
-from expo_fast.answers.quotients import ratio
+from expo_fast.answers.quotients import approximation, linear_in_one_variable, ratio
 from expo_fast.answers.spelling import squash
 from expo_fast.answers.structures import RELATIONS, labelled, same_label, split_top
+from expo_fast.answers.units import split_unit
 from expo_fast.answers.verdicts import PASS, Comparer, Leaf, Pass, Rule, Verdict, every
 
 # Texts and numbers
@@ -34,6 +35,25 @@ def numbers(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     x = plain_number(gold)
     y = plain_number(box)
     return same_number(x, y) if x and y else PASS
+
+
+INTEGRAL = re.compile(r"(?P<value>.*[^-+*/^_({ ]) ?\+ ?C")
+CONSTANT_OF_INTEGRATION = re.compile(
+    r"(?P<value>.*[^-+*/^_({ ]) ?\+ ?(?P<name>[CcKk])(?:_ ?\{? ?\d ?\}?)?"
+)
+
+
+def antiderivatives(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
+    """Accept another name for the constant C of integration after a term with a variable."""
+    x = INTEGRAL.fullmatch(gold)
+    y = CONSTANT_OF_INTEGRATION.fullmatch(box)
+    if x is None or y is None or box.endswith("C"):
+        return PASS
+    letters = "".join(re.findall(r"\\[A-Za-z]+|([A-Za-z])", x["value"]))
+    taken = re.findall(r"\\[A-Za-z]+|[A-Za-z]", y["value"])
+    if not letters.islower() or y["name"] in taken:  # C is a variable among others
+        return PASS
+    return equal(x["value"], y["value"])
 
 
 # Equations
@@ -98,8 +118,29 @@ def _chain_value(text: str, equal: Comparer) -> tuple[str, Verdict]:
     r"""Return the value of `5 + 3 = 8` or `\frac13 \approx 0.33`, and whether the chain holds."""
     sides, signs = split_top(text, RELATIONS)
     if r"\approx" in signs:
-        sides = sides[: signs.index(r"\approx") + 1]
+        exact = signs.index(r"\approx")
+        if not all(_may_be_rounded_to(sides[exact], each) for each in sides[exact + 1 :]):
+            return sides[exact], False
+        sides = sides[: exact + 1]
     return sides[-1], every(_is_written_as(a, b, equal) for a, b in pairwise(sides))
+
+
+def _may_be_rounded_to(value: str, number: str) -> bool:
+    """Return whether a value may be rounded to a number: 2.5 to 3, 1234 to 1200, but not 8 to 9.
+
+    True for a value or a number that is not read here.
+    """
+    parsed = algebra.parse(split_unit(value).value)
+    x = parsed and approximation(parsed.value)
+    y = plain_number(split_unit(number).value)
+    if x is None or y is None:
+        return True
+    gap = abs(x - float(y.value))
+    if y.places:
+        return gap < 10.0**-y.places
+    digits = str(abs(y.value))
+    zeros = len(digits) - len(digits.rstrip("0"))
+    return gap <= 10**zeros / 2
 
 
 def _is_written_as(value: str, number: str, equal: Comparer) -> Verdict:
@@ -153,6 +194,28 @@ def _phrase(text: str) -> str:
     return ARTICLE.sub("", " ".join(plain.split()))
 
 
+ENDS_IN_UNIT = re.compile(r".*\d ?[ij]")
+
+
+def complex_numbers(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
+    """Take j for the imaginary unit, as in 3 + 4j. 4j alone may be a vector or a variable."""
+    if not ENDS_IN_UNIT.fullmatch(gold) or not ENDS_IN_UNIT.fullmatch(box):
+        return PASS
+    units = [_unit_of_complex_number(text) for text in (gold, box)]
+    if sorted(filter(None, units)) != ["i", "j"]:
+        return PASS
+    return equal(*(text[:-1] + "i" for text in (gold, box)))
+
+
+def _unit_of_complex_number(text: str) -> str | None:
+    """Return the i or j of a number with both parts; None for another text."""
+    parsed = algebra.parse(text)
+    linear = parsed and linear_in_one_variable(parsed.value.top)
+    if not linear or not linear[2]:
+        return None
+    return linear[0] if text.count(linear[0]) == 1 else None
+
+
 def expressions(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Compare polynomials, their quotients, roots, i and pi exactly."""
     verdict = algebra.same_expression(gold, box)
@@ -162,6 +225,8 @@ def expressions(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
 RULES: tuple[Rule, ...] = (
     same_text,  # (1, 2) and ( 1,2 )
     numbers,  # 0.5, 1/2, 5e-1
+    antiderivatives,  # x^2 + C, x^2 + K
+    complex_numbers,  # 3 + 4i, 3 + 4j
     clock_times,  # 3:30 PM, 15:30
     choices,  # (B), B
     ratios,  # 2:3

@@ -208,6 +208,8 @@ ABOUT = re.compile(
     re.IGNORECASE,
 )
 EDGES = re.compile(r"^(?:\\\\|[\s,;:=`]|\*\*)+|(?:\\\\|\\|[\s,;:`]|\*\*|(?<!\\ldots)\.)+$")
+# 6th, 6^{th}, 6\text{th}
+ORDINAL = re.compile(r"(\d+)(?: ?\^ ?)?[{ ]*(?:\\text ?\{ ?)?(?:st|nd|rd|th)[} ]*")
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")  # a text that needs no change
 WRAPPED = re.compile(r"\\text ?\{([^{}]*)\}")
 
@@ -231,6 +233,9 @@ def tidy(text: str) -> str:
     text = LEAD_IN.sub("", text, count=1) if LEAD_IN.match(text) else text
     text = ABOUT.sub("", text, count=1) if ABOUT.match(text) else text
     text = strip_edges(text)
+    ordinal = ORDINAL.fullmatch(text)
+    if ordinal:
+        return ordinal[1]
     wrapped = WRAPPED.fullmatch(text)
     if wrapped:
         text = strip_edges(wrapped[1])

@@ -13,7 +13,15 @@ MAX_ITEMS = 64
 _PIECE = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPENING = frozenset([*"([{", r"\{", r"\langle", r"\lceil", r"\lfloor", r"\begin"])
 _CLOSING = frozenset([*")]}", r"\}", r"\rangle", r"\rceil", r"\rfloor", r"\end"])
-_AND = re.compile(r"\\text ?\{ ?,? ?(and|or) ?\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
+
+
+def connective(words: str, *more: str) -> re.Pattern[str]:
+    r"""Return a pattern of words between parts, in \text{} or not, and of `more` patterns."""
+    bare = rf"(?<![A-Za-z\\])(?:{words})(?![A-Za-z])"
+    return re.compile("|".join([rf"\\text ?\{{ ?,? ?(?:{words}) ?\}}", bare, *more]))
+
+
+AND = connective("and|or")
 
 Separated = tuple[list[str], list[str]]  # parts, and the separators between them
 
@@ -38,7 +46,12 @@ def split_top(text: str, separators: frozenset[str]) -> Separated:
     return parts, found
 
 
-CASES = re.compile(r"\\begin ?\{cases\}(.*)\\end ?\{cases\}", re.DOTALL)
+# a system of equations
+CASES = re.compile(
+    r"(?:\\\{ ?)?\\begin ?\{(?P<kind>cases|aligned|array)\}(?: ?\{[clr| ]*\})?"
+    r"(?P<content>.*=.*)\\end ?\{(?P=kind)\}",
+    re.DOTALL,
+)
 COMMA = frozenset(",")
 SEMICOLON = frozenset(";")
 
@@ -49,8 +62,8 @@ def list_items(text: str) -> list[str]:
         return [text]
     system = CASES.fullmatch(text)
     if system:
-        text = system[1].replace(r"\\", ",").replace("&", " ")
-    text = _AND.sub(",", text)
+        text = system["content"].replace(r"\\", ",").replace("&", " ")
+    text = AND.sub(",", text)
     for separator in (SEMICOLON, COMMA):
         parts, _ = split_top(text, separator)
         items = [digits_for_words(strip_edges(part)) for part in parts]
@@ -166,7 +179,7 @@ def matrix_rows(text: str) -> tuple[str, list[list[str]]] | None:
     The kind is "matrix", or the name of the environment for a determinant or a norm.
     """
     match = MATRIX.fullmatch(text)
-    if match is None or r"\begin" in match["content"]:
+    if match is None or r"\begin" in match["content"] or "=" in match["content"]:
         return None
     kind = match["kind"] if match["kind"].startswith(("v", "V")) else "matrix"
     rows = []

@@ -52,11 +52,12 @@ _SIZES: dict[str, dict[str, int | str]] = {
     "fahrenheit": {"fahrenheit": 1},
     "unit": {"unit": 1},
     "acre": {"acre": 1},
-    "energy": {"joule": 1},
-    "force": {"newton": 1},
-    "frequency": {"hertz hz": 1},
-    "power": {"watt": 1},
-    "voltage": {"volt": 1},
+    "energy": {"joule J": 1},
+    "force": {"newton N": 1},
+    "frequency": {"hertz hz Hz": 1},
+    "power": {"watt W": 1},
+    "voltage": {"volt V": 1},
+    "pressure": {"pascal Pa": 1, "kilopascal kPa": 1000},
     "charge": {"coulomb": 1},
 }
 _COMPOUNDS = {"mph": "mile", "kph": "km", "kmh": "km", "kmph": "km"}  # per hour

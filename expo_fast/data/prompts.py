@@ -74,6 +74,18 @@ class Prompter:
         digest = hashlib.sha256(repr(rendered).encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def ends_hash(self) -> str:
+        """A hash that changes with everything that ends a completion.
+
+        It is no part of `template_hash`, so that this stays that of earlier runs.
+        """
+        turn = self.turn
+        trained_on = (turn.end_text, turn.end_ids)
+        stopped_at = (turn.stop_ids, turn.stop_strings, sorted(self.ends))
+        digest = hashlib.sha256(repr((trained_on, stopped_at)).encode())
+        return digest.hexdigest()[:16]
+
     # Completions
 
     def expert(self, problem: Problem) -> TokenIds:

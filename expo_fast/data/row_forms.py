@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from expo_fast.data.answer_grading import last_boxed, last_boxed_span
-from expo_fast.data.columns import GSM8K_ANSWER, read_answer, read_solution, shown, split_gsm8k
+from expo_fast.data.columns import (
+    GSM8K_ANSWER,
+    is_number,
+    read_answer,
+    read_solution,
+    shown,
+    split_gsm8k,
+)
 
 LONGEST_ANSWER = 100  # characters of a solution without a box that counts as the answer
 
@@ -104,6 +111,8 @@ def find_answer(where: str, columns: dict[str, Any], *, required: bool) -> Answe
     """
     is_there = "answer" in columns
     answer = columns.pop("answer", None)
+    if answer is None and is_number(columns.get("solution")):
+        columns["solution"] = read_answer(f"{where}: solution", columns["solution"])
     solution = read_solution(f"{where}: solution", columns.get("solution"))
     if answer is not None and (required or answer != ""):
         columns.pop("solution", None)

@@ -45,8 +45,13 @@ def check_transforms(*inputs: Tensor | None) -> None:
                 raise NotImplementedError(TORCH_FUNC)
 
 
+def is_batched(x: Tensor) -> bool:
+    """Return whether a tensor stands for several, under torch.func.vmap or is_grads_batched."""
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
 def _has_tangent(layer: Tensor) -> bool:
-    if functorch.is_batchedtensor(layer):  # the layer inside has the tangent
+    if is_batched(layer):  # the layer inside has the tangent
         return False
     return forward_ad.unpack_dual(layer).tangent is not None
 
