@@ -285,6 +285,17 @@ def has_name(module: object, dotted: str) -> bool:
     return hasattr(holder, name) or name in fields
 
 
+def test_each_cell_of_the_comparison_has_a_source():
+    rows = [
+        line.strip("|").split(" | ")
+        for line in page_text("docs/comparison.md").splitlines()
+        if line.startswith("| **")
+    ]
+    assert len(rows) >= 12
+    assert [cell for row in rows for cell in row[1:] if "([source](" not in cell] == []
+    assert {len(row) for row in rows} == {7}
+
+
 def test_each_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
     docs = [page for page in PAGES if page.startswith("docs/")]
