@@ -114,6 +114,7 @@ def run(config: Train) -> TrainResult:
     check_trackers(config.report_to)
     check_run_dir(config)
     data = load_training_data(config)
+    config = config.resolve_epochs(len(data.problems))
     trainer = build_trainer(config, data)
     if trainer.model.device.type == "cpu":
         dispatch.compiles()  # called here to report a missing compiler before the run begins

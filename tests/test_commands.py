@@ -166,3 +166,9 @@ def module_of(requirement: str) -> str:
     name = re.match(r"[\w-]+", requirement)
     assert name is not None
     return name[0].replace("-", "_")
+
+
+def test_make_train_says_where_the_packages_are():
+    command = ["make", "--dry-run", "--always-make", "train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "source .venv/bin/activate" in done.stdout.splitlines()[-1]
