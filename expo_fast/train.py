@@ -40,6 +40,7 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
+from expo_fast.inspection.memory import estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.op_backends import dispatch
@@ -128,7 +129,7 @@ def run(config: Train) -> TrainResult:
         restored = restore(config, trainer)
         check_continuation(trainer, start=restored[1])
     if config.dry_run:
-        print(dump_toml(config), end="", flush=True)
+        print_dry_run(trainer)
         return result_of(trainer)
     with (
         checkpoint.run_lock(config.run_dir),
@@ -155,6 +156,15 @@ def result_of(trainer: Trainer) -> TrainResult:
         tokenizer=trainer.prompter.tokenizer,
         generator=trainer.generator,
     )
+
+
+def print_dry_run(trainer: Trainer) -> None:
+    """Print the configuration as TOML, with an estimate of the run's memory in comments."""
+    config = trainer.config
+    print(dump_toml(config), end="")
+    estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
+    for line in memory_lines(config, estimate):
+        print(f"# {line}")
 
 
 def open_log(config: Train) -> RunLog:
