@@ -27,6 +27,7 @@ ADJUSTABLE = (
     "checkpoint_every",
     "keep_checkpoints",
     "diagnose",
+    "report_to",
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
@@ -261,6 +262,8 @@ class Train(Prompting):
     diagnose: int = 4
     """Number of questions whose likelihoods are compared each step (nll, lift, logp_gap); 0:
     none."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)
+    """One or more tools that record the metrics beside metrics.jsonl; none: no tool."""
 
     def _faults(self) -> Iterator[Fault]:
         yield from self._options_without_effect()
@@ -277,6 +280,8 @@ class Train(Prompting):
         yield from _require(self, "output_dir", self.output_dir != "", folder)
         source = "auto, never or a checkpoint's folder"
         yield from _require(self, "resume", self.resume != "", source)
+        alone = len(self.report_to) == 1 or "none" not in self.report_to
+        yield from _require(self, "report_to", alone, "none alone, or the names of tools")
         yield from self._faults_of_the_length()
         yield from self._faults_of_sampling()
         yield from self._faults_of_rewards()
@@ -394,6 +399,20 @@ class Train(Prompting):
         if not self.generation_budget:
             return self.num_generations
         return self.generation_budget - self.n_explanations
+
+    @property
+    def needs_frozen_reference(self) -> bool:
+        """Whether the run needs a frozen copy of the initial policy.
+
+        Offline pairs need none, because they get their log-probs before the first step. With LoRA,
+        the initial policy is the model with its adapter switched off.
+        """
+        if self.lora_rank:
+            return False
+        if self.kl_coef > 0:
+            return True
+        online = self.pairs_every > 0 and not self.refresh_reference
+        return online and PREFERENCE_OBJECTIVES[self.preference].needs_reference
 
     @property
     def run_dir(self) -> Path:

@@ -24,7 +24,7 @@ from expo_fast.algorithms.training_data import check_answers, check_ids
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
 from expo_fast.data.answer_grading import last_boxed
-from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
+from expo_fast.data.problems import Problem, load_problems, split_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
@@ -178,9 +178,7 @@ def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
     train_split = re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", config.data)
     source = config.shots_data or train_split
     candidates = load_problems(source, levels=levels)
-    shots, _ = worked_examples(candidates, config.shots)
-    shown = overlap(shots, problems)
-    problems = [problem for problem in problems if problem not in shown]
+    shots, problems = split_examples(candidates, config.shots, problems)
     return problems, shots
 
 

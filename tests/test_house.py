@@ -23,7 +23,12 @@ OURS = sorted(
     if path.parent != PACKAGE / "kernels"  # the link
 )
 TESTS = sorted(ROOT.glob("tests/*.py"))
-PYTHON = [*OURS, *TESTS, *sorted(ROOT.glob("benchmarks/**/*.py"))]
+PROGRAMS = [
+    *ROOT.glob("benchmarks/**/*.py"),
+    *ROOT.glob("examples/*.py"),
+    *ROOT.glob("docs/**/*.py"),
+]
+PYTHON = [*OURS, *TESTS, *sorted(PROGRAMS)]
 MOST_FLAT_MODULES = 14
 MOST_TOKENS = 600  # of a function; 50 lines have about 400
 
@@ -56,7 +61,7 @@ ORDER = [
 
 # Missing from a bare GPU image, where ops, model, generator and benchmarks must still run.
 OPTIONAL = {"datasets", "flash_attn", "gguf", "liger_kernel", "math_verify", "rich", "tensorboard"}
-OPTIONAL |= {"sympy", "tyro", "peft", "matplotlib"}
+OPTIONAL |= {"sympy", "tyro", "peft", "pandas", "trackio", "vl_convert", "wandb"}
 
 of_a_checkout = pytest.mark.skipif(
     not (PACKAGE / "kernels").is_symlink(),

@@ -55,10 +55,11 @@ def test_the_wheel_holds_every_source_and_nothing_else(installed: Path):
     kernels = {f"expo_fast/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
     csrc = {f"expo_fast/csrc/{path.name}" for path in ROOT.glob("csrc/*")}
     presets = {f"expo_fast/presets/{path.name}" for path in ROOT.glob("expo_fast/presets/*.toml")}
+    page = {f"expo_fast/reporting/{x}" for x in ("report.css", "report.js", "vega_licenses.txt")}
     files = [path for path in installed.rglob("*") if path.is_file()]
     shipped = {path.relative_to(installed).as_posix() for path in files}
     ours = {path for path in shipped if ".dist-info/" not in path}
-    assert ours == sources() | kernels | csrc | presets | {"expo_fast/py.typed"}
+    assert ours == sources() | kernels | csrc | presets | page | {"expo_fast/py.typed"}
 
 
 def sources() -> set[str]:

@@ -8,7 +8,7 @@ from expo_fast.algorithms.diagnostics import expert_ids
 from expo_fast.algorithms.explanations import answer_after
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
-from expo_fast.data.problems import Problem, load_problems, overlap, worked_examples
+from expo_fast.data.problems import Problem, load_problems, overlap, split_examples
 from expo_fast.data.prompts import Prompter, boxed, check_length, expert_text
 from expo_fast.reward_functions import check_reward_columns
 
@@ -34,9 +34,7 @@ def load_training_data(config: Train) -> TrainingData:
     shots_source = problems
     if config.shots_data:
         shots_source = load_problems(config.shots_data, levels=config.levels)
-    shots, _ = worked_examples(shots_source, config.shots)
-    shown = overlap(shots, problems)
-    problems = [problem for problem in problems if problem not in shown]
+    shots, problems = split_examples(shots_source, config.shots, problems)
     held_out = []
     if config.eval_every:
         held_out = load_problems(config.eval_data, levels=config.levels, limit=config.eval_limit)
@@ -58,7 +56,7 @@ def load_training_data(config: Train) -> TrainingData:
 
 
 def check_answers(source: str, problems: Sequence[Problem]) -> None:
-    """Raise ValueError if a problem has no answer to judge attempts by."""
+    """Raise ValueError if a problem has no answer, which is needed to judge attempts."""
     for problem in problems:
         if not problem.answer:
             raise ValueError(f"{source}: problem {problem.id} has no 'answer' to judge attempts by")
@@ -90,7 +88,7 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
             raise ValueError(
                 f"problem {problem.id} has {has} and no 'answer': "
                 f"--method {config.method} needs one to judge attempts; --method dpo trains on "
-                "pairs"
+                "pairs without answers"
             )
         if config.reward:
             check_reward_columns(config.train_data, problem)
@@ -115,6 +113,7 @@ def needs_answer(config: Train, problem: Problem) -> bool:
 
 
 def boxes_another_answer(solution: str, answer: str) -> bool:
+    """Return whether the last box of a solution differs from the answer, False if unknown."""
     boxed = last_boxed(solution) or ""
     return decide(tidy(answer), tidy(boxed)) is False
 
@@ -160,7 +159,8 @@ def check_token_ids(
 ) -> None:
     """Raise ValueError if a text of the run has a token that the model's embedding lacks.
 
-    vocabulary: the rows of the embedding. A tokenizer may have more tokens if no text has them.
+    vocabulary: the number of rows of the embedding. A tokenizer may have more tokens, if no text
+        contains them.
     """
     if fits_embedding(prompter, vocabulary):
         return
@@ -192,7 +192,7 @@ def check_ids(problem: Problem, ids: Sequence[int], prompter: Prompter, vocabula
 
 
 def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[tuple[int, ...]]:
-    """Yield the token ids of a problem's texts that the run makes besides the data's own texts."""
+    """Yield the token ids of the texts that the run makes from a problem, such as prompts."""
     yield prompter.solve(problem)
     if config.explains:
         yield prompter.explain(problem)
@@ -202,7 +202,7 @@ def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[t
         yield prompter.longer((), boxed(problem.answer))
     samples_text = config.explains or config.spec.samples_pairs
     if samples_text and prompter.stop_strings:
-        yield prompter.longer((), "")  # the end, which replaces the stop string
+        yield prompter.longer((), "")  # the end of a turn, which replaces the stop string
     if config.spec.samples_attempts and config.diagnose:
         expert = expert_ids(problem, prompter)
         if expert is not None:

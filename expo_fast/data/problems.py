@@ -30,6 +30,7 @@ from expo_fast.data.row_forms import Answer, extract_prompt, find_answer
 from expo_fast.data.sources import Row, read_rows
 
 QUESTION_COLUMNS = ("prompt", "problem", "question")  # the first one that a row has is taken
+RENDERING_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,15 @@ def worked_examples(
     return tuple(shots), rest
 
 
+def split_examples(
+    candidates: Sequence[Problem], k: int, problems: Sequence[Problem]
+) -> tuple[tuple[Problem, ...], list[Problem]]:
+    """Return k worked examples of the candidates, and the problems that are none of them."""
+    shots, _ = worked_examples(candidates, k)
+    shown = overlap(shots, problems)
+    return shots, [problem for problem in problems if problem not in shown]
+
+
 def _solution_length(problem: Problem) -> tuple[int, str]:
     return len(problem.solution or ""), problem.id
 
@@ -190,6 +200,8 @@ def _problem(row: Row) -> Problem:
         raise ValueError(f"{where}: {missing}")
     answer = answer or Answer("")
     prompt = read_prompt(f"{where}: {question}", columns.pop(question))
+    if not isinstance(prompt, str):
+        _refuse_rendering_options(where, columns)
     level = read_level(f"{where}: level", columns.pop("level", None))
     return Problem(
         id=_id(where, columns.pop("id", None)),
@@ -200,6 +212,16 @@ def _problem(row: Row) -> Problem:
         columns=columns,
         pair=pair,
     )
+
+
+def _refuse_rendering_options(where: str, columns: Mapping[str, object]) -> None:
+    """Raise ValueError for columns with which TRL renders the chat messages of a row."""
+    for name in RENDERING_COLUMNS:
+        if columns.get(name):
+            raise ValueError(
+                f"{where}: TRL renders chat messages with the column {name!r}, which is not "
+                f"supported: remove it, or rename it to keep it for reward functions"
+            )
 
 
 def _missing(question: str | None, columns: Mapping[str, object]) -> str:
