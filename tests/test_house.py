@@ -54,7 +54,7 @@ ORDER = [
 
 # Missing from a bare GPU image, where ops, model, generator and benchmarks must still run.
 OPTIONAL = {"datasets", "flash_attn", "gguf", "liger_kernel", "math_verify", "rich", "tensorboard"}
-OPTIONAL |= {"sympy", "tyro", "peft", "matplotlib"}
+OPTIONAL |= {"sympy", "tyro", "peft", "matplotlib", "pyarrow"}
 
 
 @cache
