@@ -2,6 +2,7 @@
 # make quick   set up, then lint, then fast tests    make quick ARGS="-k pack"
 # make test    set up, then lint, then all tests     make test ARGS="tests/test_ops.py"
 # make lint    run ruff and pyright
+# make docs    build the documentation site into site/
 # make clean   remove .venv and every cache, but not runs/
 #
 # PYTHON is any Python >= 3.11. The default is the first one below that runs and has venv.
@@ -27,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # A worker of pytest runs on one core: tests/conftest.py gives it one thread.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: train quick test lint clean
+.PHONY: train quick test lint docs clean
 
 train: $(READY)
 	$(BIN)/python -m expo_fast.train $(ARGS)
@@ -42,6 +43,9 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Every run of make compares TORCH with what was installed, and installs again if they differ.
 ifneq ($(TORCH),$(file <$(READY)))
@@ -77,5 +81,5 @@ $(OLD_TRANSFORMERS): $(READY)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,6 +26,7 @@ ADJUSTABLE = (
     "checkpoint_every",
     "keep_checkpoints",
     "diagnose",
+    "report_to",
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
@@ -286,6 +287,8 @@ class Train(Prompting):
     diagnose: int = 4
     """Number of questions whose likelihoods are compared each step (nll, lift, logp_gap); 0:
     none."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)
+    """One or more tools that record the metrics beside metrics.jsonl; none: no tool."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -299,6 +302,8 @@ class Train(Prompting):
         _require(self, "output_dir", self.output_dir != "", "a folder, or to be left out")
         _require(self, "resume", self.resume != "", "auto, never or a checkpoint's folder")
         self._check_data()
+        alone = len(self.report_to) == 1 or "none" not in self.report_to
+        _require(self, "report_to", alone, "none alone, or the names of tools")
         self._check_sampling()
         self._check_rewards()
         self._check_options_of_the_method()

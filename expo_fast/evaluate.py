@@ -3,6 +3,11 @@
 The last line of stdout is a JSON object with `Evaluation.summary` and the names of model and data.
 """
 
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("evaluate"))
+
 import json
 import re
 import sys
@@ -25,12 +30,11 @@ from expo_fast.algorithms.as_trained import (
 )
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, Verifier, cut_in_words
-from expo_fast.algorithms.training_data import check_answers, check_ids, in_words
-from expo_fast.cli.exit_status import run
+from expo_fast.algorithms.training_data import check_answers, check_ids, in_words, without
 from expo_fast.cli.flags import parse
 from expo_fast.config import INSTRUCTION, Evaluate
 from expo_fast.data.answer_grading import last_boxed
-from expo_fast.data.problems import Problem, load_problems, overlap, subset, worked_examples
+from expo_fast.data.problems import Problem, load_problems, subset, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
@@ -230,9 +234,7 @@ def load_data(
             problems = subset(data.held_out, config.limit, seed=0)
         else:
             raise ValueError(f"{trained.run_dir} has no held-out problems: name some with --data")
-    shown = overlap(shots, problems)
-    problems = [problem for problem in problems if problem not in shown]
-    return problems, shots
+    return without(problems, shots), shots
 
 
 def load_evaluated(config: Evaluate) -> list[Problem]:
@@ -289,7 +291,3 @@ def check_prompts(
         check_ids(problem, prompt, prompter, model.shape.vocabulary)
         new_tokens = config.max_new_tokens
         check_length(problem, prompt, new=new_tokens, context=model.shape.context)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -68,7 +68,7 @@ def linear_logprob(
     hidden, weight, bias = _cast_as_autocast(hidden, weight, bias)
     temperatures, scalar_temperature = _temperatures(temperature)
     logp, entropy, lse, *_ = custom_ops.logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
+        _as_rows(hidden),
         weight,
         bias,
         targets.reshape(-1),
@@ -140,7 +140,7 @@ def linear_policy_loss(
     temperatures, scalar_temperature = _temperatures(temperature)
     code = encode(objective)
     loss, logp, entropy, statistics, *_ = custom_ops.policy_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
+        _as_rows(hidden),
         weight,
         _need_gradients(hidden, weight),
         code.name,
@@ -200,11 +200,12 @@ def linear_preference_loss(
     """
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, sequence_ids=sequence_ids)
+    check_transforms(ref_logp, pair_weight)
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
     temperatures, scalar_temperature = _temperatures(temperature)
     code = encode(objective)
     loss, chosen_logp, rejected_logp, margin, accuracy, *_ = custom_ops.preference_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
+        _as_rows(hidden),
         weight,
         _need_gradients(hidden, weight),
         code.name,
@@ -270,9 +271,11 @@ def _check_head(
             )
         if hasattr(x, "full_tensor"):
             raise ValueError(
-                f"{name} is a DTensor, which holds one shard of a tensor: gather it with"
-                f" {name}.full_tensor(grad_placements=[Partial()]), which sums the gradients of the"
-                " ranks' rows (use Replicate() if all ranks have the same rows)"
+                f"{name} is a DTensor, which holds one shard of a tensor: with FSDP, leave the"
+                " head in the root unit, whose weights stay gathered after its forward; elsewhere,"
+                f" gather it with {name}.full_tensor(grad_placements=[Partial()]), which sums the"
+                " gradients of the ranks' rows (divide by the world size where the other gradients"
+                " are averages, as FSDP's are; use Replicate() if all ranks have the same rows)"
             )
     check_transforms(hidden, weight, bias)
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
@@ -307,6 +310,7 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, needs {tuple(like.shape)}")
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device}: must be on {like.device}")
+        check_transforms(x)  # these are constants: they would have a derivative of 0
 
 
 def _cast_as_autocast(
@@ -324,6 +328,14 @@ def _cast_as_autocast(
     if bias is not None and bias.dtype != torch.float64:
         bias = bias.to(dtype)
     return hidden, weight, bias
+
+
+def _as_rows(hidden: Tensor) -> Tensor:
+    """Return (N, D) hidden states: the tensor itself if it has this shape.
+
+    The backward of a compiled function knows its own inputs, but no views of them, by their graph.
+    """
+    return hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
 
 
 def _need_gradients(*inputs: Tensor | None) -> list[bool]:

@@ -1,13 +1,14 @@
-"""Reward functions of users, which have the signature of TRL's.
+"""Reward functions of users, with the signature of TRL's reward functions.
 
-A function is called with keyword arguments: `prompts`, `completions` and `completion_ids`, one of
-each per completion, then a list for each column of the data, and `trainer_state`, `log_extra` and
-`log_metric`. It returns a list of numbers, or of None for what it does not judge, or is a coroutine
-function that does. A function without `**kwargs` gets only the arguments that it names.
+A function is called with keyword arguments: `prompts`, `completions` and `completion_ids`, which
+are lists with one item per completion, a list for each column of the data, and `trainer_state`,
+`log_extra` and `log_metric`. It returns a list of numbers, with None for a completion that it does
+not judge. It may be a coroutine function. A function without `**kwargs` gets only the arguments
+that it names.
 
-A problem whose prompt is chat messages has its prompt and its completion as lists of messages. A
-problem whose prompt is text has both as text, unless the function's annotation says that its
-completions are lists of messages, as those of `trl.rewards` do.
+If the prompt of a problem is chat messages, the function gets prompt and completion as lists of
+messages. If the prompt is text, it gets both as text, unless it annotates its completions as lists
+of messages, as the functions of `trl.rewards` do.
 """
 
 import asyncio
@@ -38,9 +39,9 @@ from expo_fast.data.problems import Problem
 if TYPE_CHECKING:  # scoring answers needs no generator
     from expo_fast.generate import Completion
 
-MOST = torch.finfo(torch.float32).max  # advantages are of rewards in fp32, as TRL's
+MOST = torch.finfo(torch.float32).max  # advantages use rewards in fp32, as in TRL
 
-# Arguments that a function gets beside the columns of the data.
+# Arguments that a function gets in addition to the columns of the data.
 ARGUMENTS = (
     "prompts",
     "completions",
@@ -54,7 +55,7 @@ LISTS_OF_LISTS = re.compile(r"(\w+\.)*(list|sequence)\[(\w+\.)*(list|sequence)\b
 
 @dataclass
 class TrainerState:
-    """What `trainer_state` tells a reward function of the run."""
+    """The state of the run, which a reward function gets as `trainer_state`."""
 
     global_step: int = 0
     """Steps done so far."""
@@ -63,19 +64,19 @@ class TrainerState:
     epoch: float = 0.0
     """Passes over the problems so far."""
     is_world_process_zero: bool = True
-    """There is one process only."""
+    """Always True, because there is only one process."""
 
 
 @dataclass
 class RewardLog:
-    """What reward functions leave beside the rewards of a batch of completions."""
+    """The values that reward functions log for a batch of completions."""
 
     by_function: dict[str, list[float | None]] = field(default_factory=dict)
     """Rewards without weights, by the function's name; empty for the built-in reward."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    """What `log_extra` was given: columns of completions/step-N.jsonl, one value per completion."""
+    """Columns from `log_extra` for completions/step-N.jsonl, with one value per completion."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    """What `log_metric` was given: metrics of the step, each the mean of its values."""
+    """Values from `log_metric`. A metric of the step is the mean of its values."""
 
 
 class Rewards(list[float | None]):
@@ -86,8 +87,8 @@ class Rewards(list[float | None]):
         self.log = log
 
 
-# (problems, texts, completions), one of each per sample -> rewards, None for undecided; those of
-# `custom_reward` are `Rewards`
+# (problems, texts, completions), one of each per sample -> rewards, with None for undecided.
+# `custom_reward` returns `Rewards`.
 Reward = Callable[
     [Sequence[Problem], Sequence[str], Sequence["Completion"]],
     list[float | None],
@@ -102,10 +103,10 @@ class RewardFunction:
     fn: Callable[..., Any]
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return those of the given arguments that the function takes.
+        """Return the given arguments that the function takes.
 
-        Left out are arguments that a functools.partial has bound, and columns without a value for
-        which the function has a default.
+        Leave out arguments that a functools.partial has bound. Leave out columns without a value if
+        the function has a default for them.
         """
         parameters = parameters_of(self.fn)
         takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
@@ -123,7 +124,7 @@ class RewardFunction:
 
     @property
     def required(self) -> list[str]:
-        """The names of the arguments that the function cannot do without."""
+        """The names of the arguments without a default."""
         names = []
         for name, parameter in parameters_of(self.fn).items():
             several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -133,7 +134,7 @@ class RewardFunction:
 
     @property
     def wants_messages(self) -> bool:
-        """Whether the annotation of `completions` says that each is a list of messages."""
+        """Whether the annotation of `completions` is a list of lists of messages."""
         parameter = parameters_of(self.fn).get("completions")
         if parameter is None or parameter.annotation is parameter.empty:
             return False
@@ -143,7 +144,7 @@ class RewardFunction:
 
 
 def parameters_of(fn: Callable) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a function; of one that tells none, any keyword argument."""
+    """Return the parameters of a function, or `**kwargs` if it has no signature."""
     try:
         return dict(inspect.signature(fn).parameters)
     except (TypeError, ValueError):  # a function in C may have no signature
@@ -168,10 +169,10 @@ def custom_reward(
     weights: Sequence[float] = (),  # one per function; (): all 1
     state: TrainerState | None = None,
 ) -> Reward:
-    """Return the weighted sum of the rewards of users' functions as a `Reward`.
+    """Return a `Reward` that is the weighted sum of users' functions.
 
-    As in TRL, a function that returns None for a completion is left out of its sum. A completion
-    that no function judges has no reward.
+    As in TRL, the sum of a completion leaves out the functions that return None for it. A
+    completion that no function judges has no reward.
     """
     if not isinstance(functions, Sequence):
         functions = [RewardFunction(name_of(functions), functions)]
@@ -205,7 +206,7 @@ def arguments_of_batch(
     texts: Sequence[str],
     completions: Sequence["Completion"],
 ) -> dict[str, Any]:
-    """Return the arguments that a function gets for a batch, in the form of the data."""
+    """Return the prompts, completions and columns that a function gets for a batch."""
     prompts = []
     replies = []
     always_messages = function.wants_messages
@@ -225,7 +226,7 @@ def arguments_of_batch(
 
 
 def chat_of(problem: Problem) -> list[Message]:
-    """Return the prompt of a problem as messages, which belong to the caller."""
+    """Return the prompt of a problem as messages. They are copies, which the caller may change."""
     if isinstance(problem.prompt, str):
         return [{"role": "user", "content": problem.prompt}]
     return [dict(message) for message in problem.prompt]
@@ -234,8 +235,8 @@ def chat_of(problem: Problem) -> list[Message]:
 def reward_columns(problems: Sequence[Problem]) -> dict[str, list[object]]:
     """Return the columns that a user's function gets, one value per problem.
 
-    They are all columns of the data, with None in a problem that lacks one, and `id`, `answer`,
-    `solution` and `level`. A `solution` that is only an answer counts as a column of the data.
+    They are all columns of the data, and `id`, `answer`, `solution` and `level`. The value is None
+    if a problem lacks a column. A `solution` that is only an answer counts as a column of the data.
     """
     rows: list[dict[str, object]] = []
     names: dict[str, None] = {}  # in the order of their first appearance
@@ -253,9 +254,9 @@ def reward_columns(problems: Sequence[Problem]) -> dict[str, list[object]]:
 
 
 def weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """Return the weighted sum of the rewards that are known, None if none is.
+    """Return the weighted sum of the known rewards, or None if no reward is known.
 
-    Raise ValueError if fp32 does not hold it.
+    Raise ValueError if the sum is beyond the range of fp32.
     """
     known = [w * r for w, r in zip(weights, rewards, strict=True) if r is not None]
     if not known:
@@ -269,7 +270,7 @@ def weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> f
 
 
 def _log_extra(log: RewardLog, n: int, column: str, values: Any) -> None:
-    """Add a column to the table of completions; TRL's `log_extra`."""
+    """Add a column to the table of completions, as `log_extra` of TRL does."""
     values = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(values) != n:
         raise ValueError(
@@ -280,14 +281,14 @@ def _log_extra(log: RewardLog, n: int, column: str, values: Any) -> None:
 
 
 def _plain_value(value: Any) -> Any:
-    """Return a value as JSON has it; what JSON cannot express becomes text."""
+    """Return a value as JSON stores it. A value without a form in JSON becomes text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return json.loads(json.dumps(value, default=str))
 
 
 def _log_metric(log: RewardLog, name: str, value: Any) -> None:
-    """Add a value of a metric; TRL's `log_metric`. NaN is left out, as None is."""
+    """Add a value of a metric, as `log_metric` of TRL does. Leave out NaN and None."""
     number = _number(value)
     if value is not None and number is None:
         raise ValueError(
@@ -309,8 +310,8 @@ def call_reward(
 ) -> list[float | None]:
     """Return the rewards of one function, called as TRL calls it. NaN becomes None.
 
-    Raise ValueError if it does not return one finite number or None per completion. Raise
-    RuntimeError, with its name and the cause, if it raises.
+    Raise ValueError if it does not return one finite number or None per completion. If it raises an
+    exception, raise RuntimeError with the function's name and the cause.
     """
     function = RewardFunction(name_of(fn), fn)
     given = {
@@ -323,7 +324,7 @@ def call_reward(
 
 
 def start(function: RewardFunction, given: dict[str, Any]) -> Any:
-    """Call a function, and return what it returns, which may be an awaitable."""
+    """Call a function, and return its result. The result may be an awaitable."""
     try:
         returned = function.fn(**function.arguments(given))
         return list(returned) if isinstance(returned, Iterator) else returned
@@ -334,7 +335,7 @@ def start(function: RewardFunction, given: dict[str, Any]) -> Any:
 def finish(
     functions: Sequence[RewardFunction], started: Sequence[Any], n: int
 ) -> list[list[float | None]]:
-    """Return the rewards of each function, after all coroutines have run side by side."""
+    """Return the rewards of each function. Run all coroutines concurrently."""
     waiting = [i for i, returned in enumerate(started) if inspect.isawaitable(returned)]
     results = list(started)
     if waiting:
@@ -364,9 +365,10 @@ def _failure(function: RewardFunction, error: Exception) -> RuntimeError:
 
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return a loop that runs in a thread for ever.
+    """Return an event loop that runs in a thread for the life of the process.
 
-    A client that a function keeps from step to step belongs to the loop of its first step.
+    All steps use the same loop, because a client that a function keeps from step to step belongs to
+    the loop of its first step.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="reward functions", daemon=True).start()
@@ -374,21 +376,21 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def checked_rewards(name: str, returned: Any, n: int) -> list[float | None]:
-    """Return what a function has returned as n numbers, None for None and NaN.
+    """Return the result of a function as n numbers, with None for None and NaN.
 
-    Raise ValueError if it is something else.
+    Raise ValueError if the result is not n finite numbers, NaN or None.
     """
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, list | tuple) or len(values) != n:
         raise ValueError(
-            f"reward function {name} returned {_described(returned)}: return a list of {n}, one "
-            "reward for each completion"
+            f"reward function {name} returned {_described(returned)}: return a list of {n} "
+            "rewards, one for each completion"
         )
     return [_checked_reward(name, index, reward) for index, reward in enumerate(values)]
 
 
 def _described(returned: Any) -> str:
-    """Return what a function returned, in words."""
+    """Return a description of a function's result."""
     kind = type(returned).__name__
     if returned is None:
         return "None"
@@ -413,7 +415,7 @@ def _checked_reward(name: str, index: int, value: object) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number, also one of numpy or torch, as a float, None for anything else."""
+    """Return a number as a float, or None for anything else. numpy and torch numbers count."""
     if not isinstance(value, Real) and getattr(value, "ndim", None) == 0:
         value = value.item()
     if not isinstance(value, Real):
@@ -428,9 +430,9 @@ def _number(value: Any) -> float | None:
 
 
 def load_rewards(places: Sequence[str]) -> list[RewardFunction]:
-    """Return the functions at these places, with names that differ. A module is loaded once.
+    """Return the functions at these places, with unique names. Load each module once.
 
-    Raise ValueError or FileNotFoundError as load_reward does.
+    Raise ValueError or FileNotFoundError as `load_reward` does.
     """
     modules: dict[str, ModuleType] = {}
     functions: list[RewardFunction] = []
@@ -448,7 +450,7 @@ def load_rewards(places: Sequence[str]) -> list[RewardFunction]:
 
 
 def name_of(fn: Callable[..., Any], place: str | None = None) -> str:
-    """Return a function's name as TRL gives it; a lambda has the name at the end of its place."""
+    """Return a function's name as in TRL. A lambda gets the name at the end of its place."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__name__", type(fn).__name__)
@@ -458,13 +460,13 @@ def name_of(fn: Callable[..., Any], place: str | None = None) -> str:
 
 
 def load_reward(place: str, modules: dict[str, ModuleType] | None = None) -> Callable[..., Any]:
-    """Return the function at `package.module.function`, `package.module:function` or
-    `path/to/file.py:function`.
+    """Return the function at a place.
 
-    modules: those that were loaded before, by name or path. New ones are added.
+    place: `package.module.function`, `package.module:function` or `path/to/file.py:function`.
+    modules: the modules that were loaded before, by name or path. New modules are added to it.
 
-    Raise ValueError or FileNotFoundError if there is none. An error that the module itself raises
-    is not caught.
+    Raise ValueError or FileNotFoundError if there is no such function. An error that the module
+    itself raises is not caught.
     """
     modules = {} if modules is None else modules
     module_name, _, name = place.rpartition(":" if ":" in place else ".")
@@ -482,7 +484,7 @@ def load_reward(place: str, modules: dict[str, ModuleType] | None = None) -> Cal
     if inspect.isclass(fn):
         raise ValueError(
             f"reward function {place!r}: {name} is a class: make an instance in its module, "
-            f"mine = {name}(...), and name that"
+            f"mine = {name}(...), and name the instance"
         )
     return fn
 
@@ -529,13 +531,13 @@ def check_reward_functions(
             if name in ARGUMENTS or name in known:
                 continue
             raise ValueError(
-                f"reward function {function.name} needs the argument {name!r}, which is no column "
-                f"of {source} and none of {', '.join(ARGUMENTS)}"
+                f"reward function {function.name} needs the argument {name!r}, which is neither a "
+                f"column of {source} nor one of {', '.join(ARGUMENTS)}"
             )
 
 
 def check_reward_columns(source: str, problem: Problem) -> None:
-    """Raise ValueError if the data have a column of the name of another argument."""
+    """Raise ValueError if a column of the data has the name of another argument."""
     taken = problem.columns.keys() & set(ARGUMENTS)
     if taken:
         raise ValueError(

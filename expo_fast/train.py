@@ -1,13 +1,20 @@
 """Train a model: python -m expo_fast.train --method expo-grpo.
 
-Without flags, it runs the default job.
+Without flags, it runs the default job. `run` is the same for Python programs and notebooks.
 """
 
+if __name__ == "__main__":  # before the imports below, because one of their packages may be missing
+    from expo_fast.cli.exit_status import run_command
+
+    raise SystemExit(run_command("train"))
+
+import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,17 +37,20 @@ from expo_fast.algorithms.training_data import (
     in_words,
     load_training_data,
 )
-from expo_fast.cli.exit_status import run
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
+from expo_fast.generate import Generator
+from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.op_backends import dispatch
-from expo_fast.reporting.run_log import RunLog
+from expo_fast.reporting.jsonl import read_rows
+from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
 from expo_fast.reporting.timing import Phases
+from expo_fast.reporting.trackers import check_trackers
 from expo_fast.reward import boxed_answer_reward, score_answers
 from expo_fast.reward_functions import (
     Reward,
@@ -62,9 +72,51 @@ LOOPS: dict[str, StepFunction] = {
 }
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """The record of a run, and the model that it trained."""
+
+    run_dir: Path
+    model: Decoder
+    """The model with the weights after the last step."""
+    tokenizer: Any
+    """Its tokenizer, of transformers."""
+    generator: Generator
+    """A generator that samples from these weights."""
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One row for each step, also of the steps before a resume. Missing values are None."""
+        return list(read_rows(self.run_dir / METRICS))
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One row for each evaluation. `step` is 0 for the one before the first step."""
+        return list(read_rows(self.run_dir / EVALUATIONS))
+
+    @property
+    def model_path(self) -> Path | None:
+        """The newest checkpoint, which `load_model` and transformers load; None: there is none."""
+        return checkpoint.newest(self.run_dir)
+
+    def completions(self, step: int) -> list[dict[str, Any]]:
+        """Return the texts of a step, with their rewards. Step 1 is the first one."""
+        return list(read_rows(self.run_dir / "completions" / f"step-{step}.jsonl"))
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
-    config = with_defaults(parse(Train, argv))
+    run(parse(Train, argv))
+
+
+def run(config: Train) -> TrainResult:
+    """Train a model, or resume its run, and return the result.
+
+    With `config.dry_run`, everything is checked and no step runs.
+    Raise ValueError or OSError for an error that a user can correct.
+    """
+    check_trackers(config.report_to)
+    config = with_defaults(config)
     check_run_dir(config)
     data = load_training_data(config)
     trainer = build_trainer(config, data)
@@ -82,11 +134,11 @@ def main(argv: Sequence[str]) -> None:
     if config.dry_run:
         print(dump_toml(config), end="")
         for line in data_lines(data):
-            print(f"# {line}")
-        return
+            print(f"# {line}", flush=True)
+        return result_of(trainer)
     with (
         checkpoint.run_lock(config.run_dir),
-        RunLog(config.run_dir, total_steps=config.steps) as log,
+        open_log(config) as log,
     ):
         log.note(f"run directory: {config.run_dir}")
         check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
@@ -98,7 +150,30 @@ def main(argv: Sequence[str]) -> None:
         for line in data.notes:
             log.note(line)
         write_base(trainer, log)
+        log.open_trackers()
         train(trainer, data.held_out, log, start)
+    return result_of(trainer)
+
+
+def result_of(trainer: Trainer) -> TrainResult:
+    """Return the result of a run. It does not keep the optimizer's state in memory."""
+    return TrainResult(
+        run_dir=trainer.config.run_dir,
+        model=trainer.model,
+        tokenizer=trainer.prompter.tokenizer,
+        generator=trainer.generator,
+    )
+
+
+def open_log(config: Train) -> RunLog:
+    """Return the log of the run."""
+    return RunLog(
+        config.run_dir,
+        total_steps=config.steps,
+        loop=config.spec.loop,
+        config=dataclasses.asdict(config),
+        report_to=config.report_to,
+    )
 
 
 def data_lines(data: TrainingData) -> Iterator[str]:
@@ -288,7 +363,3 @@ def summary(config: Train) -> Iterator[str]:
     model = checkpoint.newest(config.run_dir)
     if model is not None:
         yield f"model: {model}"
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

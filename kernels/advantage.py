@@ -3,10 +3,10 @@
 A step has at most a few thousand rewards. They are computed in fp64 on the CPU, where sums have a
 fixed order.
 
-Rewards that are equal in exact arithmetic can differ by rounding. Take a reward that is a weighted
-sum of terms with one sign: each term, each weight, each product and each sum is rounded once, by a
-relative error of at most u (2^-24 in fp32). So a reward is wrong by at most 4 u |reward|, and two
-equal ones differ by at most 8 u |reward|. A group with a larger spread has unequal rewards.
+Rewards that are equal in exact arithmetic can differ by rounding. Consider a reward that is a
+weighted sum of terms with equal signs. Each term, weight, product and sum is rounded once, with a
+relative error of at most u (2^-24 in fp32). So the error of a reward is at most 4 u |reward|, and
+two equal rewards differ by at most 8 u |reward|. A group with a larger spread has unequal rewards.
 """
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from expo_fast.kernels.products import segment_sum
 
-ROUNDINGS = 8  # of two rewards that are equal in exact arithmetic: 4 each
+ROUNDINGS = 8  # 4 roundings for each of two rewards that are equal in exact arithmetic
 
 
 def rounding_noise(dtype: torch.dtype) -> float:
-    """Return the largest spread of equal rewards by rounding, relative to the largest |reward|.
+    """Return the largest spread that rounding causes, relative to the largest |reward|.
 
-    Rewards in fp64, and integers, are rounded as fp64 rounds. All others are rounded as fp32
-    rounds: neighbours in fp16 and bf16 are further apart than its noise.
+    For fp64 and integer rewards, this is the noise of fp64. For all others it is the noise of fp32,
+    because adjacent numbers in fp16 and bf16 are further apart than the noise of fp32.
     """
     exact = dtype == torch.float64 or not dtype.is_floating_point
     epsilon = torch.finfo(torch.float64 if exact else torch.float32).eps
@@ -67,18 +67,22 @@ def _check_finite(rewards: Tensor, known: Tensor) -> None:
 
 
 def _centred(reward: Tensor, ids: Tensor, noise: float) -> Tensor:
-    """Return (M,) rewards minus their group's mean, exactly 0 in groups that differ by noise."""
+    """Return (M,) rewards minus their group's mean, which is exactly 0 in constant groups.
+
+    A group is constant if its rewards differ by no more than noise.
+    """
     n = int(ids.max()) + 1 if len(ids) else 0
     top = reward.new_zeros(n).scatter_reduce(0, ids, reward, "amax", include_self=False)
     bottom = reward.new_zeros(n).scatter_reduce(0, ids, reward, "amin", include_self=False)
-    above = reward - bottom[ids]  # a mean of these is rounded less, far from 0, than one of rewards
+    # Far from 0, a mean of differences has a smaller rounding error than a mean of rewards.
+    above = reward - bottom[ids]
     mean_above = segment_sum(above, ids, n) / ids.bincount(minlength=n)
     constant = _is_noise(bottom, top, noise)
     return torch.where(constant[ids], 0, above - mean_above[ids])
 
 
 def _is_noise(bottom: Tensor, top: Tensor, noise: float) -> Tensor:
-    """Return whether groups with these extremes differ by no more than rounding noise."""
+    """Return whether the rewards between these extremes differ by no more than rounding noise."""
     size = torch.maximum(top.abs(), bottom.abs())
     return top - bottom <= noise * size
 
@@ -91,5 +95,5 @@ def _group_std(centred: Tensor, ids: Tensor) -> Tensor:
 
 
 def _batch_std(reward: Tensor) -> Tensor:
-    """Return the unbiased standard deviation of all rewards, (), which is 0 for one reward."""
+    """Return the unbiased standard deviation of all rewards, (). It is 0 for one reward."""
     return reward.std() if len(reward) > 1 else reward.new_zeros(())

@@ -161,10 +161,8 @@ WRONG = [
 # A person would judge these differently. They are mostly right answers in rare forms, and offer no
 # way to gain a reward without an honest answer. An upgrade of math-verify may change them.
 DEVIATIONS = [
-    ("x^2+C", "x^2+K", 0.0),  # the constant's name counts
-    ("90^\\circ", r"\frac{\pi}{2}", 0.0),  # degrees are not converted
+    (r"\frac{\pi}{2}", r"90^\circ", 0.0),  # only a reference in degrees is converted
     ("1.5", "1,5", 0.0),  # a comma separates items or thousands
-    ("8", r"8 \approx 9", 1.0),  # the left side counts; `9 \approx 8` is wrong, so it is no hedge
     ("(3,5)", "3,5", 1.0),  # a list without brackets takes the reference's
     (r"\frac{0}{0}", r"\frac{0}{0}", 1.0),  # the same text is the same answer
 ]

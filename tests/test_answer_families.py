@@ -1,4 +1,4 @@
-"""Notations of right answers, family by family, each beside near misses that stay wrong."""
+"""Families of notations: right answers in other notations, and near misses that are wrong."""
 # ruff: noqa: RUF001  (the characters that look like others are intended)
 
 import pytest
@@ -12,7 +12,7 @@ def verifier():
         yield pool
 
 
-# situation: (right answers, near misses), each as (reference, content of the box)
+# {situation: (right answers, near misses)}. An answer is (reference, content of the box).
 FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "numbers in scientific notation": (
         [
@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("0.000000035", "3.5E-08"),
             ("0.0000001", "10^{-7}"),
             ("1e-07", "0.0000001"),
+            ("-4.4e-1", r"\frac{-11}{25}"),
             ("1e-07", r"1 \times 10^{-7}"),
             ("0.000015", r"1.5 \times 10^{-5}"),
             ("0.000015", r"1.5 \cdot 10^{-5}"),
@@ -41,6 +42,8 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [
             ("1e-07", "1e-08"),
+            ("-4.4e-1", r"-\frac{-11}{25}"),
+            ("2.5", r"3\frac{-1}{2}"),
             ("1e-07", "0.000001"),
             ("1e-07", "0"),
             ("0", "1e-07"),
@@ -518,6 +521,7 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\text{four}", "4"),
             ("21", "twenty-one"),
             ("105", "one hundred and five"),
+            ("1500", "fifteen hundred"),
             ("105", "one hundred five"),
             ("2300", "two thousand three hundred"),
             ("-3", "negative three"),
@@ -616,6 +620,8 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\emptyset", "no solution"),
             ("5", r"\{5\}"),
             ("(1,2)", r"\begin{cases} x=1 \\ y=2 \end{cases}"),
+            ("x=1,y=2", r"\begin{aligned} x&=1 \\ y&=2 \end{aligned}"),
+            ("x=1,y=2", r"\left\{\begin{array}{l}x=1 \\ y=2\end{array}\right."),
             ("(1,2)", r"x = 1 \quad \text{and} \quad y = 2"),
             ("(1,2)", "x=1; y=2"),
             ("1,2", "x_1 = 2, x_2 = 1"),
@@ -655,6 +661,9 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("(1,2),(3,4)", "(1,4),(3,2)"),
             ("(1,2),(3,4)", "(1,2,3,4)"),
             ("(1,2)", r"\begin{cases} x=2 \\ y=1 \end{cases}"),
+            ("(1,2)", r"\begin{aligned} x&=2 \\ y&=1 \end{aligned}"),
+            ("x=1,y=2", r"\begin{aligned} x&=1 \end{aligned}"),
+            ("(1,2)", "1 or 2"),
             ("x=1,y=2", "x=1,z=2"),
             ("1234", "1,2,3,4"),
         ],
@@ -689,6 +698,20 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("[1,2)", r"\{x \in \mathbb{R} \mid 1 \le x < 2\}"),
             (r"(-\infty, \infty)", r"-\infty < x < \infty"),
             (r"(-\infty,0)\cup(0,\infty)", r"\mathbb{R} \setminus \{0\}"),
+            (r"(-\infty,1)", r"[-\infty,1)"),  # math-verify, too, reads it so
+            ("x<1", r"[-\infty,1)"),
+            (r"[0,\infty)", r"[0,+\infty]"),
+            (r"\mathbb{R}", r"[-\infty,\infty]"),
+            ("(-3,3)", "|x|<3"),
+            ("(-3,3)", r"\left|x\right| < 3"),
+            ("(-3,3)", r"\lvert x\rvert<3"),
+            ("(-3,3)", "3>|x|"),
+            ("-3<x<3", "|x|<3"),
+            ("|x|<3", "(-3,3)"),
+            ("[-3,3]", r"|x| \le 3"),
+            (r"(-\infty,-3)\cup(3,\infty)", "|x|>3"),
+            (r"x<-3 \text{ or } x>3", "|x|>3"),
+            ("(-1,2)", "|2x-1|<3"),
         ],
         [
             ("[1,2)", "(1,2]"),
@@ -715,7 +738,19 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"(1,2)\cup(3,4)", r"(1,2)\cap(3,4)"),
             (r"(1,2)\cup(3,4)", "(1,4)"),
             (r"(1,2)\cup(3,4)", "(1,2),(3,4)"),
-            (r"(-\infty,1)", r"[-\infty,1)"),
+            (r"(-\infty,1)", r"[-\infty,1]"),
+            (r"(-\infty,1]", r"[-\infty,1)"),
+            (r"(-\infty,1)", r"(\infty,1)"),
+            (r"[0,\infty)", r"(0,\infty]"),
+            (r"(-3,3)", r"|x| \le 3"),
+            (r"(-3,3)", "|x|>3"),
+            (r"(-3,3)", "|x|<4"),
+            (r"(-3,3)", "|x|<-3"),
+            (r"(-3,3)", "|x|=3"),
+            (r"(-3,3)", "|x-1|<3"),
+            (r"(-3,3)", "|x^2|<3"),
+            (r"(-3,3)", "|x|+|y|<3"),
+            ("-3<x<3", "|y|<3"),
             ("-3<x<5", "-3>x>5"),
         ],
     ),
@@ -830,6 +865,110 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("2A_{16}", "2B_{16}"),
         ],
     ),
+    "constants of integration": (
+        [
+            ("x^2+C", "x^2+K"),
+            ("x^2 + C", "x^2+c"),
+            ("x^2+C", "x^2 + C_1"),
+            (r"\frac{x^2}{2}+C", "0.5x^2+k"),
+            (r"\ln|x|+C", r"\ln|x|+K"),
+            (r"\sin x+C", r"\sin x + c"),
+            ("y=e^x+C", "y=e^{x}+K"),
+        ],
+        [
+            ("x^2+C", "x^2"),
+            ("x^2", "x^2+K"),
+            ("x^2+C", "x^3+K"),
+            ("x^2+C", "2x^2+k"),
+            ("x^2+C", "x^2+5"),
+            ("x^2+C", "x^2+x"),
+            ("x^2+C", "x^2+2K"),
+            ("x^2+C", "x^2+K^2"),
+            ("x^2+C", "K"),
+            ("x^2+c", "x^2+k"),  # a small letter may be a parameter
+            ("kx+C", "kx+k"),
+            ("A+C", "A+K"),
+            ("5+C", "5+K"),
+            ("C", "K"),
+        ],
+    ),
+    "radians where the reference is in degrees": (
+        [
+            (r"90^\circ", r"\frac{\pi}{2}"),
+            (r"90^{\circ}", r"\pi/2"),
+            (r"180^\circ", r"\pi"),
+            (r"22.5^\circ", r"\frac{\pi}{8}"),
+            (r"90^\circ", r"\frac{\pi}{2} \text{ radians}"),
+        ],
+        [
+            (r"90^\circ", r"\frac{\pi}{3}"),
+            (r"90^\circ", r"90\pi"),
+            (r"90^\circ", "1.5708"),
+            (r"90^\circ", r"\frac{\pi}{2} \text{ cm}"),
+            (r"90^\circ C", r"\frac{\pi}{2}"),
+            ("90", r"\frac{\pi}{2}"),
+            (r"\frac{\pi}{2}", "90"),
+        ],
+    ),
+    "j as the imaginary unit": (
+        [("3+4i", "3+4j"), ("3+4j", "3+4i"), ("3-4i", "3 - 4j"), ("0.5+1.5i", "0.5+1.5j")],
+        [
+            ("3+4i", "3-4j"),
+            ("3+4i", "4+3j"),
+            ("3+4i", "3+5j"),
+            ("3+4i", "3+4k"),
+            ("4i", "4j"),  # unit vectors
+            ("3i+4j", "3j+4i"),
+            ("3i+4j", "3i+4i"),
+            ("2i+1", "2j+1"),  # indices
+            ("3", "3+4j"),
+        ],
+    ),
+    "a value and what it is about": (
+        [
+            (r"\frac13", r"\frac13 \approx 0.33"),
+            ("2.5", r"2.5 \approx 3"),
+            ("1234", r"1234 \approx 1200"),
+            ("123456", r"123456 \approx 1.2 \times 10^5"),
+            (r"\sqrt2", r"\sqrt2 \approx 1.414 \approx 1.4"),
+            (r"2\pi", r"2\pi \approx 6.28"),
+            (r"\ln 2", r"\ln 2 \approx 0.69"),
+            (r"\frac{10}{3}", r"\frac{10}{3} \approx 3.33 \text{ cm}"),
+        ],
+        [
+            ("8", r"8 \approx 9"),
+            ("9", r"8 \approx 9"),
+            ("8", r"8 \approx 8.5"),
+            ("8", r"8 \approx -8"),
+            ("8", r"8 \approx 9 \text{ cm}"),
+            ("1234", r"1234 \approx 1300"),
+            ("1.41", r"\sqrt2 \approx 1.41"),
+            (r"\sqrt2", r"\sqrt2 \approx 1.41 \approx 2.4"),
+            (r"2\pi", r"2\pi \approx 6.38"),
+        ],
+    ),
+    "symbols of units, and ordinals": (
+        [
+            ("5 N", "5 newtons"),
+            ("5 newtons", "5 N"),
+            ("50 Hz", "50 hertz"),
+            ("60 W", "60 watts"),
+            ("1 kPa", "1000 pascals"),
+            ("6th", "6"),
+            ("6", "6^{th}"),
+            (r"21^{\text{st}}", "21st"),
+        ],
+        [
+            ("5 N", "5 joules"),
+            ("5 N", "5 m"),
+            ("50 Hz", "50 hours"),
+            ("5N", "5"),
+            ("1 kPa", "1 pascal"),
+            ("6th", "7th"),
+            ("6", "6ths"),
+            (r"\frac16", "6th"),
+        ],
+    ),
     "ratios": (
         [
             ("2:3", "2 : 3"),
@@ -843,7 +982,7 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
 
 
 def pairs(right: bool) -> list:
-    """Return the cases of all families with the name of the situation as their id."""
+    """Return the cases of all families. The id of a case begins with its situation."""
     cases = []
     for situation, (same, different) in FAMILIES.items():
         for gold, box in same if right else different:

@@ -1,4 +1,4 @@
-"""How adapters name their base model: others find it, and PEFT computes the same with it."""
+"""Adapters name a base model that other programs find. PEFT computes the same with it."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_hub_id_stays_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_id_is_kept_without_a_request_to_the_hub(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> Path:
         raise AssertionError("the hub was asked")
 
@@ -117,7 +117,7 @@ def test_an_adapter_of_the_wheels_model_is_merged_into_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*_: object, **__: object) -> Path:
-        raise AssertionError("the hub's weights are others")
+        raise AssertionError("the hub has other weights")
 
     model = tiny_model()
     save_model(model, None, tmp_path / "wheel")
@@ -154,7 +154,7 @@ def test_the_revision_of_a_base_is_read_and_written(
     assert read_adapter(tmp_path / "adapter").base == BaseModel("some-org/a-model", COMMIT)
 
 
-def test_a_run_on_a_relative_path_leaves_an_absolute_one(job: Path, capsys, monkeypatch):
+def test_a_run_on_a_relative_path_saves_an_absolute_path(job: Path, capsys, monkeypatch):
     run_sft("models/tiny")
     assert adapter_config()["base_model_name_or_path"] == str(job / "models/tiny")
     note = f"base of the adapters: {job}/models/tiny, a path of this machine"
@@ -166,7 +166,7 @@ def test_a_run_on_a_relative_path_leaves_an_absolute_one(job: Path, capsys, monk
     assert_peft_computes_the_same(job / "run/checkpoints/step-2")
 
 
-def test_a_run_on_a_folder_of_the_hubs_cache_leaves_the_hub_id(job: Path, capsys):
+def test_a_run_on_a_folder_of_the_hubs_cache_saves_the_hub_id(job: Path, capsys):
     folder = snapshot_folder(job)
     save_model(tiny_model(), tiny_tokenizer(), folder)
     run_sft(os.path.relpath(folder))
@@ -176,7 +176,7 @@ def test_a_run_on_a_folder_of_the_hubs_cache_leaves_the_hub_id(job: Path, capsys
     assert "base of the adapters" not in capsys.readouterr().out
 
 
-def test_a_run_on_a_hub_id_leaves_it(job: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_on_a_hub_id_saves_it(job: Path, monkeypatch: pytest.MonkeyPatch):
     folder = snapshot_folder(job)
     save_model(tiny_model(), tiny_tokenizer(), folder)
     monkeypatch.setattr(hub, "snapshot", lambda *_, **__: folder)
@@ -185,7 +185,7 @@ def test_a_run_on_a_hub_id_leaves_it(job: Path, monkeypatch: pytest.MonkeyPatch)
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("some-org/A.model-1", None)
 
 
-def test_a_run_on_a_checkpoint_of_another_run_names_that(job: Path):
+def test_a_run_on_a_checkpoint_of_another_run_names_the_checkpoint(job: Path):
     Path("models/tiny").rename("other")
     base = job / "other-run/checkpoints/step-9"
     base.parent.mkdir(parents=True)
@@ -196,7 +196,7 @@ def test_a_run_on_a_checkpoint_of_another_run_names_that(job: Path):
 
 
 def test_a_run_on_an_adapter_keeps_a_copy_of_its_base_that_peft_loads(job: Path):
-    """PEFT computes something else of an adapter whose base is an adapter, without an error."""
+    """PEFT computes wrong results, without an error, if the base of an adapter is an adapter."""
     model = tiny_model()
     attach(model, rank=3, alpha=6, seed=1)
     with torch.no_grad():

@@ -121,6 +121,7 @@ UNTESTED_HERE = {
     "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
+    "report_to": "which tools record the metrics: see test_log.py",
 }
 
 

@@ -1,5 +1,6 @@
 """Each step is logged once, and a log that fails does not end the run."""
 
+import importlib.util
 import io
 import json
 import math
@@ -7,10 +8,15 @@ import resource
 import shutil
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
 
+from expo_fast import train
+from expo_fast.cli import exit_status
+from expo_fast.reporting.console import VIEWS
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.reporting.timing import Phases
@@ -23,7 +29,7 @@ class Terminal(io.StringIO):
 
 
 def quiet_log(run_dir, **options):
-    options = {"total_steps": 10, "console": "quiet", "tensorboard": False} | options
+    options = {"total_steps": 10, "console": "quiet", "report_to": ()} | options
     return RunLog(run_dir, **options)
 
 
@@ -168,8 +174,8 @@ def test_the_plain_console_prints_one_line_a_step(tmp_path):
         log.write_evaluation({"step": 2, "pass@1": 0.5, "levels": {"2": 0.5}})
         log.write_completions(2, [{"completion": "unseen"}])
     first, second, third = lines(stream)
-    assert first.startswith("step 1/10  reward 0.25  kl -  tok/s -  2.0 s  left 0:00:0")
-    assert second.startswith("step 2/10  reward 0.125  exp 0.75  tok/s -  1.5 s  left 0:00:0")
+    assert first.startswith("step 1/10  reward 0.25  2.0 s  left 0:00:0")
+    assert second.startswith("step 2/10  reward 0.125  exp 0.75  1.5 s  left 0:00:0")
     assert third == "evaluation: step 2  pass@1 0.5"
 
 
@@ -219,7 +225,7 @@ def test_tokens_per_second_and_the_time_left_are_shown(tmp_path, monkeypatch):
     log = quiet_log(tmp_path, console="plain", stream=stream, total_steps=1000)
     log.write_step({"step": 500, "num_tokens": 7000})  # a resumed run: one row gives no speed
     log.write_step({"step": 501, "num_tokens": 7500})
-    assert lines(stream)[0] == "step 500/1000  tok/s -  0.0 s  left 0:33:20"  # 500 steps of 4 s
+    assert lines(stream)[0] == "step 500/1000  0.0 s  left 0:33:20"  # 500 steps of 4 s
     assert lines(stream)[1] == "step 501/1000  tok/s 250  0.0 s  left 0:24:57"  # 499 steps of 3 s
 
 
@@ -227,10 +233,10 @@ def test_tokens_per_second_and_the_time_left_are_shown(tmp_path, monkeypatch):
 def test_tensorboard_holds_the_scalars_without_those_before_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with quiet_log(tmp_path, tensorboard=True) as log:
+    with quiet_log(tmp_path, report_to=["tensorboard"]) as log:
         for step in (1, 2, 3):
             log.write_step({"step": step, "reward": step / 8, "kl": None})
-    with quiet_log(tmp_path, tensorboard=True) as log:
+    with quiet_log(tmp_path, report_to=["tensorboard"]) as log:
         log.truncate_to(1)
         log.write_step({"step": 2, "reward": 0.75})
         log.write_evaluation({"step": 2, "pass@1": 0.5})
@@ -249,13 +255,180 @@ def test_an_absent_module_is_reported_once(tmp_path, monkeypatch, module, messag
     console = "live" if module == "rich.live" else "plain"
     with (
         warnings.catch_warnings(),
-        quiet_log(tmp_path, tensorboard=True, console=console, stream=stream) as log,
+        quiet_log(tmp_path, report_to=["tensorboard"], console=console, stream=stream) as log,
     ):
         warnings.simplefilter("error")
         for step in (1, 2):
             log.write_step({"step": step})
     assert sum(message in line for line in lines(stream)) == 1
     assert sum(line.startswith("step ") for line in lines(stream)) == 2
+
+
+STEPS_OF_LOOPS = {
+    "grpo": (
+        {"reward": 0.5, "frac_reward_zero_std": 0.25, "exp/rate": 1.0, "kl": None, "loss": 0.1},
+        "step 1/10  reward 0.5  zero_std 0.25  exp 1",
+    ),
+    "dpo": (
+        {"loss": 0.69, "pairs": 4, "rewards/margins": 0.25, "rewards/accuracies": 0.75}
+        | {"logps/chosen": -9.5, "logps/rejected": -8.0, "exp/lift": None, "grad_norm": 2.0},
+        "step 1/10  loss 0.69  pairs 4  margin 0.25  accuracy 0.75  chosen -9.5  rejected -8  "
+        "grad 2",
+    ),
+    "sft": (
+        {"loss": 1.25, "expert/nll": 1.5, "num_tokens": 700, "grad_norm": 3.0, "learning_rate": 1}
+        | {"expert/other": None},
+        "step 1/10  loss 1.25  nll 1.5  tokens 700  grad 3  lr 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", STEPS_OF_LOOPS)
+def test_the_console_shows_what_matters_for_the_loop_and_no_empty_cell(tmp_path, loop, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    row, expected = STEPS_OF_LOOPS[loop]
+    stream = io.StringIO()
+    with quiet_log(tmp_path, console="plain", stream=stream, loop=loop) as log:
+        log.write_step({"step": 1, **row})
+    assert lines(stream)[0].startswith(f"{expected}  0.0 s  left")
+    screen = Terminal()
+    with quiet_log(tmp_path, console="live", stream=screen, loop=loop) as log:
+        log.write_completions(1, [{"prompt": "q", "completion": "c", "kind": "expert"}])
+        log.write_step({"step": 1, **row})
+    panel = screen.getvalue()
+    panel = panel[panel.rindex("step 1/10") :]
+    known = {label for label, keys in VIEWS[loop].panel.items() if any(row.get(k) for k in keys)}
+    for label in VIEWS[loop].panel:
+        assert (f"{label} " in panel) == (label in known), label
+    assert " - " not in panel
+    assert "expert" in panel  # the kind of a text without a reward
+
+
+class FakeTracker(ModuleType):
+    """A module with the functions of wandb and trackio that we call. It records the calls.
+
+    The services need accounts and packages that conflict with ours, so tests do not use them.
+    """
+
+    def __init__(self, name, refuses=False):
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+        self.id = "abc"
+        self.calls = []
+        self.refuses = refuses
+        self.fails = False
+
+    def init(self, **options):
+        if self.refuses:
+            raise RuntimeError("No API key configured")
+        self.calls.append(("init", options))
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.calls.append(("define_metric", name, step_metric))
+
+    def log(self, values, step=None):
+        if self.fails:
+            raise RuntimeError("lost connection")
+        self.calls.append(("log", values, step))
+
+    def Table(self, **table):
+        return table
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+    def of(self, kind):
+        return [call[1:] for call in self.calls if call[0] == kind]
+
+
+STEP = {"step": 3, "reward": 0.5, "reward_std": 0.25, "clip_ratio/low": 0.125, "kl": None}
+STEP |= {"rewards/f_ABC/mean": 2.0, "exp/lift": 1.5}
+LOGGED = {"reward": 0.5, "reward_std": 0.25, "clip_ratio/low": 0.125}
+LOGGED |= {"rewards/f_ABC/mean": 2.0, "exp/lift": 1.5}
+ALIASES = {"train/reward": 0.5, "train/clip_ratio/low_mean": 0.125, "train/rewards/f_ABC/mean": 2.0}
+TEXTS = [
+    {"kind": "own", "prompt": "q", "answer": 7, "completion": "c", "reward": 1.0, "advantage": 0.5}
+    | {"rewards": {"f_ABC": 2.0}},
+    {"kind": "expert", "prompt": "q", "answer": "8", "completion": "d", "reward": None},
+]
+COLUMNS = ["step", "kind", "prompt", "answer", "completion", "reward", "advantage", "f_ABC"]
+TABLE = [[3, "own", "q", "7", "c", 1.0, 0.5, 2.0], [3, "expert", "q", "8", "d", None, None, None]]
+
+
+def test_wandb_gets_metrics_with_the_names_of_trl_and_a_table(tmp_path, monkeypatch):
+    wandb = FakeTracker("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for _ in range(2):  # a run and its resume
+        with quiet_log(tmp_path, report_to=["wandb"], config={"seed": 1}) as log:
+            log.write_completions(3, TEXTS)
+            log.write_step(STEP)
+            log.write_evaluation({"step": 3, "pass@1": 0.5, "levels": []})
+    first, second = wandb.of("init")
+    assert first[0] == {
+        "project": "mine",
+        "name": tmp_path.name,
+        "dir": str(tmp_path),
+        "config": {"seed": 1},
+        "id": None,
+        "resume": "allow",
+    }
+    assert second[0]["id"] == "abc"
+    assert ("*", "step") in wandb.of("define_metric")
+    table, step, evaluation = wandb.of("log")[:3]
+    assert table == ({"step": 3, "completions": {"columns": COLUMNS, "data": TABLE}}, None)
+    assert step == ({"step": 3} | LOGGED | ALIASES, None)
+    assert evaluation == ({"step": 3, "eval/pass@1": 0.5}, None)
+    assert wandb.calls[-1] == ("finish",)
+
+
+def test_trackio_gets_the_same(tmp_path, monkeypatch):
+    trackio = FakeTracker("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    with quiet_log(tmp_path, report_to=["trackio"], config={"seed": 1}) as log:
+        log.write_completions(3, TEXTS)
+        log.write_step(STEP)
+    ((options,),) = trackio.of("init")
+    assert options["project"] == "expo_fast"
+    table, step = trackio.of("log")
+    frame = table[0]["completions"]["dataframe"]
+    assert list(frame.columns) == COLUMNS
+    assert frame["completion"].tolist() == ["c", "d"]
+    assert step == (LOGGED | ALIASES, 3)
+    assert trackio.calls[-1] == ("finish",)
+
+
+def test_a_tracker_that_fails_gives_one_warning_and_the_run_continues(tmp_path, monkeypatch):
+    wandb = FakeTracker("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with quiet_log(tmp_path, report_to=["wandb"]) as log:
+        log.write_step({"step": 1})
+        wandb.fails = True
+        with pytest.warns(UserWarning, match="wandb of .* could not be written .*lost") as seen:
+            log.write_step({"step": 2})
+            log.write_step({"step": 3})
+    assert len(seen) == 1
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_a_tracker_that_refuses_a_run_is_an_error_of_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeTracker("wandb", refuses=True))
+    with pytest.raises(ValueError, match=r"report_to='wandb': No API key .* WANDB_MODE=offline"):
+        quiet_log(tmp_path, report_to=["wandb"]).open_trackers()
+
+
+def test_a_named_tracker_that_is_missing_ends_the_command_with_one_sentence(capsys, monkeypatch):
+    real = importlib.util.find_spec
+    absent = ("wandb", "trackio")
+    missing = lambda name, *rest: None if name in absent else real(name, *rest)  # noqa: E731
+    monkeypatch.setattr("expo_fast.reporting.trackers.find_spec", missing)
+    for name in absent:
+        assert exit_status.run(train.main, ["--dry-run", "--report-to", name]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: report_to={name!r}: {name} is not installed: `pip install")
+    assert exit_status.run(train.main, ["--report-to", "none", "wandb"]) == 2
+    assert "need none alone" in capsys.readouterr().err
 
 
 def test_seconds_of_phases_are_summed_even_if_one_fails():

@@ -1,4 +1,4 @@
-"""Complete texts as models write them: nested, broken, in Unicode, very large, hostile."""
+"""Complete texts as models may write them: nested, broken, in Unicode, very large, hostile."""
 # ruff: noqa: RUF001  (the characters that look like others are intended)
 
 import random
@@ -175,15 +175,15 @@ COMPLETIONS: list[tuple[str, str, bool]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gold", "completion", "right"), COMPLETIONS)
-def test_messy_completions(verifier, gold, completion, right):
+def test_messy_completions_are_judged(verifier, gold, completion, right):
     start = time.monotonic()
     verdict = verifier.judge([gold], [completion])[0]
-    assert time.monotonic() - start < 30  # with the start of a worker on a busy machine
+    assert time.monotonic() - start < 30  # includes the start of a worker on a busy machine
     assert bool(verdict) is right
 
 
 @pytest.mark.slow
-def test_few_hostile_texts_reach_a_worker_and_none_is_undecided(verifier):
+def test_few_hostile_texts_are_undecided(verifier):
     golds = [gold for gold, _, _ in COMPLETIONS]
     texts = [completion for _, completion, _ in COMPLETIONS]
     verdicts = verifier.judge(golds, texts)
@@ -203,7 +203,7 @@ PIECES = [
 
 
 @pytest.mark.slow
-def test_random_texts_take_little_time_and_raise_nothing():
+def test_random_texts_take_little_time_and_raise_no_error():
     draw = random.Random(0)
     slowest = 0.0
     for _ in range(3000):

@@ -1,6 +1,7 @@
 """Every method and preset trains when it is named; invalid configurations are refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from expo_fast import train
+from expo_fast.algorithms import resume
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import parse, presets
@@ -125,6 +127,30 @@ def test_a_checkpoint_of_another_method_is_refused(folder: Path, tmp_path: Path)
     path = tmp_path / "run/checkpoints/step-2"
     with pytest.raises(ValueError, match="was made with other method"):
         train.main(flags(folder, tmp_path / "new", "--method", "sft", "--resume", path))
+
+
+def test_a_resume_notices_other_ends_of_turns(folder, tmp_path, monkeypatch):
+    """A checkpoint of a version that did not record the ends is resumed as before."""
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    given = flags(folder, tmp_path / "run", "--method", "sft", "--model", model)
+    recorded = resume.identity
+    for records in (True, False):
+        run = tmp_path / f"recorded-{records}"
+        first = [*given, "--output-dir", run]
+        if not records:
+            monkeypatch.setattr(resume, "identity", lambda trainer: without_ends(recorded(trainer)))
+        train.main([*map(str, first)])
+        monkeypatch.undo()
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6, 7]}))
+    more = [*given, "--steps", "3", "--output-dir"]
+    train.main([*more, str(tmp_path / "recorded-False")])
+    with pytest.raises(ValueError, match="was made with other ends of turns"):
+        train.main([*more, str(tmp_path / "recorded-True")])
+
+
+def without_ends(identity: dict[str, str]) -> dict[str, str]:
+    return {what: value for what, value in identity.items() if what != "ends of turns"}
 
 
 @pytest.mark.parametrize("preset", ["gspo", "cispo", "dapo"])

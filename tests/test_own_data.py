@@ -590,7 +590,7 @@ def test_the_length_limit_of_samples_does_not_refuse_texts_of_the_data(tmp_path,
     train.main(job("--method", "sft", "--eval-every", 0, data=[source]))
     given = job("--method", "grpo", "--output-dir", tmp_path / "other", data=[source])
     with pytest.raises(
-        ValueError, match="max_completion_length=512, the model's context holds 256"
+        ValueError, match="max_completion_length=512, but the model's context holds 256"
     ):
         train.main(given)
 

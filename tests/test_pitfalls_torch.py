@@ -160,6 +160,112 @@ def test_a_sharded_weight_is_refused_and_the_advised_gather_sums_gradients_of_ra
     assert done.returncode == 0, done.stderr
     assert "weight is a DTensor" in done.stdout
     assert "weight.full_tensor(grad_placements=[Partial()])" in done.stdout
+    assert "leave the head in the root unit" in done.stdout
+    assert "divide by the world size" in done.stdout
+
+
+FULLY_SHARDED = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial
+from expo_fast.ops import linear_logprob
+
+VOCABULARY = 10
+WIDTH = 8
+
+class Head(nn.Linear):
+    def forward(self, hidden, targets):
+        return linear_logprob(hidden, self.weight, targets).logp
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.head = Head(WIDTH, VOCABULARY, bias=False)
+        random = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=random))
+
+    def forward(self, ids):
+        return torch.tanh(self.body(self.embedding(ids)))
+
+def in_the_root_unit(model, hidden, targets):
+    return linear_logprob(hidden, model.head.weight, targets).logp
+
+def in_the_forward_of_its_own_unit(model, hidden, targets):
+    return model.head(hidden, targets)
+
+def gathered_and_divided(model, hidden, targets):
+    weight = model.head.weight.full_tensor(grad_placements=[Partial("avg")])
+    return linear_logprob(hidden, weight, targets).logp
+
+def gathered_and_summed(model, hidden, targets):
+    weight = model.head.weight.full_tensor(grad_placements=[Partial()])
+    return linear_logprob(hidden, weight, targets).logp
+
+def sharded(mesh, head_has_its_own_unit):
+    model = Model()
+    fully_shard(model.body, mesh=mesh)
+    if head_has_its_own_unit:
+        fully_shard(model.head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+def rank_of_two(rank, path):
+    torch.set_num_threads(1)
+    if sys.platform == "linux":  # a machine may have no name that resolves
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    ids = torch.arange(8)
+    targets = (3 * ids + 1) % VOCABULARY
+    mine = slice(4 * rank, 4 * rank + 4)  # each rank has rows of its own
+    exact = Model()
+    logits = exact(ids) @ exact.head.weight.T
+    nn.functional.cross_entropy(logits, targets).backward()
+    for logp_of, own_unit, factor in (
+        (in_the_root_unit, False, 1),
+        (in_the_forward_of_its_own_unit, True, 1),
+        (gathered_and_divided, True, 1),
+        (gathered_and_summed, True, 2),  # too large by the number of ranks
+    ):
+        model = sharded(mesh, own_unit)
+        for _ in range(2):  # the second step gathers again
+            model.zero_grad()
+            (-logp_of(model, model(ids[mine]), targets[mine]).mean()).backward()
+        for (name, got), truth in zip(model.named_parameters(), exact.parameters(), strict=True):
+            scale = factor if name == "head.weight" else 1
+            torch.testing.assert_close(got.grad.full_tensor(), scale * truth.grad)
+        if rank == 0:
+            print(logp_of.__name__)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(rank_of_two, (sys.argv[1],), 2, start_method="fork")
+"""
+
+
+@pytest.mark.slow
+def test_gradients_of_a_head_under_fsdp_are_those_of_one_process(tmp_path):
+    """FSDP averages the gradients of ranks, and Partial() sums them."""
+    program = tmp_path / "program.py"
+    program.write_text(FULLY_SHARDED)
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "store"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "in_the_root_unit",
+        "in_the_forward_of_its_own_unit",
+        "gathered_and_divided",
+        "gathered_and_summed",
+    ]
 
 
 # 13. Tensors saved for backward that change before it
@@ -651,6 +757,57 @@ def test_vmap_without_gradients_is_a_loop(loss_of, backend):
     with torch.no_grad():
         got = torch.func.vmap(f)(many)
     assert torch.equal(got, torch.stack([f(hidden) for hidden in many]))
+
+
+CONSTANTS: dict[str, tuple[Loss, tuple[int, ...]]] = {
+    "advantage": (policy, (N,)),
+    "row_weight": (policy, (N,)),
+    "old_logp": (policy, (N,)),
+    "temperature": (logprob, (N,)),
+    "ref_logp": (preference, (4,)),
+    "pair_weight": (preference, (2,)),
+}
+
+
+@pytest.mark.parametrize("name", ["jvp", "grad"])
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_a_derivative_in_a_constant_is_refused(constant, name):
+    """It would be 0, because the ops detach all but hidden states, weights and biases."""
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    loss_of, shape = CONSTANTS[constant]
+    known = {"advantage": ramp(targets), "row_weight": ramp(targets).abs() + 0.1}
+    says, call = REFUSED[NAMES.index(name)]
+
+    def f(x: Tensor) -> Tensor:
+        if constant in known:
+            given = known | {constant: x}
+            return linear_policy_loss(hidden, weight, targets, **given).loss
+        return loss_of(hidden, weight, targets, **{constant: x})
+
+    with pytest.raises(NotImplementedError, match=says):
+        call(f, torch.rand(shape) + 0.5)
+
+
+def test_several_gradients_at_once_are_those_of_a_loop(loss_of, backend):
+    """is_grads_batched, and the reverse mode of a vectorized Jacobian."""
+    hidden, weight, targets = make_inputs()
+    loss = loss_of(hidden, weight, targets, backend=backend)
+    scales = torch.tensor([1.0, -2.0, 0.5])
+    inputs = hidden, weight
+    got = torch.autograd.grad(loss, inputs, scales, is_grads_batched=True, retain_graph=True)
+    for i, scale in enumerate(scales):
+        truth = torch.autograd.grad(loss, inputs, scale, retain_graph=True)
+        same([grad[i] for grad in got], truth, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["hvp", "vhp"])
+def test_a_second_derivative_of_a_compiled_loss_is_refused(loss_of, name):
+    """Compiled, the gradient is an output of the forward, on which no input seems to depend."""
+    torch._dynamo.reset()
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    f = torch.compile(partial(loss_of, weight=weight, targets=targets), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"differentiable once|double backward"):
+        TWICE[name](f, hidden)
 
 
 def test_functional_call_and_an_unrelated_tangent_change_nothing(loss_of, backend):

@@ -155,6 +155,16 @@ def test_the_template_hash_changes_with_the_prompt():
     assert len(hashes) == 4
 
 
+def test_the_hash_of_the_ends_changes_with_each_end_and_the_templates_hash_does_not():
+    later = tiny_tokenizer()
+    later.chat_template = later.chat_template.replace("<|im_end|>", "!<|im_end|>", 1)
+    prompters = [Prompter(tiny_tokenizer()), Prompter(tiny_tokenizer(), ends=(1, 2))]
+    prompters += [Prompter(later)]
+    assert len({prompter.ends_hash for prompter in prompters}) == 3
+    assert prompters[0].template_hash == prompters[1].template_hash == "3f7026087f5c7f59"
+    assert Prompter(tiny_tokenizer(), ends=(2, 1)).ends_hash == prompters[1].ends_hash
+
+
 def test_request_seeds_depend_on_each_part_of_the_key():
     keys = [(0, "solve", 1, "a", 0), (1, "solve", 1, "a", 0), (0, "explain", 1, "a", 0)]
     keys += [(0, "solve", 2, "a", 0), (0, "solve", 1, "b", 0), (0, "solve", 1, "a", 1)]

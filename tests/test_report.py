@@ -1,6 +1,10 @@
 """The report shows the data of the records, and escapes text of models."""
 
+import base64
+import hashlib
+import itertools
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,16 @@ from expo_fast import report, train
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import dump_toml
 from expo_fast.config import Train
-from expo_fast.reporting.drawing import draw
+from expo_fast.reporting import page as report_page
+from expo_fast.reporting import samples
+from expo_fast.reporting.drawing import COLORS, charts, draw, step_ticks
+from expo_fast.reporting.markup import resource
 from expo_fast.reporting.panels import (
     GRADIENT_NORM,
     LEARNING,
     PROPERTIES,
+    Curve,
+    Panel,
     PlottedPanel,
     curves,
     plotted,
@@ -62,12 +71,18 @@ def evaluation(step: int, right: float, **more: Any) -> dict[str, Any]:
 
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3"}
 TAGS |= {"section", "p", "b", "br"}
-TAGS |= {"ul", "li", "div", "table", "thead", "tr", "th", "td", "small", "dl", "dt", "dd", "pre"}
-TAGS |= {"figure", "svg", "g", "path", "defs", "use", "clippath", "rect", "text"}
+TAGS |= {"ul", "li", "div", "table", "thead", "tr", "th", "td", "small", "pre"}
+TAGS |= {"figure", "script", "noscript"}
+
+
+@pytest.fixture(autouse=True)
+def short_library(monkeypatch):
+    """Replace the library of the charts, which takes seconds to join. test_browser.py uses it."""
+    monkeypatch.setattr(report_page, "library", lambda: "/* library */")
 
 
 class Page(HTMLParser):
-    """The text of a page with spaces for tags, its tags, and the cells of its tables."""
+    """The text of a page with spaces for tags, its tags, the cells of its tables, and its data."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -75,14 +90,16 @@ class Page(HTMLParser):
         self.attributes: set[str] = set()
         self.text = ""
         self.rows: list[list[str]] = []
-        self._in_style = self._in_cell = False
+        self.data: dict[str, Any] = {}
+        self._in_data = self._in_style = self._in_cell = False
         self.feed(source)
         self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        self._in_style = tag == "style"
+        self._in_style = tag in ("style", "script")
+        self._in_data = tag == "script" and ("id", "data") in attrs
         if tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
@@ -90,15 +107,21 @@ class Page(HTMLParser):
             self.rows[-1].append("")
 
     def handle_endtag(self, tag):
-        self._in_style = False
+        self._in_style = self._in_data = False
         self._in_cell = self._in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
+        if self._in_data:
+            self.data = json.loads(data)
         if self._in_style:
             return
         self.text += f" {data}"
         if self._in_cell:
             self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
+
+    @property
+    def titles(self) -> list[str]:
+        return [chart["title"] for chart in self.data["charts"]]
 
     def cells(self, first: str) -> list[str]:
         """Return the row whose first cell starts with `first`, without that cell."""
@@ -155,7 +178,7 @@ def test_only_fields_that_differ_are_shown(tmp_path: Path):
         write_run(tmp_path / "d", steps=2),
     ]
     page = page_of(tmp_path, *runs)
-    shown = [page.cells(f"{i}. ")[0] for i in (1, 2, 3, 4)]
+    shown = [page.cells(f"{i}. ")[-1] for i in (1, 2, 3, 4)]
     assert shown[0] == "steps 1 learning_rate 5e-05 of_a_later_version unset"
     assert shown[1] == "steps 1 learning_rate 0.0003 of_a_later_version unset"
     assert shown[2] == "steps 1 learning_rate 5e-05 of_a_later_version new"
@@ -252,18 +275,20 @@ def test_a_property_without_measurements_is_reported_as_not_measured(tmp_path: P
 
 def test_sections_without_data_are_left_out(tmp_path: Path):
     bare = page_of(tmp_path, write_run(tmp_path / "a", rows=[{"kl": None, "reward": None}]))
-    assert "svg" not in bare.tags
+    assert bare.data["charts"] == bare.data["completions"] == []
     for title in (
         *("Learning curves", "two properties", "updates the weights", "Preference pairs"),
-        *("Seconds by phase", "Completions", "by level", "norm of 0"),
+        *("Time by phase", "Completions", "by level", "norm of 0"),
     ):
         assert title not in bare.text
     pairs = {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3}
     pairs |= {"rewards/accuracies": 0.75, "logps/chosen": -9.0, "logps/rejected": -8.0}
     full = page_of(tmp_path, write_run(tmp_path / "b", rows=[pairs, pairs]))
     assert "Preference pairs" in full.text
-    for label in ("Rewards", "Margin", "Pairs ranked correctly", "Log-probability", "chosen"):
-        assert label in full.text
+    assert full.titles == ["Rewards", "Margin", "Pairs ranked correctly", "Log-probability"]
+    rewards = full.data["charts"][0]
+    assert rewards["columns"] == ["configuration", "metric", "step", "mean", "low", "high"]
+    assert rewards["rows"][0] == ["1. expo-grpo", "chosen", 1, 0.2, 0.2, 0.2]
     assert "Learning curves" not in full.text
 
 
@@ -275,9 +300,10 @@ def test_norms_of_zero_are_counted_because_a_logarithm_cannot_show_them(tmp_path
     assert (policy.steps, sft.steps) == ([2, 3], [1, 2, 3, 4, 5])
     page = page_of(tmp_path, run)
     assert "Steps with a norm of 0, not drawn: 1. expo-grpo: policy 2 of 4." in page.text
-    for label in ("Gradient norm", "0.01", "10"):  # plain numbers, not formulas
-        assert label in page.text
-    assert "$" not in page.text
+    (chart,) = page.data["charts"]
+    assert chart["title"] == "Gradient norm of each term"
+    assert chart["spec"]["encoding"]["y"]["scale"]["type"] == "log"
+    assert chart["spec"]["encoding"]["y"]["scale"]["domain"] == [0.01, 30.0]
 
 
 def test_seconds_by_phase_are_means_over_steps_with_percentages(tmp_path: Path):
@@ -285,6 +311,12 @@ def test_seconds_by_phase_are_means_over_steps_with_percentages(tmp_path: Path):
     page = page_of(tmp_path, write_run(tmp_path / "a", rows=rows))
     assert ["configuration", "generate", "forward backward", "sum"] in page.rows
     assert ["1. expo-grpo", "4 89%", "0.5 11%", "4.5"] in page.rows
+    (chart,) = page.data["charts"]
+    assert chart["title"] == "Mean time of a step"
+    assert chart["rows"] == [
+        ["1. expo-grpo", "generate", 4.0],
+        ["1. expo-grpo", "forward backward", 0.5],
+    ]
 
 
 def test_curves_are_means_and_ranges_over_runs(tmp_path: Path):
@@ -329,9 +361,11 @@ def test_a_panel_of_many_curves_is_split_by_configuration_with_a_common_scale(tm
         expected.append((name, lift.panel.title, 0 if name == names[2] else 2))
     expected.append(("", LEARNING[0].title, 8))  # of one metric: its curves have different colours
     assert [(x.panel.only, x.panel.title, len(x.curves)) for x in shown] == expected
-    source = draw("properties", panels, names)
-    assert [source.count(f">{name}</text>") for name in names] == [2, 2, 1, 2, 2]
-    assert source.count(">40</text>") == 4  # also on the axes of those whose lift is 1 or 2
+    drawn = charts(panels, names)
+    titles = [chart.title for chart in drawn]
+    assert [sum(name in title for title in titles) for name in names] == [2, 2, 1, 2, 2]
+    domains = [chart.spec["encoding"]["y"]["scale"]["domain"] for chart in drawn]
+    assert domains.count([0.0, 40.0]) == 4  # also on the axes of those whose lift is 1 or 2
     few = plotted(PROPERTIES, groups[:2])
     assert split_crowded(few, names[:2]) == few
 
@@ -352,61 +386,143 @@ def test_text_of_models_and_configs_is_escaped(tmp_path: Path):
     page = Page(source)
     assert page.tags <= TAGS
     assert not any(name.startswith("on") or name in ("src", "href") for name in page.attributes)
-    assert "<script>alert('$x^{$')</script> & \\x1b[2J \\u202e \\ud800 &lt;b&gt;" in page.text
-    # in the legend of a figure, where a $ would begin a formula
-    assert "1. &lt;script&gt;alert('$x^{$')&lt;/script&gt; &amp; \\x1b</text>" in source
-    for forbidden in ("\x1b", "\u202e", "\u2028", "<script"):
+    escaped = "<script>alert('$x^{$')</script> & \\x1b[2J \\u202e \\ud800   &lt;b&gt;"
+    assert {row[6] for row in page.data["completions"]} == {escaped}
+    assert page.data["charts"][0]["rows"][0][0] == "1. <script>alert('$x^{$')</script> & \\x1b"
+    for forbidden in ("\x1b", "\u202e", "\u2028"):
+        assert forbidden not in source
+    assert source.count("<script") == 3  # the data, the library and the report's own
+    assert "<" not in source.split('id="data">')[1].split("</script>")[0]
+
+
+def test_the_page_allows_only_its_own_scripts_and_is_reproducible(tmp_path: Path):
+    run = write_run(tmp_path / "a", rows=PROPERTY_ROWS, evaluations=[evaluation(0, 0.2)])
+    source = source_of(tmp_path, run)
+    assert source_of(tmp_path, run) == source
+    policy = source.split('Content-Security-Policy" content="')[1].split('"')[0]
+    hashes = []
+    for script in source.split("<script>")[1:]:
+        digest = hashlib.sha256(script.split("</script>")[0].encode()).digest()
+        hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+    assert policy == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src {' '.join(hashes)}"
+    )
+    for forbidden in ("innerHTML", "eval(", "://", "@import"):
         assert forbidden not in source
 
 
-def test_the_page_loads_no_other_files_and_is_reproducible(tmp_path: Path, monkeypatch):
-    run = write_run(tmp_path / "a", rows=PROPERTY_ROWS, evaluations=[evaluation(0, 0.2)])
-    first = source_of(tmp_path, run)
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "path", "axes.grid": True}):
-        assert source_of(tmp_path, run) == first
-    assert "://" not in first
-    assert "@import" not in first
-    assert "default-src 'none'" in first
-    assert "currentColor" in first
-    assert "#010203" not in first
-    identifiers = [piece.split('"')[0] for piece in first.split(' id="')[1:]]
-    assert len(identifiers) == len(set(identifiers)) > 0
-
-
-def test_completions_of_the_first_and_last_step_are_shown(tmp_path: Path):
-    run = write_run(tmp_path / "a", rows=[{}] * 12)
-
-    def row(n: int, kind: str, completion: str, **more: Any) -> dict[str, Any]:
-        return {
-            "id": n,
-            "prompt": f"q{n}?",
-            "answer": n,
-            "kind": kind,
-            "completion": completion,
-        } | more
-
-    for step in (1, 2, 12):
-        rows = [
-            row(1, "own", "alone"),
-            row(2, "own", f"own at {step}", reward=0.5),
-            row(2, "own", "a second one"),
-            row(2, "explanation", "y" * 5000, reward=None),
-            row(3, "chosen", "better"),
-            row(3, "rejected", "worse"),
-        ]
+def write_completions(run: str, steps: Any, text: str = "c", n: int = 1) -> None:
+    for step in steps:
+        rows = []
+        for i in range(n):
+            row = {"id": i, "prompt": f"q{i}?", "answer": i, "level": 2, "kind": "own"}
+            row |= {"completion": f"{text} {i} at {step}", "reward": 0.5, "finish_reason": "length"}
+            rows.append(row)
         write_lines(Path(run) / "completions" / f"step-{step}.jsonl", rows)
-    (Path(run) / "completions" / "step-x.jsonl").write_text("")
-    text = page_of(tmp_path, run).text
-    assert "question q2? answer 2 own attempt, reward 0.5 own at 1 accepted explanation yyy" in text
-    assert "yyy ... and 3800 more characters question q3?" in text
-    assert "chosen better rejected worse" in text
-    assert "own at 12" in text
-    assert "own at 2 " not in text
-    assert "a second one" not in text
-    assert "alone" not in text  # two questions are shown, first those with two kinds
+
+
+def test_completions_of_all_runs_and_steps_are_data_of_the_page(tmp_path: Path):
+    runs = [write_run(tmp_path / str(seed), rows=[{}] * 12, seed=seed) for seed in (3, 4)]
+    write_completions(runs[0], (1, 2, 12))
+    text = {"prompt": "q0?", "answer": 0, "level": 2, "kind": "expert", "completion": "y" * 5000}
+    write_lines(Path(runs[1]) / "completions" / "step-1.jsonl", [text | {"reward": None}, {}])
+    (Path(runs[0]) / "completions" / "step-x.jsonl").write_text("")
+    data = page_of(tmp_path, *runs).data
+    assert data["runs"] == [
+        {"name": "1. expo-grpo, seed 3", "method": "expo-grpo", "seed": "3"},
+        {"name": "1. expo-grpo, seed 4", "method": "expo-grpo", "seed": "4"},
+    ]
+    assert data["questions"] == [["q0?", "0", 2.0], ["null", "null", None]]
+    first, second, third, fourth, empty = data["completions"]
+    assert first == [0, 1, "own", 0.5, "length", 0, "c 0 at 1"]
+    assert (second[1], third[1]) == (2, 12)
+    assert fourth[:6] == [1, 1, "expert", None, None, 0]
+    assert fourth[6].endswith("yyy ... and 3800 more characters")
+    assert empty[2:5] == ["null", None, None]
+    assert data["kinds"]["expert"] == "expert's solution"
+
+
+def test_completions_beyond_the_limit_are_left_out_evenly(tmp_path: Path, monkeypatch):
+    run = write_run(tmp_path / "a", rows=[{}] * 100)
+    write_completions(run, range(1, 101), text="x" * 900, n=2)
+    monkeypatch.setattr(samples, "MOST_BYTES", 18000)
+    page = page_of(tmp_path, run)
+    steps = sorted({row[1] for row in page.data["completions"]})
+    assert (steps[0], steps[-1]) == (1, 100)
+    assert max(after - before for before, after in itertools.pairwise(steps)) <= 13
+    assert 9 <= len(steps) <= 17
+    assert f"The completions of {100 - len(steps)} steps are left out" in page.text
+
+
+def curve(*steps: int, values: Any = None) -> PlottedPanel:
+    values = list(values or [0.5] * len(steps))
+    panel = Panel("t", "u", {"m": "label"}, zero_line=True)
+    return PlottedPanel(panel, [Curve(0, "m", list(steps), values, values, values)])
+
+
+def test_ticks_of_steps_are_integers_and_a_single_step_is_in_the_middle():
+    assert step_ticks(1, 3) == [1, 2, 3]
+    assert step_ticks(0, 7) == [0, 2, 4, 6]
+    assert step_ticks(1, 16) == [5, 10, 15]
+    assert step_ticks(3, 1200) == [200, 400, 600, 800, 1000, 1200]
+    (chart,) = charts([curve(2)], ["a"])
+    x = chart.spec["encoding"]["x"]
+    assert (x["axis"]["values"], x["scale"]["domain"]) == ([2], [1, 3])
+
+
+def test_the_range_of_an_axis_is_never_empty():
+    def domain(*values: float) -> list[float]:
+        (chart,) = charts([curve(*range(len(values)), values=values)], ["a"])
+        return chart.spec["encoding"]["y"]["scale"]["domain"]
+
+    assert domain(0.0, 0.0) == [0.0, 1.0]
+    assert domain(-2.0, -2.0) == [-2.0, 0.0]
+    assert domain(0.5, 3.0) == [0.0, 3.0]
+
+
+def test_a_long_curve_keeps_every_kth_point_and_its_last_one():
+    (chart,) = charts([curve(*range(1, 14001))], ["a"])
+    steps = [row[2] for row in chart.rows]
+    assert steps[:3] == [1, 4, 7]
+    assert steps[-1] == 14000
+    assert len(steps) < 5000
+
+
+def luminance(color: str) -> float:
+    parts = []
+    for i in (1, 3, 5):
+        x = int(color[i : i + 2], 16) / 255
+        parts.append(x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def test_colors_have_contrast_with_both_backgrounds():
+    """WCAG 2.2 asks for a ratio of 3 for graphics (1.4.11) and of 4.5 for text (1.4.3)."""
+    themes = [
+        dict(re.findall(r"--(\w+): (#\w+)", x)) for x in resource("report.css").split(":root")
+    ]
+    light, dark = themes[1:3]
+    for theme in (light, dark):
+        page = luminance(theme["page"])
+        for colors, least in (
+            (COLORS, 3),
+            ([theme[x] for x in ("text", "quiet", "good", "bad")], 4.5),
+        ):
+            for color in colors:
+                low, high = sorted((page, luminance(color)))
+                assert (high + 0.05) / (low + 0.05) >= least, (color, theme["page"])
+
+
+@pytest.mark.slow
+def test_a_file_is_drawn_from_the_same_charts(tmp_path: Path):
+    rows = [{"reward": 0.1, "exp/nll": 1.0, "own/nll": 2.0}, {"reward": 0.4}]
+    runs = [load_run(write_run(tmp_path / x, rows=rows, steps=len(x))) for x in ("a", "bb")]
+    groups = group_runs(runs)
+    names = [group.name for group in groups]
+    svg = draw(plotted([*LEARNING, *PROPERTIES], groups), names)
+    for text in ("Reward", "(a) Negative log-likelihood", *names, "explanation", "own attempt"):
+        assert f">{text}</text>" in svg
+    assert "currentColor" in svg
 
 
 def test_an_error_is_printed_in_one_sentence(tmp_path: Path, capsys):
@@ -418,7 +534,7 @@ def test_an_error_is_printed_in_one_sentence(tmp_path: Path, capsys):
     (tmp_path / "no_config" / "metrics.jsonl").write_text('{"step": 1}\n')
     for given, message in (
         ([], "need the folder of at least one run"),
-        ([str(tmp_path / "absent")], "absent' is not the folder of a run: it has no config.toml"),
+        ([str(tmp_path / "absent"), good], "absent' is not a folder"),
         (
             [str(tmp_path / "no_config")],
             "no_config' is not the folder of a run: it has no config.toml",
@@ -438,6 +554,24 @@ def test_an_error_is_printed_in_one_sentence(tmp_path: Path, capsys):
         assert message in lines[0]
     assert exit_status.run(report.main, [good, "--output", str(tmp_path / "r.html")]) == 0
     assert capsys.readouterr().out == f"report: {tmp_path / 'r.html'}\n"
+
+
+def test_runs_that_cannot_be_read_are_left_out_with_a_warning(tmp_path: Path):
+    good = write_run(tmp_path / "good")
+    truncated = write_run(tmp_path / "truncated")
+    (Path(truncated) / "config.toml").write_text('method = "gr')
+    unlogged = write_run(tmp_path / "unlogged", rows=[])
+    (tmp_path / "<b>empty").mkdir()
+    given = [truncated, good, str(tmp_path / "<b>empty"), unlogged]
+    output = tmp_path / "r.html"
+    with pytest.warns(UserWarning, match="^a run is left out: ") as seen:
+        assert exit_status.run(report.main, [*given, "--output", str(output)]) == 0
+    for name, warning in zip((truncated, "<b>empty", unlogged), seen, strict=True):
+        assert name in str(warning.message)
+    page = Page(output.read_text())
+    assert "Runs: 1, configurations: 1." in page.text
+    assert "Left out: " in page.text
+    assert "<b>empty' is not the folder of a run: it has no config.toml" in page.text
 
 
 def test_a_run_of_the_trainer_is_reported(tmp_path: Path):
@@ -470,8 +604,10 @@ def test_a_run_of_the_trainer_is_reported(tmp_path: Path):
     assert cells[:2] == ["0", "2"]
     assert cells[2].startswith("0.000 \u2192 0.000")
     for text in (
-        *("Held-out pass@1", "Accuracy by level", "level 2 2 questions", "Gradient norm"),
-        *("expert's solution", "own attempt, reward 0", "forward backward"),
+        *("Accuracy by level", "level 2 2 questions", "forward backward"),
         *("In-distribution: not measured.", "Learning signal: not measured."),
     ):
         assert text in page.text
+    assert {"Held-out pass@1", "Reward", "Loss", "Mean time of a step"} <= {*page.titles}
+    assert {row[2] for row in page.data["completions"]} == {"own", "expert"}
+    assert {question[2] for question in page.data["questions"]} <= {1.0, 2.0}

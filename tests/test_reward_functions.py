@@ -1,4 +1,4 @@
-"""Reward functions of users get what TRL gives them, and mistakes of theirs are named."""
+"""Reward functions of users get the same arguments as in TRL, and errors name the function."""
 
 import asyncio
 import functools
@@ -41,7 +41,7 @@ CHAT = [replace(p, prompt=({"role": "user", "content": str(p.prompt)},)) for p i
 
 
 def load(folder: Path, source: str, *names: str) -> list[RewardFunction]:
-    """Return functions of a file with that source."""
+    """Write a file with this source, and return functions of it."""
     path = folder / "mine.py"
     path.write_text(textwrap.dedent(source))
     return load_rewards([f"{path}:{name}" for name in names])
@@ -58,7 +58,7 @@ def rewarded(
     return rewards
 
 
-# What a function gets
+# Arguments of a function
 
 
 def test_chat_data_gives_messages_and_text_data_gives_strings():
@@ -92,7 +92,7 @@ TRL_REWARDS = """
     repetition = get_repetition_penalty_reward(ngram_size=2)
     cosine = get_cosine_scaled_reward(max_len=12)
 """
-# The values of TRL's own docstrings' formulas for TEXTS, of 9 and 12 tokens.
+# The values for TEXTS, which have 9 and 12 tokens, by the formulas in TRL's docstrings.
 TRL_VALUES = {
     "accuracy_reward": [1.0, 0.0],
     "reasoning_accuracy_reward": [1.0, 0.0],
@@ -138,8 +138,11 @@ def test_an_annotation_of_messages_gives_messages_for_text_data_too(tmp_path, an
     assert rewarded(load(tmp_path, source, "f")) == [len(text) for text in TEXTS]
 
 
-@pytest.mark.parametrize("annotation", ["list[str]", "list", "list[str] | list[list[dict]]"])
-def test_another_annotation_gives_what_the_data_are(tmp_path, annotation):
+@pytest.mark.parametrize(
+    "annotation",
+    ["list[str]", "list", "list[str] | list[list[dict]]", "list[list[dict]] | list[str]"],
+)
+def test_other_annotations_give_the_form_of_the_data(tmp_path, annotation):
     source = f"""
     def f(completions: {annotation}, **kwargs):
         return [len(c) for c in completions]
@@ -176,6 +179,10 @@ def scaled(completion_ids, level, **kwargs):
     return [level * len(ids) for ids in completion_ids]
 
 
+def hinted(completion_ids, hint, **kwargs):
+    return [hint * len(ids) for ids in completion_ids]
+
+
 async def awaited(completion_ids, **kwargs):
     await asyncio.sleep(0)
     return [float(len(ids)) for ids in completion_ids]
@@ -185,6 +192,7 @@ FORMS: dict[str, tuple[Callable, list[float], str]] = {
     "a callable object": (Length(), [9, 12], "Length"),
     "a partial": (functools.partial(Length(), scale=2.0), [18, 24], "Length"),
     "a partial of what would be a column": (functools.partial(scaled, level=3), [27, 36], "scaled"),
+    "a partial of a column": (functools.partial(hinted, hint=3), [27, 36], "hinted"),
     "a bound method": (Length().__call__, [9, 12], "__call__"),
     "a coroutine function": (awaited, [9, 12], "awaited"),
     "a partial of one": (functools.partial(awaited), [9, 12], "awaited"),
@@ -200,7 +208,7 @@ def test_any_callable_is_a_reward_function(form):
     assert name_of(fn) == name
 
 
-def test_coroutines_run_side_by_side_in_one_loop_for_all_steps(tmp_path):
+def test_coroutines_run_concurrently_in_one_loop_for_all_steps(tmp_path):
     source = """
     import asyncio
     arrived = asyncio.Event()
@@ -218,21 +226,21 @@ def test_coroutines_run_side_by_side_in_one_loop_for_all_steps(tmp_path):
     assert rewarded(functions) == rewarded(functions) == [2.0, 2.0]
 
 
-def test_inside_a_running_event_loop_too():
+def test_coroutine_functions_work_inside_a_running_event_loop():
     async def notebook() -> Rewards:
         return rewarded(awaited)
 
     assert asyncio.run(notebook()) == [9, 12]
 
 
-# What it returns
+# Results of a function
 
 
 NO_VALUE = [None, math.nan, np.nan, torch.tensor(math.nan)]
 
 
 @pytest.mark.parametrize("nothing", NO_VALUE, ids=str)
-def test_none_leaves_a_function_out_of_a_sum_and_nothing_known_is_no_reward(nothing):
+def test_none_is_left_out_of_a_sum_and_a_sum_of_none_is_none(nothing):
     one = RewardFunction("one", lambda **_: [1.0, nothing])
     two = RewardFunction("two", lambda **_: [nothing, nothing])
     four = RewardFunction("four", lambda **_: [4.0, 4.0])
@@ -286,7 +294,7 @@ BAD = {
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_list_of_numbers_is_refused_by_the_functions_name(case, is_async):
+def test_a_result_that_is_no_list_of_numbers_is_refused_with_the_functions_name(case, is_async):
     returned, says = BAD[case]
 
     def mine(**given):
@@ -318,7 +326,7 @@ def test_an_exception_keeps_its_traceback_and_names_the_function(is_async):
     assert isinstance(e.value.__cause__, TypeError)
 
 
-# What it logs
+# Logs of a function
 
 
 def test_a_function_logs_columns_and_metrics():
@@ -348,7 +356,7 @@ def test_a_function_logs_columns_and_metrics():
         (lambda given: given["log_metric"]("x", "a"), "log_metric got 'a' for the metric 'x'"),
     ],
 )
-def test_a_log_that_does_not_fit_is_named(log, says):
+def test_an_invalid_log_is_refused_with_the_functions_name(log, says):
     def mine(**given):
         log(given)
         return [0.0, 0.0]
@@ -357,7 +365,7 @@ def test_a_log_that_does_not_fit_is_named(log, says):
         rewarded(mine)
 
 
-# Where it is
+# Places of functions
 
 
 SEVERAL = """
@@ -388,7 +396,7 @@ def test_functions_are_found_in_files_and_modules_by_dot_or_colon(tmp_path, monk
         assert rewarded(load_rewards([place])) == [0, 0]
 
 
-def test_functions_of_one_file_share_it_and_names_differ(tmp_path):
+def test_functions_of_one_file_share_its_module_and_get_unique_names(tmp_path):
     functions = load(tmp_path, SEVERAL, "first", "second", "short", "length", "half")
     assert [f.name for f in functions] == ["first", "second", "short", "length", "length_2"]
     assert rewarded(functions[:2]) == [2, 2]
@@ -403,19 +411,19 @@ def test_functions_of_one_file_share_it_and_names_differ(tmp_path):
         ("mine.py:", "write it as package.module.function or path/to/file.py:function"),
     ],
 )
-def test_what_is_no_function_is_named(tmp_path, monkeypatch, place, says):
+def test_a_place_without_a_function_is_refused(tmp_path, monkeypatch, place, says):
     (tmp_path / "mine.py").write_text(textwrap.dedent(SEVERAL))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=says):
         load_rewards([place])
 
 
-# In a run
+# Functions in a run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny model, and data of both forms."""
+    """Return a folder with a tiny model, data of both forms and reward functions."""
     root = tmp_path_factory.mktemp("functions")
     save_model(tiny_model(), tiny_tokenizer(), root / "model")
     for name in ("text", "chat"):
@@ -436,6 +444,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return [None for _ in completions]
         def takes_over(completions, log_metric, log_extra):
             log_metric("loss", 1.0)
+            return [0.0 for _ in completions]
+        def takes_over_dpo(completions, log_metric):
+            log_metric("rewards/margins", 1.0)
+            return [float(i % 2) for i, _ in enumerate(completions)]
+        def takes_over_pairs(completions, log_metric):
+            log_metric("pairs/tokens", 1.0)
+            return [float(i % 2) for i, _ in enumerate(completions)]
+        def steps(completions, log_metric):
+            log_metric("steps of the proof", 2.0)
             return [0.0 for _ in completions]
         def takes_a_column(completions, log_extra):
             log_extra("advantage", [0 for _ in completions])
@@ -481,20 +498,36 @@ def test_a_run_logs_each_function_as_trl_does(folder: Path, tmp_path: Path, data
 @pytest.mark.parametrize(
     ("names", "error", "says"),
     [
-        ("needs", ValueError, r"needs needs the argument 'difficulty', which is no column of"),
+        ("needs", ValueError, r"needs needs the argument 'difficulty', which is neither a"),
         ("takes_a_column", RuntimeError, "log_extra: 'advantage' is a column of the trainer's"),
         ("takes_over", RuntimeError, "log_metric: 'loss' is a metric of the trainer's"),
         ("get_cosine_scaled_reward", ValueError, "needs the argument 'max_len'"),
     ],
 )
-def test_functions_that_do_not_fit_a_run(folder, tmp_path, names, error, says):
+def test_functions_that_do_not_fit_a_run_are_refused(folder, tmp_path, names, error, says):
     with pytest.raises(error) as e:
         run(folder, tmp_path / "run", "text", names)
     assert re.search(says, f"{e.value} {e.value.__cause__}")
 
 
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("takes_over_dpo", "rewards/margins"), ("takes_over_pairs", "pairs/tokens")],
+)
+def test_a_metric_of_preference_training_is_not_overwritten(folder, tmp_path, name, metric):
+    expert_dpo = ("--method", "expert-dpo")
+    with pytest.raises(RuntimeError) as e:
+        run(folder, tmp_path / "run", "text", name, *expert_dpo)
+    assert f"log_metric: '{metric}' is a metric of the trainer's" in str(e.value.__cause__)
+
+
+def test_a_metric_may_begin_with_the_name_of_another(folder: Path, tmp_path: Path):
+    rows = run(folder, tmp_path / "run", "text", "steps")
+    assert rows[0]["steps of the proof"] == 2
+
+
 @pytest.mark.parametrize("name", ["log_metric", "trainer_state", "prompts"])
-def test_a_column_of_the_name_of_an_argument_is_refused(name: str, folder: Path, tmp_path: Path):
+def test_a_column_with_the_name_of_an_argument_is_refused(name: str, folder: Path, tmp_path: Path):
     row = {"question": "1?", "answer": "1", name: 1}
     (tmp_path / "reserved.jsonl").write_text(json.dumps(row) + "\n")
     given = ("--train-data", f"{tmp_path}/reserved.jsonl", "--prompts-per-step", "1")
@@ -523,7 +556,7 @@ def test_one_function_may_be_a_string_in_toml_and_several_a_list(folder: Path, t
         ({"method": "sft", "reward_weights": (1.0,)}, "reward_weights"),
     ],
 )
-def test_weights_without_a_function_are_refused(options, says):
+def test_invalid_functions_and_weights_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         Train(**options)
 

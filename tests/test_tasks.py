@@ -255,6 +255,25 @@ def test_trls_solution_holds_the_answer(save, solution):
     assert given == [solution if problem.solution is None else problem.solution]
 
 
+@pytest.mark.parametrize(("number", "text"), [(7, "7"), (-0.5, "-0.5"), (1e-07, "0.0000001")])
+def test_trls_solution_may_be_a_number(save, number, text):
+    (problem,) = load_problems(save(lines({"prompt": "1?", "solution": number})))
+    assert problem.answer == text
+    assert problem.columns["solution"] == text  # TRL's accuracy_reward parses it
+    assert problem.solution is None
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_columns_that_change_how_a_chat_is_rendered_are_refused(save, column):
+    row = {"answer": "1", column: {"enable_thinking": False}}
+    chat = [{"role": "user", "content": "1?"}]
+    with pytest.raises(ValueError, match=rf":1: TRL renders chat messages with .* '{column}'"):
+        load_problems(save(lines({"prompt": chat, **row})))
+    (problem,) = load_problems(save(lines({"prompt": "1?", **row})))
+    assert column in problem.columns
+    assert load_problems(save(lines({"prompt": chat, **row, column: None})))
+
+
 def test_an_answer_beside_a_solution_is_the_answer(save):
     row = {**ROW, "solution": "So \\boxed{43}.", "reward_model": {"ground_truth": "44"}}
     (problem,) = load_problems(save(lines(row)))

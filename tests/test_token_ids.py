@@ -1,4 +1,4 @@
-"""Tokenizers and embeddings of different sizes: refused before any work, or without effect."""
+"""Tokenizers and embeddings may differ in size. Texts beyond the embedding are refused early."""
 
 import json
 from pathlib import Path
@@ -60,14 +60,14 @@ def make_job(
 
 
 def one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], main: Any) -> str:
-    """Return the one line with which a command refuses."""
+    """Return the only line that a command prints when it refuses its arguments."""
     assert exit_status.run(main, arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str], main: Any) -> str:
-    """Return the one line with which a command refuses a text."""
+    """Return the only line that a command prints when it refuses a text."""
     line = one_line(capsys, arguments, main)
     assert f"token '{EXTRA}' with the id {V}" in line
     assert f"embedding has {V} rows" in line
@@ -80,7 +80,9 @@ IN_TEMPLATE = CHAT_TEMPLATE.replace("assistant\n", f"assistant{EXTRA}\n")
 
 @pytest.mark.parametrize("only", ["", "--dry-run"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_prompt_beyond_the_embedding_is_refused_first(tmp_path, capsys, method: str, only: str):
+def test_a_prompt_beyond_the_embedding_is_refused_before_any_work(
+    tmp_path, capsys, method: str, only: str
+):
     make_job(tmp_path, larger_tokenizer(), {"question": f"What is {EXTRA}?"})
     line = refusal(capsys, [*flags(tmp_path, method), *only.split()], train.main)
     assert "problem q8" in line
@@ -122,7 +124,7 @@ def test_an_end_beyond_the_embedding_is_refused(tmp_path, capsys, method, templa
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_larger_tokenizer_whose_further_tokens_do_not_occur_trains(tmp_path, method: str):
+def test_a_larger_tokenizer_trains_if_its_further_tokens_do_not_occur(tmp_path, method: str):
     make_job(tmp_path, larger_tokenizer())
     train.main(flags(tmp_path, method))
     (row,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
@@ -159,7 +161,7 @@ def test_an_adapters_larger_tokenizer_is_compared_with_the_bases_embedding(tmp_p
 
 
 @pytest.mark.parametrize("changes", [{"question": EXTRA}, {"answer": EXTRA}])
-def test_an_evaluation_reads_the_questions_alone(tmp_path, capsys, changes: dict[str, str]):
+def test_an_evaluation_reads_only_the_questions(tmp_path, capsys, changes: dict[str, str]):
     make_job(tmp_path, larger_tokenizer(), eval_data=changes)
     arguments = f"--model {tmp_path}/model --data {tmp_path}/eval.jsonl --shots 0 --samples 1"
     arguments += " --max-completion-length 4"

@@ -16,6 +16,7 @@ from expo_fast.cli import exit_status
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
+from expo_fast.generate import Request
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -95,6 +96,31 @@ def test_a_run_leaves_a_complete_record_and_a_loadable_model(folder: Path, tmp_p
     assert AutoTokenizer.from_pretrained(saved).chat_template == tiny_tokenizer().chat_template
     before = load_file(folder / "model" / "model.safetensors")
     assert not torch.equal(before["model.norm.weight"], ours["model.norm.weight"])
+
+
+def test_a_program_gets_the_record_and_the_model_of_a_run(folder: Path, tmp_path: Path):
+    config = parse(Train, flags(folder, tmp_path / "run", steps=2, eval_every=1))
+    result = train.run(config)
+    assert result.run_dir == tmp_path / "run"
+    assert result.metrics == rows(tmp_path / "run")
+    assert [row["step"] for row in result.evaluations] == [0, 1, 2]
+    assert result.model_path == tmp_path / "run" / "checkpoints" / "step-2"
+    assert len(result.completions(2)) == 2 * (3 + 1)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-2" / "model.safetensors")
+    (trained,) = [w for n, w in result.model.named_parameters() if n.endswith("model.norm.weight")]
+    assert torch.equal(trained, saved["model.norm.weight"])
+    (completion,) = result.generator.sample([Request([5, 6], max_new_tokens=2)])
+    assert len(completion.token_ids) <= 2
+    again = train.run(config)  # finished, so it is only read
+    assert again.metrics == result.metrics
+    assert again.model_path == result.model_path
+
+
+def test_a_dry_run_of_a_program_leaves_no_record(folder: Path, tmp_path: Path):
+    config = parse(Train, [*flags(folder, tmp_path / "run"), "--dry-run"])
+    result = train.run(config)
+    assert (result.metrics, result.evaluations, result.model_path) == ([], [], None)
+    assert not result.run_dir.exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

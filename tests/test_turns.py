@@ -1,4 +1,4 @@
-"""What is trained on is what the template renders, what was sampled and what was judged."""
+"""Training texts agree with the rendered template, the sampled tokens and the judged texts."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ SHOT = Problem("s", "1 + 1?", "2", solution="1 + 1 = 2.")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of transformers
 
 
-# A given completion is what the template renders, as TRL has it
+# Given completions are rendered by the template, as in TRL
 
 
 def rows_of_trl(kind: Any, config: Any, tokenizer: Any, row: dict[str, Any], folder: Path) -> Any:
@@ -72,7 +72,7 @@ def sft_of_trl(prompter: Prompter, problem: Problem, text: str, folder: Path) ->
 
 
 def conversation(prompter: Prompter, problem: Problem) -> Any:
-    """Return the prompt as TRL takes it: messages, or a text for a tokenizer without a template."""
+    """Return the prompt for TRL: messages, or a text for a tokenizer without a template."""
     if prompter.tokenizer.chat_template:
         return prompter._turns(problem, explain=False)
     return prompter._prompt_text(problem, explain=False)
@@ -85,7 +85,10 @@ def reply(prompter: Prompter, text: str) -> Any:
 
 
 def same_up_to_the_end(prompter: Prompter, theirs: list[int], ours: tuple[int, ...]) -> None:
-    """TRL also trains on what a template renders after the end, which is never sampled."""
+    """Check that TRL's ids begin with ours, and that no ordinary text follows.
+
+    TRL also trains on the text after the end, which is never sampled.
+    """
     assert tuple(theirs[: len(ours)]) == ours
     after = prompter.tokenizer.decode(theirs[len(ours) :], skip_special_tokens=True)
     assert after.strip() == ""
@@ -117,7 +120,7 @@ def test_token_ids_of_dpo_are_those_of_trl(name: str, tmp_path: Path):
 
 
 def test_trl_shortens_a_prompt_whose_last_token_would_merge_with_the_answer(tmp_path: Path):
-    """Ours keeps the prompt that is sampled from. The two newlines are one token of Qwen's."""
+    """expo_fast keeps the prompt that is sampled from. Two newlines are one token of Qwen."""
     prompter = Prompter(family("qwen3-open").tokenizer)
     prompt, _ = sft_of_trl(prompter, PROBLEM, SOLUTION, tmp_path)
     solve = prompter.solve(PROBLEM)
@@ -126,8 +129,8 @@ def test_trl_shortens_a_prompt_whose_last_token_would_merge_with_the_answer(tmp_
     assert text.endswith(f"assistant\n<think>\n\n</think>\n\n{SOLUTION}<|im_end|>")
 
 
-def test_trl_takes_the_opened_reasoning_from_the_prompt(tmp_path: Path):
-    """Ours refuses an answer without reasoning, and trains on one with it after the same prompt."""
+def test_trl_drops_opened_reasoning_from_the_prompt(tmp_path: Path):
+    """expo_fast refuses an answer without reasoning. With reasoning, it keeps the prompt."""
     prompter = Prompter(family("r1").tokenizer)
     reasoned = f"<think>\nI add.\n</think>\n\n{SOLUTION}"
     prompt, completion = sft_of_trl(prompter, PROBLEM, reasoned, tmp_path)
@@ -143,7 +146,7 @@ def test_trl_takes_the_opened_reasoning_from_the_prompt(tmp_path: Path):
         prompter.expert(PROBLEM)
 
 
-def test_trl_loses_the_reasoning_that_a_template_removes(tmp_path: Path):
+def test_trl_drops_the_reasoning_that_a_template_removes(tmp_path: Path):
     prompter = Prompter(family("r1-closed").tokenizer)
     reasoned = f"<think>\nI add.\n</think>\n\n{SOLUTION}"
     _, completion = sft_of_trl(prompter, PROBLEM, reasoned, tmp_path)
@@ -153,7 +156,7 @@ def test_trl_loses_the_reasoning_that_a_template_removes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["no-end", "end-in-the-middle"])
-def test_trl_teaches_no_end_where_a_template_renders_none(name: str, tmp_path: Path):
+def test_trl_trains_on_no_end_if_a_template_renders_none(name: str, tmp_path: Path):
     made = family(name)
     prompter = Prompter(made.tokenizer)
     _, completion = sft_of_trl(prompter, PROBLEM, SOLUTION, tmp_path)
@@ -161,7 +164,7 @@ def test_trl_teaches_no_end_where_a_template_renders_none(name: str, tmp_path: P
     assert prompter.tokenizer.decode(prompter.expert(PROBLEM)) == SOLUTION + made.end
 
 
-def test_reasoning_of_an_answer_is_rendered_by_a_template_that_has_a_place_for_it():
+def test_reasoning_is_rendered_by_a_template_that_supports_it():
     problem = Problem("a", "?", "7", solution=f"<think>\nI add.\n</think>\n\n{SOLUTION}")
     for name in ("qwen3", "qwen3-open"):
         prompter = Prompter(family(name).tokenizer)
@@ -169,7 +172,7 @@ def test_reasoning_of_an_answer_is_rendered_by_a_template_that_has_a_place_for_i
         assert text.endswith(f"assistant\n{problem.solution}<|im_end|>")
 
 
-def test_without_a_place_for_a_given_answer_its_likelihood_is_not_measured():
+def test_the_likelihood_of_a_refused_answer_is_not_measured():
     prompter = Prompter(family("r1").tokenizer)
     samples = diagnostic_samples([DiagnosedQuestion(PROBLEM, [], None)], prompter)
     assert samples == []
@@ -179,7 +182,7 @@ def test_a_template_that_renders_no_question_is_refused():
     tokenizer = family("chatml").tokenizer
     parts = "{% for p in m.content %}{{ p.text }}{% endfor %}"
     tokenizer.chat_template = families.CHATML.replace("{{ m.content }}", parts)
-    with pytest.raises(ValueError, match="renders no question that is a plain text"):
+    with pytest.raises(ValueError, match="does not render a question that is a plain text"):
         Prompter(tokenizer)
 
 
@@ -187,12 +190,12 @@ def test_a_template_that_renders_no_question_is_refused():
 
 
 @pytest.mark.parametrize("name", [*CHATS, *PLAIN, "no-end", "end-in-the-middle", "end-is-text"])
-def test_every_text_that_is_put_together_ends_as_the_template_ends_a_turn(name: str):
+def test_every_assembled_text_ends_as_the_template_ends_a_turn(name: str):
     made = family(name)
     prompter = Prompter(made.tokenizer)
     decode = made.tokenizer.decode
     ids = prompter.expert(PROBLEM)
-    blank = " " if name == "llama2" else ""  # it is rendered before the end
+    blank = " " if name == "llama2" else ""  # its template renders a space before the end
     assert decode(ids).endswith(SOLUTION + blank + made.end)
     longer = prompter.longer(prompter.codec.encode("It is 7."), " So \\boxed{7}.")
     assert decode(longer).lstrip() == f"It is 7. So \\boxed{{7}}.{blank}{made.end}"
@@ -203,7 +206,7 @@ def test_every_text_that_is_put_together_ends_as_the_template_ends_a_turn(name: 
 THINK = "<think>\n\n</think>\n\n"
 
 
-def test_an_end_that_is_not_marked_as_special_is_no_part_of_what_is_judged():
+def test_an_end_that_is_not_marked_as_special_is_not_judged():
     prompter = Prompter(family("gemma").tokenizer)
     (end,) = prompter.turn.end_ids
     assert end not in prompter.tokenizer.all_special_ids
@@ -212,7 +215,7 @@ def test_an_end_that_is_not_marked_as_special_is_no_part_of_what_is_judged():
     assert prompter.longer(ids, " So.").count(end) == 1
 
 
-def test_a_template_may_have_another_end_in_the_middle_than_at_the_end():
+def test_a_template_may_end_the_last_turn_with_another_token():
     tokenizer = family("chatml").tokenizer
     tokenizer.chat_template = families.CHATML.replace(
         "<|im_end|>", "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}"
@@ -243,7 +246,7 @@ def test_an_end_of_several_ordinary_tokens_is_a_stop_string_and_is_kept_as_sampl
     assert prompter.text(sampled) == "It is 7."
 
 
-def test_an_end_of_two_tokens_is_stopped_at_by_its_first_and_trained_on_in_full():
+def test_sampling_stops_at_the_first_of_two_end_tokens_and_both_are_trained_on():
     prompter = Prompter(family("two-ends").tokenizer)
     first, second = prompter.turn.end_ids
     assert first in prompter.turn.stop_ids
@@ -259,7 +262,7 @@ def test_a_plain_completion_that_ends_by_itself_gets_no_second_end():
     assert named.ended([50, 51, 9], "stop") == (50, 51, 9)
 
 
-def test_without_any_end_there_is_one_sentence():
+def test_a_tokenizer_without_any_end_is_refused_in_one_sentence():
     for template in (None, families.ALPACA):
         tokenizer = families.byte_level(("<pad>",), template, eos=None)
         with pytest.raises(ValueError, match=r"no eos_token: name one in tokenizer_config.json$"):
@@ -276,8 +279,8 @@ def saved(folder: Path, tokenizer: Any, **config: Any) -> Path:
     return folder
 
 
-def test_a_base_model_stops_at_the_templates_end_and_says_so(tmp_path: Path):
-    """The end of a document is all that tokenizer and configs of Qwen's base models name."""
+def test_a_base_model_stops_at_the_templates_end_with_a_warning(tmp_path: Path):
+    """The tokenizer and the configs of Qwen's base models name only the end of a document."""
     tokenizer = family("chatml-base").tokenizer
     folder = saved(tmp_path / "base", tokenizer, eos_token_id=1)
     with pytest.warns(
@@ -304,7 +307,7 @@ def test_the_sampler_stops_at_the_end_that_is_trained_on(tmp_path: Path):
     assert any(3 in done.token_ids for done in completions)
 
 
-def test_the_tokenizers_end_is_stopped_at_where_the_checkpoint_names_another(tmp_path: Path):
+def test_sampling_stops_at_the_tokenizers_end_if_the_checkpoint_names_another(tmp_path: Path):
     folder = saved(tmp_path, family("none").tokenizer, eos_token_id=0)
     config = GenerationConfig(eos_token_id=[0]).to_json_string()
     (folder / "generation_config.json").write_text(config)
@@ -318,7 +321,7 @@ def test_the_tokenizers_end_is_stopped_at_where_the_checkpoint_names_another(tmp
     ("name", "eos", "reason"),
     [("no-end", 1, "renders no end"), ("end-is-text", 1, "is no token of the tokenizer")],
 )
-def test_an_end_that_the_template_does_not_settle_is_reported(tmp_path, name, eos, reason):
+def test_a_template_without_an_end_token_is_reported(tmp_path, name, eos, reason):
     folder = saved(tmp_path, family(name).tokenizer, eos_token_id=eos)
     with pytest.warns(UserWarning, match=reason):
         load_model(folder)
@@ -326,7 +329,7 @@ def test_an_end_that_the_template_does_not_settle_is_reported(tmp_path, name, eo
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("name", "eos"), [("chatml", 3), ("llama3", [2, 5]), ("none", [0, 1])])
-def test_where_the_three_agree_nothing_is_said(name: str, eos: Any, tmp_path: Path):
+def test_there_is_no_warning_if_the_three_sources_agree(name: str, eos: Any, tmp_path: Path):
     model, _ = load_model(saved(tmp_path, family(name).tokenizer, eos_token_id=eos))
     assert model.config.eos_token_id == eos
 
@@ -343,7 +346,7 @@ def test_an_end_outside_the_models_vocabulary_is_refused(tmp_path: Path):
 
 
 def brace_and_newline(prompter: Prompter, before: str, token: str) -> list[int]:
-    """Return a sampled answer whose stop string begins inside `token`."""
+    """Return a sampled answer with a stop string that begins inside `token`."""
     vocabulary = prompter.tokenizer.get_vocab()
     rest = prompter.codec.encode("Question: Who is")
     return [*prompter.codec.encode(before), vocabulary[token], *rest]
@@ -354,7 +357,7 @@ def completed(ids: list[int]) -> Completion:
 
 
 @pytest.mark.parametrize(("token", "kept"), [("}Ċ", "}"), ("}.Ċ", "}.")])
-def test_a_box_keeps_its_brace_where_a_stop_string_begins_inside_its_token(token: str, kept: str):
+def test_a_box_keeps_its_brace_if_a_stop_string_begins_inside_the_token(token: str, kept: str):
     prompter = Prompter(family("none").tokenizer)
     reasoning = " 3 + 4 = 7, so \\boxed{7"
     ids = brace_and_newline(prompter, reasoning, token)
@@ -406,10 +409,10 @@ def test_attempts_and_pairs_are_judged_as_they_are_trained_on():
     groups = judge_attempts([PROBLEM], completions, prompter, boxed_answer_reward, config)
     assert groups[0].texts == [" It is \\boxed{7}", " It is \\boxed{8}."]
     assert groups[0].rewards == [1.0, 0.0]
-    # GRPO: the sampled tokens, of which the judged text is the beginning
+    # GRPO trains on the sampled tokens. Their text begins with the judged text.
     samples = policy_samples(with_advantages(groups, config), config)
     assert [list(sample.completion_ids) for sample in samples] == [right, wrong]
-    # DPO: cut, and still the text that was judged
+    # DPO trains on the judged text.
     trainer: Any = type("T", (), {"prompter": prompter, "config": Train(method="expert-dpo")})
     chosen: Any = type("E", (), {"accepted": {"a": [prompter.expert(PROBLEM)]}})
     (pair,) = pairs_of_groups(trainer, groups, chosen)
@@ -445,13 +448,13 @@ def test_a_claim_that_begins_inside_a_token_is_cut_there():
     assert prompter.tokenizer.decode(kept) == "3 + 4 = 7."
 
 
-# Tokenizers that put a blank before a text
+# Tokenizers that put a space before a text
 
 BLANK_PUTTING = ["mistral", "mistral-first", "zephyr", "gemma", *PLAIN[1:]]
 
 
 @pytest.mark.parametrize("name", BLANK_PUTTING)
-def test_a_text_after_other_text_gets_no_blank(name: str):
+def test_a_text_after_other_text_gets_no_space(name: str):
     prompter = Prompter(family(name).tokenizer)
     codec = prompter.codec
     decode = prompter.tokenizer.decode
@@ -463,7 +466,7 @@ def test_a_text_after_other_text_gets_no_blank(name: str):
 
 
 @pytest.mark.parametrize("name", BLANK_PUTTING)
-def test_an_expert_text_has_one_blank_and_an_appended_box_none(name: str):
+def test_an_expert_text_begins_with_one_space_and_an_appended_box_with_none(name: str):
     prompter = Prompter(family(name).tokenizer)
     prompt = prompter.solve(PROBLEM)
     decode = prompter.tokenizer.decode
@@ -478,7 +481,7 @@ def test_an_expert_text_has_one_blank_and_an_appended_box_none(name: str):
 
 @pytest.mark.parametrize("name", BLANK_PUTTING)
 @pytest.mark.parametrize("mask", [False, True])
-def test_the_answer_is_scored_by_the_token_that_follows_a_brace(name: str, mask: bool):
+def test_the_scored_answer_is_the_token_after_a_brace(name: str, mask: bool):
     prompter = Prompter(family(name).tokenizer)
     ids = [*prompter.codec.encode(" 3 + 4 = 7. So \\boxed{7}."), *prompter.turn.end_ids]
     sample = answer_after(PROBLEM, ids, prompter, mask=mask)
@@ -490,7 +493,7 @@ def test_the_answer_is_scored_by_the_token_that_follows_a_brace(name: str, mask:
     assert text.removeprefix(before).startswith(" 3")
 
 
-def test_what_follows_a_stop_string_is_not_scored():
+def test_text_after_a_stop_string_is_not_scored():
     prompter = Prompter(family("none").tokenizer)
     ids = prompter.codec.encode(" So 7.\nQuestion: Who")
     sample = answer_after(PROBLEM, ids, prompter, mask=False)
@@ -500,7 +503,7 @@ def test_what_follows_a_stop_string_is_not_scored():
 # The default model
 
 
-def test_the_token_ids_of_the_default_model_are_those_of_before_the_ends_were_compared():
+def test_the_token_ids_of_the_default_model_do_not_change():
     _, tokenizer = load_model(find_model(DEFAULT_MODEL))
     problems = load_problems("builtin:arithmetic:train", limit=40)
     shots, problems = worked_examples(problems, 2)

@@ -87,7 +87,7 @@ def write_figure(
         some = [curve for curve in curves(drawn, panel) if curve.owner in owners]
         if some:
             shown.append(PlottedPanel(panel, some))
-    svg = draw(path.stem, shown, [group.name for group in drawn])
+    svg = draw(shown, [group.name for group in drawn])
     replace_file(path, svg.replace("currentColor", "black").encode() + b"\n")
 
 

@@ -41,12 +41,14 @@ from expo_fast.algorithms.logprobs import (
 )
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import (
+    TRAINERS_PREFIXES,
     Group,
     attempt_metrics,
     attempt_requests,
     completion_row,
     judge_attempts,
     mean,
+    refuse_taken,
     reward_function_metrics,
 )
 from expo_fast.algorithms.trainer import (
@@ -82,12 +84,15 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
             trainer.data_tokens += len(pair.chosen_ids) + len(pair.rejected_ids)
     by_id = {problem.id: problem for problem in trainer.problems}
     with phases.phase("diagnose"):
-        metrics |= diagnose(trainer, pairs, by_id)
+        trained = diagnose(trainer, pairs, by_id)
     with phases.phase("forward_backward"):
         result = preference_backward(trainer.model, pairs, PreferenceLossConfig.of(config))
-    metrics |= pair_metrics(result)
-    metrics |= nll_metrics(result, config)
-    metrics |= optimizer_step(trainer, step, phases)
+    trained |= pair_metrics(result)
+    trained |= nll_metrics(result, config)
+    sampled = [name for name in metrics if not name.startswith(TRAINERS_PREFIXES)]
+    refuse_taken(sampled, trained)  # only metrics of reward functions can have such names
+    trained |= optimizer_step(trainer, step, phases)
+    metrics |= trained
     rows = []
     for pair in pairs:
         problem = by_id[pair.problem_id]

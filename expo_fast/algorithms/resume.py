@@ -91,7 +91,9 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
     if (path / "config.json").exists():  # a LoRA checkpoint has none
         check_same_shape(config, trainer.model.shape, path)
     for what, value in identity(trainer).items():
-        if loaded.values["identity"].get(what) != value:
+        # A checkpoint of an earlier version does not say which ends it was made with.
+        recorded = loaded.values["identity"].get(what, value if what == "ends of turns" else None)
+        if recorded != value:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
     if config.lora_rank:
         load_adapter(trainer.model, path)
@@ -120,6 +122,7 @@ def identity(trainer: Trainer) -> dict[str, str]:
         "initial weights": trainer.initial_weights_hash,
         "training data": fingerprint(trainer.problems),
         "prompt template": trainer.prompter.template_hash,
+        "ends of turns": trainer.prompter.ends_hash,
     }
 
 

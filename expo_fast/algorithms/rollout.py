@@ -6,7 +6,7 @@ can be compared at equal cost.
 """
 
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ from expo_fast.kernels.advantage import are_unequal
 from expo_fast.reward_functions import Reward, RewardLog, Rewards
 
 NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
-METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens", "time/")  # train.py adds them
+METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens")  # train.py adds them
+TRAINERS_PREFIXES = ("time/", "own/", "exp/", "expert/", "pairs/")  # of metrics
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
@@ -248,11 +249,17 @@ def reward_function_metrics(
         metrics[f"rewards/{name}/mean"] = mean(rewards)
         several = len(rewards) > 1
         metrics[f"rewards/{name}/std"] = statistics.stdev(rewards) if several else None
+    refuse_taken(logged, [*metrics, *taken, *METRICS_OF_THE_LOOP])
     for name, values in logged.items():
-        if name in metrics or name in taken or name.startswith(METRICS_OF_THE_LOOP):
-            raise ValueError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
         metrics[name] = mean(values)
     return metrics
+
+
+def refuse_taken(logged: Iterable[str], taken: Collection[str]) -> None:
+    """Raise ValueError if a metric of a reward function has the name of one of the trainer's."""
+    for name in logged:
+        if name in taken or name.startswith(TRAINERS_PREFIXES):
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
 
 
 def completion_rows(
@@ -301,6 +308,7 @@ def completion_row(
         "id": problem.id,
         "prompt": last_question(problem),
         "answer": problem.answer,
+        "level": problem.level,
         "kind": kind,
         "completion": text,
         "reward": reward,

@@ -165,7 +165,7 @@ def check_numbers(config: Train, data: TrainingData) -> None:
 
 
 def check_answers(source: str, problems: Sequence[Problem]) -> None:
-    """Raise ValueError if a problem has no answer to judge attempts by."""
+    """Raise ValueError if a problem has no answer, which is needed to judge attempts."""
     for problem in problems:
         if not problem.answer:
             raise ValueError(f"{source}: problem {problem.id} has no 'answer' to judge attempts by")
@@ -230,11 +230,12 @@ def missing_answer(config: Train, problem: Problem) -> str:
     use = "explain" if config.explains else "judge attempts"
     return (
         f"problem {problem.id} has {has}no 'answer': --method {config.method} needs one to {use}; "
-        "--method dpo trains on pairs, sft on solutions"
+        "--method dpo trains on pairs without answers, sft on solutions"
     )
 
 
 def boxes_another_answer(solution: str, answer: str) -> bool:
+    """Return whether the last box of a solution differs from the answer, False if unknown."""
     boxed = last_boxed(solution) or ""
     return decide(tidy(answer), tidy(boxed)) is False
 
@@ -281,7 +282,8 @@ def check_token_ids(
 ) -> None:
     """Raise ValueError if a text of the run has a token that the model's embedding lacks.
 
-    vocabulary: the rows of the embedding. A tokenizer may have more tokens if no text has them.
+    vocabulary: the number of rows of the embedding. A tokenizer may have more tokens, if no text
+        contains them.
     """
     if fits_embedding(prompter, vocabulary):
         return
@@ -313,7 +315,7 @@ def check_ids(problem: Problem, ids: Sequence[int], prompter: Prompter, vocabula
 
 
 def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[tuple[int, ...]]:
-    """Yield the token ids of a problem's texts that the run makes besides the data's own texts."""
+    """Yield the token ids of the texts that the run makes from a problem, such as prompts."""
     yield prompter.solve(problem)
     if config.explains:
         yield prompter.explain(problem)
@@ -323,7 +325,7 @@ def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[t
         yield prompter.longer((), boxed(problem.answer))
     samples_text = config.explains or config.spec.samples_pairs
     if samples_text and prompter.stop_strings:
-        yield prompter.longer((), "")  # the end, which replaces the stop string
+        yield prompter.longer((), "")  # the end of a turn, which replaces the stop string
     if config.spec.samples_attempts and config.diagnose:
         expert = expert_ids(problem, prompter)
         if expert is not None:

@@ -1,4 +1,4 @@
-"""Rules of answers with several parts: matrices, sets of reals, tuples, sets and lists."""
+"""Rules for answers with several parts: matrices, sets of reals, tuples, sets and lists."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from itertools import chain
 
 from expo_fast.answers import algebra
-from expo_fast.answers.real_sets import Piece, RealSet, real_set
+from expo_fast.answers.real_sets import OR, Piece, RealSet, real_set
 from expo_fast.answers.structures import (
     MAX_ITEMS,
     Bracketed,
@@ -22,12 +22,13 @@ from expo_fast.answers.verdicts import PASS, Comparer, Pass, Verdict, every, som
 
 
 def matrices(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Matrices in any brackets are compared cell by cell."""
+    """Compare matrices cell by cell. Their brackets may differ."""
     x = matrix_rows(gold)
     y = matrix_rows(box)
     if x is None and y is None:
         return PASS
-    if x is None or y is None:  # it may be a product with a matrix, but no number
+    # The other answer may be a product with a matrix. It is wrong if it is a plain expression.
+    if x is None or y is None:
         return PASS if algebra.parse(box if x else gold) is None else False
     if x[0] != y[0] or [len(row) for row in x[1]] != [len(row) for row in y[1]]:
         return False
@@ -39,7 +40,7 @@ SET_SIGNS = re.compile(r"[<>]|\\(?:le|ge|ne|cup|infty|in|mathbb|setminus)(?![A-Z
 
 
 def real_sets(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Inequalities, intervals and their unions are compared piece by piece, brackets included."""
+    """Compare inequalities, intervals and their unions piece by piece, with their brackets."""
     if not SET_SIGNS.search(gold) and not SET_SIGNS.search(box):
         return PASS
     x = _real_set(gold)
@@ -69,7 +70,7 @@ def _real_set(text: str) -> RealSet | None:
 
 
 def _same_members(xs, ys, same: Callable) -> Verdict:
-    """Return whether each item of one collection is in the other, and the other way round."""
+    """Return whether each item of either collection is also in the other."""
     grid = [[same(x, y) for y in ys] for x in xs]
     columns = zip(*grid, strict=True)
     return every([*(some(row) for row in grid), *(some(column) for column in columns)])
@@ -89,13 +90,13 @@ class Collection:
 
     @property
     def named(self) -> bool:
-        """Whether each item has a name of its own: x = 1, y = 2."""
+        """Whether each item has a different name, as in x = 1, y = 2."""
         return len(set(self.labels)) == len(self.labels) and all(self.labels)
 
 
 @lru_cache(maxsize=4096)
 def collection(text: str) -> Collection:
-    """Return the items of `(1, 2)`, `\\{1, 2\\}`, `1, 2`, `x = 1, y = 2`, `x = 1 or x = 2`."""
+    """Return the items of `(1, 2)`, `\\{1, 2\\}`, `1, 2`, `x = 1, y = 2` or `x = 1 or x = 2`."""
     outer = labelled(text)
     inner = bracketed(outer.value)
     if inner and len(list_items(outer.value)) == 1:
@@ -109,7 +110,7 @@ def collection(text: str) -> Collection:
         for value in expand_signs(named.value):
             items.append(value)
             labels.append(named.label)
-    if len(set(filter(None, labels))) == 1 and labels[0]:  # x = 1, 2
+    if len(set(filter(None, labels))) == 1 and labels[0]:  # x = 1, 2 has one name for all items
         labels = [""] * len(labels) if len(items) > 1 else labels
     return Collection(items, labels, None)
 
@@ -119,14 +120,18 @@ def _expanded(items: list[str]) -> list[str]:
 
 
 def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Tuples are ordered, sets and lists are not; brackets must agree, and names where given."""
+    """Compare tuples in order, and sets and lists in any order.
+
+    Brackets must agree. Names must agree if both answers have names.
+    """
     x = collection(gold)
     y = collection(box)
     if len(x.items) < 2 and len(y.items) < 2 and not (x.brackets or y.brackets):
         return PASS
     if max(len(x.items), len(y.items)) > MAX_ITEMS:
         return None
-    if not _same_brackets(x.brackets, y.brackets):
+    alternatives = not y.brackets and OR.search(box)  # 1 or 2 is no point
+    if not _same_brackets(x.brackets, y.brackets) or (x.is_tuple and alternatives):
         return False
     if x.is_tuple or y.is_tuple:
         return _same_tuple(x, y, equal)
@@ -141,7 +146,10 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
 
 
 def _same_brackets(x: Bracketed | None, y: Bracketed | None) -> bool:
-    """Return whether brackets agree. Without any, 1, 2 may be (1, 2) or {1, 2}, but not [1, 2)."""
+    """Return whether brackets agree.
+
+    If one side has no brackets, the other may have ( ) or { }: 1, 2 equals (1, 2), not [1, 2).
+    """
     if x and y:
         return (x.opening, x.closing) == (y.opening, y.closing)
     brackets = x or y
@@ -149,7 +157,11 @@ def _same_brackets(x: Bracketed | None, y: Bracketed | None) -> bool:
 
 
 def _same_tuple(x: Collection, y: Collection, equal: Comparer) -> Verdict:
-    """Compare in order; named items are put in the order of their names beside a tuple."""
+    """Compare items in order.
+
+    If only one side has names, its items are sorted by name beside a tuple. Beside a list, either
+    order may be right.
+    """
     if len(x.items) != len(y.items):
         return False
     if x.named and y.named:
@@ -170,7 +182,7 @@ def _same_tuple(x: Collection, y: Collection, equal: Comparer) -> Verdict:
 
 
 def _same_names(x: Collection, y: Collection, equal: Comparer) -> Verdict:
-    """Compare items of the same name."""
+    """Compare the items that have the same name."""
     a = dict(zip(x.labels, x.items, strict=True))
     b = dict(zip(y.labels, y.items, strict=True))
     if a.keys() != b.keys():

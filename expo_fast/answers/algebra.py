@@ -1,8 +1,9 @@
-"""Exact comparison of expressions, which a parser of arithmetic LaTeX reads as quotients.
+"""Exact comparison of expressions.
 
-What has no polynomial form, such as sin(x), a cube root or 2^n, becomes a generator without
-meaning. Without such names, two expressions are equal exactly if their difference has no terms;
-with them, a difference proves nothing.
+A parser reads arithmetic LaTeX as quotients of polynomials. A part without a polynomial form, such
+as sin(x), a cube root or 2^n, becomes an opaque generator: a name without relations. Two
+expressions without opaque generators are equal exactly if their difference has no terms. With
+opaque generators, a difference with terms does not prove that they are unequal.
 """
 
 import math
@@ -44,8 +45,8 @@ class Expression:
     """A parsed expression."""
 
     value: Quotient
-    opaque: bool  # it has generators without meaning: a difference proves nothing
-    rounded: bool  # it has decimals, which may be rounded
+    opaque: bool  # has opaque generators, so that a difference proves nothing
+    rounded: bool  # has decimals, which may be rounded
 
 
 TOKEN = re.compile(
@@ -70,7 +71,7 @@ CLOSING = frozenset(")}]")
 
 
 def tokens_of(text: str) -> list[tuple[str, str]]:
-    """Return (kind, text) of each token. Raise Unsupported for a character that has no token."""
+    """Return (kind, text) of each token. Raise Unsupported for an unknown character."""
     tokens = []
     place = 0
     text = text.rstrip()
@@ -110,13 +111,13 @@ class Parser:
         return self.tokens[self.place][0] if self.place < len(self.tokens) else ""
 
     def take(self) -> str:
-        """Return the next token and go past it."""
+        """Return the next token and advance."""
         token = self.next
         self.place += 1
         return token
 
     def expect(self, token: str) -> None:
-        """Go past this token. Raise Unsupported if another one is next."""
+        """Skip this token. Raise Unsupported if another token is next."""
         if self.take() != token:
             raise Unsupported(f"{token} is missing")
 
@@ -134,9 +135,9 @@ class Parser:
         return total
 
     def product(self) -> Quotient:
-        """Return a product, with its sign: 2x(y+1)/3.
+        """Return a product with its sign, such as -2x(y+1)/3.
 
-        In 1/2x it is not clear what the 2 divides. Raise Unsupported for such a one.
+        Raise Unsupported for an ambiguous product: 1/2x may be (1/2)x or 1/(2x).
         """
         negative = False
         while self.next in ("+", "-"):
@@ -167,7 +168,7 @@ class Parser:
         return self.next_kind in ("letter", "number")
 
     def signed_power(self) -> Quotient:
-        """Return a power after a sign of multiplication, which may have a sign of its own."""
+        """Return the power after a multiplication sign. It may begin with + or -."""
         negative = False
         while self.next in ("+", "-"):
             negative ^= self.take() == "-"
@@ -175,7 +176,7 @@ class Parser:
         return negate(value) if negative else value
 
     def power(self) -> Quotient:
-        """Return an atom with factorials and an exponent."""
+        """Return an atom with its factorials and its exponent."""
         self.raised_last = False
         base = self.atom()
         while self.next == "!":
@@ -191,9 +192,9 @@ class Parser:
         return value
 
     def argument(self) -> Quotient:
-        r"""Return an argument of `^` or `\frac`: a group in braces, or one digit, letter, command.
+        r"""Return an argument of `^` or `\frac`: a group in braces, a digit, a letter or a command.
 
-        A sign and several digits are taken as one, against TeX: 10^-3 and 2^10.
+        Unlike TeX, read a sign and several digits as one argument: 10^-3 and 2^10.
         """
         if self.next == "{":
             return self.group()
@@ -215,7 +216,7 @@ class Parser:
         return value
 
     def raised(self, base: Quotient, exponent: Quotient) -> Quotient:
-        """Return a power: an integer one, a square root, or an opaque one."""
+        """Return a power: an integer power, a root, or an opaque generator."""
         number = as_number(exponent)
         if number is not None and number.denominator == 1:
             return power(base, int(number))
@@ -225,7 +226,7 @@ class Parser:
         return self.opaque_generator(f"({shown(base)})^({shown(exponent)})")
 
     def root(self, value: Quotient, degree: int) -> Quotient:
-        """Return the root of a number, or an opaque one."""
+        """Return the root of a number, or an opaque generator."""
         number = as_number(value)
         found = square_root(value) if degree == 2 else None
         if number is not None and degree > 2:
@@ -236,12 +237,12 @@ class Parser:
         return self.opaque_generator(f"root {degree} of {shown(value)}")
 
     def opaque_generator(self, name: str) -> Quotient:
-        """Return a generator whose meaning is not known here."""
+        """Return an opaque generator, and note that the expression has one."""
         self.opaque = True
         return generator(name)
 
     def factorial(self, value: Quotient) -> Quotient:
-        """Return the factorial of a small integer, or an opaque one."""
+        """Return the factorial of a small integer, or an opaque generator."""
         number = as_number(value)
         if number is None:
             return self.opaque_generator(f"factorial of {shown(value)}")
@@ -262,7 +263,7 @@ class Parser:
         raise Unsupported(f"unexpected {self.next or 'end'}")
 
     def number(self) -> Quotient:
-        r"""Return a number, with a fraction after it if it is mixed: `1\frac{1}{2}`."""
+        r"""Return a number. It may be a mixed number: `1\frac{1}{2}`."""
         literal = self.take().replace(",", "")
         self.rounded |= "." in literal
         if len(literal) * 4 > MAX_BITS:
@@ -272,8 +273,9 @@ class Parser:
             raise Unsupported("a numeral in a base")
         if self.next == r"\frac" and "." not in literal:
             fraction = self.command()
-            if as_number(fraction) is not None and self.next != "^":
-                return add(value, fraction)
+            part = as_number(fraction)
+            if part is not None and self.next != "^":
+                return add(value, fraction) if part > 0 else multiply(value, fraction)
             if self.next == "^":
                 raise Unsupported("a power of a mixed number")
             return multiply(value, fraction)
@@ -320,7 +322,7 @@ class Parser:
         raise Unsupported(f"the command {name}")
 
     def pair(self) -> tuple[Quotient, Quotient]:
-        r"""Return two arguments: those of `\frac12` are single digits."""
+        r"""Return two arguments. Without braces, as in `\frac12`, each is a single digit."""
         if self.next_kind != "number":
             first = self.argument()
             return first, self.argument()
@@ -335,7 +337,7 @@ class Parser:
         raise Unsupported("digits without braces")
 
     def binomial(self, n: Quotient, k: Quotient) -> Quotient:
-        """Return a binomial coefficient of small integers."""
+        """Return a binomial coefficient of small integers, or an opaque generator."""
         top = as_number(n)
         bottom = as_number(k)
         if top is None or bottom is None or top.denominator * bottom.denominator != 1:
@@ -357,7 +359,7 @@ class Parser:
         return self.root(self.argument(), degree)
 
     def function(self, name: str) -> Quotient:
-        """Return a function of an argument in brackets, or of one number or variable alone."""
+        """Return a function with its argument: a group in brackets, a number or a variable."""
         exponent = 1
         if self.next == "^":
             self.take()
@@ -384,7 +386,7 @@ class Parser:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Expression | None:
-    """Return a parsed expression; None for what the parser does not read."""
+    """Return a parsed expression, or None if the parser does not support the text."""
     try:
         parser = Parser(text)
         value = parser.parse()
@@ -402,7 +404,7 @@ HUGE = re.compile(
 
 
 def is_huge(text: str) -> bool:
-    """Return whether a text is one number beyond MAX_BITS: a tower, a factorial, 1e9999."""
+    """Return whether a text is a number beyond MAX_BITS: a power, a factorial or 1e9999."""
     match = HUGE.fullmatch(text)
     if match is None:
         return False
@@ -421,7 +423,7 @@ def is_huge(text: str) -> bool:
 
 
 def same_expression(a: str, b: str) -> bool | None:
-    """Return whether two expressions are equal; None if that is not known."""
+    """Return whether two expressions are equal, or None if that is unknown."""
     if is_huge(a) != is_huge(b):
         other = parse(b if is_huge(a) else a)
         return False if other and not other.opaque else None
@@ -439,7 +441,7 @@ def same_expression(a: str, b: str) -> bool | None:
 
 
 def side_difference(left: str, right: str) -> Expression | None:
-    """Return left - right of an equation or inequality; None if it is not read."""
+    """Return left - right of an equation or inequality, or None if a side cannot be parsed."""
     x = parse(left)
     y = parse(right)
     if x is None or y is None:

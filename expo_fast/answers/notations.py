@@ -1,4 +1,4 @@
-"""Rules of notations: times, letters of a choice, ratios, residues, numerals in a base, units."""
+"""Rules for notations: times, letters of a choice, ratios, residues, numerals in a base, units."""
 
 import re
 
@@ -6,7 +6,7 @@ from expo_fast.answers import algebra
 from expo_fast.answers.numbers import plain_number, same_number
 from expo_fast.answers.quotients import constant, linear_in_one_variable
 from expo_fast.answers.structures import COMMA, labelled, split_top
-from expo_fast.answers.units import Quantity, same_dimension, split_unit
+from expo_fast.answers.units import Quantity, same_dimension, split_unit, unit_of
 from expo_fast.answers.verdicts import PASS, Comparer, Pass, Verdict, every
 
 CLOCK = re.compile(
@@ -23,7 +23,10 @@ DAYTIME = re.compile(
 
 
 def clock_times(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """3:30 PM is 15:30 and 3:30 p.m.; without "a.m." or "p.m." it may be either of a reference."""
+    """Compare times of day: 3:30 PM equals 3:30 p.m. and 15:30.
+
+    If one side has no "a.m." or "p.m.", its time may be either.
+    """
     x = CLOCK.fullmatch(_in_digits(gold))
     y = CLOCK.fullmatch(_in_digits(box))
     if not x or not y or not (x["minute"] or x["half"]) or not (y["minute"] or y["half"]):
@@ -31,19 +34,19 @@ def clock_times(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     exact = _minutes(x) == _minutes(y)
     if x["half"] and y["half"]:
         return exact
-    if not x["half"] and not y["half"]:  # it may be a ratio
+    if not x["half"] and not y["half"]:  # they may be ratios
         return exact if x["second"] or y["second"] else PASS
     return exact or (int(x["hour"]) == int(y["hour"]) and x["minute"] == y["minute"])
 
 
 def _in_digits(text: str) -> str:
-    """Return noon as 12:00 pm, and 3:30 in the afternoon as 3:30 pm."""
+    """Return "noon" as 12:00 pm, and 3:30 "in the afternoon" as 3:30 pm."""
     text = DAYTIME.sub(lambda match: "am" if "morning" in match[0] else "pm", text)
     return {"noon": "12:00 pm", "midnight": "12:00 am"}.get(text.lower(), text)
 
 
 def _minutes(match: re.Match[str]) -> tuple[int, int, int]:
-    """Return the hour of 24, the minute and the second of a time."""
+    """Return the hour (0 to 23), the minute and the second of a time."""
     hour = int(match["hour"])
     if match["half"]:
         hour = hour % 12 + (12 if match["half"].lower() == "p" else 0)
@@ -57,28 +60,28 @@ CHOICE = re.compile(
 CHOICE_AND_TEXT = re.compile(
     r"(?:\(|\\text ?\{ ?\() ?([A-Z]) ?\) ?\}? ?[^\s,;%!].*|([A-Z]) ?[.:)] [^\s,;%!].*"
 )
-SMALL_CHOICES = ("a", "b", "c", "d")  # e and i are constants
+SMALL_CHOICES = ("a", "b", "c", "d")  # without e and i, which are constants
 CHOICE_MARK = re.compile(r"\( ?[A-Z] ?\)")
 
 
 def choices(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Letters of a multiple choice: B is (B), b, and `(B) 12` too."""
-    x = "" if gold in SMALL_CHOICES else _choice(gold)  # a variable
+    """Compare letters of a multiple choice: B equals (B), b and `(B) 12`."""
+    x = "" if gold in SMALL_CHOICES else _choice(gold)  # a small letter may be a variable
     y = _choice(box)
     if not x or not y:
         return PASS
-    # of two texts beside letters the text counts
+    # If both answers have a text beside the letter, the texts decide.
     return PASS if _choice_and_text(gold) and _choice_and_text(box) else x == y
 
 
 def _choice(text: str) -> str:
-    """Return the letter of a choice, "" for none."""
+    """Return the letter of a choice, or "" if there is none."""
     match = CHOICE.fullmatch(text.upper() if text.strip("()") in SMALL_CHOICES else text)
     return match[1] if match else _choice_and_text(text)
 
 
 def _choice_and_text(text: str) -> str:
-    """Return the letter of `(B) 12`; "" for another text, and for one that names two letters."""
+    """Return the letter of `(B) 12`. Return "" for another text and for a text with two letters."""
     match = CHOICE_AND_TEXT.fullmatch(text)
     if match is None or len(CHOICE_MARK.findall(text)) > 1:
         return ""
@@ -89,7 +92,10 @@ RATIO = frozenset(":")
 
 
 def ratios(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """2:3 is compared part by part; 4:6 is another ratio, as 2:30 is another time than 4:60."""
+    """Compare ratios part by part.
+
+    2:3 and 4:6 differ, because a ratio may be a time, and 2:30 is not 4:60.
+    """
     x, x_signs = split_top(gold, RATIO)
     y, y_signs = split_top(box, RATIO)
     if not x_signs or not y_signs or "=" in gold + box or "|" in gold + box:
@@ -108,7 +114,10 @@ RESIDUE = re.compile(r"(?:[A-Za-z] ?(?:\\equiv|=) ?)?(?P<residue>[+-]?\d+)")
 
 
 def residues(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    r"""`x \equiv 3 \pmod 7`, `3 mod 7`, `10 \pmod 7` and `x = 3 + 7k` are one residue class."""
+    r"""Compare residue classes.
+
+    `x \equiv 3 \pmod 7`, `3 mod 7`, `10 \pmod 7` and `x = 3 + 7k` are the same class.
+    """
     x = MODULO.fullmatch(gold)
     y = MODULO.fullmatch(box)
     if not x and not y:
@@ -144,7 +153,7 @@ def _same_class(x: re.Match[str], y: re.Match[str]) -> Verdict | Pass:
 
 
 def _is_progression(x: re.Match[str], box: str) -> Verdict | Pass:
-    """Return whether an answer is 3 + 7k for the residue 3 modulo 7."""
+    """Return whether an answer is the progression of a residue: 3 + 7k for 3 modulo 7."""
     residue = RESIDUE.fullmatch(x["value"].strip())
     parsed = algebra.parse(split_top(labelled(box).value, COMMA)[0][0])  # 3+7k, k an integer
     if residue is None or parsed is None:
@@ -170,7 +179,10 @@ DIGITS = re.compile(r"[0-9A-F]+")
 
 
 def numerals(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """101_2 is 101 in base two; a numeral without a base takes that of the other one."""
+    """Compare numerals in a base: 101_2 is 101 in base two.
+
+    A numeral without a base has the base of the other numeral.
+    """
     x = _numeral(gold)
     y = _numeral(box)
     if x is None and y is None:
@@ -184,7 +196,7 @@ def numerals(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
 
 
 def _numeral(text: str) -> tuple[str, int] | None:
-    """Return the digits and the base of `101_2`, `101_{two}`, `101 base 2`; or None."""
+    """Return the digits and the base of `101_2`, `101_{two}` or `101 base 2`, else None."""
     match = NUMERAL.fullmatch(NUMERAL_MARKUP.sub("", text))
     if match is None:
         return None
@@ -195,18 +207,36 @@ def _numeral(text: str) -> tuple[str, int] | None:
     return digits.upper().lstrip("0") or "0", base
 
 
+DEGREES = unit_of(r"\text{degrees}", wrapped=True, spaced=True)
+RADIANS = unit_of(r"\text{radians}", wrapped=True, spaced=True)
+
+
 def units(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Units may be missing on one side; two units are converted, and others are different."""
+    """Compare values with units.
+
+    One side may lack its unit. Units of one dimension are converted. Units of different dimensions
+    are unequal.
+    """
     x = split_unit(gold)
     y = split_unit(box)
     if x.glued:
         return PASS
     if not (x.unit or y.unit or x.percent or y.percent):
         return PASS
+    if _is_in_radians(x, y, gold):
+        return True
     verdict = _same_quantity(x, y, equal)
     if not verdict and (x.ambiguous or y.ambiguous) and not (x.percent or y.percent):
         return PASS
     return verdict
+
+
+def _is_in_radians(x: Quantity, y: Quantity, gold: str) -> bool:
+    r"""Return whether a reference with the sign of degrees, 90^\circ, is answered by \pi/2."""
+    in_degrees = gold.endswith(r"^\circ") and x.unit == DEGREES
+    if not in_degrees or y.percent or y.unit not in (None, RADIANS) or r"\pi" not in y.value:
+        return False
+    return algebra.same_expression(rf"({x.value}) \pi", f"180 ({y.value})") is True
 
 
 def _same_quantity(x: Quantity, y: Quantity, equal: Comparer) -> Verdict:
@@ -226,7 +256,7 @@ def _same_quantity(x: Quantity, y: Quantity, equal: Comparer) -> Verdict:
 
 
 def _same_percentage(x: Quantity, y: Quantity, equal: Comparer) -> Verdict:
-    """50% is 50 and 0.5."""
+    """Compare a percentage: 50% equals 50 and 0.5."""
     verdict = equal(x.value, y.value)
     if x.percent and (y.percent or verdict):
         return verdict
@@ -234,7 +264,7 @@ def _same_percentage(x: Quantity, y: Quantity, equal: Comparer) -> Verdict:
     share = plain_number(y.value if x.percent else x.value)
     if percent is None or share is None:
         return False
-    if verdict and abs(percent.value) >= 1:  # the reference may leave the sign out
+    if verdict and abs(percent.value) >= 1:  # the reference may lack the percent sign
         return True
     places = None if percent.places is None else percent.places + 2
     return same_number(percent._replace(value=percent.value / 100, places=places), share)

@@ -13,7 +13,7 @@ TENS = {word: 20 + 10 * place for place, word in enumerate(_TENS.split())}
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 _WORD = "|".join([*UNITS, *TENS, "hundred", *SCALES])
-# words of one number, then the end of the text, a unit or a noun
+# The words of one number, then the end of the text, a unit or a noun.
 PHRASE = re.compile(
     rf"(?:\\text\{{ ?)?(?P<number>(?:minus |negative )?(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*)"
     r"(?![A-Za-z0-9'-])(?P<rest>[^0-9]*)",
@@ -35,7 +35,7 @@ SCALED = re.compile(
 
 
 def digits_for_words(text: str) -> str:
-    """Return the text with a number in words at its start in digits."""
+    """Return the text with the number words at its start replaced by digits."""
     scaled = SCALED.fullmatch(text)
     if scaled:
         scale = SCALES[scaled["scale"].lower()]
@@ -54,7 +54,7 @@ def digits_for_words(text: str) -> str:
 
 
 def _rest(text: str, rest: str) -> str:
-    r"""Return what follows the number, in `\text{}` if the number was."""
+    r"""Return the text after the number, in `\text{}` if the number was in `\text{}`."""
     opened = text.count("{") - text.count("}") != rest.count("{") - rest.count("}")
     rest = rest.removesuffix("}") if opened and not rest.strip(" }") else rest
     if opened and rest.strip():
@@ -72,11 +72,14 @@ def _shifted(decimal: str, scale: int) -> str:
 
 
 def _value(words: str) -> int | None:
-    """Return the value of "two hundred and five"; None for what is no number, like "two three"."""
+    """Return the value of words such as "two hundred and five".
+
+    Return None if they are not one number, as in "two three".
+    """
     sign = -1 if words.startswith(("minus ", "negative ")) else 1
-    total = 0  # of complete thousands
-    group = 0  # below a thousand
-    smallest = 1000  # the last word's magnitude in the group: the next one must be smaller
+    total = 0  # the part in complete thousands
+    group = 0  # the part below a thousand
+    smallest = 1000  # magnitude of the last word in the group; the next word must be smaller
     for word in re.findall("[a-z]+", words):
         if word in ("minus", "negative", "and"):
             continue
@@ -85,7 +88,7 @@ def _value(words: str) -> int | None:
             group = 0
             smallest = 1000
         elif word == "hundred":
-            if not 0 < group < 10:
+            if not 0 < group < 100:  # fifteen hundred
                 return None
             group *= 100
             smallest = 100

@@ -10,8 +10,9 @@ DECIMAL = re.compile(
 FRACTION = re.compile(
     r"(?P<sign>[+-]?) ?(?:(?P<whole>\d+) )?(?P<numerator>\d+) ?/ ?(?P<denominator>\d+)"
 )
-FRAC = re.compile(r" ?\\[dtc]?frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))(?!\d)")
-# 1.5e-7, 1.5 \times 10^{-7}, 10^{-7}; an exponent of more digits is not computed
+FRAC = re.compile(r" ?\\[dtc]?frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))(?!\d)")
+# 1.5e-7, 1.5 \times 10^{-7}, 10^{-7}. Exponents have at most three digits, so that the value is
+# small enough to compute.
 SCIENTIFIC = re.compile(
     r"(?:(?P<mantissa>[+-]? ?\d[\d,]*(?:\.\d*)?|[+-]? ?\.\d+)"
     r"(?: ?[eE] ?(?P<e>[+-]?\d{1,3})| ?(?:\\times|\\cdot|\*|[xX]) ?(?P<product>10 ?\^)))?"
@@ -29,14 +30,14 @@ ENDLESS = re.compile(r"(?P<sign>[+-]?) ?(?P<integer>\d*)\.(?P<digits>\d{3,100}) 
 
 
 class Number(NamedTuple):
-    """An exact number, and how it was written."""
+    """An exact number, and the number of decimals that it was written with."""
 
     value: Fraction
     places: int | None  # decimal places; None if it has none
 
 
 def plain_number(text: str) -> Number | None:
-    """Return the number that a text is, or None."""
+    """Return the value of a text that is a number, or None for another text."""
     text = FRAC.sub(_slash, text).strip()
     for read in (_fraction, _decimal, _scientific, _repeating, _endless):
         number = read(text)
@@ -70,7 +71,7 @@ def _scientific(text: str) -> Number | None:
         return None
     exponent = match["e"] or match["braced"] or match["parenthesized"] or match["bare"]
     times_ten = match["product"] or match["alone"]
-    # one notation of the power, and one power
+    # The text must have exactly one power of ten, in one notation.
     if exponent is None or bool(match["e"]) == bool(times_ten):
         return None
     if match["e"] and (match["braced"] or match["parenthesized"] or match["bare"]):
@@ -83,7 +84,7 @@ def _scientific(text: str) -> Number | None:
     if mantissa is None:
         return None
     places = (mantissa.places or 0) - shift
-    # 1.5e12 is an integer as it stands; only a decimal may be rounded
+    # 1.5e12 is an integer, and is exact. Only a decimal may be rounded.
     return Number(mantissa.value * Fraction(10) ** shift, places if places > 0 else None)
 
 
@@ -99,7 +100,10 @@ def _repeating(text: str) -> Number | None:
 
 
 def _endless(text: str) -> Number | None:
-    """Return 0.333... and 0.1212... with the period that they show, of which two are needed."""
+    """Return the value of 0.333... or 0.1212...
+
+    The period must be shown at least twice, and in at least three digits.
+    """
     match = ENDLESS.fullmatch(text)
     if match is None:
         return None
@@ -129,8 +133,8 @@ def _slash(match: re.Match[str]) -> str:
 def same_number(a: Number, b: Number) -> bool:
     """Return whether two numbers are equal.
 
-    A decimal also equals what it may be rounded from: within one unit of its last place, and to a
-    relative 1e-6.
+    A decimal may be rounded. It equals a number that differs by less than one unit of its last
+    place and by at most a relative 1e-6.
     """
     gap = abs(a.value - b.value)
     places = [number.places for number in (a, b) if number.places is not None]

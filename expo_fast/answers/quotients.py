@@ -1,11 +1,11 @@
 """Quotients of polynomials over the rationals, with i and the square roots of primes.
 
-The generators of a polynomial are names: of variables, of pi and e, of i (with i^2 = -1), of square
-roots of primes (with their squares known), and any other name, which has no relations. The square
-roots of distinct primes and i are independent over the rationals, so that a polynomial is zero
+A polynomial has generators, which are names. They are variables, pi and e, i (with i^2 = -1), the
+square roots of primes (with known squares), and any other names, which have no relations. The
+square roots of distinct primes and i are independent over the rationals. So a polynomial is zero
 exactly if it has no terms.
 
-Every size is bounded: `Unsupported` is raised for what is too large.
+Every size is bounded. Functions raise Unsupported for values that are too large.
 """
 
 import math
@@ -17,17 +17,18 @@ MAX_TERMS = 500  # of a polynomial
 MAX_BITS = 4096  # of a number
 MAX_POWER = 24  # of a sum
 MAX_DEGREE = 64  # of a root
-MAX_RADICAND = 10**9  # is factored by trial division
+MAX_RADICAND = 10**9  # of a square root, which is factored by trial division
 
 Monomial = tuple[tuple[str, int], ...]  # generators and their exponents, sorted
 Terms = dict[Monomial, Fraction]
 
 ONE: Monomial = ()
+CONSTANTS = {r"\pi": math.pi, "e": math.e}
 I = "i"  # noqa: E741  (the name of the imaginary unit)
 
 
 class Unsupported(Exception):
-    """A notation that the parser does not read, or a value that is too large."""
+    """A notation that the parser does not support, or a value that is too large."""
 
 
 class Quotient(NamedTuple):
@@ -83,7 +84,7 @@ def multiply_terms(a: Terms, b: Terms) -> Terms:
 
 
 def _multiply_monomials(left: Monomial, right: Monomial) -> tuple[Monomial, int]:
-    """Return a product of monomials, and the factor that comes of i^2 and of squared roots."""
+    """Return a product of monomials, and the factor from i^2 and from squared roots."""
     exponents = dict(left)
     for name, exponent in right:
         exponents[name] = exponents.get(name, 0) + exponent
@@ -100,7 +101,7 @@ def _multiply_monomials(left: Monomial, right: Monomial) -> tuple[Monomial, int]
 
 
 def _square(name: str) -> int | None:
-    """Return the square of i or of the root of a prime; None for another generator."""
+    """Return the square of i or of the root of a prime, or None for another generator."""
     if name == I:
         return -1
     return int(name[1:]) if name.startswith("\N{SQUARE ROOT}") else None
@@ -136,10 +137,31 @@ def divide(a: Quotient, b: Quotient) -> Quotient:
 
 
 def as_number(a: Quotient) -> Fraction | None:
-    """Return the rational number that a quotient is; None if it is not one."""
+    """Return the value of a quotient that is a rational number, or None for another quotient."""
     if a.top.keys() <= {ONE} and a.bottom.keys() == {ONE}:
         return a.top.get(ONE, Fraction(0)) / a.bottom[ONE]
     return None
+
+
+def approximation(a: Quotient) -> float | None:
+    """Return a number made of rationals, square roots, pi and e; None for another quotient."""
+    try:
+        return _sum_of_terms(a.top) / _sum_of_terms(a.bottom)
+    except (KeyError, OverflowError, ZeroDivisionError):
+        return None
+
+
+def _sum_of_terms(terms: Terms) -> float:
+    """Return the value of a polynomial. Raise KeyError if it has a variable."""
+    total = 0.0
+    for monomial, coefficient in terms.items():
+        factor = float(coefficient)
+        for name, exponent in monomial:
+            square = _square(name) or 0
+            value = math.sqrt(square) if square > 0 else CONSTANTS[name]
+            factor *= value**exponent
+        total += factor
+    return total
 
 
 def power(base: Quotient, exponent: int) -> Quotient:
@@ -164,7 +186,7 @@ def power(base: Quotient, exponent: int) -> Quotient:
 
 
 def _monomial_power(terms: Terms, exponent: int) -> Terms:
-    """Return |exponent|-th power of a polynomial of one term."""
+    """Return the |exponent|-th power of a polynomial of one term."""
     ((monomial, coefficient),) = terms.items()
     bits = coefficient.numerator.bit_length() + coefficient.denominator.bit_length()
     if bits * abs(exponent) > MAX_BITS and abs(coefficient) != 1:
@@ -179,7 +201,10 @@ def _monomial_power(terms: Terms, exponent: int) -> Terms:
 
 
 def square_root(a: Quotient) -> Quotient | None:
-    """Return the square root of a rational number; None for another quotient."""
+    """Return the square root of a rational number, or None.
+
+    None means that the quotient is not a rational number, or that its root is too large to factor.
+    """
     number = as_number(a)
     if number is None:
         return None
@@ -200,7 +225,7 @@ def square_root(a: Quotient) -> Quotient | None:
 
 @lru_cache(maxsize=1024)
 def _square_part(n: int) -> tuple[int, tuple[str, ...]]:
-    """Return s and the roots of distinct primes whose product is the root of n / s^2."""
+    """Return s and roots of distinct primes, where sqrt(n) is s times the product of the roots."""
     factor = 1
     roots = []
     prime = 2
@@ -251,7 +276,10 @@ def exact_logarithm(value: Quotient, base: Quotient) -> int | None:
 
 
 def shown(a: Quotient) -> str:
-    """Return a text of a quotient that equal ones mostly share, as the name of a generator."""
+    """Return a quotient as text, for the name of a generator.
+
+    Most equal quotients have the same text.
+    """
     lead = max(a.bottom)
     scale = 1 / a.bottom[lead]
     parts = []
@@ -262,7 +290,7 @@ def shown(a: Quotient) -> str:
 
 
 def uses(value: Quotient, name: str) -> bool:
-    """Return whether a generator is in a quotient."""
+    """Return whether a quotient contains a generator."""
     for terms in value:
         for monomial in terms:
             if any(part == name for part, _ in monomial):
@@ -278,7 +306,7 @@ def difference(a: Quotient, b: Quotient) -> Terms:
 
 
 def ratio(a: Terms, b: Terms) -> Fraction | None:
-    """Return the number r with a = r b; None if there is none, or if one of them is zero."""
+    """Return the number r with a = r b, or None if there is none or if a or b is zero."""
     if not a or a.keys() != b.keys():
         return None
     ratios = {a[monomial] / b[monomial] for monomial in a}
@@ -286,7 +314,7 @@ def ratio(a: Terms, b: Terms) -> Fraction | None:
 
 
 def linear_in_one_variable(terms: Terms) -> tuple[str, Fraction, Fraction] | None:
-    """Return (x, c, d) of the polynomial c x + d with numbers c and d; None for another one."""
+    """Return (x, c, d) for the polynomial c x + d with numbers c and d, or None for another."""
     names = {name for monomial in terms for name, _ in monomial}
     if len(names) != 1:
         return None

@@ -1,6 +1,6 @@
 r"""Sets of real numbers: intervals and their unions, inequalities, `x \ne 3`, all reals.
 
-A set is a list of pieces. Their ends are texts, which the caller compares.
+A set is a list of pieces. The ends of a piece are texts, and the caller compares them.
 """
 
 import re
@@ -13,6 +13,7 @@ from expo_fast.answers.quotients import ONE, as_number, linear_in_one_variable
 from expo_fast.answers.structures import (
     ORDERS,
     bracketed,
+    connective,
     labelled,
     list_items,
     split_top,
@@ -26,15 +27,14 @@ REALS = frozenset(["all real numbers", "all reals", "all real", "the real number
 BUILDER = re.compile(
     r"\\\{ ?(?P<name>[a-zA-Z]) ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(?P<rest>.*)\\\}"
 )
-OR = re.compile(
-    r"\\text ?\{ ?,? ?or ?\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])"
-)
+OR = connective("or", r"\\(?:lor|vee)(?![A-Za-z])")
+ABSOLUTE = re.compile(r"(?:\\lvert|\||\\vert)(?P<inside>[^|\\]+)(?:\\rvert|\||\\vert)")
 BARE = re.compile(r"[A-Za-z](?:_ ?\w)?|\\(?:theta|alpha|beta|lambda|mu)|[A-Za-z] ?\( ?[A-Za-z] ?\)")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """An interval. A point is a closed interval from itself to itself."""
+    """An interval. A point is a closed interval with equal ends."""
 
     low: str
     high: str
@@ -44,14 +44,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class RealSet:
-    """A union of intervals, and the variable of the inequality that it comes from, if any."""
+    """A union of intervals, and the variable of the inequality, or "" if there was none."""
 
     pieces: tuple[Piece, ...]
     variable: str = ""
 
     @property
     def is_wide(self) -> bool:
-        """Whether the set has more than points."""
+        """Whether the set contains more than single points."""
         return any(piece.low != piece.high for piece in self.pieces)
 
 
@@ -60,7 +60,7 @@ HIGHEST = r"\infty"
 
 
 def real_set(text: str) -> RealSet | None:
-    """Return the set that a text describes, or None."""
+    """Return the set that a text describes, or None if it describes no set."""
     builder = BUILDER.fullmatch(text)
     if builder:
         found = real_set(builder["rest"].strip())
@@ -120,7 +120,11 @@ def _piece(text: str) -> list[Piece] | None:
         return [Piece(item, item, True, True) for item in items]
     if len(items) != 2 or r"\{" in (brackets.opening, brackets.closing):
         return None
-    return [Piece(items[0], items[1], brackets.opening == "[", brackets.closing == "]")]
+    low, high = items
+    # [-\infty, 5) is a slip of the pen: no set of reals holds infinity
+    low_closed = brackets.opening == "[" and low.replace(" ", "") != LOWEST
+    high_closed = brackets.closing == "]" and high.lstrip("+ ") != HIGHEST
+    return [Piece(low, high, low_closed, high_closed)]
 
 
 def _without_points(points: list[str]) -> tuple[Piece, ...] | None:
@@ -145,6 +149,8 @@ def _inequality(text: str) -> RealSet | None:
         return None
     left, right = sides
     sign = signs[0]
+    if ABSOLUTE.fullmatch(left.strip()) or ABSOLUTE.fullmatch(right.strip()):
+        return _distance(left.strip(), right.strip(), sign)
     if BARE.fullmatch(right) and not BARE.fullmatch(left):
         left, right, sign = right, left, FLIPPED[sign]
     if not BARE.fullmatch(left):
@@ -161,6 +167,31 @@ def _inequality(text: str) -> RealSet | None:
     return RealSet((Piece(right, HIGHEST, closed, False),), left)
 
 
+def _distance(left: str, right: str, sign: str) -> RealSet | None:
+    """Return the solutions of `|x| < 3` or `|2x - 1| >= 3`, with a positive number on one side."""
+    if ABSOLUTE.fullmatch(right):
+        left, right, sign = right, left, FLIPPED[sign]
+    absolute = ABSOLUTE.fullmatch(left)
+    inside = absolute and algebra.parse(absolute["inside"])
+    parsed = algebra.parse(right)
+    limit = parsed and as_number(parsed.value)
+    if not inside or not limit or inside.opaque or inside.value.bottom.keys() != {ONE}:
+        return None
+    linear = linear_in_one_variable(inside.value.top)
+    if linear is None or limit < 0 or sign == r"\ne":
+        return None
+    name, slope, constant = linear
+    slope, constant = (each / inside.value.bottom[ONE] for each in (slope, constant))
+    ends = sorted([(-limit - constant) / slope, (limit - constant) / slope])
+    low, high = map(str, ends)
+    closed = sign in (r"\le", r"\ge")
+    if sign in ("<", r"\le"):
+        return RealSet((Piece(low, high, closed, closed),), name)
+    below = Piece(LOWEST, low, False, closed)
+    above = Piece(high, HIGHEST, closed, False)
+    return RealSet((below, above), name)
+
+
 def _between(sides: list[str], signs: list[str]) -> RealSet | None:
     """Return the solutions of `1 <= x < 2` or `2 > x >= 1`."""
     low, name, high = sides
@@ -175,7 +206,7 @@ def _between(sides: list[str], signs: list[str]) -> RealSet | None:
 
 
 def _solve(left: str, right: str, sign: str) -> tuple[str, str, str] | None:
-    """Return (x, sign, number) of an inequality that is linear in one variable."""
+    """Return (x, sign, number) of an inequality that is linear in one variable, else None."""
     side = algebra.side_difference(left, right)
     if side is None or side.opaque or side.value.bottom.keys() != {ONE}:
         return None

@@ -1,4 +1,4 @@
-"""Compare an answer with its reference: a table of rules. The first that applies decides."""
+"""Compare an answer with its reference by a table of rules. The first rule that applies decides."""
 
 import re
 from itertools import pairwise
@@ -14,26 +14,46 @@ from expo_fast.answers.notations import (
     units,
 )
 from expo_fast.answers.numbers import plain_number, same_number
-from expo_fast.answers.quotients import ratio
+from expo_fast.answers.quotients import approximation, linear_in_one_variable, ratio
 from expo_fast.answers.spelling import squash
 from expo_fast.answers.structures import RELATIONS, labelled, same_label, split_top
+from expo_fast.answers.units import split_unit
 from expo_fast.answers.verdicts import PASS, Comparer, Leaf, Pass, Rule, Verdict, every
 
 # Texts and numbers
 
 
 def same_text(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Texts that differ at most in spaces are equal; an empty answer is wrong."""
+    """Accept texts that differ at most in spaces. Reject an empty answer."""
     if not box:
         return False
     return True if gold == box or squash(gold) == squash(box) else PASS
 
 
 def numbers(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Numbers are compared exactly; a decimal may be rounded."""
+    """Compare numbers exactly. A decimal may be rounded."""
     x = plain_number(gold)
     y = plain_number(box)
     return same_number(x, y) if x and y else PASS
+
+
+INTEGRAL = re.compile(r"(?P<value>.*[^-+*/^_({ ]) ?\+ ?C")
+CONSTANT_OF_INTEGRATION = re.compile(
+    r"(?P<value>.*[^-+*/^_({ ]) ?\+ ?(?P<name>[CcKk])(?:_ ?\{? ?\d ?\}?)?"
+)
+
+
+def antiderivatives(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
+    """Accept another name for the constant C of integration after a term with a variable."""
+    x = INTEGRAL.fullmatch(gold)
+    y = CONSTANT_OF_INTEGRATION.fullmatch(box)
+    if x is None or y is None or box.endswith("C"):
+        return PASS
+    letters = "".join(re.findall(r"\\[A-Za-z]+|([A-Za-z])", x["value"]))
+    taken = re.findall(r"\\[A-Za-z]+|[A-Za-z]", y["value"])
+    if not letters.islower() or y["name"] in taken:  # C is a variable among others
+        return PASS
+    return equal(x["value"], y["value"])
 
 
 # Equations
@@ -44,7 +64,10 @@ NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
 def equations(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Names before = may be missing on one side; equations may be multiples of each other."""
+    """Compare equations, and values with a name.
+
+    The name before = may be missing on one side. Equations may be multiples of each other.
+    """
     x_sides, x_signs = split_top(gold, RELATIONS)
     y_sides, y_signs = split_top(box, RELATIONS)
     if (not x_signs and not y_signs) or not set(x_signs + y_signs) <= {"=", r"\approx"}:
@@ -62,7 +85,7 @@ def equations(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
 
 
 def _renamed(value: str, of: str, to: str) -> str:
-    """Return the value of f(t) in terms of the x of f(x)."""
+    """Return a value with the argument of `of` renamed to that of `to`, such as f(t) to f(x)."""
     old = ARGUMENT.search(of)
     new = ARGUMENT.search(to)
     if old is None or new is None or old[1] == new[1]:
@@ -71,12 +94,12 @@ def _renamed(value: str, of: str, to: str) -> str:
 
 
 def _same_equation(x: list[str], y: list[str]) -> Verdict | Pass:
-    """Return whether two equations have the same solutions because one is a multiple."""
+    """Return whether one equation is a multiple of the other, so that the solutions are equal."""
     a = algebra.side_difference(*x)
     b = algebra.side_difference(*y)
     if a is None or b is None:
         return PASS
-    if not a.value.top or not b.value.top:  # 3 = 3 and 4 = 4 say nothing
+    if not a.value.top or not b.value.top:  # 3 = 3 and 4 = 4 hold for all values
         return False
     if ratio(a.value.top, b.value.top) is not None:
         return True
@@ -85,7 +108,7 @@ def _same_equation(x: list[str], y: list[str]) -> Verdict | Pass:
 
 
 def _same_values(gold: str, box: str, equal: Comparer) -> Verdict:
-    """Compare values that may be chains, such as `5 + 3 = 8`, of equal parts."""
+    """Compare values. Each may be a chain of equal parts, such as `5 + 3 = 8`."""
     x, x_holds = _chain_value(gold, equal)
     y, y_holds = _chain_value(box, equal)
     return every([equal(x, y), x_holds, y_holds])
@@ -95,12 +118,33 @@ def _chain_value(text: str, equal: Comparer) -> tuple[str, Verdict]:
     r"""Return the value of `5 + 3 = 8` or `\frac13 \approx 0.33`, and whether the chain holds."""
     sides, signs = split_top(text, RELATIONS)
     if r"\approx" in signs:
-        sides = sides[: signs.index(r"\approx") + 1]
+        exact = signs.index(r"\approx")
+        if not all(_may_be_rounded_to(sides[exact], each) for each in sides[exact + 1 :]):
+            return sides[exact], False
+        sides = sides[: exact + 1]
     return sides[-1], every(_is_written_as(a, b, equal) for a, b in pairwise(sides))
 
 
+def _may_be_rounded_to(value: str, number: str) -> bool:
+    """Return whether a value may be rounded to a number: 2.5 to 3, 1234 to 1200, but not 8 to 9.
+
+    True for a value or a number that is not read here.
+    """
+    parsed = algebra.parse(split_unit(value).value)
+    x = parsed and approximation(parsed.value)
+    y = plain_number(split_unit(number).value)
+    if x is None or y is None:
+        return True
+    gap = abs(x - float(y.value))
+    if y.places:
+        return gap < 10.0**-y.places
+    digits = str(abs(y.value))
+    zeros = len(digits) - len(digits.rstrip("0"))
+    return gap <= 10**zeros / 2
+
+
 def _is_written_as(value: str, number: str, equal: Comparer) -> Verdict:
-    """Return whether two values are equal, or the second is rounded: 1/3 = 0.33."""
+    """Return whether two values are equal, or the second is the first rounded: 1/3 = 0.33."""
     verdict = equal(value, number)
     x = plain_number(value)
     y = plain_number(number)
@@ -128,20 +172,21 @@ NO_SOLUTION = SYNONYMS[0]
 
 
 def words(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Words are compared without case, punctuation and articles; a formula never equals words."""
+    """Compare words without case, punctuation and articles. A formula never equals words."""
     x = _phrase(gold)
     y = _phrase(box)
     if EMPTY in (gold, box):
         return (y if gold == EMPTY else x) in NO_SOLUTION
     if x and y and (x == y or any(x in group and y in group for group in SYNONYMS)):
         return True
-    # letters without \text may be products of variables, but not both of listen and silent
+    # Letters without \text may be a product of variables. Longer words are compared as words,
+    # because as products "listen" would equal "silent".
     prose = PROSE.fullmatch(gold) and PROSE.fullmatch(box) and LONG_WORD.search(f"{gold} {box}")
     return False if prose or r"\text" in gold + box else PASS
 
 
 def _phrase(text: str) -> str:
-    """Return words in lower case without punctuation; "" for a formula."""
+    """Return words in lower case without punctuation, or "" for a formula."""
     text = TEXT.sub(r" \1 ", text).strip()
     if not PHRASE.fullmatch(text) or not WORD.search(text):
         return ""
@@ -149,8 +194,30 @@ def _phrase(text: str) -> str:
     return ARTICLE.sub("", " ".join(plain.split()))
 
 
+ENDS_IN_UNIT = re.compile(r".*\d ?[ij]")
+
+
+def complex_numbers(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
+    """Take j for the imaginary unit, as in 3 + 4j. 4j alone may be a vector or a variable."""
+    if not ENDS_IN_UNIT.fullmatch(gold) or not ENDS_IN_UNIT.fullmatch(box):
+        return PASS
+    units = [_unit_of_complex_number(text) for text in (gold, box)]
+    if sorted(filter(None, units)) != ["i", "j"]:
+        return PASS
+    return equal(*(text[:-1] + "i" for text in (gold, box)))
+
+
+def _unit_of_complex_number(text: str) -> str | None:
+    """Return the i or j of a number with both parts; None for another text."""
+    parsed = algebra.parse(text)
+    linear = parsed and linear_in_one_variable(parsed.value.top)
+    if not linear or not linear[2]:
+        return None
+    return linear[0] if text.count(linear[0]) == 1 else None
+
+
 def expressions(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
-    """Polynomials, fractions of them, roots, i and pi are compared exactly."""
+    """Compare polynomials, their quotients, roots, i and pi exactly."""
     verdict = algebra.same_expression(gold, box)
     return PASS if verdict is None else verdict
 
@@ -158,6 +225,8 @@ def expressions(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
 RULES: tuple[Rule, ...] = (
     same_text,  # (1, 2) and ( 1,2 )
     numbers,  # 0.5, 1/2, 5e-1
+    antiderivatives,  # x^2 + C, x^2 + K
+    complex_numbers,  # 3 + 4i, 3 + 4j
     clock_times,  # 3:30 PM, 15:30
     choices,  # (B), B
     ratios,  # 2:3
@@ -174,5 +243,5 @@ RULES: tuple[Rule, ...] = (
 
 
 def compare(gold: str, box: str, leaf: Leaf) -> Verdict:
-    """Return the verdict on two tidy answers; `leaf` judges what the rules leave open."""
+    """Return the verdict on two tidy answers. `leaf` judges the parts that no rule decides."""
     return Comparer(RULES, leaf)(gold, box)

@@ -1,7 +1,7 @@
-"""One spelling of equal answers: Unicode, spaces, LaTeX styles, signs and prose around an answer.
+"""A common spelling for equal answers: Unicode, spaces, LaTeX styles, signs, prose around them.
 
-`tidy` is a table of substitutions, each linear in the text. It keeps what tells answers apart:
-brackets, order, words and units.
+`tidy` applies a table of substitutions, each linear in the length of the text. It keeps what
+distinguishes answers: brackets, order, words and units.
 """
 # ruff: noqa: RUF001  (the characters that look like others are intended)
 
@@ -71,7 +71,7 @@ SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
 def spell(char: str) -> str:
-    """Return the LaTeX of a Unicode character: a digit of any script, a vulgar fraction, a sign."""
+    """Return a Unicode character as LaTeX: a digit of any script, a vulgar fraction or a sign."""
     if char in SYMBOLS:
         return SYMBOLS[char]
     kind, *codes = unicodedata.decomposition(char).split() or [""]
@@ -110,7 +110,7 @@ def _root(match: re.Match[str]) -> str:
 
 
 def _font(match: re.Match[str]) -> str:
-    r"""Return the content of a font command, in `\text{}` if it has words."""
+    r"""Return the content of a font command, in `\text{}` if it contains words."""
     content = match[1]
     if re.search(r"[A-Za-z]{2}|[A-Za-z]\.", content):
         return rf"\text{{{content}}}"
@@ -128,7 +128,7 @@ def _table(*rows: tuple[str, Replacement]) -> list[tuple[re.Pattern[str], Replac
     return [(re.compile(pattern), replacement) for pattern, replacement in rows]
 
 
-# Texts with characters beyond ASCII, before `spell` replaces those one by one.
+# Substitutions for texts beyond ASCII. They run before `spell` replaces single characters.
 UNICODE = _table(
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", _power),
     (r"[₀-₉]+", _index),
@@ -137,7 +137,7 @@ UNICODE = _table(
 )
 
 LATEX = _table(
-    # spacing and delimiters, which mean nothing; `\\` stays, because it ends rows of a matrix
+    # Remove spacing and delimiters, which have no meaning. Keep `\\`, which ends rows of a matrix.
     (r"(?<=\d)(?:,\\!|\{,\}) *(?=\d{3}(?!\d))", ""),
     (r"\\!\s*|(?<!\\)\\[()\[\]]|\$\$", ""),
     (r"\\pounds(?![A-Za-z])", r"\\text{ pounds sterling }"),
@@ -147,7 +147,7 @@ LATEX = _table(
     (r"(?<!\\)(?:\\[,;:> ]|\\q?quad\b|\\(?:hspace|vspace|phantom)\{[^{}]*\})|[~\s\x00-\x1f]", " "),
     (r"\\(?:left|right)\s*\.", " "),
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![A-Za-z])", " "),
-    # one command for each meaning
+    # Use one command for each meaning.
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"(?<![A-Za-z\\])C ?\( ?(\d+) ?, ?(\d+) ?\)", r"\\binom{\1}{\2}"),
@@ -167,7 +167,7 @@ LATEX = _table(
     (r"\\colon(?![A-Za-z])", ":"),
     (r"\*\*(?=[\w({\-])(?<=[\w)}]\*\*)", "^"),
     (r"\\(?:mathbb|mathbf|bf|Bbb) ?\{? ?R ?\}?(?![A-Za-z])", r"\\mathbb{R} "),
-    # text in any font is \text{}, unless it has no words
+    # Write words in any font as \text{}.
     (
         r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|bm"
         r"|boldsymbol|emph) ?\{([^{}]*)\}",
@@ -175,22 +175,22 @@ LATEX = _table(
     ),
     (r"\\text ?\{ ?\(? ?mod(?:ulo)? ?\)? ?\}", " mod "),
     (r"\\lg(?![A-Za-z])", r"\\log_{10} "),
-    # plain names of functions and constants
+    # Write plain names of functions and constants as commands.
     (r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty "),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
-    # digits: 2 500 and 2500 are one number, 4{5} a product
+    # Join groups of digits: 2 500 is 2500, while 4{5} is a product.
     (r" +", " "),
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", _joined),
 )
 
-# a text from JSON that was escaped twice: every backslash is there twice
+# A text that was escaped twice for JSON has every backslash twice.
 ESCAPED_TWICE = re.compile(
     r"\\\\(?:[dtc]?frac|sqrt|pi|text|cdot|times|left|begin|infty|pm)(?![a-z])"
 )
 NEGATION = r"(?:not|no|nor|or|and|isn|never|wrong|than|if|but|maybe|except|unless|versus|vs)"
-# words before the one formula of a text: Thus $x = 3$
+# Words before the only formula of a text: Thus $x = 3$
 PROSE_BEFORE = re.compile(
     rf"(?!.*\b{NEGATION}\b.*\$)[A-Za-z][A-Za-z ,:']*(?=\$[^$]+\$[^$]*$|\\\(|\\\[)", re.IGNORECASE
 )
@@ -208,13 +208,15 @@ ABOUT = re.compile(
     re.IGNORECASE,
 )
 EDGES = re.compile(r"^(?:\\\\|[\s,;:=`]|\*\*)+|(?:\\\\|\\|[\s,;:`]|\*\*|(?<!\\ldots)\.)+$")
-NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")  # needs no change
+# 6th, 6^{th}, 6\text{th}
+ORDINAL = re.compile(r"(\d+)(?: ?\^ ?)?[{ ]*(?:\\text ?\{ ?)?(?:st|nd|rd|th)[} ]*")
+NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")  # a text that needs no change
 WRAPPED = re.compile(r"\\text ?\{([^{}]*)\}")
 
 
 @lru_cache(maxsize=4096)  # the samples of a group share their reference and many answers
 def tidy(text: str) -> str:
-    """Return one spelling of equal answers."""
+    """Return an answer in the spelling that equal answers share."""
     if NUMBER.fullmatch(text):
         return text
     if not text.isascii():
@@ -231,6 +233,9 @@ def tidy(text: str) -> str:
     text = LEAD_IN.sub("", text, count=1) if LEAD_IN.match(text) else text
     text = ABOUT.sub("", text, count=1) if ABOUT.match(text) else text
     text = strip_edges(text)
+    ordinal = ORDINAL.fullmatch(text)
+    if ordinal:
+        return ordinal[1]
     wrapped = WRAPPED.fullmatch(text)
     if wrapped:
         text = strip_edges(wrapped[1])
@@ -238,14 +243,14 @@ def tidy(text: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """Return a text whose backslashes were doubled without the second ones."""
+    """Return the text with single backslashes if they were doubled."""
     if ESCAPED_TWICE.search(text) and r"\begin" not in text.replace(r"\\begin", ""):
         return text.replace("\\\\", "\\")
     return text
 
 
 def strip_edges(text: str) -> str:
-    """Return the text without braces and quotes around it, full stops, commas and line ends."""
+    """Return the text without surrounding braces, quotes, full stops, commas and line ends."""
     for _ in range(4):
         before = text
         text = EDGES.sub("", text)
@@ -273,7 +278,8 @@ def _closes_at_end(text: str) -> bool:
     return False
 
 
-LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z,]) | (?![0-9A-Za-z])")  # 1, 234 is not 1,234
+# A space stays between letters or digits, and after a comma: 1, 234 is not 1,234.
+LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z,]) | (?![0-9A-Za-z])")
 BRACED = re.compile(r"([\^_]) ?\{ ?(-?\w) ?\}")
 
 

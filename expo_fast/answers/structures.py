@@ -9,17 +9,25 @@ from expo_fast.answers.spelling import strip_edges
 
 MAX_ITEMS = 64
 
-# a piece of text that is taken as one: an escape, a command, a character
+# A unit of text: a command, an escaped character or a character.
 _PIECE = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _OPENING = frozenset([*"([{", r"\{", r"\langle", r"\lceil", r"\lfloor", r"\begin"])
 _CLOSING = frozenset([*")]}", r"\}", r"\rangle", r"\rceil", r"\rfloor", r"\end"])
-_AND = re.compile(r"\\text ?\{ ?,? ?(and|or) ?\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
+
+
+def connective(words: str, *more: str) -> re.Pattern[str]:
+    r"""Return a pattern of words between parts, in \text{} or not, and of `more` patterns."""
+    bare = rf"(?<![A-Za-z\\])(?:{words})(?![A-Za-z])"
+    return re.compile("|".join([rf"\\text ?\{{ ?,? ?(?:{words}) ?\}}", bare, *more]))
+
+
+AND = connective("and|or")
 
 Separated = tuple[list[str], list[str]]  # parts, and the separators between them
 
 
 def split_top(text: str, separators: frozenset[str]) -> Separated:
-    """Split a text at separators that are in no brackets. Half-open intervals count as brackets."""
+    """Split a text at separators outside brackets. A pair of brackets may differ: [1, 2)."""
     parts: list[str] = []
     found: list[str] = []
     depth = 0
@@ -38,19 +46,24 @@ def split_top(text: str, separators: frozenset[str]) -> Separated:
     return parts, found
 
 
-CASES = re.compile(r"\\begin ?\{cases\}(.*)\\end ?\{cases\}", re.DOTALL)
+# a system of equations
+CASES = re.compile(
+    r"(?:\\\{ ?)?\\begin ?\{(?P<kind>cases|aligned|array)\}(?: ?\{[clr| ]*\})?"
+    r"(?P<content>.*=.*)\\end ?\{(?P=kind)\}",
+    re.DOTALL,
+)
 COMMA = frozenset(",")
 SEMICOLON = frozenset(";")
 
 
 def list_items(text: str) -> list[str]:
-    """Return the items of a list without brackets: `1, 2 and 3`. Another text is its only item."""
+    """Return the items of a list without brackets: `1, 2 and 3`. Another text is one item."""
     if plain_number(text):  # 1,000
         return [text]
     system = CASES.fullmatch(text)
     if system:
-        text = system[1].replace(r"\\", ",").replace("&", " ")
-    text = _AND.sub(",", text)
+        text = system["content"].replace(r"\\", ",").replace("&", " ")
+    text = AND.sub(",", text)
     for separator in (SEMICOLON, COMMA):
         parts, _ = split_top(text, separator)
         items = [digits_for_words(strip_edges(part)) for part in parts]
@@ -73,7 +86,7 @@ _BRACKET_END = re.compile(r"(?:\)|\]|\\\}|\\rangle)$")
 
 @dataclass(frozen=True)
 class Bracketed:
-    """The content of a text that is in one pair of brackets."""
+    """A text in one pair of brackets: the brackets and the content."""
 
     opening: str
     content: str
@@ -81,7 +94,7 @@ class Bracketed:
 
     @property
     def is_round(self) -> bool:
-        """Whether the brackets are those of a point."""
+        """Whether the brackets are `(` and `)`."""
         return self.opening == "(" and self.closing == ")"
 
     @property
@@ -91,7 +104,10 @@ class Bracketed:
 
 
 def bracketed(text: str) -> Bracketed | None:
-    """Return the parts of `(1, 2]` or `\\{3\\}`; None for `(x+1)(x+2)` and for no brackets."""
+    """Return the parts of `(1, 2]` or `\\{3\\}`.
+
+    Return None for a text without brackets, and for several pairs: `(x+1)(x+2)`.
+    """
     start = _BRACKET_START.match(text)
     end = _BRACKET_END.search(text)
     if start is None or end is None or end.start() < start.end():
@@ -113,7 +129,7 @@ IN = frozenset([r"\in"])
 RELATIONS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\equiv", r"\in"])
 ORDERS = frozenset(["<", ">", r"\le", r"\ge", r"\ne"])
 
-# what may stand before `=` or `\in`: x, x_1, f(x), AB, |AB|, \angle ABC, (x, y), \text{Area}
+# A name before `=` or `\in`: x, x_1, f(x), AB, |AB|, \angle ABC, (x, y), \text{Area}.
 LABEL = re.compile(
     r"(?:\\(?:text|vec|overline|overrightarrow|hat|bar|mathbf) ?\{ ?[A-Za-z .']+\}"
     r"|\\frac ?\{ ?[A-Z]+ ?\} ?\{ ?[A-Z]+ ?\}|\\Delta ?[A-Za-z]"
@@ -127,14 +143,17 @@ FUNCTION = re.compile(r"(?:y|[A-Za-z]'?(?:\^ ?\{? ?-1 ?\}?)? ?\( ?[A-Za-z] ?\))"
 
 @dataclass(frozen=True)
 class Labelled:
-    """A value and the name that is given to it, "" for none."""
+    """A value and its name, which is "" if it has none."""
 
     label: str
     value: str
 
 
 def labelled(text: str) -> Labelled:
-    """Return the parts of `x = 3`, `f(x) = 2x`, `D = (0, 1)`; the label is "" for another text."""
+    """Return the name and value of `x = 3`, `f(x) = 2x` or `D = (0, 1)`.
+
+    For another text, the label is "".
+    """
     parts, signs = split_top(text, RELATIONS)
     if not signs or signs[0] not in ("=", r"\in", r"\approx"):
         return Labelled("", text)
@@ -155,9 +174,12 @@ MATRIX = re.compile(
 
 
 def matrix_rows(text: str) -> tuple[str, list[list[str]]] | None:
-    """Return a matrix as rows of cells, and whether it is a determinant; None for another text."""
+    """Return the kind of a matrix and its rows of cells, or None for another text.
+
+    The kind is "matrix", or the name of the environment for a determinant or a norm.
+    """
     match = MATRIX.fullmatch(text)
-    if match is None or r"\begin" in match["content"]:
+    if match is None or r"\begin" in match["content"] or "=" in match["content"]:
         return None
     kind = match["kind"] if match["kind"].startswith(("v", "V")) else "matrix"
     rows = []
@@ -168,7 +190,7 @@ def matrix_rows(text: str) -> tuple[str, list[list[str]]] | None:
 
 
 def expand_signs(text: str) -> list[str]:
-    r"""Return `1 \pm 2` as `1 + 2` and `1 - 2`. Another text is the only item."""
+    r"""Return `1 \pm 2` as `1 + 2` and `1 - 2`. Return another text as one item."""
     if r"\pm" not in text and r"\mp" not in text:
         return [text]
     upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
@@ -177,5 +199,5 @@ def expand_signs(text: str) -> list[str]:
 
 
 def same_label(a: str, b: str) -> bool:
-    """Return whether two names are the same, or both of a function: y, f(x)."""
+    """Return whether two names are equal, or both name a function: y, f(x)."""
     return a == b or bool(FUNCTION.fullmatch(a) and FUNCTION.fullmatch(b))

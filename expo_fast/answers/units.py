@@ -1,7 +1,8 @@
-"""Units after (or, like a dollar sign, before) a value, and their conversion where it is exact.
+"""Units of a value, and their exact conversions.
 
-A value without a unit equals the same value with one. Two values with units are equal if they are
-so in one unit: 3 m is 300 cm, and not 3 cm. A noun, such as "apples", is a unit of its own.
+A unit follows its value, or precedes it like a dollar sign. A value without a unit equals the same
+value with a unit. Two values with units are equal if they are equal in a common unit: 3 m is 300
+cm, and not 3 cm. A noun, such as "apples", is a unit too.
 """
 
 import re
@@ -11,7 +12,7 @@ from functools import lru_cache
 
 from expo_fast.answers.spelling import strip_edges
 
-# dimension: {a unit's names: its size}
+# {dimension: {names of a unit: its size}}
 _SIZES: dict[str, dict[str, int | str]] = {
     "length": {
         "mm millimeter millimetre": "1/1000",
@@ -51,16 +52,17 @@ _SIZES: dict[str, dict[str, int | str]] = {
     "fahrenheit": {"fahrenheit": 1},
     "unit": {"unit": 1},
     "acre": {"acre": 1},
-    "energy": {"joule": 1},
-    "force": {"newton": 1},
-    "frequency": {"hertz hz": 1},
-    "power": {"watt": 1},
-    "voltage": {"volt": 1},
+    "energy": {"joule J": 1},
+    "force": {"newton N": 1},
+    "frequency": {"hertz hz Hz": 1},
+    "power": {"watt W": 1},
+    "voltage": {"volt V": 1},
+    "pressure": {"pascal Pa": 1, "kilopascal kPa": 1000},
     "charge": {"coulomb": 1},
 }
 _COMPOUNDS = {"mph": "mile", "kph": "km", "kmh": "km", "kmph": "km"}  # per hour
 _SYMBOL_NAMES = "J N Hz W V A K C F Pa kPa mol"
-SYMBOLS = frozenset(_SYMBOL_NAMES.split())  # units whose size is not known here
+SYMBOLS = frozenset(_SYMBOL_NAMES.split())  # units that are not converted
 
 UNITS: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(size))
@@ -69,7 +71,7 @@ UNITS: dict[str, tuple[str, Fraction]] = {
     for name in names.split()
 }
 
-# A phrase with one of these says more than a unit: "8 is wrong", "8 or 9".
+# A phrase with one of these words is more than a unit: "8 is wrong", "8 or 9".
 _OTHER_WORDS = (
     "is are was were be not no nor or and but if then than to too from with without wrong right "
     "false true incorrect correct maybe perhaps possibly approximately about around almost nearly "
@@ -81,8 +83,8 @@ _OTHER_WORDS = (
 )
 _FILLER_WORDS = "of the in a an each total altogether approx exactly only"
 NO_NOUNS = frozenset(_OTHER_WORDS.split())
-FILLERS = frozenset(_FILLER_WORDS.split())  # they do not change a unit
-NOUNS = ("people", "children", "men", "women")  # besides words of four letters or more
+FILLERS = frozenset(_FILLER_WORDS.split())  # words that do not change a unit
+NOUNS = ("people", "children", "men", "women")  # and any word of four letters or more
 PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 SUFFIXES = {"squared": 2, "cubed": 3}
 
@@ -100,10 +102,10 @@ class Quantity:
     """A text that has been split into its value and unit."""
 
     value: str
-    unit: Unit | None  # None: it has none
+    unit: Unit | None  # None: no unit
     percent: bool = False
-    ambiguous: bool = False  # the unit may be a product of letters: 5 m
-    glued: bool = False  # it more likely is one: 5m^2
+    ambiguous: bool = False  # the unit may be a product of variables: 5 m
+    glued: bool = False  # the unit is more likely a product of variables: 5m^2
 
 
 CURRENCY = re.compile(
@@ -156,7 +158,7 @@ def split_unit(text: str) -> Quantity:
 
 
 def _times(currency: Unit, rest: Unit | None, name: str) -> Unit:
-    """Return the unit of `$5 per hour`; that of `$5 dollars` is dollars."""
+    """Return the unit of `$5 per hour`. The unit of `$5 dollars` is dollars."""
     if rest is None or rest == currency:
         return currency
     powers = dict(currency.powers)
@@ -166,7 +168,10 @@ def _times(currency: Unit, rest: Unit | None, name: str) -> Unit:
 
 
 def _split_sum(text: str) -> Quantity | None:
-    """Return 1 hour 30 minutes in hours, 5 ft 3 in in feet; None for another text."""
+    """Return a sum in its first unit, or None for another text.
+
+    1 hour 30 minutes is in hours, and 5 ft 3 in is in feet.
+    """
     terms = list(SUM.finditer(text))
     if len(terms) < 2 or "".join(term[0] for term in terms) != text:
         return None
@@ -181,7 +186,7 @@ def _split_sum(text: str) -> Quantity | None:
 
 
 def _split_words(text: str) -> Quantity:
-    """Return the value and the unit that is written after it."""
+    """Return a value and the unit that follows it."""
     start = _start_of_words(text)
     value = text[:start]
     if start == len(text) or not VALUE_END.search(value.rstrip()):
@@ -197,7 +202,7 @@ def _split_words(text: str) -> Quantity:
 
 
 def _start_of_words(text: str) -> int:
-    """Return where the words, powers and signs of a unit begin at the end of a text."""
+    """Return the index where the unit at the end of a text begins: words, powers and signs."""
     start = len(text)
     for piece in reversed(list(PIECE.finditer(text))):
         is_text = piece["text"] and not re.search(r"[=<>]|(?<!\^)(?<!\^-)\d", piece["text"])
@@ -209,7 +214,7 @@ def _start_of_words(text: str) -> int:
 
 
 def unit_of(phrase: str, wrapped: bool, spaced: bool) -> Unit | None:
-    """Return the unit of a phrase such as `cm^2`, `square feet`, `km/h`, `red apples`; or None."""
+    """Return the unit of a phrase such as `cm^2`, `km/h` or `red apples`, or None."""
     factors = _factors(phrase)
     if not factors:
         return None
@@ -220,7 +225,7 @@ def unit_of(phrase: str, wrapped: bool, spaced: bool) -> Unit | None:
     if wrapped:
         return _unit(factors)
     if known:
-        # without \text, the m of 5m is a letter of a formula; that of 5 m may be
+        # Without \text, the m of 5m is a variable. The m of 5 m may be a unit.
         single = any(len(name) == 1 for name in names)
         return None if single and not spaced else _unit(factors)
     last_word = re.findall(r"[A-Za-z]+", phrase)[-1]
@@ -233,11 +238,11 @@ def _is_noun(word: str) -> bool:
 
 
 class _Phrase:
-    """A reader of the words of a unit, one after the other."""
+    """A parser of the words of a unit. It reads one word at a time."""
 
     def __init__(self):
         self.factors: list[tuple[str, int]] = []  # names and powers
-        self.nouns: list[str] = []  # make one unit together
+        self.nouns: list[str] = []  # words that make one unit together
         self.sign = 1  # -1 after "per"
         self.prefix = 1  # of "square" and "cubic"
         self.readable = True
@@ -268,7 +273,7 @@ class _Phrase:
             self.nouns.append(name)
 
     def all_factors(self) -> list[tuple[str, int]]:
-        """Return the names and powers; none if the phrase is no unit."""
+        """Return the names and powers, or an empty list if the phrase is not a unit."""
         if not self.readable or (self.prefix > 1 and not self.nouns):
             return []
         if not self.nouns:
@@ -291,7 +296,7 @@ def _factors(phrase: str) -> list[tuple[str, int]]:
 
 
 def _canonical(word: str) -> str:
-    """Return a unit's name in lower case and in the singular, or the word as it is."""
+    """Return the name of a unit in lower case and in the singular. Keep symbols such as Hz."""
     word = word.strip(".'-")
     if word in SYMBOLS:
         return word
@@ -313,7 +318,7 @@ def _unit(factors: list[tuple[str, int]]) -> Unit:
 
 
 def same_dimension(a: Unit, b: Unit) -> bool:
-    """Return whether two units measure the same. A degree may be one of temperature."""
+    """Return whether two units have the same dimension. A degree may be a temperature."""
     if a.powers == b.powers:
         return True
     names = {name for name, _ in a.powers | b.powers}

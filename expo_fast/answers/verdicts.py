@@ -1,9 +1,9 @@
-"""Verdicts of three values, and the comparer that asks one rule after the other.
+"""Verdicts with three values, and the comparer that applies the rules in order.
 
-A rule returns a verdict, None where the leaves under it are not decided, or `PASS` where it does
-not apply. A leaf is an expression that the rules cannot take apart, and that exact algebra leaves
-open. In the trainer nothing decides leaves, so that the verdict is None; in a worker process
-math-verify does.
+A rule returns a verdict, or `PASS` if it does not apply. The verdict is None if the leaves below
+are undecided. A leaf is an expression that the rules cannot split, and that exact algebra cannot
+decide. In the trainer, leaves are not decided, so that the verdict is None. In a worker process,
+math-verify decides them.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,14 +20,14 @@ PASS: Pass = "pass"
 
 @dataclass(frozen=True)
 class Comparer:
-    """How the parts of two answers are compared."""
+    """A function that compares two answers, or parts of them, by rules."""
 
     rules: "tuple[Rule, ...]"
     leaf: Leaf
     depth: int = 0
 
     def __call__(self, gold: str, box: str) -> Verdict:
-        """Return the verdict of the first rule that applies, or that of the leaf."""
+        """Return the verdict of the first rule that applies, or else the verdict of the leaf."""
         if self.depth > MAX_DEPTH:
             return None
         deeper = replace(self, depth=self.depth + 1)
@@ -42,7 +42,7 @@ Rule = Callable[[str, str, Comparer], Verdict | Pass]
 
 
 def every(verdicts: Iterable[Verdict]) -> Verdict:
-    """Return False if one is False, else None if one is None, else True."""
+    """Return False if any verdict is False, else None if any is None, else True."""
     result: Verdict = True
     for verdict in verdicts:
         if verdict is False:
@@ -53,7 +53,7 @@ def every(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def some(verdicts: Iterable[Verdict]) -> Verdict:
-    """Return True if one is True, else None if one is None, else False."""
+    """Return True if any verdict is True, else None if any is None, else False."""
     result: Verdict = False
     for verdict in verdicts:
         if verdict:

@@ -1,8 +1,8 @@
-"""The program of the processes in which math-verify (sympy) judges what exact rules leave open.
+"""The program of the worker processes, which judge with math-verify (sympy).
 
-It may hang in C code or use up all memory, so `verifier.Verifier` kills such a process at a time
-limit. No text is run as code: it goes only to math-verify's LaTeX grammar, and never to its
-`parse_expr`, which calls `eval`.
+They judge answers that the exact rules cannot decide. math-verify may hang in C code or use all
+memory, so `verifier.Verifier` kills a process at a time limit. No text is run as code: it is parsed
+only by math-verify's LaTeX grammar, and never by its `parse_expr`, which calls `eval`.
 """
 
 import ctypes
@@ -23,19 +23,19 @@ from expo_fast.answers.rules import compare
 JUXTAPOSED = re.compile(r"\d \d")
 BASE = re.compile(r"\d_\{?(\d+)")
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-DEGREES = re.compile(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?")  # math-verify takes 30^\circ for 30
+DEGREES = re.compile(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?")  # math-verify reads 30^\circ as 30
 OPENING = re.compile(r"\(|\[|\\\{")
 
 
 def judge(gold: str, box: str) -> bool:
-    """Return whether two answers are equal, by the rules and, where they end, by math-verify."""
+    """Return whether two answers are equal. math-verify decides the parts that no rule decides."""
     return bool(compare(gold, box, judge_leaf))
 
 
 def judge_leaf(gold: str, box: str) -> bool:
     """Return whether math-verify finds two expressions equal.
 
-    Its own timeouts are off: they are alarms, which wait for C code to return.
+    Its own timeouts are off, because they are alarms, which wait for C code to return.
     """
     from math_verify import verify
 
@@ -56,7 +56,7 @@ def judge_leaf(gold: str, box: str) -> bool:
 
 
 def misread(gold: str, box: str) -> bool:
-    """Return whether math-verify 0.9.0 would call two different answers equal."""
+    """Return whether math-verify 0.9.0 may misread the answers, and call different ones equal."""
     if BASE.findall(gold) != BASE.findall(box):  # it ignores the base of 204_5
         return True
     gold_bracket = OPENING.match(gold)  # it equates {1, 2} and (1, 2)
@@ -70,10 +70,10 @@ def misread(gold: str, box: str) -> bool:
 
 
 def _parse(text: str) -> list:
-    r"""Parse an answer as the content of a box: the first match only, and without fallback.
+    r"""Parse an answer as the content of a box. Use the first match only, without fallback.
 
-    By default math-verify goes on to the last number that it finds, and `10^{10^7} \bmod 7`, which
-    is 4, passes for 7.
+    By default, math-verify falls back to the last number that it finds. Then `10^{10^7} \bmod 7`,
+    which is 4, would equal 7.
     """
     from math_verify import LatexExtractionConfig, parse
 
@@ -90,7 +90,7 @@ def _parse(text: str) -> list:
 
 
 def with_imaginary_unit(parsed):
-    """Return a parsed number with i as the imaginary unit; math-verify takes it for a variable."""
+    """Return a parsed number with i as the imaginary unit. math-verify reads i as a variable."""
     from sympy import Expr, I
 
     if not isinstance(parsed, Expr):
@@ -102,7 +102,7 @@ def with_imaginary_unit(parsed):
 
 
 def is_false_equation(expr) -> bool:
-    """Return whether `expr` claims something like 8 = 7, of which math-verify would take the 7.
+    """Return whether `expr` is a false equation, such as 8 = 7. math-verify would use the 7.
 
     The tolerance is 1%, because people write 1/3 = 0.33.
     """
@@ -117,9 +117,9 @@ def is_false_equation(expr) -> bool:
 
 
 def same_magnitude(gold, box) -> bool:
-    """Return whether two numbers agree to a relative 1e-5; True for anything else.
+    """Return whether two numbers agree to a relative 1e-5. Return True for anything else.
 
-    math-verify tests |a - b| < 1e-15, which is true of any tiny numbers, like 1/2004! and 1/2006!
+    math-verify tests |a - b| < 1e-15, which is true for any tiny numbers, like 1/2004! and 1/2006!
     """
     from sympy import Eq
 
@@ -133,7 +133,7 @@ def same_magnitude(gold, box) -> bool:
 def close(a, b, tolerance: float) -> bool:
     """Return whether two numbers agree to a relative tolerance.
 
-    True for anything but two finite nonzero numbers.
+    Return True for anything but two finite nonzero numbers.
     """
     if not _is_number(a) or not _is_number(b):
         return True
@@ -154,16 +154,16 @@ def _is_number(expr) -> bool:
 def serve(fd: int, parent: int, memory_bytes: int) -> None:
     """Run a worker: read (reference, answer, timeout) as JSON, and write verdicts as JSON.
 
-    It ends with its parent, or at a limit.
+    The worker ends when its parent ends, or at a limit.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # the parent died before the line above
         return
-    # Out of memory, the kernel shall kill this process rather than the trainer.
+    # If memory runs out, the kernel kills this process before the trainer.
     Path("/proc/self/oom_score_adj").write_text("1000")
     channel = Connection(fd)
     try:
-        # The imports and the tables of first use are made before any time limit runs.
+        # Import and build tables here, before any time limit runs.
         judge_leaf(r"\frac{1}{2} + |x|", r"|x| + \sqrt{2}")
     except ImportError as error:
         _send(channel, error=str(error))
@@ -189,9 +189,9 @@ def judge_or_die(gold: str, box: str, ceiling: int) -> bool:
         right = judge(gold, box)
     except (MemoryError, RecursionError):
         os._exit(1)
-    except Exception:  # it cannot compare the two, say a matrix and an interval: not equal
+    except Exception:  # sympy cannot compare the two, such as a matrix and an interval: not equal
         right = False
-    # sympy and math-verify turn many MemoryErrors into "not equal". The memory's peak shows them.
+    # sympy and math-verify turn many MemoryErrors into "not equal". The peak of memory shows them.
     if not right and memory("VmHWM") > ceiling:
         os._exit(1)
     return right
@@ -200,7 +200,7 @@ def judge_or_die(gold: str, box: str, ceiling: int) -> bool:
 def memory(field: str) -> int:
     """Return a field of /proc/self/status in bytes.
 
-    getrusage's maximum is of no use: it starts with the trainer's, which exec passes on.
+    The maximum of getrusage does not help: it begins at the trainer's maximum, which exec keeps.
     """
     status = Path("/proc/self/status").read_text()
     _, _, rest = status.partition(f"{field}:")
@@ -209,7 +209,7 @@ def memory(field: str) -> int:
 
 
 def limit_resources(memory_bytes: int) -> None:
-    """Limit the address space beyond that of the imports. Forbid growing files and core dumps."""
+    """Limit the address space beyond that of the imports. Forbid core dumps and growing files."""
     space = memory("VmSize") + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

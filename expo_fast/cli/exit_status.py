@@ -1,10 +1,13 @@
 """Exit status of a command line: 0, or 2 with one sentence about the error."""
 
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from expo_fast.cli.missing_packages import advice_on
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as for other programs whose output is closed
 INTERRUPTED = 130  # 128 + SIGINT
@@ -16,9 +19,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
     argv: None means the arguments of the process.
 
-    An error that a user can correct (ValueError, OSError) is printed to stderr as one sentence. If
-    stdout was closed, as by `| head`, nothing is printed. The status is then 141, or 0 if main ran
-    to its end.
+    An error that a user can correct (ValueError, OSError, a package of ours that is not installed)
+    is printed to stderr as one sentence. If stdout was closed, as by `| head`, nothing is printed.
+    The status is then 141, or 0 if main ran to its end.
     """
     try:
         with one_line_warnings():
@@ -28,11 +31,29 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except ModuleNotFoundError as error:
+        advice = advice_on(error)
+        if advice is None:
+            raise
+        print(f"error: {advice}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
         flush_stdout()
     return 0
+
+
+def run_command(command: str, argv: Sequence[str] | None = None) -> int:
+    """Run `main` of the module expo_fast.COMMAND and return the exit status.
+
+    The module is imported here, so that a package that its imports lack is one sentence too.
+    """
+
+    def main(argv: Sequence[str]) -> None:
+        importlib.import_module(f"expo_fast.{command}").main(argv)
+
+    return run(main, argv)
 
 
 @contextmanager

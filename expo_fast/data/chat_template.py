@@ -1,11 +1,11 @@
-"""Chat templates: rendering of turns, and what a template puts around an answer.
+"""Chat templates: rendering of turns, and the text that a template puts around an answer.
 
-Three parties name an end of a turn: the chat template, by what it renders after an answer; the
-tokenizer, by its eos_token; and the checkpoint, by the eos_token_id of config.json and
-generation_config.json. They differ more often than not. Qwen's base models have a template that
-ends turns with <|im_end|>, and all else names the end of a document, <|endoftext|>. Llama 3 and
-Gemma name both. So the end that texts are trained with is the template's, and sampling stops at
-every end that one of the three names (`expo_fast.weights.load_model` puts them together).
+Three sources name the end of a turn: the text that the chat template renders after an answer, the
+eos_token of the tokenizer, and the eos_token_id of the checkpoint (config.json and
+generation_config.json). They differ more often than not. The template of Qwen's base models ends
+turns with <|im_end|>; the tokenizer and the checkpoint name the end of a document, <|endoftext|>.
+The checkpoints of Llama 3 and Gemma name both. So training texts end with the template's end, and
+sampling stops at the ends of all three sources, which `expo_fast.weights.load_model` collects.
 """
 
 import re
@@ -21,15 +21,15 @@ TokenIds = tuple[int, ...]
 
 PLAIN_STOP = "\nQuestion:"  # begins the next question, for a tokenizer without a chat template
 
-# The texts of the turns that are rendered to see what a template does. No template changes them,
-# and they are in no system prompt.
+# The texts of the turns that are rendered to find out what a template does. No template changes
+# them, and no system prompt contains them.
 PROBE_QUESTION = "Zqx1"
 PROBE_ANSWER = "Zqx2"
 PROBE_NEXT = "Zqx3"
 
-# Templates that state the day (Llama 3, SmolLM3) get this one. Otherwise a run resumed tomorrow and
-# an evaluation next week would ask something else. It is given as a macro, because newer
-# transformers accept no function.
+# Templates that state the date (Llama 3, SmolLM3) get this one. Otherwise the prompts would differ
+# in a run resumed tomorrow and in an evaluation next week. The date is passed as a macro, because
+# newer versions of transformers do not accept a function.
 TODAY = datetime(2026, 1, 1)
 DATE_CODES = [f"%{code}" for code in "aAbBdejmyYHIMSp"] + ["%-d", "%-m"]
 REPLACE_DATES = "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
@@ -38,13 +38,13 @@ STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + REPLACE_DATES + " }
 
 @dataclass(frozen=True)
 class AnswerTurn:
-    """What a tokenizer and its chat template put around an answer of the assistant."""
+    """The text and tokens that a tokenizer and its chat template put around an answer."""
 
     end_text: str
-    """Text between an answer and `end_ids`. It is the end itself if that is no single token."""
+    """Text between an answer and `end_ids`. It is the end itself if the end is not a token."""
     end_ids: TokenIds
-    """The end token, with which texts are trained, and further ones that follow it at once. () if
-    the end is no token but a text."""
+    """The token that ends training texts, and the added tokens that follow it immediately. () if
+    the end is a text and not a token."""
     ends: TokenIds
     """The ids that end a turn: the first of `end_ids` and the tokenizer's eos_token."""
     stop_ids: TokenIds
@@ -52,20 +52,20 @@ class AnswerTurn:
     stop_strings: tuple[str, ...] = ()
     """Texts to stop sampling at: an end of several tokens, or the beginning of the next turn."""
     tail: str = ""
-    """All that is rendered after the last answer, such as the end and a newline."""
+    """The text after the last answer, such as the end and a newline."""
     lead: str = ""
-    """What is rendered between a prompt and a given answer, such as a blank."""
+    """The text between a prompt and a given answer, such as a space."""
     opened: str = ""
-    """The end of a prompt that is not rendered before a given answer, such as <think>."""
+    """The end of a prompt, such as <think>, that is not rendered before a given answer."""
 
 
 def fill(tokenizer: Any, turns: Sequence[Message], *, for_answer: bool = True) -> str:
     """Return the turns as the tokenizer's chat template renders them.
 
-    for_answer: end with what precedes an answer of the assistant, if the template renders it. If
+    for_answer: end with the text before an answer of the assistant, if the template renders one. If
         the last turn is the assistant's, it is the beginning of the answer: end with its text.
 
-    Raises ValueError, with one sentence, if the template does not accept the turns.
+    Raise ValueError, with one sentence, if the template does not accept the turns.
     """
     prefilled = for_answer and turns[-1]["role"] == "assistant"
     try:
@@ -83,12 +83,12 @@ def fill(tokenizer: Any, turns: Sequence[Message], *, for_answer: bool = True) -
 
 
 def answer_turn(tokenizer: Any) -> AnswerTurn:
-    """Return what the tokenizer's chat template puts around an answer, found by rendering one.
+    """Return what the tokenizer's chat template puts around an answer. Render an answer to find it.
 
-    The end is the first added token after the answer of a last turn. A template may render none
-    there. If a text stands there, that is the end. Otherwise the end is the tokenizer's eos_token.
+    The end is the first added token after the answer of a last turn. If there is none, the end is
+    the text after the answer. If there is no text, the end is the tokenizer's eos_token.
 
-    Raises ValueError if nothing names an end, if the template fails, and if it does not render the
+    Raise ValueError if no source names an end, if the template fails, or if it does not render the
     text of a question.
     """
     if not tokenizer.chat_template:
@@ -100,8 +100,8 @@ def answer_turn(tokenizer: Any) -> AnswerTurn:
     prompt = fill(tokenizer, [question])
     if PROBE_QUESTION not in prompt:
         raise ValueError(
-            "the chat template renders no question that is a plain text: it may be for a model "
-            "that also reads images"
+            "the chat template does not render a question that is a plain text: it may be for a "
+            "model that also reads images"
         )
     last = _rendered(tokenizer, [question, answer])
     middle = _rendered(tokenizer, [question, answer, following])
@@ -118,10 +118,10 @@ def answer_turn(tokenizer: Any) -> AnswerTurn:
 
 
 def _with_end(tokenizer: Any, tail: str, between: str) -> AnswerTurn:
-    """Return an answer's turn by its end.
+    """Return an answer's turn with its end. `lead` and `opened` are not set.
 
-    tail: what is rendered after the answer of a last turn.
-    between: what is rendered between an answer and the next question.
+    tail: the text after the answer of a last turn.
+    between: the text between an answer and the next question.
     """
     end = _first_added_tokens(tokenizer, tail)
     border = _first_added_tokens(tokenizer, between)
@@ -158,24 +158,24 @@ def _with_end(tokenizer: Any, tail: str, between: str) -> AnswerTurn:
 
 @dataclass(frozen=True)
 class _Found:
-    """Tokens in a text."""
+    """Adjacent tokens in a text, and the index of the first character."""
 
     start: int
     ids: TokenIds
 
 
 def _first_added_tokens(tokenizer: Any, text: str) -> _Found | None:
-    """Return the first token of the text that is no ordinary text, and those that follow at once.
+    """Return the first added token of a text, and the added tokens that follow it immediately.
 
-    Whether the tokenizer marks a token as special is not asked: Gemma's <end_of_turn> once was not.
+    A token need not be marked as special: Gemma's <end_of_turn> once was not.
     """
     added = {}
     for content, token in tokenizer.get_added_vocab().items():
-        if content.strip():  # others are runs of blanks
+        if content.strip():  # the others are whitespace
             added[content] = token
     if not added:
         return None
-    # The longest first, because one may be the beginning of another.
+    # Put the longest first, because a token may begin with another one.
     names = "|".join(re.escape(content) for content in sorted(added, key=len, reverse=True))
     run = re.search(f"(?:{names})+", text)
     if run is None:
@@ -185,7 +185,7 @@ def _first_added_tokens(tokenizer: Any, text: str) -> _Found | None:
 
 
 def _rendered(tokenizer: Any, turns: Sequence[Message]) -> str:
-    """Return the turns as rendered, "" if the template does not accept them."""
+    """Return the turns as rendered, or "" if the template does not accept them."""
     try:
         return fill(tokenizer, turns, for_answer=False)
     except ValueError:

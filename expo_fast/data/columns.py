@@ -130,5 +130,10 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is one that JSON writes as a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

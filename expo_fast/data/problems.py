@@ -38,6 +38,8 @@ from expo_fast.data.row_forms import (
 )
 from expo_fast.data.sources import read_rows
 
+RENDERING_COLUMNS = ("tools", "chat_template_kwargs")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -188,6 +190,15 @@ def worked_examples(
     return tuple(shots), rest
 
 
+def split_examples(
+    candidates: Sequence[Problem], k: int, problems: Sequence[Problem]
+) -> tuple[tuple[Problem, ...], list[Problem]]:
+    """Return k worked examples of the candidates, and the problems that are none of them."""
+    shots, _ = worked_examples(candidates, k)
+    shown = overlap(shots, problems)
+    return shots, [problem for problem in problems if problem not in shown]
+
+
 def _solution_length(problem: Problem) -> tuple[int, str]:
     return len(problem.solution or ""), problem.id
 
@@ -268,6 +279,8 @@ def _problem(row: Row, names: Mapping[str, str], *, answers: bool) -> Problem:
         raise ValueError(f"{where}: {missing}")
     answer = answer or Answer("")
     prompt = read_prompt(f"{where}: {question}", columns.pop(question))
+    if not isinstance(prompt, str):
+        _refuse_rendering_options(where, columns)
     level = read_level(f"{where}: level", columns.pop("level", None))
     return Problem(
         id=_id(where, columns.pop("id", None)),
@@ -292,6 +305,16 @@ def _plain_text(where: str, columns: dict[str, object], *, answers: bool) -> Pro
     id_ = _id(where, columns.pop("id", None))
     level = read_level(f"{where}: level", columns.pop("level", None))
     return Problem(id_, prompt="", answer="", solution=text, level=level, columns=columns)
+
+
+def _refuse_rendering_options(where: str, columns: Mapping[str, object]) -> None:
+    """Raise ValueError for columns with which TRL renders the chat messages of a row."""
+    for name in RENDERING_COLUMNS:
+        if columns.get(name):
+            raise ValueError(
+                f"{where}: TRL renders chat messages with the column {name!r}, which is not "
+                f"supported: remove it, or rename it to keep it for reward functions"
+            )
 
 
 def _missing(question: str | None, columns: Mapping[str, object]) -> str:

@@ -2,7 +2,7 @@
 
 Both prompts have the same system prompt, worked examples, wording and output format, and differ in
 one short remark. So an explanation is text that the model could have written as a solution (the
-in-distribution property of arXiv:2507.02834, section 3). The wording is ours, not the paper's.
+in-distribution property of arXiv:2507.02834, section 3). The wording is not the paper's.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ PLAIN_TURN = "Question: {question}\nAnswer:"  # for a tokenizer without a chat t
 
 @dataclass(frozen=True)
 class Prompter:
-    """Renders problems as token ids for one tokenizer.
+    """Render problems as token ids for one tokenizer.
 
-    Raises ValueError if there is no tokenizer, or if nothing names the end of a turn.
+    Raise ValueError if there is no tokenizer, or if no source names the end of a turn.
     """
 
     tokenizer: Any
     shots: tuple[Problem, ...] = ()  # worked examples, shown as earlier turns
-    system: str | None = None  # None: what the chat template does by itself
+    system: str | None = None  # system prompt; None: the chat template's default
     instruction: str = INSTRUCTION  # appended to each question; "": none
     ends: TokenIds = ()  # ids that end a completion, named by the checkpoint (Decoder.eos_ids)
 
@@ -43,12 +43,12 @@ class Prompter:
 
     @cached_property
     def turn(self) -> AnswerTurn:
-        """What the chat template puts around an answer, and how it ends."""
+        """The text that the chat template puts around an answer, and the ends of a turn."""
         return answer_turn(self.tokenizer)
 
     @cached_property
     def codec(self) -> TextCodec:
-        """Encodes texts that continue a completion."""
+        """The codec for texts that continue a completion."""
         return TextCodec(self.tokenizer)
 
     # Prompts
@@ -63,12 +63,12 @@ class Prompter:
         return self._render(problem, explain=False)
 
     def explain(self, problem: Problem) -> TokenIds:
-        """Return the same with the answers stated, of the problem and the worked examples."""
+        """Return `solve` with the answers of the problem and of the worked examples stated."""
         return self._render(problem, explain=True)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end a completion: () where its end is a token."""
+        """Strings that end a completion, or () if the end is a token."""
         return self.turn.stop_strings
 
     @property
@@ -77,6 +77,18 @@ class Prompter:
         probe = Problem(id="probe", prompt="Q?", answer="A", solution="S")
         rendered = (self.solve(probe), self.explain(probe))
         digest = hashlib.sha256(repr(rendered).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def ends_hash(self) -> str:
+        """A hash that changes with everything that ends a completion.
+
+        It is no part of `template_hash`, so that this stays that of earlier runs.
+        """
+        turn = self.turn
+        trained_on = (turn.end_text, turn.end_ids)
+        stopped_at = (turn.stop_ids, turn.stop_strings, sorted(self.ends))
+        digest = hashlib.sha256(repr((trained_on, stopped_at)).encode())
         return digest.hexdigest()[:16]
 
     # Completions
@@ -100,12 +112,12 @@ class Prompter:
     def completion(self, problem: Problem, text: str) -> TokenIds:
         """Return the ids of a given text as an answer to the problem, with the end of a turn.
 
-        They are what the rendered prompt and answer have after the prompt. So they include the
-        blank or the header that a template puts before an answer, and lack the blanks that it
-        removes. What a template renders after the end, such as a newline, is left out: sampling
-        stops before it.
+        They are the ids after the prompt in the rendered prompt and answer. So they include the
+        space or the header that a template puts before an answer, and lack the whitespace that it
+        removes. Text after the end, such as a newline, is left out, because sampling stops before
+        it.
 
-        Raises ValueError if the template does not render the prompt before the answer.
+        Raise ValueError if the template does not render the prompt before the answer.
         """
         prompt = self._prompt_text(problem, explain=False)
         after = self._after_prompt(problem, prompt, text)
@@ -114,17 +126,18 @@ class Prompter:
         if together[: len(prompt_ids)] == prompt_ids:
             ids = together[len(prompt_ids) :]
         else:
-            # The last token of the prompt would be another one in front of this text. The prompt
-            # that is trained on must be the one that is sampled from.
+            # The last token of the prompt would merge with this text. The prompt that is trained on
+            # must be the one that is sampled from.
             ids = self.codec.encode(after)
         return (*ids, *self.turn.end_ids)
 
     def ended(self, token_ids: Sequence[int], finish_reason: str) -> TokenIds:
-        """Return the ids of a sampled completion that ends like all others.
+        """Return the ids of a sampled completion with the end of a turn.
 
-        A completion that the template's or the model's own end ended is returned as it was sampled,
-        with the other tokens of the template's end. Any other that stopped is cut before what ended
-        it, and gets the end of a turn.
+        If the completion stopped at the template's end, add the other tokens of that end. If it
+        stopped at another end of the tokenizer or the model, return it as it was sampled. If it
+        stopped at a stop string or at the next turn, cut it there and add the end of a turn. If it
+        reached the limit of its length, return it as it was sampled.
         """
         ids = list(token_ids)
         turn = self.turn
@@ -144,10 +157,10 @@ class Prompter:
         return (*self.cut(written, kept), *end_text, *turn.end_ids)
 
     def written(self, completion_ids: Sequence[int]) -> list[int]:
-        """Return the ids of what the model wrote, without its end.
+        """Return the ids of the text that the model wrote, without its end.
 
-        They are cut before a stop string and before the beginning of another turn, and before the
-        blanks that precede these.
+        Cut the ids before a stop string or the beginning of another turn, and before the whitespace
+        that precedes it.
         """
         ids = list(completion_ids)
         turn = self.turn
@@ -170,11 +183,11 @@ class Prompter:
         return self.cut(ids, text[:end].rstrip())
 
     def cut(self, ids: Sequence[int], kept: str) -> list[int]:
-        """Return the ids of the text `kept`, with which the text of `ids` begins.
+        """Return the ids of `kept`, which is a prefix of the text of `ids`.
 
-        The sampled tokens are not changed, except the one inside which `kept` ends. It is replaced
-        by the ids of its part: `}\\n` is one token of many vocabularies, and a box would lose its
-        brace without it.
+        The sampled tokens are not changed, except the token in which `kept` ends. This token is
+        replaced by the ids of the part that is kept. For example, `}\\n` is one token of many
+        vocabularies, and a box must keep its brace.
         """
         n = len(ids)
         while n and not kept.startswith(self.codec.decode(ids[:n])):
@@ -194,16 +207,16 @@ class Prompter:
         return (*written, *self.codec.encode(more + self.turn.end_text), *self.turn.end_ids)
 
     def text(self, completion_ids: Sequence[int]) -> str:
-        """Return what the model wrote, without the end and without special tokens.
+        """Return the text that the model wrote, without the end and without special tokens.
 
-        This is what is judged, and all text of what is trained on: `ended` and `longer` put only an
-        end after it.
+        This text is judged. The text that is trained on is the same: `ended` and `longer` only add
+        an end to it.
         """
         return self.codec.decode(self.written(completion_ids))
 
     @property
     def _ends(self) -> TokenIds:
-        """The ids that end an answer, and do not begin the next turn."""
+        """The ids that end an answer, without those that begin the next turn."""
         of_checkpoint = (token for token in self.ends if token not in self.turn.stop_ids)
         return (*self.turn.ends, *of_checkpoint)
 
@@ -225,15 +238,15 @@ class Prompter:
         return self._fill(turns) if self._has_chat_template else _plain(turns)
 
     def _encode_from_start(self, text: str) -> list[int]:
-        """Return the ids of a text at whose beginning a sequence begins."""
+        """Return the ids of a text at the beginning of a sequence."""
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if self._has_chat_template or self.tokenizer.bos_token_id is None:
             return ids
-        # Not as a part of the text: some tokenizers put a blank before the first word only.
+        # Add the id, not its text, because some tokenizers put a space before the first word only.
         return [self.tokenizer.bos_token_id, *ids]
 
     def _after_prompt(self, problem: Problem, prompt: str, text: str) -> str:
-        """Return what is rendered of an answer after the prompt, up to its end."""
+        """Return the rendered text of an answer after the prompt, up to the end of the turn."""
         turn = self.turn
         if not self._has_chat_template:
             return text if problem.prefill else " " + text
@@ -247,8 +260,8 @@ class Prompter:
             return answered.removeprefix(prompt).removesuffix(turn.tail) + turn.end_text
         if complete and problem.prefill:
             return text + turn.end_text
-        # A template may remove the reasoning of an answer, and a prompt may begin it (DeepSeek-R1).
-        # The model writes all of it after the prompt, so the text is taken as it is.
+        # A template may remove the reasoning of an answer, and a prompt may begin the reasoning
+        # (DeepSeek-R1). The model writes the rest after the prompt, so the text is used unchanged.
         begun = turn.opened.strip()
         if begun and text.lstrip().startswith(begun):
             return text.lstrip().removeprefix(begun).removeprefix("\n") + turn.end_text
@@ -262,7 +275,7 @@ class Prompter:
         )
 
     def _turns(self, problem: Problem, explain: bool) -> list[Message]:
-        """Return the conversation: system messages first, worked examples, the question."""
+        """Return the conversation: system messages, then worked examples, then the question."""
         turns: list[Message] = []
         if self.system:
             turns.append({"role": "system", "content": self.system})
@@ -277,7 +290,7 @@ class Prompter:
         return turns
 
     def _question(self, problem: Problem, explain: bool) -> list[Message]:
-        """Return the messages of a problem, with the instruction in the user's last."""
+        """Return the messages of a problem, with the instruction in the last user message."""
         prompt = problem.prompt
         if isinstance(prompt, str):
             prompt = ({"role": "user", "content": prompt},)
@@ -305,17 +318,17 @@ def check_length(
     if len(prompt) + new > context:
         raise ValueError(
             f"problem {problem.id} takes {len(prompt)} prompt tokens + max_completion_length={new}"
-            f", the model's context holds {context}: lower --max-completion-length, shorten it, or "
-            "show fewer --shots"
+            f", but the model's context holds {context}: shorten it, show fewer --shots or lower "
+            "--max-completion-length"
         )
 
 
 def expert_text(problem: Problem) -> str:
-    """Return the expert's solution with its answer in a box, which is added if it has none.
+    """Return the expert's solution with its answer in a box. Add the box if it is missing.
 
     A solution without a known answer is returned as it is.
 
-    Raises ValueError if the problem has no solution.
+    Raise ValueError if the problem has no solution.
     """
     if problem.solution is None:
         raise ValueError(
@@ -328,7 +341,7 @@ def expert_text(problem: Problem) -> str:
 
 
 def holds(rendered: str, text: str) -> bool:
-    """Return whether a rendered text has all of the text, blanks aside."""
+    """Return whether a rendered text contains the text. Ignore whitespace."""
     return "".join(text.split()) in "".join(rendered.split())
 
 
@@ -340,8 +353,8 @@ def boxed(answer: str) -> str:
 def request_seed(*key: int | str) -> int:
     """Return the 63-bit seed of one request from the names (run seed, purpose, step, problem, k).
 
-    What a run samples does not depend on what it sampled before. So a resumed run needs no random
-    state to continue bit for bit.
+    The samples of a run do not depend on earlier samples. So a resumed run continues bit for bit
+    without a saved random state.
     """
     name = "/".join(map(str, key))
     digest = hashlib.sha256(name.encode()).digest()

@@ -1,4 +1,4 @@
-r"""Bring the data forms of other trainers into one: a question, and an answer or a pair.
+r"""Convert data rows of other trainers to one form: a question, and an answer or a pair.
 
 - Other names of columns, as the option `columns` gives them.
 - Conversations: the last turn of `messages`, if it is the assistant's, answers the turns before.
@@ -6,8 +6,8 @@ r"""Bring the data forms of other trainers into one: a question, and an answer o
 - `completion`: the solution, as TRL's SFT has it. It is trained on as it is.
 - Plain text: a row with `text` and no question.
 - Implicit prompts: `chosen` and `rejected` are complete conversations, or texts, that begin with
-  the same prompt. The row has none, or repeats the question as text (UltraFeedback).
-- TRL's rows for GRPO: `prompt` and `solution`, which holds the answer, in a box or alone.
+  the same prompt. The row has no question, or repeats it as text (UltraFeedback).
+- TRL's rows for GRPO: `prompt` and `solution`, which contains the answer, in a box or alone.
 - verl's rows: the answer is `reward_model["ground_truth"]`, or `ground_truth`.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from expo_fast.data.answer_grading import last_boxed, last_boxed_span
 from expo_fast.data.columns import (
     GSM8K_ANSWER,
+    is_number,
     read_answer,
     read_reply,
     read_solution,
@@ -26,7 +27,7 @@ from expo_fast.data.columns import (
     split_gsm8k,
 )
 
-LONGEST_ANSWER = 100  # characters of a solution without a box that is taken for the answer
+LONGEST_ANSWER = 100  # characters of a solution without a box that counts as the answer
 
 QUESTION_COLUMNS = ("prompt", "problem", "question")  # the first one that a row has is taken
 ANSWER_COLUMNS = ("answer", "solution", "completion", "ground_truth", "reward_model")
@@ -168,10 +169,10 @@ def join_instruction(where: str, columns: dict[str, Any]) -> None:
 def extract_prompt(where: str, columns: dict[str, Any], question: str | None) -> str | None:
     """Move an implicit prompt from `chosen` and `rejected` into `prompt`, as TRL does.
 
-    question: the name of the row's question column, None if it has none.
+    question: the name of the row's question column, or None if it has none.
 
-    Return the name of the question column, None if there is none. Raise ValueError if there is no
-    common prompt, or what differs first is no answer to a user.
+    Return the name of the question column, or None if there is none. Raise ValueError if there is
+    no common prompt, or if the last message of the common prompt is not the user's.
     """
     if not has_implicit_prompt(columns, question):
         return question
@@ -189,7 +190,7 @@ def extract_prompt(where: str, columns: dict[str, Any], question: str | None) ->
             f"{shown(chosen)} and {shown(rejected)}"
         )
     if question is not None:
-        del columns[question]  # as text; the conversations have it as a message
+        del columns[question]  # its text is also a message of the conversations
     columns["prompt"] = prompt
     columns["chosen"] = chosen[n:]
     columns["rejected"] = rejected[n:]
@@ -214,10 +215,10 @@ def is_conversation(value: object) -> bool:
 
 
 def common_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Return how many messages or characters the prompt takes, as TRL's extract_prompt counts.
+    """Return the number of messages or characters of the common prompt, as TRL's extract_prompt.
 
-    A space before the first difference belongs to the answers, and so does the last element of the
-    shorter one.
+    A space before the first difference belongs to the answers. So does the last message or
+    character of the shorter sequence.
     """
     longest = min(len(chosen), len(rejected)) - 1
     n = 0
@@ -234,7 +235,7 @@ def common_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of a row, and the expert's reasoning that comes with it."""
+    """The answer of a row, and the expert's reasoning for it."""
 
     text: str
     """Empty if the row has none."""
@@ -256,6 +257,8 @@ def find_answer(where: str, columns: dict[str, Any], *, required: bool) -> Answe
     columns.pop("completion", None)
     is_there = "answer" in columns
     answer = columns.pop("answer", None)
+    if answer is None and is_number(columns.get("solution")):
+        columns["solution"] = read_answer(f"{where}: solution", columns["solution"])
     solution = read_solution(f"{where}: solution", columns.get("solution"))
     if answer is not None and (required or answer != ""):
         columns.pop("solution", None)
@@ -297,14 +300,17 @@ def find_ground_truth(where: str, columns: Mapping[str, Any], *, required: bool)
 
 
 def with_solution(where: str, answer: str, solution: str | None) -> Answer:
-    """Return an answer with its solution, which GSM8K writes into the answer."""
+    """Return an answer with its solution. If there is none, look for it in the answer (GSM8K)."""
     if solution is None:
         solution, answer = split_gsm8k(f"{where}: answer", answer)
     return Answer(answer, solution)
 
 
 def answer_in_solution(where: str, solution: str) -> Answer:
-    """Return the answer that a solution has in its last box, after ####, or that it is."""
+    """Return the answer of a solution: its last box, the text after ####, or one short line.
+
+    The text of the answer is empty if there is none.
+    """
     boxed = last_boxed(solution)
     if boxed:
         start, end = last_boxed_span(solution) or (0, 0)

@@ -1,4 +1,4 @@
-"""Texts that continue a text, to token ids and back."""
+"""Conversion between token ids and texts that follow other text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ ANCHORS = ("\n", "=", "(", "a", "1", ".")  # texts to put before a continuation
 
 
 class TextCodec:
-    """Encodes and decodes texts that stand in the middle of a text.
+    """Encode and decode texts that follow other text.
 
-    SentencePiece tokenizers (Llama 2, Mistral), and others with `add_prefix_space`, put a blank
-    before each text that they encode, and some remove it from each text that they decode. That is
-    right at the beginning of a text and wrong after other tokens: an appended "\\boxed{7}" would
-    get a blank, and the answer "7" would become the token of " 7". For these tokenizers a
-    continuation is encoded and decoded behind another text, the anchor.
+    SentencePiece tokenizers (Llama 2, Mistral), and others with `add_prefix_space`, put a space
+    before each text that they encode. Some remove it from each text that they decode. That is right
+    at the beginning of a text and wrong after other tokens: an appended "\\boxed{7}" would get a
+    space, and the answer "7" would become the token of " 7". For these tokenizers, a continuation
+    is encoded and decoded after another text, the anchor.
     """
 
     def __init__(self, tokenizer: Any):
@@ -24,7 +24,7 @@ class TextCodec:
         self._anchor = self._decode(self._anchor_ids) if self._puts_blank else ""
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text after other text."""
+        """Return the ids of a text that follows other text."""
         if not self._puts_blank:
             return self._encode(text)
         for anchor in ANCHORS:
@@ -36,7 +36,7 @@ class TextCodec:
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids after other text, without special tokens."""
+        """Return the text of ids that follow other text, without special tokens."""
         return self._decode([*self._anchor_ids, *ids]).removeprefix(self._anchor)
 
     def _encode(self, text: str) -> list[int]:

@@ -21,7 +21,7 @@ from expo_fast.kernels.objectives import (
     is_sequence_level,
 )
 from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
-from expo_fast.op_backends.function_transforms import check_transforms
+from expo_fast.op_backends.function_transforms import check_transforms, is_batched
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
     among_all_rows,
@@ -420,6 +420,21 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> list[T
     return outputs
 
 
+@torch.library.custom_op("expo_fast::scaled_gradient", mutates_args=())
+def scaled_gradient(grad: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
+    """Return grad * upstream.
+
+    of: the input whose gradient it is. It is not read. But the graph of a compiled backward then
+        depends on it, so that a second derivative is refused. Without it, it would silently be 0.
+    """
+    return grad * upstream
+
+
+@scaled_gradient.register_fake
+def _(grad, upstream, of):
+    return grad * upstream
+
+
 class _Saved:
     """Placeholder for an input that is a tensor, which autograd saves."""
 
@@ -454,6 +469,10 @@ def _register_scaling_backward(op: Any) -> None:
         grads = ctx.grads
         ctx.grads = None
         if type(upstream) is not Tensor:  # tracing: it has no value, and the graph owns its outputs
+            inputs = ctx.saved_tensors[:2]  # hidden and weight
+            pairs = zip(grads, inputs, strict=True)
+            grads = [scaled_gradient(g, upstream, x) for g, x in pairs]
+        elif is_batched(upstream):  # several at once, which have no one value
             grads = [g * upstream for g in grads]
         elif upstream.is_cuda or float(upstream) != 1:  # reading it would be a host sync on a GPU
             grads = [g.mul_(upstream) for g in grads]

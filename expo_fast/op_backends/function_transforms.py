@@ -1,8 +1,9 @@
-"""Refuse the derivatives of torch.func and of forward mode, which would be 0 or fail obscurely.
+"""Refuse derivatives by torch.func and by forward mode.
 
-The ops have a backward for `loss.backward()` and `torch.autograd.grad`. torch gives a custom
-operator no forward-mode derivative: its results carry no tangent, which reads as a derivative of 0.
-torch.func's gradients need a form of backward that custom operators do not have.
+Without this check they would be 0, or fail with an unclear error. The ops have a backward for
+`loss.backward()` and `torch.autograd.grad`. A custom operator of torch has no forward-mode
+derivative: its results have no tangent, and torch reads a missing tangent as a derivative of 0.
+torch.func needs a form of backward that custom operators do not have.
 """
 
 from collections.abc import Iterator
@@ -44,14 +45,19 @@ def check_transforms(*inputs: Tensor | None) -> None:
                 raise NotImplementedError(TORCH_FUNC)
 
 
+def is_batched(x: Tensor) -> bool:
+    """Return whether a tensor stands for several, under torch.func.vmap or is_grads_batched."""
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
 def _has_tangent(layer: Tensor) -> bool:
-    if functorch.is_batchedtensor(layer):  # the tangent is that of the layer inside
+    if is_batched(layer):  # the layer inside has the tangent
         return False
     return forward_ad.unpack_dual(layer).tangent is not None
 
 
 def _layers(x: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor and what is inside the wrappers of torch.func, from outside to inside."""
+    """Yield a tensor and the tensors inside its wrappers of torch.func, from outside to inside."""
     yield x
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)

@@ -13,22 +13,75 @@ from expo_fast.reporting.text import is_number, printable, short_number, short_n
 
 ConsoleKind = Literal["auto", "live", "plain", "quiet"]
 
-PANEL_METRICS = {  # label of a row of the panel: metrics shown in it, if the step has them
-    "reward": ("reward", "reward_std", "frac_reward_zero_std"),
-    "explanations": ("exp/rate", "exp/nll", "exp/lift", "exp/leak_rate"),
-    "policy": ("kl", "entropy", "logp_gap/max"),
-    "completions": ("completions/mean_length", "completions/clipped_ratio"),
-    "gradient": ("grad_norm", "grad_norm/policy", "grad_norm/exp_sft", "learning_rate"),
-}
-LINE_METRICS = {  # label in a plain line: metric
-    "reward": "reward",
-    "zero_std": "frac_reward_zero_std",
-    "exp": "exp/rate",
-    "nll": "exp/nll",
-    "kl": "kl",
-    "length": "completions/mean_length",
-    "grad": "grad_norm",
-    "lr": "learning_rate",
+GRADIENT = ("grad_norm", "grad_norm/policy", "grad_norm/exp_sft", "learning_rate")
+ATTEMPTS = ("reward", "reward_std", "frac_reward_zero_std")
+EXPLANATIONS = ("exp/rate", "exp/nll", "exp/lift", "exp/leak_rate")
+COMPLETIONS = ("completions/mean_length", "completions/clipped_ratio")
+
+
+@dataclass(frozen=True)
+class View:
+    """The metrics that the console shows of a loop. A metric without a value is left out."""
+
+    panel: dict[str, tuple[str, ...]]  # label of a row of the panel: metrics shown in it
+    line: dict[str, str]  # label in a plain line: metric
+
+
+VIEWS = {  # by the loop of the method, as in `methods.MethodSpec`
+    "grpo": View(
+        panel={
+            "reward": ATTEMPTS,
+            "explanations": EXPLANATIONS,
+            "policy": ("kl", "entropy", "logp_gap/max"),
+            "completions": COMPLETIONS,
+            "gradient": GRADIENT,
+        },
+        line={
+            "reward": "reward",
+            "zero_std": "frac_reward_zero_std",
+            "exp": "exp/rate",
+            "nll": "exp/nll",
+            "kl": "kl",
+            "length": "completions/mean_length",
+            "grad": "grad_norm",
+            "lr": "learning_rate",
+        },
+    ),
+    "dpo": View(
+        panel={
+            "loss": ("loss",),
+            "pairs": ("pairs", "rewards/margins", "rewards/accuracies"),
+            "log-probs": ("logps/chosen", "logps/rejected"),
+            "attempts": ATTEMPTS,
+            "explanations": EXPLANATIONS,
+            "completions": COMPLETIONS,
+            "gradient": GRADIENT,
+        },
+        line={
+            "loss": "loss",
+            "pairs": "pairs",
+            "margin": "rewards/margins",
+            "accuracy": "rewards/accuracies",
+            "chosen": "logps/chosen",
+            "rejected": "logps/rejected",
+            "grad": "grad_norm",
+            "lr": "learning_rate",
+        },
+    ),
+    "sft": View(
+        panel={
+            "loss": ("loss", "expert/nll"),
+            "data": ("num_tokens",),
+            "gradient": GRADIENT,
+        },
+        line={
+            "loss": "loss",
+            "nll": "expert/nll",
+            "tokens": "num_tokens",
+            "grad": "grad_norm",
+            "lr": "learning_rate",
+        },
+    ),
 }
 PROMPT_CHARACTERS = 160  # of a prompt or completion in the panel; a longer one shows its end
 
@@ -99,19 +152,21 @@ class QuietConsole:
 class LineConsole(QuietConsole):
     """A console that shows one line per step."""
 
-    def __init__(self, stream: TextIO, total_steps: int):
+    def __init__(self, stream: TextIO, total_steps: int, view: View):
         self._stream = stream
         self._pace = Pace(total_steps)
+        self._view = view
 
     def show_step(self, row: Row) -> None:
         speed = self._pace.after(row)
         parts = [f"step {row['step']}/{self._pace.total_steps}"]
-        for label, key in LINE_METRICS.items():
-            if key in row:
+        for label, key in self._view.line.items():
+            if row.get(key) is not None:
                 parts.append(f"{label} {short_number(row[key])}")
-        times = [x for x in _times(row).values() if is_number(x)]
-        parts.append(f"tok/s {short_number(speed.tokens_per_s)}")
-        parts.append(f"{sum(times):.1f} s")
+        times = _times(row)
+        if speed.tokens_per_s is not None:
+            parts.append(f"tok/s {short_number(speed.tokens_per_s)}")
+        parts.append(f"{sum(times.values()):.1f} s")
         parts.append(f"left {speed.time_left}")
         self.note("  ".join(parts))
 
@@ -126,12 +181,13 @@ class LiveConsole(QuietConsole):
     Raise ModuleNotFoundError if rich is not installed.
     """
 
-    def __init__(self, stream: TextIO, total_steps: int):
+    def __init__(self, stream: TextIO, total_steps: int, view: View):
         from rich.console import Console
         from rich.live import Live
 
         self._stream = stream
         self._pace = Pace(total_steps)
+        self._view = view
         self._row: Row = {}
         self._speed = Speed(None, "-")
         self._completions: Sequence[Row] = []
@@ -173,11 +229,15 @@ class LiveConsole(QuietConsole):
         bar = ProgressBar(total=self._pace.total_steps, completed=row["step"], width=40)
         table = Table.grid(padding=(0, 2))
         table.add_row("progress", bar)
-        for label, keys in PANEL_METRICS.items():
-            known = {key: row[key] for key in keys if key in row}
-            table.add_row(label, Text(short_numbers(known)))
-        table.add_row("tokens/s", Text(short_number(self._speed.tokens_per_s)))
-        table.add_row("seconds", Text(short_numbers(_times(row))))
+        for label, keys in self._view.panel.items():
+            known = {key: row[key] for key in keys if row.get(key) is not None}
+            if known:
+                table.add_row(label, Text(short_numbers(known)))
+        if self._speed.tokens_per_s is not None:
+            table.add_row("tokens/s", Text(short_number(self._speed.tokens_per_s)))
+        times = _times(row)
+        if times:
+            table.add_row("seconds", Text(short_numbers(times)))
         return table
 
     def _samples(self) -> Any:
@@ -188,8 +248,10 @@ class LiveConsole(QuietConsole):
         for sample in self._completions:
             prompt = self._end_of(sample.get("prompt", ""))
             completion = self._end_of(sample.get("completion", ""))
-            reward = short_number(sample.get("reward"))
-            table.add_row(Text(reward), Text(f"{prompt}\n> {completion}"))
+            label = sample.get("reward")
+            if label is None:  # texts of the data and explanations have no reward
+                label = sample.get("kind", "")
+            table.add_row(Text(short_number(label)), Text(f"{prompt}\n> {completion}"))
         return table
 
     def _end_of(self, value: Any) -> str:
@@ -199,8 +261,12 @@ class LiveConsole(QuietConsole):
         return _encodable(printable(text), self._stream)
 
 
-def open_console(kind: ConsoleKind, stream: TextIO, total_steps: int) -> QuietConsole:
+def open_console(
+    kind: ConsoleKind, stream: TextIO, total_steps: int, loop: str = "grpo"
+) -> QuietConsole:
     """Return a console. "auto" is a panel on a terminal, otherwise one line per step.
+
+    loop: key of `VIEWS`, which selects the metrics.
 
     Without rich, show one line per step and say so once.
     """
@@ -208,14 +274,14 @@ def open_console(kind: ConsoleKind, stream: TextIO, total_steps: int) -> QuietCo
         return QuietConsole()
     if kind == "live" or (kind == "auto" and stream.isatty()):
         try:
-            return LiveConsole(stream, total_steps)
+            return LiveConsole(stream, total_steps, VIEWS[loop])
         except ModuleNotFoundError:
             print("rich is not installed: one line per step instead of a panel", file=stream)
-    return LineConsole(stream, total_steps)
+    return LineConsole(stream, total_steps, VIEWS[loop])
 
 
 def _times(row: Row) -> dict[str, Any]:
-    return {key: x for key, x in row.items() if key.startswith("time/")}
+    return {key: x for key, x in row.items() if key.startswith("time/") and is_number(x)}
 
 
 def _encodable(text: str, stream: TextIO) -> str:

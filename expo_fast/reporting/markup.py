@@ -1,7 +1,11 @@
-"""HTML of the report: the page and its parts. Text is escaped, and the page has no scripts."""
+"""HTML of the report: the page and its parts. Text is escaped."""
 
+import base64
+import hashlib
 import html
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 from expo_fast.reporting.text import LONGEST_TEXT, shown_text
@@ -9,35 +13,44 @@ from expo_fast.reporting.text import LONGEST_TEXT, shown_text
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>expo_fast: training runs</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <style>
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } .remark { font-size: .87rem; max-width: 48rem; opacity: .85; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
-td { white-space: nowrap; } thead th { vertical-align: bottom; }
-tr { border-bottom: 1px solid #8886; } small { display: block; font-size: .8rem; opacity: .75; }
-figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
-svg * { font-family: system-ui, sans-serif; stroke-linejoin: round; stroke-linecap: butt; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; margin: .1rem 0 .6rem; }
-dl { border-left: 2px solid #8886; padding-left: .8rem; } dd { margin: 0; }
-dt { font-size: .8rem; opacity: .75; }
-@media print {
-  :root { color-scheme: light; font-size: 11px; } body { max-width: none; margin: 0; }
-  h2, h3 { break-after: avoid; } figure, tr, dl, li { break-inside: avoid; }
-}
-</style></head><body>
+{style}</style></head><body>
 <h1>Training runs</h1>
-BODY</body></html>
+{body}
+<noscript><p class="warning">Charts and completions need JavaScript.</p></noscript>
+<script type="application/json" id="data">{data}</script>
+{scripts}
+</body></html>
 """
 
 
-def page(body: str) -> str:
-    """Return the page. It loads no other files."""
-    return PAGE.replace("BODY", body, 1)
+def page(body: str, data: Mapping[str, Any], scripts: Sequence[str]) -> str:
+    """Return the page. It loads no other files.
+
+    Its policy allows only the scripts with the given text, so that text of a model cannot run.
+
+    data: JSON values that the scripts read.
+    scripts: JavaScript, in the order in which it runs.
+    """
+    hashes = []
+    for script in scripts:
+        assert "</script" not in script
+        digest = hashlib.sha256(script.encode()).digest()
+        hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {' '.join(hashes)}"
+    return PAGE.format(
+        policy=policy,
+        style=resource("report.css"),
+        body=body,
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
+    )
+
+
+def resource(name: str) -> str:
+    """Return the text of a file of this package."""
+    return (files("expo_fast.reporting") / name).read_text(encoding="utf-8")
 
 
 def escaped(value: Any, longest: int = LONGEST_TEXT) -> str:
@@ -62,6 +75,11 @@ def section(title: str, *parts: str) -> str:
     if not body:
         return ""
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>\n"
+
+
+def warning(text: str) -> str:
+    """Return a paragraph that stands out."""
+    return f'<p class="warning">{text}</p>'
 
 
 def remark(text: str) -> str:

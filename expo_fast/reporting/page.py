@@ -1,15 +1,18 @@
 """The report on training runs as one HTML page.
 
 Values that a run has not measured are left out. Completions are untrusted, so all text is escaped.
+report.js draws the charts with Vega-Lite and lets the reader filter the completions. Both are part
+of the page, which loads no other files.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cache
+from typing import Any
 
-from expo_fast.reporting.drawing import draw
-from expo_fast.reporting.jsonl import Row, read_rows
-from expo_fast.reporting.markup import escaped, page, remark, section
+from expo_fast.reporting.drawing import CONFIG, Chart, charts, phase_chart
+from expo_fast.reporting.markup import escaped, page, remark, resource, section, warning
 from expo_fast.reporting.panels import (
+    ATTEMPTS,
     GRADIENT_NORM,
     LEARNING,
     PREFERENCES,
@@ -18,21 +21,17 @@ from expo_fast.reporting.panels import (
     Panel,
     plotted,
 )
-from expo_fast.reporting.runs import FREE_FIELDS, Group, number, numbers
+from expo_fast.reporting.runs import FREE_FIELDS, Group, numbers
+from expo_fast.reporting.samples import KIND_LABELS, Samples, collect
 from expo_fast.reporting.tables import levels, measured_differently, overview, phases
 from expo_fast.reporting.text import shown_text
 from expo_fast.reporting.verdicts import in_distribution, learning_signal
 
-SHOWN_QUESTIONS = 2  # questions shown per step
-KIND_LABELS = {
-    "own": "own attempt",
-    "explanation": "accepted explanation",
-    "expert": "expert's solution",
-}
 ABOUT = (
     "ExPO (arXiv:2507.02834) trains a language model on its own explanations of known answers. "
     "A curve over several runs is the mean. Its band is from the smallest to the largest run. The "
-    "band of a single run's held-out accuracy is its 95% bootstrap interval over questions."
+    "band of a single run's held-out accuracy is its 95% bootstrap interval over questions. "
+    "Point at a curve for its values, and click an entry of a legend to dim the others."
 )
 ABOUT_PROPERTIES = (
     "(a) In-distribution: under the plain question, the explanation is likelier than the "
@@ -45,40 +44,90 @@ ABOUT_PROPERTIES = (
 )
 
 
-def render(groups: Sequence[Group]) -> str:
-    """Return the page on these configurations."""
+class Charts:
+    """The charts of a page, in the order in which they were added."""
+
+    def __init__(self, groups: Sequence[Group]):
+        self._groups = groups
+        self._names = [group.name for group in groups]
+        self.data: list[dict[str, Any]] = []
+
+    def figure(self, panels: Sequence[Panel]) -> str:
+        """Add charts of the panels that have data, and return their places on the page."""
+        return self.add(charts(plotted(panels, self._groups), self._names))
+
+    def add(self, added: Sequence[Chart]) -> str:
+        """Add charts, and return their places on the page, or "" if there is none."""
+        places = []
+        for chart in added:
+            title = escaped(chart.title)
+            label = f'role="group" aria-label="{title}"'
+            place = (
+                f'<figure data-chart="{len(self.data)}" {label}><div class="plot"></div></figure>'
+            )
+            places.append(place)
+            self.data.append(vars(chart))
+        return f'<div class="charts">{"".join(places)}</div>' if places else ""
+
+
+def render(groups: Sequence[Group], skipped: Sequence[str] = ()) -> str:
+    """Return the page on these configurations.
+
+    skipped: a sentence on each run that could not be read.
+    """
     n_runs = sum(len(group.runs) for group in groups)
+    drawn = Charts(groups)
+    samples = collect(groups)
     parts = (
         remark(f"Runs: {n_runs}, configurations: {len(groups)}. {ABOUT}"),
+        *[warning(f"Left out: {escaped(text)}") for text in skipped],
         section("Configurations", overview(groups), measured_differently(groups)),
         section("Accuracy by level", levels(groups)),
-        section("Learning curves", figure("learning", LEARNING, groups)),
-        section("The two properties of a good positive sample", *properties(groups)),
-        section(
-            "Parts of the update",
-            figure("updates", UPDATES, groups),
-            zero_norms(groups),
-        ),
-        section("Preference pairs", figure("preferences", PREFERENCES, groups)),
-        section("Seconds by phase", phases(groups)),
-        section("Completions", *map(completions, groups)),
+        section("Learning curves", drawn.figure(LEARNING)),
+        section("The two properties of a good positive sample", *properties(groups, drawn)),
+        section("Attempts", drawn.figure(ATTEMPTS)),
+        section("Updates", drawn.figure(UPDATES), zero_norms(groups)),
+        section("Preference pairs", drawn.figure(PREFERENCES)),
+        section("Time by phase", drawn.add(phase_chart(groups)), phases(groups)),
+        section("Completions", completions(samples)),
         section("Runs and their configurations", *map(record, groups)),
     )
-    return page("".join(parts))
+    data = {
+        "config": CONFIG,
+        "charts": drawn.data,
+        "kinds": KIND_LABELS,
+        "runs": samples.runs,
+        "questions": samples.questions,
+        "completions": samples.completions,
+    }
+    return page("".join(parts), data, scripts=[library(), resource("report.js")])
 
 
-def figure(name: str, panels: Sequence[Panel], groups: Sequence[Group]) -> str:
-    """Return the panels that have data as SVG, or "" if no panel has data."""
-    shown = plotted(panels, groups)
-    if not shown:
+@cache
+def library() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script, with their licences."""
+    import vl_convert
+
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return f"/*\n{resource('vega_licenses.txt')}*/\n{script}"
+
+
+def completions(samples: Samples) -> str:
+    """Return the place of the completions, or "" if there is none."""
+    if not samples.completions:
         return ""
-    svg = draw(name, shown, [group.name for group in groups])
-    return f"<figure>{svg}</figure>"
+    left_out = ""
+    if samples.left_out:
+        text = (
+            f"The completions of {samples.left_out} steps are left out, to bound the file's size."
+        )
+        left_out = remark(text)
+    return f'{left_out}<div id="completions"></div>'
 
 
-def properties(groups: Sequence[Group]) -> list[str]:
+def properties(groups: Sequence[Group], drawn: Charts) -> list[str]:
     """Return the verdicts on both properties and their curves, or nothing if there are no data."""
-    curves = figure("properties", PROPERTIES, groups)
+    curves = drawn.figure(PROPERTIES)
     if not curves:
         return []
     items = []
@@ -100,58 +149,6 @@ def zero_norms(groups: Sequence[Group]) -> str:
     if not counts:
         return ""
     return remark(f"Steps with a norm of 0, not drawn: {'; '.join(counts)}.")
-
-
-def completions(group: Group) -> str:
-    """Return completions of the first and the last step of the configuration's first run."""
-    run = group.runs[0]
-    files: dict[int, Path] = {}
-    for file in Path(run.path, "completions").glob("step-*.jsonl"):
-        step = file.stem.removeprefix("step-")
-        if step.isdecimal():
-            files[int(step)] = file
-    if not files:
-        return ""
-    parts = []
-    for step in sorted({min(files), max(files)}):
-        texts = [question(rows) for rows in first_questions(files[step])]
-        if texts:
-            title = f"{escaped(group.name)}, step {step} of {escaped(run.path, 200)}"
-            parts.append(f"<h3>{title}</h3>\n{''.join(texts)}")
-    return "".join(parts)
-
-
-def first_questions(file: Path) -> list[list[Row]]:
-    """Return the rows of a few questions. Questions with several kinds of samples come first."""
-    rows_of: dict[str, list[Row]] = {}
-    for row in read_rows(file):
-        identity = repr(row.get("id"))
-        rows_of.setdefault(identity, []).append(row)
-    questions = sorted(rows_of.values(), key=_has_one_kind)
-    return questions[:SHOWN_QUESTIONS]
-
-
-def _has_one_kind(rows: Sequence[Row]) -> bool:
-    kinds = {repr(row.get("kind")) for row in rows}
-    return len(kinds) < 2
-
-
-def question(rows: Sequence[Row]) -> str:
-    """Return a question, its answer and the first completion of each kind."""
-    prompt = rows[0].get("prompt")
-    answer = rows[0].get("answer")
-    terms = [("question", prompt), ("answer", answer)]
-    first_of_kind: dict[str, Row] = {}
-    for row in rows:
-        first_of_kind.setdefault(shown_text(row.get("kind"), 40), row)
-    for kind, row in first_of_kind.items():
-        label = KIND_LABELS.get(kind, kind)
-        reward = number(row, "reward")
-        if reward is not None:
-            label += f", reward {reward:.3g}"
-        terms.append((label, row.get("completion")))
-    shown = [f"<dt>{escaped(a)}</dt><dd><pre>{escaped(b)}</pre></dd>" for a, b in terms]
-    return f"<dl>{''.join(shown)}</dl>\n"
 
 
 def record(group: Group) -> str:

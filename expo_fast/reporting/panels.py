@@ -67,12 +67,30 @@ PROPERTIES = (
     ),
 )
 GRADIENT_NORM = Panel(
-    "Gradient norm",
+    "Gradient norm of each term",
     "",
     {"grad_norm/policy": "policy", "grad_norm/exp_sft": "SFT"},
     log_scale=True,
 )
+ATTEMPTS = (
+    Panel("Entropy of the attempts", "nats per token", {"entropy": "entropy"}, zero_line=True),
+    Panel(
+        "Length of the attempts",
+        "tokens",
+        {"completions/mean_length": "mean length"},
+        zero_line=True,
+    ),
+    Panel(
+        "Attempts cut at the length limit",
+        "fraction",
+        {"completions/clipped_ratio": "cut"},
+        zero_line=True,
+    ),
+    Panel("KL to the initial model", "nats per token", {"kl": "KL"}, zero_line=True),
+)
 UPDATES = (
+    Panel("Loss", "nats", {"loss": "loss"}),
+    Panel("Gradient norm of the update", "", {"grad_norm": "norm"}, log_scale=True),
     GRADIENT_NORM,
     Panel(
         "Texts that mention a given answer",

@@ -3,22 +3,22 @@
     RUN/metrics.jsonl              one object per step
     RUN/evaluations.jsonl          one object per evaluation
     RUN/completions/step-N.jsonl   the completions of step N
-    RUN/tensorboard/               the scalars of both
+    RUN/tensorboard/               the scalars of both, with the tracker `tensorboard`
 
-A value that is missing or not finite is null. If a file cannot be written, the run warns once and
-continues.
+Other trackers are in `trackers.py`. A value that is missing or not finite is null. If a file cannot
+be written, the run warns once and continues.
 """
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from expo_fast.reporting.console import ConsoleKind, open_console
 from expo_fast.reporting.jsonl import Row, append_row, encode_row, has_step, json_value, read_lines
-from expo_fast.reporting.text import is_number
+from expo_fast.reporting.trackers import TRACKERS, TrackedRun, Tracker
 from expo_fast.storage.files import replace_file
 
 METRICS = "metrics.jsonl"
@@ -31,8 +31,10 @@ class RunLog:
 
     run_dir: an existing folder.
     total_steps: number of steps of the run, for the progress and the time left.
+    loop: key of `console.VIEWS`, which selects the metrics on the console.
+    config: options of the run, for trackers that show them.
     console: "auto" is "live" on a terminal, otherwise "plain", which is one line per step.
-    tensorboard: also write scalars for TensorBoard, if it is installed.
+    report_to: names of trackers, as in `trackers.TRACKERS`. They open with the first row.
     stream: output of the console. None: stdout.
     """
 
@@ -41,16 +43,19 @@ class RunLog:
         run_dir: Path,
         *,
         total_steps: int,
+        loop: str = "grpo",
+        config: Mapping[str, Any] | None = None,
         console: ConsoleKind = "auto",
-        tensorboard: bool = True,
+        report_to: Sequence[str] = ("tensorboard",),
         stream: TextIO | None = None,
     ):
         self._run_dir = run_dir
         self._failed: set[str] = set()  # kinds of output that already failed
         self._resumed_at: int | None = None
-        self._console = open_console(console, stream or sys.stdout, total_steps)
-        self._tensorboard = tensorboard
-        self._scalars: Any = None  # torch's SummaryWriter; None before the first row
+        self._console = open_console(console, stream or sys.stdout, total_steps, loop)
+        self._config = config or {}
+        self._report_to = [name for name in report_to if name != "none"]
+        self._trackers: dict[str, Tracker] | None = None  # None before the first row
 
     def __enter__(self) -> "RunLog":
         return self
@@ -59,12 +64,12 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Stop the live panel and finish the TensorBoard file."""
+        """Stop the live panel and close the trackers."""
         with self._failures_reported("console"):
             self._console.close()
-        with self._failures_reported("tensorboard"):
-            if self._scalars:
-                self._scalars.close()
+        for name, tracker in (self._trackers or {}).items():
+            with self._failures_reported(name, Exception):
+                tracker.close()
 
     def write_step(self, row: Row) -> None:
         """Append a step's metrics. `row` has `step`. Numbers may be tensors or numpy scalars."""
@@ -72,7 +77,7 @@ class RunLog:
         assert has_step(row), row
         with self._failures_reported(METRICS):
             append_row(self._run_dir / METRICS, row)
-        self._write_scalars("", row)
+        self._track_scalars("", row)
         with self._failures_reported("console"):
             self._console.show_step(row)
 
@@ -82,7 +87,7 @@ class RunLog:
         assert has_step(row), row
         with self._failures_reported(EVALUATIONS):
             append_row(self._run_dir / EVALUATIONS, row)
-        self._write_scalars("eval/", row)
+        self._track_scalars("eval/", row)
         with self._failures_reported("console"):
             self._console.show_evaluation(row)
 
@@ -96,6 +101,7 @@ class RunLog:
             path = self._run_dir / "completions" / f"step-{step}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"".join(map(encode_row, plain)))
+        self._track_completions(step, plain)
         with self._failures_reported("console"):
             self._console.show_completions(plain[-SHOWN_COMPLETIONS:])
 
@@ -120,35 +126,43 @@ class RunLog:
                 path.unlink()
         self._resumed_at = step
 
-    def _write_scalars(self, prefix: str, row: Row) -> None:
-        with self._failures_reported("tensorboard"):
-            if self._tensorboard and self._scalars is None:
-                self._open_tensorboard()
-            if self._scalars is None:
-                return
-            for key, value in row.items():
-                if key != "step" and is_number(value):
-                    self._scalars.add_scalar(prefix + key, value, row["step"])
-            self._scalars.flush()
+    def open_trackers(self) -> None:
+        """Open the trackers, if they are not open.
 
-    def _open_tensorboard(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
-            self._tensorboard = False
-            self.note("tensorboard is not installed: metrics go to metrics.jsonl only")
+        Raise ValueError if one of them refuses, such as wandb without a key.
+        """
+        if self._trackers is not None:
             return
-        first_step = None  # hides rows from this step on in the files of earlier processes
-        if self._resumed_at is not None:
-            first_step = self._resumed_at + 1
-        self._scalars = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=first_step)
+        self._trackers = {}
+        run = TrackedRun(self._run_dir, self._config, self._resumed_at)
+        for name in self._report_to:
+            try:
+                with self._failures_reported(name):
+                    self._trackers[name] = TRACKERS[name](run)
+            except ModuleNotFoundError:
+                self.note(f"{name} is not installed: metrics go to metrics.jsonl only")
+
+    def _track_scalars(self, prefix: str, row: Row) -> None:
+        self.open_trackers()
+        for name, tracker in (self._trackers or {}).items():
+            with self._failures_reported(name, Exception):
+                tracker.scalars(prefix, row)
+
+    def _track_completions(self, step: int, rows: Sequence[Row]) -> None:
+        self.open_trackers()
+        for name, tracker in (self._trackers or {}).items():
+            with self._failures_reported(name, Exception):
+                tracker.completions(step, rows)
 
     @contextmanager
-    def _failures_reported(self, kind: str) -> Iterator[None]:
-        """Convert an OSError to one warning, so that a full disk does not stop the training."""
+    def _failures_reported(self, kind: str, errors: type[Exception] = OSError) -> Iterator[None]:
+        """Convert an error to one warning, so that a full disk does not stop the training.
+
+        errors: classes to convert. Trackers raise classes of their own, for a lost connection.
+        """
         try:
             yield
-        except OSError as error:
+        except errors as error:
             if kind not in self._failed:
                 self._failed.add(kind)
                 warnings.warn(

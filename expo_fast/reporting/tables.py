@@ -27,12 +27,11 @@ def overview(groups: Sequence[Group]) -> str:
     """Return one row per configuration: its differing fields, accuracy, tokens and time."""
     formats = _accuracy_formats(groups)
     fields = differing_fields(groups)
-    head = ["configuration"]
-    if fields:
-        head.append("differs in")
-    head += ["seeds", "steps"]
+    head = ["configuration", "seeds", "steps"]
     head += [key.replace("_", " ") for key in formats]
     head += ["tokens", "time of steps"]
+    if fields:
+        head.append("differs in")
     rows = [_overview_row(group, fields, formats) for group in groups]
     note = (
         "Held-out accuracy before &rarr; after training, as the mean over runs. The second line is "
@@ -61,18 +60,18 @@ def _accuracy_formats(groups: Sequence[Group]) -> dict[str, str]:
 
 def _overview_row(group: Group, fields: Sequence[str], formats: dict[str, str]) -> list[str]:
     row = [escaped(group.name)]
-    if fields:
-        lines = []
-        for name in fields:
-            value = group.config.get(name, "unset")
-            lines.append(f"{escaped(name, 80)}&nbsp;{escaped(value, 80)}")
-        row.append("<br>".join(lines))
     seeds = [run.config.get("seed", "?") for run in group.runs]
     row.append(", ".join(escaped(seed, 20) for seed in seeds))
     row.append(_steps_done(group))
     row += [before_and_after(group, key, number_format) for key, number_format in formats.items()]
     row.append(_tokens(group))
     row.append(_duration(group))
+    if fields:
+        lines = []
+        for name in fields:
+            value = group.config.get(name, "unset")
+            lines.append(f"{escaped(name, 80)}&nbsp;{escaped(value, 80)}")
+        row.append("<br>".join(lines))
     return row
 
 

@@ -53,4 +53,5 @@ def _verdict(what: str, holds: Sequence[bool], *, reason: str, side: str) -> str
     else:
         word, n = "fails", n_steps - n_holds
         side = f"not {side}"
-    return f"{what}: <b>{word}</b> in {n} of {n_steps} measured steps: {reason.format(side)}"
+    shown = f'<b class="{word}">{word}</b>'
+    return f"{what}: {shown} in {n} of {n_steps} measured steps: {reason.format(side)}"

@@ -1,21 +1,21 @@
 """The fields of config.json and tokenizer_config.json that transformers 4 reads.
 
-transformers 5 has renamed some fields and writes only the new names. transformers 4 then falls back
-to a default without a warning, for example to a RoPE base of 10000. So do other programs that read
-the old names, such as versions of vLLM and llama.cpp. Files that carry both names are read by all.
+transformers 5 has renamed some fields and writes only the new names. transformers 4 then uses a
+default without a warning, for example a RoPE base of 10000. So do other programs that read the old
+names, such as versions of vLLM and llama.cpp. All of them can read files with both names.
 """
 
 import json
 from typing import Any
 
-# Fields of a loaded tokenizer that say where it was loaded from.
+# Fields of a loaded tokenizer that describe where it was loaded from.
 ORIGIN = ("is_local", "local_files_only")
-# Parts of `rope_parameters` that are no part of `rope_scaling`.
+# Parts of `rope_parameters` that do not belong to `rope_scaling`.
 OUTSIDE_ROPE_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
 def config_for_both(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json of transformers 5, with those of transformers 4 added.
+    """Return the fields of a config.json of transformers 5, and add those of transformers 4.
 
     `rope_parameters` gives `rope_theta` and `rope_scaling`, and `dtype` gives `torch_dtype`.
     """
@@ -32,11 +32,13 @@ def config_for_both(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config_for_both(values: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return the fields of a tokenizer_config.json that both versions load beside a tokenizer.json.
+    """Return the fields of a tokenizer_config.json that transformers 4 and 5 load.
 
-    values: what transformers 5 has written for `tokenizer`, which has a backend of `tokenizers`.
+    values: the fields that transformers 5 has written for `tokenizer`. The tokenizer has a backend
+        of the `tokenizers` library.
 
-    Both then take tokenizer.json as it is. What differs between their defaults is stated.
+    Both versions then use tokenizer.json unchanged. The fields state every value for which their
+    defaults differ.
     """
     values = {key: value for key, value in values.items() if key not in ORIGIN}
     extra_tokens = values.pop("extra_special_tokens", None)  # a list; in transformers 4 a dict
@@ -59,7 +61,7 @@ def tokenizer_config_for_both(values: dict[str, Any], tokenizer: Any) -> dict[st
 
 
 def _chat_template(template: str | dict[str, str]) -> str | list[dict[str, str]]:
-    """Return the value of `chat_template` for one template, or for several by name."""
+    """Return the value of `chat_template` for one template, or for several named templates."""
     if isinstance(template, str):
         return template
     return [{"name": name, "template": text} for name, text in template.items()]
@@ -68,7 +70,7 @@ def _chat_template(template: str | dict[str, str]) -> str | list[dict[str, str]]
 def _cleans_up(tokenizer: Any) -> bool:
     """Return whether decoding removes spaces before punctuation.
 
-    transformers 5 ignores the flag for BPE, which transformers 4 obeys.
+    transformers 5 ignores the flag for BPE, but transformers 4 does not.
     """
     is_bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
     forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
@@ -78,7 +80,7 @@ def _cleans_up(tokenizer: Any) -> bool:
 def _adds_prefix_space(tokenizer: Any) -> bool:
     """Return `add_prefix_space` of the pre-tokenizer.
 
-    transformers 4 sets it in the pre-tokenizer to what tokenizer_config.json says.
+    transformers 4 sets it in the pre-tokenizer to the value in tokenizer_config.json.
     """
     pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
     if pre_tokenizer is None:
