@@ -165,7 +165,7 @@ def module_of(requirement: str) -> str:
     """Return the module that a requirement of pyproject.toml installs."""
     name = re.match(r"[\w-]+", requirement)
     assert name is not None
-    return name[0].replace("-", "_")
+    return name[0].replace("-", "_").removesuffix("_python")  # vl-convert-python
 
 
 def test_make_train_says_where_the_packages_are():
