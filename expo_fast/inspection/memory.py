@@ -269,7 +269,8 @@ def traced_bytes(
     attend = attention.PackedAttention(given.cu_seqlens, given.parents)
     kept: dict[int, Tensor] = {}  # by storage; the tensors are held, so that no id is used twice
     with fake_tensors() as mode:
-        weights = {mode.from_tensor(p).untyped_storage()._cdata for p in model.parameters()}
+        fake_weights = [mode.from_tensor(p) for p in model.parameters()]  # held, as `kept`
+        weights = {weight.untyped_storage()._cdata for weight in fake_weights}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata
