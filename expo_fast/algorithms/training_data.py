@@ -157,10 +157,11 @@ def check_numbers(config: Train, data: TrainingData) -> None:
                 )
     n_problems = len(data.problems)
     if n_problems < config.prompts_per_step:
-        held_out = " and held-out problems" if data.notes and data.held_out else ""
+        n_held_out = len(data.held_out) if data.notes else 0  # of these problems
+        beside = f" beside the {n_held_out} that are held out" if n_held_out else ""
         raise ValueError(
             f"{in_words(config.data_sources)} has {n_problems} problems without {config.n_shots} "
-            f"worked examples{held_out}: need at least prompts_per_step={config.prompts_per_step}"
+            f"worked examples: need at least prompts_per_step={config.prompts_per_step}{beside}"
         )
 
 
