@@ -51,6 +51,7 @@ def line_of(result: OpResult) -> str:
 
 def print_memory(argv: Sequence[str]) -> None:
     """Print the memory of a run with these flags."""
+    from expo_fast.algorithms.resume import with_defaults
     from expo_fast.algorithms.training_data import load_training_data
     from expo_fast.cli.flags import parse
     from expo_fast.config import Train
@@ -58,7 +59,7 @@ def print_memory(argv: Sequence[str]) -> None:
     from expo_fast.inspection.memory import estimate_memory, memory_lines
     from expo_fast.weights import load_structure
 
-    config = parse(Train, argv)
+    config = with_defaults(parse(Train, argv))
     data = load_training_data(config)
     model, tokenizer = load_structure(config.model)
     prompter = Prompter(

@@ -343,7 +343,7 @@ def small(config: Train) -> Train:
     changes: dict[str, object] = {"dtype": "float32"}
     for name, most in SMALL.items():
         if config.method in methods_that_read(name):
-            changes[name] = min(getattr(config, name), most)
+            changes[name] = min(getattr(config.resolved(), name), most)
     if config.generation_budget:
         changes["generation_budget"] = 4
     if config.overlong_buffer:

@@ -191,14 +191,14 @@ def policy_texts(config: Train, prompter: Prompter, questions: Sequence[Problem]
     """Return samples with the lengths of the policy term's attempts."""
     if not config.spec.policy_term:
         return []
-    attempts = [(0,) * config.max_completion_length] * config.group_size
+    attempts = [(0,) * config.max_new_tokens] * config.group_size
     return samples_of(prompter, questions, lambda _: attempts)
 
 
 def texts(config: Train, prompter: Prompter, questions: Sequence[Problem]) -> list[Sample]:
     """Return samples with the lengths of the SFT term's texts, or of the pairs."""
     spec = config.spec
-    sampled = (0,) * config.max_completion_length
+    sampled = (0,) * config.max_new_tokens
 
     def of_question(question: Problem) -> list[tuple[int, ...]]:
         if spec.chosen_source == "data":
