@@ -8,6 +8,7 @@ arithmetic, sized for two CPU cores.
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,13 @@ ADJUSTABLE = (
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
-ADDED_LATER = ("rdpo_alpha", "reward_weights")
+ADDED_LATER = ("rdpo_alpha", "reward_weights", "eval_fraction", "data_weights", "columns")
+# Options whose default depends on the data. They are None until `Train.resolved` sets them.
+DEPEND_ON_DATA = ("eval_data", "shots", "max_completion_length")
+DEMO_SHOTS = 2  # of built-in data, with which the default model learns to box its answers
+DEMO_COMPLETION_LENGTH = 64  # enough for a built-in problem
+COMPLETION_LENGTH = 512  # of other data; most solutions of GSM8K and MATH are shorter
+DEMO_EVAL_DATA = "builtin:arithmetic-2:eval"
 
 if TYPE_CHECKING:
     Method = str
@@ -53,8 +60,9 @@ class Prompting:
 
     model: str = "smollm2-135m"
     """Folder, .gguf file, hub id, or smollm2-135m."""
-    shots: int = 2
-    """Number of worked examples, shown as earlier turns of every prompt."""
+    shots: int | None = None
+    """Number of worked examples, shown as earlier turns of every prompt; None: 2 for built-in data,
+    0 for other data."""
     shots_data: str | None = None
     """Source of the worked examples; None: the data (for built-in data, the train split)."""
     system_prompt: str | None = None
@@ -63,8 +71,11 @@ class Prompting:
     """Text after each question; empty: none."""
     levels: tuple[int, ...] = ()
     """Use only problems of these levels; empty: all."""
-    max_completion_length: int = 64
-    """Maximum number of tokens sampled for one completion."""
+    columns: tuple[str, ...] = ()
+    """Columns of the data that have other names, as NAME=COLUMN: prompt=question answer=final."""
+    max_completion_length: int | None = None
+    """Maximum number of tokens sampled for one completion; None: 64 for built-in data, 512 for
+    other data."""
     seed: int = 0
     """Seed of all random numbers."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -92,9 +103,37 @@ class Prompting:
             )
         model = "a folder, .gguf file, hub id or smollm2-135m"
         yield from _require(self, "model", bool(self.model), model)
-        yield from _require(self, "shots", self.shots >= 0, "at least 0")
-        new_tokens = self.max_completion_length
+        yield from _require(self, "shots", self.n_shots >= 0, "at least 0")
+        new_tokens = self.max_new_tokens
         yield from _require(self, "max_completion_length", new_tokens >= 1, "at least 1")
+        named = [each.partition("=") for each in self.columns]
+        complete = all(name and column for name, _, column in named)
+        need = "NAME=COLUMN for each, such as prompt=question"
+        yield from _require(self, "columns", complete, need)
+
+    @property
+    def data_sources(self) -> tuple[str, ...]:
+        """The sources of the problems that are sampled or trained on."""
+        raise NotImplementedError
+
+    @property
+    def has_builtin_data(self) -> bool:
+        """Whether all problems are built-in ones, which defaults are sized for."""
+        return all(source.startswith("builtin:") for source in self.data_sources)
+
+    @property
+    def n_shots(self) -> int:
+        """`shots`, or its default for the data."""
+        if self.shots is not None:
+            return self.shots
+        return DEMO_SHOTS if self.has_builtin_data else 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """`max_completion_length`, or its default for the data."""
+        if self.max_completion_length is not None:
+            return self.max_completion_length
+        return DEMO_COMPLETION_LENGTH if self.has_builtin_data else COMPLETION_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +145,18 @@ class Train(Prompting):
     solutions (expert-grpo). SFT on self-explanations alone (star). DPO that prefers a
     self-explanation (expo-dpo) or the data's solution (expert-dpo) to a failed attempt, or DPO on
     the data's pairs (dpo). SFT on the data's solutions (sft)."""
-    train_data: str = "builtin:arithmetic-2:train"
-    """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
-    eval_data: str = "builtin:arithmetic-2:eval"
-    """Source of the held-out problems, as for train_data."""
+    train_data: str | tuple[str, ...] = "builtin:arithmetic-2:train"
+    """One or more sources: a file (JSONL, JSON, CSV or Parquet), a folder or pattern of files,
+    hub:ORG/NAME[/CONFIG][:SPLIT] or builtin:NAME[:SPLIT]."""
+    data_weights: tuple[float, ...] = ()
+    """Weights of the sources: each has its share of the questions of every batch; empty: questions
+    are drawn from all sources together."""
+    eval_data: str | tuple[str, ...] | None = None
+    """Sources of the held-out problems, as for train_data; None: the eval split of built-in data,
+    or a part of other data (eval_fraction)."""
+    eval_fraction: float = 0.1
+    """Without eval_data: fraction of the questions of the training data that are held out, at most
+    eval_limit. A hash of the question chooses them."""
     output_dir: str | None = None
     """Run directory; None: runs/METHOD-HASH, one for each configuration."""
     steps: int = 16
@@ -280,6 +327,7 @@ class Train(Prompting):
         yield from _require(self, "output_dir", self.output_dir != "", folder)
         source = "auto, never or a checkpoint's folder"
         yield from _require(self, "resume", self.resume != "", source)
+        yield from self._faults_of_the_data()
         alone = len(self.report_to) == 1 or "none" not in self.report_to
         yield from _require(self, "report_to", alone, "none alone, or the names of tools")
         yield from self._faults_of_the_length()
@@ -299,6 +347,21 @@ class Train(Prompting):
             if value != default_of(type(self), name):
                 yield name, f"{name}={value!r}{reason}"
 
+    def _faults_of_the_data(self) -> Iterator[Fault]:
+        for name in ("train_data", "eval_data"):
+            sources = _as_tuple(getattr(self, name))
+            given = name == "eval_data" or sources
+            yield from _require(self, name, bool(given) and all(sources), "a source of data")
+        if not self.data_weights:
+            return
+        need = f"one number above 0 for each source of train_data={self.train_data!r}"
+        fits = len(self.data_weights) == len(self.data_sources) and min(self.data_weights) > 0
+        fits = fits and all(map(math.isfinite, self.data_weights))
+        yield from _require(self, "data_weights", fits, need)
+        if fits:
+            need = f"at least one of the prompts_per_step={self.prompts_per_step} for each source"
+            yield from _require(self, "data_weights", min(self.questions_of_sources) > 0, need)
+
     def _faults_of_the_length(self) -> Iterator[Fault]:
         if self.epochs is None:
             return
@@ -311,7 +374,7 @@ class Train(Prompting):
         least = 2 if self.spec.groups else 1  # a group of one has no baseline
         enough = self.num_generations >= least
         yield from _require(self, "num_generations", enough, f"at least {least}")
-        fits = self.overlong_buffer < self.max_completion_length
+        fits = self.overlong_buffer < self.max_new_tokens
         yield from _require(self, "overlong_buffer", fits, "less than max_completion_length")
         if self.generation_budget:
             yield from self._faults_of_the_generation_budget(least)
@@ -375,11 +438,52 @@ class Train(Prompting):
         return METHODS[self.method]
 
     @property
+    def data_sources(self) -> tuple[str, ...]:
+        """The sources of the training data."""
+        return _as_tuple(self.train_data)
+
+    @property
+    def eval_sources(self) -> tuple[str, ...]:
+        """The sources of the held-out problems; empty: a part of the training data is held out."""
+        if self.eval_data is not None:
+            return _as_tuple(self.eval_data)
+        splits = [EVAL_SPLIT.sub(r"\1:eval", source) for source in self.data_sources]
+        unchanged = set(splits) & {*self.data_sources}
+        return () if unchanged else tuple(splits)
+
+    @property
+    def questions_of_sources(self) -> list[int]:
+        """With data_weights: the number of questions of each source in a batch.
+
+        The shares of prompts_per_step are rounded down, and the questions that are left go to the
+        sources with the largest remainders.
+        """
+        total = sum(self.data_weights)
+        shares = [self.prompts_per_step * weight / total for weight in self.data_weights]
+        counts = [math.floor(share) for share in shares]
+        left = self.prompts_per_step - sum(counts)
+        by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+        for i in by_remainder[:left]:
+            counts[i] += 1
+        return counts
+
+    def resolved(self) -> "Train":
+        """Return the configuration with a value for each option whose default depends on the data.
+
+        eval_data remains None if a part of the training data is held out.
+        """
+        sources = self.eval_sources
+        return dataclasses.replace(
+            self,
+            eval_data=sources[0] if len(sources) == 1 else sources or None,
+            shots=self.n_shots,
+            max_completion_length=self.max_new_tokens,
+        )
+
+    @property
     def reward_functions(self) -> tuple[str, ...]:
         """The user's reward functions; empty: the reward is the boxed answer."""
-        if self.reward is None:
-            return ()
-        return (self.reward,) if isinstance(self.reward, str) else self.reward
+        return _as_tuple(self.reward)
 
     @property
     def explains(self) -> bool:
@@ -420,7 +524,7 @@ class Train(Prompting):
         if self.output_dir is not None:
             return Path(self.output_dir)
         identity = []
-        for name, value in sorted(dataclasses.asdict(self).items()):
+        for name, value in sorted(dataclasses.asdict(self.resolved()).items()):
             added = name in ADDED_LATER and value == default_of(type(self), name)
             if name not in ADJUSTABLE and not added:
                 identity.append((name, value))
@@ -433,6 +537,7 @@ MORE_THAN_0 = (
     "prompts_per_step",
     "updates_per_batch",
     "pack_tokens",
+    "eval_fraction",
     "eval_limit",
     "eval_samples",
     "keep_checkpoints",
@@ -471,35 +576,62 @@ AT_LEAST_0 = (
     "explain_temperature",
     "eval_temperature",
 )
-AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy")
+AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy", "eval_fraction")
+EVAL_SPLIT = re.compile(r"^(builtin:[^:]+)(:train)?$")  # built-in data that has an eval split
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Prompting):
-    """Measure a model's pass@k and majority-vote accuracy on a set of problems."""
+    """Measure a model's pass@k and majority-vote accuracy on a set of problems.
 
-    data: str = "builtin:arithmetic-2:eval"
-    """JSONL path, hub:ORG/NAME[:SPLIT] or builtin:NAME[:SPLIT]."""
+    The model of a run directory, or one of its checkpoints, is evaluated as it was trained: options
+    of prompts that are None have the values of the run's record.
+    """
+
+    instruction: str | None = None
+    """Text after each question; empty: none; None: that of the run, or the default of training."""
+    levels: tuple[int, ...] | None = None
+    """Use only problems of these levels; empty: all; None: those of the run, or all."""
+    data: str | None = None
+    """A source of problems as for training, or a benchmark: gsm8k or math-500. None: the held-out
+    problems of the run, or built-in arithmetic."""
+    data_dir: str | None = None
+    """Folder of the benchmarks' files; None: that of EXPO_FAST_DATA. The hub is asked for what it
+    lacks."""
     limit: int | None = None
     """Use only the first N problems."""
     samples: int = 4
     """K, the number of samples of each problem."""
     k: tuple[int, ...] = ()
-    """Further values of k for pass@k, each at most --samples. pass@1 and pass@K are always
-    reported."""
+    """Further values of k for pass@k and maj@k, each at most --samples. pass@1, pass@K and majority
+    (maj@K) are always reported."""
     temperature: float = 0.7
     """Sampling temperature."""
     output: str | None = None
     """Write every completion and its verdict to this JSONL file."""
+    lm_eval_output: str | None = None
+    """Write the accuracies to this JSON file, in the form of lm-evaluation-harness."""
 
     def _faults(self) -> Iterator[Fault]:
         yield from super()._faults()
+        source = "a source of data, or to be left out"
+        yield from _require(self, "data", self.data != "", source)
         yield from _require(self, "samples", self.samples >= 1, "at least 1")
         yield from _require(self, "temperature", self.temperature >= 0, "at least 0")
         at_least_1 = self.limit is None or self.limit >= 1
         yield from _require(self, "limit", at_least_1, "at least 1")
         fits = all(1 <= k <= self.samples for k in self.k)
         yield from _require(self, "k", fits, f"each at least 1 and at most samples={self.samples}")
+
+    @property
+    def source(self) -> str:
+        """`data`, or built-in arithmetic."""
+        return DEMO_EVAL_DATA if self.data is None else self.data
+
+    @property
+    def data_sources(self) -> tuple[str, ...]:
+        """The source of the problems, in a tuple."""
+        return (self.source,)
 
 
 def options_without_effect(method: str, objective: str, preference: str) -> dict[str, str]:
@@ -533,3 +665,10 @@ def _require(config: Any, name: str, ok: bool, need: str) -> Iterator[Fault]:
 def default_of(kind: type, name: str) -> Any:
     """Return the default of a field of a dataclass."""
     return kind.__dataclass_fields__[name].default
+
+
+def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the values of an option that takes one or several; () for None."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value

@@ -10,25 +10,36 @@ if __name__ == "__main__":  # before the imports below, because one of their pac
 
 import json
 import re
+import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 
+from expo_fast.algorithms.as_trained import (
+    RECORDED,
+    TrainedModel,
+    difference,
+    find_trained,
+    problems_of_run,
+    with_record,
+)
 from expo_fast.algorithms.explanation_filter import leaks
-from expo_fast.algorithms.rollout import Verifier
-from expo_fast.algorithms.training_data import check_answers, check_ids
+from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, Verifier, cut_in_words
+from expo_fast.algorithms.training_data import check_answers, check_ids, in_words, without
 from expo_fast.cli.flags import parse
-from expo_fast.config import Evaluate
+from expo_fast.config import INSTRUCTION, Evaluate
 from expo_fast.data.answer_grading import last_boxed
-from expo_fast.data.problems import Problem, load_problems, split_examples
+from expo_fast.data.problems import Problem, load_problems, subset, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.reporting.accuracy import Graded, accuracy, by_level, by_problem
+from expo_fast.reporting.lm_eval import lm_eval_results
 from expo_fast.reward import grader_hash, score_answers
 from expo_fast.storage.files import output_file, replace_file
 from expo_fast.weights import load_model
@@ -53,14 +64,15 @@ class Evaluation:
         graded = self.graded
         problems = by_problem(graded, self.samples)
         ks = sorted({1, *self.k, self.samples})
+        votes = sorted({*self.k} - {1})
         levels = []
         for level, some in by_level(problems).items():
             head = {"level": level, "problems": len(some)}
-            levels.append(head | accuracy(some, ks))
+            levels.append(head | accuracy(some, ks, votes))
         return {
             "problems": len(problems),
             "samples": self.samples,
-            **accuracy(problems, ks),
+            **accuracy(problems, ks, votes),
             "levels": levels,
             "undecided": [x.verdict for x in graded].count(None),
             "boxed_ratio": fmean([last_boxed(x.completion) is not None for x in graded]),
@@ -138,17 +150,25 @@ def main(argv: Sequence[str]) -> None:
     """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
     config = parse(Evaluate, argv)
     output = None if config.output is None else output_file(config.output)
-    problems, shots = load_data(config)
+    lm_eval_output = None if config.lm_eval_output is None else output_file(config.lm_eval_output)
+    trained = find_trained(config.model)
+    if trained is not None:
+        config = with_record(config, trained)
+        for line in notes(config, trained):
+            print(line, file=sys.stderr)
+    problems, shots = load_data(config, trained)
     dtype = getattr(torch, config.dtype)
     model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
+    instruction = INSTRUCTION if config.instruction is None else config.instruction
     prompter = Prompter(
         tokenizer,
         shots,
         config.system_prompt,
-        config.instruction,
+        instruction,
         ends=model.eos_ids,
     )
     check_prompts(config, model, prompter, problems)
+    check_template(config, trained, prompter)
     result = evaluate(
         Generator(model, tokenizer=tokenizer),
         prompter,
@@ -156,30 +176,105 @@ def main(argv: Sequence[str]) -> None:
         score_answers,
         samples=config.samples,
         temperature=config.temperature,
-        max_new_tokens=config.max_completion_length,
+        max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         k=config.k,
     )
     if output is not None:
         lines = [json.dumps(asdict(row)) + "\n" for row in result.graded]
         replace_file(output, "".join(lines).encode())
-    summary = {"model": config.model, "data": config.data} | result.summary()
-    print(json.dumps(summary), flush=True)
+    summary = result.summary()
+    data = data_name(config, trained)
+    if lm_eval_output is not None:
+        groups = by_problem(result.graded, result.samples)
+        values = lm_eval_results(config, groups, data=data, summary=summary, date=time.time())
+        replace_file(lm_eval_output, (json.dumps(values, indent=2) + "\n").encode())
+    if summary["clipped_ratio"] >= NEARLY_ALL_CUT:
+        cut = cut_in_words(summary["clipped_ratio"], config.max_new_tokens)
+        warnings.warn(cut, stacklevel=2)
+    print(json.dumps({"model": config.model, "data": data} | summary), flush=True)
 
 
-def load_data(config: Evaluate) -> tuple[list[Problem], tuple[Problem, ...]]:
+def notes(config: Evaluate, trained: TrainedModel) -> Iterator[str]:
+    """Yield lines about the record of the model's run."""
+    values = ", ".join(f"{name}={getattr(config, name)!r}" for name in RECORDED)
+    yield f"record of {trained.run_dir}: {values}"
+    differs = difference(config, trained)
+    if differs is not None:
+        yield differs
+
+
+def data_name(config: Evaluate, trained: TrainedModel | None) -> str:
+    """Return the name of the problems for the summary."""
+    if config.data is not None or trained is None:
+        return config.source
+    return in_words(trained.config.eval_sources) or (
+        f"held out of {in_words(trained.config.data_sources)}"
+    )
+
+
+def load_data(
+    config: Evaluate, trained: TrainedModel | None
+) -> tuple[list[Problem], tuple[Problem, ...]]:
     """Return the problems and the few-shot examples. No example is among the problems.
 
+    The problems and the examples of a run are those of its training, unless options name others.
     The examples of built-in data are from the train split.
     """
-    levels = config.levels
-    problems = load_problems(config.data, levels=levels, limit=config.limit)
-    check_answers(config.data, problems)
-    train_split = re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", config.data)
-    source = config.shots_data or train_split
-    candidates = load_problems(source, levels=levels)
-    shots, problems = split_examples(candidates, config.shots, problems)
-    return problems, shots
+    own_shots = trained is None or config.shots_data is not None or config.n_shots == 0
+    if trained is None or (config.data is not None and own_shots):
+        problems = load_evaluated(config)
+        shots = worked_examples_of(config)
+    else:
+        data = problems_of_run(config, trained)
+        shots = data.shots
+        if config.data is not None:
+            problems = load_evaluated(config)
+        elif data.held_out:
+            problems = subset(data.held_out, config.limit, seed=0)
+        else:
+            raise ValueError(f"{trained.run_dir} has no held-out problems: name some with --data")
+    return without(problems, shots), shots
+
+
+def load_evaluated(config: Evaluate) -> list[Problem]:
+    """Return the problems of `data`."""
+    problems = load_problems(
+        config.source,
+        levels=config.levels or (),
+        limit=config.limit,
+        columns=config.columns,
+        data_dir=config.data_dir,
+    )
+    check_answers(config.source, problems)
+    return problems
+
+
+def worked_examples_of(config: Evaluate) -> tuple[Problem, ...]:
+    """Return the few-shot examples of `shots_data`, or of the data."""
+    if config.n_shots == 0:
+        return ()
+    train_split = re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", config.source)
+    candidates = load_problems(
+        config.shots_data or train_split,
+        levels=config.levels or (),
+        columns=config.columns,
+        data_dir=config.data_dir,
+    )
+    shots, _ = worked_examples(candidates, config.n_shots)
+    return shots
+
+
+def check_template(config: Evaluate, trained: TrainedModel | None, prompter: Prompter) -> None:
+    """Print a line if the prompts differ from those of training, though the options are equal."""
+    if trained is None or trained.template_hash is None or difference(config, trained):
+        return
+    if prompter.template_hash != trained.template_hash:
+        print(
+            f"the prompts differ from those of training in {trained.run_dir}: template "
+            f"{prompter.template_hash}, in training {trained.template_hash}",
+            file=sys.stderr,
+        )
 
 
 def check_prompts(
@@ -188,11 +283,11 @@ def check_prompts(
     """Raise ValueError if there is no problem, or if a problem does not fit the model."""
     if not problems:
         raise ValueError(
-            f"{config.data} has only the {config.shots} worked examples: need at least one more "
-            "problem"
+            f"{config.source} has only the {config.n_shots} worked examples: need at least one "
+            "more problem"
         )
     for problem in problems:
         prompt = prompter.solve(problem)
         check_ids(problem, prompt, prompter, model.shape.vocabulary)
-        new_tokens = config.max_completion_length
+        new_tokens = config.max_new_tokens
         check_length(problem, prompt, new=new_tokens, context=model.shape.context)

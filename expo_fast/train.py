@@ -25,13 +25,16 @@ from expo_fast.algorithms.resume import (
     names_checkpoint,
     restore,
     save_checkpoint,
+    with_defaults,
     write_base,
 )
+from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, cut_in_words
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import (
     TrainingData,
     check_lengths,
     check_token_ids,
+    in_words,
     load_training_data,
 )
 from expo_fast.cli.flags import dump_toml, parse
@@ -40,6 +43,7 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
+from expo_fast.inspection.memory import estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.op_backends import dispatch
@@ -112,6 +116,7 @@ def run(config: Train) -> TrainResult:
     Raise ValueError or OSError for an error that a user can correct.
     """
     check_trackers(config.report_to)
+    config = with_defaults(config)
     check_run_dir(config)
     data = load_training_data(config)
     config = config.resolve_epochs(len(data.problems))
@@ -128,7 +133,7 @@ def run(config: Train) -> TrainResult:
         restored = restore(config, trainer)
         check_continuation(trainer, start=restored[1])
     if config.dry_run:
-        print(dump_toml(config), end="", flush=True)
+        print_dry_run(trainer, data)
         return result_of(trainer)
     with (
         checkpoint.run_lock(config.run_dir),
@@ -141,6 +146,8 @@ def run(config: Train) -> TrainResult:
         if config.spec.loop == "dpo":
             dpo.open_pair_store(trainer, config.run_dir, start)
         begin_record(config, resumed_from, start, log)
+        for line in data.notes:
+            log.note(line)
         write_base(trainer, log)
         log.open_trackers()
         train(trainer, data.held_out, log, start)
@@ -157,6 +164,17 @@ def result_of(trainer: Trainer) -> TrainResult:
     )
 
 
+def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
+    """Print the configuration as TOML, with the data and an estimate of the memory in comments."""
+    config = trainer.config
+    print(dump_toml(config), end="")
+    for line in data_lines(data):
+        print(f"# {line}")
+    estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
+    for line in memory_lines(config, estimate):
+        print(f"# {line}")
+
+
 def open_log(config: Train) -> RunLog:
     """Return the log of the run."""
     return RunLog(
@@ -166,6 +184,16 @@ def open_log(config: Train) -> RunLog:
         config=dataclasses.asdict(config),
         report_to=config.report_to,
     )
+
+
+def data_lines(data: TrainingData) -> Iterator[str]:
+    """Yield lines about the problems of a run."""
+    yield f"problems: {len(data.problems)}"
+    if len(data.sources) > 1:
+        yield f"problems by source: {', '.join(str(len(source)) for source in data.sources)}"
+    yield f"worked examples: {len(data.shots)}"
+    yield f"held-out problems: {len(data.held_out)}"
+    yield from data.notes
 
 
 def build_trainer(config: Train, data: TrainingData) -> Trainer:
@@ -201,6 +229,7 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
         reward,
         verify=score_answers,
         progress=progress,
+        sources=data.sources,
     )
 
 
@@ -212,7 +241,7 @@ def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> R
     if not config.reward_functions:
         return boxed_answer_reward
     functions = load_rewards(config.reward_functions)
-    check_reward_functions(functions, config.train_data, data.problems)
+    check_reward_functions(functions, in_words(config.data_sources), data.problems)
     return custom_reward(functions, config.reward_weights, progress)
 
 
@@ -226,7 +255,9 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
     """Run steps start .. config.steps - 1, with their evaluations and checkpoints."""
     config = trainer.config
     run_step = LOOPS[config.spec.loop]
-    if start == 0 and config.eval_every:
+    told_of_cut = False
+    eval_every = config.eval_every if held_out else 0
+    if start == 0 and eval_every:
         log_evaluation(trainer, held_out, log, step=0)
     for step in range(start, config.steps):
         done = step + 1
@@ -248,6 +279,10 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
         }
         log.write_completions(done, texts)
         log.write_step(row)
+        clipped_ratio = metrics.get("completions/clipped_ratio") or 0.0
+        if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
+            told_of_cut = True
+            log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
         no_finite_logits = metrics.get("completions/error_ratio") == 1
         if no_finite_logits or trainer.optimizer.skipped > skipped_before:
             trainer.broken_steps += 1
@@ -255,7 +290,7 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
             keep_broken_batch(config.run_dir, done, trainer.broken_steps, last=last)
         else:
             trainer.broken_steps = 0
-        if is_due(done, config.eval_every, config.steps):
+        if is_due(done, eval_every, config.steps):
             log_evaluation(trainer, held_out, log, step=done)
         if is_due(done, config.checkpoint_every, config.steps) and not no_finite_logits:
             save_checkpoint(trainer, done)
@@ -282,7 +317,7 @@ def log_evaluation(
         score_answers,
         samples=config.eval_samples,
         temperature=config.eval_temperature,
-        max_new_tokens=config.max_completion_length,
+        max_new_tokens=config.max_new_tokens,
         seed=config.seed,
     )
     log.write_evaluation({"step": step} | result.summary())

@@ -376,7 +376,7 @@ def small(config: Train) -> Train:
     changes: dict[str, object] = {"dtype": "float32"}
     for name, most in SMALL.items():
         if config.method in methods_that_read(name):
-            changes[name] = min(getattr(config, name), most)
+            changes[name] = min(getattr(config.resolved(), name), most)
     if config.generation_budget:
         changes["generation_budget"] = 4
     if config.overlong_buffer:
@@ -398,6 +398,7 @@ def pages_that_run() -> list[str]:
 @pytest.mark.parametrize("page", pages_that_run())
 def test_blocks_run(page, tiny_default, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
     namespace = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", namespace)
     for block in blocks_of(page):

@@ -5,15 +5,17 @@ import shutil
 from importlib.metadata import PackageNotFoundError
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from expo_fast import answers, evaluate, reward
+from expo_fast import answers, evaluate, reward, train
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate
 from expo_fast.data import answer_grading, verifier
 from expo_fast.evaluate import Evaluation
 from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is_right, pass_at_k
+from expo_fast.reporting.lm_eval import standard_error, task_name
 from expo_fast.reward import grader_hash
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -252,3 +254,150 @@ def test_an_evaluation_records_its_template_and_grader(given, capsys):
     other = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert other["grader"] == row["grader"]
     assert other["template"] != row["template"]
+
+
+# maj@k
+
+
+def test_maj_at_k_is_the_mean_over_disjoint_groups():
+    right, wrong = boxes("1", "2")
+    groups = [
+        graded([right, right, wrong, wrong, right], {right}),  # votes of 2: right, wrong
+        graded([wrong, right, right, wrong, right], {right}),  # ties: wrong, right
+    ]
+    row = evaluation(groups, k=(2, 3, 1)).summary()
+    assert row["maj@2"] == 0.5
+    assert row["maj@3"] == 1.0  # the last two samples make no group of 3
+    assert row["majority"] == 1.0
+    assert "maj@1" not in row and "maj@5" not in row
+    assert row["maj@2/interval"] == [0.5, 0.5]
+    assert "maj@2" not in evaluation(groups).summary()
+
+
+# The form of lm-evaluation-harness
+
+
+def test_the_results_of_lm_eval_have_its_keys(given, tmp_path, monkeypatch):
+    verdicts: list[float | None] = [1.0, 0.0, None, 0.0, 1.0, 1.0]
+    monkeypatch.setattr(evaluate, "score_answers", lambda answers, texts: verdicts)
+    file = tmp_path / "results.json"
+    evaluate.main([*given, "--lm-eval-output", str(file), "--limit", "3"])
+    made = json.loads(file.read_text())
+    (task,) = made["results"]
+    assert task == "data"
+    scores = made["results"][task]
+    assert scores["alias"] == task
+    assert scores["exact_match,none"] == pytest.approx(0.5)  # of 0.5, 0 and 1
+    assert scores["exact_match_stderr,none"] == pytest.approx(0.5 / 3**0.5)
+    assert scores["pass@2,none"] == pytest.approx(2 / 3)
+    assert set(scores) >= {"maj@2,none", "maj@2_stderr,none", "pass@2_stderr,none"}
+    assert made["n-samples"] == {task: {"original": 3, "effective": 3}}
+    assert made["n-shot"] == {task: 0}
+    assert made["higher_is_better"][task]["exact_match"] is True
+    assert made["configs"][task]["num_fewshot"] == 0
+    assert made["config"]["gen_kwargs"]["max_gen_toks"] == 4
+    assert made["config"]["limit"] == 3
+    keys = {"group_subtasks", "versions", "date", "model_name", "total_evaluation_time_seconds"}
+    assert keys <= made.keys()
+
+
+def test_the_standard_error_of_one_problem_is_not_known():
+    assert standard_error([1.0]) == "N/A"
+    assert standard_error([0.0, 1.0]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("gsm8k", "gsm8k"), ("a/b.test.jsonl.gz", "b"), ("hub:a/b:test", "hub__a__b__test")],
+)
+def test_the_name_of_a_task_can_be_the_name_of_a_file(data, name):
+    assert task_name(data) == name
+
+
+# A model is evaluated as it was trained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run with options of prompts that are not the defaults."""
+    root = tmp_path_factory.mktemp("trained")
+    save_model(tiny_model(), tiny_tokenizer(), root / "model")
+    rows = [
+        {"q": f"{n}?", "answer": str(n), "solution": f"{n}.", "level": n % 2} for n in range(40)
+    ]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--model {root}/model --train-data {root}/data.jsonl --columns prompt=q --shots 1 "
+    flags += f"--output-dir {root}/run --method sft --steps 2 --prompts-per-step 2 --levels 1 "
+    flags += "--system-prompt Hi. --instruction Go! --max-completion-length 5 --dtype float32 "
+    flags += "--eval-samples 2 --eval-fraction 0.3 --eval-limit 3 --checkpoint-every 1 "
+    train.main([*flags.split(), "--eval-every", "2"])
+    return root
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[dict[str, Any], str]:
+    """Return the summary of an evaluation, and what it printed to stderr."""
+    capsys.readouterr()
+    evaluate.main([*map(str, flags), "--dtype", "float32", "--samples", "2"])
+    printed = capsys.readouterr()
+    return json.loads(printed.out.splitlines()[-1]), printed.err
+
+
+def test_a_run_is_evaluated_as_it_was_trained(trained: Path, capsys: pytest.CaptureFixture[str]):
+    last = json.loads((trained / "run/evaluations.jsonl").read_text().splitlines()[-1])
+    same = ("problems", "pass@1", "mean_length", "clipped_ratio", "template", "tokens", "levels")
+    for model in (trained / "run", trained / "run/checkpoints/step-2"):
+        summary, err = evaluated(capsys, "--model", model)
+        assert {name: summary[name] for name in same} == {name: last[name] for name in same}
+        assert summary["model"] == str(trained / "run/checkpoints/step-2")
+        assert summary["data"] == f"held out of {trained}/data.jsonl"
+        (line,) = err.splitlines()
+        assert line.startswith(f"record of {trained / 'run'}: shots=1, ")
+        assert "system_prompt='Hi.', instruction='Go!', levels=(1,)" in line
+
+
+def test_a_flag_overrides_the_record_and_the_difference_is_said(trained, capsys):
+    kept, _ = evaluated(capsys, "--model", trained / "run")
+    flags = ("--instruction", "Stop!", "--max-completion-length", 3, "--levels")
+    other, err = evaluated(capsys, "--model", trained / "run", *flags)
+    assert other["template"] != kept["template"]
+    assert other["mean_length"] <= 3
+    _, line = err.splitlines()
+    assert line == (
+        f"evaluated otherwise than trained in {trained / 'run'}: instruction='Stop!' (in training "
+        "'Go!'), levels=() (in training (1,)), max_completion_length=3 (in training 5)"
+    )
+
+
+def test_other_problems_are_asked_as_those_of_training(trained, capsys, tmp_path):
+    rows = [{"question": "What?", "answer": "1", "level": 1}]
+    (tmp_path / "other.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    kept, _ = evaluated(capsys, "--model", trained / "run")
+    summary, _ = evaluated(capsys, "--model", trained / "run", "--data", tmp_path / "other.jsonl")
+    assert (summary["problems"], summary["template"]) == (1, kept["template"])
+    given = ("--columns", "prompt=q", "--limit", 2, "--max-completion-length", 2)
+    given += ("--model", trained / "model", "--data", trained / "data.jsonl")
+    summary, err = evaluated(capsys, *given)
+    assert "record of" not in err
+    assert summary["template"] != kept["template"]
+
+
+def test_other_prompts_than_in_training_are_said(trained, capsys, tmp_path):
+    """The chat template of a checkpoint was edited after the training."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    model = tmp_path / "run/checkpoints/step-2"
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message.role", "message.role | upper"))
+    _, err = evaluated(capsys, "--model", model)
+    assert err.splitlines()[1].startswith("the prompts differ from those of training in")
+
+
+def test_a_run_without_a_checkpoint_or_held_out_problems_is_refused(trained, capsys, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-2")
+    record = tmp_path / "run/config.toml"
+    record.write_text(record.read_text().replace("eval_every = 2", "eval_every = 0"))
+    with pytest.raises(ValueError, match="has no held-out problems: name some with --data"):
+        evaluate.main(["--model", str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "run/checkpoints/step-1")
+    with pytest.raises(ValueError, match="the run has no complete checkpoint"):
+        evaluate.main(["--model", str(tmp_path / "run")])

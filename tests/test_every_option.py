@@ -33,12 +33,18 @@ KEEP_ALL = "--method expo-grpo --exp-sft-coef 1 --explanations-per-question 6 --
 DPO = "--method expo-dpo --explanations-per-question 3"
 ONLINE = DPO + " --pairs-every 1"
 EVALUATED = "--method grpo --eval-every 2"
+HELD_OUT = EVALUATED + " --eval-data None --eval-limit 8"
+WEIGHTED = "--method grpo --prompts-per-step 4 --data-weights 1 1"
+WEIGHTED += " --train-data {root}/train.jsonl {root}/other.jsonl"
 # Ratios differ from 1 only where old log-probs are those of other weights.
 SEVERAL = "--method grpo --updates-per-batch 2 --learning-rate 1e-2"
 
 CASES = {
     "method": Case("--method star", EXPO),
     "train_data": Case("--train-data {root}/other.jsonl"),
+    "data_weights": Case("--data-weights 1 3", WEIGHTED),
+    "columns": Case("--columns prompt=solution"),
+    "eval_fraction": Case("--eval-fraction 0.6", HELD_OUT, "evaluations"),
     "eval_data": Case("--eval-data {root}/one.jsonl", EVALUATED, "evaluations"),
     "steps": Case("--steps 3"),
     "prompts_per_step": Case("--prompts-per-step 3"),
@@ -183,8 +189,9 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("field", CASES)
 def test_a_field_changes_the_files_of_a_run(field: str, root: Path, trained: Trained):
     case = CASES[field]
-    without = trained(case.base)
-    with_ = trained(f"{case.base} {case.flags.format(root=root)}")
+    base = case.base.format(root=root)
+    without = trained(base)
+    with_ = trained(f"{base} {case.flags.format(root=root)}")
     assert files_of(with_, case.changes) != files_of(without, case.changes)
 
 

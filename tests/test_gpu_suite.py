@@ -114,7 +114,7 @@ def test_training_steps_are_complete_and_counted(monkeypatch):
     *_, found = gpu_train.measure("qwen2.5-0.5b", "cpu", 1e12)
     assert {"generate", "explain", "forward_backward", "optimizer"} <= set(found["phases"])
     c = gpu_train.SMOKE
-    attempts = c.prompts_per_step * c.num_generations * c.max_completion_length
+    attempts = c.prompts_per_step * c.num_generations * c.max_new_tokens
     assert found["sampled"] == 2 * attempts  # and as many explanations
     assert 0 < found["learnt"] <= 2 * attempts
     assert found["mfu"] > 0

@@ -52,6 +52,7 @@ ORDER = [
     "weights",
     "reporting",
     "algorithms",
+    "inspection",
     "evaluate",
     "report",
     "train",
@@ -61,7 +62,7 @@ ORDER = [
 
 # Missing from a bare GPU image, where ops, model, generator and benchmarks must still run.
 OPTIONAL = {"datasets", "flash_attn", "gguf", "liger_kernel", "math_verify", "rich", "tensorboard"}
-OPTIONAL |= {"sympy", "tyro", "peft", "pandas", "trackio", "vl_convert", "wandb"}
+OPTIONAL |= {"sympy", "tyro", "peft", "pandas", "pyarrow", "trackio", "vl_convert", "wandb"}
 
 of_a_checkout = pytest.mark.skipif(
     not (PACKAGE / "kernels").is_symlink(),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from expo_fast.data import arithmetic
+from expo_fast.data.files import LINE_BYTES
 from expo_fast.data.problems import (
     Problem,
     fingerprint,
@@ -21,7 +22,6 @@ from expo_fast.data.problems import (
     overlap,
     worked_examples,
 )
-from expo_fast.data.sources import LINE_BYTES
 from expo_fast.reward import score_answers
 from expo_fast.reward_functions import reward_columns
 
@@ -498,7 +498,7 @@ def test_a_hub_failure_is_one_line_that_names_the_source(hub):
 
 def test_without_the_hub_package_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"hub:org/name: .*pip install datasets$"):
+    with pytest.raises(ValueError, match=r"hub:org/name: .*pip install .expo-fast\[data\]."):
         load_problems("hub:org/name")
 
 

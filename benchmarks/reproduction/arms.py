@@ -110,6 +110,7 @@ SIZES = {
             "steps": 200,
             "prompts-per-step": 32,
             "generation-budget": 16,
+            "shots": 2,
             "max-completion-length": 256,
             "temperature": 0.7,
             "eval-every": 20,

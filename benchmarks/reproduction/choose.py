@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.reproduction.arms import Size, as_flags
-from expo_fast.config import Train
 from expo_fast.data.problems import Problem, load_problems
 from expo_fast.reward import grader_hash
 from expo_fast.storage.files import replace_file
 
 SEED = 1000  # seed of the samples that select; no run has it
-# The options that are the same as in training.
+# The options that are the same as in training. Each size has them.
 SAMPLED = ("temperature", "shots", "max-completion-length")
 
 Row = dict[str, object]
@@ -88,12 +87,7 @@ def all_fail_questions(size: Size, source: str, n: int, folder: Path) -> list[Ro
 
 def sampling_options(size: Size) -> dict[str, object]:
     """Return the sampling options of training, which has other defaults than evaluation."""
-    defaults = Train()
-    options = {}
-    for flag in SAMPLED:
-        default = getattr(defaults, flag.replace("-", "_"))
-        options[flag] = size.flags.get(flag, default)
-    return options
+    return {flag: size.flags[flag] for flag in SAMPLED}
 
 
 def as_row(problem: Problem) -> Row:

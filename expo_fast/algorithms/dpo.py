@@ -55,8 +55,8 @@ from expo_fast.algorithms.trainer import (
     Metrics,
     StepResult,
     Trainer,
+    batch_of_step,
     optimizer_step,
-    questions_of_step,
 )
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, fingerprint
@@ -132,7 +132,7 @@ def make_pairs(
     """
     config = trainer.config
     prompter = trainer.prompter
-    questions = questions_of_step(trainer.problems, step, config.prompts_per_step, config.seed)
+    questions = batch_of_step(trainer, step, config.seed)
     tokens_before = trainer.sampled_tokens
     metrics: dict[str, Any] = {"pairs/policy_step": policy_step}
     if config.spec.chosen_source == "data":
@@ -437,7 +437,8 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
         "dtype",
         "lora_rank",
     )
-    made_from = {name: getattr(config, name) for name in names}
+    resolved = config.resolved()
+    made_from = {name: getattr(resolved, name) for name in names}
     made_from["weights"] = trainer.initial_weights_hash
     made_from["data"] = fingerprint(trainer.problems)
     made_from["template"] = trainer.prompter.template_hash

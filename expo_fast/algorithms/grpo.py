@@ -48,8 +48,8 @@ from expo_fast.algorithms.trainer import (
     Metrics,
     StepResult,
     Trainer,
+    batch_of_step,
     optimizer_step,
-    questions_of_step,
 )
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -106,14 +106,14 @@ def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
     """
     config = trainer.config
     size = config.prompts_per_step
-    questions = questions_of_step(trainer.problems, step, size, config.seed)
+    questions = batch_of_step(trainer, step, config.seed)
     groups = sample_and_judge(trainer, questions, step, phases)
     for refill in range(config.dynamic_sampling):
         if sum(group.has_unequal_rewards for group in groups) >= size:
             break
         sampled = {group.problem.id for group in groups}
         seed = request_seed(config.seed, "refill", refill)
-        more = questions_of_step(trainer.problems, step, size, seed)
+        more = batch_of_step(trainer, step, seed)
         new = [question for question in more if question.id not in sampled]
         if new:
             groups += sample_and_judge(trainer, new, step, phases)
@@ -285,7 +285,7 @@ def policy_samples(groups: Sequence[Group], config: Train) -> list[Sample]:
         normaliser = {
             "grpo": n_attempts * len(completion.token_ids),
             "dapo": n_tokens,
-            "dr-grpo": n_attempts * config.max_completion_length,
+            "dr-grpo": n_attempts * config.max_new_tokens,
         }[config.loss]
         sample = Sample(
             prompt_ids=prompt_ids,

@@ -6,13 +6,13 @@ one configuration: only the options in `config.ADJUSTABLE` may change on a resum
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.cli.flags import dump_toml, from_toml
-from expo_fast.config import ADJUSTABLE, Train
+from expo_fast.config import ADJUSTABLE, DEPEND_ON_DATA, Train
 from expo_fast.data.problems import fingerprint
 from expo_fast.modeling.lora import load_adapter, save_adapter
 from expo_fast.modeling.shape import Shape
@@ -41,6 +41,20 @@ def check_run_dir(config: Train) -> None:
         if config.resume == "never":
             raise ValueError(f"{run_dir} already holds a run: choose another --output-dir")
         check_same_run(config, record)
+
+
+def with_defaults(config: Train) -> Train:
+    """Return the configuration with a value for each option whose default depends on the data.
+
+    In the directory of a run, it is the value of the run's record, also if the run is older than
+    the present defaults.
+    """
+    record = config.run_dir / "config.toml"
+    if record.is_file():
+        old = from_toml(Train, record)
+        unset = [name for name in DEPEND_ON_DATA if getattr(config, name) is None]
+        config = replace(config, **{name: getattr(old, name) for name in unset})
+    return config.resolved()
 
 
 def check_same_run(config: Train, record: Path) -> None:

@@ -18,6 +18,7 @@ from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
 from expo_fast.reward_functions import Reward, RewardLog, Rewards
 
+NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
 METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens")  # train.py adds them
 TRAINERS_PREFIXES = ("time/", "own/", "exp/", "expert/", "pairs/")  # of metrics
 
@@ -92,7 +93,7 @@ def make_request(
     """
     return Request(
         prompt_ids,
-        config.max_completion_length,
+        config.max_new_tokens,
         temperature=temperature,
         top_p=config.top_p,
         top_k=config.top_k,
@@ -182,7 +183,7 @@ def overlong_punishment(completion: Completion, config: Train) -> float:
     """
     if not config.overlong_buffer:
         return 0.0
-    start = config.max_completion_length - config.overlong_buffer
+    start = config.max_new_tokens - config.overlong_buffer
     return max(0, len(completion.token_ids) - start) / config.overlong_buffer
 
 
@@ -216,6 +217,14 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
         "completions/clipped_ratio": mean([reason == "length" for reason in reasons]),
         "completions/error_ratio": mean([reason == "error" for reason in reasons]),
     }
+
+
+def cut_in_words(clipped_ratio: float, max_new_tokens: int) -> str:
+    """Return a warning that nearly all completions were cut at the length limit."""
+    return (
+        f"{clipped_ratio:.0%} of the completions were cut at --max-completion-length "
+        f"{max_new_tokens} before they ended: raise it, or shorten answers by --instruction"
+    )
 
 
 def reward_function_metrics(

@@ -18,8 +18,8 @@ from expo_fast.algorithms.trainer import (
     Metrics,
     StepResult,
     Trainer,
+    batch_of_step,
     optimizer_step,
-    questions_of_step,
 )
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
@@ -42,7 +42,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     """Run one step: train on the data's texts of one batch of questions, without sampling."""
     config = trainer.config
     prompter = trainer.prompter
-    questions = questions_of_step(trainer.problems, step, config.prompts_per_step, config.seed)
+    questions = batch_of_step(trainer, step, config.seed)
     texts = [(question, [prompter.target(question)]) for question in questions]
     samples = sft_samples(
         texts,

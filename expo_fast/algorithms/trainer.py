@@ -54,6 +54,8 @@ class Trainer:
     initial_weights_hash: str
     pair_store: PairStore | None = None
     """The pairs of a DPO run."""
+    sources: Sequence[Sequence[Problem]] = ()
+    """The problems of each source of the data, which `data_weights` are for."""
     progress: TrainerState = field(default_factory=TrainerState)
     """What reward functions are told of the run. The loop over steps keeps it."""
     explanations: ExplanationCache = field(default_factory=ExplanationCache)
@@ -101,6 +103,7 @@ def make_trainer(
     reward: Reward,
     verify: Verifier,
     progress: TrainerState | None = None,
+    sources: Sequence[Sequence[Problem]] = (),
 ) -> Trainer:
     """Return a trainer with a generator and an optimizer made from the configuration."""
     initial_weights_hash = weights_hash(model)
@@ -130,6 +133,7 @@ def make_trainer(
         merged_copy=merged,
         initial_weights_hash=initial_weights_hash,
         progress=progress or TrainerState(),
+        sources=sources,
     )
 
 
@@ -145,6 +149,22 @@ def weights_hash(model: Decoder) -> str:
         total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
         digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def batch_of_step(trainer: Trainer, step: int, seed: int) -> list[Problem]:
+    """Return the questions of step `step` (from 0).
+
+    With `data_weights`, each source has its share of them, in an order of its own. The questions of
+    all sources are then shuffled, because parts of a batch may get updates of their own.
+    """
+    config = trainer.config
+    if not config.data_weights:
+        return questions_of_step(trainer.problems, step, config.prompts_per_step, seed)
+    questions = []
+    for problems, n in zip(trainer.sources, config.questions_of_sources, strict=True):
+        questions += questions_of_step(problems, step, n, seed)
+    random.Random(request_seed(seed, "mixture", step)).shuffle(questions)
+    return questions
 
 
 def questions_of_step(

@@ -8,7 +8,15 @@ from expo_fast.algorithms.diagnostics import expert_ids
 from expo_fast.algorithms.explanations import answer_after
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
-from expo_fast.data.problems import Problem, load_problems, overlap, split_examples
+from expo_fast.data.problems import (
+    Problem,
+    hold_out,
+    join_sources,
+    load_problems,
+    overlap,
+    subset,
+    worked_examples,
+)
 from expo_fast.data.prompts import Prompter, boxed, check_length, expert_text
 from expo_fast.reward_functions import check_reward_columns
 
@@ -17,42 +25,144 @@ from expo_fast.reward_functions import check_reward_columns
 class TrainingData:
     """The problems, worked examples and held-out problems of a run."""
 
-    problems: list[Problem]
+    sources: list[list[Problem]]
+    """The problems to train on, by source of the data."""
     shots: tuple[Problem, ...]
     """Worked examples, none of which is among the problems."""
     held_out: list[Problem]
     """Problems of the evaluations; empty if the run has no evaluations."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the choice of these problems."""
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The problems to train on, of all sources."""
+        return [problem for source in self.sources for problem in source]
 
 
 def load_training_data(config: Train) -> TrainingData:
-    """Load the problems of a run.
+    """Load the problems of a run and check them.
 
     Raise ValueError if they do not fit the configuration. Warn if training and evaluation data
     overlap.
     """
-    problems = load_problems(config.train_data, levels=config.levels)
-    shots_source = problems
-    if config.shots_data:
-        shots_source = load_problems(config.shots_data, levels=config.levels)
-    shots, problems = split_examples(shots_source, config.shots, problems)
-    held_out = []
-    if config.eval_every:
-        held_out = load_problems(config.eval_data, levels=config.levels, limit=config.eval_limit)
-        check_answers(config.eval_data, held_out)
-    if len(problems) < config.prompts_per_step:
-        raise ValueError(
-            f"{config.train_data} has {len(problems)} problems without {config.shots} worked "
-            f"examples: need at least prompts_per_step={config.prompts_per_step}"
-        )
-    check_columns(config, problems)
-    both = overlap([*shots, *problems], held_out)
+    data = select_problems(config)
+    check_numbers(config, data)
+    check_columns(config, data.problems)
+    both = overlap([*data.shots, *data.problems], data.held_out)
     if both:
         warnings.warn(
-            f"{len(both)} problems of {config.eval_data} are also in {config.train_data}, "
-            f"the first is {both[0].id}: the evaluation is not held out",
+            f"{len(both)} problems of {in_words(config.eval_sources)} are also in "
+            f"{in_words(config.data_sources)}, the first is {both[0].id}: the evaluation is not "
+            "held out",
             stacklevel=2,
         )
-    return TrainingData(problems, shots, held_out)
+    return data
+
+
+def select_problems(config: Train) -> TrainingData:
+    """Load the data of a run, and divide it into worked examples, problems and held-out problems.
+
+    Raise ValueError for data that cannot be read.
+    """
+    sources = load_sources(config, config.data_sources, answers=needs_answers(config))
+    held_out: list[Problem] = []
+    notes: list[str] = []
+    if config.eval_every and config.eval_sources:
+        held_out = load_held_out(config)
+    elif config.eval_every:
+        problems = [problem for source in sources for problem in source]
+        held_out = share_of(config, problems)
+        sources = [without(source, held_out) for source in sources]
+        notes.append(note_of_share(config, problems, held_out))
+    if config.shots_data:
+        candidates = load_problems(config.shots_data, levels=config.levels, columns=config.columns)
+    else:
+        candidates = [problem for source in sources for problem in source]
+    shots, _ = worked_examples(candidates, config.n_shots)
+    sources = [without(source, shots) for source in sources]
+    return TrainingData(sources, shots, held_out, tuple(notes))
+
+
+def load_sources(
+    config: Train, sources: Sequence[str], *, answers: bool, limit: int | None = None
+) -> list[list[Problem]]:
+    """Return the problems of each source, with distinct ids."""
+    parts = []
+    for source in sources:
+        part = load_problems(
+            source,
+            levels=config.levels,
+            limit=limit,
+            columns=config.columns,
+            answers=answers,
+        )
+        parts.append(part)
+    return join_sources(parts)
+
+
+def load_held_out(config: Train) -> list[Problem]:
+    """Return the problems of `eval_data`, at most `eval_limit` of them."""
+    limit = config.eval_limit
+    parts = load_sources(config, config.eval_sources, answers=True, limit=limit)
+    problems = [problem for part in parts for problem in part]
+    held_out = subset(problems, limit, seed=0)
+    check_answers(in_words(config.eval_sources), held_out)
+    return held_out
+
+
+def share_of(config: Train, problems: Sequence[Problem]) -> list[Problem]:
+    """Return the part of the training data that is held out; empty if no problem has an answer."""
+    judged = [problem for problem in problems if problem.answer]
+    if not judged:
+        return []
+    return hold_out(judged, config.eval_fraction, config.eval_limit)
+
+
+def note_of_share(config: Train, problems: Sequence[Problem], held_out: Sequence[Problem]) -> str:
+    """Return a line about the part of the training data that is held out."""
+    source = in_words(config.data_sources)
+    if not held_out:
+        return (
+            f"no evaluation: no row of {source} has an answer to judge attempts by; --eval-data "
+            "names data with answers"
+        )
+    return (
+        f"held out {len(held_out)} of {len(problems)} problems of {source} for evaluation, chosen "
+        f"by a hash of the question (--eval-fraction {config.eval_fraction:g}, at most "
+        f"--eval-limit {config.eval_limit}); --eval-data names other data"
+    )
+
+
+def without(problems: Sequence[Problem], removed: Sequence[Problem]) -> list[Problem]:
+    """Return the problems whose question is not one of the removed ones."""
+    shared = {problem.id for problem in overlap(removed, problems)}
+    return [problem for problem in problems if problem.id not in shared]
+
+
+def in_words(sources: Sequence[str]) -> str:
+    """Return the names of sources for a message."""
+    return ", ".join(sources)
+
+
+def check_numbers(config: Train, data: TrainingData) -> None:
+    """Raise ValueError if there are fewer problems than a batch has."""
+    if config.data_weights:
+        wanted = config.questions_of_sources
+        for name, problems, n in zip(config.data_sources, data.sources, wanted, strict=True):
+            if len(problems) < n:
+                raise ValueError(
+                    f"{name} has {len(problems)} problems: data_weights={config.data_weights} "
+                    f"needs {n} of the prompts_per_step={config.prompts_per_step} of a batch"
+                )
+    n_problems = len(data.problems)
+    if n_problems < config.prompts_per_step:
+        n_held_out = len(data.held_out) if data.notes else 0  # of these problems
+        beside = f" beside the {n_held_out} that are held out" if n_held_out else ""
+        raise ValueError(
+            f"{in_words(config.data_sources)} has {n_problems} problems without {config.n_shots} "
+            f"worked examples: need at least prompts_per_step={config.prompts_per_step}{beside}"
+        )
 
 
 def check_answers(source: str, problems: Sequence[Problem]) -> None:
@@ -70,6 +180,11 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
     spec = config.spec
     contradicting = []
     for problem in problems:
+        if problem.is_text and spec.sft_source != "data":
+            raise ValueError(
+                f"problem {problem.id} is plain text (a row with 'text' and no question): only "
+                f"--method sft trains on it, not {config.method}"
+            )
         trains_on_solution = spec.needs_solutions or (
             spec.sft_source == "data" and problem.pair is None
         )
@@ -83,33 +198,41 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
                 f"--method {config.method} needs both; expo-dpo and expert-dpo make pairs from "
                 "attempts"
             )
-        if needs_answer(config, problem) and not problem.answer:
-            has = "a preference pair" if problem.pair else "a solution without a box"
-            raise ValueError(
-                f"problem {problem.id} has {has} and no 'answer': "
-                f"--method {config.method} needs one to judge attempts; --method dpo trains on "
-                "pairs without answers"
-            )
+        if needs_answers(config) and not problem.answer:
+            raise ValueError(missing_answer(config, problem))
         if config.reward:
-            check_reward_columns(config.train_data, problem)
+            check_reward_columns(in_words(config.data_sources), problem)
     if contradicting:
         warnings.warn(
-            f"{len(contradicting)} solutions of {config.train_data} box an answer that differs "
-            f"from their row's 'answer', the first is {contradicting[0].id}: the run trains on "
-            "them unchanged",
+            f"{len(contradicting)} solutions of {in_words(config.data_sources)} box an answer that "
+            f"differs from their row's 'answer', the first is {contradicting[0].id}: the run "
+            "trains on them unchanged",
             stacklevel=2,
         )
 
 
-def needs_answer(config: Train, problem: Problem) -> bool:
-    """Return whether the run needs the answer: to judge attempts, or to explain it.
+def needs_answers(config: Train) -> bool:
+    """Return whether the run needs the answers of its problems: to judge attempts, or to explain.
 
-    A user's reward function may judge by the solution.
+    A user's reward function judges attempts by what it likes.
     """
     if not config.spec.needs_answers:
         return False
-    judged_by_solution = bool(config.reward_functions and problem.solution)
-    return config.explains or not judged_by_solution
+    return config.explains or not config.reward_functions
+
+
+def missing_answer(config: Train, problem: Problem) -> str:
+    """Return a sentence about a problem without the answer that the run needs."""
+    has = ""
+    if problem.pair:
+        has = "a preference pair and "
+    elif problem.solution:
+        has = "a solution without a box and "
+    use = "explain" if config.explains else "judge attempts"
+    return (
+        f"problem {problem.id} has {has}no 'answer': --method {config.method} needs one to {use}; "
+        "--method dpo trains on pairs without answers, sft on solutions"
+    )
 
 
 def boxes_another_answer(solution: str, answer: str) -> bool:
@@ -126,10 +249,11 @@ def check_lengths(
     context: int,
 ) -> None:
     """Raise ValueError if a problem does not fit the model's context."""
-    new = config.max_completion_length
+    new = config.max_new_tokens
+    sampled = new if config.spec.samples_attempts else 0
     for problem in problems:
         prompt = prompter.explain(problem) if config.explains else prompter.solve(problem)
-        check_length(problem, prompt, new=new, context=context)
+        check_length(problem, prompt, new=sampled, context=context)
         for text in texts_trained_on(config, prompter, problem):
             check_length(problem, prompter.solve(problem) + text, new=0, context=context)
     for problem in held_out:

@@ -32,7 +32,17 @@ THEMES: dict[str, tuple[str, ...]] = {
         "dry_run",
     ),
     "Model": ("model", "dtype", "device"),
-    "Data": ("train_data", "eval_data", "data", "limit", "levels"),
+    "Data": (
+        "train_data",
+        "data_weights",
+        "eval_data",
+        "eval_fraction",
+        "data",
+        "data_dir",
+        "columns",
+        "limit",
+        "levels",
+    ),
     "Prompts": ("shots", "shots_data", "system_prompt", "instruction"),
     "Sampling": (
         "num_generations",
@@ -91,8 +101,8 @@ THEMES: dict[str, tuple[str, ...]] = {
     ),
     "Memory and precision": ("pack_tokens", "gradient_checkpointing", "batch_invariant"),
     "Evaluation": ("eval_every", "eval_limit", "eval_samples", "eval_temperature"),
-    "Checkpoints and logs": ("checkpoint_every", "keep_checkpoints", "diagnose"),
-    "Results": ("output",),
+    "Checkpoints and logs": ("checkpoint_every", "keep_checkpoints", "diagnose", "report_to"),
+    "Results": ("output", "lm_eval_output"),
 }
 ARGUMENTS = "Arguments"  # the title of positional arguments
 OTHERS = "Flags"  # the title of fields without a theme

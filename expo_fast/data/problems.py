@@ -1,11 +1,12 @@
-"""Problems: questions with known answers, from JSONL files, hub data sets or the generator.
+"""Problems: questions with known answers, from data files, hub data sets or the generator.
 
-A source is a path to JSON lines (gzipped or not), `hub:ORG/NAME[/CONFIG][:SPLIT]`, or
-`builtin:NAME[:SPLIT]`. Each row has a question in `prompt`, `problem` or `question`, as text or as
-chat messages, and an `answer`. It may have a `solution`, a `level` and an `id`. An answer in the
-style of GSM8K, "... reasoning ... #### 42", in a row without a solution is split into a solution
-and an answer. row_forms.py says which other forms of TRL and verl are read. Chat messages may end
-with the beginning of the answer, an assistant's message, which the model continues.
+A source is a path to a file, a folder or a pattern of files (files.py says which forms), a hub data
+set `hub:ORG/NAME[/CONFIG][:SPLIT]`, the name of a benchmark, or `builtin:NAME[:SPLIT]`. Each row
+has a question in `prompt`, `problem` or `question`, as text or as chat messages, and an `answer`.
+It may have a `solution`, a `level` and an `id`. An answer in the style of GSM8K, "... reasoning ...
+#### 42", in a row without a solution is split into a solution and an answer. row_forms.py says
+which other forms of rows are read. Chat messages may end with the beginning of the answer, an
+assistant's message, which the model continues.
 
 A complete source is checked before anything is built on it. The first bad row is a ValueError that
 names its file, line and value.
@@ -16,7 +17,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from expo_fast.data.columns import (
     Message,
@@ -26,10 +27,17 @@ from expo_fast.data.columns import (
     read_reply,
     shown,
 )
-from expo_fast.data.row_forms import Answer, extract_prompt, find_answer
-from expo_fast.data.sources import Row, read_rows
+from expo_fast.data.files import Row
+from expo_fast.data.row_forms import (
+    QUESTION_COLUMNS,
+    Answer,
+    extract_question,
+    find_answer,
+    parse_names,
+    rename,
+)
+from expo_fast.data.sources import read_rows
 
-QUESTION_COLUMNS = ("prompt", "problem", "question")  # the first one that a row has is taken
 RENDERING_COLUMNS = ("tools", "chat_template_kwargs")
 
 
@@ -38,12 +46,18 @@ class Problem:
     """A question with its known answer."""
 
     id: str
-    prompt: str | tuple[Message, ...]  # the question, or chat messages (see read_prompt)
-    answer: str  # the final answer alone; "" if the row has a pair instead
-    solution: str | None = None  # the expert's chain of thought
+    # The question, or chat messages (see read_prompt); "" if the solution is plain text.
+    prompt: str | tuple[Message, ...]
+    answer: str  # the final answer alone; "" if the row has none
+    solution: str | None = None  # the expert's chain of thought, or another text to train on
     level: int | None = None
     columns: Mapping[str, object] = field(default_factory=dict)  # the other columns of the row
     pair: tuple[str, str] | None = None  # a chosen and a rejected answer, if the row has them
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the problem is plain text to train on, without a question."""
+        return self.prompt == ""
 
     @property
     def prefill(self) -> str:
@@ -59,6 +73,9 @@ def load_problems(
     levels: Sequence[int] = (),  # keep only these; () keeps all
     limit: int | None = None,  # how many to generate, or the size of a random subset, in order
     seed: int = 0,  # of the generator or the subset; subsets of one seed are nested
+    columns: Sequence[str] = (),  # NAME=COLUMN for columns with other names
+    answers: bool = True,  # whether every row needs an answer or a pair
+    data_dir: str | None = None,  # folder of benchmarks; None: that of EXPO_FAST_DATA
 ) -> list[Problem]:
     """Read, check and select the problems of `source` (see the module's docstring).
 
@@ -68,19 +85,77 @@ def load_problems(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: ask for at least one problem of {source}")
-    first: dict[str, str] = {}  # id -> where it was seen
-    problems = []
-    for row in read_rows(source, levels=levels, limit=limit, seed=seed):
-        problem = _problem(row)
-        if problem.id in first:
-            raise ValueError(
-                f"{row.where}: id {problem.id!r} is that of {first[problem.id]}; ids must differ"
-            )
-        first[problem.id] = row.where
-        problems.append(problem)
+    names = {} if source.startswith("builtin:") else parse_names(columns)
+    rows = read_rows(source, levels=levels, limit=limit, seed=seed, data_dir=data_dir)
+    read = ((row.where, _problem(row, names, answers=answers)) for row in rows)
+    problems = _with_distinct_ids(read)
     if not problems:
         raise ValueError(f"{source}: holds no problem; give a data set with at least one row")
-    return _subset(_of_levels(problems, levels, source), limit, seed)
+    return subset(_of_levels(problems, levels, source), limit, seed)
+
+
+def _with_distinct_ids(read: Iterable[tuple[str, Problem]]) -> list[Problem]:
+    """Return the problems, given with their places.
+
+    An id that another file of the source has gets the number of its file: `7@2`. Raise ValueError
+    if a file has an id twice.
+    """
+    first: dict[str, str] = {}  # id -> where it was seen
+    files: dict[str, int] = {}  # file -> its number
+    problems = []
+    for where, problem in read:
+        file = where.rpartition(":")[0]
+        number = files.setdefault(file, len(files) + 1)
+        if problem.id in first and first[problem.id].rpartition(":")[0] != file:
+            problem = replace(problem, id=f"{problem.id}@{number}")
+        if problem.id in first:
+            raise ValueError(
+                f"{where}: id {problem.id!r} is that of {first[problem.id]}; ids must differ"
+            )
+        first[problem.id] = where
+        problems.append(problem)
+    return problems
+
+
+def join_sources(parts: Sequence[Sequence[Problem]]) -> list[list[Problem]]:
+    """Return the problems of several sources with distinct ids.
+
+    An id that an earlier source has gets the number of its source: `7@2`.
+    """
+    seen: set[str] = set()
+    joined = []
+    for number, part in enumerate(parts, 1):
+        distinct = []
+        for problem in part:
+            if problem.id in seen:
+                problem = replace(problem, id=f"{problem.id}@{number}")
+            distinct.append(problem)
+        seen |= {problem.id for problem in distinct}
+        joined.append(distinct)
+    return joined
+
+
+def hold_out(problems: Sequence[Problem], fraction: float, limit: int) -> list[Problem]:
+    """Return the problems to hold out for evaluation, in the order of the data.
+
+    A question is held out if its hash is among the lowest `fraction` of all hashes, so the choice
+    does not change if rows are added or in another order. Of more than `limit` questions, those
+    with the lowest hashes are held out. At least one is. Each question is held out once.
+    """
+    by_question: dict[str, Problem] = {}  # the first problem of several
+    for problem in problems:
+        by_question.setdefault(question_text(problem), problem)
+    places = {question: _place(question) for question in by_question}
+    order = sorted(by_question, key=places.__getitem__)
+    n_below = sum(place < fraction for place in places.values())
+    chosen = set(order[: min(limit, max(1, n_below))])
+    return [problem for question, problem in by_question.items() if question in chosen]
+
+
+def _place(question: str) -> float:
+    """Return the place of a question's hash among all hashes, from 0 to 1."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 def worked_examples(
@@ -97,7 +172,7 @@ def worked_examples(
         raise ValueError(f"{k} worked examples: ask for 0 or more")
     solved: dict[str, Problem] = {}  # by question; the first of several
     for problem in problems:
-        if problem.solution:
+        if problem.solution and not problem.is_text:
             solved.setdefault(question_text(problem), problem)
     if len(solved) < k:
         raise ValueError(
@@ -150,8 +225,9 @@ def overlap(train: Iterable[Problem], evaluation: Iterable[Problem]) -> list[Pro
 
 
 def question_text(problem: Problem) -> str:
-    """Return the question without case and spaces, to recognize equal ones."""
-    text = unicodedata.normalize("NFC", last_question(problem))
+    """Return the question, or the plain text, without case and spaces, to recognize equal ones."""
+    text = problem.solution or "" if problem.is_text else last_question(problem)
+    text = unicodedata.normalize("NFC", text)
     return "".join(text.casefold().split())
 
 
@@ -179,24 +255,27 @@ def _of_levels(
     raise ValueError(f"{source}: no problem of level {wanted}; levels present: {found}")
 
 
-def _subset(problems: list[Problem], limit: int | None, seed: int) -> list[Problem]:
+def subset(problems: list[Problem], limit: int | None, seed: int) -> list[Problem]:
+    """Return a random subset of the size `limit`, in order; None: all. Subsets are nested."""
     order = list(range(len(problems)))
     random.Random(seed).shuffle(order)
     chosen = sorted(order[:limit])
     return [problems[i] for i in chosen]
 
 
-def _problem(row: Row) -> Problem:
+def _problem(row: Row, names: Mapping[str, str], *, answers: bool) -> Problem:
     where = row.where
     if not isinstance(row.value, Mapping):
         raise ValueError(f"{where}: a row must be a JSON object, not {shown(row.value)}")
     columns: dict[str, object] = dict(row.value)
-    question = next((name for name in QUESTION_COLUMNS if name in columns), None)
-    question = extract_prompt(where, columns, question)
+    rename(where, columns, names)
+    question = extract_question(where, columns)
+    if question is None and "text" in columns:
+        return _plain_text(where, columns, answers=answers)
     pair = _pair(where, columns)
     missing = _missing(question, columns)
-    answer = find_answer(where, columns, required=pair is None)
-    if question is None or (answer is None and not pair):
+    answer = find_answer(where, columns, required=answers and pair is None)
+    if question is None or (answers and answer is None and not pair):
         raise ValueError(f"{where}: {missing}")
     answer = answer or Answer("")
     prompt = read_prompt(f"{where}: {question}", columns.pop(question))
@@ -212,6 +291,20 @@ def _problem(row: Row) -> Problem:
         columns=columns,
         pair=pair,
     )
+
+
+def _plain_text(where: str, columns: dict[str, object], *, answers: bool) -> Problem:
+    """Return the problem of a row with `text` and no question."""
+    if answers:
+        raise ValueError(
+            f"{where}: the row has 'text' and no question: only --method sft trains on plain text"
+        )
+    text = columns.pop("text")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: text must be text that is not empty, not {shown(text)}")
+    id_ = _id(where, columns.pop("id", None))
+    level = read_level(f"{where}: level", columns.pop("level", None))
+    return Problem(id_, prompt="", answer="", solution=text, level=level, columns=columns)
 
 
 def _refuse_rendering_options(where: str, columns: Mapping[str, object]) -> None:

@@ -54,7 +54,12 @@ class Prompter:
     # Prompts
 
     def solve(self, problem: Problem) -> TokenIds:
-        """Return the token ids of the plain question, up to the start of the answer."""
+        """Return the token ids of the plain question, up to the start of the answer.
+
+        Of plain text, return its first token, because nothing predicts it.
+        """
+        if problem.is_text:
+            return self._plain_text(problem)[:1]
         return self._render(problem, explain=False)
 
     def explain(self, problem: Problem) -> TokenIds:
@@ -93,7 +98,12 @@ class Prompter:
         return self.completion(problem, expert_text(problem))
 
     def target(self, problem: Problem) -> TokenIds:
-        """Return the completion ids that the data prefer: a pair's chosen text, or the solution."""
+        """Return the completion ids that the data prefer: a pair's chosen text, or the solution.
+
+        Of plain text, return all tokens but the first, with the end of a text.
+        """
+        if problem.is_text:
+            return self._plain_text(problem)[1:]
         if problem.pair is not None:
             chosen, _ = problem.pair
             return self.completion(problem, chosen)
@@ -217,6 +227,12 @@ class Prompter:
     def _render(self, problem: Problem, *, explain: bool) -> TokenIds:
         return tuple(self._encode_from_start(self._prompt_text(problem, explain=explain)))
 
+    def _plain_text(self, problem: Problem) -> TokenIds:
+        """Return the token ids of plain text and the end, without a template, as TRL has them."""
+        text = problem.solution or ""
+        end = self.tokenizer.eos_token or ""
+        return tuple(self.tokenizer(text if text.endswith(end) else text + end).input_ids)
+
     def _prompt_text(self, problem: Problem, *, explain: bool) -> str:
         turns = self._turns(problem, explain)
         return self._fill(turns) if self._has_chat_template else _plain(turns)
@@ -302,12 +318,15 @@ def check_length(
     if len(prompt) + new > context:
         raise ValueError(
             f"problem {problem.id} takes {len(prompt)} prompt tokens + max_completion_length={new}"
-            f", but the model's context holds {context}: shorten it, or show fewer --shots"
+            f", but the model's context holds {context}: shorten it, show fewer --shots or lower "
+            "--max-completion-length"
         )
 
 
 def expert_text(problem: Problem) -> str:
     """Return the expert's solution with its answer in a box. Add the box if it is missing.
+
+    A solution without a known answer is returned as it is.
 
     Raise ValueError if the problem has no solution.
     """
@@ -316,7 +335,7 @@ def expert_text(problem: Problem) -> str:
             f"problem {problem.id} has no expert solution: worked examples (--shots) and "
             "the methods expert-grpo, expert-dpo and sft need a 'solution' column"
         )
-    if "\\boxed" in problem.solution:
+    if "\\boxed" in problem.solution or not problem.answer:
         return problem.solution
     return problem.solution + boxed(problem.answer)
 

@@ -1,55 +1,65 @@
-"""Read data rows from JSON lines, hub data sets or the built-in generator.
+"""Read data rows from files, hub data sets, benchmarks or the built-in generator.
 
 The rows of a source are yielded one by one, with the place that errors name ("data/a.jsonl:7").
 Nothing is known here about what a row should hold.
 """
 
-import codecs
-import gzip
-import json
+import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
 
 from expo_fast.data import arithmetic
-from expo_fast.data.columns import shown
+from expo_fast.data.files import INSTALL, Row, file_rows, files_of, form_of
 
-LINE_BYTES = 8 << 20  # a longer line is no row of text
-NESTING = 64  # the most lists and objects inside one another
 HUB_NAME = re.compile(r"([^/:]+/[^/:]+)(?:/([^/:]+))?(?::(.+))?")
+# What is taken for a hub name without `hub:`, if there is no such path.
+BARE_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[^/\\]+)?")
 
 # The levels of each built-in data set, () for all.
 ONE_LEVEL = {f"arithmetic-{level}": (level,) for level in arithmetic.LEVELS}
 BUILTINS = {"arithmetic": (), **ONE_LEVEL}
 
-
-class Row(NamedTuple):
-    """A row of data, and its place in the source."""
-
-    where: str
-    value: object
+BENCHMARKS = {  # name: where the hub has its test split
+    "gsm8k": "openai/gsm8k/main:test",
+    "math-500": "HuggingFaceH4/MATH-500:test",
+}
+DATA_DIR = "EXPO_FAST_DATA"
 
 
 def read_rows(
     source: str,
     *,
-    levels: Sequence[int],  # for the generator
-    limit: int | None,  # for the generator: the number of rows, None for its default
-    seed: int,  # for the generator
+    levels: Sequence[int] = (),  # for the generator
+    limit: int | None = None,  # for the generator: the number of rows, None for its default
+    seed: int = 0,  # for the generator
+    data_dir: str | None = None,  # folder of benchmarks; None: that of EXPO_FAST_DATA
 ) -> Iterator[Row]:
     """Yield the rows of a source.
 
-    Raises FileNotFoundError for a missing file. Raises ValueError for a line that is not a JSON
-    value, an unknown built-in data set, and a hub data set that cannot be loaded.
+    Raises FileNotFoundError for a missing file. Raises ValueError for a row that cannot be read, an
+    unknown built-in data set, and a hub data set that cannot be loaded.
     """
     kind, _, name = source.partition(":")
     if kind == "builtin":
         return _builtin_rows(name, levels, limit, seed)
     if kind == "hub":
         return _hub_rows(name)
-    return _file_rows(Path(source).expanduser())
+    files = files_of(source)
+    if not files and source in BENCHMARKS:
+        return _benchmark_rows(source, data_dir)
+    if not files and _may_be_hub_name(source):
+        return _hub_rows(source)
+    if not files:
+        raise FileNotFoundError(
+            f"{source}: no such file; for data of the hub write hub:ORG/NAME, for ours builtin:NAME"
+        )
+    return _rows_of_files(files)
+
+
+def _rows_of_files(files: Sequence[Path]) -> Iterator[Row]:
+    for file in files:
+        yield from file_rows(file)
 
 
 def _builtin_rows(
@@ -68,6 +78,13 @@ def _builtin_rows(
         yield Row(f"builtin:{name}:{number}", row)
 
 
+def _may_be_hub_name(source: str) -> bool:
+    """Return whether a source without a file is ORG/NAME[:SPLIT], and no misspelt path."""
+    name, _, _ = source.partition(":")
+    is_path = form_of(Path(name)) is not None or Path(name).parent.exists()
+    return BARE_HUB_NAME.fullmatch(source) is not None and not is_path
+
+
 def _hub_rows(name: str) -> Iterator[Row]:
     parts = HUB_NAME.fullmatch(name)
     if parts is None:
@@ -75,7 +92,7 @@ def _hub_rows(name: str) -> Iterator[Row]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"hub:{name}: needs a package: pip install datasets") from error
+        raise ValueError(f"hub:{name}: needs a package: {INSTALL}") from error
     path, config, split = parts.groups()
     try:
         rows = datasets.load_dataset(path, config, split=split or "train")
@@ -86,73 +103,44 @@ def _hub_rows(name: str) -> Iterator[Row]:
         yield Row(f"hub:{name}:{number}", row)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a JSONL file in it")
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file; for data of the hub write hub:ORG/NAME, for ours builtin:NAME"
-        )
-    for number, line in enumerate(_lines(path), 1):
-        where = f"{path}:{number}"
-        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if text.strip():
-            yield Row(where, _parse(where, text))
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, unzipped if it is a gzip."""
-    with path.open("rb") as raw:
-        zipped = raw.peek(2)[:2] == b"\x1f\x8b"
-        lines = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
-        number = 0
-        try:
-            while line := lines.readline(LINE_BYTES + 1):
-                number += 1
-                if len(line) > LINE_BYTES:
-                    raise ValueError(f"{path}:{number}: a line of more than {LINE_BYTES >> 20} MiB")
-                yield line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{path}:{number + 1}: the gzip is cut short or damaged ({error}); get it again"
-            ) from error
-
-
-def _parse(where: str, line: bytes) -> object:
+def _benchmark_rows(name: str, data_dir: str | None) -> Iterator[Row]:
+    """Yield the rows of a benchmark's test split, from the folder of benchmarks or the hub."""
+    folder = data_dir or os.environ.get(DATA_DIR)
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
+    files = [] if folder is None else _benchmark_files(name, Path(folder).expanduser())
+    if files:
+        yield from _rows_of_files(files)
+        return
+    searched = f"{folder} has no file {name}.jsonl" if folder else f"{DATA_DIR} names no folder"
     try:
-        row = json.loads(line.decode(), object_pairs_hook=_object)
-        json.dumps(row, ensure_ascii=False).encode()  # fails for an escaped lone surrogate
-        if _depth(row) > NESTING:
-            raise RecursionError
-        return row
-    except json.JSONDecodeError as error:
-        rest = shown(error.doc[error.pos :])
-        raise ValueError(f"{where}:{error.colno}: not JSON ({error.msg}): {rest}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from error
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"{where}: {half!a} is half a character (a lone surrogate)") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: nested more than {NESTING} deep") from error
-    except ValueError as error:  # a repeated key, or an integer of thousands of digits
-        raise ValueError(f"{where}: {error}") from error
+        yield from _hub_rows(BENCHMARKS[name])
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: {searched} (see --data-dir), and the hub fails: {error}"
+        ) from error
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Build a JSON object. Raise ValueError for a repeated key."""
-    row: dict[str, object] = {}
-    for name, value in pairs:
-        if name in row:
-            raise ValueError(f"the key {name!r} is there twice; keep one")
-        row[name] = value
-    return row
+def _benchmark_files(name: str, folder: Path) -> list[Path]:
+    """Return the files of a benchmark's test split: NAME, NAME_test or NAME/test* with any form.
+
+    Capitals, `-` and `_` in their names do not matter.
+    """
+    wanted = _bare(name)
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and _bare(path.name) == wanted:
+            for file in sorted(path.iterdir()):
+                if _bare(file.name).startswith("test") and form_of(file):
+                    found.append(file)
+        elif path.is_file() and form_of(path):
+            stem = _bare(path.name.partition(".")[0])
+            if stem in (wanted, f"{wanted}test"):
+                return [path]
+    return found
 
 
-def _depth(value: object) -> int:
-    inner = ()
-    if isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, list):
-        inner = value
-    return 1 + max(map(_depth, inner), default=0)
+def _bare(name: str) -> str:
+    return re.sub("[-_]", "", name).casefold()

@@ -9,7 +9,7 @@ needs less.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ from expo_fast.inference.cpu_engine import NativeEngine
 from expo_fast.inference.requests import Request
 from expo_fast.inference.scheduler import Scheduler
 from expo_fast.inference.stop_rules import StopRules
+from expo_fast.inspection.machine import GB, available_memory
 from expo_fast.modeling import attention
 from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.lora import attach
@@ -35,6 +36,7 @@ from expo_fast.modeling.packing import Pack, Sample, pack
 from expo_fast.modeling.shape import Shape
 
 FP32_BYTES = 4
+MOST_OF_MEMORY = 0.9  # the system needs the rest
 MOMENTS = 2  # AdamW's m and v
 ROWS_OF_A_SPAN = 1024  # csrc's kSpan: the head's gradient of more rows is summed in fp32
 # Libraries that are imported on first use, the tokenizer and the threads: measured on Linux with a
@@ -77,6 +79,37 @@ class MemoryEstimate:
     @property
     def peak(self) -> int:
         return max(self.training, self.sampling)
+
+
+def memory_lines(config: Train, estimate: MemoryEstimate) -> Iterator[str]:
+    """Yield the lines of a table of the parts, the peak and, if it does not fit, advice."""
+    device = "cuda" if uses_cuda(config) else "cpu"
+    available = available_memory(device)
+    yield "memory, at most, if every text reaches the length limit"
+    for name, size in asdict(estimate).items():
+        yield f"{name.replace('_', ' '):<14} {size / GB:8.2f} GB"
+    yield f"{'peak':<14} {estimate.peak / GB:8.2f} GB of {available / GB:.1f} GB"
+    if estimate.peak > MOST_OF_MEMORY * available:
+        yield advice(config, estimate)
+
+
+def advice(config: Train, estimate: MemoryEstimate) -> str:
+    """Return what makes the largest part smaller."""
+    if estimate.sampling > estimate.training:
+        return (
+            "this may not fit: sampling needs the most; lower --max-completion-length, or sample "
+            "fewer completions at a time with --prompts-per-step"
+        )
+    if estimate.activations >= max(estimate.optimizer, estimate.gradients):
+        halved = max(1, config.pack_tokens // 2)
+        more = "" if config.gradient_checkpointing else ", or use --gradient-checkpointing"
+        return (
+            f"this may not fit: activations need the most; use --pack-tokens {halved}, which "
+            f"changes no result{more}"
+        )
+    if not config.lora_rank:
+        return "this may not fit: the optimizer needs the most; train adapters with --lora-rank 16"
+    return "this may not fit: the weights need the most; use a smaller model"
 
 
 def estimate_memory(
@@ -158,14 +191,14 @@ def policy_texts(config: Train, prompter: Prompter, questions: Sequence[Problem]
     """Return samples with the lengths of the policy term's attempts."""
     if not config.spec.policy_term:
         return []
-    attempts = [(0,) * config.max_completion_length] * config.group_size
+    attempts = [(0,) * config.max_new_tokens] * config.group_size
     return samples_of(prompter, questions, lambda _: attempts)
 
 
 def texts(config: Train, prompter: Prompter, questions: Sequence[Problem]) -> list[Sample]:
     """Return samples with the lengths of the SFT term's texts, or of the pairs."""
     spec = config.spec
-    sampled = (0,) * config.max_completion_length
+    sampled = (0,) * config.max_new_tokens
 
     def of_question(question: Problem) -> list[tuple[int, ...]]:
         if spec.chosen_source == "data":

@@ -2,7 +2,8 @@
 
 The unbiased estimate of pass@k from n samples with c right ones is 1 - C(n-c, k) / C(n, k)
 (arXiv:2107.03374, eq. 1). The majority vote is right if the most common answer is right
-(arXiv:2203.11171). Intervals are from a bootstrap over problems.
+(arXiv:2203.11171). maj@k is the mean over the votes of the n // k disjoint groups of k consecutive
+samples, and `majority` is that of all n samples. Intervals are from a bootstrap over problems.
 """
 
 import random
@@ -49,20 +50,38 @@ def by_level(problems: Sequence[Samples]) -> dict[int, list[Samples]]:
     return dict(sorted(levels.items()))
 
 
-def accuracy(problems: Sequence[Samples], ks: Sequence[int]) -> dict[str, Any]:
+def accuracy(
+    problems: Sequence[Samples], ks: Sequence[int], votes: Sequence[int] = ()
+) -> dict[str, Any]:
     """Return pass@k for each k and `majority`, both with 95% intervals, and `all_fail`.
 
     problems: one or more, with the same number of samples each.
+    votes: values of k for maj@k.
     """
     n_samples = len(problems[0])
     n_right = [_count_right(samples) for samples in problems]
     row: dict[str, Any] = {}
     for k in ks:
-        chances = [pass_at_k(n_samples, c, k) for c in n_right]
-        row |= _with_interval(f"pass@{k}", chances)
+        row |= _with_interval(f"pass@{k}", pass_chances(problems, k))
     row["all_fail"] = n_right.count(0) / len(problems)
-    votes = [float(majority_is_right(samples)) for samples in problems]
-    return row | _with_interval("majority", votes)
+    for k in votes:
+        row |= _with_interval(f"maj@{k}", majorities(problems, k))
+    return row | _with_interval("majority", majorities(problems, n_samples))
+
+
+def pass_chances(problems: Sequence[Samples], k: int) -> list[float]:
+    """Return the unbiased estimate of pass@k of each problem."""
+    return [pass_at_k(len(samples), _count_right(samples), k) for samples in problems]
+
+
+def majorities(problems: Sequence[Samples], k: int) -> list[float]:
+    """Return maj@k of each problem."""
+    return [_majority_at_k(samples, k) for samples in problems]
+
+
+def _majority_at_k(samples: Samples, k: int) -> float:
+    starts = range(0, len(samples) - k + 1, k)
+    return fmean([float(majority_is_right(samples[start : start + k])) for start in starts])
 
 
 def _count_right(samples: Samples) -> int:

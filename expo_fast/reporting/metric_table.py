@@ -412,6 +412,12 @@ EVALUATIONS = Section(
             "Above pass@1 if the right answer is more common than any single wrong answer.",
         ),
         Metric(
+            "maj@K",
+            "fraction",
+            "The same for votes of K samples: with `--k K`, the mean over disjoint groups.",
+            "How the vote gains from more samples. `majority` is that of all samples.",
+        ),
+        Metric(
             "all_fail",
             "fraction",
             "Problems without a right sample.",

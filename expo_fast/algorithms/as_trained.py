@@ -1,0 +1,104 @@
+"""The record of a run for the evaluation of its model: prompts as in training."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from expo_fast.algorithms.training_data import TrainingData, select_problems
+from expo_fast.cli.flags import from_toml
+from expo_fast.config import Evaluate, Train
+from expo_fast.storage import checkpoint
+
+# The options of an evaluation that the record of a run sets.
+RECORDED = (
+    "shots",
+    "shots_data",
+    "system_prompt",
+    "instruction",
+    "levels",
+    "columns",
+    "max_completion_length",
+)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint of a run, with the run's record."""
+
+    checkpoint: Path
+    run_dir: Path
+    config: Train
+
+    @property
+    def template_hash(self) -> str | None:
+        """The hash of the prompts of training, None if the checkpoint has none."""
+        file = self.checkpoint / checkpoint.STATE_FOLDER / checkpoint.STATE_VALUES
+        if not file.is_file():
+            return None
+        values = json.loads(file.read_bytes())
+        return values.get("identity", {}).get("prompt template")
+
+
+def find_trained(model: str) -> TrainedModel | None:
+    """Return the checkpoint and record if `model` is a run directory or a checkpoint in one.
+
+    Of a run directory, take the newest undamaged checkpoint. Return None for another model. Raise
+    ValueError if a run directory has no checkpoint.
+    """
+    path = Path(model).expanduser()
+    if (path / "config.toml").is_file():
+        newest = checkpoint.newest(path)
+        if newest is None:
+            raise ValueError(
+                f"--model {model}: the run has no complete checkpoint: resume it, or name a model"
+            )
+        return TrainedModel(newest, path, recorded(path))
+    run_dir = path.resolve().parent.parent
+    inside = path.resolve().parent.name == "checkpoints" and (run_dir / "config.toml").is_file()
+    return TrainedModel(path, run_dir, recorded(run_dir)) if inside else None
+
+
+def recorded(run_dir: Path) -> Train:
+    """Return the configuration in the record of a run."""
+    return from_toml(Train, run_dir / "config.toml").resolved()
+
+
+def with_record(config: Evaluate, trained: TrainedModel) -> Evaluate:
+    """Return the options of an evaluation, with those of the record for options without a flag."""
+    unset = [name for name in RECORDED if is_unset(config, name)]
+    values = {name: getattr(trained.config, name) for name in unset}
+    return replace(config, model=str(trained.checkpoint), **values)
+
+
+def is_unset(config: Evaluate, name: str) -> bool:
+    """Return whether an option was not given."""
+    value = getattr(config, name)
+    return value is None or (name == "columns" and not value)
+
+
+def difference(config: Evaluate, trained: TrainedModel) -> str | None:
+    """Return a line about the options that differ from the record, None if there are none."""
+    differing = []
+    for name in RECORDED:
+        ours = getattr(config, name)
+        theirs = getattr(trained.config, name)
+        if ours != theirs and (ours or theirs):  # an empty system prompt is none
+            differing.append(f"{name}={ours!r} (in training {theirs!r})")
+    if not differing:
+        return None
+    return f"evaluated otherwise than trained in {trained.run_dir}: {', '.join(differing)}"
+
+
+def problems_of_run(config: Evaluate, trained: TrainedModel) -> TrainingData:
+    """Return the data of the run, for the shots and levels of the evaluation.
+
+    Raise ValueError if the data cannot be read.
+    """
+    asked = replace(
+        trained.config,
+        shots=config.shots,
+        shots_data=config.shots_data,
+        levels=config.levels,
+        columns=config.columns,
+    )
+    return select_problems(asked)
