@@ -1,12 +1,12 @@
-"""Peak memory and seconds of a training step by model size: python -m benchmarks.model_sizes
+"""Peak memory of training by model size: python -m benchmarks.model_sizes [-- flags of training]
 
 The models have random weights, the shapes of the named models, and the tokenizer of the default
-model, so that nothing is downloaded but the default model. Each run is a process of its own. The
-peak is that of the process's resident memory (on a GPU: of the memory that torch allocated).
+model, so that nothing is downloaded but the default model. A reward that depends on the tokens
+gives both terms of the loss a gradient. Each run is a process of its own. The peak is that of the
+process's resident memory (on a GPU: of the memory that torch allocated).
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from expo_fast.storage.hf_files import write_model
-from expo_fast.weights import find_model, load_model
+from expo_fast.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -38,34 +38,33 @@ SIZES = {
     "Qwen2.5-0.5B": Size("qwen2", 896, 4864, 24, 14, 2, 151936),
     "Qwen2.5-1.5B": Size("qwen2", 1536, 8960, 28, 12, 2, 151936),
 }
+REWARD = """
+def parity(completion_ids, **columns):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+"""
 PROGRAM = """
-import json, resource, sys, torch
+import resource, sys, torch
 from expo_fast import train
 train.main(sys.argv[1:])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 if torch.cuda.is_available():
     peak = torch.cuda.max_memory_allocated()
-print(json.dumps({"peak": peak}))
+print(peak)
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("flags", nargs="*", help="flags of expo_fast.train, after --")
     options = parser.parse_args()
-    print("| model | parameters | peak, GB | s a step | sampled tokens a step |")
-    print("|---|--:|--:|--:|--:|")
+    print("| model | parameters | peak, GB |")
+    print("|---|--:|--:|")
     for name in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            model = Path(folder, "model")
-            parameters = write_random_model(SIZES[name], model)
-            peak, rows = run(model, Path(folder, "run"), options.steps, options.flags)
-        print(
-            f"| {name} | {parameters / 1e6:.0f}M | {peak / 1e9:.1f} | {row_cells(rows)} |",
-            flush=True,
-        )
+            parameters = write_random_model(SIZES[name], Path(folder, "model"))
+            peak = peak_of_training(Path(folder), options.flags)
+        print(f"| {name} | {parameters / 1e6:.0f}M | {peak / 1e9:.1f} |", flush=True)
 
 
 def write_random_model(size: Size, folder: Path) -> int:
@@ -96,24 +95,21 @@ def write_random_model(size: Size, folder: Path) -> int:
     return sum(weight.numel() for weight in weights.values())
 
 
-def run(model: Path, run_dir: Path, steps: int, flags: list[str]) -> tuple[int, list[dict]]:
-    """Train in a process of its own. Return its peak memory in bytes and the rows of its steps."""
-    command = [sys.executable, "-c", PROGRAM, "--model", str(model), "--output-dir", str(run_dir)]
-    command += ["--steps", str(steps), "--eval-every", "0", "--checkpoint-every", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = json.loads(done.stdout.splitlines()[-1])["peak"]
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return peak, [json.loads(line) for line in lines]
-
-
-def row_cells(rows: list[dict]) -> str:
-    """Return the cells of the steps after the first one, which also compiles kernels."""
-    later = rows[1:] or rows
-    seconds = [sum(v for k, v in row.items() if k.startswith("time/") and v) for row in later]
-    tokens = (rows[-1]["num_tokens"] - rows[0]["num_tokens"]) / max(1, len(rows) - 1)
-    return f"{sum(seconds) / len(seconds):.1f} | {tokens:.0f}"
+def peak_of_training(folder: Path, flags: list[str]) -> int:
+    """Train the model of a folder in a process of its own. Return its peak memory in bytes."""
+    reward = folder / "reward.py"
+    reward.write_text(REWARD)
+    command = [sys.executable, "-c", PROGRAM]
+    command += ["--model", str(folder / "model"), "--output-dir", str(folder / "run")]
+    command += ["--steps", "2", "--prompts-per-step", "8"]  # more than one pack of 4096 tokens
+    command += ["--eval-every", "0", "--checkpoint-every", "0"]
+    if "sft" not in flags:
+        command += ["--method", "expert-grpo", "--reward", f"{reward}:parity"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return int(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    find_model("smollm2-135m")
     main()
