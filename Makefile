@@ -32,6 +32,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 train: $(READY)
 	$(BIN)/python -m expo_fast.train $(ARGS)
+	@echo "the packages are in $(VENV): run 'source $(BIN)/activate', then 'expo-fast --help'"
 
 quick: lint
 	$(PYTEST) -m "not slow and not long" $(ARGS)

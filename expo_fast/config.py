@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ ADJUSTABLE = (
     "resume",
     "dry_run",
     "steps",
+    "epochs",
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -46,6 +48,8 @@ else:  # the choices of --method, --objective and --preference
     Method = Literal[tuple(METHODS)]
     Objective = Literal[tuple(POLICY_OBJECTIVES)]
     Preference = Literal[tuple(PREFERENCE_OBJECTIVES)]
+
+Fault = tuple[str, str]  # the option, and a sentence with its value and what is needed
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -80,16 +84,32 @@ class Prompting:
     """Device of the model; auto: cuda if there is a GPU, else cpu."""
 
     def __post_init__(self):
+        """Raise ValueError with a line for each option that is wrong, the first fault of each."""
+        faults: dict[str, str] = {}
+        for name, sentence in self._faults():
+            faults.setdefault(name, sentence)
+        if len(faults) == 1:
+            raise ValueError(*faults.values())
+        if faults:
+            lines = "\n".join(f"  {sentence}" for sentence in faults.values())
+            raise ValueError(f"{len(faults)} options have to change:\n{lines}")
+
+    def _faults(self) -> Iterator[Fault]:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             finite = not isinstance(value, float) or math.isfinite(value)
-            _require(self, f.name, finite or f.name == "max_grad_norm", "a finite number")
-        _require(self, "model", bool(self.model), "a folder, .gguf file, hub id or smollm2-135m")
-        _require(self, "shots", self.n_shots >= 0, "at least 0")
-        _require(self, "max_completion_length", self.max_new_tokens >= 1, "at least 1")
+            yield from _require(
+                self, f.name, finite or f.name == "max_grad_norm", "a finite number"
+            )
+        model = "a folder, .gguf file, hub id or smollm2-135m"
+        yield from _require(self, "model", bool(self.model), model)
+        yield from _require(self, "shots", self.n_shots >= 0, "at least 0")
+        new_tokens = self.max_new_tokens
+        yield from _require(self, "max_completion_length", new_tokens >= 1, "at least 1")
         named = [each.partition("=") for each in self.columns]
         complete = all(name and column for name, _, column in named)
-        _require(self, "columns", complete, "NAME=COLUMN for each, such as prompt=question")
+        need = "NAME=COLUMN for each, such as prompt=question"
+        yield from _require(self, "columns", complete, need)
 
     @property
     def data_sources(self) -> tuple[str, ...]:
@@ -141,6 +161,8 @@ class Train(Prompting):
     """Run directory; None: runs/METHOD-HASH, one for each configuration."""
     steps: int = 16
     """Number of training steps."""
+    epochs: float | None = None
+    """Number of passes over the training problems, in place of steps; None: steps."""
     prompts_per_step: int = 16
     """P, the number of questions in a batch."""
     num_generations: int = 4
@@ -290,112 +312,126 @@ class Train(Prompting):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)
     """One or more tools that record the metrics beside metrics.jsonl; none: no tool."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _faults(self) -> Iterator[Fault]:
+        yield from self._options_without_effect()
+        yield from super()._faults()
         for name in MORE_THAN_0:
-            _require(self, name, getattr(self, name) > 0, "more than 0")
+            yield from _require(self, name, getattr(self, name) > 0, "more than 0")
         for name in AT_LEAST_0:
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
+            yield from _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in AT_MOST_1:
-            _require(self, name, getattr(self, name) <= 1, "at most 1")
-        _require(self, "betas", all(0 <= b < 1 for b in self.betas), "each at least 0 and below 1")
-        _require(self, "output_dir", self.output_dir != "", "a folder, or to be left out")
-        _require(self, "resume", self.resume != "", "auto, never or a checkpoint's folder")
-        self._check_data()
+            yield from _require(self, name, getattr(self, name) <= 1, "at most 1")
+        each_below_1 = all(0 <= b < 1 for b in self.betas)
+        yield from _require(self, "betas", each_below_1, "each at least 0 and below 1")
+        folder = "a folder, or to be left out"
+        yield from _require(self, "output_dir", self.output_dir != "", folder)
+        source = "auto, never or a checkpoint's folder"
+        yield from _require(self, "resume", self.resume != "", source)
+        yield from self._faults_of_the_data()
         alone = len(self.report_to) == 1 or "none" not in self.report_to
-        _require(self, "report_to", alone, "none alone, or the names of tools")
-        self._check_sampling()
-        self._check_rewards()
-        self._check_options_of_the_method()
-        self._check_objective()
-        self._check_preference()
+        yield from _require(self, "report_to", alone, "none alone, or the names of tools")
+        yield from self._faults_of_the_length()
+        yield from self._faults_of_sampling()
+        yield from self._faults_of_rewards()
+        yield from self._faults_of_the_loss()
         if self.lora_rank and self.batch_invariant:
-            raise ValueError(
-                f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one"
+            yield (
+                "lora_rank",
+                f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one",
             )
 
-    def _check_data(self) -> None:
+    def _options_without_effect(self) -> Iterator[Fault]:
+        ignored = options_without_effect(self.method, self.objective, self.preference)
+        for name, reason in ignored.items():
+            value = getattr(self, name)
+            if value != default_of(type(self), name):
+                yield name, f"{name}={value!r}{reason}"
+
+    def _faults_of_the_data(self) -> Iterator[Fault]:
         for name in ("train_data", "eval_data"):
             sources = _as_tuple(getattr(self, name))
             given = name == "eval_data" or sources
-            _require(self, name, bool(given) and all(sources), "a source of data")
+            yield from _require(self, name, bool(given) and all(sources), "a source of data")
         if not self.data_weights:
             return
         need = f"one number above 0 for each source of train_data={self.train_data!r}"
         fits = len(self.data_weights) == len(self.data_sources) and min(self.data_weights) > 0
-        _require(self, "data_weights", fits and all(map(math.isfinite, self.data_weights)), need)
-        need = f"at least one of the prompts_per_step={self.prompts_per_step} for each source"
-        _require(self, "data_weights", min(self.questions_of_sources) > 0, need)
+        fits = fits and all(map(math.isfinite, self.data_weights))
+        yield from _require(self, "data_weights", fits, need)
+        if fits:
+            need = f"at least one of the prompts_per_step={self.prompts_per_step} for each source"
+            yield from _require(self, "data_weights", min(self.questions_of_sources) > 0, need)
 
-    def _check_sampling(self) -> None:
+    def _faults_of_the_length(self) -> Iterator[Fault]:
+        if self.epochs is None:
+            return
+        yield from _require(self, "epochs", self.epochs > 0, "more than 0")
+        only_epochs = self.steps == default_of(type(self), "steps")
+        need = f"to be left out with steps={self.steps}: give one of them"
+        yield from _require(self, "epochs", only_epochs, need)
+
+    def _faults_of_sampling(self) -> Iterator[Fault]:
         least = 2 if self.spec.groups else 1  # a group of one has no baseline
-        _require(self, "num_generations", self.num_generations >= least, f"at least {least}")
+        enough = self.num_generations >= least
+        yield from _require(self, "num_generations", enough, f"at least {least}")
         fits = self.overlong_buffer < self.max_new_tokens
-        _require(self, "overlong_buffer", fits, "less than max_completion_length")
+        yield from _require(self, "overlong_buffer", fits, "less than max_completion_length")
         if self.generation_budget:
-            self._check_generation_budget(least)
+            yield from self._faults_of_the_generation_budget(least)
         size = self.prompts_per_step
-        divides = size % self.updates_per_batch == 0
-        _require(self, "updates_per_batch", divides, f"a divisor of prompts_per_step={size}")
+        divides = self.updates_per_batch > 0 and size % self.updates_per_batch == 0
+        need = f"a divisor of prompts_per_step={size}"
+        yield from _require(self, "updates_per_batch", divides, need)
 
-    def _check_rewards(self) -> None:
-        functions = self.reward_functions
-        named = self.reward is None or (functions and all(functions))
-        _require(self, "reward", bool(named), "one or more functions, or to be left out")
-        finite = all(map(math.isfinite, self.reward_weights))
-        _require(self, "reward_weights", finite, "finite numbers")
-        need = f"one for each function of reward={self.reward!r}"
-        fits = len(self.reward_weights) in (0, len(functions))
-        _require(self, "reward_weights", fits, need)
-
-    def _check_generation_budget(self, least_attempts: int) -> None:
+    def _faults_of_the_generation_budget(self, least_attempts: int) -> Iterator[Fault]:
         least = least_attempts + self.n_explanations
         need = f"at least {least}, {self.n_explanations} of them explanations"
-        _require(self, "generation_budget", self.generation_budget >= least, need)
+        yield from _require(self, "generation_budget", self.generation_budget >= least, need)
         spent = self.explain_every == 1 and self.exp_sft_max_accuracy == 1
         need = "0 with explain_every or exp_sft_max_accuracy, which do not use all of it"
-        _require(self, "generation_budget", spent, need)
+        yield from _require(self, "generation_budget", spent, need)
         need = "0 with dynamic_sampling, which exceeds it"
-        _require(self, "generation_budget", not self.dynamic_sampling, need)
+        yield from _require(self, "generation_budget", not self.dynamic_sampling, need)
 
-    def _check_options_of_the_method(self) -> None:
-        """Raise ValueError for an option that the method would ignore."""
-        for capability, options in OPTIONS.items():
-            if getattr(self.spec, capability):
-                continue
-            for name in options:
-                if getattr(self, name) != _default_of(self, name):
-                    readers = ", ".join(methods_that_read(name))
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} has no effect with "
-                        f"method={self.method}: only {readers} use it"
-                    )
+    def _faults_of_rewards(self) -> Iterator[Fault]:
+        functions = self.reward_functions
+        named = self.reward is None or (functions and all(functions))
+        yield from _require(self, "reward", bool(named), "one or more functions, or to be left out")
+        finite = all(map(math.isfinite, self.reward_weights))
+        yield from _require(self, "reward_weights", finite, "finite numbers")
+        need = f"one for each function of reward={self.reward!r}"
+        fits = len(self.reward_weights) in (0, len(functions))
+        yield from _require(self, "reward_weights", fits, need)
+
+    def _faults_of_the_loss(self) -> Iterator[Fault]:
         if not self.spec.policy_term and self.spec.exp_sft_term:
             need = f"more than 0: the SFT term is the only loss of method={self.method}"
-            _require(self, "exp_sft_coef", self.exp_sft_coef > 0, need)
-
-    def _check_objective(self) -> None:
-        for name in ignored_options(POLICY_OBJECTIVES, self.objective):
-            unset = getattr(self, name) == _default_of(self, name)
-            need = f"the default: objective={self.objective} does not read it"
-            _require(self, name, unset, need)
+            yield from _require(self, "exp_sft_coef", self.exp_sft_coef > 0, need)
         if self.dynamic_sampling:
             need = "group or none with dynamic_sampling, which removes questions from the batch"
-            _require(self, "advantage_scale", self.advantage_scale != "batch", need)
-
-    def _check_preference(self) -> None:
+            divided = self.advantage_scale != "batch"
+            yield from _require(self, "advantage_scale", divided, need)
         if self.refresh_reference:
-            _require(self, "pairs_every", self.pairs_every > 0, "more than 0 to refresh_reference")
+            need = "more than 0 to refresh_reference"
+            yield from _require(self, "pairs_every", self.pairs_every > 0, need)
             need = f"False: preference={self.preference} has no reference"
             needs_reference = PREFERENCE_OBJECTIVES[self.preference].needs_reference
-            _require(self, "refresh_reference", needs_reference, need)
-        _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
-        if self.preference == "rdpo":
-            _require(self, "rdpo_alpha", self.rdpo_alpha > 0, "more than 0: at 0 rdpo is dpo")
-        for name in ignored_options(PREFERENCE_OBJECTIVES, self.preference):
-            unset = getattr(self, name) == _default_of(self, name)
-            need = f"the default: preference={self.preference} does not read it"
-            _require(self, name, unset, need)
+            yield from _require(self, "refresh_reference", needs_reference, need)
+        yield from _require(self, "label_smoothing", self.label_smoothing < 0.5, "less than 0.5")
+        if self.spec.trains_on_pairs and self.preference == "rdpo":
+            need = "more than 0: at 0 rdpo is dpo"
+            yield from _require(self, "rdpo_alpha", self.rdpo_alpha > 0, need)
+
+    def resolve_epochs(self, n_problems: int) -> "Train":
+        """Return the configuration with the number of steps in place of that of epochs.
+
+        n_problems: number of training problems. The last step may begin another epoch.
+        """
+        if self.epochs is None:
+            return self
+        exact = self.epochs * n_problems / self.prompts_per_step
+        steps = math.ceil(exact - 1e-9)  # 1.1 * 10 is 11.000000000000002
+        return dataclasses.replace(self, steps=max(1, steps), epochs=None)
 
     @property
     def spec(self) -> MethodSpec:
@@ -469,13 +505,27 @@ class Train(Prompting):
         return self.generation_budget - self.n_explanations
 
     @property
+    def needs_frozen_reference(self) -> bool:
+        """Whether the run needs a frozen copy of the initial policy.
+
+        Offline pairs need none, because they get their log-probs before the first step. With LoRA,
+        the initial policy is the model with its adapter switched off.
+        """
+        if self.lora_rank:
+            return False
+        if self.kl_coef > 0:
+            return True
+        online = self.pairs_every > 0 and not self.refresh_reference
+        return online and PREFERENCE_OBJECTIVES[self.preference].needs_reference
+
+    @property
     def run_dir(self) -> Path:
         """output_dir, or runs/METHOD-HASH, where HASH depends on the configuration."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         identity = []
         for name, value in sorted(dataclasses.asdict(self.resolved()).items()):
-            added = name in ADDED_LATER and value == _default_of(self, name)
+            added = name in ADDED_LATER and value == default_of(type(self), name)
             if name not in ADJUSTABLE and not added:
                 identity.append((name, value))
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()
@@ -562,14 +612,16 @@ class Evaluate(Prompting):
     lm_eval_output: str | None = None
     """Write the accuracies to this JSON file, in the form of lm-evaluation-harness."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        _require(self, "data", self.data != "", "a source of data, or to be left out")
-        _require(self, "samples", self.samples >= 1, "at least 1")
-        _require(self, "temperature", self.temperature >= 0, "at least 0")
-        _require(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+    def _faults(self) -> Iterator[Fault]:
+        yield from super()._faults()
+        source = "a source of data, or to be left out"
+        yield from _require(self, "data", self.data != "", source)
+        yield from _require(self, "samples", self.samples >= 1, "at least 1")
+        yield from _require(self, "temperature", self.temperature >= 0, "at least 0")
+        at_least_1 = self.limit is None or self.limit >= 1
+        yield from _require(self, "limit", at_least_1, "at least 1")
         fits = all(1 <= k <= self.samples for k in self.k)
-        _require(self, "k", fits, f"each at least 1 and at most samples={self.samples}")
+        yield from _require(self, "k", fits, f"each at least 1 and at most samples={self.samples}")
 
     @property
     def source(self) -> str:
@@ -582,13 +634,37 @@ class Evaluate(Prompting):
         return (self.source,)
 
 
-def _require(config: Any, name: str, ok: bool, need: str) -> None:
+def options_without_effect(method: str, objective: str, preference: str) -> dict[str, str]:
+    """Return the options that these choices would ignore, each with the end of its sentence.
+
+    A run refuses them, because it would ignore them silently.
+    """
+    spec = METHODS[method]
+    found: dict[str, str] = {}
+    for capability, options in OPTIONS.items():
+        if getattr(spec, capability):
+            continue
+        for name in options:
+            readers = ", ".join(methods_that_read(name))
+            found[name] = f" has no effect with method={method}: only {readers} use it"
+    if spec.policy_term:
+        for name in ignored_options(POLICY_OBJECTIVES, objective):
+            found[name] = f": need the default: objective={objective} does not read it"
+    if spec.trains_on_pairs:
+        for name in ignored_options(PREFERENCE_OBJECTIVES, preference):
+            found[name] = f": need the default: preference={preference} does not read it"
+    return found
+
+
+def _require(config: Any, name: str, ok: bool, need: str) -> Iterator[Fault]:
+    """Yield the fault of an option that is not `ok`."""
     if not ok:
-        raise ValueError(f"{name}={getattr(config, name)!r}: need {need}")
+        yield name, f"{name}={getattr(config, name)!r}: need {need}"
 
 
-def _default_of(config: Any, name: str) -> Any:
-    return type(config).__dataclass_fields__[name].default
+def default_of(kind: type, name: str) -> Any:
+    """Return the default of a field of a dataclass."""
+    return kind.__dataclass_fields__[name].default
 
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class Generator:
         if backend not in (None, "native", "torch", "triton"):
             raise ValueError(f"backend={backend!r}: must be None, 'native', 'torch' or 'triton'")
         if kv_cache_bytes is None:
-            kv_cache_bytes = _default_kv_cache_bytes(model.device)
+            kv_cache_bytes = default_kv_cache_bytes(model.device)
         self.model = model
         self.tokenizer = tokenizer
         self.kv_cache_bytes = kv_cache_bytes
@@ -134,7 +134,8 @@ class Generator:
         )
 
 
-def _default_kv_cache_bytes(device: torch.device) -> int:
+def default_kv_cache_bytes(device: torch.device) -> int:
+    """Return the bound on the key-value cache of a generator that is given none."""
     if device.type != "cuda":
         return KV_CACHE_BYTES
     return int(CUDA_KV_FRACTION * torch.cuda.get_device_properties(device).total_memory)

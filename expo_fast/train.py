@@ -43,9 +43,9 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
+from expo_fast.inspection.memory import estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
-from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.op_backends import dispatch
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
@@ -119,6 +119,7 @@ def run(config: Train) -> TrainResult:
     config = with_defaults(config)
     check_run_dir(config)
     data = load_training_data(config)
+    config = config.resolve_epochs(len(data.problems))
     trainer = build_trainer(config, data)
     if trainer.model.device.type == "cpu":
         dispatch.compiles()  # called here to report a missing compiler before the run begins
@@ -132,9 +133,7 @@ def run(config: Train) -> TrainResult:
         restored = restore(config, trainer)
         check_continuation(trainer, start=restored[1])
     if config.dry_run:
-        print(dump_toml(config), end="")
-        for line in data_lines(data):
-            print(f"# {line}", flush=True)
+        print_dry_run(trainer, data)
         return result_of(trainer)
     with (
         checkpoint.run_lock(config.run_dir),
@@ -163,6 +162,17 @@ def result_of(trainer: Trainer) -> TrainResult:
         tokenizer=trainer.prompter.tokenizer,
         generator=trainer.generator,
     )
+
+
+def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
+    """Print the configuration as TOML, with the data and an estimate of the memory in comments."""
+    config = trainer.config
+    print(dump_toml(config), end="")
+    for line in data_lines(data):
+        print(f"# {line}")
+    estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
+    for line in memory_lines(config, estimate):
+        print(f"# {line}")
 
 
 def open_log(config: Train) -> RunLog:
@@ -200,7 +210,7 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
     if config.lora_rank:
         attach(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     reference = None
-    if needs_frozen_reference(config):
+    if config.needs_frozen_reference:
         reference, _ = load_model(config.model, dtype=dtype, device=config.device)
         reference.requires_grad_(False)
     prompter = Prompter(
@@ -233,20 +243,6 @@ def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> R
     functions = load_rewards(config.reward_functions)
     check_reward_functions(functions, in_words(config.data_sources), data.problems)
     return custom_reward(functions, config.reward_weights, progress)
-
-
-def needs_frozen_reference(config: Train) -> bool:
-    """Return whether the run needs a frozen copy of the initial policy.
-
-    Offline pairs need none, because they get their log-probs before the first step. With LoRA, the
-    initial policy is the model with its adapter switched off.
-    """
-    if config.lora_rank:
-        return False
-    if config.kl_coef > 0:
-        return True
-    online = config.pairs_every > 0 and not config.refresh_reference
-    return online and PREFERENCE_OBJECTIVES[config.preference].needs_reference
 
 
 def check_continuation(trainer: Trainer, start: int) -> None:

@@ -27,6 +27,7 @@ from expo_fast.storage.files import reading
 from expo_fast.storage.gguf import read_gguf
 from expo_fast.storage.hf_files import (
     SHARD_BYTES,
+    StoredModel,
     StoredTensor,
     read_config,
     read_model,
@@ -96,16 +97,11 @@ def load_model(
     holds for an unsupported architecture, a pickle, a damaged file, a tensor that is missing,
     unexpected, of the wrong shape or not finite, and an adapter that is not plain LoRA.
     """
-    path, adapters = _base_and_adapters(find_model(source))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with reading(f"device {str(device)!r} cannot be used"):
         torch.empty(0, device=device)
-    is_gguf = path.suffix == ".gguf"
-    stored = read_gguf(path) if is_gguf else read_model(path, check_config)
-    config_file = path if is_gguf else path / "config.json"
-    with reading(config_file), torch.device("meta"):
-        model = Decoder(stored.config, checkpointing=checkpointing)
+    model, stored, path, adapters = _read_structure(source, checkpointing=checkpointing)
     state = _checked_state(
         model,
         stored.tensors,
@@ -116,16 +112,46 @@ def load_model(
     )
     model.load_state_dict(state, assign=True)
     model.inv_freq = model.inv_freq.to(device)
-    tokenizer = stored.tokenizer
     for adapter in adapters:
         merge(model, adapter)
+    return model, _complete_ends(model, stored, path, adapters)
+
+
+def load_structure(source: str | Path) -> tuple[Decoder, Any]:
+    """Return the model without its weights, on the meta device, and its tokenizer.
+
+    The tensors of the files are not read. Raise the other errors of `load_model`.
+    """
+    model, stored, path, adapters = _read_structure(source, checkpointing=False)
+    return model, _complete_ends(model, stored, path, adapters)
+
+
+def _read_structure(
+    source: str | Path, *, checkpointing: bool
+) -> tuple[Decoder, StoredModel, Path, list[Adapter]]:
+    """Return the base model on the meta device, its files' content, its path, and its adapters."""
+    path, adapters = _base_and_adapters(find_model(source))
+    is_gguf = path.suffix == ".gguf"
+    stored = read_gguf(path) if is_gguf else read_model(path, check_config)
+    config_file = path if is_gguf else path / "config.json"
+    with reading(config_file), torch.device("meta"):
+        model = Decoder(stored.config, checkpointing=checkpointing)
+    return model, stored, path, adapters
+
+
+def _complete_ends(
+    model: Decoder, stored: StoredModel, path: Path, adapters: Sequence[Adapter]
+) -> Any:
+    """Set the ends of completions, and return the tokenizer, None if there is none."""
+    tokenizer = stored.tokenizer
+    for adapter in adapters:
         tokenizer = read_tokenizer(adapter.folder) or tokenizer
     model.generation_config = stored.generation_config
     with reading(path):
         model.complete_eos(tokenizer)
     if tokenizer is not None:
         _add_ends_of_turns(model, tokenizer, path)
-    return model, tokenizer
+    return tokenizer
 
 
 @torch.no_grad()

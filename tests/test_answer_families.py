@@ -855,6 +855,9 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [
             ("101_2", "101_3"),
+            ("8", "8_3"),
+            ("3.5", "3.5 _3"),
+            ("x^2+1", "x^2+1 _3"),
             ("101_2", "111_2"),
             ("101_2", "5"),
             ("5", "101_2"),
@@ -934,6 +937,7 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"2\pi", r"2\pi \approx 6.28"),
             (r"\ln 2", r"\ln 2 \approx 0.69"),
             (r"\frac{10}{3}", r"\frac{10}{3} \approx 3.33 \text{ cm}"),
+            ("1.5 hours", r"1.5 \text{ hours} \approx 90 \text{ minutes}"),
         ],
         [
             ("8", r"8 \approx 9"),
@@ -943,6 +947,9 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("8", r"8 \approx 9 \text{ cm}"),
             ("1234", r"1234 \approx 1300"),
             ("1.41", r"\sqrt2 \approx 1.41"),
+            ("8", r"9 \approx 10^{400}"),
+            ("x^2+1", r"x^2+1 \approx 97"),
+            ("3+4i", r"3+4i \approx 97"),
             (r"\sqrt2", r"\sqrt2 \approx 1.41 \approx 2.4"),
             (r"2\pi", r"2\pi \approx 6.38"),
         ],

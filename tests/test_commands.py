@@ -88,7 +88,7 @@ def test_the_list_of_commands_loads_no_torch(tmp_path: Path):
 
 def test_a_command_is_run_with_its_flags(started, capsys):
     assert started("expo-fast", "report", "no-such-run") == 2
-    assert "'no-such-run' is not the folder of a run" in capsys.readouterr().err
+    assert "error: 'no-such-run' is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -165,4 +165,13 @@ def module_of(requirement: str) -> str:
     """Return the module that a requirement of pyproject.toml installs."""
     name = re.match(r"[\w-]+", requirement)
     assert name is not None
-    return name[0].replace("-", "_")
+    return MODULES.get(name[0], name[0].replace("-", "_"))
+
+
+MODULES = {"vl-convert-python": "vl_convert"}  # of packages with another name
+
+
+def test_make_train_says_where_the_packages_are():
+    command = ["make", "--dry-run", "--always-make", "train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "source .venv/bin/activate" in done.stdout.splitlines()[-1]

@@ -100,3 +100,44 @@ def test_run_directories_do_not_change_with_new_options():
     assert Train().run_dir == Path("runs/expo-grpo-0b30e83d")
     assert Train(method="dpo").run_dir.name == "dpo-2bfd9111"
     assert Train(method="dpo", preference="rdpo", rdpo_alpha=0.1).run_dir.name != "dpo-2bfd9111"
+
+
+def test_all_faults_of_a_configuration_are_named_at_once():
+    with pytest.raises(ValueError) as caught:
+        Train(method="sft", clip_low=0.1, preference="ipo", steps=0, betas=(0.9, 1.0))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "4 options have to change:"
+    names = [line.split("=")[0].strip() for line in lines]
+    assert names == ["clip_low", "preference", "steps", "betas"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"learning_rate": math.nan}, "learning_rate=nan: need a finite number"),
+        ({"updates_per_batch": 0}, "updates_per_batch=0: need more than 0"),
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1: need at least 0"),
+        ({"generation_budget": -1}, "generation_budget=-1: need at least 0"),
+    ],
+)
+def test_a_fault_is_named_without_the_faults_that_follow_from_it(changes, sentence):
+    with pytest.raises(ValueError) as caught:
+        Train(method="dpo" if "label_smoothing" in changes else "expo-grpo", **changes)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("epochs", "problems", "size", "steps"),
+    [(1, 12, 4, 3), (1, 13, 4, 4), (0.5, 12, 4, 2), (1.1, 10, 11, 1), (0.001, 12, 4, 1)],
+)
+def test_epochs_are_passes_over_the_problems(epochs, problems, size, steps):
+    resolved = Train(epochs=epochs, prompts_per_step=size).resolve_epochs(problems)
+    assert (resolved.steps, resolved.epochs) == (steps, None)
+    assert resolved.run_dir == Train(prompts_per_step=size).run_dir
+    assert Train(steps=7).resolve_epochs(problems).steps == 7
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 0.0}, {"epochs": math.inf}, {"steps": 3}])
+def test_epochs_out_of_range_or_beside_steps_are_refused(changes):
+    with pytest.raises(ValueError, match="epochs="):
+        Train(**{"epochs": 1.0} | changes)

@@ -12,6 +12,7 @@ and small sizes. A fence with title="FILE" is written to that file first.
 
 import ast
 import dataclasses
+import glob
 import importlib
 import json
 import re
@@ -26,7 +27,9 @@ from types import ModuleType
 
 import pytest
 
-from expo_fast import evaluate, report, train, weights
+from benchmarks import picture
+from expo_fast import check, evaluate, report, train, weights
+from expo_fast.cli import flags_page
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate, Train
 from expo_fast.methods import methods_that_read
@@ -36,7 +39,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
-PAGES.append("examples/README.md")
+PAGES += ["README.md", "examples/README.md"]
 FENCE = re.compile(r"^```(\w*)(?: +(.*))?$")
 MARK = re.compile(r"^<!-- (dry-run|not run|run): (.+) -->$")
 TITLE = re.compile(r'^title="([\w.-]+)"$')
@@ -101,6 +104,7 @@ def test_no_block_escapes(page: str):
         elif block.language == "bash":
             for words in commands(block):
                 assert is_known(words, block), f"{block.place}: unknown command {words}"
+                check_flags(words)
         elif block.language in ("json", "jsonl", "toml"):
             parse_data(block)
         else:
@@ -147,6 +151,23 @@ def is_known(words: Sequence[str], block: Block) -> bool:
     return not_run and program in ("pip", "uv", "git", "tensorboard", "torchrun")
 
 
+def check_flags(words: Sequence[str]) -> None:
+    """Fail for flags that a command does not have, and for values that it refuses."""
+    module, arguments = module_of(words)
+    kind = {"train": Train, "check": Train, "evaluate": Evaluate}.get(module)
+    if kind is not None:
+        parse(kind, arguments)
+
+
+def module_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the module of expo_fast that a command runs, and its arguments; "" for another."""
+    if words[0] == "expo-fast" and len(words) > 1:
+        return words[1], list(words[2:])
+    if list(words[:2]) == ["python", "-m"] and words[2].startswith("expo_fast."):
+        return words[2].removeprefix("expo_fast."), list(words[3:])
+    return "", []
+
+
 def check_extras(words: Sequence[str]) -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = set(settings["project"]["optional-dependencies"])
@@ -167,7 +188,7 @@ def is_known_python(words: Sequence[str], *, not_run: bool) -> bool:
 
 def test_relative_links_lead_to_files_and_headings():
     wrong = []
-    for page in [*PAGES, "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]:
+    for page in [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]:
         for target in links_of(page):
             path, _, anchor = target.partition("#")
             file = (ROOT / page).parent / path if path else ROOT / page
@@ -255,7 +276,7 @@ def flags_in(text: str) -> list[str]:
 def test_flags_in_the_text_exist(page: str):
     text = re.sub(r"^```.*?^```", "", page_text(page), flags=re.MULTILINE | re.DOTALL)
     known = {field.name for kind in (Train, Evaluate) for field in dataclasses.fields(kind)}
-    wrong = [flag for flag in flags_in(text) if flag not in known | OTHER_FLAGS]
+    wrong = [flag for flag in flags_in(text) if flag.removeprefix("no_") not in known | OTHER_FLAGS]
     assert wrong == []
 
 
@@ -283,6 +304,29 @@ def has_name(module: object, dotted: str) -> bool:
     holder = getattr(module, owner) if owner else module
     fields = getattr(holder, "__dataclass_fields__", {})
     return hasattr(holder, name) or name in fields
+
+
+def test_each_cell_of_the_comparison_has_a_source():
+    rows = [
+        line.strip("|").split(" | ")
+        for line in page_text("docs/comparison.md").splitlines()
+        if line.startswith("| **")
+    ]
+    assert len(rows) >= 12
+    assert [cell for row in rows for cell in row[1:] if "([source](" not in cell] == []
+    assert {len(row) for row in rows} == {7}
+
+
+def test_the_picture_is_that_of_the_committed_measurements():
+    assert picture.OUTPUT.read_text() == picture.picture()
+
+
+def test_the_page_of_flags_is_fresh():
+    assert page_text("docs/flags.md") == flags_page.page()
+
+
+def test_the_readme_is_short():
+    assert len(page_text("README.md").splitlines()) < 200
 
 
 def test_each_page_is_in_the_navigation():
@@ -354,6 +398,7 @@ def pages_that_run() -> list[str]:
 @pytest.mark.parametrize("page", pages_that_run())
 def test_blocks_run(page, tiny_default, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
     namespace = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", namespace)
     for block in blocks_of(page):
@@ -372,15 +417,15 @@ def test_blocks_run(page, tiny_default, tmp_path, monkeypatch, capsys):
 
 def run_command(words: Sequence[str], *, dry: bool, model: Path) -> None:
     """Run a command in this process, with small sizes."""
-    if words[:2] == ["python", "-m"]:
-        module = words[2].removeprefix("expo_fast.")
-        arguments = list(words[3:])
-    elif words[0] == "expo-fast":
-        module = words[1]
-        arguments = list(words[2:])
-    else:
-        return  # `test_no_block_escapes` has checked it
-    RUNNERS[module]([last_checkpoint(word) for word in arguments], dry, model)
+    module, arguments = module_of(words)
+    if module:  # `test_no_block_escapes` has checked other commands
+        expanded = [path for word in arguments for path in expand(word)]
+        RUNNERS[module](expanded, dry, model)
+
+
+def expand(word: str) -> list[str]:
+    """Return the paths that a word with * matches, as a shell does, or the word."""
+    return sorted(glob.glob(word)) or [last_checkpoint(word)]
 
 
 def last_checkpoint(word: str) -> str:
@@ -420,10 +465,15 @@ def run_report(arguments: list[str], dry: bool, model: Path) -> None:
     report.main(arguments)
 
 
+def run_check(arguments: list[str], dry: bool, model: Path) -> None:
+    check.main(arguments)
+
+
 RUNNERS: dict[str, Callable[[list[str], bool, Path], None]] = {
     "train": run_train,
     "evaluate": run_evaluate,
     "report": run_report,
+    "check": run_check,
 }
 
 

@@ -111,6 +111,7 @@ CASES = {
 }
 # Other tests check these fields, which do not change what a run learns.
 UNTESTED_HERE = {
+    "epochs": "sets steps: tests/test_flags.py",
     "output_dir": "where files go",
     "resume": "whether a run is continued",
     "dry_run": "whether a run begins",

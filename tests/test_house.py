@@ -52,6 +52,7 @@ ORDER = [
     "weights",
     "reporting",
     "algorithms",
+    "inspection",
     "evaluate",
     "report",
     "train",

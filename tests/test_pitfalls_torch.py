@@ -780,7 +780,7 @@ def test_a_derivative_in_a_constant_is_refused(constant, name):
 
     def f(x: Tensor) -> Tensor:
         if constant in known:
-            given = known | {constant: x}
+            given: Any = known | {constant: x}
             return linear_policy_loss(hidden, weight, targets, **given).loss
         return loss_of(hidden, weight, targets, **{constant: x})
 

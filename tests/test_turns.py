@@ -216,7 +216,7 @@ def test_an_end_that_is_not_marked_as_special_is_not_judged():
 
 
 def test_a_template_may_end_the_last_turn_with_another_token():
-    tokenizer = family("chatml").tokenizer
+    tokenizer = family("chatml-base").tokenizer  # its eos_token is not the one in the middle
     tokenizer.chat_template = families.CHATML.replace(
         "<|im_end|>", "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}"
     )
@@ -244,6 +244,12 @@ def test_an_end_of_several_ordinary_tokens_is_a_stop_string_and_is_kept_as_sampl
     sampled = prompter.codec.encode("It is 7.<|im_end|>")
     assert prompter.ended(sampled, "stop") == tuple(sampled)
     assert prompter.text(sampled) == "It is 7."
+    template = families.CHATML.replace("<|im_end|>", "[The]")
+    prompter = Prompter(families.byte_level(("<pad>",), template, eos="<pad>"))
+    vocabulary = prompter.tokenizer.get_vocab()
+    letters = [*prompter.codec.encode("It is 7."), *(vocabulary[letter] for letter in "[The]")]
+    assert "The" in vocabulary  # so the text alone is encoded otherwise
+    assert prompter.ended(letters, "stop") == tuple(letters)
 
 
 def test_sampling_stops_at_the_first_of_two_end_tokens_and_both_are_trained_on():

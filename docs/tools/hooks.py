@@ -63,9 +63,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             in_code = not in_code
         elif not in_code:
             line = LINK.sub(lambda link: _rewritten(link, page, config), line)
-            line = INLINE_MATH.sub(lambda found: convert(found[1]), line)
+            line = INLINE_MATH.sub(_inline_formula, line)
         lines.append(line)
     return "\n".join(lines)
+
+
+def _inline_formula(found: re.Match[str]) -> str:
+    # Markdown takes <math> at the beginning of a line as a block.
+    return f"<span>{convert(found[1])}</span>"
 
 
 def _rewritten(link: re.Match[str], page: Page, config: MkDocsConfig) -> str:

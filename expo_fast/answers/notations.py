@@ -202,7 +202,7 @@ def _numeral(text: str) -> tuple[str, int] | None:
         return None
     base = BASES.get(match["base"]) or (int(match["base"]) if match["base"].isdigit() else 0)
     digits = match["digits"]
-    if not 2 <= base <= 36 or (base <= 10 and not digits.isdigit()):
+    if not 2 <= base <= 36 or max(int(digit, 36) for digit in digits) >= base:
         return None
     return digits.upper().lstrip("0") or "0", base
 

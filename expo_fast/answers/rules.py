@@ -14,7 +14,7 @@ from expo_fast.answers.notations import (
     units,
 )
 from expo_fast.answers.numbers import plain_number, same_number
-from expo_fast.answers.quotients import approximation, linear_in_one_variable, ratio
+from expo_fast.answers.quotients import approximation, linear_in_one_variable, ratio, rational
 from expo_fast.answers.spelling import squash
 from expo_fast.answers.structures import RELATIONS, labelled, same_label, split_top
 from expo_fast.answers.units import split_unit
@@ -128,14 +128,22 @@ def _chain_value(text: str, equal: Comparer) -> tuple[str, Verdict]:
 def _may_be_rounded_to(value: str, number: str) -> bool:
     """Return whether a value may be rounded to a number: 2.5 to 3, 1234 to 1200, but not 8 to 9.
 
-    True for a value or a number that is not read here.
+    True for a value or a number that is not read here, and for two units.
     """
-    parsed = algebra.parse(split_unit(value).value)
-    x = parsed and approximation(parsed.value)
-    y = plain_number(split_unit(number).value)
-    if x is None or y is None:
+    exact = split_unit(value)
+    about = split_unit(number)
+    parsed = algebra.parse(exact.value)
+    y = plain_number(about.value)
+    rounded = y and approximation(rational(y.value))
+    other_units = exact.percent != about.percent or (
+        exact.unit and about.unit and exact.unit != about.unit
+    )
+    if parsed is None or parsed.opaque or y is None or rounded is None or other_units:
         return True
-    gap = abs(x - float(y.value))
+    x = approximation(parsed.value)
+    if x is None:  # it has a variable or i, or is beyond fp64
+        return False
+    gap = abs(x - rounded)
     if y.places:
         return gap < 10.0**-y.places
     digits = str(abs(y.value))

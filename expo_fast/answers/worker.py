@@ -21,7 +21,7 @@ from expo_fast.answers.numbers import plain_number
 from expo_fast.answers.rules import compare
 
 JUXTAPOSED = re.compile(r"\d \d")
-BASE = re.compile(r"\d_\{?(\d+)")
+BASE = re.compile(r"\d ?_ ?\{? ?(\d+)")
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 DEGREES = re.compile(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?")  # math-verify reads 30^\circ as 30
 OPENING = re.compile(r"\(|\[|\\\{")

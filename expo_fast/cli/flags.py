@@ -7,11 +7,14 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from expo_fast.config import Evaluate, Train
+from expo_fast.cli.help_text import help_text
+from expo_fast.cli.unknown_flags import hint
+from expo_fast.config import Evaluate, Train, default_of, options_without_effect
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -24,51 +27,157 @@ def parse(kind: type[C], argv: Sequence[str]) -> C:
     `--config` takes a TOML file or the name of a preset. Raise ValueError for an unknown key or a
     bad value, and FileNotFoundError for a missing file.
     """
-    words = []
-    for word in argv:
-        if word.startswith("--config="):
-            words += ["--config", word.removeprefix("--config=")]
-        else:
-            words.append(word)
-    default = kind()
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise ValueError("--config has no value: need a TOML file or the name of a preset")
-        default = from_toml(kind, preset_or_file(words[at + 1]))
-        del words[at : at + 2]
-    about = (
-        f"{kind.__doc__} --config takes a TOML file or the name of a preset "
-        f"({', '.join(presets())}), whose values replace the defaults. Other flags override them."
-    )
-    return from_flags(kind, words, about, default)
+    words = list(argv)
+    given = _take_config(words)
+    values = {} if given is None else _values_of_toml(kind, preset_or_file(given))
+    typed = _names_of_flags(words)
+    if {"steps", "epochs"} <= typed:
+        raise ValueError("--steps and --epochs are both given: give one of them; see --help")
+    if "epochs" in typed:
+        values.pop("steps", None)
+    if "steps" in typed:
+        values.pop("epochs", None)
+    if _wants_help(words):
+        named = presets() if issubclass(kind, Train) else ()
+        _print_help(kind, str(kind.__doc__), presets=named, defaults=values)
+    options = _values_of_flags(kind, words, values)
+    if given in presets() and issubclass(kind, Train):
+        options |= _defaults_for_ignored(options, typed, preset=given, of_preset=values)
+    return kind(**options)
 
 
-def from_flags(kind: type[C], argv: Sequence[str], about: str, default: C | None = None) -> C:
+def from_flags(kind: type[C], argv: Sequence[str], about: str) -> C:
     """Return the dataclass with the values of the flags. A field without a default is positional.
 
     about: the description in --help.
-    default: values of fields without a flag. None: the defaults of the dataclass.
 
     Raise ValueError for an unknown flag or a bad value.
     """
+    if _wants_help(argv):
+        _print_help(kind, about)
+    return kind(**_values_of_flags(kind, argv, {}))
+
+
+def _take_config(words: list[str]) -> str | None:
+    """Remove --config and its value from the words, and return the value. None: there is none."""
+    for at, word in enumerate(words):
+        if word.startswith("--config="):
+            del words[at]
+            return word.removeprefix("--config=")
+        if word == "--config":
+            if at + 1 == len(words):
+                raise ValueError("--config has no value: need a TOML file or the name of a preset")
+            value = words[at + 1]
+            del words[at : at + 2]
+            return value
+    return None
+
+
+def _names_of_flags(words: Sequence[str]) -> set[str]:
+    """Return the names of the fields whose flags are among the words, and unknown names."""
+    names = set()
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            names.add(name.removeprefix("no_"))
+    return names
+
+
+def _wants_help(words: Sequence[str]) -> bool:
+    return "--help" in words or "-h" in words
+
+
+def _print_help(kind: type, about: str, **options: Any) -> NoReturn:
+    print(help_text(kind, about, **options), flush=True)
+    raise SystemExit(0)
+
+
+def _defaults_for_ignored(
+    options: Mapping[str, Any],
+    typed: Collection[str],
+    *,
+    preset: str,
+    of_preset: Collection[str],
+) -> dict[str, Any]:
+    """Return the defaults of the preset's options that the method or objective would ignore.
+
+    A preset fits its own method, so that flags have chosen another one. Warn about these options.
+
+    typed: the options with a flag. If they are ignored, they are refused later.
+    preset, of_preset: the name of the preset and the options that it sets.
+    """
+    choices = {name: options[name] for name in ("method", "objective", "preference")}
+    defaults = {}
+    for name in options_without_effect(**choices):
+        default = default_of(Train, name)
+        if name in of_preset and name not in typed and options[name] != default:
+            defaults[name] = default
+    if defaults:
+        values = ", ".join(f"{name}={options[name]!r}" for name in defaults)
+        chosen = ", ".join(f"{k}={value}" for k, value in choices.items() if k in typed)
+        warnings.warn(
+            f"values of preset {preset} have no effect with {chosen}, the defaults are used: "
+            f"{values}",
+            stacklevel=3,
+        )
+    return defaults
+
+
+def _values_of_flags(
+    kind: type, words: Sequence[str], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the value of each field. The values are in the type of the field and not checked.
+
+    defaults: values of fields without a flag, in place of the defaults of the dataclass.
+    """
     import tyro
 
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    _refuse_unknown_flags(kind, words)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                kind,
-                args=argv,
-                description=about,
+            parsed = tyro.cli(
+                _without_checks(kind, defaults),
+                args=words,
                 config=(tyro.conf.PositionalRequiredArgs,),
-                **options,
             )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
+    except SystemExit:
         raise ValueError(_sentence(printed.getvalue())) from None
+    return dict(vars(parsed))
+
+
+def _without_checks(kind: type, defaults: Mapping[str, Any]) -> type:
+    """Return a dataclass with the fields of `kind` and other defaults, and without its checks.
+
+    The parser would word an error of a check in its own way.
+    """
+    types = get_type_hints(kind)
+    fields = []
+    for each in dataclasses.fields(kind):
+        value = defaults.get(each.name, each.default)
+        fields.append((each.name, types[each.name], dataclasses.field(default=value)))
+    return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
+
+
+def _refuse_unknown_flags(kind: type, words: Sequence[str]) -> None:
+    """Raise ValueError for flags that the dataclass does not have, with a hint for each."""
+    known = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
+    unknown = []
+    for word in words:
+        name = word[2:].partition("=")[0].replace("_", "-")
+        if word.startswith("--") and name.removeprefix("no-") not in known and name:
+            unknown.append(name)
+    sentences = [f"--{name}{_hint_after_colon(name, known)}" for name in dict.fromkeys(unknown)]
+    if len(sentences) == 1:
+        raise ValueError(f"unknown {sentences[0]}; see --help")
+    if sentences:
+        lines = "\n".join(f"  {sentence}" for sentence in sentences)
+        raise ValueError(f"{len(sentences)} unknown flags, see --help:\n{lines}")
+
+
+def _hint_after_colon(unknown: str, known: Collection[str]) -> str:
+    found = hint(unknown, known)
+    return f": {found}" if found else ""
 
 
 def _sentence(printed: str) -> str:
@@ -101,6 +210,11 @@ def from_toml(kind: type[C], path: Path) -> C:
 
     Raise FileNotFoundError for a missing file, and ValueError for an unknown key or a bad value.
     """
+    return kind(**_values_of_toml(kind, path))
+
+
+def _values_of_toml(kind: type, path: Path) -> dict[str, Any]:
+    """Return the values in a TOML file by field, in the types of the fields and not checked."""
     if not path.is_file():
         known = ", ".join(presets())
         raise FileNotFoundError(f"no file {path}: --config needs a TOML file, or one of {known}")
@@ -113,7 +227,7 @@ def from_toml(kind: type[C], path: Path) -> C:
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in types:
-            raise ValueError(f"{path} has an unknown key {name!r}; known: {', '.join(types)}")
+            raise ValueError(f"{path} has an unknown key {name!r}: {_hint_of_key(name, types)}")
         if name in fields:
             raise ValueError(f"{path} has {name} twice, with - and with _: keep one of them")
         try:
@@ -121,7 +235,15 @@ def from_toml(kind: type[C], path: Path) -> C:
         except (TypeError, OverflowError):
             need = _type_in_words(types[name])
             raise ValueError(f"{path}: {name}={value!r}: need {need}") from None
-    return kind(**fields)
+    return fields
+
+
+def _hint_of_key(unknown: str, known: Collection[str]) -> str:
+    names = [name.replace("_", "-") for name in known]
+    found = hint(unknown.replace("_", "-"), names)
+    if found is None:
+        return f"need one of {', '.join(known)}"
+    return found.replace("--", "")
 
 
 def _typed(value: Any, wanted: Any) -> Any:
@@ -136,14 +258,14 @@ def _typed(value: Any, wanted: Any) -> Any:
         return _typed_tuple(value, get_args(tuples[0]))
     if get_origin(wanted) is Literal:
         fits = value in arguments
-    elif wanted is float:
+    elif float in (wanted, *arguments):
         fits = type(value) in (int, float)
     else:
         # type() and not isinstance, for which true is an integer. `arguments` are of a union.
         fits = type(value) in (arguments or (wanted,))
     if not fits:
         raise TypeError
-    return float(value) if wanted is float else value
+    return float(value) if float in (wanted, *arguments) else value
 
 
 def _typed_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

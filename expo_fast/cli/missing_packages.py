@@ -16,7 +16,7 @@ EXTRAS: dict[str, str | None] = {
     "tyro": "train",
     "tensorboard": "train",
     "peft": "train",
-    "matplotlib": "train",
+    "vl_convert": "train",
 }
 NOT_ON_WINDOWS = "fcntl"
 

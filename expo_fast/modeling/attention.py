@@ -233,7 +233,7 @@ def causal_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     plain = n_queries == n_keys and sees_all
     mask = None
     if not plain:
-        mask = _mask(n_queries, n_keys, layer.window, q.device)
+        mask = causal_mask(n_queries, n_keys, layer.window, q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -247,7 +247,7 @@ def causal_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)  # the layers of one forward need the same few masks
-def _mask(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
+def causal_mask(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
     """Return (n_queries, n_keys) bool, True where a query sees a key.
 
     The last query sees the last key.

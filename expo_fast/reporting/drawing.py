@@ -108,7 +108,12 @@ def phase_chart(groups: Sequence[Group]) -> list[Chart]:
         "mark": "bar",
         "encoding": {
             "y": {"field": "configuration", "type": "nominal", "title": None, "sort": None},
-            "x": {"field": "seconds", "type": "quantitative", "title": "seconds", "stack": "zero"},
+            "x": {
+                "field": "seconds",
+                "type": "quantitative",
+                "title": "seconds",
+                "axis": {"tickCount": 6},
+            },
             "color": {
                 "field": "phase",
                 "type": "nominal",
