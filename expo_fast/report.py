@@ -57,7 +57,7 @@ def load_runs(names: Sequence[str]) -> tuple[list[Run], list[str]]:
     errors = []
     for name in names:
         if not Path(name).is_dir():
-            raise FileNotFoundError(f"{name!r} is not the folder of a run: it does not exist")
+            raise FileNotFoundError(f"{name!r} is not a folder")
         try:
             runs.append(load_run(name))
         except (ValueError, OSError) as error:

@@ -28,7 +28,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import picture
-from expo_fast import evaluate, report, train, weights
+from expo_fast import check, evaluate, report, train, weights
 from expo_fast.cli import flags_page
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate, Train
@@ -154,7 +154,7 @@ def is_known(words: Sequence[str], block: Block) -> bool:
 def check_flags(words: Sequence[str]) -> None:
     """Fail for flags that a command does not have, and for values that it refuses."""
     module, arguments = module_of(words)
-    kind = {"train": Train, "evaluate": Evaluate}.get(module)
+    kind = {"train": Train, "check": Train, "evaluate": Evaluate}.get(module)
     if kind is not None:
         parse(kind, arguments)
 
@@ -465,10 +465,15 @@ def run_report(arguments: list[str], dry: bool, model: Path) -> None:
     report.main(arguments)
 
 
+def run_check(arguments: list[str], dry: bool, model: Path) -> None:
+    check.main(arguments)
+
+
 RUNNERS: dict[str, Callable[[list[str], bool, Path], None]] = {
     "train": run_train,
     "evaluate": run_evaluate,
     "report": run_report,
+    "check": run_check,
 }
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -374,3 +375,21 @@ def test_a_struct_declared_with_other_fields_than_in_csrc_is_refused():
     native_library.check_struct_sizes(kernels, {"gradients": cpu._Gradients, "head": cpu._Head})
     with pytest.raises(RuntimeError, match=r"struct gradients has 16 bytes in Python .*and 56 in"):
         native_library.check_struct_sizes(kernels, {"gradients": Short})
+
+
+CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CROSS_COMPILER is None, reason="needs g++-aarch64-linux-gnu")
+@pytest.mark.parametrize("part", native_library.PARTS)
+def test_the_kernels_compile_for_aarch64(tmp_path, part):
+    sources = [f"{native_library.SOURCES}/{name}.cpp" for name in native_library.PARTS[part]]
+    command = [
+        str(CROSS_COMPILER),
+        *sources,
+        *native_library.COMMON_FLAGS,
+        "-o",
+        tmp_path / "part.so",
+    ]
+    subprocess.run(command, check=True)

@@ -534,7 +534,7 @@ def test_an_error_is_printed_in_one_sentence(tmp_path: Path, capsys):
     (tmp_path / "no_config" / "metrics.jsonl").write_text('{"step": 1}\n')
     for given, message in (
         ([], "need the folder of at least one run"),
-        ([str(tmp_path / "absent"), good], "absent' is not the folder of a run: it does not exist"),
+        ([str(tmp_path / "absent"), good], "absent' is not a folder"),
         (
             [str(tmp_path / "no_config")],
             "no_config' is not the folder of a run: it has no config.toml",

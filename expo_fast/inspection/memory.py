@@ -39,6 +39,9 @@ FP32_BYTES = 4
 MOST_OF_MEMORY = 0.9  # the system needs the rest
 MOMENTS = 2  # AdamW's m and v
 ROWS_OF_A_SPAN = 1024  # csrc's kSpan: the head's gradient of more rows is summed in fp32
+# Memory of the allocator by kept memory: it cannot use all gaps between tensors, and the backward
+# pass adds temporary tensors (measured: python -m benchmarks.memory).
+ALLOCATOR = 1.1
 # Libraries that are imported on first use, the tokenizer and the threads: measured on Linux with a
 # model of two layers (python -m benchmarks.memory).
 RUNTIME_BYTES = 270 << 20
@@ -250,7 +253,7 @@ def activation_bytes(config: Train, model_config: Any, dtype: torch.dtype, given
         total += (two - one) * count
     if config.gradient_checkpointing:  # the backward pass recomputes one layer at a time
         total += traced_bytes(config, model_config, dtype, given, [0], checkpointing=False)
-    return (base or 0) + total
+    return round(ALLOCATOR * ((base or 0) + total))
 
 
 def traced_bytes(
@@ -269,7 +272,8 @@ def traced_bytes(
     attend = attention.PackedAttention(given.cu_seqlens, given.parents)
     kept: dict[int, Tensor] = {}  # by storage; the tensors are held, so that no id is used twice
     with fake_tensors() as mode:
-        weights = {mode.from_tensor(p).untyped_storage()._cdata for p in model.parameters()}
+        fake_weights = [mode.from_tensor(p) for p in model.parameters()]  # held, as `kept`
+        weights = {weight.untyped_storage()._cdata for weight in fake_weights}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata

@@ -67,6 +67,8 @@ class Optimizer:
         self._weight_decay = weight_decay
         self._adamw = self._torch_adamw()
         self._steps: dict[str, int] = {}  # t of each parameter, on the host to avoid a host sync
+        for name in self._masters:
+            self._reset_moments(name)
         self.skipped = 0  # number of steps skipped because of a non-finite gradient
         self.grad_sums = GradSums(self._parameters)
 
@@ -85,6 +87,20 @@ class Optimizer:
             eps=self._eps,
             fused=device_types <= {"cpu", "cuda"},
         )
+
+    def _reset_moments(self, name: str) -> None:
+        """Set the moments and the step of a parameter to 0.
+
+        They are allocated before the first step. AdamW would allocate them in it, in the memory of
+        freed activations, and the activations of the second step would need new memory.
+        """
+        master = self._masters[name]
+        fused = self._adamw.defaults["fused"]
+        step_device = master.device if fused else "cpu"  # where AdamW keeps its step
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+        self._adamw.state[master] = state
 
     @torch.no_grad()
     def step(self, lr: float, max_grad_norm: float) -> StepReport:
@@ -197,7 +213,6 @@ class Optimizer:
         """
         self._check_state(tensors, values["steps"])
         self.grad_sums.clear()
-        self._adamw.state.clear()
         self._steps = dict(values["steps"])
         self.skipped = values["skipped"]
         for name, master in self._masters.items():
@@ -205,20 +220,13 @@ class Optimizer:
             if master is not parameter:
                 master.copy_(tensors[f"{name}.master"])
                 parameter.copy_(master)
-            if name in self._steps:
-                self._restore_moments(name, tensors)
-
-    def _restore_moments(self, name: str, tensors: Tensors) -> None:
-        master = self._masters[name]
-        fused = self._adamw.defaults["fused"]
-        step_device = master.device if fused else "cpu"  # where AdamW keeps its step
-        t = self._steps[name]
-        step = torch.tensor(t, dtype=torch.float32, device=step_device)
-        state: dict[str, Any] = {"step": step}
-        for key in MOMENTS:
-            saved = tensors[f"{name}.{key}"]
-            state[key] = saved.to(master.device, copy=True)
-        self._adamw.state[master] = state
+            state = self._adamw.state[master]
+            state["step"].fill_(self._steps.get(name, 0))
+            for key in MOMENTS:
+                if name in self._steps:
+                    state[key].copy_(tensors[f"{name}.{key}"])
+                else:
+                    state[key].zero_()
 
     def _check_state(self, tensors: Tensors, steps: dict[str, int]) -> None:
         expected = self._expected_state(steps)
