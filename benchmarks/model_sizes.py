@@ -101,7 +101,9 @@ def peak_of_training(folder: Path, flags: list[str]) -> int:
     reward.write_text(REWARD)
     command = [sys.executable, "-c", PROGRAM]
     command += ["--model", str(folder / "model"), "--output-dir", str(folder / "run")]
-    command += ["--steps", "2", "--prompts-per-step", "8"]  # more than one pack of 4096 tokens
+    command += ["--steps", "2", "--prompts-per-step", "8", "--num-generations", "4"]
+    command += ["--max-completion-length", "16", "--diagnose", "0"]
+    command += ["--pack-tokens", "1024"]  # less than the tokens of a step, so that packs are full
     command += ["--eval-every", "0", "--checkpoint-every", "0"]
     if "sft" not in flags:
         command += ["--method", "expert-grpo", "--reward", f"{reward}:parity"]
