@@ -301,6 +301,13 @@ def test_the_results_of_lm_eval_have_its_keys(given, tmp_path, monkeypatch):
     assert keys <= made.keys()
 
 
+def test_an_output_of_lm_eval_that_cannot_be_a_file_is_refused(given):
+    with pytest.raises(
+        ValueError, match="--lm-eval-output 'nowhere/x': there is no folder nowhere"
+    ):
+        evaluate.main([*given, "--lm-eval-output", "nowhere/x"])
+
+
 def test_the_standard_error_of_one_problem_is_not_known():
     assert standard_error([1.0]) == "N/A"
     assert standard_error([0.0, 1.0]) == pytest.approx(0.5)
