@@ -150,7 +150,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
     config = parse(Evaluate, argv)
     output = None if config.output is None else output_file(config.output)
-    lm_eval_output = None if config.lm_eval_output is None else output_file(config.lm_eval_output)
+    lm_eval_output = None
+    if config.lm_eval_output is not None:
+        lm_eval_output = output_file(config.lm_eval_output, "--lm-eval-output")
     trained = find_trained(config.model)
     if trained is not None:
         config = with_record(config, trained)

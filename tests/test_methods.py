@@ -214,7 +214,7 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
     ("more", "sentence"),
     [
         ("--method dpo --train-data NOPAIRS", "has no 'chosen' and 'rejected' columns"),
-        ("--method grpo --train-data PAIRS", "needs one to judge attempts"),
+        ("--method expo-grpo --train-data PAIRS", "needs one to explain"),
         ("--method expert-dpo --train-data UNSOLVED", "has no expert solution"),
         ("--method sft --train-data UNSOLVED", "has no expert solution"),
         ("--method expo-grpo --dynamic-sampling 2", "dynamic_sampling=2 has no effect with method"),

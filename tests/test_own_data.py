@@ -1,6 +1,7 @@
 """Data of one's own: forms of rows and files, held-out shares, mixtures and defaults."""
 
 import csv
+import dataclasses
 import gzip
 import json
 import re
@@ -595,6 +596,20 @@ def test_the_length_limit_of_samples_does_not_refuse_texts_of_the_data(tmp_path,
         train.main(given)
 
 
+def test_an_instruction_to_box_is_warned_of_where_no_text_has_a_box(tmp_path, recwarn):
+    chats = [{"prompt": f"Hi {n}", "completion": f"Hello {n}."} for n in range(4)]
+    source = write(tmp_path / "a.jsonl", *chats)
+    config = Train(method="sft", train_data=source, prompts_per_step=2)
+    with pytest.warns(UserWarning, match=r'no text of .* has a box, .* --instruction "" leaves it'):
+        load_training_data(config)
+    recwarn.clear()
+    load_training_data(dataclasses.replace(config, instruction=""))
+    boxed = write(tmp_path / "b.jsonl", *questions(4))  # they get a box from their answers
+    load_training_data(dataclasses.replace(config, train_data=boxed))
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:no text of")
 def test_the_example_files_are_read():
     folder = ROOT / "examples/data"
     problems = load_problems(str(folder / "word_problems.jsonl"))

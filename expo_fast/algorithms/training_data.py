@@ -49,6 +49,12 @@ def load_training_data(config: Train) -> TrainingData:
     data = select_problems(config)
     check_numbers(config, data)
     check_columns(config, data.problems)
+    if asks_in_vain(config, data.problems):
+        warnings.warn(
+            f"no text of {in_words(config.data_sources)} has a box, but the instruction after each "
+            'question asks for one: --instruction "" leaves it out',
+            stacklevel=2,
+        )
     both = overlap([*data.shots, *data.problems], data.held_out)
     if both:
         warnings.warn(
@@ -209,6 +215,16 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
             "trains on them unchanged",
             stacklevel=2,
         )
+
+
+def asks_in_vain(config: Train, problems: Sequence[Problem]) -> bool:
+    """Return whether the instruction asks for a box, which no text of the data has."""
+    trains_on_data = "data" in (config.spec.sft_source, config.spec.chosen_source)
+    asked = [problem for problem in problems if not problem.is_text]
+    if not trains_on_data or not asked or "\\boxed" not in config.instruction:
+        return False
+    texts = [problem.pair[0] if problem.pair else expert_text(problem) for problem in asked]
+    return not any("\\boxed" in text for text in texts)
 
 
 def needs_answers(config: Train) -> bool:

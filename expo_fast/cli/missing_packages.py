@@ -37,12 +37,12 @@ def advice_on(error: ModuleNotFoundError) -> str | None:
 def how_to_install(extra: str | None) -> str:
     """Return what to do to get the packages of an extra."""
     brackets = f"[{extra}]" if extra else ""
+    if is_installed():
+        return f"pip install 'expo-fast{brackets}'"
     checkout = Path(__file__).resolve().parents[2]
     environment = checkout / ".venv"
     if environment.is_dir() and environment.resolve() != Path(sys.prefix).resolve():
         return f"`make` installs it into {environment}: source {environment}/bin/activate"
-    if is_installed():
-        return f"pip install 'expo-fast{brackets}'"
     return f"pip install -e '{checkout}{brackets}'"
 
 

@@ -35,16 +35,16 @@ def reading(what: str | Path) -> Iterator[None]:
         raise ValueError(f"{what}: {kind}{shorten(str(error), 300)}") from error
 
 
-def output_file(name: str) -> Path:
+def output_file(name: str, flag: str = "--output") -> Path:
     """Return the path of an output file that can be written.
 
     Raise ValueError if its folder does not exist, or if it is a folder or a device.
     """
     path = Path(name)
     if not path.parent.is_dir():
-        raise ValueError(f"--output {name!r}: there is no folder {path.parent}")
+        raise ValueError(f"{flag} {name!r}: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
-        raise ValueError(f"--output {name!r} exists and is not a file: name a file")
+        raise ValueError(f"{flag} {name!r} exists and is not a file: name a file")
     return path
 
 
