@@ -41,7 +41,7 @@ MOMENTS = 2  # AdamW's m and v
 ROWS_OF_A_SPAN = 1024  # csrc's kSpan: the head's gradient of more rows is summed in fp32
 # Memory of the allocator by kept memory: it cannot use all gaps between tensors, and the backward
 # pass adds temporary tensors (measured: python -m benchmarks.memory).
-ALLOCATOR = 1.1
+ALLOCATOR = 1.2
 # Libraries that are imported on first use, the tokenizer and the threads: measured on Linux with a
 # model of two layers (python -m benchmarks.memory).
 RUNTIME_BYTES = 270 << 20
