@@ -14,7 +14,13 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 from expo_fast.cli.help_text import help_text
 from expo_fast.cli.unknown_flags import hint
-from expo_fast.config import Evaluate, Train, default_of, options_without_effect
+from expo_fast.config import (
+    Evaluate,
+    Train,
+    default_of,
+    options_without_effect,
+    type_in_words,
+)
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -233,7 +239,7 @@ def _values_of_toml(kind: type, path: Path) -> dict[str, Any]:
         try:
             fields[name] = _typed(value, types[name])
         except (TypeError, OverflowError):
-            need = _type_in_words(types[name])
+            need = type_in_words(types[name])
             raise ValueError(f"{path}: {name}={value!r}: need {need}") from None
     return fields
 
@@ -275,16 +281,6 @@ def _typed_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if not any_length and len(value) != len(arguments):
         raise TypeError
     return tuple(_typed(element, arguments[0]) for element in value)
-
-
-def _type_in_words(wanted: Any) -> str:
-    types = [each for each in get_args(wanted) or (wanted,) if each is not type(None)]
-    if get_origin(wanted) is Literal:
-        return f"one of {', '.join(map(repr, types))}"
-    if get_origin(wanted) is tuple:
-        count = "" if ... in types else f"{len(types)} "
-        return f"a list of {count}{types[0].__name__}"
-    return f"the type {types[0].__name__}"
 
 
 def dump_toml(config: Train | Evaluate) -> str:
