@@ -27,6 +27,14 @@ PROBLEMS = [
 SMALL = {"dtype": "float32", "prompts_per_step": 4, "max_completion_length": 16, "shots": 0}
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Make the checks small, because Triton's interpreter is slow."""
+    monkeypatch.setattr(op_checks, "N_ROWS", 24)
+    monkeypatch.setattr(op_checks, "DEPTH", 16)
+    monkeypatch.setattr(op_checks, "VOCABULARY", 131)
+
+
 def prompter_of(model: Decoder) -> Prompter:
     return Prompter(tiny_tokenizer(), (), None, "", ends=model.eos_ids)
 

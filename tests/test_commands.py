@@ -172,6 +172,6 @@ MODULES = {"vl-convert-python": "vl_convert"}  # of packages with another name
 
 
 def test_make_train_says_where_the_packages_are():
-    command = ["make", "--dry-run", "--always-make", "train"]
+    command = ["make", "--no-print-directory", "--dry-run", "--always-make", "train"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "source .venv/bin/activate" in done.stdout.splitlines()[-1]

@@ -32,6 +32,7 @@ from expo_fast import check, evaluate, report, train, weights
 from expo_fast.cli import flags_page
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate, Train
+from expo_fast.inspection import op_checks
 from expo_fast.methods import methods_that_read
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
@@ -466,7 +467,11 @@ def run_report(arguments: list[str], dry: bool, model: Path) -> None:
 
 
 def run_check(arguments: list[str], dry: bool, model: Path) -> None:
-    check.main(arguments)
+    small = {"N_ROWS": 24, "DEPTH": 16, "VOCABULARY": 131}  # Triton's interpreter is slow
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(op_checks, name, value)
+        check.main([*arguments, "--model", str(model)] if arguments else arguments)
 
 
 RUNNERS: dict[str, Callable[[list[str], bool, Path], None]] = {
