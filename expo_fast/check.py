@@ -11,9 +11,13 @@ if __name__ == "__main__":  # before the imports below, because one of their pac
     raise SystemExit(run_command("check"))
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from expo_fast.inspection.machine import describe_machine
 from expo_fast.inspection.op_checks import OpResult, check_ops
+
+if TYPE_CHECKING:
+    from expo_fast.config import Train
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(__doc__.strip() if __doc__ else "")
         return
+    config = read_flags(argv) if argv else None
     for name, text in describe_machine():
         print(f"{name:<14} {text}")
     print()
@@ -30,9 +35,9 @@ def main(argv: Sequence[str]) -> None:
         results.append(result)
         print(line_of(result), flush=True)
     wrong = [result for result in results if not result.ok]
-    if argv:
+    if config is not None:
         print()
-        print_memory(argv)
+        print_memory(config)
     if wrong:
         names = ", ".join(f"{each.op} on {each.backend} in {each.dtype}" for each in wrong)
         raise ValueError(
@@ -49,17 +54,25 @@ def line_of(result: OpResult) -> str:
     )
 
 
-def print_memory(argv: Sequence[str]) -> None:
-    """Print the memory of a run with these flags."""
+def read_flags(argv: Sequence[str]) -> "Train":
+    """Return the configuration of a run with these flags. Raise ValueError if it cannot run."""
     from expo_fast.algorithms.resume import with_defaults
-    from expo_fast.algorithms.training_data import load_training_data
     from expo_fast.cli.flags import parse
     from expo_fast.config import Train
+    from expo_fast.weights import find_device
+
+    config = with_defaults(parse(Train, argv))
+    find_device(config.device)
+    return config
+
+
+def print_memory(config: "Train") -> None:
+    """Print the memory of a run."""
+    from expo_fast.algorithms.training_data import load_training_data
     from expo_fast.data.prompts import Prompter
     from expo_fast.inspection.memory import estimate_memory, memory_lines
     from expo_fast.weights import load_structure
 
-    config = with_defaults(parse(Train, argv))
     data = load_training_data(config)
     model, tokenizer = load_structure(config.model)
     prompter = Prompter(

@@ -8,11 +8,13 @@ arithmetic, sized for two CPU cores.
 import dataclasses
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from expo_fast.methods import METHODS, OPTIONS, MethodSpec, methods_that_read
 from expo_fast.objectives import POLICY_OBJECTIVES, PREFERENCE_OBJECTIVES, ignored_options
@@ -85,14 +87,22 @@ class Prompting:
 
     def __post_init__(self):
         """Raise ValueError with a line for each option that is wrong, the first fault of each."""
-        faults: dict[str, str] = {}
-        for name, sentence in self._faults():
-            faults.setdefault(name, sentence)
+        for name, wanted in option_types(type(self)).items():
+            object.__setattr__(self, name, _as_flags_have_it(getattr(self, name), wanted))
+        faults: dict[str, str] = dict(self._faults_of_types())
+        if not faults:  # the other checks need values of the right types
+            for name, sentence in self._faults():
+                faults.setdefault(name, sentence)
         if len(faults) == 1:
             raise ValueError(*faults.values())
         if faults:
             lines = "\n".join(f"  {sentence}" for sentence in faults.values())
             raise ValueError(f"{len(faults)} options have to change:\n{lines}")
+
+    def _faults_of_types(self) -> Iterator[Fault]:
+        for name, wanted in option_types(type(self)).items():
+            fits = _has_type(getattr(self, name), wanted)
+            yield from _require(self, name, fits, type_in_words(wanted))
 
     def _faults(self) -> Iterator[Fault]:
         for f in dataclasses.fields(self):
@@ -660,6 +670,54 @@ def _require(config: Any, name: str, ok: bool, need: str) -> Iterator[Fault]:
     """Yield the fault of an option that is not `ok`."""
     if not ok:
         yield name, f"{name}={getattr(config, name)!r}: need {need}"
+
+
+@cache
+def option_types(kind: type) -> dict[str, Any]:
+    """Return the type of each option of a dataclass."""
+    return get_type_hints(kind)
+
+
+def type_in_words(wanted: Any) -> str:
+    """Return what a value of a type is, for an error."""
+    types = [each for each in get_args(wanted) or (wanted,) if each is not type(None)]
+    if get_origin(wanted) is Literal:
+        return f"one of {', '.join(map(repr, types))}"
+    if get_origin(wanted) is tuple and get_origin(types[0]) is Literal:
+        return f"a list of {type_in_words(types[0]).removeprefix('one of ')}"
+    if get_origin(wanted) is tuple:
+        count = "" if ... in types else f"{len(types)} "
+        return f"a list of {count}{types[0].__name__}"
+    return f"the type {types[0].__name__}"
+
+
+def _as_flags_have_it(value: Any, wanted: Any) -> Any:
+    """Return the value of a Python program as flags would set it.
+
+    A path becomes text, a list a tuple, and one value of an option for several a tuple.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, list | tuple):
+        return tuple(_as_flags_have_it(each, type(each)) for each in value)
+    takes_several = get_origin(wanted) is tuple and ... in get_args(wanted)
+    return (value,) if takes_several else value
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    arguments = get_args(wanted)
+    if get_origin(wanted) is Literal:
+        return value in arguments
+    if get_origin(wanted) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        right_length = ... in arguments or len(value) == len(arguments)
+        return right_length and all(_has_type(each, arguments[0]) for each in value)
+    if arguments:  # of a union
+        return any(_has_type(value, each) for each in arguments)
+    if wanted is float:
+        return type(value) in (int, float)
+    return type(value) is wanted  # not isinstance, for which True is an integer
 
 
 def default_of(kind: type, name: str) -> Any:

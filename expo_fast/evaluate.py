@@ -224,14 +224,16 @@ def load_data(
     The examples of built-in data are from the train split.
     """
     own_shots = trained is None or config.shots_data is not None or config.n_shots == 0
+    # Other data may lack a column that the run names, such as that of the solutions.
+    all_columns = trained is None or config.columns != trained.config.columns
     if trained is None or (config.data is not None and own_shots):
-        problems = load_evaluated(config)
-        shots = worked_examples_of(config)
+        problems = load_evaluated(config, all_columns=all_columns)
+        shots = worked_examples_of(config, all_columns=all_columns)
     else:
         data = problems_of_run(config, trained)
         shots = data.shots
         if config.data is not None:
-            problems = load_evaluated(config)
+            problems = load_evaluated(config, all_columns=all_columns)
         elif data.held_out:
             problems = subset(data.held_out, config.limit, seed=0)
         else:
@@ -239,21 +241,28 @@ def load_data(
     return without(problems, shots), shots
 
 
-def load_evaluated(config: Evaluate) -> list[Problem]:
-    """Return the problems of `data`."""
+def load_evaluated(config: Evaluate, *, all_columns: bool) -> list[Problem]:
+    """Return the problems of `data`.
+
+    all_columns: as for `load_problems`.
+    """
     problems = load_problems(
         config.source,
         levels=config.levels or (),
         limit=config.limit,
         columns=config.columns,
+        all_columns=all_columns,
         data_dir=config.data_dir,
     )
     check_answers(config.source, problems)
     return problems
 
 
-def worked_examples_of(config: Evaluate) -> tuple[Problem, ...]:
-    """Return the few-shot examples of `shots_data`, or of the data."""
+def worked_examples_of(config: Evaluate, *, all_columns: bool) -> tuple[Problem, ...]:
+    """Return the few-shot examples of `shots_data`, or of the data.
+
+    all_columns: as for `load_problems`.
+    """
     if config.n_shots == 0:
         return ()
     train_split = re.sub(r"^(builtin:[^:]+):eval$", r"\1:train", config.source)
@@ -261,6 +270,7 @@ def worked_examples_of(config: Evaluate) -> tuple[Problem, ...]:
         config.shots_data or train_split,
         levels=config.levels or (),
         columns=config.columns,
+        all_columns=all_columns,
         data_dir=config.data_dir,
     )
     shots, _ = worked_examples(candidates, config.n_shots)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,11 @@ class TrainResult:
     """The record of a run, and the model that it trained."""
 
     run_dir: Path
-    model: Decoder
+    model: Decoder = field(repr=False)
     """The model with the weights after the last step."""
-    tokenizer: Any
+    tokenizer: Any = field(repr=False)
     """Its tokenizer, of transformers."""
-    generator: Generator
+    generator: Generator = field(repr=False)
     """A generator that samples from these weights."""
 
     @property

@@ -97,10 +97,7 @@ def load_model(
     holds for an unsupported architecture, a pickle, a damaged file, a tensor that is missing,
     unexpected, of the wrong shape or not finite, and an adapter that is not plain LoRA.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with reading(f"device {str(device)!r} cannot be used"):
-        torch.empty(0, device=device)
+    device = find_device(device)
     model, stored, path, adapters = _read_structure(source, checkpointing=checkpointing)
     state = _checked_state(
         model,
@@ -115,6 +112,18 @@ def load_model(
     for adapter in adapters:
         merge(model, adapter)
     return model, _complete_ends(model, stored, path, adapters)
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Return the device, which for "auto" is cuda if it is available, else cpu.
+
+    Raise ValueError if it cannot be used.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with reading(f"device {str(device)!r} cannot be used"):
+        torch.empty(0, device=device)
+    return torch.device(device)
 
 
 def load_structure(source: str | Path) -> tuple[Decoder, Any]:

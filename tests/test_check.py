@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from expo_fast import check
+from expo_fast.cli import exit_status
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
@@ -169,3 +170,18 @@ def test_the_command_prints_the_memory_of_a_run(tmp_path: Path):
     assert "linear_policy_loss" in done.stdout
     assert "activations" in done.stdout
     assert "peak" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--device", "bogus"], "device 'bogus' cannot be used: RuntimeError: "),
+        (["--step", "3"], "unknown --step: perhaps you meant --steps"),
+    ],
+)
+def test_wrong_flags_are_refused_before_the_ops_are_checked(flags, sentence, capsys):
+    """An unusable device was a traceback, and a wrong flag was refused after all ops."""
+    assert exit_status.run(check.main, flags) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {sentence}")
+    assert printed.out == ""

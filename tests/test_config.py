@@ -1,9 +1,11 @@
 """Configurations from TOML files and flags, and the errors of invalid ones."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from expo_fast.cli.flags import dump_toml, from_toml, parse
 from expo_fast.config import Evaluate, Train
@@ -141,3 +143,42 @@ def test_epochs_are_passes_over_the_problems(epochs, problems, size, steps):
 def test_epochs_out_of_range_or_beside_steps_are_refused(changes):
     with pytest.raises(ValueError, match="epochs="):
         Train(**{"epochs": 1.0} | changes)
+
+
+def test_a_program_may_give_paths_lists_and_single_values(tmp_path: Path):
+    """A list in place of a tuple gave the run another folder, and a path could not be recorded."""
+    config = Train(
+        model=tmp_path,  # pyright: ignore[reportArgumentType]
+        train_data=[tmp_path / "a.jsonl", "b.jsonl"],  # pyright: ignore[reportArgumentType]
+        report_to="none",  # pyright: ignore[reportArgumentType]
+        levels=3,  # pyright: ignore[reportArgumentType]
+        betas=[0.9, 0.95],  # pyright: ignore[reportArgumentType]
+    )
+    as_flags = Train(
+        model=str(tmp_path),
+        train_data=(f"{tmp_path}/a.jsonl", "b.jsonl"),
+        report_to=("none",),
+        levels=(3,),
+        betas=(0.9, 0.95),
+    )
+    assert config == as_flags
+    assert config.run_dir == as_flags.run_dir
+    assert dump_toml(config) == dump_toml(as_flags)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"method": "ppo"}, "method='ppo': need one of 'expo-grpo', 'grpo', "),
+        ({"objective": "ppo"}, "objective='ppo': need one of 'clipped', "),
+        ({"report_to": ("x",)}, "report_to=('x',): need a list of 'tensorboard', 'wandb', "),
+        ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16: need one of 'float32', 'bfloat16'"),
+        ({"learning_rate": "1e-4"}, "learning_rate='1e-4': need the type float"),
+        ({"steps": True}, "steps=True: need the type int"),
+        ({"reward": print}, "reward=<built-in function print>: need the type str"),
+        ({"betas": 0.9}, "betas=0.9: need a list of 2 float"),
+    ],
+)
+def test_a_program_gets_one_sentence_for_a_value_of_a_wrong_type(option, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        Train(**option)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from expo_fast import answers, evaluate, reward, train
-from expo_fast.cli.flags import parse
-from expo_fast.config import Evaluate
+from expo_fast.algorithms.training_data import select_problems
+from expo_fast.cli.flags import from_toml, parse
+from expo_fast.config import Evaluate, Train
 from expo_fast.data import answer_grading, verifier
 from expo_fast.evaluate import Evaluation
 from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is_right, pass_at_k
@@ -386,6 +387,40 @@ def test_other_problems_are_asked_as_those_of_training(trained, capsys, tmp_path
     summary, err = evaluated(capsys, *given)
     assert "record of" not in err
     assert summary["template"] != kept["template"]
+
+
+def test_a_level_is_evaluated_on_problems_that_were_held_out(tmp_path, capsys):
+    """Before, as many problems of the level were held out as the run held out of all levels."""
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    rows = [{"question": f"{n}?", "answer": str(n), "level": n % 4} for n in range(200)]
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps(row | {"cot": "So."}) + "\n" for row in rows))
+    flags = f"--model {tmp_path}/model --train-data {source} --columns solution=cot --method sft "
+    flags += f"--output-dir {tmp_path}/run --steps 1 --prompts-per-step 2 --dtype float32 "
+    flags += "--eval-limit 12 --max-completion-length 2 --eval-samples 1"
+    train.main(flags.split())
+    config = from_toml(Train, tmp_path / "run/config.toml")
+    held_out = [problem.id for problem in select_problems(config).held_out if problem.level == 3]
+    assert 0 < len(held_out) < 12
+    output = tmp_path / "graded.jsonl"
+    evaluated(capsys, "--model", tmp_path / "run", "--levels", 3, "--output", output)
+    ids = {json.loads(line)["id"] for line in output.read_text().splitlines()}
+    assert ids == set(held_out)
+
+
+def test_other_data_may_lack_a_column_that_the_run_names(tmp_path, capsys, trained):
+    """A run that names the column of its solutions is evaluated on data without solutions."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    record = tmp_path / "run/config.toml"
+    named = record.read_text().replace('["prompt=q"]', '["prompt=q", "solution=cot"]')
+    record.write_text(named.replace("shots = 1", "shots = 0"))
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"question": "What?", "answer": "1", "level": 1}) + "\n")
+    summary, _ = evaluated(capsys, "--model", tmp_path / "run", "--data", other)
+    assert summary["problems"] == 1
+    flags = ("--model", str(tmp_path / "run"), "--data", str(other), "--columns", "solution=cott")
+    with pytest.raises(ValueError, match="no column 'cott' for 'solution'"):
+        evaluate.main(list(flags))
 
 
 def test_other_prompts_than_in_training_are_said(trained, capsys, tmp_path):

@@ -164,6 +164,23 @@ def test_a_preset_yields_to_another_objective_too():
     assert (config.clip_high, config.updates_per_batch) == (0.2, 4)
 
 
+@pytest.mark.parametrize(("preset", "clip_high"), [("gspo", 0.0004), ("cispo", 4.0)])
+def test_the_clip_range_of_a_preset_yields_to_another_objective(preset: str, clip_high: float):
+    """Before, PPO's ratio was clipped at 1.0004 or at 5, silently."""
+    told = rf"preset {preset} do not fit objective=clipped, .* clip_high={clip_high}"
+    with pytest.warns(UserWarning, match=told):
+        config = parse(Train, ["--config", preset, "--objective", "clipped"])
+    assert (config.clip_low, config.clip_high) == (0.2, 0.2)
+    flags = ["--config", preset, "--objective", "clipped", "--clip-high", "0.3"]
+    config = parse(Train, flags if preset == "cispo" else [*flags, "--clip-low", "0.2"])
+    assert (config.clip_low, config.clip_high) == (0.2, 0.3)
+
+
+def test_two_configs_are_refused():
+    with pytest.raises(ValueError, match=r"^--config is given twice: give one preset or file"):
+        parse(Train, ["--config", "grpo", "--config=dpo"])
+
+
 def test_an_ignored_flag_is_refused_beside_a_preset(recwarn):
     with pytest.raises(ValueError, match=r"^clip_high=0.3 has no effect with method=sft"):
         parse(Train, ["--config", "dapo", "--method", "sft", "--clip-high", "0.3"])

@@ -142,6 +142,55 @@ def test_columns_get_the_names_of_options(tmp_path):
 # A text without a known answer
 
 
+def test_a_named_question_is_read_before_the_rows_own_prompt(tmp_path):
+    """Before, `prompt` was read, because it comes first among the columns of a question."""
+    row = {"prompt": "Q1?", "problem": "Q2?", "q": "Q3?", "answer": "1"}
+    (problem,) = load_problems(write(tmp_path / "a.jsonl", row), columns=("question=q",))
+    assert problem.prompt == "Q3?"
+    assert problem.columns == {"problem": "Q2?"}
+
+
+@pytest.mark.parametrize("columns", [("answer=a", "answer=b"), ("prompt=a", "question=b")])
+def test_two_columns_of_one_use_are_refused(tmp_path, columns):
+    source = write(tmp_path / "a.jsonl", {"a": "1", "b": "2", "prompt": "Q?", "answer": "1"})
+    message = f"columns: '{columns[0]}' and '{columns[1]}' name the same: give one of them"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_problems(source, columns=columns)
+
+
+def test_a_null_question_or_pair_is_no_column(tmp_path):
+    """A table of rows in several forms, as pandas and datasets write it as JSON lines."""
+    pair = {"chosen": "4", "rejected": "5"}
+    nulls = {"prompt": None, "question": None, "chosen": None, "rejected": None}
+    one = nulls | {"question": "Q?", "answer": "4"}
+    two = nulls | {"prompt": "Q2?", "answer": "4"} | pair
+    first, second = load_problems(write(tmp_path / "a.jsonl", one, two))
+    assert (first.prompt, first.pair, first.columns) == ("Q?", None, {})
+    assert (second.prompt, second.pair) == ("Q2?", ("4", "5"))
+    with pytest.raises(ValueError, match="rejected must be text"):
+        load_problems(write(tmp_path / "b.jsonl", two | {"rejected": None}))
+
+
+def test_tables_of_pandas_and_of_spreadsheets_are_read(tmp_path):
+    """pandas writes whole numbers beside a gap as 3.0, and spreadsheets write rows of commas."""
+    file = tmp_path / "a.csv"
+    file.write_text("question,answer,level\r\n1?,1,3.0\r\n2?,2,\r\n,,\r\n3?,3,2\r\n,,\r\n")
+    assert [p.level for p in load_problems(str(file))] == [3, None, 2]
+
+
+def test_evaluation_data_may_lack_columns_that_only_the_training_reads(tmp_path):
+    rows = [{"q": f"{i}?", "answer": str(i), "cot": f"It is {i}."} for i in range(9)]
+    source = write(tmp_path / "a.jsonl", *rows)
+    held_out = write(tmp_path / "b.jsonl", {"question": "What?", "answer": "1"})
+    columns = ("prompt=q", "solution=cot")
+    config = Train(train_data=source, eval_data=held_out, columns=columns, method="sft")
+    data = select_problems(config)
+    assert [p.prompt for p in data.held_out] == ["What?"]
+    assert data.problems[0].solution == "It is 0."
+    with pytest.raises(ValueError, match="no column 'cott' for 'solution'"):
+        select_problems(dataclasses.replace(config, columns=("prompt=q", "solution=cott")))
+
+
 def test_no_box_is_appended_to_a_text_without_a_known_answer():
     poem = Problem("a", "Write a poem.", "", solution="Roses.\nViolets.")
     assert expert_text(poem) == "Roses.\nViolets."
@@ -372,6 +421,22 @@ def test_copies_of_a_held_out_question_are_not_trained_on(tmp_path):
     assert len(held_out | trained | shown) == 40
     (note,) = data.notes
     assert note.startswith(f"held out {len(held_out)} of 80 problems of {source} for evaluation")
+
+
+def test_chats_with_the_same_last_turn_are_different_questions(tmp_path):
+    """Before, they were one question: one chat was held out, and no chat was left to train on."""
+    rows = []
+    for i in range(40):
+        turns = [user(f"{i} + 1?"), assistant("Let me think."), user("Now the final answer.")]
+        rows.append({"messages": [*turns, assistant(f"\\boxed{{{i + 1}}}")]})
+    config = Train(train_data=write(tmp_path / "a.jsonl", *rows), eval_fraction=0.3, method="sft")
+    data = select_problems(config)
+    assert len(data.held_out) > 4
+    assert len(data.held_out) + len(data.problems) == 40
+    system = {"role": "system", "content": "Be brief."}
+    one = Problem("1", (system, user("1?")), "1")
+    begun = Problem("2", (user("1?"), assistant("It is")), "1")
+    assert question_text(one) == question_text(begun) == "1?"
 
 
 def test_without_evaluations_nothing_is_held_out(tmp_path):

@@ -465,6 +465,7 @@ def test_ticks_of_steps_are_integers_and_a_single_step_is_in_the_middle():
     assert step_ticks(0, 7) == [0, 2, 4, 6]
     assert step_ticks(1, 16) == [5, 10, 15]
     assert step_ticks(3, 1200) == [200, 400, 600, 800, 1000, 1200]
+    assert step_ticks(1, 10**30) == [2 * 10**29, 4 * 10**29, 6 * 10**29, 8 * 10**29, 10**30]
     (chart,) = charts([curve(2)], ["a"])
     x = chart.spec["encoding"]["x"]
     assert (x["axis"]["values"], x["scale"]["domain"]) == ([2], [1, 3])
@@ -572,6 +573,17 @@ def test_runs_that_cannot_be_read_are_left_out_with_a_warning(tmp_path: Path):
     assert "Runs: 1, configurations: 1." in page.text
     assert "Left out: " in page.text
     assert "<b>empty' is not the folder of a run: it has no config.toml" in page.text
+
+
+def test_rows_that_no_run_writes_do_not_stop_the_report(tmp_path: Path):
+    """A nested line, which the JSON decoder refuses, a huge step and a time of huge seconds."""
+    rows = [{"step": 1, "loss": 1.0, "time/sample": 1e299}, {"step": 10**30, "loss": 2.0}]
+    run = write_run(tmp_path / "run", rows=rows)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n")
+    output = tmp_path / "r.html"
+    assert exit_status.run(report.main, [run, "--output", str(output)]) == 0
+    assert "1e+299 s" in output.read_text()
 
 
 def test_a_run_of_the_trainer_is_reported(tmp_path: Path):

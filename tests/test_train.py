@@ -111,6 +111,7 @@ def test_a_program_gets_the_record_and_the_model_of_a_run(folder: Path, tmp_path
     assert torch.equal(trained, saved["model.norm.weight"])
     (completion,) = result.generator.sample([Request([5, 6], max_new_tokens=2)])
     assert len(completion.token_ids) <= 2
+    assert len(repr(result)) < 200  # a notebook shows it; the model would take 40 lines
     again = train.run(config)  # finished, so it is only read
     assert again.metrics == result.metrics
     assert again.model_path == result.model_path

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expo_fast.algorithms.training_data import TrainingData, select_problems
+from expo_fast.algorithms.training_data import TrainingData, select_problems, without
 from expo_fast.cli.flags import from_toml
 from expo_fast.config import Evaluate, Train
 from expo_fast.storage import checkpoint
@@ -90,15 +90,20 @@ def difference(config: Evaluate, trained: TrainedModel) -> str | None:
 
 
 def problems_of_run(config: Evaluate, trained: TrainedModel) -> TrainingData:
-    """Return the data of the run, for the shots and levels of the evaluation.
+    """Return the data of the run, with the number of shots and the levels of the evaluation.
 
+    The shots are of the levels of the run. No held-out problem is one that the run trains on.
     Raise ValueError if the data cannot be read.
     """
     asked = replace(
         trained.config,
         shots=config.shots,
         shots_data=config.shots_data,
-        levels=config.levels,
         columns=config.columns,
     )
-    return select_problems(asked)
+    data = select_problems(asked)
+    if config.levels == trained.config.levels:
+        return data
+    # The limit may hold out more problems of these levels than it does of all levels.
+    of_levels = select_problems(replace(asked, levels=config.levels))
+    return replace(data, held_out=without(of_levels.held_out, data.problems))

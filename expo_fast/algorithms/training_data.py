@@ -82,7 +82,12 @@ def select_problems(config: Train) -> TrainingData:
         sources = [without(source, held_out) for source in sources]
         notes.append(note_of_share(config, problems, held_out))
     if config.shots_data:
-        candidates = load_problems(config.shots_data, levels=config.levels, columns=config.columns)
+        candidates = load_problems(
+            config.shots_data,
+            levels=config.levels,
+            columns=config.columns,
+            all_columns=False,
+        )
     else:
         candidates = [problem for source in sources for problem in source]
     shots, _ = worked_examples(candidates, config.n_shots)
@@ -91,9 +96,17 @@ def select_problems(config: Train) -> TrainingData:
 
 
 def load_sources(
-    config: Train, sources: Sequence[str], *, answers: bool, limit: int | None = None
+    config: Train,
+    sources: Sequence[str],
+    *,
+    answers: bool,
+    all_columns: bool = True,
+    limit: int | None = None,
 ) -> list[list[Problem]]:
-    """Return the problems of each source, with distinct ids."""
+    """Return the problems of each source, with distinct ids.
+
+    answers, all_columns, limit: as for `load_problems`.
+    """
     parts = []
     for source in sources:
         part = load_problems(
@@ -101,6 +114,7 @@ def load_sources(
             levels=config.levels,
             limit=limit,
             columns=config.columns,
+            all_columns=all_columns,
             answers=answers,
         )
         parts.append(part)
@@ -110,7 +124,13 @@ def load_sources(
 def load_held_out(config: Train) -> list[Problem]:
     """Return the problems of `eval_data`, at most `eval_limit` of them."""
     limit = config.eval_limit
-    parts = load_sources(config, config.eval_sources, answers=True, limit=limit)
+    parts = load_sources(
+        config,
+        config.eval_sources,
+        answers=True,
+        all_columns=False,
+        limit=limit,
+    )
     problems = [problem for part in parts for problem in part]
     held_out = subset(problems, limit, seed=0)
     check_answers(in_words(config.eval_sources), held_out)

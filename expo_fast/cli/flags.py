@@ -8,13 +8,20 @@ import math
 import re
 import tomllib
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from expo_fast.cli.help_text import help_text
 from expo_fast.cli.unknown_flags import hint
-from expo_fast.config import Evaluate, Train, default_of, options_without_effect
+from expo_fast.config import (
+    Evaluate,
+    Train,
+    default_of,
+    options_without_effect,
+    type_in_words,
+)
+from expo_fast.objectives import POLICY_OBJECTIVES, PREFERENCE_OBJECTIVES
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -29,6 +36,8 @@ def parse(kind: type[C], argv: Sequence[str]) -> C:
     """
     words = list(argv)
     given = _take_config(words)
+    if _take_config(words) is not None:
+        raise ValueError("--config is given twice: give one preset or file, and flags to override")
     values = {} if given is None else _values_of_toml(kind, preset_or_file(given))
     typed = _names_of_flags(words)
     if {"steps", "epochs"} <= typed:
@@ -42,7 +51,7 @@ def parse(kind: type[C], argv: Sequence[str]) -> C:
         _print_help(kind, str(kind.__doc__), presets=named, defaults=values)
     options = _values_of_flags(kind, words, values)
     if given in presets() and issubclass(kind, Train):
-        options |= _defaults_for_ignored(options, typed, preset=given, of_preset=values)
+        options |= _defaults_for_unfit(options, typed, preset=given, of_preset=values)
     return kind(**options)
 
 
@@ -92,23 +101,26 @@ def _print_help(kind: type, about: str, **options: Any) -> NoReturn:
     raise SystemExit(0)
 
 
-def _defaults_for_ignored(
+def _defaults_for_unfit(
     options: Mapping[str, Any],
     typed: Collection[str],
     *,
     preset: str,
-    of_preset: Collection[str],
+    of_preset: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the defaults of the preset's options that the method or objective would ignore.
+    """Return the defaults of the preset's options that do not fit the method or objective.
 
-    A preset fits its own method, so that flags have chosen another one. Warn about these options.
+    The method or objective would ignore them, or they are those of the preset's own objective: the
+    clip range of GSPO is a thousandth of PPO's. A preset fits itself, so that flags have chosen
+    another method or objective. Warn about these options.
 
     typed: the options with a flag. If they are ignored, they are refused later.
     preset, of_preset: the name of the preset and the options that it sets.
     """
     choices = {name: options[name] for name in ("method", "objective", "preference")}
+    unfit = [*options_without_effect(**choices), *_options_of_other_objectives(options, of_preset)]
     defaults = {}
-    for name in options_without_effect(**choices):
+    for name in dict.fromkeys(unfit):
         default = default_of(Train, name)
         if name in of_preset and name not in typed and options[name] != default:
             defaults[name] = default
@@ -116,11 +128,20 @@ def _defaults_for_ignored(
         values = ", ".join(f"{name}={options[name]!r}" for name in defaults)
         chosen = ", ".join(f"{k}={value}" for k, value in choices.items() if k in typed)
         warnings.warn(
-            f"values of preset {preset} have no effect with {chosen}, the defaults are used: "
-            f"{values}",
+            f"values of preset {preset} do not fit {chosen}, the defaults are used: {values}",
             stacklevel=3,
         )
     return defaults
+
+
+def _options_of_other_objectives(
+    options: Mapping[str, Any], of_preset: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield the options that the preset's objective reads, if another one is chosen."""
+    for choice, table in (("objective", POLICY_OBJECTIVES), ("preference", PREFERENCE_OBJECTIVES)):
+        own = of_preset.get(choice, default_of(Train, choice))
+        if options[choice] != own:
+            yield from table[own].options
 
 
 def _values_of_flags(
@@ -234,7 +255,7 @@ def _values_of_toml(kind: type, path: Path) -> dict[str, Any]:
         try:
             fields[name] = _typed(value, types[name])
         except (TypeError, OverflowError):
-            need = _type_in_words(types[name])
+            need = type_in_words(types[name])
             raise ValueError(f"{path}: {name}={value!r}: need {need}") from None
     return fields
 
@@ -276,16 +297,6 @@ def _typed_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if not any_length and len(value) != len(arguments):
         raise TypeError
     return tuple(_typed(element, arguments[0]) for element in value)
-
-
-def _type_in_words(wanted: Any) -> str:
-    types = [each for each in get_args(wanted) or (wanted,) if each is not type(None)]
-    if get_origin(wanted) is Literal:
-        return f"one of {', '.join(map(repr, types))}"
-    if get_origin(wanted) is tuple:
-        count = "" if ... in types else f"{len(types)} "
-        return f"a list of {count}{types[0].__name__}"
-    return f"the type {types[0].__name__}"
 
 
 def dump_toml(config: Train | Evaluate) -> str:

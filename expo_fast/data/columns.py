@@ -12,7 +12,8 @@ from decimal import Decimal
 GSM8K_ANSWER = re.compile(r"(?P<solution>.*?)\s*####\s*(?P<answer>[^#\n]*?)\s*", re.DOTALL)
 GSM8K_CALCULATOR = re.compile(r"<<[^<>]*>>")  # calls of a calculator: "4*6=<<4*6=24>>24"
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
-LEVEL = re.compile(r"(?:level )?(\d{1,9}|\?)", re.IGNORECASE)  # two rows of MATH have "Level ?"
+# Two rows of MATH have "Level ?". pandas writes a column with gaps to a CSV file as "3.0".
+LEVEL = re.compile(r"(?:level )?(\d{1,9}|\?)(?:\.0)?", re.IGNORECASE)
 
 Message = dict[str, str]  # a chat message: role, content
 
@@ -103,7 +104,7 @@ def read_solution(what: str, value: object) -> str | None:
 
 
 def read_level(what: str, value: object) -> int | None:
-    """Return a level from 3, 3.0, "3" or "Level 3". None for none and for "Level ?"."""
+    """Return a level from 3, 3.0, "3", "3.0" or "Level 3". None for none and for "Level ?"."""
     if value is None:
         return None
     if isinstance(value, str):

@@ -162,7 +162,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[Row]:
             raise ValueError(f"{path}:1: two columns have the same name: {shown(header)}")
         for cells in reader:
             where = f"{path}:{reader.line_num}"
-            if not cells:  # a blank line
+            if not any(cells):  # a blank line, or one of spreadsheets: ",,"
                 continue
             if len(cells) != len(header):
                 raise ValueError(

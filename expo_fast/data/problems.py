@@ -34,6 +34,7 @@ from expo_fast.data.row_forms import (
     extract_question,
     find_answer,
     parse_names,
+    remove_nulls,
     rename,
 )
 from expo_fast.data.sources import read_rows
@@ -74,6 +75,7 @@ def load_problems(
     limit: int | None = None,  # how many to generate, or the size of a random subset, in order
     seed: int = 0,  # of the generator or the subset; subsets of one seed are nested
     columns: Sequence[str] = (),  # NAME=COLUMN for columns with other names
+    all_columns: bool = True,  # whether a row needs every column of `columns`
     answers: bool = True,  # whether every row needs an answer or a pair
     data_dir: str | None = None,  # folder of benchmarks; None: that of EXPO_FAST_DATA
 ) -> list[Problem]:
@@ -87,7 +89,9 @@ def load_problems(
         raise ValueError(f"limit is {limit}: ask for at least one problem of {source}")
     names = {} if source.startswith("builtin:") else parse_names(columns)
     rows = read_rows(source, levels=levels, limit=limit, seed=seed, data_dir=data_dir)
-    read = ((row.where, _problem(row, names, answers=answers)) for row in rows)
+    read = (
+        (row.where, _problem(row, names, all_columns=all_columns, answers=answers)) for row in rows
+    )
     problems = _with_distinct_ids(read)
     if not problems:
         raise ValueError(f"{source}: holds no problem; give a data set with at least one row")
@@ -225,10 +229,22 @@ def overlap(train: Iterable[Problem], evaluation: Iterable[Problem]) -> list[Pro
 
 
 def question_text(problem: Problem) -> str:
-    """Return the question, or the plain text, without case and spaces, to recognize equal ones."""
-    text = problem.solution or "" if problem.is_text else last_question(problem)
+    """Return the question, or the plain text, without case and spaces, to recognize equal ones.
+
+    The question of a chat is all its turns, because the last one may be the same in many chats
+    ("Now the final answer."). Messages of the system do not count, nor does the beginning of the
+    answer.
+    """
+    text = problem.solution or "" if problem.is_text else _turns_asked(problem)
     text = unicodedata.normalize("NFC", text)
     return "".join(text.casefold().split())
+
+
+def _turns_asked(problem: Problem) -> str:
+    if isinstance(problem.prompt, str):
+        return problem.prompt
+    asked = problem.prompt[:-1] if problem.prefill else problem.prompt
+    return "\n".join(turn["content"] for turn in asked if turn["role"] != "system")
 
 
 def last_question(problem: Problem) -> str:
@@ -263,12 +279,13 @@ def subset(problems: list[Problem], limit: int | None, seed: int) -> list[Proble
     return [problems[i] for i in chosen]
 
 
-def _problem(row: Row, names: Mapping[str, str], *, answers: bool) -> Problem:
+def _problem(row: Row, names: Mapping[str, str], *, all_columns: bool, answers: bool) -> Problem:
     where = row.where
     if not isinstance(row.value, Mapping):
         raise ValueError(f"{where}: a row must be a JSON object, not {shown(row.value)}")
     columns: dict[str, object] = dict(row.value)
-    rename(where, columns, names)
+    rename(where, columns, names, required=all_columns)
+    remove_nulls(columns)
     question = extract_question(where, columns)
     if question is None and "text" in columns:
         return _plain_text(where, columns, answers=answers)

@@ -49,22 +49,28 @@ KNOWN_COLUMNS = (  # what the option `columns` may name
 # Names of columns
 
 
-def rename(where: str, columns: dict[str, Any], names: Mapping[str, str]) -> None:
+def rename(
+    where: str, columns: dict[str, Any], names: Mapping[str, str], *, required: bool = True
+) -> None:
     """Give columns the names that the trainer reads.
 
     names: the row's own name of a column, by the name that the trainer reads. `a.b` is the value b
-    of the object a.
+    of the object a. A question becomes `prompt`, which is read before a `question` or `problem` of
+    the row.
 
     A row that has no such column of its own may have a column that is read anyway, as that of other
     data for the evaluation does. Raise ValueError if it has neither.
+
+    required: False leaves out a column that a row lacks, such as the solution of other data.
     """
     found = {}
     for name, own in names.items():
+        read_as = QUESTION_COLUMNS[0] if name in QUESTION_COLUMNS else name
         if own in columns:
-            found[name] = columns.pop(own)
+            found[read_as] = columns.pop(own)
         elif "." in own and _has_path(columns, own):
-            found[name] = _at_path(columns, own)
-        elif not columns.keys() & _same_use(name):
+            found[read_as] = _at_path(columns, own)
+        elif required and not columns.keys() & _same_use(name):
             present = ", ".join(map(repr, columns)) or "none"
             raise ValueError(f"{where}: no column {own!r} for {name!r}; the row has {present}")
     columns |= found
@@ -73,16 +79,31 @@ def rename(where: str, columns: dict[str, Any], names: Mapping[str, str]) -> Non
 def parse_names(columns: Sequence[str]) -> dict[str, str]:
     """Return the option `columns`, NAME=COLUMN, as the own name of each column.
 
-    Raise ValueError for a name that the trainer does not read.
+    Raise ValueError for a name that the trainer does not read, and for two columns of one use.
     """
-    names = {}
+    names: dict[str, str] = {}
     for each in columns:
         name, _, own = each.partition("=")
         if name not in KNOWN_COLUMNS:
             known = ", ".join(KNOWN_COLUMNS)
             raise ValueError(f"columns: {each!r}: {name!r} is none of {known}")
+        twice = [f"{other}={names[other]}" for other in names if other in _same_use(name)]
+        if twice:
+            raise ValueError(f"columns: {twice[0]!r} and {each!r} name the same: give one of them")
         names[name] = own
     return names
+
+
+def remove_nulls(columns: dict[str, Any]) -> None:
+    """Remove a question that is null, and a pair of two nulls.
+
+    Tables of rows in several forms have them, such as a file that pandas or datasets wrote.
+    """
+    for name in QUESTION_COLUMNS:
+        if name in columns and columns[name] is None:
+            del columns[name]
+    if all(name in columns and columns[name] is None for name in ("chosen", "rejected")):
+        del columns["chosen"], columns["rejected"]
 
 
 def _same_use(name: str) -> set[str]:

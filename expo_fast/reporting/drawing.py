@@ -207,9 +207,8 @@ def step_ticks(first: int, last: int) -> list[int]:
         for factor in (1, 2, 5):
             distance = factor * magnitude
             start = -(-first // distance) * distance
-            ticks = list(range(start, last + 1, distance))
-            if len(ticks) <= 7:
-                return ticks
+            if (last - start) // distance < 7:
+                return list(range(start, last + 1, distance))
         magnitude *= 10
 
 

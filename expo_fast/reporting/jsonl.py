@@ -65,7 +65,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for thousands of nested lists
             continue
         if isinstance(row, dict):
             yield line + b"\n", row

@@ -100,7 +100,10 @@ def _tokens(group: Group) -> str:
 
 def _duration(group: Group) -> str:
     seconds = sum(group.seconds_by_phase.values()) / len(group.runs)
-    return str(timedelta(seconds=round(seconds))) if seconds else ""
+    try:
+        return str(timedelta(seconds=round(seconds))) if seconds else ""
+    except OverflowError:  # a broken file: no run takes millions of years
+        return f"{seconds:.3g} s"
 
 
 def before_and_after(group: Group, key: str, number_format: str, level: int | None = None) -> str:
