@@ -444,7 +444,9 @@ def test_a_closed_pipe_is_no_error(folder: Path, tmp_path: Path, program: str):
     done = subprocess.run(command_line, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     if program == "evaluate":
-        assert (done.returncode, done.stderr) == (141, "")
+        assert done.returncode == 141
+        (warning,) = done.stderr.splitlines()  # the tiny model does not end its texts
+        assert "of the completions were cut at" in warning
     else:  # training continues without a console
         assert done.returncode == 0
         (warning,) = done.stderr.splitlines()
