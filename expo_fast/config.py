@@ -102,7 +102,10 @@ class Prompting:
     def _faults_of_types(self) -> Iterator[Fault]:
         for name, wanted in option_types(type(self)).items():
             fits = _has_type(getattr(self, name), wanted)
-            yield from _require(self, name, fits, type_in_words(wanted))
+            need = type_in_words(wanted)
+            if name == "reward":
+                need += ": rewards.py:f, or __main__:f for a function f of this program"
+            yield from _require(self, name, fits, need)
 
     def _faults(self) -> Iterator[Fault]:
         for f in dataclasses.fields(self):

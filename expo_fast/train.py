@@ -150,8 +150,20 @@ def run(config: Train) -> TrainResult:
             log.note(line)
         write_base(trainer, log)
         log.open_trackers()
-        train(trainer, data.held_out, log, start)
+        try:
+            train(trainer, data.held_out, log, start)
+        except KeyboardInterrupt:
+            log.note(interruption_in_words(config.run_dir))
+            raise
     return result_of(trainer)
+
+
+def interruption_in_words(run_dir: Path) -> str:
+    """Return where an interrupted run continues."""
+    newest = checkpoint.newest(run_dir)
+    if newest is None:
+        return "interrupted before the first checkpoint: the same command starts the run again"
+    return f"interrupted: the same command resumes the run from {newest}"
 
 
 def result_of(trainer: Trainer) -> TrainResult:

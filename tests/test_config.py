@@ -175,7 +175,10 @@ def test_a_program_may_give_paths_lists_and_single_values(tmp_path: Path):
         ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16: need one of 'float32', 'bfloat16'"),
         ({"learning_rate": "1e-4"}, "learning_rate='1e-4': need the type float"),
         ({"steps": True}, "steps=True: need the type int"),
-        ({"reward": print}, "reward=<built-in function print>: need the type str"),
+        (
+            {"reward": print},
+            "reward=<built-in function print>: need the type str: rewards.py:f, or __main__:f",
+        ),
         ({"betas": 0.9}, "betas=0.9: need a list of 2 float"),
     ],
 )

@@ -226,6 +226,20 @@ def test_a_run_of_epochs_is_recorded_in_steps_and_can_be_continued(tmp_path: Pat
     assert "step 3 is already done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--learning-rate fast", "--learning-rate: could not convert string to float: 'fast'"),
+        ("--method sfft", "invalid choice 'sfft' for argument '--method'. Expected one of"),
+    ],
+)
+def test_a_wrong_value_of_a_flag_is_one_sentence(words, sentence):
+    with pytest.raises(ValueError) as caught:
+        parse(Train, words.split())
+    assert str(caught.value).startswith(sentence)
+    assert ".;" not in str(caught.value)
+
+
 def test_several_faults_are_printed_below_each_other(capsys):
     assert exit_status.run(train.main, ["--steps", "0", "--clip-low", "2"]) == 2
     assert capsys.readouterr().err.splitlines() == [

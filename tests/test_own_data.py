@@ -269,6 +269,8 @@ def test_a_null_of_a_table_is_no_column(tmp_path):
         ("a.json", '[{"prompt": "Q"},\n {"prompt" 5}]', "a.json:2:12: not JSON"),
         ("a.json", '[{"prompt": "Q", "answer": 1}, 5]', "a.json:2: a row must be a JSON object"),
         ("a.json", '[{"prompt": "Q"}, {"prompt": "R"}]', "a.json:1: no column 'answer'"),
+        ("a.json", '[{"frage": "Q", "answer": "R"}]', "'answer'; --columns prompt=COLUMN names"),
+        ("a.json", '[{"prompt": "Q", "antwort": "R"}]', "'antwort'; --columns answer=COLUMN"),
         ("a.json", "[]", "a.json: holds no problem"),
         ("a.json", '{"data": [{"prompt": "Q"}]}', "a.json:1: no column 'prompt'"),
         ("a.json", '[{"a": 1, "a": 2}]', "a.json: the key 'a' is there twice"),

@@ -211,7 +211,8 @@ def _sentence(printed: str) -> str:
         if line.startswith(("Argument helptext", "Perhaps", "For full helptext", "Similar arg")):
             break
         message.append(line)
-    return " ".join(message) + "; see --help"
+    sentence = " ".join(message).removeprefix("Error parsing ").removesuffix(".")
+    return sentence + "; see --help"
 
 
 def presets() -> list[str]:

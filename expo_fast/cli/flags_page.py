@@ -17,7 +17,8 @@ override them. The presets are:
 
 {presets}
 
-Where *read by* names methods, the other methods refuse the flag: none is ignored silently.
+Where *read by* names methods, the other methods refuse values other than the default: none is
+ignored silently.
 """
 
 

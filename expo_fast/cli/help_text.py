@@ -262,8 +262,8 @@ def help_text(
     lines = [f"usage: {usage}", "", *textwrap.wrap(about, width)]
     if issubclass(kind, Train):
         note = (
-            "Brackets name the methods that read a flag. The other methods refuse it. All methods "
-            "read a flag without brackets."
+            "Brackets name the methods that read a flag. The other methods refuse values other "
+            "than the default. All methods read a flag without brackets."
         )
         lines += ["", *textwrap.wrap(note, width)]
     lines += ["", "General", *general_flags(presets, width)]

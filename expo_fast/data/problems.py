@@ -337,7 +337,9 @@ def _refuse_rendering_options(where: str, columns: Mapping[str, object]) -> None
 def _missing(question: str | None, columns: Mapping[str, object]) -> str:
     wanted = "'answer'" if question else " or ".join(map(repr, QUESTION_COLUMNS))
     present = ", ".join(map(repr, columns)) or "none"
-    return f"no column {wanted}; the row has {present}"
+    name = "answer" if question else "prompt"
+    advice = f"--columns {name}=COLUMN names a column that is called otherwise"
+    return f"no column {wanted}; the row has {present}; {advice}"
 
 
 def _pair(where: str, columns: dict[str, object]) -> tuple[str, str] | None:
