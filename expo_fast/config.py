@@ -341,8 +341,10 @@ class Train(Prompting):
         source = "auto, never or a checkpoint's folder"
         yield from _require(self, "resume", self.resume != "", source)
         yield from self._faults_of_the_data()
+        distinct = len(set(self.report_to)) == len(self.report_to)
         alone = len(self.report_to) == 1 or "none" not in self.report_to
-        yield from _require(self, "report_to", alone, "none alone, or the names of tools")
+        need = "none alone, or the names of tools, each once"
+        yield from _require(self, "report_to", alone and distinct, need)
         yield from self._faults_of_the_length()
         yield from self._faults_of_sampling()
         yield from self._faults_of_rewards()

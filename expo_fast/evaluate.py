@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -279,7 +279,9 @@ def worked_examples_of(config: Evaluate, *, all_columns: bool) -> tuple[Problem,
 
 def check_template(config: Evaluate, trained: TrainedModel | None, prompter: Prompter) -> None:
     """Print a line if the prompts differ from those of training, though the options are equal."""
-    if trained is None or trained.template_hash is None or difference(config, trained):
+    if trained is None or trained.template_hash is None:
+        return
+    if difference(replace(config, dtype=trained.config.dtype), trained):
         return
     if prompter.template_hash != trained.template_hash:
         print(

@@ -185,3 +185,8 @@ def test_a_program_may_give_paths_lists_and_single_values(tmp_path: Path):
 def test_a_program_gets_one_sentence_for_a_value_of_a_wrong_type(option, sentence):
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         Train(**option)
+
+
+def test_a_tracker_is_named_once():
+    with pytest.raises(ValueError, match="need none alone, or the names of tools, each once"):
+        parse(Train, ["--report-to", "wandb", "wandb"])

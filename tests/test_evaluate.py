@@ -389,6 +389,17 @@ def test_other_problems_are_asked_as_those_of_training(trained, capsys, tmp_path
     assert summary["template"] != kept["template"]
 
 
+def test_another_dtype_than_in_training_is_said(trained, capsys):
+    """The default is bfloat16, in which a run of float32 has other results."""
+    capsys.readouterr()
+    evaluate.main(["--model", str(trained / "run"), "--samples", "1"])
+    _, line = capsys.readouterr().err.splitlines()
+    where = trained / "run"
+    assert line == (
+        f"evaluated otherwise than trained in {where}: dtype='bfloat16' (in training 'float32')"
+    )
+
+
 def test_a_level_is_evaluated_on_problems_that_were_held_out(tmp_path, capsys):
     """Before, as many problems of the level were held out as the run held out of all levels."""
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,23 @@ def test_tables_of_pandas_and_of_spreadsheets_are_read(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("question,answer,level\r\n1?,1,3.0\r\n2?,2,\r\n,,\r\n3?,3,2\r\n,,\r\n")
     assert [p.level for p in load_problems(str(file))] == [3, None, 2]
+
+
+def test_a_long_text_of_a_table_is_read(tmp_path):
+    """Python's csv refuses cells of more than 128 KiB, unless it is told otherwise."""
+    text = "word " * 40_000
+    (tmp_path / "a.csv").write_text(f"text\n{text}\n")
+    (problem,) = load_problems(str(tmp_path / "a.csv"), answers=False)
+    assert problem.solution == text
+
+
+def test_a_decimal_of_parquet_is_a_number(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"question": "1?", "answer": Decimal("-1.50")}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (problem,) = load_problems(str(tmp_path / "a.parquet"))
+    assert problem.answer == "-1.50"
 
 
 def test_evaluation_data_may_lack_columns_that_only_the_training_reads(tmp_path):

@@ -77,9 +77,12 @@ def is_unset(config: Evaluate, name: str) -> bool:
 
 
 def difference(config: Evaluate, trained: TrainedModel) -> str | None:
-    """Return a line about the options that differ from the record, None if there are none."""
+    """Return a line about the options that differ from the record, None if there are none.
+
+    The dtype is one of them. It is not taken from the record, but changes results too.
+    """
     differing = []
-    for name in RECORDED:
+    for name in (*RECORDED, "dtype"):
         ours = getattr(config, name)
         theirs = getattr(trained.config, name)
         if ours != theirs and (ours or theirs):  # an empty system prompt is none

@@ -74,6 +74,8 @@ def read_answer(what: str, value: object) -> str:
     """Return a final answer as text: a number is written out, 42.0 as 42 and 1e-7 as 0.0000001."""
     if _is_int(value):
         return str(value)
+    if isinstance(value, Decimal) and value.is_finite():  # of a Parquet file
+        return format(value, "f")
     if isinstance(value, float) and math.isfinite(value):
         # the shortest decimal that is this float, which is how the data wrote it
         digits = format(Decimal(repr(value)), "f")

@@ -154,6 +154,7 @@ def tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(LINE_BYTES)  # Python's own limit is 128 KiB, less than some texts have
     reader = csv.reader(_decoded_lines(path), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
