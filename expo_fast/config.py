@@ -76,8 +76,8 @@ class Prompting:
     columns: tuple[str, ...] = ()
     """Columns of the data that have other names, as NAME=COLUMN: prompt=question answer=final."""
     max_completion_length: int | None = None
-    """Maximum number of tokens sampled for one completion; None: 64 for built-in data, 512 for
-    other data."""
+    """Maximum number of tokens sampled for one completion, in evaluations too. It does not cut the
+    data's own texts. None: 64 for built-in data, 512 for other data."""
     seed: int = 0
     """Seed of all random numbers."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -177,11 +177,17 @@ def result_of(trainer: Trainer) -> TrainResult:
 
 
 def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
-    """Print the configuration as TOML, with the data and an estimate of the memory in comments."""
+    """Print the configuration as TOML.
+
+    The data, the first prompt and an estimate of the memory are printed as comments.
+    """
     config = trainer.config
     print(dump_toml(config), end="")
     for line in data_lines(data):
         print(f"# {line}")
+    prompt_ids = trainer.prompter.solve(trainer.problems[0])
+    prompt = json.dumps(trainer.prompter.tokenizer.decode(prompt_ids))
+    print(f"# prompt of {trainer.problems[0].id}: {prompt}")
     estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
     for line in memory_lines(config, estimate):
         print(f"# {line}")

@@ -257,8 +257,12 @@ def test_a_diverged_model_ends_the_run_and_is_not_saved(folder: Path, tmp_path: 
 def test_dry_run_prints_the_configuration_and_writes_nothing(folder, tmp_path, capsys):
     train.main([*flags(folder, tmp_path / "run"), "--dry-run"])
     file = tmp_path / "printed.toml"
-    file.write_text(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    file.write_text(printed)
     assert from_toml(Train, file).steps == 4
+    comments = "".join(line for line in printed.splitlines() if line.startswith("# "))
+    assert "# prompt of " in comments and "<|im_start|>user" in comments
+    assert "activations" in comments
     assert not (tmp_path / "run").exists()
 
 

@@ -24,6 +24,8 @@ PACKAGES = (
     "liger-kernel",
     "datasets",
     "pyarrow",
+    "vl-convert-python",
+    "tensorboard",
     "wandb",
     "trackio",
 )
