@@ -62,6 +62,7 @@ from expo_fast.reward_functions import (
 from expo_fast.storage import checkpoint
 from expo_fast.weights import load_model
 
+FEW_QUESTIONS = 10  # fewer have no useful bootstrap interval
 MAX_BROKEN_STEPS = 3  # consecutive steps, after which the run is stopped
 
 StepFunction = Callable[[Trainer, int, Phases], StepResult]
@@ -369,10 +370,13 @@ def summary(config: Train) -> Iterator[str]:
             continue
         row = by_step[step]
         cells = [f"{name:<7}"]
+        few = row["problems"] < FEW_QUESTIONS
         for k in dict.fromkeys((1, config.eval_samples)):
             low, high = row[f"pass@{k}/interval"]
-            cells.append(f"pass@{k} {row[f'pass@{k}']:.3f} [{low:.3f}, {high:.3f}]")
-        cells.append(f"all samples fail: {row['all_fail']:.0%} of questions")
+            interval = "" if few else f" [{low:.3f}, {high:.3f}]"
+            cells.append(f"pass@{k} {row[f'pass@{k}']:.3f}{interval}")
+        questions = f"{row['problems']} questions" if few else "questions"
+        cells.append(f"all samples fail: {row['all_fail']:.0%} of {questions}")
         yield "  ".join(cells)
     model = checkpoint.newest(config.run_dir)
     if model is not None:

@@ -222,7 +222,7 @@ def test_the_bf16_gap_to_the_trainer_is_no_larger_than_within_transformers(smoll
     save_model(model, tokenizer, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     prompt = tokenizer("Anna has 12 apples and buys 5 more. How many does she have?").input_ids
-    asked = [Request(prompt, 48, seed=i, stop_ids=()) for i in range(16)]
+    asked = [Request(prompt, 32, seed=i, stop_ids=()) for i in range(12)]
     done = Generator(model).sample(asked)
     n = len(prompt)
     ours = []

@@ -333,7 +333,8 @@ def expert_text(problem: Problem) -> str:
     if problem.solution is None:
         raise ValueError(
             f"problem {problem.id} has no expert solution: worked examples (--shots) and "
-            "the methods expert-grpo, expert-dpo and sft need a 'solution' column"
+            "the methods expert-grpo, expert-dpo and sft need one, in a column 'solution', "
+            "'completion' or 'output', or as the last of 'messages'"
         )
     if "\\boxed" in problem.solution or not problem.answer:
         return problem.solution
