@@ -587,7 +587,9 @@ def test_a_step_makes_few_launches(truncated: bool, monkeypatch):
     "kind", ["llama-biases", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows"]
 )
 def test_the_engine_samples_the_tokens_of_the_other_engines(kind):
-    fewer_layers = {} if kind.endswith("windows") else {"num_hidden_layers": 2}
+    fewer_layers: dict[str, Any] = {}
+    if not kind.endswith("windows"):
+        fewer_layers["num_hidden_layers"] = 2
     model = tiny_model(kind, **fewer_layers).to(DEVICE)
     asked = requests()
     assert set(model.shape.windows) != {None} or "window" not in kind
