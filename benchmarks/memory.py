@@ -13,12 +13,9 @@ import sys
 import tempfile
 
 from expo_fast.algorithms.resume import with_defaults
-from expo_fast.algorithms.training_data import load_training_data
 from expo_fast.cli.flags import parse
 from expo_fast.config import Train
-from expo_fast.data.prompts import Prompter
-from expo_fast.inspection.memory import MemoryEstimate, estimate_memory
-from expo_fast.weights import load_structure
+from expo_fast.inspection.memory import estimate_run
 
 CONFIGURATIONS = {
     "sft": "--method sft --pack-tokens 1024",
@@ -51,26 +48,11 @@ def main() -> None:
     print("|---|---|--:|--:|--:|")
     for name in options.only:
         flags = CONFIGURATIONS[name].split()
-        estimate = estimate_of(flags).peak
+        estimate = estimate_run(with_defaults(parse(Train, flags))).peak
         measured = statistics.median(measured_peak(flags) for _ in range(options.repeats))
         ratio = estimate / measured
         cells = f"{estimate / 1e9:.2f} | {measured / 1e9:.2f} | {ratio:.2f}"
         print(f"| {name} | `{' '.join(flags)}` | {cells} |", flush=True)
-
-
-def estimate_of(flags: list[str]) -> MemoryEstimate:
-    """Return the estimate of a run with these flags."""
-    config = with_defaults(parse(Train, flags))
-    data = load_training_data(config)
-    model, tokenizer = load_structure(config.model)
-    prompter = Prompter(
-        tokenizer,
-        data.shots,
-        config.system_prompt,
-        config.instruction,
-        ends=model.eos_ids,
-    )
-    return estimate_memory(config, model.config, prompter, data.problems)
 
 
 def measured_peak(flags: list[str]) -> int:

@@ -68,20 +68,8 @@ def read_flags(argv: Sequence[str]) -> "Train":
 
 def print_memory(config: "Train") -> None:
     """Print the memory of a run."""
-    from expo_fast.algorithms.training_data import load_training_data
-    from expo_fast.data.prompts import Prompter
-    from expo_fast.inspection.memory import estimate_memory, memory_lines
-    from expo_fast.weights import load_structure
+    from expo_fast.inspection.memory import estimate_run, memory_lines
 
-    data = load_training_data(config)
-    model, tokenizer = load_structure(config.model)
-    prompter = Prompter(
-        tokenizer,
-        data.shots,
-        config.system_prompt,
-        config.instruction,
-        ends=model.eos_ids,
-    )
-    estimate = estimate_memory(config, model.config, prompter, data.problems)
+    estimate = estimate_run(config)
     for line in memory_lines(config, estimate):
         print(line)

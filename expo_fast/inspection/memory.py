@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from expo_fast.algorithms.explanations import explanation_requests
 from expo_fast.algorithms.rollout import attempt_requests
 from expo_fast.algorithms.trainer import questions_of_step
+from expo_fast.algorithms.training_data import load_training_data
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
@@ -34,6 +35,7 @@ from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.modeling.packing import Pack, Sample, pack
 from expo_fast.modeling.shape import Shape
+from expo_fast.weights import load_structure
 
 FP32_BYTES = 4
 MOST_OF_MEMORY = 0.9  # the system needs the rest
@@ -113,6 +115,23 @@ def advice(config: Train, estimate: MemoryEstimate) -> str:
     if not config.lora_rank:
         return "this may not fit: the optimizer needs the most; train adapters with --lora-rank 16"
     return "this may not fit: the weights need the most; use a smaller model"
+
+
+def estimate_run(config: Train) -> MemoryEstimate:
+    """Return the estimate of a run from its data and its model's files, without the weights.
+
+    Raise the errors of `load_training_data` and `load_structure`.
+    """
+    data = load_training_data(config)
+    model, tokenizer = load_structure(config.model)
+    prompter = Prompter(
+        tokenizer,
+        data.shots,
+        config.system_prompt,
+        config.instruction,
+        ends=model.eos_ids,
+    )
+    return estimate_memory(config, model.config, prompter, data.problems)
 
 
 def estimate_memory(
