@@ -394,3 +394,14 @@ def test_learning_rates_follow_warmup_and_schedule():
     assert rates("linear", warmup_steps=0)[:2] == [2.0, 2.0 * 11 / 12]
     with pytest.raises(ValueError, match=r"schedule='sine': use one of constant, linear, cosine"):
         rates("sine")
+
+
+def test_moments_are_allocated_before_the_first_step():
+    """In the first step they would take the memory of freed activations."""
+    weight = nn.Parameter(torch.ones(3, 4))
+    optimizer = Optimizer([("weight", weight)], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    before = {key: x.data_ptr() for key, x in optimizer._adamw.state[weight].items()}
+    (weight**2).sum().backward()
+    optimizer.step(0.1, 1.0)
+    assert before.keys() >= {"exp_avg", "exp_avg_sq"}
+    assert before == {key: x.data_ptr() for key, x in optimizer._adamw.state[weight].items()}
