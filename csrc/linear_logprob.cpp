@@ -583,20 +583,15 @@ void backward(const Head& head, const Kept* kept, const Gradients& g) {
   }
 }
 
-thread_local char last_error[1024];
-
 // Calls f with a value of the type to multiply in. Returns 0, or 1 with the reason in last_error.
 template <class F>
 int32_t with_product(const Head& head, F f) {
-  try {
+  return guarded([&] {
 #ifdef EXPO_FAST_BF16
-    if (head.hidden_dtype == kBFloat16 && head.weight_dtype == kBFloat16) return f(bf16{}), 0;
+    if (head.hidden_dtype == kBFloat16 && head.weight_dtype == kBFloat16) return f(bf16{});
 #endif
-    return f(float{}), 0;
-  } catch (const std::exception& error) {
-    std::strncpy(last_error, error.what(), sizeof last_error - 1);
-    return 1;
-  }
+    return f(float{});
+  });
 }
 
 }  // namespace
@@ -635,21 +630,12 @@ int32_t expo_fast_anchor(const Head* head, float* out) {
   return 0;
 }
 
-// Returns whether forward can keep exponentials: whether bf16 values are multiplied as bf16.
-int32_t expo_fast_can_keep() {
-#ifdef EXPO_FAST_BF16
-  return 1;
-#else
-  return 0;
-#endif
-}
-
 // Returns the vocabulary rows that share a base in Kept.
 int32_t expo_fast_tile_rows() { return kForward; }
 
 // Writes other and moment, (N,) fp64, and the base (N,) that they are relative to, which differs
-// from head->base where p_y is small. If `kept` is not null, it writes the exponentials too; hidden
-// and weight are then bf16. Returns 0, or 1 and sets the error.
+// from head->base where p_y is small. If `kept` is not null, it writes the exponentials
+// too. Returns 0, or 1 and sets the error.
 int32_t expo_fast_forward(const Head* head, const Kept* kept, double* other, double* moment,
                           float* base) {
   return with_product(*head, [&](auto type) {

@@ -16,11 +16,6 @@ BF16 = BOTH[1]
 SHAPES = [(1, 2, 40), (5, 7, 3), (63, 33, 1001), (130, 64, 509), (1100, 30, 77), (17, 130, 1531)]
 
 
-def skip_unless_kept(head: Head) -> None:
-    if not native_head.can_keep(head):
-        pytest.skip("the kernels multiply in fp32 here")
-
-
 def as_list(grads: Gradients) -> list[Tensor]:
     assert grads.hidden is not None and grads.weight is not None and grads.bias is not None
     return [grads.hidden, grads.weight, grads.bias]
@@ -42,7 +37,7 @@ def test_gradients_from_kept_exponentials(isa, shape, fraction):
     truth = by_definition(head, upstream)[3:]
     plain = by_plain_pytorch(head, upstream)[3:]
     forward = cpu.log_probs(head, ALL)
-    assert (forward.kept is not None) == native_head.can_keep(head)
+    assert forward.kept is not None
     found = as_list(cpu.gradients(head, forward, RowGrads(d_logp, lse=0.3 * d_logp), ALL))
     if not d_logp.any():
         assert all(not x.any() for x in found)
@@ -54,7 +49,6 @@ def test_gradients_from_kept_exponentials(isa, shape, fraction):
 @pytest.mark.parametrize("kept_rows", [16, 48, 1040])
 def test_rows_beyond_the_budget_are_recomputed(isa, monkeypatch, kept_rows):
     head = make_head(1100, 24, 301, BF16)
-    skip_unless_kept(head)
     d_logp = some_rows(1100, 0.5)
     monkeypatch.setattr(cpu, "KEPT_BYTES", 2 * 301 * kept_rows + 2)
     forward = cpu.log_probs(head, ALL)
@@ -68,7 +62,6 @@ def test_rows_beyond_the_budget_are_recomputed(isa, monkeypatch, kept_rows):
 
 def test_a_weight_gradient_of_two_sums_is_in_fp32(monkeypatch):
     head = make_head(40, 8, 50, BF16)
-    skip_unless_kept(head)
     monkeypatch.setattr(cpu, "KEPT_BYTES", 2 * 50 * 16)
     grads = cpu.gradients(head, cpu.log_probs(head, ALL), RowGrads(torch.ones(40)), ALL)
     assert grads.weight is not None and grads.weight.dtype == torch.float32
@@ -113,7 +106,6 @@ def test_one_pass_equals_two(isa, n, has_entropy):
 def test_threads_may_share_tiles_in_any_way(isa, threads, count):
     """Forward and backward divide the vocabulary into tiles of different sizes."""
     head = make_head(90, 24, 700, BF16)
-    skip_unless_kept(head)
     d_logp = some_rows(90, 0.7)
     upstream = torch.stack([d_logp, torch.zeros(90), torch.zeros(90)])
     threads(count)
@@ -173,7 +165,6 @@ def test_an_inactive_row_without_finite_logits_changes_nothing(isa, value):
 
 def test_a_sum_of_several_weight_gradients_in_bf16_is_refused():
     head = make_head(40, 8, 50, BF16)
-    skip_unless_kept(head)
     sums = cpu._GradientSums(native_head.as_kernels_read(head), ALL, n_sums=1)
     results: LogProb = cpu.log_probs(head).results
     sums.add(slice(0, 20), results.take(slice(0, 20)), RowGrads(torch.ones(20)))
