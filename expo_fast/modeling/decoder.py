@@ -1,8 +1,8 @@
 """One decoder for all architectures of the table in `architectures.py`.
 
 They differ in the fields of `Shape`, which this file reads in place of their names. Parameters are
-`nn.Linear`s under Hugging Face names, so PEFT finds the projections. Checkpoints are interchangeable
-with transformers. Training and sampling run the same code with different attention: over a pack
+`nn.Linear`s under Hugging Face names: checkpoints are interchangeable with transformers, and PEFT
+finds the projections. Training and sampling run the same code with different attention: over a pack
 (`PackedAttention`), or over the generator's KV cache.
 """
 
@@ -283,8 +283,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return the (N, D) hidden states of a pack, after the final norm.
 
-        The logits are `hidden @ head_weight.T`. Granite divides its logits by `logits_scaling`. Here
-        the hidden states are divided, so that the ops and all engines need no factor of their own.
+        The logits are `hidden @ head_weight.T`. Granite divides its logits by `logits_scaling`, and
+        here its hidden states, so that the ops and the engines need no factor of their own.
+
         A token attends to its own segment and to the ancestors of that segment. Keep cu_seqlens and
         parents on the CPU: on a GPU they cost a host sync.
         """

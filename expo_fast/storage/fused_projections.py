@@ -27,8 +27,9 @@ def split_projections(
     Raise ValueError if a joined projection has another number of rows than its parts.
     """
     for stored in tensors:
-        keys = part_keys(stored.key)
-        if keys is None or not all(key in shapes for key in keys):
+        module, _, kind = stored.key.rpartition(".")
+        keys = [f"{part}.{kind}" for part in parts_of(module)]
+        if not keys or not all(key in shapes for key in keys):
             yield stored
             continue
         rows = [shapes[key][0] for key in keys]
@@ -46,27 +47,24 @@ def join_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors by name, with the parts of each joined projection as one tensor."""
     by_key: dict[str, list[Tensor]] = {}
     for key, tensor in tensors.items():
-        by_key.setdefault(joined_key(key), []).append(tensor)
-    return {
-        key: parts[0] if len(parts) == 1 else torch.cat([part.detach() for part in parts])
-        for key, parts in by_key.items()
-    }
+        module, _, kind = key.rpartition(".")
+        by_key.setdefault(f"{joined_name(module)}.{kind}", []).append(tensor)
+    joined = {}
+    for key, parts in by_key.items():
+        joined[key] = parts[0] if len(parts) == 1 else torch.cat([p.detach() for p in parts])
+    return joined
 
 
-def part_keys(key: str) -> list[str] | None:
-    """Return the names of the parts of a joined projection; None for any other tensor."""
-    module, _, kind = key.rpartition(".")
-    path, _, name = module.rpartition(".")
-    if name not in PARTS:
-        return None
-    return [f"{path}.{part}.{kind}" for part in PARTS[name]]
+def parts_of(module: str) -> list[str]:
+    """Return the names of the parts of a joined projection; [] for any other module."""
+    path, dot, name = module.rpartition(".")
+    return [f"{path}{dot}{part}" for part in PARTS.get(name, ())]
 
 
-def joined_key(key: str) -> str:
-    """Return the name under which files hold a parameter: that of a joined projection, or key."""
-    module, _, kind = key.rpartition(".")
-    path, _, name = module.rpartition(".")
+def joined_name(module: str) -> str:
+    """Return the name of the joined projection that a projection is a part of, or `module`."""
+    path, dot, name = module.rpartition(".")
     for joined, parts in PARTS.items():
         if name in parts:
-            return f"{path}.{joined}.{kind}"
-    return key
+            return f"{path}{dot}{joined}"
+    return module
