@@ -279,7 +279,7 @@ def test_an_adapter_of_peft_on_joined_projections_is_merged(tmp_path: Path):
     base = tiny_model("phi3")
     save_model(base, None, tmp_path / "base")
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["qkv_proj", "gate_up_proj"])
-    theirs = get_peft_model(transformers_copy(base), config)
+    theirs: Any = get_peft_model(transformers_copy(base), config)
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))

@@ -82,6 +82,7 @@ class Architecture:
     original_context: bool = False  # longer contexts need another RoPE or scale; they are refused
     scales: Callable[[Any], Scales] = plain_scales
     fused_storage: bool = False  # files have qkv_proj and gate_up_proj
+    limits: str = ""  # what does not run, for the README
     refused: tuple[str, ...] = ()  # fields of the config that must be unset
 
 
@@ -92,7 +93,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         out_bias="config",
         mlp_bias="config",
     ),
-    "mistral": Architecture(examples="Mistral 7B, Ministral 8B", windows="all layers"),
+    "mistral": Architecture(
+        examples="Mistral 7B, Mistral Small, Ministral 8B", windows="all layers"
+    ),
     "qwen2": Architecture(examples="Qwen2, Qwen2.5", qkv_bias="yes", windows="config"),
     "qwen3": Architecture(
         examples="Qwen3 (dense)",
@@ -110,7 +113,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         nope="config",
     ),
     "gemma3_text": Architecture(
-        examples="Gemma 3 270M and 1B",
+        examples="Gemma 3",
         norms=AROUND,
         norm_offset=1.0,
         qk_norm="head",
@@ -121,6 +124,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_by_layer_type=True,
         scales=gemma_scales,
         refused=("final_logit_softcapping", "use_bidirectional_attention"),
+        limits="the text model, without images",
     ),
     "phi3": Architecture(
         examples="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
@@ -128,6 +132,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rope=True,
         original_context=True,
         fused_storage=True,
+        limits="with LongRoPE, contexts up to 4096 tokens",
     ),
     "olmo2": Architecture(
         examples="OLMo 2",
@@ -154,8 +159,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "ministral": Architecture(examples="Ministral with windows", windows="config"),
     "ministral3": Architecture(
-        examples="Ministral 3 (its text model)",
+        examples="Ministral 3",
         windows="all layers",
         original_context=True,
+        limits="the text model; contexts up to 16384 tokens",
     ),
 }
