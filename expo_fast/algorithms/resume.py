@@ -5,7 +5,7 @@ one configuration: only the options in `config.ADJUSTABLE` may change on a resum
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -145,8 +145,11 @@ def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunL
         )
 
 
-def save_checkpoint(trainer: Trainer, step: int) -> None:
-    """Write the checkpoint of step `step` into the run directory."""
+def save_checkpoint(trainer: Trainer, step: int, keep_steps: Collection[int] = ()) -> None:
+    """Write the checkpoint of step `step` into the run directory.
+
+    keep_steps: steps whose checkpoints are kept beside the newest.
+    """
     config = trainer.config
     tensors, values = trainer.state()
     checkpoint.save(
@@ -156,6 +159,7 @@ def save_checkpoint(trainer: Trainer, step: int) -> None:
         tensors,
         {"step": step, "identity": identity(trainer), "trainer": values},
         keep=config.keep_checkpoints,
+        keep_steps=keep_steps,
     )
 
 
