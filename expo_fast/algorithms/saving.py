@@ -7,7 +7,7 @@ step the run waits for the disk, because its weights would be lost.
 import time
 from typing import Any
 
-from expo_fast.algorithms.resume import save_checkpoint
+from expo_fast.algorithms.resume import identity, model_writer
 from expo_fast.algorithms.scores import Scores
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.reporting.run_log import RunLog
@@ -18,6 +18,7 @@ from expo_fast.storage.finite import first_non_finite
 
 FIRST_WAIT_S = 1.0  # after the last step; each wait is twice the one before
 LONGEST_WAIT_S = 60.0
+LEAST_WINDOW = 8  # steps whose mean reward is the score of a checkpoint
 POLL_S = 0.2  # how often a wait looks at signals
 
 
@@ -32,7 +33,7 @@ class Saver:
         self._retry_at: int | None = None  # step of the next attempt after a failure
         self._fault: str | None = None  # of the last step, which is not saved then
         self.scores = Scores(
-            config.run_dir, evaluates=evaluates, window=max(1, config.checkpoint_every)
+            config.run_dir, evaluates=evaluates, window=max(LEAST_WINDOW, config.checkpoint_every)
         )
 
     def read_step(self, row: dict[str, Any]) -> None:
@@ -136,7 +137,16 @@ class Saver:
         if trainer.pair_store is not None:
             trainer.pair_store.files.flush()  # a round of pairs cannot be made again later
         steps = {*checkpoint.complete_steps(config.run_dir), step}
-        save_checkpoint(trainer, step, keep_steps=self.scores.best(steps, config.keep_best))
+        tensors, values = trainer.state()
+        checkpoint.save(
+            config.run_dir,
+            step,
+            model_writer(trainer),
+            tensors,
+            {"step": step, "identity": identity(trainer), "trainer": values},
+            keep=config.keep_checkpoints,
+            keep_steps=self.scores.best(steps, config.keep_best),
+        )
         self._n_failures = 0
         self._retry_at = None
 

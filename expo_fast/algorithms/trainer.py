@@ -77,8 +77,6 @@ class Trainer:
     """Tokens of the data's own texts that were trained on so far."""
     broken_steps: int = 0
     """Consecutive steps, up to the last one, without finite logits or without an update."""
-    evaluation_due: bool = False
-    """Whether the evaluation after the last step is still to be done."""
     boundary: Boundary | None = None
     """The end of the last step. The loop over steps sets it."""
 
@@ -119,7 +117,6 @@ class Trainer:
             "broken": self.broken_steps,
             "read": self.data_tokens,
             "n_tokens": self.sampled_tokens,
-            "evaluation_due": self.evaluation_due,
             **self.explanations.state(),
         }
         return tensors, values
@@ -130,7 +127,6 @@ class Trainer:
         self.broken_steps = values["broken"]
         self.data_tokens = values["read"]
         self.sampled_tokens = values["n_tokens"]
-        self.evaluation_due = values.get("evaluation_due", False)  # older checkpoints lack it
         self.explanations.load_state(values)
         if self.merged_copy is not None:
             self.merged_copy.refresh()

@@ -183,7 +183,7 @@ class RunLog:
     def _track_completions(self, step: int, rows: Sequence[Row]) -> None:
         self.open_trackers()
         for name, tracker in (self._trackers or {}).items():
-            with self._failures_reported(name, Exception):
+            with self._failures_reported(f"{name} completions", Exception):
                 tracker.completions(step, rows)
 
     @contextmanager
