@@ -44,6 +44,7 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
+from expo_fast.inspection.disk import disk_lines
 from expo_fast.inspection.memory import estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
@@ -173,7 +174,7 @@ def result_of(trainer: Trainer) -> TrainResult:
 def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     """Print the configuration as TOML.
 
-    The data, the first prompt and an estimate of the memory are printed as comments.
+    The data, the first prompt and estimates of memory and disk space are printed as comments.
     """
     config = trainer.config
     print(dump_toml(config), end="")
@@ -183,7 +184,7 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     prompt = json.dumps(trainer.prompter.tokenizer.decode(prompt_ids))
     print(f"# prompt of {trainer.problems[0].id}: {prompt}")
     estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
-    for line in memory_lines(config, estimate):
+    for line in (*memory_lines(config, estimate), *disk_lines(trainer)):
         print(f"# {line}")
 
 

@@ -152,6 +152,16 @@ def test_a_full_disk_leaves_no_incomplete_row_and_loses_none(tmp_path):
     assert steps == [*range(1, 31)]
 
 
+def test_each_row_is_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    with quiet_log(tmp_path) as log:
+        for step in (1, 2):
+            log.write_step({"step": step})
+        log.write_evaluation({"step": 2})
+    assert len(synced) == 3
+
+
 def test_a_closed_console_gives_one_warning_and_no_error(tmp_path):
     class Closed(io.StringIO):
         def write(self, text):

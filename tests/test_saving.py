@@ -170,6 +170,15 @@ def test_a_disk_that_is_full_for_some_steps_changes_nothing(
         assert steps == [*range(1, STEPS + 1)]
 
 
+def test_a_failed_save_is_tried_again_before_the_next_one_is_due(
+    folder: Path, tmp_path: Path, monkeypatch, unlimited
+):
+    fill_disk_at(range(4, 6), monkeypatch, "grpo")
+    changes = {"checkpoint_every": 4, "keep_checkpoints": 9, "report_to": "none"}
+    run_warned(flags(folder, tmp_path, **changes))
+    assert names(tmp_path) == {"step-7", "step-8"}  # 4, 5 failed; 5 + 2 is the second retry
+
+
 def test_pairs_of_a_full_disk_wait_in_memory(folder: Path, tmp_path: Path, monkeypatch, unlimited):
     changes = {"method": "expo-dpo", "pairs_every": 2, "report_to": "none"}
     changes |= {"explanations_per_question": 2}
@@ -263,6 +272,20 @@ def test_a_disk_error_of_tokenizers_is_an_os_error(tmp_path: Path, message: str)
 
 def raise_other() -> None:
     raise Exception("other")
+
+
+@pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16"}, {"lora_rank": 2}])
+def test_a_dry_run_estimates_the_disk_space(folder: Path, tmp_path: Path, capsys, more: dict):
+    given = flags(folder, tmp_path / "run", steps=1, keep_checkpoints=3, **more)
+    train.main([*given, "--dry-run"])
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("# disk: ")]
+    train.main(given)
+    files = [*(tmp_path / "run/checkpoints/step-1").rglob("*.safetensors")]
+    needed = 5 * sum(path.stat().st_size for path in files)
+    number, unit = line.split()[2:4]
+    estimated = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+    assert estimated == pytest.approx(needed, rel=0.06)  # the files have headers
+    assert f"for 5 checkpoints of {in_bytes(estimated / 5)[0]}" in line
 
 
 def test_the_best_checkpoint_by_reward_is_kept(folder: Path, tmp_path: Path, capsys):

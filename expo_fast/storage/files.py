@@ -84,12 +84,13 @@ def in_bytes(count: float) -> str:
 
 
 def space_in_words(folder: Path) -> str:
-    """Return how much space the disk of a folder has: "1.2 MB are free". "" if that is unknown."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        return f"{in_bytes(shutil.disk_usage(existing).free)} are free"
-    except OSError:
-        return ""
+    """Return how much space the disk of a folder has: "1.2 MB are free"."""
+    return f"{in_bytes(shutil.disk_usage(existing_folder(folder)).free)} are free"
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return a folder, or the nearest of its parents that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 class AppendedFile:
