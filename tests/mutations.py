@@ -307,8 +307,8 @@ MUTATIONS = [
     Mutation(
         "a checkpoint that is not finite is resumed",
         "expo_fast/storage/checkpoint.py",
-        "        reason = _non_finite(path)\n        if reason is None:\n            return _read(path)\n",
-        "        reason = None\n        if reason is None:\n            return _read(path)\n",
+        "        reason = _non_finite(path)\n        if reason is None:\n",
+        "        reason = None\n        if reason is None:\n",
         SAVES,
     ),
     Mutation(
@@ -321,8 +321,8 @@ MUTATIONS = [
     Mutation(
         "a row is not synced",
         FILES,
-        "                os.fsync(file.fileno())\n            except OSError:\n                file.trunc",
-        "            except OSError:\n                file.trunc",
+        "                os.fsync(file.fileno())\n            except OSError as error:\n",
+        "            except OSError as error:\n",
         "tests/test_log.py",
     ),
     Mutation(
