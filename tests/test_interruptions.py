@@ -336,7 +336,7 @@ def test_a_signal_before_the_run_gives_one_line(signum: signal.Signals):
     code = (
         "import os, time\n"
         "from expo_fast.runtime import interruptions\n"
-        "interruptions.leave_at_once_before_the_run()\n"
+        "interruptions.leave_at_once_outside_the_run()\n"
         f"os.kill(os.getpid(), {int(signum)})\n"
         "time.sleep(60)\n"
     )
