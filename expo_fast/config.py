@@ -650,7 +650,6 @@ AT_LEAST_0 = (
     "explain_temperature",
     "eval_temperature",
 )
-<<<<<<< HEAD
 AT_MOST_1 = (
     "alarm_clipped_ratio",
     "top_p",
@@ -659,10 +658,7 @@ AT_MOST_1 = (
     "exp_sft_max_accuracy",
     "eval_fraction",
 )
-=======
-AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy", "eval_fraction")
 UPLOAD_TARGET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|\.{0,2}/.+")
->>>>>>> main
 EVAL_SPLIT = re.compile(r"^(builtin:[^:]+)(:train)?$")  # built-in data that has an eval split
 
 

@@ -19,11 +19,8 @@ from typing import Any
 import torch
 
 from expo_fast.algorithms import dpo, grpo, sft
-<<<<<<< HEAD
 from expo_fast.algorithms.alarms import Alarms
-=======
 from expo_fast.algorithms.publish import push_model
->>>>>>> main
 from expo_fast.algorithms.resume import (
     begin_record,
     check_run_dir,
@@ -65,14 +62,10 @@ from expo_fast.reward_functions import (
     custom_reward,
     load_rewards,
 )
-<<<<<<< HEAD
 from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Collapsed, Stopped
 from expo_fast.runtime.interruptions import Interruptions
-from expo_fast.storage import checkpoint
-=======
 from expo_fast.storage import checkpoint, hub
->>>>>>> main
 from expo_fast.weights import load_model
 
 FEW_QUESTIONS = 10  # fewer have no useful bootstrap interval
@@ -165,17 +158,9 @@ def run(config: Train) -> TrainResult:
             log.note(line)
         write_base(trainer, log)
         log.open_trackers()
-<<<<<<< HEAD
         with interruptions.watching(config.stop_within) as signals:
             train(trainer, data.held_out, log, start, signals)
-=======
-        try:
-            train(trainer, data.held_out, log, start)
-            push_model(trainer, log)
-        except KeyboardInterrupt:
-            log.note(interruption_in_words(config.run_dir))
-            raise
->>>>>>> main
+        push_model(trainer, log)
     return result_of(trainer)
 
 

@@ -104,12 +104,12 @@ THEMES: dict[str, tuple[str, ...]] = {
     "Checkpoints and logs": (
         "checkpoint_every",
         "keep_checkpoints",
-<<<<<<< HEAD
         "keep_best",
         "save_patience",
         "stop_within",
         "diagnose",
         "report_to",
+        "push_to_hub",
     ),
     "Alarms": (
         "alarm_steps",
@@ -119,11 +119,6 @@ THEMES: dict[str, tuple[str, ...]] = {
         "alarm_nll",
         "alarm_grad_spike",
         "stop_on_collapse",
-=======
-        "diagnose",
-        "report_to",
-        "push_to_hub",
->>>>>>> main
     ),
     "Results": ("output", "lm_eval_output"),
 }
