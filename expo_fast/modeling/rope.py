@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from expo_fast.kernels import fused
-from expo_fast.op_backends import native_layer
 from expo_fast.modeling.shape import Shape
+from expo_fast.op_backends import native_layer
 from expo_fast.storage.files import reading
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
