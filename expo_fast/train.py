@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the imports below, because one of their pac
 
     raise SystemExit(run_command("train"))
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from expo_fast.algorithms import dpo, grpo, sft
+from expo_fast.algorithms.ranks import RankClock, check_shared_folder
 from expo_fast.algorithms.resume import (
     begin_record,
     check_run_dir,
@@ -41,13 +43,17 @@ from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
+from expo_fast.distributed import session
+from expo_fast.distributed.world import ALONE, World
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
 from expo_fast.inspection.memory import estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.op_backends import dispatch
+from expo_fast.reporting.accuracy import by_problem
 from expo_fast.reporting.jsonl import read_rows
+from expo_fast.reporting.quiet_log import QuietLog
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
 from expo_fast.reporting.timing import Phases
 from expo_fast.reporting.trackers import check_trackers
@@ -107,50 +113,69 @@ class TrainResult:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
-    run(parse(Train, argv))
+    try:
+        config = parse(Train, argv)
+    except ValueError as error:
+        session.tell_other_ranks(error)
+        raise
+    run(config)
 
 
 def run(config: Train) -> TrainResult:
     """Train a model, or resume its run, and return the result.
 
-    With `config.dry_run`, everything is checked and no step runs.
+    With `config.dry_run`, everything is checked and no step runs. Under `torchrun`, all its
+    processes have to call it.
     Raise ValueError or OSError for an error that a user can correct.
     """
-    check_trackers(config.report_to)
-    config = with_defaults(config)
-    check_run_dir(config)
-    data = load_training_data(config)
-    config = config.resolve_epochs(len(data.problems))
-    trainer = build_trainer(config, data)
-    if trainer.model.device.type == "cpu":
-        dispatch.compiles()  # called here to report a missing compiler before the run begins
-    shape = trainer.model.shape
-    prompter = trainer.prompter
-    check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
-    check_lengths(config, prompter, data.problems, data.held_out, shape.context)
+    with session.started(config.collective_timeout, config.device) as world:
+        return run_in(world, config)
+
+
+def run_in(world: World, config: Train) -> TrainResult:
+    """Train a model on the ranks of a world. See `run`."""
+    with world.agreed():
+        check_trackers(config.report_to)
+        config = with_defaults(config)
+        check_run_dir(config)
+        data = load_training_data(config)
+        config = config.resolve_epochs(len(data.problems))
+        trainer = build_trainer(config, data, world)
+        if trainer.model.device.type == "cpu":
+            dispatch.compiles()  # called here to report a missing compiler before the run begins
+        shape = trainer.model.shape
+        prompter = trainer.prompter
+        check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
+        check_lengths(config, prompter, data.problems, data.held_out, shape.context)
     # A named checkpoint is read first, so that a wrong one leaves no new run directory.
     restored = None
     if config.dry_run or names_checkpoint(config):
         restored = restore(config, trainer)
         check_continuation(trainer, start=restored[1])
     if config.dry_run:
-        print_dry_run(trainer, data)
+        if world.is_main:
+            print_dry_run(trainer, data)
         return result_of(trainer)
-    with (
-        checkpoint.run_lock(config.run_dir),
-        open_log(config) as log,
-    ):
+    check_shared_folder(world, config.run_dir)
+    with contextlib.ExitStack() as stack:
+        with world.agreed():
+            if world.is_main:
+                stack.enter_context(checkpoint.run_lock(config.run_dir))
+        log = stack.enter_context(open_log(config, world))
         log.note(f"run directory: {config.run_dir}")
-        check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
+        with world.agreed():
+            check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
         resumed_from, start = restored or restore(config, trainer)
         check_continuation(trainer, start)
         if config.spec.loop == "dpo":
             dpo.open_pair_store(trainer, config.run_dir, start)
-        begin_record(config, resumed_from, start, log)
-        for line in data.notes:
-            log.note(line)
-        write_base(trainer, log)
-        log.open_trackers()
+        with world.agreed():
+            if world.is_main:
+                begin_record(config, resumed_from, start, log)
+                for line in data.notes:
+                    log.note(line)
+                write_base(trainer, log)
+                log.open_trackers()
         try:
             train(trainer, data.held_out, log, start)
         except KeyboardInterrupt:
@@ -169,9 +194,10 @@ def interruption_in_words(run_dir: Path) -> str:
 
 def result_of(trainer: Trainer) -> TrainResult:
     """Return the result of a run. It does not keep the optimizer's state in memory."""
+    model = trainer.model if trainer.config.lora_rank else trainer.layout.sampling_model
     return TrainResult(
         run_dir=trainer.config.run_dir,
-        model=trainer.model,
+        model=model,
         tokenizer=trainer.prompter.tokenizer,
         generator=trainer.generator,
     )
@@ -194,9 +220,10 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
         print(f"# {line}")
 
 
-def open_log(config: Train) -> RunLog:
-    """Return the log of the run."""
-    return RunLog(
+def open_log(config: Train, world: World = ALONE) -> RunLog:
+    """Return the log of the run. Only rank 0 writes one."""
+    kind = RunLog if world.is_main else QuietLog
+    return kind(
         config.run_dir,
         total_steps=config.steps,
         loop=config.spec.loop,
@@ -215,8 +242,11 @@ def data_lines(data: TrainingData) -> Iterator[str]:
     yield from data.notes
 
 
-def build_trainer(config: Train, data: TrainingData) -> Trainer:
-    """Load the model and return the trainer of a new run."""
+def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Trainer:
+    """Load the model and return the trainer of a new run.
+
+    world: the ranks of the run, which all have to call this.
+    """
     progress = TrainerState(max_steps=config.steps)
     reward = build_reward(config, data, progress)
     dtype = getattr(torch, config.dtype)
@@ -249,6 +279,7 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
         verify=score_answers,
         progress=progress,
         sources=data.sources,
+        world=world,
     )
 
 
@@ -266,8 +297,9 @@ def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> R
 
 def check_continuation(trainer: Trainer, start: int) -> None:
     """Raise ValueError if the run cannot continue from step `start` (from 0)."""
-    if trainer.config.spec.loop == "dpo":
-        dpo.check_pairs(trainer, trainer.config.run_dir, start)
+    with trainer.world.agreed():
+        if trainer.config.spec.loop == "dpo" and trainer.world.is_main:
+            dpo.check_pairs(trainer, trainer.config.run_dir, start)
 
 
 def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int) -> None:
@@ -275,12 +307,15 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
     config = trainer.config
     run_step = LOOPS[config.spec.loop]
     told_of_cut = False
+    world = trainer.world
+    clock = RankClock(world)
     eval_every = config.eval_every if held_out else 0
     if start == 0 and eval_every:
         log_evaluation(trainer, held_out, log, step=0)
     for step in range(start, config.steps):
         done = step + 1
-        phases = Phases()
+        world.begin_step(done)
+        phases = Phases(entered=world.enter)
         skipped_before = trainer.optimizer.skipped
         trainer.progress.global_step = step
         trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
@@ -295,6 +330,7 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
             "skipped_steps": trainer.optimizer.skipped,
             "num_tokens": trainer.sampled_tokens + trainer.data_tokens,
             **phases.seconds(),
+            **clock.metrics(),
         }
         log.write_completions(done, texts)
         log.write_step(row)
@@ -306,7 +342,9 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
         if no_finite_logits or trainer.optimizer.skipped > skipped_before:
             trainer.broken_steps += 1
             last = no_finite_logits and done == config.steps
-            keep_broken_batch(config.run_dir, done, trainer.broken_steps, last=last)
+            with world.agreed():
+                if world.is_main:
+                    keep_broken_batch(config.run_dir, done, trainer.broken_steps, last=last)
         else:
             trainer.broken_steps = 0
         if is_due(done, eval_every, config.steps):
@@ -329,16 +367,21 @@ def log_evaluation(
     The seeds are the same at every step, so that only the weights make a difference.
     """
     config = trainer.config
-    result = evaluate(
-        trainer.generator,
-        trainer.prompter,
-        held_out,
-        score_answers,
-        samples=config.eval_samples,
-        temperature=config.eval_temperature,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-    )
+    deal = trainer.world.deal([1.0] * len(held_out))
+    trainer.world.enter("evaluate")
+    with trainer.world.agreed():
+        result = evaluate(
+            trainer.generator,
+            trainer.prompter,
+            deal.own(held_out),
+            score_answers,
+            samples=config.eval_samples,
+            temperature=config.eval_temperature,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
+    graded = deal.collect(by_problem(result.graded, config.eval_samples))
+    result = dataclasses.replace(result, graded=[each for some in graded for each in some])
     log.write_evaluation({"step": step} | result.summary())
 
 

@@ -122,6 +122,8 @@ UNTESTED_HERE = {
     "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
+    "shard": "which memory a rank of torchrun needs: see test_distributed.py",
+    "collective_timeout": "when a rank of torchrun is given up: see test_distributed_faults.py",
     "report_to": "which tools record the metrics: see test_log.py",
 }
 

@@ -3,7 +3,9 @@
     RUN/.lock                                     locked by the only trainer of this run
     RUN/base/                                     the base of LoRA adapters, if PEFT needs a copy
     RUN/checkpoints/step-N/                       a Hugging Face model folder, or a LoRA adapter
-    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume
+    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume;
+                                                  with several ranks a file of each in place of
+                                                  state.safetensors
     RUN/checkpoints/step-N/MANIFEST.json          bytes and sha256 of every other file
 
 A checkpoint is written as `.tmp-step-N-PID`, synced file by file, and renamed. A folder `step-N`
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from expo_fast.storage.state_shards import read_complete
 
 MANIFEST = "MANIFEST.json"
 STATE_FOLDER = "trainer_state"
@@ -50,6 +54,7 @@ def save(
     values: dict[str, Any],  # JSON values
     *,
     keep: int,  # number of newest checkpoints to keep
+    shards: Path | None = None,  # folder with the files of `tensors`, if ranks wrote them
 ) -> Path:
     """Write RUN/checkpoints/step-N durably, then remove all but the `keep` newest checkpoints.
 
@@ -74,7 +79,7 @@ def save(
         _check_space(folder, tensors)
         temporary.mkdir()
         write_model(temporary)
-        _write_state(temporary / STATE_FOLDER, tensors, values)
+        _write_state(temporary / STATE_FOLDER, tensors, values, shards)
         _write_manifest(temporary, step)
         _sync_tree(temporary)
         temporary.rename(final)
@@ -114,7 +119,7 @@ def load_newest(run_dir: Path) -> Checkpoint | None:
     path = newest(run_dir)
     if path is None:
         return None
-    return _read(path)
+    return read(path)
 
 
 def load(path: Path) -> Checkpoint:
@@ -123,12 +128,17 @@ def load(path: Path) -> Checkpoint:
     Raise FileNotFoundError if there is no such folder. Raise ValueError if any of its files has
     changed since it was saved, or if it was written in a newer format.
     """
+    return read(checked(path))
+
+
+def checked(path: Path) -> Path:
+    """Return the path of a checkpoint after hashing all its files. Raise as `load` does."""
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     reason = fault(path)
     if reason is not None:
         raise ValueError(f"checkpoint {path} is damaged: {reason}; resume from another one")
-    return _read(path)
+    return path
 
 
 def fault(path: Path, *, contents: bool = True) -> str | None:
@@ -252,22 +262,33 @@ def _write_state(
     folder: Path,
     tensors: dict[str, Tensor],
     values: dict[str, Any],
+    shards: Path | None,
 ) -> None:
-    from safetensors.torch import save_file
+    if shards is not None:
+        shards.rename(folder)
+    else:
+        from safetensors.torch import save_file
 
-    folder.mkdir()
-    contiguous = {}
-    for name, tensor in tensors.items():
-        contiguous[name] = tensor.detach().contiguous()
-    save_file(contiguous, folder / STATE_TENSORS)
+        folder.mkdir()
+        contiguous = {}
+        for name, tensor in tensors.items():
+            contiguous[name] = tensor.detach().contiguous()
+        save_file(contiguous, folder / STATE_TENSORS)
     assert "format_version" not in values
     versioned = {"format_version": FORMAT_VERSION, **values}
     (folder / STATE_VALUES).write_text(json.dumps(versioned))
 
 
-def _read(path: Path) -> Checkpoint:
-    from safetensors.torch import load_file
+def read(path: Path) -> Checkpoint:
+    """Load a checkpoint without hashing its files.
 
+    Raise ValueError if it was written in a newer format.
+    """
+    return Checkpoint(path, read_tensors(path), read_values(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Load the JSON values of a checkpoint. Raise ValueError if its format is newer."""
     folder = path / STATE_FOLDER
     values = json.loads((folder / STATE_VALUES).read_text())
     version = values.pop("format_version", 1)
@@ -276,7 +297,17 @@ def _read(path: Path) -> Checkpoint:
             f"checkpoint {path} has format version {version}, this expo_fast reads versions up to "
             f"{FORMAT_VERSION}: resume it with the expo_fast that wrote it, or a newer one"
         )
-    return Checkpoint(path, load_file(folder / STATE_TENSORS), values)
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Load the complete tensors of a checkpoint, on the CPU."""
+    folder = path / STATE_FOLDER
+    if not (folder / STATE_TENSORS).exists():  # the ranks of a distributed run wrote their parts
+        return read_complete(folder)
+    from safetensors.torch import load_file
+
+    return load_file(folder / STATE_TENSORS)
 
 
 def _write_manifest(folder: Path, step: int) -> None:
