@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from expo_fast import train
-from expo_fast.algorithms import resume
+from expo_fast.algorithms import saving
 from expo_fast.cli import exit_status
 from expo_fast.reporting.timing import Phases
 
@@ -69,7 +69,7 @@ def arm() -> None:
     Phases.phase = failing_phase
     train.LOOPS |= {name: counted(run_step) for name, run_step in train.LOOPS.items()}
     if PHASE == "save":
-        resume.write_shards = failing(resume.write_shards)
+        saving.write_shards = failing(saving.write_shards)
     if PHASE == "evaluate":
         train.evaluate = failing(train.evaluate)
 

@@ -124,6 +124,16 @@ UNTESTED_HERE = {
     "keep_checkpoints": "how many are kept",
     "shard": "which memory a rank of torchrun needs: see test_distributed.py",
     "collective_timeout": "when a rank of torchrun is given up: see test_distributed_faults.py",
+    "keep_best": "which ones are kept: tests/test_saving.py",
+    "save_patience": "how long a failed save is tried again: tests/test_saving.py",
+    "stop_within": "when a stopped run is ended: tests/test_interruptions.py",
+    "alarm_steps": "alarms change no weights: tests/test_alarms.py, as of all alarm_ options",
+    "alarm_clipped_ratio": "see alarm_steps",
+    "alarm_entropy": "see alarm_steps",
+    "alarm_kl": "see alarm_steps",
+    "alarm_nll": "see alarm_steps",
+    "alarm_grad_spike": "see alarm_steps",
+    "stop_on_collapse": "ends a run: tests/test_alarms.py",
     "report_to": "which tools record the metrics: see test_log.py",
 }
 

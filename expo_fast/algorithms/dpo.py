@@ -72,6 +72,7 @@ from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import linear_preference_loss
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
+from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -171,7 +172,7 @@ def make_pairs(
             with phases.phase("generate"):
                 requests = attempt_requests(own, prompter, config, step)
                 completions = trainer.generator.sample(requests)
-            with phases.phase("reward"):
+            with phases.phase("reward"), interruptions.immediate():
                 groups = judge_attempts(own, completions, prompter, trainer.reward, config)
         groups = deal.collect(groups)
         trainer.count_attempts(groups)
@@ -207,9 +208,10 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
     with trainer.world.agreed():
         requests = explanation_requests(own, prompter, config, step)
         completions = trainer.generator.sample(requests)
-        found = accept_explanations(
-            own, completions, prompter, trainer.verify, append_answer=config.append_answer
-        )
+        with interruptions.immediate():
+            found = accept_explanations(
+                own, completions, prompter, trainer.verify, append_answer=config.append_answer
+            )
         samples = ranking_samples(found, own, prompter, config.choose_explanations)
         logprobs = completion_logprobs(
             trainer.model,

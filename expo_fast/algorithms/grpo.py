@@ -62,6 +62,7 @@ from expo_fast.modeling.packing import Sample
 from expo_fast.objectives import POLICY_OBJECTIVES
 from expo_fast.ops import group_advantage, linear_policy_loss
 from expo_fast.reporting.timing import Phases
+from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -133,7 +134,7 @@ def sample_and_judge(
         with phases.phase("generate"):
             requests = attempt_requests(own, trainer.prompter, config, step)
             completions = trainer.generator.sample(requests)
-        with phases.phase("reward"):
+        with phases.phase("reward"), interruptions.immediate():
             groups = judge_attempts(own, completions, trainer.prompter, trainer.reward, config)
     groups = deal.collect(groups)
     trainer.count_attempts(groups)
@@ -195,9 +196,10 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
     with trainer.world.agreed():
         requests = explanation_requests(own, prompter, config, step)
         completions = trainer.generator.sample(requests)
-        found = accept_explanations(
-            own, completions, prompter, trainer.verify, append_answer=config.append_answer
-        )
+        with interruptions.immediate():
+            found = accept_explanations(
+                own, completions, prompter, trainer.verify, append_answer=config.append_answer
+            )
         samples = ranking_samples(found, own, prompter, config.choose_explanations)
         logprobs = completion_logprobs(
             trainer.model,

@@ -1,4 +1,4 @@
-"""Saving and resuming a training run: its directory, identity and checkpoints.
+"""Resuming a training run: its directory, identity and checkpoints.
 
 On a CPU, a resumed run is bit-identical to one that was never stopped. A run directory belongs to
 one configuration: only the options in `config.ADJUSTABLE` may change on a resume.
@@ -23,7 +23,7 @@ from expo_fast.reporting.run_log import RunLog
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
 from expo_fast.storage.lora_files import BaseModel
-from expo_fast.storage.state_shards import read_shards, write_shards
+from expo_fast.storage.state_shards import read_shards
 from expo_fast.weights import (
     load_weights_into,
     name_base,
@@ -104,7 +104,7 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
 def find_checkpoint(config: Train) -> Path | None:
     """Return the checkpoint to resume from, None if there is none. Its files have been hashed."""
     if config.resume == "auto":
-        return checkpoint.newest(config.run_dir)
+        return checkpoint.newest_to_resume(config.run_dir)
     if names_checkpoint(config):
         return checkpoint.checked(Path(config.resume))
     return None
@@ -180,39 +180,6 @@ def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunL
         log.note(
             f"step {start} is already done: there is nothing to do up to --steps {config.steps}"
         )
-
-
-def save_checkpoint(trainer: Trainer, step: int) -> None:
-    """Write the checkpoint of step `step` into the run directory."""
-    config = trainer.config
-    world = trainer.world
-    tensors, values = trainer.state()
-    shards = None
-    if world.size > 1:
-        shards = write_state_shards(trainer, step, tensors)
-    with world.agreed():
-        if world.is_main:
-            checkpoint.save(
-                config.run_dir,
-                step,
-                model_writer(trainer),
-                tensors,
-                {"step": step, "identity": identity(trainer), "trainer": values},
-                keep=config.keep_checkpoints,
-                shards=shards,
-            )
-
-
-def write_state_shards(trainer: Trainer, step: int, tensors: dict[str, Tensor]) -> Path:
-    """Write the parts of the optimizer's state of each rank into a temporary folder of the run."""
-    folder = trainer.config.run_dir / "checkpoints" / f".state-step-{step}"
-    with trainer.world.agreed():
-        if trainer.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-    with trainer.world.agreed():
-        write_shards(folder, tensors)
-    return folder
 
 
 def model_writer(trainer: Trainer) -> Callable[[Path], None]:

@@ -102,7 +102,24 @@ THEMES: dict[str, tuple[str, ...]] = {
     "Memory and precision": ("pack_tokens", "gradient_checkpointing", "batch_invariant"),
     "Several GPUs or machines": ("shard", "collective_timeout"),
     "Evaluation": ("eval_every", "eval_limit", "eval_samples", "eval_temperature"),
-    "Checkpoints and logs": ("checkpoint_every", "keep_checkpoints", "diagnose", "report_to"),
+    "Checkpoints and logs": (
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_best",
+        "save_patience",
+        "stop_within",
+        "diagnose",
+        "report_to",
+    ),
+    "Alarms": (
+        "alarm_steps",
+        "alarm_clipped_ratio",
+        "alarm_entropy",
+        "alarm_kl",
+        "alarm_nll",
+        "alarm_grad_spike",
+        "stop_on_collapse",
+    ),
     "Results": ("output", "lm_eval_output"),
 }
 ARGUMENTS = "Arguments"  # the title of positional arguments

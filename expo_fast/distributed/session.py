@@ -6,6 +6,7 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from expo_fast.distributed.launch import is_launched
 from expo_fast.distributed.world import ALONE, USER_ERRORS, PeerLostError, World
 
 DEFAULT_TIMEOUT_S = 1800.0
+SECONDS_AFTER_SIGTERM = 10.0
 SECONDS_FOR_THE_CAUSE = 3.0  # that a rank which fails has to leave its cause
 COMMUNICATION = ("gloo", "nccl", "onnection closed", "onnection reset", "ProcessGroup")
 
@@ -38,7 +40,7 @@ def started(timeout_s: float = DEFAULT_TIMEOUT_S, device: str = "auto") -> Itera
         return
     check_environment()
     world, board, owned = _start(timeout_s)
-    handlers = _record_signals(world)
+    earlier = _survive_sigterm()
     try:
         with world.agreed():
             choose_device(device)
@@ -61,7 +63,8 @@ def started(timeout_s: float = DEFAULT_TIMEOUT_S, device: str = "auto") -> Itera
         raise SystemExit(1) from None
     finally:
         board.close()
-        _restore(handlers)
+        if earlier is not None and sys.exception() is None:
+            signal.signal(signal.SIGTERM, earlier)
         if owned:
             torch.distributed.destroy_process_group()
 
@@ -101,7 +104,7 @@ def choose_device(device: str) -> None:
         return
     if ":" in device:
         raise ValueError(f"device={device!r}: use cuda, each rank has the GPU of its number")
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ["RANK"])
     found = torch.cuda.device_count()
     if local_rank >= found:
         raise ValueError(
@@ -169,23 +172,18 @@ def _leave_cause(board: Board, error: BaseException | None) -> None:
     board.post_failure(cause)
 
 
-def _record_signals(world: World) -> dict[int, Any]:
-    """Record SIGTERM in `world.signal`, so that all ranks stop together.
+def _survive_sigterm() -> Any:
+    """Delay the end of the process by SIGTERM, and return the earlier handler.
 
-    torchrun sends it to all its processes if one of them ends, and before their cause is printed.
+    torchrun sends it to all its processes as soon as one ends, before the cause is printed. Within
+    `runtime.interruptions.watching`, another handler takes it.
     """
 
-    def record(number: int, _: object) -> None:
-        world.signal = number
+    def end_later(signum: int, _: object) -> None:
+        timer = threading.Timer(SECONDS_AFTER_SIGTERM, os._exit, [128 + signum])
+        timer.daemon = True
+        timer.start()
 
-    try:
-        return {signal.SIGTERM: signal.signal(signal.SIGTERM, record)}
-    except ValueError:  # signals can be handled in the main thread only
-        return {}
-
-
-def _restore(handlers: dict[int, Any]) -> None:
-    if sys.exception() is not None:
-        return  # the traceback is printed after this, and torchrun may send its signal before
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, end_later)

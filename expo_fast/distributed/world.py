@@ -18,8 +18,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from expo_fast.distributed.board import Board
+from expo_fast.runtime import interruptions
+from expo_fast.runtime.endings import Stopped
 
 T = TypeVar("T")
+# The sentence of an error, and the class in which all ranks raise it; None: its own rank only.
+Report = tuple[str, type[Exception] | None]
 
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)  # which a user can correct
 SECONDS_TO_SPEAK = 1.0  # that the rank with an error has to print it, before the others end
@@ -41,8 +45,6 @@ class World:
     """Where ranks leave messages that need no answer."""
     waited: float = 0.0
     """Seconds so far that this rank waited for others in exchanges."""
-    signal: int = 0
-    """The number of the signal that asked this process to stop; 0: none did."""
     step: int = 0
     """The number of the running step, from 1; 0: the run has not begun."""
 
@@ -64,18 +66,21 @@ class World:
     def exchange(self, value: T) -> list[T]:
         """Return the values of all ranks, in the order of the ranks.
 
-        Raise PeerLostError if a rank ended or does not answer in time, and see `agreed` for the
-        errors of other ranks.
+        Raise PeerLostError if a rank ended or does not answer in time, and Stopped if a rank has
+        received a signal. See `agreed` for the errors of other ranks.
         """
         if self.size == 1:
             return [value]
         return self._exchange(value, None)
 
-    def _exchange(self, value: T, error: Exception | None) -> list[T]:
+    def _exchange(
+        self, value: T, error: Exception | None, shared: type[Exception] | None = None
+    ) -> list[T]:
         """Exchange values and errors. Raise if any rank has an error."""
         import torch.distributed as dist
 
-        message = (value, None if error is None else self._report(error))
+        report = None if error is None else self._report(error, shared)
+        message = (value, report, interruptions.pending())
         messages: list[Any] = [None] * self.size
         if self.board is not None:
             self.board.arrive()
@@ -85,10 +90,13 @@ class World:
         except RuntimeError as lost:
             raise PeerLostError(str(lost)) from lost
         self.waited += time.perf_counter() - start
-        for rank, (_, report) in enumerate(messages):
+        for rank, (_, report, _) in enumerate(messages):
             if report is not None:
                 self._raise(rank, report, error)
-        return [value for value, _ in messages]
+        for _, _, signum in messages:
+            if signum is not None:
+                raise Stopped(signum)
+        return [value for value, _, _ in messages]
 
     def broadcast(self, value: T) -> T:
         """Return the value of rank 0."""
@@ -108,13 +116,15 @@ class World:
         return Deal(self, shares(costs, self.size))
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def agreed(self, shared: type[Exception] | None = None) -> Iterator[None]:
         """Raise an error on all ranks if the block raises one on any rank.
 
         The ranks need not have reached the end of the block: they raise in the exchange that they
         wait in. Before the first step, all ranks raise an error that a user can correct, with its
         sentence. Any other error is raised by its own rank only. The others end with the exit
         status 1, because one rank prints the cause.
+
+        shared: a class of errors that all ranks raise at any time, because the run survives them.
         """
         if self.size == 1:
             yield
@@ -126,20 +136,24 @@ class World:
             if isinstance(caught, PeerLostError) or hasattr(caught, "of_all_ranks"):
                 raise
             error = caught
-        self._exchange(None, error)
+        self._exchange(None, error, shared)
 
-    def _report(self, error: Exception) -> tuple[str, bool]:
-        """Return an error in words, and whether a user can correct it."""
+    def _report(self, error: Exception, shared: type[Exception] | None) -> Report:
+        if shared is not None and isinstance(error, shared):
+            return str(error), shared
         by_user = isinstance(error, USER_ERRORS) and self.step == 0
-        return str(error), by_user
+        return str(error), ValueError if by_user else None
 
-    def _raise(self, rank: int, report: tuple[str, bool], own: Exception | None) -> None:
+    def _raise(self, rank: int, report: Report, own: Exception | None) -> None:
         """Raise the error of a rank. own: that of this rank."""
-        text, by_user = report
-        if not by_user and own is None:
+        text, kind = report
+        if kind is None and own is None:
             time.sleep(SECONDS_TO_SPEAK)
             raise SystemExit(1)
-        error = ValueError(f"rank {rank}: {text}") if own is None else own
+        error = own
+        if error is None:
+            assert kind is not None
+            error = kind(f"rank {rank}: {text}")
         error.of_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
         raise error
 

@@ -11,7 +11,7 @@ weights are fp32, and the bf16 weights are rounded copies that are written in pl
 # (torch documents its multi-tensor operations but does not export their names)
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -195,6 +195,12 @@ class Optimizer:
             torch._foreach_add_([updates[i] for i in decayed], weights, alpha=self._weight_decay)
         torch._foreach_mul_(updates, [lr / (1 - lr * p.decay) for p in batch])
         return list(updates)
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the fp32 master weights of bf16 parameters, with their names in a state."""
+        for name, master in self._masters.items():
+            if self._has_copy(name):
+                yield f"{name}.master", master
 
     def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
         """Return the tensors and JSON values that an exact resume needs, except the weights.

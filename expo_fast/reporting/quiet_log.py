@@ -29,3 +29,6 @@ class QuietLog(RunLog):
 
     def open_trackers(self) -> None:
         pass
+
+    def flush(self) -> bool:
+        return False

@@ -21,13 +21,21 @@ from expo_fast.storage.files import reading
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write this rank's parts of sharded tensors (DTensor). All ranks have to call it."""
-    import torch.distributed.checkpoint as dcp
+    """Write this rank's parts of sharded tensors (DTensor). All ranks have to call it.
 
-    folder.mkdir(exist_ok=True)
-    with _quiet():
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer)
+    Raise OSError if the disk does not take those of one rank.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        with _quiet():
+            dcp.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:  # no Exception, and of all ranks
+        rank, (cause, _) = next(iter(error.failures.items()))
+        kind = OSError if isinstance(cause, OSError) else RuntimeError
+        raise kind(f"rank {rank} could not write its state to {folder}: {cause}") from error
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
