@@ -50,6 +50,7 @@ from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
 from expo_fast.inspection.disk import disk_lines
 from expo_fast.inspection.memory import estimate_memory, memory_lines
+from expo_fast.inspection.ranks_memory import ranks_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.op_backends import dispatch
@@ -211,7 +212,8 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     prompt = json.dumps(trainer.prompter.tokenizer.decode(prompt_ids))
     print(f"# prompt of {trainer.problems[0].id}: {prompt}")
     estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
-    for line in (*memory_lines(config, estimate), *disk_lines(trainer)):
+    ranks = ranks_lines(config, trainer.model.config, estimate)
+    for line in (*memory_lines(config, estimate), *ranks, *disk_lines(trainer)):
         print(f"# {line}")
 
 
@@ -463,8 +465,9 @@ def log_evaluation(
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
         )
-    graded = deal.collect(by_problem(result.graded, config.eval_samples))
-    result = dataclasses.replace(result, graded=[each for some in graded for each in some])
+    if trainer.world.size > 1:
+        graded = deal.collect(by_problem(result.graded, config.eval_samples))
+        result = dataclasses.replace(result, graded=[each for some in graded for each in some])
     row = {"step": step} | result.summary()
     log.write_evaluation(row)
     return saver.scores.add_evaluation(row)

@@ -1,14 +1,19 @@
 """The folder of a distributed run, and how long its ranks wait for each other."""
 
+import resource
+import sys
 import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from expo_fast.algorithms.trainer import Metrics
 from expo_fast.distributed.world import World
 from expo_fast.storage.files import replace_file
 
+GB = 1e9
 SECONDS_TO_APPEAR = 30.0  # of a file of one machine on another one, over a slow network disk
 
 
@@ -51,6 +56,14 @@ def appears(path: Path) -> bool:
     return True
 
 
+def peak_memory() -> int:
+    """Return the peak memory of this process so far in bytes: of its GPU, or without one of it."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 @dataclass
 class RankClock:
     """The time of the steps of each rank, and the part of it that the rank waited for others."""
@@ -69,10 +82,12 @@ class RankClock:
         seconds = time.perf_counter() - self._start
         found: Metrics = {}
         idle_shares = []
-        for rank, (total, idle) in enumerate(self.world.exchange((seconds, waited))):
+        own = (seconds, waited, peak_memory())
+        for rank, (total, idle, memory) in enumerate(self.world.exchange(own)):
             idle_shares.append(idle / total)
             found[f"rank/{rank}/busy"] = total - idle
             found[f"rank/{rank}/idle"] = idle / total
+            found[f"rank/{rank}/memory"] = memory / GB
         found["idle"] = sum(idle_shares) / len(idle_shares)
         self.__post_init__()
         return found

@@ -161,6 +161,8 @@ class Trainer:
     def gather_weights(self) -> None:
         """Sample from now on from the weights that the optimizer has."""
         self.layout.gather()
+        if self.layout.moves_weights:
+            self.generator.forget_engine()
         if self.merged_copy is not None:
             self.merged_copy.refresh()
 

@@ -116,9 +116,11 @@ def choose_device(device: str) -> None:
 
 def is_of_communication(error: BaseException) -> bool:
     """Return whether an error says that another rank ended or does not answer."""
-    if isinstance(error, PeerLostError):
+    if isinstance(error, PeerLostError | torch.distributed.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in COMMUNICATION)
+    if type(error) is not RuntimeError or hasattr(error, "of_all_ranks"):
+        return False  # such as that of a reward function, which may use connections of its own
+    return any(word in str(error) for word in COMMUNICATION)
 
 
 def _start(timeout_s: float) -> tuple[World, Board, bool]:

@@ -39,6 +39,11 @@ class Layout:
         """
         return None
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether `gather` may give the weights other addresses."""
+        return False
+
     def passes(
         self,
         samples: Sequence[Sample],

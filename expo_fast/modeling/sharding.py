@@ -51,6 +51,10 @@ class Sharded(Layout):
     def rounded_to(self) -> torch.dtype | None:
         return self._dtype
 
+    @property
+    def moves_weights(self) -> bool:
+        return self.kind == "model"
+
     def _shard(self) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
