@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from expo_fast import train
+from expo_fast.algorithms import explanations
 from expo_fast.cli import exit_status
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.reporting.jsonl import read_rows
@@ -47,7 +49,8 @@ METHODS = {
 
 def make_job(root: Path) -> Path:
     """Write a tiny model, data and a reward into a folder, and return it."""
-    save_model(tiny_model(), tiny_tokenizer(), root / "model")
+    model = tiny_model(eos_token_id=list(range(1, 70)))  # half of its completions have an end
+    save_model(model, tiny_tokenizer(), root / "model")
     for name, first in (("train", 0), ("eval", 100)):
         rows = [
             {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
@@ -89,8 +92,11 @@ def start(given: list[str], log: Path, prepare: Callable[[], None] | None = None
         os.dup2(out, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
+        warnings.simplefilter("default")
+        warnings.showwarning = print_warning  # pytest collects those of this process
         # No explanation of a random model is right, so each is accepted.
         train.score_answers = lambda answers, texts: [1.0] * len(texts)
+        explanations.is_unfit = lambda text, problem: False
         if prepare is not None:
             prepare()
         status = exit_status.run(train.main, given)
@@ -98,6 +104,10 @@ def start(given: list[str], log: Path, prepare: Callable[[], None] | None = None
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def print_warning(message: Any, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def wait(pid: int, seconds: float | None = None) -> int | None:

@@ -173,8 +173,8 @@ MUTATIONS = [
     Mutation(
         "gradients of a batch without rows",
         "expo_fast/op_backends/cpu.py",
-        "make = _empty if n else _zeros",
-        "make = _empty",
+        "sums.zero_()",
+        "pass",
         POISON + "native",
     ),
     Mutation(
@@ -307,8 +307,8 @@ MUTATIONS = [
     Mutation(
         "a checkpoint that is not finite is resumed",
         "expo_fast/storage/checkpoint.py",
-        "        reason = _non_finite(path)\n        if reason is None:\n            return path\n",
-        "        reason = None\n        if reason is None:\n            return path\n",
+        "        reason = _non_finite(path)\n        if reason is None:\n",
+        "        reason = None\n        if reason is None:\n",
         SAVES,
     ),
     Mutation(
@@ -321,8 +321,8 @@ MUTATIONS = [
     Mutation(
         "a row is not synced",
         FILES,
-        "                os.fsync(file.fileno())\n            except OSError:\n",
-        "            except OSError:\n",
+        "                os.fsync(file.fileno())\n            except OSError as error:\n",
+        "            except OSError as error:\n",
         "tests/test_log.py",
     ),
     Mutation(

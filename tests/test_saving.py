@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expo_fast import train
-from expo_fast.algorithms import saving
+from expo_fast.algorithms import explanations, saving
 from expo_fast.algorithms.scores import Scores
 from expo_fast.cli import exit_status
 from expo_fast.reporting.jsonl import read_rows
@@ -34,7 +34,8 @@ FULL = range(3, 6)  # steps at which the disk is full
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny model, data, and a reward that some samples of a group earn."""
     root = tmp_path_factory.mktemp("job")
-    save_model(tiny_model(), tiny_tokenizer(), root / "model")
+    model = tiny_model(eos_token_id=list(range(1, 70)))  # half of its completions have an end
+    save_model(model, tiny_tokenizer(), root / "model")
     rows = [
         {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
         for n in range(9)
@@ -54,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept a random model's explanations, because none of them is right."""
     monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
+    monkeypatch.setattr(explanations, "is_unfit", lambda text, problem: False)
 
 
 def flags(folder: Path, run: Path, **changes: object) -> list[str]:
@@ -187,6 +189,8 @@ def test_pairs_of_a_full_disk_wait_in_memory(folder: Path, tmp_path: Path, monke
     seen = run_warned(flags(folder, tmp_path / "full", **changes))
     assert [message for message in seen if "the pairs wait in memory" in message] == seen[:1]
     assert_equal(files_of(tmp_path / "full"), files_of(tmp_path / "good"))
+    rows = read_rows(tmp_path / "full/metrics.jsonl")
+    assert sum(row["pairs"] for row in rows if row["step"] in FULL) > 0
 
 
 def test_no_checkpoint_is_written_without_the_pairs_of_its_round(
@@ -276,11 +280,11 @@ def raise_other() -> None:
 
 @pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16"}, {"lora_rank": 2}])
 def test_a_dry_run_estimates_the_disk_space(folder: Path, tmp_path: Path, capsys, more: dict):
-    given = flags(folder, tmp_path / "run", steps=1, keep_checkpoints=3, **more)
+    given = flags(folder, tmp_path / "run", steps=2, keep_checkpoints=3, **more)
     train.main([*given, "--dry-run"])
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("# disk: ")]
     train.main(given)
-    files = [*(tmp_path / "run/checkpoints/step-1").rglob("*.safetensors")]
+    files = [*(tmp_path / "run/checkpoints/step-2").rglob("*.safetensors")]
     needed = 5 * sum(path.stat().st_size for path in files)
     number, unit = line.split()[2:4]
     estimated = float(number) * {"kB": 1e3, "MB": 1e6}[unit]

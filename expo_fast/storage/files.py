@@ -93,6 +93,13 @@ def existing_folder(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
+def _named(error: OSError, path: Path) -> OSError:
+    """Return an error of a disk with the name of the file, which a failed write does not have."""
+    if error.filename is None:
+        error.filename = str(path)
+    return error
+
+
 class AppendedFile:
     """A file that is only appended to. Data that the disk does not take waits in memory."""
 
@@ -128,11 +135,11 @@ class AppendedFile:
                 written = file.write(data)
                 if written != len(data):
                     reason = f"{written} of {len(data)} bytes fit on the disk"
-                    raise OSError(errno.ENOSPC, reason, str(self.path))
+                    raise OSError(errno.ENOSPC, reason)
                 os.fsync(file.fileno())
-            except OSError:
+            except OSError as error:
                 file.truncate(end)
-                raise
+                raise _named(error, self.path) from None
         self._waiting.clear()
 
 
@@ -171,7 +178,10 @@ class PatientFiles:
     def flush(self) -> None:
         """Write the files that wait, in the order of `write`. Raise OSError if one fails."""
         for path, content in list(self._waiting.items()):
-            self._write(path, content)
+            try:
+                self._write(path, content)
+            except OSError as error:
+                raise _named(error, path) from None
             del self._waiting[path]
 
     def exists(self, path: Path) -> bool:
