@@ -400,8 +400,8 @@ class Train(Prompting):
             )
         if self.shard == "model":
             need = "optimizer with lora_rank or batch_invariant, which need all weights in training"
-            whole = bool(self.lora_rank or self.batch_invariant)
-            yield from _require(self, "shard", not whole, need)
+            needs_all = bool(self.lora_rank or self.batch_invariant)
+            yield from _require(self, "shard", not needs_all, need)
 
     def _options_without_effect(self) -> Iterator[Fault]:
         ignored = options_without_effect(self.method, self.objective, self.preference)

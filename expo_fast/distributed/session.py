@@ -54,12 +54,7 @@ def started(timeout_s: float = DEFAULT_TIMEOUT_S, device: str = "auto") -> Itera
         if not is_of_communication(error):
             _leave_cause(board, error)
             raise
-        told = board.failure(SECONDS_FOR_THE_CAUSE)
-        if told is None:
-            told = board.lost(str(error), timeout_s)
-            if board.may_speak():
-                print(f"error: {told}; the same command resumes the run", file=sys.stderr)
-            board.post_failure(told)
+        _tell_of_lost_rank(board, error, timeout_s)
         raise SystemExit(1) from None
     finally:
         board.close()
@@ -172,6 +167,21 @@ def _leave_cause(board: Board, error: BaseException | None) -> None:
     if error is not None:
         error.add_note(f"rank {torch.distributed.get_rank()} failed in {board.place}: {cause}")
     board.post_failure(cause)
+
+
+def _tell_of_lost_rank(board: Board, error: Exception, timeout_s: float) -> None:
+    """Print which rank ended or hangs, unless it or another rank has printed a cause."""
+    try:
+        if board.failure(SECONDS_FOR_THE_CAUSE) is not None:
+            return
+        told = board.lost(str(error), timeout_s)
+        board.post_failure(told)
+        speaks = board.may_speak()
+    except RuntimeError:  # the store was on the machine or in the process that ended
+        told = f"another rank ended ({error})"
+        speaks = True
+    if speaks:
+        print(f"error: {told}; the same command resumes the run", file=sys.stderr)
 
 
 def _survive_sigterm() -> Any:

@@ -1,13 +1,17 @@
 """The log of a rank that writes no files: rank 0 writes those of all ranks."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from expo_fast.reporting.jsonl import Row
 from expo_fast.reporting.run_log import RunLog
 
 
 class QuietLog(RunLog):
-    """A log that writes and prints nothing."""
+    """A log that writes and prints nothing. It opens no console, which would draw a live panel."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
 
     def close(self) -> None:
         pass
