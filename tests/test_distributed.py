@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from expo_fast import train
+from expo_fast.config import Train
 from expo_fast.distributed.world import ALONE, World, shares
+from expo_fast.inspection.memory import MemoryEstimate
+from expo_fast.inspection.ranks_memory import rank_bytes, sent_bytes
 from ranks import SMALL, difference, metrics, run_ranks, state_bits, write_job_files
+from tiny import tiny_config, tiny_model
 
 EXACT = "--batch-invariant --reward {root}/rewards.py:odd "
 LORA = "--lora-rank 3 "
@@ -201,6 +205,38 @@ def test_the_deal_is_balanced_and_complete():
     assert shares(costs, 1) == [[0, 1, 2, 3, 4]]
     assert shares([], 3) == [[], [], []]
     assert shares([1.0], 3) == [[0], [], []]
+
+
+def test_the_memory_of_a_rank_is_that_of_the_formula():
+    """The formula of docs/scaling.md, and with --shard model only two layers in training."""
+    shape = tiny_config(tie_word_embeddings=True)
+    model = tiny_model(tie_word_embeddings=True)
+    total = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    unit = max(layer, total - 4 * layer)
+    estimate = MemoryEstimate(
+        weights=2 * total,
+        optimizer=12 * total,
+        gradients=4 * total,
+        activations=10**6,
+        head=10**5,
+        kv_cache=0,
+        runtime=0,
+    )
+    for ranks in (1, 2, 4):
+        expected = 2 * total + 16 * total / ranks + (4 + 4 / ranks) * unit + 1.1e6
+        found = rank_bytes(Train(method="sft"), shape, estimate, ranks)
+        assert found == pytest.approx(expected, rel=1e-6)
+        sharded = rank_bytes(Train(method="sft", shard="model"), shape, estimate, ranks)
+        assert sharded == pytest.approx(expected - 2 * 2 * layer, rel=1e-6)
+
+
+def test_a_rank_sends_all_parts_but_its_own():
+    model = tiny_model()
+    total = sum(p.numel() for p in model.parameters())
+    assert sent_bytes(Train(), model, 1) == 0
+    assert sent_bytes(Train(), model, 2) == 6 * total // 2
+    assert sent_bytes(Train(shard="model"), model, 4) == 10 * total * 3 // 4
 
 
 def test_one_process_exchanges_nothing():

@@ -80,7 +80,7 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(
     given = f"{flags} --output-dir {root}/{phase}"
     killed = torchrun(given, fault=f"kill:{phase}:2:1")
     assert killed.status != 0
-    assert killed.seconds < TIMEOUT_S + 30
+    assert killed.seconds < TIMEOUT_S + 60
     (line,) = [each for each in killed.output.splitlines() if each.startswith("error: ")]
     assert "rank 1 in phase" in line
     assert "ended without a message" in line
@@ -117,7 +117,7 @@ def test_an_error_of_a_rank_is_told_once(fault: str, text: str, root: Path, flag
     given = f"{flags} --output-dir {root}/{fault.replace(':', '-')}"
     failed = torchrun(given, fault=fault)
     assert failed.status != 0
-    assert failed.seconds < TIMEOUT_S + 30
+    assert failed.seconds < TIMEOUT_S + 60
     assert failed.output.count(text) == 1, failed.output
     assert "did not answer" not in failed.output
 
@@ -135,7 +135,7 @@ def test_a_signal_to_one_rank_stops_all_at_a_boundary(root: Path, flags: str, un
     given = f"{flags} --output-dir {root}/stopped"
     stopped = torchrun(given, fault="term:reward:2:1")
     assert stopped.status != 0
-    assert "Traceback" not in stopped.output.split("torch.distributed.elastic")[0]
+    assert stopped.output.count("interrupted by SIGTERM: step 1 is saved") == 1, stopped.output
     done = torchrun(given)
     assert done.status == 0, done.output
     assert_equal(root / "stopped", unbroken)
