@@ -21,6 +21,7 @@ import torch
 
 from expo_fast.algorithms import dpo, grpo, sft
 from expo_fast.algorithms.alarms import Alarms
+from expo_fast.algorithms.publish import push_model
 from expo_fast.algorithms.ranks import RankClock, check_shared_folder
 from expo_fast.algorithms.resume import (
     begin_record,
@@ -71,7 +72,7 @@ from expo_fast.reward_functions import (
 from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Collapsed, Stopped
 from expo_fast.runtime.interruptions import Interruptions
-from expo_fast.storage import checkpoint
+from expo_fast.storage import checkpoint, hub
 from expo_fast.weights import load_model
 
 FEW_QUESTIONS = 10  # fewer have no useful bootstrap interval
@@ -142,6 +143,7 @@ def run_in(world: World, config: Train) -> TrainResult:
     """Train a model on the ranks of a world. See `run`."""
     with world.agreed():
         check_trackers(config.report_to)
+        hub.check_target(config.push_to_hub)
         config = with_defaults(config)
         check_run_dir(config)
         data = load_training_data(config)
@@ -185,6 +187,9 @@ def run_in(world: World, config: Train) -> TrainResult:
         with interruptions.watching(config.stop_within) as signals:
             signals.together = world.size > 1
             train(trainer, data.held_out, log, start, signals)
+            with world.agreed():
+                if world.is_main:
+                    push_model(trainer, log)
     return result_of(trainer)
 
 

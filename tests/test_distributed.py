@@ -12,6 +12,7 @@ from expo_fast.config import Train
 from expo_fast.distributed.world import ALONE, World, shares
 from expo_fast.inspection.memory import MemoryEstimate
 from expo_fast.inspection.ranks_memory import rank_bytes, sent_bytes
+from expo_fast.reporting.metric_table import find_metric
 from ranks import SMALL, difference, metrics, run_ranks, state_bits, write_job_files
 from tiny import tiny_config, tiny_model
 
@@ -124,6 +125,7 @@ def assert_same_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Compare all metrics but times. Only rounding may differ."""
     of_ranks = {name for name in theirs if name.startswith("rank/") or name == "idle"}
     assert len(of_ranks) == 7
+    assert all(find_metric(name) for name in of_ranks)
     assert ours.keys() == theirs.keys() - of_ranks
     for name, value in ours.items():
         if value is None:

@@ -110,6 +110,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "stop_within",
         "diagnose",
         "report_to",
+        "push_to_hub",
     ),
     "Alarms": (
         "alarm_steps",
