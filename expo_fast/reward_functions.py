@@ -77,6 +77,8 @@ class RewardLog:
     """Columns from `log_extra` for completions/step-N.jsonl, with one value per completion."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
     """Values from `log_metric`. A metric of the step is the mean of its values."""
+    reasons: list[str] = field(default_factory=list)
+    """The reasons of the built-in reward's verdicts; empty for users' functions."""
 
 
 class Rewards(list[float | None]):
