@@ -28,7 +28,12 @@ from expo_fast.algorithms.resume import (
     with_defaults,
     write_base,
 )
-from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, cut_in_words
+from expo_fast.algorithms.rollout import (
+    MANY_UNDECIDED,
+    NEARLY_ALL_CUT,
+    cut_in_words,
+    undecided_in_words,
+)
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import (
     TrainingData,
@@ -275,6 +280,7 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
     config = trainer.config
     run_step = LOOPS[config.spec.loop]
     told_of_cut = False
+    told_of_undecided = False
     eval_every = config.eval_every if held_out else 0
     if start == 0 and eval_every:
         log_evaluation(trainer, held_out, log, step=0)
@@ -302,6 +308,9 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
         if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
             told_of_cut = True
             log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
+        if (metrics.get("verdicts/undecided") or 0.0) >= MANY_UNDECIDED and not told_of_undecided:
+            told_of_undecided = True
+            log.note(f"warning: step {done}: {undecided_in_words(metrics)}")
         no_finite_logits = metrics.get("completions/error_ratio") == 1
         if no_finite_logits or trainer.optimizer.skipped > skipped_before:
             trainer.broken_steps += 1
