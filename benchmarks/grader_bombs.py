@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from expo_fast.reward import score_answers
+from expo_fast.data.verifier import Verifier
 
 N_ORDINARY = 200
 MARKER = Path("marker-of-run-code")
@@ -62,9 +62,7 @@ KINDS: dict[str, Callable[[int], str]] = {
     "call of a system": lambda i: rf"__import__('os').system('touch {MARKER}{i}')",
     "call in a text": lambda i: rf"\text{{exec(open('{MARKER}{i}', 'w'))}} + |x|",
     "attributes": lambda i: rf"().__class__.__base__.__subclasses__()[{i}]",
-    "code in a matrix": lambda i: (
-        rf"\begin{{pmatrix}}[open('{MARKER}{i}','w')]\\2\end{{pmatrix}}"
-    ),
+    "code in a matrix": lambda i: rf"\begin{{pmatrix}}[open('{MARKER}{i}','w')]\\2\end{{pmatrix}}",
 }
 
 
@@ -81,10 +79,10 @@ def ordinary(letter: str) -> tuple[list[str], list[str]]:
     return answers, texts
 
 
-def timed(answers: list[str], texts: list[str]) -> tuple[float, list[float | None]]:
+def timed(pool: Verifier, answers: list[str], texts: list[str]) -> tuple[float, list[float | None]]:
     """Return the seconds and the verdicts of one call."""
     start = time.perf_counter()
-    verdicts = score_answers(answers, texts)
+    verdicts = pool.judge(answers, texts)
     return time.perf_counter() - start, verdicts
 
 
@@ -97,11 +95,12 @@ def peak_of_children() -> float:
 
 def main() -> None:
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    score_answers(["|x|"], [r"\boxed{|y|}"])  # starts the workers
-    before, verdicts = timed(*ordinary("x"))
-    assert verdicts == [1.0] * N_ORDINARY
-    seconds, verdicts = timed(["7"] * n, bombs(n))
-    after, right = timed(*ordinary("y"))
+    with Verifier() as pool:
+        pool.judge(["|x|"], [r"\boxed{|y|}"])  # starts the workers
+        before, verdicts = timed(pool, *ordinary("x"))
+        assert verdicts == [1.0] * N_ORDINARY
+        seconds, verdicts = timed(pool, ["7"] * n, bombs(n))
+        after, right = timed(pool, *ordinary("y"))
     result = {
         "bombs": n,
         "kinds": len(KINDS),
@@ -111,7 +110,7 @@ def main() -> None:
         "ordinary_per_s_after": round(N_ORDINARY / after, 1),
         "right_after": right.count(1.0),
         "code_run": len(list(MARKER.parent.glob(f"{MARKER.name}*"))),
-        "peak_mb": round(peak_of_children(), 1),
+        "peak_mb_of_workers": round(peak_of_children()),
     }
     print(json.dumps(result), flush=True)
 

@@ -1,5 +1,6 @@
 """Answers that are too large to compute are undecided at once, and ordinary ones are not."""
 
+import json
 import time
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from benchmarks.grader_bombs import KINDS, MARKER, bombs
 from expo_fast.answers.magnitude import is_too_large
 from expo_fast.answers.spelling import tidy
 from expo_fast.data import verifier as verifier_module
-from expo_fast.data.problems import Problem
+from expo_fast.data.answer_grading import reason_against_reference
+from expo_fast.data.problems import Problem, load_problems
 from expo_fast.data.verifier import Verifier, comparison_of, reason_without_worker
 from expo_fast.data.workers import Worker
 from expo_fast.reward import boxed_answer_reward
@@ -34,7 +36,8 @@ ORDINARY = [
     "7", "1,000,000", "0.5", "1E+10", "6.02e23", r"6.02 \cdot 10^{23}", "10^{100}", "2^{2019}",
     "-3^{1000}", r"\frac{2^{2020}-1}{3}", r"1-\left(\frac{5}{6}\right)^{2020}", "2019!",
     r"\frac{2020!}{1010!\,1010!}", r"\binom{2020}{1010}", r"\binom{10^9}{2}", "100!+99!",
-    "x^{2020}", "(x+1)^{100}", "(x+y+z)^{10}", "(x+1)^2(x-1)^2", "x^{10^{10}}", "n!", "(n+1)!",
+    "x^{2020}", "2^43^45^2", "(1-i)^{2009}", "(x+1)^{100}", "(x+y+z)^{10}",
+    "(x+1)^2(x-1)^2", "x^{10^{10}}", "n!", "(n+1)!",
     r"\frac{n(n+1)}{2}", "2^{n}", "2^{2^{n}}", "e^{e^{x}}", "e^{-x^2}", r"e^{i\pi}",
     r"\sum_{k=1}^{2020} k^2", r"\sum_{n=1}^{\infty} \frac{1}{n^2}", r"\prod_{k=1}^{100} k",
     r"\int_0^{\infty} e^{-x} dx", r"\lim_{n\to\infty} \left(1+\frac1n\right)^n",
@@ -104,12 +107,12 @@ def test_the_time_limit_is_shorter_while_many_answers_end_at_it(monkeypatch):
     with Verifier(workers=2, timeout_s=0.08) as pool:
         hangs = [rf"\boxed{{|1E+{10**8 + i}|}}" for i in range(20)]
         assert pool.judge(["|x|"] * 20, hangs) == [None] * 20
-        assert limits[:8] == [0.08] * 8
-        assert limits[10:] == [0.01] * 10
+        assert limits[:4] == [0.08] * 4
+        assert limits[6:] == [0.01] * 14
         assert pool.timeouts == 20
         fine = [rf"\boxed{{|x| + {i}}}" for i in range(18)]
         pool.judge(["|x|+7"] * 18, fine, timeout_s=80.0)
-        assert limits[20] == 10.0
+        assert limits[20] == 10.0  # 80 / 8
         assert limits[-1] == 80.0
 
 
@@ -130,6 +133,34 @@ def test_a_worker_has_no_environment_and_gains_no_privileges(monkeypatch):
         pool._pool.clear()
         assert pool.judge(["|x|+2"], [r"\boxed{2+|x|}"]) == [1.0]
         assert pool._nursery is nursery and nursery.process.pid == first
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("9^{9^{9^9}}", "a power in it is too large"),
+        ("(10^{10})!", "a factorial in it is too large"),
+        (r"\boxed{}", "its last box is empty"),
+        (r"so \boxed{7", "its last box is empty, not closed"),
+        (r"\frac{1}{", "its braces are not balanced"),
+        ("7}", "its braces are not balanced"),
+        ("x" * 2000, "it has 2000 characters, need at most 1000"),
+        ("$", "nothing is left of it"),
+    ],
+)
+def test_an_answer_that_judges_nothing_is_refused_by_its_line(answer, reason, tmp_path):
+    file = tmp_path / "data.jsonl"
+    rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "?", "answer": answer}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: no attempt can be judged") as error:
+        load_problems(str(file))
+    assert reason in str(error.value)
+    assert len(load_problems(str(file), answers=False)) == 2
+
+
+@pytest.mark.parametrize("answer", [*ORDINARY[:40], "2019!!", "(x-1)^{2007}", r"\{1, 2\}", "{}^3"])
+def test_an_ordinary_answer_is_no_fault_of_the_data(answer):
+    assert reason_against_reference(answer) is None
 
 
 def test_the_built_in_reward_has_reasons():

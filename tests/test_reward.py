@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expo_fast.answers import nursery, worker
+from expo_fast.answers import nursery
 from expo_fast.data import verifier as verifier_module
 from expo_fast.data import workers
 from expo_fast.data.problems import Problem
@@ -22,7 +22,6 @@ from expo_fast.reward import (
     boxed_answer_reward,
     call_reward,
     custom_reward,
-    grade_answers,
     load_reward,
     reward_columns,
 )

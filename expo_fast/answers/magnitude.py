@@ -25,17 +25,28 @@ TOKEN = re.compile(
     r"|(?P<command>\\[A-Za-z]+)|(?P<escaped>\\.)|(?P<letter>[A-Za-z])|(?P<sign>\S)",
     re.DOTALL,
 )
+BARE_EXPONENT = re.compile(r"\^ ?(\d)(\d+)(?= ?\^)")  # 2^43^2 is 2^4 3^2
 OPENING = frozenset([*"([{", r"\{", r"\langle", r"\lceil", r"\lfloor", r"\begin"])
 CLOSING = frozenset([*")]}", r"\}", r"\rangle", r"\rceil", r"\rfloor", r"\end"])
 SEPARATORS = frozenset([*",;&=<>:", "\\\\", r"\le", r"\ge", r"\ne", r"\in", r"\approx", r"\equiv"])
 DIVISIONS = frozenset(["/", r"\div"])
 ITERATED = frozenset([r"\sum", r"\prod"])
 WITH_LIMITS = ITERATED | {r"\int", r"\iint", r"\oint", r"\lim", r"\max", r"\min", r"\bigcup"}
-CONSTANTS = {"e": math.e, r"\pi": math.pi}
+CONSTANTS = {"e": math.e, "i": 1.0, r"\pi": math.pi}  # absolute values
+
+
+NUMBER = "a number"
+POWER = "a power"
+FACTORIAL = "a factorial"
+BINOMIAL = "a binomial coefficient"
+SUM = "a sum or a product"
+POLYNOMIAL = "a polynomial"
+BRACKETS = "nested brackets"
+TOWER = "a tower of powers"
 
 
 class TooLarge(Exception):
-    """A part of the answer exceeds a bound."""
+    """A part of the answer exceeds a bound. The message says what it is."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +65,31 @@ ONE = Size(1.0, 0.0)
 UNKNOWN = Size(None, 0.0)
 
 
-@lru_cache(maxsize=4096)  # the samples of a group share their reference and many answers
 def is_too_large(text: str) -> bool:
-    r"""Return whether a tidy text would take much time or memory to compute.
+    """Return whether a tidy text would take much time or memory to compute."""
+    return what_is_too_large(text) is not None
+
+
+@lru_cache(maxsize=4096)  # the samples of a group share their reference and many answers
+def what_is_too_large(text: str) -> str | None:
+    r"""Return what in a tidy text would take much time or memory to compute, None for nothing.
 
     math-verify does not read `\bmod`, so that it computes nothing of such a text.
     """
     if r"\bmod" in text:
-        return False
+        return None
     try:
         Reader(text).parts()
-    except TooLarge:
-        return True
-    return False
+    except TooLarge as error:
+        return str(error)
+    return None
 
 
 class Reader:
     """Reads a text from left to right. Any text is read, also one that is no LaTeX."""
 
     def __init__(self, text: str):
-        self.tokens = list(TOKEN.finditer(text))
+        self.tokens = list(TOKEN.finditer(BARE_EXPONENT.sub(r"^\1 \2", text)))
         self.place = 0
         self.depth = 0
         self.tower = 0
@@ -147,7 +163,7 @@ class Reader:
         """Return the size of an exponent, with the exponents of the exponent."""
         self.tower += 1
         if self.tower > MAX_TOWER:
-            raise TooLarge
+            raise TooLarge(TOWER)
         size = self.argument()
         if self.next == "^":
             self.take()
@@ -183,7 +199,7 @@ class Reader:
         """Return the size of the content of brackets."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise TooLarge
+            raise TooLarge(BRACKETS)
         opening = self.take()
         if opening == r"\begin":
             self.argument()
@@ -235,7 +251,7 @@ class Reader:
             is_upper = self.take() == "^"
             limit = self.argument()
             if is_upper and name in ITERATED and limit.value and limit.value > MAX_RANGE:
-                raise TooLarge
+                raise TooLarge(SUM)
         return UNKNOWN
 
 
@@ -255,7 +271,7 @@ def number(digits: str, exponent: str | None) -> Size:
         bits += size * BITS_OF_DIGIT
         value = _safe(lambda: value * 10.0 ** int(shift[:16])) or math.inf
     if bits > MAX_BITS:
-        raise TooLarge
+        raise TooLarge(NUMBER)
     return Size(value, bits)
 
 
@@ -287,9 +303,9 @@ def power(base: Size, exponent: Size) -> Size:
         return Size(None, base.bits + exponent.bits)
     n = abs(exponent.value)
     if base.bits and not base.bits * n <= MAX_BITS:
-        raise TooLarge
+        raise TooLarge(POWER)
     if base.value is None and base.terms > 1 and _expanded_terms(base.terms, n) * n > MAX_WORK:
-        raise TooLarge
+        raise TooLarge(POLYNOMIAL)
     value = None if base.value is None else _safe(lambda: base.value**exponent.value)
     return Size(value, base.bits * n if base.bits else 0.0, base.terms)
 
@@ -308,7 +324,7 @@ def factorial(size: Size) -> Size:
         return Size(None if n is None else 1.0, size.bits)
     bits = n * math.log2(n)
     if not bits <= MAX_BITS:
-        raise TooLarge
+        raise TooLarge(FACTORIAL)
     return Size(math.gamma(n + 1) if n < 170 else math.inf, bits)
 
 
@@ -321,7 +337,7 @@ def binomial(n: Size, k: Size) -> Size:
         chosen = min(abs(k.value), abs(n.value - k.value))
     bits = chosen * math.log2(n.value)
     if not bits <= MAX_BITS:
-        raise TooLarge
+        raise TooLarge(BINOMIAL)
     return Size(_safe(lambda: 2.0**bits), bits)
 
 

@@ -173,9 +173,9 @@ def _is_number(expr) -> bool:
 
 
 def serve(channel: Connection, memory_bytes: int) -> None:
-    """Read (reference, answer, timeout) as JSON and write judgements as JSON, until the end of file.
+    """Read (reference, answer, timeout) as JSON and write judgements, until the end of file.
 
-    Ends the process at a limit of memory.
+    End the process at the limit of memory.
     """
     limit_resources(memory_bytes)
     ceiling = memory("VmHWM") + memory_bytes // 2
@@ -233,4 +233,3 @@ def limit_cpu(timeout_s: float) -> None:
     used = usage.ru_utime + usage.ru_stime
     soft = math.ceil(used + timeout_s) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
