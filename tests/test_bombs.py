@@ -99,9 +99,9 @@ def test_the_time_limit_is_shorter_while_many_answers_end_at_it(monkeypatch):
     limits = []
     assign = Worker.assign
 
-    def spy(worker, job, timeout_s):
-        limits.append(timeout_s)
-        assign(worker, job, timeout_s)
+    def spy(worker, job, timeout_s, cpu_s):
+        limits.append(cpu_s)
+        assign(worker, job, timeout_s, cpu_s)
 
     monkeypatch.setattr(Worker, "assign", spy)
     with Verifier(workers=2, timeout_s=0.08) as pool:

@@ -8,6 +8,7 @@ still take long, and the time limit of a worker process stops that.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -293,20 +294,23 @@ def product(a: Size, b: Size) -> Size:
 
 def quotient(a: Size, b: Size) -> Size:
     """Return the size of a quotient."""
-    inverse = None if b.value is None else _safe(lambda: 1 / b.value)
+    divisor = b.value
+    inverse = None if divisor is None else _safe(lambda: 1 / divisor)
     return product(a, Size(inverse, b.bits, b.terms))
 
 
 def power(base: Size, exponent: Size) -> Size:
     """Return the size of a power. Raise TooLarge for a number or a polynomial beyond the bounds."""
-    if exponent.value is None:
+    raised = base.value
+    raised_to = exponent.value
+    if raised_to is None:
         return Size(None, base.bits + exponent.bits)
-    n = abs(exponent.value)
+    n = abs(raised_to)
     if base.bits and not base.bits * n <= MAX_BITS:
         raise TooLarge(POWER)
-    if base.value is None and base.terms > 1 and _expanded_terms(base.terms, n) * n > MAX_WORK:
+    if raised is None and base.terms > 1 and _expanded_terms(base.terms, n) * n > MAX_WORK:
         raise TooLarge(POLYNOMIAL)
-    value = None if base.value is None else _safe(lambda: base.value**exponent.value)
+    value = None if raised is None else _safe(lambda: raised**raised_to)
     return Size(value, base.bits * n if base.bits else 0.0, base.terms)
 
 
@@ -341,7 +345,7 @@ def binomial(n: Size, k: Size) -> Size:
     return Size(_safe(lambda: 2.0**bits), bits)
 
 
-def _safe(compute) -> float | None:
+def _safe(compute: Callable[[], float | complex]) -> float | None:
     """Return the real result of a computation: infinity for an overflow, None if undefined."""
     try:
         value = compute()

@@ -16,11 +16,19 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from expo_fast.answers.worker import judge_leaf, serve
+from expo_fast.answers.worker import judge, serve
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 LINE_BYTES = 4096
+# Comparisons of several kinds, so that a new worker need not import what they need.
+WARM_UP = (
+    (r"\frac{1}{2} + |x|", r"|x| + \sqrt{2}"),
+    (r"|x|^2 + |y|", r"|y| + |x|^2"),
+    (r"\sin(x) + 1", r"1 + \cos(x)"),
+    (r"e^{|x|} + \log(2)", r"\ln(2) + e^{|x|} + 0.5"),
+    (r"\sqrt[3]{2} + \binom{n}{2}", r"\sum_{k=1}^{n} k"),
+)
 
 
 def main(fd: int, parent: int) -> None:
@@ -35,7 +43,8 @@ def main(fd: int, parent: int) -> None:
     requests = socket.socket(fileno=fd)
     try:
         # Import and build tables here, before any time limit runs.
-        judge_leaf(r"\frac{1}{2} + |x|", r"|x| + \sqrt{2}")
+        for gold, box in WARM_UP:
+            judge(gold, box)
     except ImportError as error:
         send(requests, error=str(error))
         return

@@ -6,10 +6,10 @@ limit. No text is run as code: it is parsed only by math-verify's LaTeX grammar,
 """
 
 import json
-import math
 import os
 import re
 import resource
+import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -173,17 +173,19 @@ def _is_number(expr) -> bool:
 
 
 def serve(channel: Connection, memory_bytes: int) -> None:
-    """Read (reference, answer, timeout) as JSON and write judgements, until the end of file.
+    """Read (reference, answer, seconds of CPU time) and write judgements, until the end of file.
 
-    End the process at the limit of memory.
+    Messages are JSON. The process ends at the limits of memory and of CPU time.
     """
     limit_resources(memory_bytes)
     ceiling = memory("VmHWM") + memory_bytes // 2
     with suppress(EOFError):
         while True:
-            gold, box, timeout_s = json.loads(channel.recv_bytes())
-            limit_cpu(timeout_s)
+            gold, box, cpu_s = json.loads(channel.recv_bytes())
+            # The kernel then kills this process, also inside C code.
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
             judgement = judge_or_die(gold, box, ceiling)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             reply = {"right": judgement.right, "readable": judgement.readable}
             channel.send_bytes(json.dumps(reply).encode())
 
@@ -225,11 +227,3 @@ def limit_resources(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def limit_cpu(timeout_s: float) -> None:
-    """Limit the CPU time, in case the parent is stopped and cannot enforce the time limit."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    used = usage.ru_utime + usage.ru_stime
-    soft = math.ceil(used + timeout_s) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import expo_fast
 from expo_fast.answers.worker import OUT_OF_MEMORY
@@ -22,6 +23,8 @@ NURSERY = "expo_fast.answers.nursery"  # the module that the nursery runs
 START_LIMIT_S = 120.0  # a start takes 1 s; this is for a cold network disk on a busy machine
 ANSWER_LIMIT_S = 30.0  # of the nursery to a request, which takes milliseconds
 REPLY_BYTES = 1 << 16
+
+Ending = Literal["timeout", "memory", "crash"]
 
 
 class Comparison(NamedTuple):
@@ -130,12 +133,12 @@ class Worker:
         """Whether an idle worker has ended. It sends nothing without a job."""
         return self._nursery.lost or self.channel.poll()
 
-    def assign(self, job: Comparison, timeout_s: float) -> None:
-        """Give it a comparison to judge."""
+    def assign(self, job: Comparison, timeout_s: float, cpu_s: float) -> None:
+        """Give it a comparison to judge, with limits of wall time and of CPU time."""
         self.job = job
         self.deadline = time.monotonic() + timeout_s
         self.jobs_left -= 1
-        message = json.dumps([job.reference, job.answer, timeout_s])
+        message = json.dumps([job.reference, job.answer, cpu_s])
         with suppress(BrokenPipeError):  # `reply` then reads the end of file, as after any crash
             self.channel.send_bytes(message.encode())
 
@@ -146,12 +149,15 @@ class Worker:
         except (EOFError, OSError, ValueError):
             return None
 
-    def end(self) -> bool:
-        """End its process. Return whether it had ended at its limit of memory."""
+    def end(self) -> Ending:
+        """End its process. Return how it ended, if it had ended by itself."""
         self.channel.close()
         if self._nursery.lost:
-            return False
+            return "crash"
         try:
-            return self._nursery.end_worker(self.pid) == OUT_OF_MEMORY
+            code = self._nursery.end_worker(self.pid)
         except OSError:  # the nursery has just ended, and its workers with it
-            return False
+            return "crash"
+        if code == -signal.SIGPROF:
+            return "timeout"
+        return "memory" if code == OUT_OF_MEMORY else "crash"

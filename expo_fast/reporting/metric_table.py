@@ -131,8 +131,8 @@ ATTEMPTS = Section(
             "verdicts/REASON",
             "fraction",
             "Attempts with this verdict of the built-in reward: `exact` and `symbolic` are right, "
-            "by the exact rules and by math-verify; `wrong`, `no_answer` and `unparsable` are wrong; "
-            "`too_large`, `timeout`, `memory`, `crash` and `no_reference` are undecided.",
+            "by the exact rules and by math-verify; `wrong`, `no_answer` and `unparsable` are "
+            "wrong; `too_large`, `timeout`, `memory`, `crash` and `no_reference` are undecided.",
             "A rise of `no_answer` means that attempts lose their box, often at the length limit.",
         ),
     ),
