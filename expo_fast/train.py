@@ -59,6 +59,7 @@ from expo_fast.reporting.trackers import check_trackers
 from expo_fast.reward import boxed_answer_reward, score_answers
 from expo_fast.reward_functions import (
     Reward,
+    RewardError,
     TrainerState,
     check_reward_functions,
     custom_reward,
@@ -266,7 +267,12 @@ def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> R
         return boxed_answer_reward
     functions = load_rewards(config.reward_functions)
     check_reward_functions(functions, in_words(config.data_sources), data.problems)
-    return custom_reward(functions, config.reward_weights, progress)
+    return custom_reward(
+        functions,
+        config.reward_weights,
+        progress,
+        timeout_s=config.reward_timeout,
+    )
 
 
 def check_continuation(trainer: Trainer, start: int) -> None:
@@ -292,6 +298,8 @@ def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int
         trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
         try:
             metrics, texts = run_step(trainer, step, phases)
+        except RewardError:
+            raise
         except ValueError as error:
             # Bad input was refused before the run. This is a bug, so the traceback is needed.
             raise RuntimeError(f"step {done} failed") from error

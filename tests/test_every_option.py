@@ -122,6 +122,7 @@ UNTESTED_HERE = {
     "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
+    "reward_timeout": "when a reward function that hangs ends the run: see test_reward_mistakes.py",
     "report_to": "which tools record the metrics: see test_log.py",
 }
 

@@ -18,7 +18,7 @@ from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.data.verifier import REASONS, Judged
 from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
-from expo_fast.reward_functions import Reward, RewardLog, Rewards
+from expo_fast.reward_functions import Reward, RewardError, RewardLog, Rewards
 
 NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
 MANY_UNDECIDED = 0.1  # fraction of attempts without a verdict, from which a run warns
@@ -268,7 +268,7 @@ def reward_function_metrics(
 
     taken: names of the trainer's metrics.
 
-    Raise ValueError if a function logged a metric under a name of the trainer's.
+    Raise RewardError if a function logged a metric under a name of the trainer's.
     """
     by_function: dict[str, list[float]] = {}
     logged: dict[str, list[float]] = {}
@@ -290,10 +290,10 @@ def reward_function_metrics(
 
 
 def refuse_taken(logged: Iterable[str], taken: Collection[str]) -> None:
-    """Raise ValueError if a metric of a reward function has the name of one of the trainer's."""
+    """Raise RewardError if a metric of a reward function has the name of one of the trainer's."""
     for name in logged:
         if name in taken or name.startswith(TRAINERS_PREFIXES):
-            raise ValueError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
+            raise RewardError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
 
 
 def completion_rows(
@@ -322,7 +322,7 @@ def completion_rows(
 def columns_of_attempt(log: RewardLog, i: int, row: dict[str, Any]) -> dict[str, Any]:
     """Return the columns that reward functions add to the row of attempt i of a group.
 
-    Raise ValueError if a function logged a column under a name of the trainer's.
+    Raise RewardError if a function logged a column under a name of the trainer's.
     """
     added: dict[str, Any] = {}
     if log.reasons:
@@ -331,7 +331,7 @@ def columns_of_attempt(log: RewardLog, i: int, row: dict[str, Any]) -> dict[str,
         added["rewards"] = {name: rewards[i] for name, rewards in log.by_function.items()}
     for name, values in log.columns.items():
         if name in row or name in added:
-            raise ValueError(f"log_extra: {name!r} is a column of the trainer's: rename yours")
+            raise RewardError(f"log_extra: {name!r} is a column of the trainer's: rename yours")
         added[name] = values[i]
     return added
 
