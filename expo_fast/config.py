@@ -44,6 +44,7 @@ ADJUSTABLE = (
     "shard",
     "collective_timeout",
     "push_to_hub",
+    "reward_timeout",
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
@@ -216,6 +217,9 @@ class Train(Prompting):
     module.f, module:f or file.py:f. None: 1 for the right boxed answer, else 0."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the functions in the sum of their rewards; empty: all 1."""
+    reward_timeout: float = 3600.0
+    """Seconds of wall time that a reward function may take for a batch, before the run ends with an
+    error; 0: no limit."""
     right_above: float = 0.0
     """An attempt with a higher reward counts as right, in accuracies and in the choice of rejected
     attempts."""
@@ -648,6 +652,7 @@ AT_LEAST_0 = (
     "generation_budget",
     "dynamic_sampling",
     "overlong_buffer",
+    "reward_timeout",
     "pairs_every",
     "label_smoothing",
     "rdpo_alpha",

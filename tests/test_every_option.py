@@ -135,6 +135,7 @@ UNTESTED_HERE = {
     "alarm_nll": "see alarm_steps",
     "alarm_grad_spike": "see alarm_steps",
     "stop_on_collapse": "ends a run: tests/test_alarms.py",
+    "reward_timeout": "when a reward function that hangs ends the run: see test_reward_mistakes.py",
     "report_to": "which tools record the metrics: see test_log.py",
 }
 

@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from expo_fast.data.answer_grading import reason_against_reference
 from expo_fast.data.columns import (
     Message,
     read_id,
@@ -76,7 +77,7 @@ def load_problems(
     seed: int = 0,  # of the generator or the subset; subsets of one seed are nested
     columns: Sequence[str] = (),  # NAME=COLUMN for columns with other names
     all_columns: bool = True,  # whether a row needs every column of `columns`
-    answers: bool = True,  # whether every row needs an answer or a pair
+    answers: bool = True,  # whether every row needs an answer to judge by, or a pair
     data_dir: str | None = None,  # folder of benchmarks; None: that of EXPO_FAST_DATA
 ) -> list[Problem]:
     """Read, check and select the problems of `source` (see the module's docstring).
@@ -295,6 +296,8 @@ def _problem(row: Row, names: Mapping[str, str], *, all_columns: bool, answers: 
     if question is None or (answers and answer is None and not pair):
         raise ValueError(f"{where}: {missing}")
     answer = answer or Answer("")
+    if answers and answer.text:
+        _check_answer(where, answer.text)
     prompt = read_prompt(f"{where}: {question}", columns.pop(question))
     if not isinstance(prompt, str):
         _refuse_rendering_options(where, columns)
@@ -308,6 +311,16 @@ def _problem(row: Row, names: Mapping[str, str], *, all_columns: bool, answers: 
         columns=columns,
         pair=pair,
     )
+
+
+def _check_answer(where: str, answer: str) -> None:
+    """Raise ValueError if attempts cannot be judged by an answer."""
+    reason = reason_against_reference(answer)
+    if reason is not None:
+        raise ValueError(
+            f"{where}: no attempt can be judged by the answer {shown(answer)}: {reason}; correct "
+            "it, or remove the row"
+        )
 
 
 def _plain_text(where: str, columns: dict[str, object], *, answers: bool) -> Problem:
