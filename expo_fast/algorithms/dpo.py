@@ -59,7 +59,8 @@ from expo_fast.algorithms.trainer import (
     optimizer_step,
 )
 from expo_fast.config import Train
-from expo_fast.data.problems import Problem, fingerprint
+from expo_fast.data.problem_table import ProblemTable
+from expo_fast.data.problems import Problem, fingerprint, same_fingerprint
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.kernels.preferences import PreferenceObjective
@@ -82,7 +83,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         for pair in pairs:
             trainer.data_tokens += len(pair.prompt_ids)
             trainer.data_tokens += len(pair.chosen_ids) + len(pair.rejected_ids)
-    by_id = {problem.id: problem for problem in trainer.problems}
+    by_id = ProblemTable.of(trainer.problems).by_id(pair.problem_id for pair in pairs)
     with phases.phase("diagnose"):
         trained = diagnose(trainer, pairs, by_id)
     with phases.phase("forward_backward"):
@@ -446,9 +447,18 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
     return made_from
 
 
+def pair_store(trainer: Trainer, run_dir: Path) -> PairStore:
+    """Return the store of the pairs of a run. It keeps the record of earlier versions."""
+    store = PairStore(run_dir / "pairs", provenance(trainer))
+    recorded = store.recorded().get("data")
+    if recorded is None or not same_fingerprint(trainer.problems, recorded):
+        return store
+    return replace(store, provenance={**store.provenance, "data": recorded})
+
+
 def check_pairs(trainer: Trainer, run_dir: Path, start: int) -> None:
     """Raise ValueError if the run cannot continue from step `start` (from 0) in `run_dir`."""
-    store = PairStore(run_dir / "pairs", provenance(trainer))
+    store = pair_store(trainer, run_dir)
     every = trainer.config.pairs_every
     inside_a_round = start % every if every else start
     if inside_a_round and not store.has(start if every else 0):
@@ -464,5 +474,5 @@ def open_pair_store(trainer: Trainer, run_dir: Path, start: int) -> None:
 
     Pairs that the weights of a step after `start` sampled are removed, and sampled again later.
     """
-    trainer.pair_store = PairStore(run_dir / "pairs", provenance(trainer))
+    trainer.pair_store = pair_store(trainer, run_dir)
     trainer.pair_store.begin(start)

@@ -7,20 +7,17 @@ where no alarm reaches it, or use up all memory. Such a worker is killed and rep
 import json
 import math
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
-import expo_fast
 from expo_fast.data import answer_grading
 from expo_fast.data.answer_grading import MAX_CHARS, last_boxed, tidy
+from expo_fast.data.processes import start_program
 
 # A worker is then replaced: sympy's caches grow, and nothing that a text planted in it may last.
 JOBS_PER_WORKER = 500
@@ -45,7 +42,7 @@ class Worker:
     """A process that judges one comparison at a time."""
 
     def __init__(self, memory_bytes: int):
-        self.channel, self.process = _start_program(memory_bytes)
+        self.channel, self.process = start_program(WORKER, os.getpid(), memory_bytes)
         # When this thread ends, the operating system kills the worker.
         self.starter = threading.current_thread()
         self.ready = False
@@ -97,30 +94,6 @@ class Worker:
         self.process.kill()
         self.process.wait()
         self.channel.close()
-
-
-def _start_program(memory_bytes: int) -> tuple[Connection, subprocess.Popen]:
-    """Start the worker program. Return the channel to it, and its process."""
-    ours, theirs = Pipe()
-    fd = theirs.fileno()
-    arguments = (fd, os.getpid(), memory_bytes)
-    # -P keeps the current folder off its path.
-    command = [sys.executable, "-P", "-m", WORKER, *map(str, arguments)]
-    environment = dict(os.environ)
-    paths = [str(Path(expo_fast.__file__).parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    environment["PYTHONHASHSEED"] = "0"  # sympy orders by hash: equal texts get equal verdicts
-    with theirs:
-        process = subprocess.Popen(
-            command,
-            pass_fds=[fd],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # keeps Ctrl-C away
-        )
-    return ours, process
 
 
 class Verifier:
