@@ -85,7 +85,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
             trainer.data_tokens += len(pair.chosen_ids) + len(pair.rejected_ids)
     by_id = ProblemTable.of(trainer.problems).by_id(pair.problem_id for pair in pairs)
     with phases.phase("diagnose"):
-        trained = diagnose(trainer, pairs, by_id)
+        trained = diagnose(trainer, pairs, by_id, step)
     with phases.phase("forward_backward"):
         result = preference_backward(trainer.model, pairs, PreferenceLossConfig.of(config))
     trained |= pair_metrics(result)
@@ -264,10 +264,12 @@ def with_reference_logprobs(
     ]
 
 
-def diagnose(trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem]) -> Metrics:
+def diagnose(
+    trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem], step: int
+) -> Metrics:
     """Measure the two properties of a good positive sample on a few questions."""
     config = trainer.config
-    questions = diagnosed_questions(pairs, by_id, config)[: config.diagnose]
+    questions = diagnosed_questions(pairs, by_id, config)[: config.n_diagnosed(step)]
     samples = diagnostic_samples(questions, trainer.prompter)
     logprobs = completion_logprobs(
         trainer.model,

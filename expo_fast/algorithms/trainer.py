@@ -148,7 +148,10 @@ def weights_hash(model: Decoder) -> str:
     for name, parameter in model.named_parameters():
         integer = torch.int16 if parameter.dtype.itemsize == 2 else torch.int32
         bits = parameter.detach().view(integer).flatten()
-        total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
+        if bits.device.type == "cpu":
+            total = int(bits.numpy().sum(dtype="int64"))  # ten times as fast as torch's sum
+        else:
+            total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
         digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -101,7 +101,13 @@ THEMES: dict[str, tuple[str, ...]] = {
     ),
     "Memory and precision": ("pack_tokens", "gradient_checkpointing", "batch_invariant"),
     "Evaluation": ("eval_every", "eval_limit", "eval_samples", "eval_temperature"),
-    "Checkpoints and logs": ("checkpoint_every", "keep_checkpoints", "diagnose", "report_to"),
+    "Checkpoints and logs": (
+        "checkpoint_every",
+        "keep_checkpoints",
+        "diagnose",
+        "diagnose_every",
+        "report_to",
+    ),
     "Results": ("output", "lm_eval_output"),
 }
 ARGUMENTS = "Arguments"  # the title of positional arguments
