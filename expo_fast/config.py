@@ -32,6 +32,7 @@ ADJUSTABLE = (
     "diagnose",
     "diagnose_every",
     "report_to",
+    "push_to_hub",
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
@@ -328,6 +329,9 @@ class Train(Prompting):
     ranking of explanations take 13% of the time of the default job."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)
     """One or more tools that record the metrics beside metrics.jsonl; none: no tool."""
+    push_to_hub: str | None = None
+    """Upload the last checkpoint and a model card to this repository of the hub (ORG/NAME), or
+    write them to a folder (./NAME or /NAME)."""
 
     def n_diagnosed(self, step: int) -> int:
         """Return the number of questions to diagnose in a step (from 0)."""
@@ -353,6 +357,7 @@ class Train(Prompting):
         alone = len(self.report_to) == 1 or "none" not in self.report_to
         need = "none alone, or the names of tools, each once"
         yield from _require(self, "report_to", alone and distinct, need)
+        yield from self._faults_of_the_upload()
         yield from self._faults_of_the_length()
         yield from self._faults_of_sampling()
         yield from self._faults_of_rewards()
@@ -384,6 +389,14 @@ class Train(Prompting):
         if fits:
             need = f"at least one of the prompts_per_step={self.prompts_per_step} for each source"
             yield from _require(self, "data_weights", min(self.questions_of_sources) > 0, need)
+
+    def _faults_of_the_upload(self) -> Iterator[Fault]:
+        if self.push_to_hub is None:
+            return
+        named = UPLOAD_TARGET.fullmatch(self.push_to_hub) is not None
+        yield from _require(self, "push_to_hub", named, "ORG/NAME, or a folder: ./NAME or /NAME")
+        need = "checkpoint_every above 0, because the last checkpoint is uploaded"
+        yield from _require(self, "push_to_hub", self.checkpoint_every > 0, need)
 
     def _faults_of_the_length(self) -> Iterator[Fault]:
         if self.epochs is None:
@@ -601,6 +614,7 @@ AT_LEAST_0 = (
     "eval_temperature",
 )
 AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy", "eval_fraction")
+UPLOAD_TARGET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|\.{0,2}/.+")
 EVAL_SPLIT = re.compile(r"^(builtin:[^:]+)(:train)?$")  # built-in data that has an eval split
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from expo_fast.algorithms import dpo, grpo, sft
+from expo_fast.algorithms.publish import push_model
 from expo_fast.algorithms.resume import (
     begin_record,
     check_run_dir,
@@ -59,7 +60,7 @@ from expo_fast.reward_functions import (
     custom_reward,
     load_rewards,
 )
-from expo_fast.storage import checkpoint
+from expo_fast.storage import checkpoint, hub
 from expo_fast.weights import load_model
 
 FEW_QUESTIONS = 10  # fewer have no useful bootstrap interval
@@ -117,6 +118,7 @@ def run(config: Train) -> TrainResult:
     Raise ValueError or OSError for an error that a user can correct.
     """
     check_trackers(config.report_to)
+    hub.check_target(config.push_to_hub)
     config = with_defaults(config)
     check_run_dir(config)
     data = load_training_data(config)
@@ -153,6 +155,7 @@ def run(config: Train) -> TrainResult:
         log.open_trackers()
         try:
             train(trainer, data.held_out, log, start)
+            push_model(trainer, log)
         except KeyboardInterrupt:
             log.note(interruption_in_words(config.run_dir))
             raise

@@ -24,6 +24,7 @@ from expo_fast.storage.default_model import (
     wheel_model,
 )
 from expo_fast.storage.files import reading
+from expo_fast.storage.fused_projections import join_projections, split_projections
 from expo_fast.storage.gguf import read_gguf
 from expo_fast.storage.hf_files import (
     SHARD_BYTES,
@@ -220,11 +221,16 @@ def save_model(
     write_model(
         Path(path),
         model.config,
-        dict(model.named_parameters()),
+        _stored(model, dict(model.named_parameters())),
         tokenizer,
         generation_config=model.generation_config,
         shard_bytes=shard_bytes,
     )
+
+
+def _stored(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters as the files of the model's architecture hold them."""
+    return join_projections(tensors) if model.shape.fused_storage else tensors
 
 
 def name_base(source: str | Path) -> BaseModel:
@@ -261,7 +267,7 @@ def save_base(model: Decoder, tokenizer: Any, path: str | Path) -> None:
     write_model(
         Path(path),
         model.config,
-        base_tensors(model),
+        _stored(model, base_tensors(model)),
         tokenizer,
         generation_config=model.generation_config,
     )
@@ -354,6 +360,8 @@ def _checked_state(
     expected = set(shapes)
     if model.shape.tied:  # some files also store the tied head
         shapes[HEAD] = shapes[EMBEDDING]
+    if model.shape.fused_storage:
+        tensors = split_projections(tensors, shapes)
     state: dict[str, Tensor] = {}
     for stored in tensors:
         key = stored.key

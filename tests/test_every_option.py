@@ -116,6 +116,7 @@ UNTESTED_HERE = {
     "output_dir": "where files go",
     "resume": "whether a run is continued",
     "dry_run": "whether a run begins",
+    "push_to_hub": "what is uploaded after a run: tests/test_publish.py",
     "device": "a machine may have only one",
     "append_answer": "the texts of a random model reach no answer: see the last test",
     "pack_tokens": "bounds memory; gradients are equal up to rounding",

@@ -107,6 +107,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "diagnose",
         "diagnose_every",
         "report_to",
+        "push_to_hub",
     ),
     "Results": ("output", "lm_eval_output"),
 }
