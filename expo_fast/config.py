@@ -29,6 +29,16 @@ ADJUSTABLE = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_best",
+    "save_patience",
+    "stop_within",
+    "alarm_steps",
+    "alarm_clipped_ratio",
+    "alarm_entropy",
+    "alarm_kl",
+    "alarm_nll",
+    "alarm_grad_spike",
+    "stop_on_collapse",
     "diagnose",
     "diagnose_every",
     "report_to",
@@ -321,6 +331,15 @@ class Train(Prompting):
     """Save after every N steps and after the last; 0: never."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
+    keep_best: int = 1
+    """Number of best checkpoints to keep as well: by the evaluation, or without one by the mean
+    reward. A run that evaluates also saves after its best evaluation."""
+    save_patience: float = 600.0
+    """Number of seconds to wait and retry if the checkpoint after the last step cannot be
+    written."""
+    stop_within: float = 25.0
+    """Maximum number of seconds until a run that gets SIGINT, SIGTERM or SIGHUP has saved and
+    exited; 0: no limit."""
     diagnose: int = 4
     """Number of questions whose likelihoods are compared in a step (nll, lift, logp_gap); 0:
     none."""
@@ -332,6 +351,24 @@ class Train(Prompting):
     push_to_hub: str | None = None
     """Upload the last checkpoint and a model card to this repository of the hub (ORG/NAME), or
     write them to a folder (./NAME or /NAME)."""
+
+    alarm_steps: int = 5
+    """Number of consecutive steps after which an alarm is raised, also that of no gradient and that
+    of no reward."""
+    alarm_clipped_ratio: float = 0.98
+    """Alarm at this fraction of attempts cut at the length limit; 0: none."""
+    alarm_entropy: float = 0.01
+    """Alarm below this entropy of the attempts, in nats per token; 0: none."""
+    alarm_kl: float = 5.0
+    """Alarm above this KL divergence from the initial model, in nats per token; 0: none."""
+    alarm_nll: float = 8.0
+    """Alarm above this NLL of attempts, explanations or the data's texts, in nats per token; 0:
+    none."""
+    alarm_grad_spike: float = 20.0
+    """Alarm at one step whose gradient norm is this many times the median of the 32 steps before;
+    0: none."""
+    stop_on_collapse: bool = False
+    """End the run with the exit status 3 at an alarm that lasts alarm_steps steps."""
 
     def n_diagnosed(self, step: int) -> int:
         """Return the number of questions to diagnose in a step (from 0)."""
@@ -578,6 +615,7 @@ MORE_THAN_0 = (
     "eval_samples",
     "keep_checkpoints",
     "diagnose_every",
+    "alarm_steps",
     "explanations_per_question",
     "top_p",
     "learning_rate",
@@ -595,6 +633,14 @@ AT_LEAST_0 = (
     "exp_sft_coef",
     "eval_every",
     "checkpoint_every",
+    "keep_best",
+    "save_patience",
+    "stop_within",
+    "alarm_clipped_ratio",
+    "alarm_entropy",
+    "alarm_kl",
+    "alarm_nll",
+    "alarm_grad_spike",
     "diagnose",
     "generation_budget",
     "dynamic_sampling",
@@ -613,7 +659,14 @@ AT_LEAST_0 = (
     "explain_temperature",
     "eval_temperature",
 )
-AT_MOST_1 = ("top_p", "min_p", "clip_low", "exp_sft_max_accuracy", "eval_fraction")
+AT_MOST_1 = (
+    "alarm_clipped_ratio",
+    "top_p",
+    "min_p",
+    "clip_low",
+    "exp_sft_max_accuracy",
+    "eval_fraction",
+)
 UPLOAD_TARGET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|\.{0,2}/.+")
 EVAL_SPLIT = re.compile(r"^(builtin:[^:]+)(:train)?$")  # built-in data that has an eval split
 

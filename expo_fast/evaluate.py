@@ -41,6 +41,7 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.reporting.accuracy import Graded, accuracy, by_level, by_problem
 from expo_fast.reporting.lm_eval import lm_eval_results
 from expo_fast.reward import grader_hash, score_answers
+from expo_fast.runtime import interruptions
 from expo_fast.storage.files import output_file, replace_file
 from expo_fast.weights import load_model
 
@@ -122,7 +123,8 @@ def evaluate(
     texts = [prompter.text(completion.token_ids) for completion in completions]
     answers = [problem.answer for problem, _ in asked]
     complete = [p.prefill + text for (p, _), text in zip(asked, texts, strict=True)]
-    verdicts = verify(answers, complete)
+    with interruptions.immediate():
+        verdicts = verify(answers, complete)
     results = zip(asked, completions, texts, verdicts, strict=True)
     graded = [
         Graded(

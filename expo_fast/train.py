@@ -19,17 +19,18 @@ from typing import Any
 import torch
 
 from expo_fast.algorithms import dpo, grpo, sft
+from expo_fast.algorithms.alarms import Alarms
 from expo_fast.algorithms.publish import push_model
 from expo_fast.algorithms.resume import (
     begin_record,
     check_run_dir,
     names_checkpoint,
     restore,
-    save_checkpoint,
     with_defaults,
     write_base,
 )
 from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, cut_in_words
+from expo_fast.algorithms.saving import Saver
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import (
     TrainingData,
@@ -44,11 +45,12 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
+from expo_fast.inspection.disk import disk_lines
 from expo_fast.inspection.memory import estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.op_backends import dispatch
-from expo_fast.reporting.jsonl import read_rows
+from expo_fast.reporting.jsonl import json_value, read_rows
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
 from expo_fast.reporting.timing import Phases
 from expo_fast.reporting.trackers import check_trackers
@@ -60,6 +62,9 @@ from expo_fast.reward_functions import (
     custom_reward,
     load_rewards,
 )
+from expo_fast.runtime import interruptions
+from expo_fast.runtime.endings import Collapsed, Stopped
+from expo_fast.runtime.interruptions import Interruptions
 from expo_fast.storage import checkpoint, hub
 from expo_fast.weights import load_model
 
@@ -153,21 +158,10 @@ def run(config: Train) -> TrainResult:
             log.note(line)
         write_base(trainer, log)
         log.open_trackers()
-        try:
-            train(trainer, data.held_out, log, start)
-            push_model(trainer, log)
-        except KeyboardInterrupt:
-            log.note(interruption_in_words(config.run_dir))
-            raise
+        with interruptions.watching(config.stop_within) as signals:
+            train(trainer, data.held_out, log, start, signals)
+        push_model(trainer, log)
     return result_of(trainer)
-
-
-def interruption_in_words(run_dir: Path) -> str:
-    """Return where an interrupted run continues."""
-    newest = checkpoint.newest(run_dir)
-    if newest is None:
-        return "interrupted before the first checkpoint: the same command starts the run again"
-    return f"interrupted: the same command resumes the run from {newest}"
 
 
 def result_of(trainer: Trainer) -> TrainResult:
@@ -183,7 +177,7 @@ def result_of(trainer: Trainer) -> TrainResult:
 def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     """Print the configuration as TOML.
 
-    The data, the first prompt and an estimate of the memory are printed as comments.
+    The data, the first prompt and estimates of memory and disk space are printed as comments.
     """
     config = trainer.config
     print(dump_toml(config), end="")
@@ -193,7 +187,7 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     prompt = json.dumps(trainer.prompter.tokenizer.decode(prompt_ids))
     print(f"# prompt of {trainer.problems[0].id}: {prompt}")
     estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
-    for line in memory_lines(config, estimate):
+    for line in (*memory_lines(config, estimate), *disk_lines(trainer)):
         print(f"# {line}")
 
 
@@ -273,51 +267,133 @@ def check_continuation(trainer: Trainer, start: int) -> None:
         dpo.check_pairs(trainer, trainer.config.run_dir, start)
 
 
-def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int) -> None:
-    """Run steps start .. config.steps - 1, with their evaluations and checkpoints."""
+def train(
+    trainer: Trainer,
+    held_out: Sequence[Problem],
+    log: RunLog,
+    start: int,
+    signals: Interruptions,
+) -> None:
+    """Run steps start .. config.steps - 1, with their evaluations and checkpoints.
+
+    Raise Stopped if a signal ends the run. The last step boundary is then saved. Raise Collapsed if
+    the weights are broken, or with `stop_on_collapse` if an alarm says so.
+    """
+    eval_every = trainer.config.eval_every if held_out else 0
+    saver = Saver(trainer, log, evaluates=eval_every > 0)
+    trainer.mark_boundary(start)
+    try:
+        run_steps(trainer, held_out, log, start, signals, saver)
+    except Stopped as stop:
+        log.note(f"interrupted by {saver.at_stop(stop)}")
+        raise
+    except KeyboardInterrupt:  # outside the main thread or from a reward function: at any line
+        log.note(f"interrupted: {saver.newest_in_words()}")
+        raise
+
+
+def run_steps(
+    trainer: Trainer,
+    held_out: Sequence[Problem],
+    log: RunLog,
+    start: int,
+    signals: Interruptions,
+    saver: Saver,
+) -> None:
+    """Run the steps of `train`."""
     config = trainer.config
-    run_step = LOOPS[config.spec.loop]
-    told_of_cut = False
     eval_every = config.eval_every if held_out else 0
-    if start == 0 and eval_every:
-        log_evaluation(trainer, held_out, log, step=0)
+    saves = config.checkpoint_every > 0
+    alarms = Alarms(config, read_rows(config.run_dir / METRICS))
+    told_of_cut = False
+    if lacks_evaluation(config, eval_every, start, saver):
+        log_evaluation(trainer, held_out, log, saver, step=start)
     for step in range(start, config.steps):
+        signals.check()
         done = step + 1
-        phases = Phases()
-        skipped_before = trainer.optimizer.skipped
-        trainer.progress.global_step = step
-        trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
-        try:
-            metrics, texts = run_step(trainer, step, phases)
-        except ValueError as error:
-            # Bad input was refused before the run. This is a bug, so the traceback is needed.
-            raise RuntimeError(f"step {done} failed") from error
-        row = {
+        row = take_step(trainer, step, log, alarms)
+        clipped_ratio = row.get("completions/clipped_ratio") or 0.0
+        if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
+            told_of_cut = True
+            log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
+        saver.read_step(row)
+        trainer.mark_boundary(done)
+        is_best = False
+        if is_due(done, eval_every, config.steps):
+            is_best = log_evaluation(trainer, held_out, log, saver, step=done)
+        check_collapse(config, alarms, saver, done)
+        if done == config.steps:
+            continue  # saved below
+        is_requested = signals.take_save_request()
+        is_due_now = is_due(done, config.checkpoint_every, config.steps)
+        is_due_now |= is_best and saves and config.keep_best > 0
+        if saver.after_step(done, is_due=is_due_now or is_requested) and is_requested:
+            log.note(f"step {done} is saved, as a signal asked for")
+    if start < config.steps and saves:
+        saver.after_last_step(config.steps)
+    for line in summary(config, alarms, saver):
+        log.note(line)
+
+
+def lacks_evaluation(config: Train, eval_every: int, start: int, saver: Saver) -> bool:
+    """Return whether the evaluation before step `start` (from 0) is still to be done.
+
+    A run that was stopped inside an evaluation has a checkpoint of the step and no evaluation.
+    """
+    if start == 0 or names_checkpoint(config):
+        return start == 0 and eval_every > 0
+    is_evaluated = start in saver.scores.evaluated
+    return is_due(start, eval_every, config.steps) and not is_evaluated
+
+
+def check_collapse(config: Train, alarms: Alarms, saver: Saver, step: int) -> None:
+    """Raise Collapsed if an alarm says so and the configuration asks for that."""
+    reason = alarms.collapse
+    if not config.stop_on_collapse or reason is None:
+        return
+    best = saver.best_in_words()
+    advice = "" if best is None else f"; the best checkpoint is {best}"
+    raise Collapsed(f"step {step}: {reason}; {saver.newest_in_words()}{advice}")
+
+
+def take_step(trainer: Trainer, step: int, log: RunLog, alarms: Alarms) -> dict[str, Any]:
+    """Take step `step` (from 0), log it and return its row of metrics.
+
+    Raise Collapsed after too many broken steps.
+    """
+    config = trainer.config
+    done = step + 1
+    phases = Phases()
+    skipped_before = trainer.optimizer.skipped
+    trainer.progress.global_step = step
+    trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
+    try:
+        metrics, texts = LOOPS[config.spec.loop](trainer, step, phases)
+    except ValueError as error:
+        # Bad input was refused before the run. This is a bug, so the traceback is needed.
+        raise RuntimeError(f"step {done} failed") from error
+    row = json_value(
+        {
             "step": done,
             **metrics,
             "skipped_steps": trainer.optimizer.skipped,
             "num_tokens": trainer.sampled_tokens + trainer.data_tokens,
-            **phases.seconds(),
         }
-        log.write_completions(done, texts)
-        log.write_step(row)
-        clipped_ratio = metrics.get("completions/clipped_ratio") or 0.0
-        if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
-            told_of_cut = True
-            log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
-        no_finite_logits = metrics.get("completions/error_ratio") == 1
-        if no_finite_logits or trainer.optimizer.skipped > skipped_before:
-            trainer.broken_steps += 1
-            last = no_finite_logits and done == config.steps
-            keep_broken_batch(config.run_dir, done, trainer.broken_steps, last=last)
-        else:
-            trainer.broken_steps = 0
-        if is_due(done, eval_every, config.steps):
-            log_evaluation(trainer, held_out, log, step=done)
-        if is_due(done, config.checkpoint_every, config.steps) and not no_finite_logits:
-            save_checkpoint(trainer, done)
-    for line in summary(config):
-        log.note(line)
+    )
+    begun = alarms.update(row)
+    row |= alarms.metrics() | phases.seconds()
+    log.write_completions(done, texts)
+    log.write_step(row)
+    for name in begun:
+        log.note(f"alarm: step {done}: {alarms.active[name]}")
+    no_finite_logits = row.get("completions/error_ratio") == 1
+    if no_finite_logits or trainer.optimizer.skipped > skipped_before:
+        trainer.broken_steps += 1
+        last = no_finite_logits and done == config.steps
+        keep_broken_batch(config.run_dir, done, trainer.broken_steps, last=last)
+    else:
+        trainer.broken_steps = 0
+    return row
 
 
 def is_due(done: int, every: int, last: int) -> bool:
@@ -325,9 +401,9 @@ def is_due(done: int, every: int, last: int) -> bool:
 
 
 def log_evaluation(
-    trainer: Trainer, held_out: Sequence[Problem], log: RunLog, *, step: int
-) -> None:
-    """Measure the accuracy on the held-out problems.
+    trainer: Trainer, held_out: Sequence[Problem], log: RunLog, saver: Saver, *, step: int
+) -> bool:
+    """Measure the accuracy on the held-out problems. Return whether it is the run's best.
 
     The seeds are the same at every step, so that only the weights make a difference.
     """
@@ -342,29 +418,31 @@ def log_evaluation(
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
     )
-    log.write_evaluation({"step": step} | result.summary())
+    row = {"step": step} | result.summary()
+    log.write_evaluation(row)
+    return saver.scores.add_evaluation(row)
 
 
 def keep_broken_batch(run_dir: Path, step: int, in_a_row: int, *, last: bool) -> None:
     """Copy the completions of a broken step to RUN/skipped.
 
     in_a_row: number of consecutive broken steps up to this one.
-    Raise RuntimeError after MAX_BROKEN_STEPS consecutive broken steps, and if `last` is true.
+    Raise Collapsed after MAX_BROKEN_STEPS consecutive broken steps, and if `last` is true.
     """
     batch = run_dir / "completions" / f"step-{step}.jsonl"
     if batch.exists():
         (run_dir / "skipped").mkdir(exist_ok=True)
         shutil.copy(batch, run_dir / "skipped")
     if in_a_row >= MAX_BROKEN_STEPS or last:
-        raise RuntimeError(
+        raise Collapsed(
             f"step {step}: a non-finite gradient, or non-finite logits in every completion (steps "
             f"in a row: {in_a_row}): lower --learning-rate, or use --dtype float32; the batches "
             f"are in {run_dir / 'skipped'}"
         )
 
 
-def summary(config: Train) -> Iterator[str]:
-    """Yield lines with the accuracy before and after the run, and the folder of the model."""
+def summary(config: Train, alarms: Alarms, saver: Saver) -> Iterator[str]:
+    """Yield lines with the accuracy before and after the run, alarms, and the model's folder."""
     evaluations = config.run_dir / "evaluations.jsonl"
     lines = evaluations.read_text().splitlines() if evaluations.exists() else []
     by_step = {row["step"]: row for row in map(json.loads, lines)}
@@ -381,6 +459,12 @@ def summary(config: Train) -> Iterator[str]:
         questions = f"{row['problems']} questions" if few else "questions"
         cells.append(f"all samples fail: {row['all_fail']:.0%} of {questions}")
         yield "  ".join(cells)
+    for line in alarms.raised.values():
+        yield f"alarm: {line}"
     model = checkpoint.newest(config.run_dir)
-    if model is not None:
-        yield f"model: {model}"
+    if model is None:
+        return
+    yield f"model: {model}"
+    best = saver.best_in_words()
+    if best is not None and not best.startswith(f"{model} "):
+        yield f"best checkpoint: {best}"

@@ -36,6 +36,10 @@ GRPO = "expo_fast/algorithms/grpo.py"
 ROLLOUT = "expo_fast/algorithms/rollout.py"
 TRAINER = "expo_fast/algorithms/trainer.py"
 EXPLANATIONS = "expo_fast/algorithms/explanations.py"
+SAVING = "expo_fast/algorithms/saving.py"
+SAVES = "tests/test_saving.py"
+INTERRUPTIONS = "expo_fast/runtime/interruptions.py"
+FILES = "expo_fast/storage/files.py"
 
 MUTATIONS = [
     # The loss
@@ -228,6 +232,119 @@ MUTATIONS = [
         "torch._foreach_copy_(*_columns(copied))",
         "torch._foreach_add_(*_columns(copied))",
         POISON + "training",
+    ),
+    # Signals, full disks and collapses
+    Mutation(
+        "a signal is swallowed",
+        INTERRUPTIONS,
+        "raise Stopped(self.stop_signal)",
+        "return",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "a signal does not reach a reward function",
+        INTERRUPTIONS,
+        "self._n_immediate += 1",
+        "self._n_immediate += 0",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "half a step is saved",
+        TRAINER,
+        "interruptions.defer()",
+        "pass",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "tokens of an abandoned step count",
+        TRAINER,
+        "self.sampled_tokens = boundary.sampled_tokens",
+        "pass",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "gradients of an abandoned step remain",
+        TRAINER,
+        "self.optimizer.grad_sums.clear()",
+        "pass",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "an interrupted evaluation is forgotten",
+        "expo_fast/train.py",
+        "return is_due(start, eval_every, config.steps) and not is_evaluated",
+        "return False",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "a retry never comes",
+        SAVING,
+        "self._retry_at = step + wait",
+        "self._retry_at = None",
+        SAVES,
+    ),
+    Mutation(
+        "pairs are not written before a checkpoint",
+        SAVING,
+        "trainer.pair_store.files.flush()",
+        "pass",
+        SAVES,
+    ),
+    Mutation(
+        "the best checkpoint is removed",
+        "expo_fast/storage/checkpoint.py",
+        "if path in kept:",
+        "if path == max(kept):",
+        SAVES,
+    ),
+    Mutation(
+        "weights that are not finite are saved",
+        SAVING,
+        "name = first_non_finite(trainer.model.named_parameters())",
+        "name = None",
+        SAVES,
+    ),
+    Mutation(
+        "a checkpoint that is not finite is resumed",
+        "expo_fast/storage/checkpoint.py",
+        "        reason = _non_finite(path)\n        if reason is None:\n",
+        "        reason = None\n        if reason is None:\n",
+        SAVES,
+    ),
+    Mutation(
+        "a checkpoint is not synced",
+        "expo_fast/storage/checkpoint.py",
+        "        _sync_tree(temporary)\n",
+        "",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "a row is not synced",
+        FILES,
+        "                os.fsync(file.fileno())\n            except OSError as error:\n",
+        "            except OSError as error:\n",
+        "tests/test_log.py",
+    ),
+    Mutation(
+        "a full disk leaves a part of a row",
+        FILES,
+        "file.truncate(end)",
+        "pass",
+        "tests/test_log.py",
+    ),
+    Mutation(
+        "rows of a full disk are lost",
+        FILES,
+        '        data = b"".join(self._waiting)\n',
+        '        data = b"".join(self._waiting)\n        self._waiting = []\n',
+        "tests/test_log.py " + SAVES,
+    ),
+    Mutation(
+        "an alarm comes a step late",
+        "expo_fast/algorithms/alarms.py",
+        "n_steps >= self._config.alarm_steps",
+        "n_steps > self._config.alarm_steps",
+        "tests/test_alarms.py",
     ),
     # Other lines
     Mutation(

@@ -124,6 +124,16 @@ UNTESTED_HERE = {
     "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
+    "keep_best": "which ones are kept: tests/test_saving.py",
+    "save_patience": "how long a failed save is tried again: tests/test_saving.py",
+    "stop_within": "when a stopped run is ended: tests/test_interruptions.py",
+    "alarm_steps": "alarms change no weights: tests/test_alarms.py, as of all alarm_ options",
+    "alarm_clipped_ratio": "see alarm_steps",
+    "alarm_entropy": "see alarm_steps",
+    "alarm_kl": "see alarm_steps",
+    "alarm_nll": "see alarm_steps",
+    "alarm_grad_spike": "see alarm_steps",
+    "stop_on_collapse": "ends a run: tests/test_alarms.py",
     "report_to": "which tools record the metrics: see test_log.py",
 }
 

@@ -34,6 +34,7 @@ MOST_TOKENS = 600  # of a function; 50 lines have about 400
 
 # A package or public module imports only those above it. docs/architecture.md shows them.
 ORDER = [
+    "runtime",
     "kernels",
     "storage",
     "objectives",

@@ -16,7 +16,7 @@ NOT_METRICS = {"step", "levels", "template", "grader"}
 EVALUATED = "--eval-every 2 --eval-limit 2 --eval-samples 2"
 RUNS = {
     "expo-grpo": f"--method expo-grpo --explanations-per-question 3 {EVALUATED}",
-    "grpo": "--method grpo --kl-coef 0.1 --reward {root}/rewards.py:odd",
+    "grpo": "--method grpo --kl-coef 0.1 --reward {root}/rewards.py:odd --alarm-steps 1",
     "expert-grpo": "--method expert-grpo",
     "star": "--method star --explanations-per-question 3",
     "expo-dpo": "--method expo-dpo --explanations-per-question 3 --pairs-every 1",

@@ -399,7 +399,7 @@ def test_the_configuration_of_a_run_is_rewritten_only_if_it_changes(folder, tmp_
 @pytest.mark.parametrize(
     ("step", "sentence"),
     [
-        (0, "interrupted before the first checkpoint: the same command starts the run again"),
+        (0, "interrupted: there is no checkpoint, the same command starts the run again"),
         (1, "interrupted: the same command resumes the run from "),
     ],
 )

@@ -70,6 +70,7 @@ from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import linear_preference_loss
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
+from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -144,7 +145,7 @@ def make_pairs(
             requests = attempt_requests(questions, prompter, config, step)
             completions = trainer.generator.sample(requests)
             trainer.count_tokens(requests, completions)
-        with phases.phase("reward"):
+        with phases.phase("reward"), interruptions.immediate():
             groups = judge_attempts(questions, completions, prompter, trainer.reward, config)
         # Find a chosen text for each question with a failed attempt.
         with phases.phase("explain"):
@@ -175,9 +176,10 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
     requests = explanation_requests(questions, prompter, config, step)
     completions = trainer.generator.sample(requests)
     trainer.count_tokens(requests, completions)
-    found = accept_explanations(
-        questions, completions, prompter, trainer.verify, append_answer=config.append_answer
-    )
+    with interruptions.immediate():
+        found = accept_explanations(
+            questions, completions, prompter, trainer.verify, append_answer=config.append_answer
+        )
     samples = ranking_samples(found, questions, prompter, config.choose_explanations)
     logprobs = completion_logprobs(
         trainer.model,

@@ -108,6 +108,10 @@ class ExplanationCache:
             if not self.is_fresh(problem_id, step, explain_every):
                 del self.fresh[problem_id]
 
+    def copy(self) -> "ExplanationCache":
+        """Return a cache with the same explanations, which later updates do not change."""
+        return ExplanationCache(fresh=dict(self.fresh), earlier=dict(self.earlier))
+
     def state(self) -> dict[str, Any]:
         """Return JSON values for `load_state`."""
         fresh = {}

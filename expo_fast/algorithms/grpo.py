@@ -60,6 +60,7 @@ from expo_fast.modeling.packing import Sample, forward
 from expo_fast.objectives import POLICY_OBJECTIVES
 from expo_fast.ops import group_advantage, linear_policy_loss
 from expo_fast.reporting.timing import Phases
+from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -129,7 +130,7 @@ def sample_and_judge(
         requests = attempt_requests(questions, trainer.prompter, config, step)
         completions = trainer.generator.sample(requests)
         trainer.count_tokens(requests, completions)
-    with phases.phase("reward"):
+    with phases.phase("reward"), interruptions.immediate():
         return judge_attempts(questions, completions, trainer.prompter, trainer.reward, config)
 
 
@@ -187,9 +188,10 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
     requests = explanation_requests(new, prompter, config, step)
     completions = trainer.generator.sample(requests)
     trainer.count_tokens(requests, completions)
-    found = accept_explanations(
-        new, completions, prompter, trainer.verify, append_answer=config.append_answer
-    )
+    with interruptions.immediate():
+        found = accept_explanations(
+            new, completions, prompter, trainer.verify, append_answer=config.append_answer
+        )
     samples = ranking_samples(found, new, prompter, config.choose_explanations)
     logprobs = completion_logprobs(
         trainer.model,

@@ -5,20 +5,20 @@
     RUN/pairs/step-N.json       metrics of their sampling; written once the pairs are complete
 
 The pairs of a step are made once, with the reference's log-probs. Training reads them from the
-files.
+files, or from memory as long as a full disk does not take them.
 """
 
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.storage.files import replace_file
+from expo_fast.storage.files import PatientFiles, replace_file
 
 TokenIds = tuple[int, ...]
 
@@ -67,11 +67,12 @@ class PairStore:
 
     folder: Path
     provenance: Mapping[str, Any]  # JSON values
+    files: PatientFiles = field(default_factory=PatientFiles)
 
     def recorded(self) -> Mapping[str, Any]:
         """Return what the pairs in the folder were made from."""
         record = self.folder / "provenance.json"
-        return _read_json(record) if record.exists() else self.provenance
+        return self._read_json(record) if record.exists() else self.provenance
 
     def check(self) -> None:
         """Raise ValueError if the folder holds the pairs of another run.
@@ -107,11 +108,11 @@ class PairStore:
         record = json.dumps(self.provenance, indent=1).encode() + b"\n"
         replace_file(self.folder / "provenance.json", record)
         for metrics in self.folder.glob("step-*.json"):
-            if _read_json(metrics)["pairs/policy_step"] > start:
+            if self._read_json(metrics)["pairs/policy_step"] > start:
                 metrics.unlink()
 
     def has(self, step: int) -> bool:
-        return self._metrics_file(step).exists()
+        return self.files.exists(self._metrics_file(step))
 
     def count(self) -> int:
         """Return the number of consecutive steps, from step 0, that have pairs."""
@@ -124,7 +125,7 @@ class PairStore:
         pairs: Sequence[Pair],
         texts: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write the pairs of a step.
+        """Write the pairs of a step. Warn if the disk does not take them: they then wait in memory.
 
         metrics: JSON values, including `pairs/policy_step`.
         texts: one data row per pair.
@@ -133,14 +134,26 @@ class PairStore:
         for pair, text in zip(pairs, texts, strict=True):
             row = {**asdict(pair), **text}
             lines.append(json.dumps(row).encode() + b"\n")
-        replace_file(self._pairs_file(step), b"".join(lines))
+        self._write(self._pairs_file(step), b"".join(lines))
         # Written last: its presence marks the pairs as complete.
-        replace_file(self._metrics_file(step), json.dumps(metrics).encode() + b"\n")
+        self._write(self._metrics_file(step), json.dumps(metrics).encode() + b"\n")
+
+    def _write(self, path: Path, content: bytes) -> None:
+        had_failed = self.files.waiting
+        try:
+            self.files.write(path, content)
+        except OSError as error:
+            if not had_failed:
+                warnings.warn(
+                    f"{path} could not be written ({error}): the pairs wait in memory, and are "
+                    "written before the next checkpoint",
+                    stacklevel=3,
+                )
 
     def read(self, step: int) -> tuple[dict[str, Any], list[Pair]]:
         """Return the metrics and pairs that `write` stored."""
         pairs = []
-        for row in _read_json_lines(self._pairs_file(step)):
+        for row in self._read_json_lines(self._pairs_file(step)):
             pair = Pair(
                 problem_id=row["problem_id"],
                 prompt_ids=tuple(row["prompt_ids"]),
@@ -149,21 +162,19 @@ class PairStore:
                 ref_logp=tuple(row["ref_logp"]),
             )
             pairs.append(pair)
-        return _read_json(self._metrics_file(step)), pairs
+        return self._read_json(self._metrics_file(step)), pairs
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        return _parse(path, self.files.read(path))
+
+    def _read_json_lines(self, path: Path) -> list[dict[str, Any]]:
+        return [_parse(path, line) for line in self.files.read(path).splitlines()]
 
     def _pairs_file(self, step: int) -> Path:
         return self.folder / f"step-{step + 1}.jsonl"
 
     def _metrics_file(self, step: int) -> Path:
         return self.folder / f"step-{step + 1}.json"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(path, path.read_text())
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    return [_parse(path, line) for line in path.read_text().splitlines()]
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:

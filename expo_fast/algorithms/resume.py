@@ -1,4 +1,4 @@
-"""Saving and resuming a training run: its directory, identity and checkpoints.
+"""Resuming a training run: its directory, identity and checkpoints.
 
 On a CPU, a resumed run is bit-identical to one that was never stopped. A run directory belongs to
 one configuration: only the options in `config.ADJUSTABLE` may change on a resume.
@@ -146,20 +146,6 @@ def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunL
         log.note(
             f"step {start} is already done: there is nothing to do up to --steps {config.steps}"
         )
-
-
-def save_checkpoint(trainer: Trainer, step: int) -> None:
-    """Write the checkpoint of step `step` into the run directory."""
-    config = trainer.config
-    tensors, values = trainer.state()
-    checkpoint.save(
-        config.run_dir,
-        step,
-        model_writer(trainer),
-        tensors,
-        {"step": step, "identity": identity(trainer), "trainer": values},
-        keep=config.keep_checkpoints,
-    )
 
 
 def model_writer(trainer: Trainer) -> Callable[[Path], None]:

@@ -30,10 +30,22 @@ from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.modeling.schedule import learning_rate
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward_functions import Reward, TrainerState
+from expo_fast.runtime import interruptions
 
 Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
 StepResult = tuple[Metrics, TextRows]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What an unfinished step changes before its first update of the weights."""
+
+    step: int
+    """Number of complete steps."""
+    sampled_tokens: int
+    data_tokens: int
+    explanations: ExplanationCache
 
 
 @dataclass
@@ -67,6 +79,32 @@ class Trainer:
     """Tokens of the data's own texts that were trained on so far."""
     broken_steps: int = 0
     """Consecutive steps, up to the last one, without finite logits or without an update."""
+    boundary: Boundary | None = None
+    """The end of the last step. The loop over steps sets it."""
+
+    def mark_boundary(self, step: int) -> None:
+        """Record that `step` steps are complete. From here on, a signal may end the run again."""
+        self.boundary = Boundary(
+            step=step,
+            sampled_tokens=self.sampled_tokens,
+            data_tokens=self.data_tokens,
+            explanations=self.explanations.copy(),
+        )
+        interruptions.allow()
+
+    def return_to_boundary(self) -> int:
+        """Abandon a step that has not changed the weights. Return the number of complete steps.
+
+        The state is then that of the end of the last complete step. A resumed run takes the
+        abandoned step again, with the same result.
+        """
+        boundary = self.boundary
+        assert boundary is not None
+        self.sampled_tokens = boundary.sampled_tokens
+        self.data_tokens = boundary.data_tokens
+        self.explanations = boundary.explanations
+        self.optimizer.grad_sums.clear()
+        return boundary.step
 
     def count_tokens(self, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
         """Add the tokens of requests and their completions to `sampled_tokens`."""
@@ -234,6 +272,7 @@ def optimizer_step(trainer: Trainer, update: int, phases: Phases) -> Metrics:
         total_steps=config.steps * config.updates_per_batch,
         schedule=config.schedule,
     )
+    interruptions.defer()  # until the step is complete: half a step cannot be saved
     with phases.phase("optimizer"):
         report = trainer.optimizer.step(rate, config.max_grad_norm)
         if trainer.merged_copy is not None:

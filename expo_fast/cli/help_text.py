@@ -104,10 +104,22 @@ THEMES: dict[str, tuple[str, ...]] = {
     "Checkpoints and logs": (
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_best",
+        "save_patience",
+        "stop_within",
         "diagnose",
         "diagnose_every",
         "report_to",
         "push_to_hub",
+    ),
+    "Alarms": (
+        "alarm_steps",
+        "alarm_clipped_ratio",
+        "alarm_entropy",
+        "alarm_kl",
+        "alarm_nll",
+        "alarm_grad_spike",
+        "stop_on_collapse",
     ),
     "Results": ("output", "lm_eval_output"),
 }

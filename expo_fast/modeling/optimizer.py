@@ -11,7 +11,7 @@ weights are fp32, and the bf16 weights are rounded copies that are written in pl
 # (torch documents its multi-tensor operations but does not export their names)
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -187,6 +187,12 @@ class Optimizer:
         torch._foreach_mul_(updates, [lr / (1 - lr * p.decay) for p in batch])
         return list(updates)
 
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the fp32 master weights of bf16 parameters, with their names in a state."""
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                yield f"{name}.master", master
+
     def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
         """Return the tensors and JSON values that an exact resume needs, except the weights.
 
@@ -194,10 +200,8 @@ class Optimizer:
         `NAME.exp_avg`, `NAME.exp_avg_sq` and, for a bf16 parameter, `NAME.master`.
         """
         assert self.grad_sums.empty, "call state_dict() after step(), when no gradient is pending"
-        tensors: Tensors = {}
+        tensors: Tensors = dict(self.masters())
         for name, master in self._masters.items():
-            if master is not self._parameters[name]:
-                tensors[f"{name}.master"] = master
             if name in self._steps:
                 state = self._adamw.state[master]
                 for key in MOMENTS:

@@ -384,7 +384,26 @@ COST = Section(
         ),
     ),
 )
-STEP_SECTIONS = (ATTEMPTS, EXPLANATIONS, PROPERTIES, PAIRS, UPDATES, COST)
+ALARMS = Section(
+    "Alarms",
+    "Of every method. Their reasons are in the log of the run. "
+    "[Reliability](reliability.md#alarms) lists them.",
+    (
+        Metric(
+            "alarms",
+            "alarms",
+            "Number of alarms at this step.",
+            "It must stay 0. `--stop-on-collapse` ends a run at an alarm that lasts.",
+        ),
+        Metric(
+            "alarm/NAME",
+            "1",
+            "1 on the steps of the alarm NAME.",
+            "Other steps do not have it.",
+        ),
+    ),
+)
+STEP_SECTIONS = (ATTEMPTS, EXPLANATIONS, PROPERTIES, PAIRS, UPDATES, COST, ALARMS)
 EVALUATIONS = Section(
     "Evaluations",
     "Of the held-out problems, in evaluations.jsonl and in the result of `expo_fast.evaluate`. "

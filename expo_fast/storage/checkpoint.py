@@ -12,19 +12,24 @@ loads a flipped bit without an error. No file is a pickle, so loading a checkpoi
 it.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from expo_fast.storage.files import in_bytes, space_in_words
+from expo_fast.storage.finite import first_non_finite
+from expo_fast.storage.hf_files import read_tensor_file
 
 MANIFEST = "MANIFEST.json"
 STATE_FOLDER = "trainer_state"
@@ -50,6 +55,7 @@ def save(
     values: dict[str, Any],  # JSON values
     *,
     keep: int,  # number of newest checkpoints to keep
+    keep_steps: Collection[int] = (),  # steps whose checkpoints are kept as well
 ) -> Path:
     """Write RUN/checkpoints/step-N durably, then remove all but the `keep` newest checkpoints.
 
@@ -84,12 +90,18 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_disk_error(error):
             raise OSError(
-                f"checkpoint {final} could not be written ({error}); "
-                "free space or repair the disk, then resume: older checkpoints are unchanged"
+                f"checkpoint {final} could not be written ({error}; {space_in_words(run_dir)}): "
+                "older checkpoints are unchanged"
             ) from error
         raise
-    _prune(folder, keep, fresh=final)
+    _prune(folder, keep, kept={final, *(folder / f"step-{each}" for each in keep_steps)})
     return final
+
+
+def complete_steps(run_dir: Path) -> list[int]:
+    """Return the steps of the checkpoints whose files have the right sizes, in order."""
+    found = _checkpoints(run_dir / "checkpoints")
+    return [_step_of(path) for path in found if fault(path, contents=False) is None]
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -98,36 +110,47 @@ def newest(run_dir: Path) -> Path | None:
     All its files are hashed. A warning names each damaged checkpoint that is skipped, and the
     damage.
     """
-    for path in reversed(_checkpoints(run_dir / "checkpoints")):
-        reason = fault(path)
-        if reason is None:
-            return path
-        warnings.warn(f"skipped the damaged checkpoint {path}: {reason}", stacklevel=2)
-    return None
+    return next(_undamaged(run_dir), None)
 
 
 def load_newest(run_dir: Path) -> Checkpoint | None:
-    """Load the checkpoint that `newest` returns, or return None if there is none.
+    """Load the newest checkpoint that is undamaged and has finite values, None if there is none.
 
-    Raise ValueError if it was written in a newer format.
+    A warning names each checkpoint that is skipped. Raise ValueError if it was written in a newer
+    format.
     """
-    path = newest(run_dir)
-    if path is None:
-        return None
-    return _read(path)
+    for path in _undamaged(run_dir):
+        reason = _non_finite(path)
+        if reason is None:
+            return _read(path)
+        warnings.warn(f"skipped the checkpoint {path}: {reason}", stacklevel=2)
+    return None
+
+
+def _undamaged(run_dir: Path) -> Iterator[Path]:
+    """Yield the undamaged checkpoints, the newest first. Warn of each that is damaged."""
+    for path in reversed(_checkpoints(run_dir / "checkpoints")):
+        reason = fault(path)
+        if reason is None:
+            yield path
+        else:
+            warnings.warn(f"skipped the damaged checkpoint {path}: {reason}", stacklevel=3)
 
 
 def load(path: Path) -> Checkpoint:
     """Load one checkpoint after hashing all its files.
 
     Raise FileNotFoundError if there is no such folder. Raise ValueError if any of its files has
-    changed since it was saved, or if it was written in a newer format.
+    changed since it was saved, if a value is not finite, or if it was written in a newer format.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     reason = fault(path)
     if reason is not None:
         raise ValueError(f"checkpoint {path} is damaged: {reason}; resume from another one")
+    reason = _non_finite(path)
+    if reason is not None:
+        raise ValueError(f"checkpoint {path} cannot be resumed: {reason}; resume from another one")
     return _read(path)
 
 
@@ -152,6 +175,17 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
         return f"it cannot be read ({error})"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({error})"
+    return None
+
+
+def _non_finite(path: Path) -> str | None:
+    """Return which weight or moment of an undamaged checkpoint is not finite, None if all are."""
+    for file in [*sorted(path.glob("*.safetensors")), path / STATE_FOLDER / STATE_TENSORS]:
+        if file.exists():
+            named = ((stored.key, stored.tensor) for stored in read_tensor_file(file))
+            name = first_non_finite(named)
+            if name is not None:
+                return f"{file.name} has values of {name} that are not finite"
     return None
 
 
@@ -245,7 +279,7 @@ def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
         needed = max(needed, int(1.1 * last))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{free / 1e9:.2f} GB are free, need about {needed / 1e9:.2f} GB")
+        raise OSError(errno.ENOSPC, f"no space left, it needs about {in_bytes(needed)}")
 
 
 def _write_state(
@@ -314,25 +348,31 @@ def _sync(path: Path) -> None:
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    from safetensors import SafetensorError  # raised by safetensors for a full disk
+    """Return whether an error is that of a disk.
 
-    if isinstance(error, SafetensorError):
+    safetensors raises SafetensorError for a full disk, and tokenizers a plain Exception. Both end
+    with the text of Rust's error.
+    """
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError) or type(error) is Exception:
         return "os error" in str(error)
     return isinstance(error, OSError)
 
 
-def _prune(folder: Path, keep: int, *, fresh: Path) -> None:
-    """Remove all but the `keep` newest complete checkpoints. `fresh` is never removed.
+def _prune(folder: Path, keep: int, *, kept: Collection[Path]) -> None:
+    """Remove all but the `keep` newest complete checkpoints and those in `kept`.
 
-    `fresh` is not always among the newest. A run whose checkpoints all have flipped bits starts
-    again, and its old checkpoints have later steps and the right sizes.
+    The checkpoint that was just written is in `kept`, because it is not always among the newest. A
+    run whose checkpoints all have flipped bits starts again, and its old checkpoints have later
+    steps and the right sizes.
     """
     complete = []
     for path in _checkpoints(folder):
         if fault(path, contents=False) is None:
             complete.append(path)
     for path in complete[:-keep]:
-        if path == fresh:
+        if path in kept:
             continue
         doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
