@@ -42,6 +42,8 @@ ADJUSTABLE = (
     "diagnose",
     "diagnose_every",
     "report_to",
+    "shard",
+    "collective_timeout",
     "push_to_hub",
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
@@ -318,6 +320,11 @@ class Train(Prompting):
     """Recompute activations in the backward pass to save memory."""
     batch_invariant: bool = False
     """Make sampled and recomputed log-probs bit-identical on a CPU, for one more forward pass."""
+    shard: Literal["optimizer", "model"] = "optimizer"
+    """With torchrun: what is sharded over the ranks. optimizer: masters, moments and gradients;
+    model: the weights too, which are gathered for sampling and then layer by layer."""
+    collective_timeout: float = 1800.0
+    """With torchrun: seconds after which a rank that does not answer ends the run."""
 
     eval_every: int = 100
     """Evaluate before the first step, after every N steps and after the last; 0: never."""
@@ -404,6 +411,10 @@ class Train(Prompting):
                 "lora_rank",
                 f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one",
             )
+        if self.shard == "model":
+            need = "optimizer with lora_rank or batch_invariant, which need all weights in training"
+            needs_all = bool(self.lora_rank or self.batch_invariant)
+            yield from _require(self, "shard", not needs_all, need)
 
     def _options_without_effect(self) -> Iterator[Fault]:
         ignored = options_without_effect(self.method, self.objective, self.preference)
@@ -627,6 +638,7 @@ MORE_THAN_0 = (
     "pairs_per_question",
     "dpo_beta",
     "lora_alpha",
+    "collective_timeout",
 )
 AT_LEAST_0 = (
     "kl_coef",

@@ -124,6 +124,8 @@ UNTESTED_HERE = {
     "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
+    "shard": "which memory a rank of torchrun needs: see test_distributed.py",
+    "collective_timeout": "when a rank of torchrun is given up: see test_distributed_faults.py",
     "keep_best": "which ones are kept: tests/test_saving.py",
     "save_patience": "how long a failed save is tried again: tests/test_saving.py",
     "stop_within": "when a stopped run is ended: tests/test_interruptions.py",

@@ -229,5 +229,6 @@ def test_scores_far_from_zero_lose_no_digits():
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return native_layer.tree_attention(q, k, v, boundaries, parents, 0, 1.0)[0]
 
-    truth = by_segments(*(x.detach().double() for x in inputs), [40], [-1], 0, 1.0)
+    wide_q, wide_k, wide_v = (x.detach().double() for x in inputs)
+    truth = by_segments(wide_q, wide_k, wide_v, [40], [-1], 0, 1.0)
     assert relative_error(ours(*inputs).detach(), truth) < 1e-5

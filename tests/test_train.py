@@ -224,8 +224,8 @@ def test_non_finite_gradients_are_skipped_and_recorded_and_stop_the_run(
 
 
 def poison_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(model, samples, config):
-        for p in model.parameters():
+    def poisoned(layout, samples, config):
+        for p in layout.model.parameters():
             (p.sum() * float("nan")).backward()
         return grpo.PolicyResult()
 

@@ -20,7 +20,7 @@ from expo_fast.reward_functions import Reward, RewardLog, Rewards
 
 NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
 METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens")  # train.py adds them
-TRAINERS_PREFIXES = ("time/", "own/", "exp/", "expert/", "pairs/")  # of metrics
+TRAINERS_PREFIXES = ("time/", "rank/", "own/", "exp/", "expert/", "pairs/")  # of metrics
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""

@@ -199,7 +199,7 @@ class _ExactValue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, approximate: Tensor, exact: Tensor) -> Tensor:
-        return exact
+        return exact.clone()  # autograd would make a view of an input that is returned
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -382,6 +382,31 @@ COST = Section(
             "`reference`, `forward_backward`, `optimizer`.",
             "The work of a GPU counts in the phase that waits for it. The report has their shares.",
         ),
+        Metric(
+            "idle",
+            "fraction",
+            "With `torchrun`: mean over the ranks of `rank/RANK/idle`.",
+            "Lower it with more questions per step, or with lengths that differ less.",
+        ),
+        Metric(
+            "rank/RANK/idle",
+            "fraction",
+            "The part of the step in which this rank waited for others to finish sampling, judging "
+            "or scoring. Waiting inside a backward pass is not counted.",
+            "A rank that is always near 0 while others are not is slower than they are.",
+        ),
+        Metric(
+            "rank/RANK/busy",
+            "seconds",
+            "The rest of the rank's step.",
+            "The largest one is the time of a step that no deal of the work can avoid.",
+        ),
+        Metric(
+            "rank/RANK/memory",
+            "GB",
+            "Peak memory of the rank so far: of its GPU, or of the process on a CPU.",
+            "Compare it with the estimate of `--dry-run`.",
+        ),
     ),
 )
 ALARMS = Section(
