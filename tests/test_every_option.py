@@ -108,6 +108,7 @@ CASES = {
     "eval_samples": Case("--eval-samples 1", EVALUATED, "evaluations"),
     "eval_temperature": Case("--eval-temperature 2", EVALUATED, "evaluations"),
     "diagnose": Case("--diagnose 0", EXPO, "metrics"),
+    "diagnose_every": Case("--diagnose-every 1", EXPO, "metrics"),
 }
 # Other tests check these fields, which do not change what a run learns.
 UNTESTED_HERE = {

@@ -109,6 +109,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "save_patience",
         "stop_within",
         "diagnose",
+        "diagnose_every",
         "report_to",
         "push_to_hub",
     ),

@@ -183,8 +183,8 @@ PROPERTIES = Section(
     "The two properties of a good positive sample",
     "The first property (in-distribution) compares negative log-likelihoods (NLL) under the plain "
     "question, the second one (learning signal) is the lift (arXiv:2507.02834, section 3). They "
-    "are measured on `diagnose` questions of a step; `exp/nll` is of all texts that are trained "
-    "on.",
+    "are measured on `diagnose` questions of every `diagnose_every`-th step; `exp/nll` is of all "
+    "texts that are trained on.",
     (
         Metric(
             "exp/nll",
