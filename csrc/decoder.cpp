@@ -173,6 +173,7 @@ struct Buffers {
   float* max_score;    // (queries,), the largest score so far
   float* weight_sum;   // (queries,), the sum of attention weights so far
   T* weights;          // (queries, kPage)
+  Product<T>* copy;    // (kCopyRows, kCopyDepth), weights of a product
 
   Buffers(const Decoder& d, const Sizes& s, Arena& a) {
     const int64_t features = std::max(kTile, d.head_dim), queries = kTogether * s.group;
@@ -184,6 +185,7 @@ struct Buffers {
     max_score = a.take<float>(queries);
     weight_sum = a.take<float>(queries);
     weights = a.take<T>(queries * kPage);
+    copy = a.take<Product<T>>(kCopyRows * kCopyDepth);
   }
 };
 
@@ -191,12 +193,14 @@ struct Buffers {
 template <class T>
 class Pass {
  public:
+  using P = Product<T>;
+
   Pass(const Decoder& d, const Rows& rows, Arena arena) : d(d), rows(rows), s(d, rows.n) {
     const int64_t angles = d.rope_sets * d.rotary_dim / 2;
     x = arena.take<T>(s.padded_n * d.hidden);
-    h = arena.take<T>(s.padded_n * d.hidden);
-    attended = arena.take<T>(s.padded_n * d.heads * d.head_dim);
-    activation = arena.take<T>(s.padded_n * d.intermediate);
+    h = arena.take<P>(s.padded_n * d.hidden);
+    attended = arena.take<P>(s.padded_n * d.heads * d.head_dim);
+    activation = arena.take<P>(s.padded_n * d.intermediate);
     q = arena.take<T>(s.n * d.heads * d.head_dim);
     cos = arena.take<float>(s.padded_n * angles);
     sin = arena.take<float>(s.padded_n * angles);
@@ -234,7 +238,8 @@ class Pass {
   const Rows& rows;
   const Sizes s;
   // Features by tokens, one block after another. x is plain, the others are the B of a product.
-  T *x, *h, *attended, *activation;
+  T* x;
+  P *h, *attended, *activation;
   T* q;              // (kv_heads, n, group, Dh)
   float *cos, *sin;  // (rope_sets * rotary_dim / 2, width), one block after another
   T* unnormed = nullptr;  // all heads of q and k by tokens, plain; only with norms_all_heads
@@ -305,14 +310,14 @@ class Pass {
   void norm(const void* weight, Team& team) {
     each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
       const T* from = block_of(x, block, d.hidden) + column;
-      T* to = block_of(h, block, d.hidden);
+      P* to = block_of(h, block, d.hidden);
       const Lanes scale = weight ? norm_scale(from, w) : Lanes{};
       for (int64_t k = 0; k < d.hidden; k += 2) {
         auto value = [&](int64_t k) {
           const Lanes v = load_wide(from + k * w);
           return weight ? rounded<T>(v * scale * norm_factor(weight, k)) : v;
         };
-        store_rows(to + packed_index<T>(k, column, w), w, value(k), value(k + 1));
+        store_rows(to + packed_index<P>(k, column, w), w, value(k), value(k + 1));
       }
     });
   }
@@ -352,11 +357,12 @@ class Pass {
 
   // Writes z (count, w): rows [first, first + count) of weight times a block of `in`, plus the
   // bias, rounded.
-  void product(const void* weight, const void* bias, int64_t first, int64_t count, const T* in,
-               int64_t depth, int64_t block, float* z) const {
+  void product(const void* weight, const void* bias, int64_t first, int64_t count, const P* in,
+               int64_t depth, int64_t block, const Buffers<T>& buffers, float* z) const {
     const int64_t w = s.width(block);
     const T* a = static_cast<const T*>(weight) + first * depth;
-    gemm(count, w, depth, a, depth, block_of(in, block, depth), w, z, w, false);
+    const P* b = block_of(in, block, depth);
+    multiply(count, w, depth, a, depth, b, w, z, w, buffers.copy);
     for (int64_t r = 0; r < count; ++r) {
       const Lanes b = parameter(bias, first + r);
       for (int64_t i = 0; i < w; i += kLanes)
@@ -401,7 +407,7 @@ class Pass {
     const int64_t Dh = d.head_dim, own = head - heads.first;
     for (int64_t block = 0; block < s.blocks; ++block) {
       const int64_t w = s.width(block);
-      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers.z);
+      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers, buffers.z);
       T* to = unnormed_head(head, block);
       float* sums = block_of(squares, block, d.heads + d.kv_heads) + head * w;
       for (int64_t i = 0; i < w; i += kLanes) {
@@ -439,7 +445,7 @@ class Pass {
       const T* from = unnormed_head(heads.first + own, block);
       for (int64_t i = 0; i < Dh * w; i += kLanes) store(buffers.z + i, load_wide(from + i));
     } else {
-      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers.z);
+      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers, buffers.z);
     }
     const int64_t set = std::max<int64_t>(heads.rope, 0) * half;
     const float* cosines = block_of(cos, block, d.rope_sets * half) + set * w;
@@ -498,9 +504,10 @@ class Pass {
   }
 
   // Copies a head's Dh values to a column of the matrix B of a product, which has w columns.
-  void scatter(const T* from, T* to, int64_t w) const {
-    for (int64_t k = 0; k < d.head_dim; k += kPair<T>)
-      std::copy_n(from + k, kPair<T>, to + k * w);
+  template <class To>
+  void scatter(const T* from, To* to, int64_t w) const {
+    for (int64_t k = 0; k < d.head_dim; k += kPair<To>)
+      for (int64_t j = 0; j < kPair<To>; ++j) copy_value(from[k + j], to[k * w + j]);
   }
 
   // Prefetches a kv head's part of a page. The hardware cannot predict which page is next.
@@ -601,26 +608,27 @@ class Pass {
 
   void write_attended(int64_t kv, int64_t row, int64_t slot, const Buffers<T>& buffers) {
     const int64_t Dh = d.head_dim, block = row / kBlock, i = row % kBlock, w = s.width(block);
-    T* to = block_of(attended, block, d.heads * Dh);
+    P* to = block_of(attended, block, d.heads * Dh);
     for (int64_t j = 0; j < s.group; ++j) {
       const float* sum = buffers.sum + (slot * s.group + j) * s.value_width;
       const float scale = 1.0f / buffers.weight_sum[slot * s.group + j];
       T* head_out = buffers.transposed;
       for (int64_t k = 0; k < s.value_width; k += kLanes)
         store_rounded(head_out + k, rounded<T>(load<Lanes>(sum + k) * scale));
-      scatter(head_out, to + packed_index<T>((kv * s.group + j) * Dh, i, w), w);
+      scatter(head_out, to + packed_index<P>((kv * s.group + j) * Dh, i, w), w);
     }
   }
 
   // Adds a product to x, after the norm of `after` if the layer has one.
-  void add_to_x(const void* weight, const void* bias, const void* after, const T* in,
+  void add_to_x(const void* weight, const void* bias, const void* after, const P* in,
                 int64_t depth, const Buffers<T>& buffers, Team& team) {
+    // With a norm, the product is kept in the memory of h, which no later product reads.
+    T* kept = reinterpret_cast<T*>(h);
     each_tile(d.hidden, team, [&](int64_t first, int64_t count) {
       for (int64_t block = 0; block < s.blocks; ++block) {
         const int64_t w = s.width(block);
-        product(weight, bias, first, count, in, depth, block, buffers.z);
-        // With a norm, the product is kept in h, which no later product reads.
-        T* to = block_of(after ? h : x, block, d.hidden) + first * w;
+        product(weight, bias, first, count, in, depth, block, buffers, buffers.z);
+        T* to = block_of(after ? kept : x, block, d.hidden) + first * w;
         for (int64_t i = 0; i < count * w; i += kLanes) {
           const Lanes z = load<Lanes>(buffers.z + i);
           if (after) store_rounded(to + i, z);
@@ -630,7 +638,7 @@ class Pass {
     });
     if (!after) return;
     each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
-      const T* from = block_of(h, block, d.hidden) + column;
+      const T* from = block_of(kept, block, d.hidden) + column;
       T* to = block_of(x, block, d.hidden) + column;
       const Lanes scale = norm_scale(from, w);
       for (int64_t k = 0; k < d.hidden; ++k) {
@@ -658,9 +666,9 @@ class Pass {
     each_tile(d.intermediate, team, [&](int64_t first, int64_t count) {
       for (int64_t block = 0; block < s.blocks; ++block) {
         const int64_t w = s.width(block);
-        product(l.gate, l.gate_bias, first, count, h, d.hidden, block, buffers.z);
-        product(l.up, l.up_bias, first, count, h, d.hidden, block, buffers.z2);
-        T* to = block_of(activation, block, d.intermediate);
+        product(l.gate, l.gate_bias, first, count, h, d.hidden, block, buffers, buffers.z);
+        product(l.up, l.up_bias, first, count, h, d.hidden, block, buffers, buffers.z2);
+        P* to = block_of(activation, block, d.intermediate);
         for (int64_t r = 0; r < count; r += 2)
           for (int64_t i = 0; i < w; i += kLanes) {
             auto value = [&](int64_t at) {
@@ -668,7 +676,7 @@ class Pass {
               const Lanes y = sigmoid_argument(g);
               return rounded<T>(rounded<T>(g / (1.0f + exponential(-y))) * u);
             };
-            store_rows(to + packed_index<T>(first + r, i, w), w, value(r * w + i),
+            store_rows(to + packed_index<P>(first + r, i, w), w, value(r * w + i),
                        value((r + 1) * w + i));
           }
       }
@@ -678,9 +686,9 @@ class Pass {
   void write_hidden(Team& team) {
     team.each(s.n, [&](int64_t row) {
       const int64_t block = row / kBlock, i = row % kBlock, w = s.width(block);
-      const T* from = block_of(h, block, d.hidden);
+      const P* from = block_of(h, block, d.hidden);
       T* to = static_cast<T*>(rows.out) + row * d.hidden;
-      for (int64_t k = 0; k < d.hidden; ++k) to[k] = from[packed_index<T>(k, i, w)];
+      for (int64_t k = 0; k < d.hidden; ++k) copy_value(from[packed_index<P>(k, i, w)], to[k]);
       if (d.logit_scale == 1) return;
       for (int64_t k = 0; k < d.hidden; ++k) narrow(widen(to[k]) * d.logit_scale, to[k]);
     });

@@ -4,9 +4,9 @@ forward alone      1 GEMM, nothing of size (N, V)
 one pass           3 GEMMs: the exponentials of one span of rows are kept in bf16
 forward, backward  3 GEMMs for the rows whose exponentials fit KEPT_BYTES, 4 for later rows
 
-Exponentials are kept if hidden states and weight are bf16. Else each backward recomputes the logits.
-It also does so for a derivative in the entropy, which needs more digits of the logits than bf16
-has. `Forward.kept` has the bytes of native_head.KeptExponentials.
+Exponentials are kept if hidden states and weight are bf16. Else each backward recomputes the
+logits. It also does so for a derivative in the entropy, which needs more digits of the logits than
+bf16 has. `Forward.kept` has the bytes of native_head.KeptExponentials.
 
 native_library.py compiles and loads the kernels.
 """

@@ -36,6 +36,7 @@ COMPILER_FLAGS = {  # by instruction set, the fastest first
 PARTS = {  # source files of csrc, by library
     "ops": ["linear_logprob"],
     "engine": ["decoder", "sampling"],
+    "layer": ["layer", "attention"],
 }
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of common.h
 
