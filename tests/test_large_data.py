@@ -120,7 +120,7 @@ USUAL = [
 def test_the_short_path_for_usual_rows_changes_nothing(value, monkeypatch):
     row = Row("a.jsonl:3", value)
     found = read_row(row, RowOptions({}))
-    monkeypatch.setattr(row_reading, "_usual_row", lambda where, row: None)
+    monkeypatch.setattr(row_reading, "_usual_row", lambda where, row, options: None)
     assert read_row(row, RowOptions({})) == found
 
 

@@ -87,7 +87,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         for pair in pairs:
             trainer.data_tokens += len(pair.prompt_ids)
             trainer.data_tokens += len(pair.chosen_ids) + len(pair.rejected_ids)
-    by_id = ProblemTable.of(trainer.problems).by_id(pair.problem_id for pair in pairs)
+    by_id = ProblemTable.of(trainer.problems).by_id([pair.problem_id for pair in pairs])
     with phases.phase("diagnose"):
         trained = diagnose(trainer, pairs, by_id, step)
     with phases.phase("forward_backward"):
