@@ -187,9 +187,9 @@ def run_in(world: World, config: Train) -> TrainResult:
         with interruptions.watching(config.stop_within) as signals:
             signals.together = world.size > 1
             train(trainer, data.held_out, log, start, signals)
-            with world.agreed():
-                if world.is_main:
-                    push_model(trainer, log)
+        with world.agreed():
+            if world.is_main:
+                push_model(trainer, log)
     return result_of(trainer)
 
 

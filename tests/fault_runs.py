@@ -167,7 +167,7 @@ def fresh(path: Path) -> Path:
 
 def interruptions_before_the_run() -> None:
     """Do what the command line does before the run: a signal ends the process with one line."""
-    interruptions.leave_at_once_before_the_run()
+    interruptions.leave_at_once_outside_the_run()
 
 
 def save_when_continued(run: Path, log: Path) -> NoReturn:

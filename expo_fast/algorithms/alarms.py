@@ -137,6 +137,6 @@ class Alarms:
         reasons = [reason for name, reason in self.active.items() if name != GRAD_SPIKE]
         return "; ".join(reasons) or None
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, int]:
         """Return the number of active alarms, and 1 for each of them by its name."""
         return {"alarms": len(self.active)} | {f"alarm/{name}": 1 for name in self.active}

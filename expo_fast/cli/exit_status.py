@@ -64,7 +64,7 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> int:
     The module is imported here, so that a package that its imports lack is one sentence too.
     """
     if command == "train":
-        interruptions.leave_at_once_before_the_run()
+        interruptions.leave_at_once_outside_the_run()
 
     def main(argv: Sequence[str]) -> None:
         importlib.import_module(f"expo_fast.{command}").main(argv)

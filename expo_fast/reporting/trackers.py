@@ -66,14 +66,16 @@ class TensorBoard(Tracker):
     def __init__(self, run: TrackedRun):
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        self._event: Any = event_pb2.Event
-        self._summary: Any = summary_pb2.Summary
+        events: Any = event_pb2  # a type checker does not see the classes of protobuf
+        summaries: Any = summary_pb2
+        self._event = events.Event
+        self._summary = summaries.Summary
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.0"
         self._file = AppendedFile(run.run_dir / "tensorboard" / name)
         self._file.queue(self._record(file_version="brain.Event:2"))
         if run.resumed_at is not None:
             # TensorBoard then hides later rows in the files of earlier processes.
-            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            started = events.SessionLog(status=events.SessionLog.START)
             self._file.queue(self._record(step=run.resumed_at + 1, session_log=started))
 
     def _record(self, **values: Any) -> bytes:

@@ -99,6 +99,7 @@ class Interruptions:
 
 
 _current = Interruptions()  # without signals, outside `watching`
+_has_run = False  # whether `watching` has ended
 
 
 def check() -> None:
@@ -135,7 +136,7 @@ def watching(stop_within: float) -> Iterator[Interruptions]:
     Signals that the process ignores, as under nohup, remain ignored. Outside the main thread no
     signal can be received, and nothing is.
     """
-    global _current
+    global _current, _has_run
     before = _current
     _current = Interruptions()
     try:
@@ -146,6 +147,7 @@ def watching(stop_within: float) -> Iterator[Interruptions]:
             yield _current
     finally:
         _current = before
+        _has_run = True
 
 
 @contextmanager
@@ -206,14 +208,16 @@ def _watch(reading: int, stop_within: float) -> None:
                 _leave(number, "ended at once by a second signal,")
 
 
-def leave_at_once_before_the_run() -> None:
-    """Let a signal end the process with one line until `watching` begins.
+def leave_at_once_outside_the_run() -> None:
+    """Let a signal end the process with one line before `watching` begins and after it.
 
-    Nothing needs to be saved yet. An exception would be turned into others by the imports that it
+    Nothing needs to be saved there. An exception would be turned into others by the imports that it
     interrupts, and into a long traceback.
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
+        if _has_run:
+            _leave(signum, "the steps are done,")
         _leave(signum, "nothing was trained yet, the same command starts again after")
 
     for signum in STOPS:
