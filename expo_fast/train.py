@@ -31,7 +31,12 @@ from expo_fast.algorithms.resume import (
     with_defaults,
     write_base,
 )
-from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, cut_in_words
+from expo_fast.algorithms.rollout import (
+    MANY_UNDECIDED,
+    NEARLY_ALL_CUT,
+    cut_in_words,
+    undecided_in_words,
+)
 from expo_fast.algorithms.saving import Saver
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import (
@@ -64,6 +69,7 @@ from expo_fast.reporting.trackers import check_trackers
 from expo_fast.reward import boxed_answer_reward, score_answers
 from expo_fast.reward_functions import (
     Reward,
+    RewardError,
     TrainerState,
     check_reward_functions,
     custom_reward,
@@ -294,7 +300,12 @@ def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> R
         return boxed_answer_reward
     functions = load_rewards(config.reward_functions)
     check_reward_functions(functions, in_words(config.data_sources), data.problems)
-    return custom_reward(functions, config.reward_weights, progress)
+    return custom_reward(
+        functions,
+        config.reward_weights,
+        progress,
+        timeout_s=config.reward_timeout,
+    )
 
 
 def check_continuation(trainer: Trainer, start: int) -> None:
@@ -346,6 +357,7 @@ def run_steps(
     saves = config.checkpoint_every > 0
     alarms = Alarms(config, read_rows(config.run_dir / METRICS))
     told_of_cut = False
+    told_of_undecided = False
     if world.broadcast(lacks_evaluation(config, eval_every, start, saver)):
         log_evaluation(trainer, held_out, log, saver, step=start)
     for step in range(start, config.steps):
@@ -357,6 +369,9 @@ def run_steps(
         if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
             told_of_cut = True
             log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
+        if (row.get("verdicts/undecided") or 0.0) >= MANY_UNDECIDED and not told_of_undecided:
+            told_of_undecided = True
+            log.note(f"warning: step {done}: {undecided_in_words(row)}")
         saver.read_step(row)
         trainer.mark_boundary(done)
         is_best = False
@@ -416,6 +431,8 @@ def take_step(
     trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
     try:
         metrics, texts = LOOPS[config.spec.loop](trainer, step, phases)
+    except RewardError:
+        raise
     except ValueError as error:
         # Bad input was refused before the run. This is a bug, so the traceback is needed.
         raise RuntimeError(f"step {done} failed") from error

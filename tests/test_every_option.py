@@ -108,6 +108,7 @@ CASES = {
     "eval_samples": Case("--eval-samples 1", EVALUATED, "evaluations"),
     "eval_temperature": Case("--eval-temperature 2", EVALUATED, "evaluations"),
     "diagnose": Case("--diagnose 0", EXPO, "metrics"),
+    "diagnose_every": Case("--diagnose-every 1", EXPO, "metrics"),
 }
 # Other tests check these fields, which do not change what a run learns.
 UNTESTED_HERE = {
@@ -135,6 +136,7 @@ UNTESTED_HERE = {
     "alarm_nll": "see alarm_steps",
     "alarm_grad_spike": "see alarm_steps",
     "stop_on_collapse": "ends a run: tests/test_alarms.py",
+    "reward_timeout": "when a reward function that hangs ends the run: see test_reward_mistakes.py",
     "report_to": "which tools record the metrics: see test_log.py",
 }
 

@@ -59,6 +59,7 @@ def flags(folder: Path, run: Path, **changes: object) -> list[str]:
         "eval-samples": 2,
         "learning-rate": 1e-3,
         "dtype": "float32",
+        "diagnose-every": 1,
     }
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]

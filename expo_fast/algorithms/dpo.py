@@ -61,7 +61,8 @@ from expo_fast.algorithms.trainer import (
     optimizer_step,
 )
 from expo_fast.config import Train
-from expo_fast.data.problems import Problem, fingerprint
+from expo_fast.data.problem_table import ProblemTable
+from expo_fast.data.problems import Problem, fingerprint, same_fingerprint
 from expo_fast.data.prompts import Prompter
 from expo_fast.distributed.world import World
 from expo_fast.generate import Completion
@@ -86,9 +87,9 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         for pair in pairs:
             trainer.data_tokens += len(pair.prompt_ids)
             trainer.data_tokens += len(pair.chosen_ids) + len(pair.rejected_ids)
-    by_id = {problem.id: problem for problem in trainer.problems}
+    by_id = ProblemTable.of(trainer.problems).by_id(pair.problem_id for pair in pairs)
     with phases.phase("diagnose"):
-        trained = diagnose(trainer, pairs, by_id)
+        trained = diagnose(trainer, pairs, by_id, step)
     with phases.phase("forward_backward"):
         own = pairs_of_rank(trainer, pairs)
         result = preference_backward(trainer.layout, own, PreferenceLossConfig.of(config))
@@ -304,10 +305,12 @@ def with_reference_logprobs(
     ]
 
 
-def diagnose(trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem]) -> Metrics:
+def diagnose(
+    trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem], step: int
+) -> Metrics:
     """Measure the two properties of a good positive sample on a few questions."""
     config = trainer.config
-    questions = diagnosed_questions(pairs, by_id, config)[: config.diagnose]
+    questions = diagnosed_questions(pairs, by_id, config)[: config.n_diagnosed(step)]
     samples = diagnostic_samples(questions, trainer.prompter)
     deal = trainer.deal_samples([each.sample for each in samples])
     with trainer.world.agreed():
@@ -511,9 +514,18 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
     return made_from
 
 
+def pair_store(trainer: Trainer, run_dir: Path) -> PairStore:
+    """Return the store of the pairs of a run. It keeps the record of earlier versions."""
+    store = PairStore(run_dir / "pairs", provenance(trainer))
+    recorded = store.recorded().get("data")
+    if recorded is None or not same_fingerprint(trainer.problems, recorded):
+        return store
+    return replace(store, provenance={**store.provenance, "data": recorded})
+
+
 def check_pairs(trainer: Trainer, run_dir: Path, start: int) -> None:
     """Raise ValueError if the run cannot continue from step `start` (from 0) in `run_dir`."""
-    store = PairStore(run_dir / "pairs", provenance(trainer))
+    store = pair_store(trainer, run_dir)
     every = trainer.config.pairs_every
     inside_a_round = start % every if every else start
     if inside_a_round and not store.has(start if every else 0):
@@ -529,7 +541,7 @@ def open_pair_store(trainer: Trainer, run_dir: Path, start: int) -> None:
 
     Pairs that the weights of a step after `start` sampled are removed, and sampled again later.
     """
-    trainer.pair_store = PairStore(run_dir / "pairs", provenance(trainer))
+    trainer.pair_store = pair_store(trainer, run_dir)
     with trainer.world.agreed():
         if trainer.world.is_main:
             trainer.pair_store.begin(start)

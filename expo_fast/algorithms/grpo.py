@@ -82,7 +82,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         else:
             positives = solutions(trainer, questions)
     with phases.phase("diagnose"):
-        diagnosed = diagnose(trainer, groups, positives)
+        diagnosed = diagnose(trainer, groups, positives, step)
 
     # Each update trains on its own mini-batch of the questions.
     mini_batches = split_evenly(groups, config.updates_per_batch)
@@ -225,11 +225,13 @@ def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Explanations:
     return Explanations(expert, n_questions=len(questions))
 
 
-def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Explanations) -> Metrics:
+def diagnose(
+    trainer: Trainer, groups: Sequence[Group], positives: Explanations, step: int
+) -> Metrics:
     """Measure the two properties of a good positive sample on a few questions."""
     config = trainer.config
     questions = []
-    for group in groups[: config.diagnose]:
+    for group in groups[: config.n_diagnosed(step)]:
         explanation = None
         if config.explains and group.problem.id in positives.accepted:
             explanation = positives.accepted[group.problem.id][0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.cli.flags import dump_toml, from_toml
 from expo_fast.config import ADJUSTABLE, DEPEND_ON_DATA, Train
-from expo_fast.data.problems import fingerprint
+from expo_fast.data.problems import fingerprint, same_fingerprint
 from expo_fast.modeling.lora import load_adapter, save_adapter
 from expo_fast.modeling.shape import Shape
 from expo_fast.reporting.run_log import RunLog
@@ -118,7 +118,10 @@ def check_checkpoint(config: Train, trainer: Trainer, path: Path) -> dict[str, A
     for what, value in identity(trainer).items():
         # A checkpoint of an earlier version does not say which ends it was made with.
         recorded = values["identity"].get(what, value if what == "ends of turns" else None)
-        if recorded != value:
+        same = recorded == value
+        if what == "training data":
+            same = same_fingerprint(trainer.problems, recorded)
+        if not same:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
     return values
 

@@ -7,8 +7,10 @@
 
 import hashlib
 import random
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -259,7 +261,10 @@ def weights_hash(model: Decoder) -> str:
     for name, parameter in model.named_parameters():
         integer = torch.int16 if parameter.dtype.itemsize == 2 else torch.int32
         bits = parameter.detach().view(integer).flatten()
-        total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
+        if bits.device.type == "cpu":
+            total = int(bits.numpy().sum(dtype="int64"))  # ten times as fast as torch's sum
+        else:
+            total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
         digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -290,9 +295,43 @@ def questions_of_step(
     """
     steps_per_epoch = len(problems) // size
     epoch, place = divmod(step, steps_per_epoch)
-    shuffle = random.Random(request_seed(seed, "order", epoch))
-    order = shuffle.sample(range(len(problems)), len(problems))
-    return [problems[i] for i in order[place * size : (place + 1) * size]]
+    order = order_of_epoch(len(problems), request_seed(seed, "order", epoch))
+    return [problems[i] for i in order.part(place * size, (place + 1) * size)]
+
+
+@lru_cache(maxsize=16)  # a source of the data needs one
+def order_of_epoch(n: int, seed: int) -> "EpochOrder":
+    """Return the order of an epoch, which keeps what was drawn of it."""
+    return EpochOrder(n, seed)
+
+
+class EpochOrder:
+    """The permutation `random.Random(seed).sample(range(n), n)`, drawn as far as it is needed.
+
+    The complete permutation of a million takes a second.
+    """
+
+    def __init__(self, n: int, seed: int):
+        self._left = n
+        self._random = random.Random(seed)
+        self._moved: dict[int, int] = {}
+        """Elements of the pool, range(n), that are not in their place."""
+        self._drawn = array("Q")
+
+    def part(self, start: int, end: int) -> Sequence[int]:
+        """Return the elements of the permutation from `start` to `end`, without `end`."""
+        while len(self._drawn) < end:
+            self._draw()
+        return self._drawn[start:end]
+
+    def _draw(self) -> None:
+        """Take a random element out of the pool, and put the last one into its place."""
+        place = self._random.randrange(self._left)
+        self._drawn.append(self._moved.get(place, place))
+        self._left -= 1
+        last = self._moved.pop(self._left, self._left)
+        if place != self._left:
+            self._moved[place] = last
 
 
 def optimizer_step(trainer: Trainer, update: int, phases: Phases) -> Metrics:

@@ -56,7 +56,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "dynamic_sampling",
         "k",
     ),
-    "Reward": ("reward", "reward_weights", "right_above", "overlong_buffer"),
+    "Reward": ("reward", "reward_weights", "reward_timeout", "right_above", "overlong_buffer"),
     "Policy loss": (
         "objective",
         "loss",
@@ -109,6 +109,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "save_patience",
         "stop_within",
         "diagnose",
+        "diagnose_every",
         "report_to",
         "push_to_hub",
     ),
