@@ -283,7 +283,7 @@ PHASES = {
 REAL = (
     "--steps 2 --prompts-per-step 2 --num-generations 2 --explanations-per-question 2 "
     "--max-completion-length 24 --eval-every 1 --eval-limit 2 --eval-samples 1 "
-    "--checkpoint-every 1 --keep-checkpoints 1 --keep-best 0 --exp-sft-coef 1 --report-to none"
+    "--checkpoint-every 1 --keep-checkpoints 1 --keep-best 0 --entropy-coef 0.001 --report-to none"
 )
 
 

@@ -25,6 +25,7 @@ from expo_fast.storage.files import AppendedFile, PatientFiles, is_full, replace
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SHOWN_COMPLETIONS = 3
+CONSOLE = "console"  # a kind of output, as are the names of files and trackers
 WAITING_COMPLETIONS_BYTES = 256 << 20  # of completions that a full disk does not take
 
 
@@ -72,7 +73,7 @@ class RunLog:
     def close(self) -> None:
         """Write what waits, stop the live panel and close the trackers."""
         self.flush()
-        with self._failures_reported("console"):
+        with self._failures_reported(CONSOLE):
             self._console.close()
         for name, tracker in (self._trackers or {}).items():
             with self._failures_reported(name, Exception):
@@ -111,7 +112,7 @@ class RunLog:
         with self._failures_reported(METRICS):
             self._metrics.append(encode_row(row))
         self._track_scalars("", row)
-        with self._failures_reported("console"):
+        with self._failures_reported(CONSOLE):
             self._console.show_step(row)
 
     def write_evaluation(self, row: Row) -> None:
@@ -121,7 +122,7 @@ class RunLog:
         with self._failures_reported(EVALUATIONS):
             self._evaluations.append(encode_row(row))
         self._track_scalars("eval/", row)
-        with self._failures_reported("console"):
+        with self._failures_reported(CONSOLE):
             self._console.show_evaluation(row)
 
     def write_completions(self, step: int, rows: Iterable[Row]) -> None:
@@ -134,12 +135,12 @@ class RunLog:
             path = self._run_dir / "completions" / f"step-{step}.jsonl"
             self._completions.write(path, b"".join(map(encode_row, plain)))
         self._track_completions(step, plain)
-        with self._failures_reported("console"):
+        with self._failures_reported(CONSOLE):
             self._console.show_completions(plain[-SHOWN_COMPLETIONS:])
 
     def note(self, text: str) -> None:
         """Show one line on the console, above the live panel."""
-        with self._failures_reported("console"):
+        with self._failures_reported(CONSOLE):
             self._console.note(text)
 
     def truncate_to(self, step: int) -> None:
@@ -200,14 +201,15 @@ class RunLog:
             self._is_full |= is_full(error)
             if kind not in self._failed:
                 self._failed.add(kind)
-                waits = "" if kind == "console" else ", and writes them later if it can"
+                waits = "" if kind == CONSOLE else ", and writes them later if it can"
                 warnings.warn(
                     f"{kind} of {self._run_dir} could not be written ({error}); training "
                     f"continues{waits}",
                     stacklevel=4,
                 )
         else:
-            self._failed.discard(kind)
+            if kind != CONSOLE:  # some consoles do nothing for some calls
+                self._failed.discard(kind)
 
 
 def _lines_up_to(step: int, path: Path) -> Iterator[bytes]:
