@@ -2,7 +2,7 @@
 // the gated activation. Values are fp32 or bf16 in memory, and all arithmetic is fp32.
 //
 //   linear    y = x @ weight.T + bias
-//   add_norm  sum = x + delta,    y = sum / sqrt(mean(sum^2) + eps) * weight
+//   norm      y = x / sqrt(mean(x^2) + eps) * weight
 //   rotate    (a, b) -> (a cos - b sin, b cos + a sin), for the halves a and b of each head
 //   swiglu    y = gate / (1 + exp(-gate)) * up
 //
@@ -32,12 +32,11 @@ struct Linear {
   int32_t dtype, threads;  // one dtype for all matrices
 };
 
-struct AddNorm {
-  const void *x, *delta, *weight;  // (N, D), (N, D) or null, (D,)
-  const void *d_sum, *d_y;         // (N, D); d_sum may be null
-  void *sum, *y;                   // (N, D); without delta, sum is x and is not written
-  float* scale;                    // (N,) 1 / sqrt(mean(sum^2) + eps), for backward
-  void *d_x, *d_weight;            // (N, D), the gradient of x and of delta; (D,)
+struct Norm {
+  const void *x, *weight, *d_y;  // (N, D), (D,), (N, D)
+  void* y;                       // (N, D)
+  float* scale;                  // (N,) 1 / sqrt(mean(x^2) + eps), for backward
+  void *d_x, *d_weight;          // (N, D), (D,)
   int64_t n, d;
   float eps;
   int32_t dtype, threads;
@@ -58,7 +57,7 @@ struct Swiglu {
 };
 
 EXPO_FAST_SIZEOF(linear, Linear)
-EXPO_FAST_SIZEOF(add_norm, AddNorm)
+EXPO_FAST_SIZEOF(norm, Norm)
 EXPO_FAST_SIZEOF(rotation, Rotation)
 EXPO_FAST_SIZEOF(swiglu, Swiglu)
 
@@ -266,66 +265,55 @@ template <class T>
 void put(T* to, float x) { narrow(x, *to); }
 
 template <class T>
-void add_norm(const AddNorm& a) {
-  each_range(a.threads, a.n, [&](int64_t first, int64_t end) {
+void norm(const Norm& m) {
+  each_range(m.threads, m.n, [&](int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
-      const T* x = static_cast<const T*>(a.x) + row * a.d;
-      if (a.delta) {
-        const T* delta = static_cast<const T*>(a.delta) + row * a.d;
-        T* sum = static_cast<T*>(a.sum) + row * a.d;
-        each_vector(a.d, [&](int64_t k, auto v) { put(sum + k, value(x + k, v) + value(delta + k, v)); });
-        x = sum;
-      }
-      const float squares = sum_over(a.d, [&](int64_t k, auto v) {
+      const T* x = static_cast<const T*>(m.x) + row * m.d;
+      const float squares = sum_over(m.d, [&](int64_t k, auto v) {
         return value(x + k, v) * value(x + k, v);
       });
-      const float scale = 1.0f / std::sqrt(squares / float(a.d) + a.eps);
-      a.scale[row] = scale;
-      const T* weight = static_cast<const T*>(a.weight);
-      T* y = static_cast<T*>(a.y) + row * a.d;
-      each_vector(a.d, [&](int64_t k, auto v) {
+      const float scale = 1.0f / std::sqrt(squares / float(m.d) + m.eps);
+      m.scale[row] = scale;
+      const T* weight = static_cast<const T*>(m.weight);
+      T* y = static_cast<T*>(m.y) + row * m.d;
+      each_vector(m.d, [&](int64_t k, auto v) {
         put(y + k, value(x + k, v) * scale * value(weight + k, v));
       });
     }
   });
 }
 
-// d_sum_k = scale (w_k d_y_k - n_k mean_j(w_j d_y_j n_j)),    n = sum * scale
+// d_x_k = scale (w_k d_y_k - n_k mean_j(w_j d_y_j n_j)),    n = x * scale
 template <class T>
-void add_norm_gradients(const AddNorm& a) {
-  const T *sum = static_cast<const T*>(a.sum), *weight = static_cast<const T*>(a.weight);
-  const T *d_y = static_cast<const T*>(a.d_y), *d_sum = static_cast<const T*>(a.d_sum);
-  const int64_t parts = (a.n + kNormRows - 1) / kNormRows;
-  Scratch<float> d_weights(a.d_weight ? parts * a.d : 0);
-  parallel_each(a.threads, parts, [&](int, int64_t part) {
-    float* d_weight = d_weights.data.get() + part * a.d;
-    if (a.d_weight) std::fill_n(d_weight, a.d, 0.0f);
-    const int64_t end = std::min(a.n, (part + 1) * kNormRows);
+void norm_gradients(const Norm& m) {
+  const int64_t parts = (m.n + kNormRows - 1) / kNormRows;
+  Scratch<float> d_weights(m.d_weight ? parts * m.d : 0);
+  parallel_each(m.threads, parts, [&](int, int64_t part) {
+    float* d_weight = d_weights.data.get() + part * m.d;
+    if (m.d_weight) std::fill_n(d_weight, m.d, 0.0f);
+    const int64_t end = std::min(m.n, (part + 1) * kNormRows);
     for (int64_t row = part * kNormRows; row < end; ++row) {
-      const T *s = sum + row * a.d, *g = d_y + row * a.d;
-      const float scale = a.scale[row];
-      const float mean = scale / float(a.d) * sum_over(a.d, [&](int64_t k, auto v) {
-        return value(g + k, v) * value(weight + k, v) * value(s + k, v);
+      const T* weight = static_cast<const T*>(m.weight);
+      const T* x = static_cast<const T*>(m.x) + row * m.d;
+      const T* d_y = static_cast<const T*>(m.d_y) + row * m.d;
+      const float scale = m.scale[row];
+      const float mean = scale / float(m.d) * sum_over(m.d, [&](int64_t k, auto v) {
+        return value(d_y + k, v) * value(weight + k, v) * value(x + k, v);
       });
-      T* out = static_cast<T*>(a.d_x) + row * a.d;
-      each_vector(a.d, [&](int64_t k, auto v) {
-        const auto normalized = value(s + k, v) * scale, upstream = value(g + k, v);
-        auto d = scale * (value(weight + k, v) * upstream - normalized * mean);
-        if (d_sum) d += value(d_sum + row * a.d + k, v);
-        put(out + k, d);
-        if (a.d_weight) put(d_weight + k, value(d_weight + k, v) + upstream * normalized);
+      T* d_x = static_cast<T*>(m.d_x) + row * m.d;
+      each_vector(m.d, [&](int64_t k, auto v) {
+        const auto normalized = value(x + k, v) * scale, upstream = value(d_y + k, v);
+        put(d_x + k, scale * (value(weight + k, v) * upstream - normalized * mean));
+        if (m.d_weight) put(d_weight + k, value(d_weight + k, v) + upstream * normalized);
       });
     }
   });
-  if (!a.d_weight) return;
-  float* total = d_weights.data.get();
-  if (!parts) {
-    std::fill_n(static_cast<T*>(a.d_weight), a.d, T{});
-    return;
-  }
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t k = 0; k < a.d; ++k) total[k] += d_weights.data[part * a.d + k];
-  narrow(total, a.d, static_cast<T*>(a.d_weight));
+  if (!m.d_weight) return;
+  Scratch<float> sums(m.d);
+  std::fill_n(sums.data.get(), m.d, 0.0f);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t k = 0; k < m.d; ++k) sums.data[k] += d_weights.data[part * m.d + k];
+  narrow(sums.data.get(), m.d, static_cast<T*>(m.d_weight));
 }
 
 // Products and sums are rounded where PyTorch rounds them.
@@ -402,13 +390,13 @@ int32_t expo_fast_linear_gradients(const Linear* l) {
   });
 }
 
-int32_t expo_fast_add_norm(const AddNorm* a) {
-  return guarded([&] { with_matrix_type(a->dtype, [&](auto t) { add_norm<decltype(t)>(*a); }); });
+int32_t expo_fast_norm(const Norm* m) {
+  return guarded([&] { with_matrix_type(m->dtype, [&](auto t) { norm<decltype(t)>(*m); }); });
 }
 
-int32_t expo_fast_add_norm_gradients(const AddNorm* a) {
+int32_t expo_fast_norm_gradients(const Norm* m) {
   return guarded([&] {
-    with_matrix_type(a->dtype, [&](auto t) { add_norm_gradients<decltype(t)>(*a); });
+    with_matrix_type(m->dtype, [&](auto t) { norm_gradients<decltype(t)>(*m); });
   });
 }
 

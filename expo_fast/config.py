@@ -40,8 +40,12 @@ ADJUSTABLE = (
     "alarm_grad_spike",
     "stop_on_collapse",
     "diagnose",
+    "diagnose_every",
     "report_to",
+    "shard",
+    "collective_timeout",
     "push_to_hub",
+    "reward_timeout",
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
@@ -214,6 +218,9 @@ class Train(Prompting):
     module.f, module:f or file.py:f. None: 1 for the right boxed answer, else 0."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the functions in the sum of their rewards; empty: all 1."""
+    reward_timeout: float = 3600.0
+    """Seconds of wall time that a reward function may take for a batch, before the run ends with an
+    error; 0: no limit."""
     right_above: float = 0.0
     """An attempt with a higher reward counts as right, in accuracies and in the choice of rejected
     attempts."""
@@ -317,6 +324,11 @@ class Train(Prompting):
     """Recompute activations in the backward pass to save memory."""
     batch_invariant: bool = False
     """Make sampled and recomputed log-probs bit-identical on a CPU, for one more forward pass."""
+    shard: Literal["optimizer", "model"] = "optimizer"
+    """With torchrun: what is sharded over the ranks. optimizer: masters, moments and gradients;
+    model: the weights too, which are gathered for sampling and then layer by layer."""
+    collective_timeout: float = 1800.0
+    """With torchrun: seconds after which a rank that does not answer ends the run."""
 
     eval_every: int = 100
     """Evaluate before the first step, after every N steps and after the last; 0: never."""
@@ -340,8 +352,11 @@ class Train(Prompting):
     """Maximum number of seconds until a run that gets SIGINT, SIGTERM or SIGHUP has saved and
     exited; 0: no limit."""
     diagnose: int = 4
-    """Number of questions whose likelihoods are compared each step (nll, lift, logp_gap); 0:
+    """Number of questions whose likelihoods are compared in a step (nll, lift, logp_gap); 0:
     none."""
+    diagnose_every: int = 4
+    """Compare them in the first step and in every N-th one after it. In every step, this and the
+    ranking of explanations take 13% of the time of the default job."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)
     """One or more tools that record the metrics beside metrics.jsonl; none: no tool."""
     push_to_hub: str | None = None
@@ -365,6 +380,10 @@ class Train(Prompting):
     0: none."""
     stop_on_collapse: bool = False
     """End the run with the exit status 3 at an alarm that lasts alarm_steps steps."""
+
+    def n_diagnosed(self, step: int) -> int:
+        """Return the number of questions to diagnose in a step (from 0)."""
+        return self.diagnose if step % self.diagnose_every == 0 else 0
 
     def _faults(self) -> Iterator[Fault]:
         yield from self._options_without_effect()
@@ -396,6 +415,10 @@ class Train(Prompting):
                 "lora_rank",
                 f"lora_rank={self.lora_rank}: batch_invariant needs plain weights, choose one",
             )
+        if self.shard == "model":
+            need = "optimizer with lora_rank or batch_invariant, which need all weights in training"
+            needs_all = bool(self.lora_rank or self.batch_invariant)
+            yield from _require(self, "shard", not needs_all, need)
 
     def _options_without_effect(self) -> Iterator[Fault]:
         ignored = options_without_effect(self.method, self.objective, self.preference)
@@ -606,6 +629,7 @@ MORE_THAN_0 = (
     "eval_limit",
     "eval_samples",
     "keep_checkpoints",
+    "diagnose_every",
     "alarm_steps",
     "explanations_per_question",
     "top_p",
@@ -618,6 +642,7 @@ MORE_THAN_0 = (
     "pairs_per_question",
     "dpo_beta",
     "lora_alpha",
+    "collective_timeout",
 )
 AT_LEAST_0 = (
     "kl_coef",
@@ -636,6 +661,7 @@ AT_LEAST_0 = (
     "generation_budget",
     "dynamic_sampling",
     "overlong_buffer",
+    "reward_timeout",
     "pairs_every",
     "label_smoothing",
     "rdpo_alpha",

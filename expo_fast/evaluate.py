@@ -30,11 +30,11 @@ from expo_fast.algorithms.as_trained import (
 )
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, Verifier, cut_in_words
-from expo_fast.algorithms.training_data import check_answers, check_ids, in_words, without
+from expo_fast.algorithms.training_data import check_answers, check_ids, in_words
 from expo_fast.cli.flags import parse
 from expo_fast.config import INSTRUCTION, Evaluate
 from expo_fast.data.answer_grading import last_boxed
-from expo_fast.data.problems import Problem, load_problems, subset, worked_examples
+from expo_fast.data.problems import Problem, load_problems, subset, without, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
@@ -219,7 +219,7 @@ def data_name(config: Evaluate, trained: TrainedModel | None) -> str:
 
 def load_data(
     config: Evaluate, trained: TrainedModel | None
-) -> tuple[list[Problem], tuple[Problem, ...]]:
+) -> tuple[Sequence[Problem], tuple[Problem, ...]]:
     """Return the problems and the few-shot examples. No example is among the problems.
 
     The problems and the examples of a run are those of its training, unless options name others.
@@ -243,7 +243,7 @@ def load_data(
     return without(problems, shots), shots
 
 
-def load_evaluated(config: Evaluate, *, all_columns: bool) -> list[Problem]:
+def load_evaluated(config: Evaluate, *, all_columns: bool) -> Sequence[Problem]:
     """Return the problems of `data`.
 
     all_columns: as for `load_problems`.

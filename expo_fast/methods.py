@@ -95,6 +95,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "min_p",
         "reward",
         "reward_weights",
+        "reward_timeout",
         "right_above",
         "num_generations",
         "generation_budget",

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expo_fast import answers
-from expo_fast.data import answer_grading, verifier
+from expo_fast.data import answer_grading, verifier, workers
 from expo_fast.data.problems import Problem
-from expo_fast.data.verifier import Verifier
+from expo_fast.data.verifier import Judged, Verifier
 from expo_fast.reward_functions import (
     Reward,
+    RewardLog,
+    Rewards,
     call_reward,
     custom_reward,
     load_reward,
@@ -29,10 +31,12 @@ if TYPE_CHECKING:  # scoring answers needs no generator
     from expo_fast.generate import Completion
 
 __all__ = [
+    "Judged",
     "Reward",
     "boxed_answer_reward",
     "call_reward",
     "custom_reward",
+    "grade_answers",
     "grader_hash",
     "load_reward",
     "reward_columns",
@@ -44,7 +48,7 @@ def boxed_answer_reward(
     problems: Sequence[Problem],
     texts: Sequence[str],
     completions: Sequence["Completion"],
-) -> list[float | None]:
+) -> Rewards:
     """Return 1.0 if the last box of a text holds the problem's answer, else 0.0.
 
     None where the verifier is undecided. This is the default reward. The beginning of an answer
@@ -52,7 +56,9 @@ def boxed_answer_reward(
     """
     answers = [problem.answer for problem in problems]
     complete = [p.prefill + text for p, text in zip(problems, texts, strict=True)]
-    return score_answers(answers, complete)
+    judged = grade_answers(answers, complete)
+    log = RewardLog(reasons=[each.reason for each in judged])
+    return Rewards([each.score for each in judged], log)
 
 
 def score_answers(
@@ -63,13 +69,28 @@ def score_answers(
 ) -> list[float | None]:
     """Return 1.0 for a right answer, 0.0 for a wrong one or no box, and None if undecided.
 
-    An answer is undecided after a timeout, at the memory limit, after a crash, or if the reference
-    is empty or over 1000 characters.
+    An answer is undecided if it is too large to compute, after a timeout, at the memory limit of
+    512 MiB, after a crash, or if the reference is empty or over 1000 characters. `grade_answers`
+    says which.
 
     Never raises because of a text. Raises ValueError if the lengths differ, and RuntimeError if
     math-verify cannot be loaded.
     """
     return _shared_verifier().judge(answers, completions, timeout_s=timeout_s)
+
+
+def grade_answers(
+    answers: Sequence[str],
+    completions: Sequence[str],
+    *,
+    timeout_s: float = 2.0,
+) -> list[Judged]:
+    """Return the verdicts of `score_answers` with their reasons. The arguments are the same.
+
+    A verdict has the `score`, and the `reason`: one of `verifier.REASONS`.
+    """
+    shared = _shared_verifier()
+    return shared.judge_with_reasons(answers, completions, timeout_s=timeout_s)
 
 
 @cache
@@ -86,7 +107,13 @@ def grader_hash() -> str:
     """
     digest = hashlib.sha256()
     rules = sorted(Path(answers.__file__).parent.glob("*.py"))
-    for source in (__file__, verifier.__file__, answer_grading.__file__, *rules):
+    for source in (
+        __file__,
+        verifier.__file__,
+        workers.__file__,
+        answer_grading.__file__,
+        *rules,
+    ):
         digest.update(Path(source).read_bytes())
     with suppress(PackageNotFoundError):  # then only the answers that need it fail
         digest.update(version("math-verify").encode())

@@ -22,12 +22,14 @@ import re
 import reprlib
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence, ValuesView
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cache, partial
 from numbers import Real
 from operator import attrgetter
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ import torch
 
 from expo_fast.data.columns import Message
 from expo_fast.data.problems import Problem
+from expo_fast.data.time_limit import TimeLimitExceeded, time_limit
 
 if TYPE_CHECKING:  # scoring answers needs no generator
     from expo_fast.generate import Completion
@@ -51,6 +54,10 @@ ARGUMENTS = (
     "log_metric",
 )
 LISTS_OF_LISTS = re.compile(r"(\w+\.)*(list|sequence)\[(\w+\.)*(list|sequence)\b", re.IGNORECASE)
+
+
+class RewardError(ValueError):
+    """A mistake of a user's reward function, in one sentence that names the function."""
 
 
 @dataclass
@@ -77,6 +84,8 @@ class RewardLog:
     """Columns from `log_extra` for completions/step-N.jsonl, with one value per completion."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
     """Values from `log_metric`. A metric of the step is the mean of its values."""
+    reasons: list[str] = field(default_factory=list)
+    """The reasons of the built-in reward's verdicts; empty for users' functions."""
 
 
 class Rewards(list[float | None]):
@@ -152,6 +161,13 @@ def parameters_of(fn: Callable) -> dict[str, inspect.Parameter]:
         return {"kwargs": anything}
 
 
+def _unbound(fn: Callable) -> Callable:
+    """Return the function of a functools.partial."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn
+
+
 def bound_names(fn: Callable) -> set[str]:
     """Return the keyword arguments that a functools.partial has bound."""
     names: set[str] = set()
@@ -168,6 +184,7 @@ def custom_reward(
     functions: Callable[..., Any] | Sequence[RewardFunction],
     weights: Sequence[float] = (),  # one per function; (): all 1
     state: TrainerState | None = None,
+    timeout_s: float = 0.0,  # of wall time for a function and a batch; 0: no limit
 ) -> Reward:
     """Return a `Reward` that is the weighted sum of users' functions.
 
@@ -191,8 +208,8 @@ def custom_reward(
             given["trainer_state"] = state
             given["log_extra"] = partial(_log_extra, log, len(texts))
             given["log_metric"] = partial(_log_metric, log)
-            results.append(start(function, given))
-        rewards = finish(functions, results, len(texts))
+            results.append(start(function, given, timeout_s))
+        rewards = finish(functions, results, len(texts), timeout_s)
         log.by_function = dict(zip([f.name for f in functions], rewards, strict=True))
         sums = [weighted_sum(each, weights) for each in zip(*rewards, strict=True)]
         return Rewards(sums, log)
@@ -256,14 +273,14 @@ def reward_columns(problems: Sequence[Problem]) -> dict[str, list[object]]:
 def weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> float | None:
     """Return the weighted sum of the known rewards, or None if no reward is known.
 
-    Raise ValueError if the sum is beyond the range of fp32.
+    Raise RewardError if the sum is beyond the range of fp32.
     """
     known = [w * r for w, r in zip(weights, rewards, strict=True) if r is not None]
     if not known:
         return None
     total = sum(known)
     if not abs(total) <= MOST:
-        raise ValueError(
+        raise RewardError(
             f"the weighted sum of the rewards {list(rewards)} is {total}: need at most {MOST:.4g}"
         )
     return total
@@ -310,8 +327,8 @@ def call_reward(
 ) -> list[float | None]:
     """Return the rewards of one function, called as TRL calls it. NaN becomes None.
 
-    Raise ValueError if it does not return one finite number or None per completion. If it raises an
-    exception, raise RuntimeError with the function's name and the cause.
+    Raise RewardError if it raises an exception, or does not return one finite number or None per
+    completion.
     """
     function = RewardFunction(name_of(fn), fn)
     given = {
@@ -323,24 +340,36 @@ def call_reward(
     return finish([function], [start(function, given)], len(completions))[0]
 
 
-def start(function: RewardFunction, given: dict[str, Any]) -> Any:
+def start(function: RewardFunction, given: dict[str, Any], timeout_s: float = 0.0) -> Any:
     """Call a function, and return its result. The result may be an awaitable."""
     try:
-        returned = function.fn(**function.arguments(given))
-        return list(returned) if isinstance(returned, Iterator) else returned
-    except Exception as error:
+        with time_limit(timeout_s):
+            returned = function.fn(**function.arguments(given))
+            return list(returned) if isinstance(returned, Iterator) else returned
+    except TimeLimitExceeded:
+        raise RewardError(_late(function.name, timeout_s)) from None
+    except (Exception, SystemExit) as error:
         raise _failure(function, error) from error
 
 
 def finish(
-    functions: Sequence[RewardFunction], started: Sequence[Any], n: int
+    functions: Sequence[RewardFunction],
+    started: Sequence[Any],
+    n: int,  # number of completions
+    timeout_s: float = 0.0,  # for all coroutines together; 0: no limit
 ) -> list[list[float | None]]:
     """Return the rewards of each function. Run all coroutines concurrently."""
     waiting = [i for i, returned in enumerate(started) if inspect.isawaitable(returned)]
     results = list(started)
     if waiting:
         jobs = [_awaited(functions[i], started[i]) for i in waiting]
-        done = asyncio.run_coroutine_threadsafe(_all_of(jobs), _event_loop()).result()
+        future = asyncio.run_coroutine_threadsafe(_all_of(jobs), _event_loop())
+        try:
+            done = future.result(timeout_s or None)
+        except TimeoutError:
+            future.cancel()
+            names = ", ".join(functions[i].name for i in waiting)
+            raise RewardError(_late(names, timeout_s)) from None
         for i, returned in zip(waiting, done, strict=True):
             results[i] = returned
     pairs = zip(functions, results, strict=True)
@@ -354,13 +383,36 @@ async def _all_of(jobs: Sequence[Awaitable]) -> list[Any]:
 async def _awaited(function: RewardFunction, returned: Awaitable) -> Any:
     try:
         return await returned
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failure(function, error) from error
 
 
-def _failure(function: RewardFunction, error: Exception) -> RuntimeError:
-    cause = f"{type(error).__name__}: {error}"
-    return RuntimeError(f"reward function {function.name} raised {cause}")
+def _failure(function: RewardFunction, error: BaseException) -> RewardError:
+    """Return an exception of a function as one sentence, with the line that raised it."""
+    cause = shorten(f"{type(error).__name__}: {error}", 300)
+    return RewardError(
+        f"reward function {function.name} raised {cause}{_place_of(function, error)}"
+    )
+
+
+def _place_of(function: RewardFunction, error: BaseException) -> str:
+    """Return the innermost line of the function's file that an exception passed through."""
+    code = getattr(inspect.unwrap(_unbound(function.fn)), "__code__", None)
+    place = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if code is not None and frame.f_code.co_filename == code.co_filename:
+            place = f" ({Path(code.co_filename).name}, line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return place
+
+
+def _late(names: str, timeout_s: float) -> str:
+    return (
+        f"reward function {names} gave no result within {timeout_s:g} s: let it end earlier, or "
+        "raise --reward-timeout (0: no limit)"
+    )
 
 
 @cache
@@ -378,15 +430,26 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 def checked_rewards(name: str, returned: Any, n: int) -> list[float | None]:
     """Return the result of a function as n numbers, with None for None and NaN.
 
-    Raise ValueError if the result is not n finite numbers, NaN or None.
+    Raise RewardError if the result is not n finite numbers, NaN or None.
     """
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, list | tuple) or len(values) != n:
-        raise ValueError(
+    values = _as_list(returned)
+    if values is None or len(values) != n:
+        raise RewardError(
             f"reward function {name} returned {_described(returned)}: return a list of {n} "
             "rewards, one for each completion"
         )
     return [_checked_reward(name, index, reward) for index, reward in enumerate(values)]
+
+
+def _as_list(returned: Any) -> list[Any] | None:
+    """Return a result as a list: a sequence, an array or a tensor. None for another result."""
+    try:
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+        if isinstance(values, Sequence | ValuesView) and not isinstance(values, str | bytes):
+            return list(values)
+    except Exception:  # a class of the user's may raise anything
+        return None
+    return None
 
 
 def _described(returned: Any) -> str:
@@ -408,22 +471,32 @@ def _checked_reward(name: str, index: int, value: object) -> float | None:
     if number is not None and math.isnan(number):
         return None
     if number is None or abs(number) > MOST:
-        got = f"returned {reprlib.repr(value)} at index {index}"
+        got = f"returned {_shown(value)} at index {index}"
         need = f"return a finite number, at most {MOST:.4g} in size, or None"
-        raise ValueError(f"reward function {name} {got}: {need}")
+        raise RewardError(f"reward function {name} {got}: {need}")
     return number
+
+
+def _shown(value: object) -> str:
+    """Return a value as a short text. That of an integer with thousands of digits is its size."""
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        return reprlib.repr(value)
+    except Exception:  # a class of the user's may raise anything
+        return f"a {type(value).__name__}"
 
 
 def _number(value: Any) -> float | None:
     """Return a number as a float, or None for anything else. numpy and torch numbers count."""
-    if not isinstance(value, Real) and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if not isinstance(value, Real):
-        return None
     try:
-        return float(value)
+        if not isinstance(value, Real) and getattr(value, "ndim", None) == 0:
+            value = value.item()
+        return float(value) if isinstance(value, Real | Decimal) else None
     except OverflowError:  # an integer beyond fp64
         return math.inf
+    except Exception:  # a class of the user's may raise anything
+        return None
 
 
 # Functions by name
@@ -451,8 +524,7 @@ def load_rewards(places: Sequence[str]) -> list[RewardFunction]:
 
 def name_of(fn: Callable[..., Any], place: str | None = None) -> str:
     """Return a function's name as in TRL. A lambda gets the name at the end of its place."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    fn = _unbound(fn)
     name = getattr(fn, "__name__", type(fn).__name__)
     if name == "<lambda>" and place is not None:
         return re.split(r"[.:]", place)[-1]
@@ -524,11 +596,16 @@ def check_reward_functions(
     functions: Sequence[RewardFunction], source: str, problems: Sequence[Problem]
 ) -> None:
     """Raise ValueError if a function needs an argument that the data do not have."""
-    columns = reward_columns(problems)
-    known = {name for name, values in columns.items() if any(each is not None for each in values)}
+    needed = {name for function in functions for name in function.required} - set(ARGUMENTS)
+    for problem in problems:
+        if not needed:
+            return
+        needed -= {
+            name for name, (value,) in reward_columns([problem]).items() if value is not None
+        }
     for function in functions:
         for name in function.required:
-            if name in ARGUMENTS or name in known:
+            if name not in needed:
                 continue
             raise ValueError(
                 f"reward function {function.name} needs the argument {name!r}, which is neither a "

@@ -40,6 +40,8 @@ SAVING = "expo_fast/algorithms/saving.py"
 SAVES = "tests/test_saving.py"
 INTERRUPTIONS = "expo_fast/runtime/interruptions.py"
 FILES = "expo_fast/storage/files.py"
+SHARDING = "expo_fast/modeling/sharding.py"
+RANKS = "tests/test_distributed.py"
 
 MUTATIONS = [
     # The loss
@@ -451,6 +453,35 @@ MUTATIONS = [
         "shutil.rmtree(doomed)",
         "str(doomed)",
         "tests/test_checkpoint.py tests/test_train.py",
+    ),
+    # Several ranks
+    Mutation(
+        "FSDP averages the gradients of the ranks",
+        SHARDING,
+        "            sharded.set_gradient_divide_factor(1.0)\n",
+        "",
+        RANKS,
+    ),
+    Mutation(
+        "the weights are not those of the optimizer after an update",
+        SHARDING,
+        "parameters[name].copy_(rounded.full_tensor())",
+        "rounded.full_tensor()",
+        RANKS,
+    ),
+    Mutation(
+        "the norm of the gradient is that of a rank's part",
+        "expo_fast/modeling/norms.py",
+        "return math.sqrt(world.sums(own)[0])",
+        "return math.sqrt(own)",
+        RANKS,
+    ),
+    Mutation(
+        "a rank normalises by its own samples",
+        "expo_fast/algorithms/sft.py",
+        "(n_samples,) = world.sums(len(samples))",
+        "n_samples = len(samples)",
+        RANKS,
     ),
 ]
 

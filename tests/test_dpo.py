@@ -32,6 +32,7 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.packing import pack
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from judges import (
@@ -84,7 +85,7 @@ def mean_loss(model: Decoder, pairs: list[Pair], value: Any, averaged: bool = Fa
 
 def backward(model: Decoder, c: Train, pairs: list[Pair]) -> dict[str, Any]:
     """Run the loss and its gradients over the packs; return its metrics."""
-    result = preference_backward(model, pairs, PreferenceLossConfig.of(c))
+    result = preference_backward(Layout(model), pairs, PreferenceLossConfig.of(c))
     return pair_metrics(result) | nll_metrics(result, c)
 
 
@@ -102,6 +103,7 @@ def trainer_of(c: Train, model: Any, prompter: Any, reference: Any = None) -> Tr
         generator=absent,
         optimizer=absent,
         merged_copy=None,
+        layout=Layout(model),
         initial_weights_hash="",
     )
 

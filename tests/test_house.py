@@ -36,6 +36,7 @@ MOST_TOKENS = 600  # of a function; 50 lines have about 400
 ORDER = [
     "runtime",
     "kernels",
+    "distributed",
     "storage",
     "objectives",
     "op_backends",

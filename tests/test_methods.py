@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expo_fast import train
-from expo_fast.algorithms import resume
+from expo_fast.algorithms import saving
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import parse, presets
@@ -17,6 +17,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.methods import METHODS
+from expo_fast.modeling.layout import Layout
 from expo_fast.weights import load_model, save_model
 from judges import assert_gradients_near, completion_logps, gradients_of
 from tiny import tiny_model, tiny_tokenizer
@@ -134,12 +135,12 @@ def test_a_resume_notices_other_ends_of_turns(folder, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     given = flags(folder, tmp_path / "run", "--method", "sft", "--model", model)
-    recorded = resume.identity
+    recorded = saving.identity
     for records in (True, False):
         run = tmp_path / f"recorded-{records}"
         first = [*given, "--output-dir", run]
         if not records:
-            monkeypatch.setattr(resume, "identity", lambda trainer: without_ends(recorded(trainer)))
+            monkeypatch.setattr(saving, "identity", lambda trainer: without_ends(recorded(trainer)))
         train.main([*map(str, first)])
         monkeypatch.undo()
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6, 7]}))
@@ -204,7 +205,7 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
     truth = gradients_of(model, total)
     targets = [(p, [prompter.target(p)]) for p in problems]
     samples = sft_samples(targets, prompter, coef=1.0, n_questions=2, reduction="token_mean")
-    result = sft_backward(model, samples, temperature=1.0, max_tokens=4096)
+    result = sft_backward(Layout(model), samples, temperature=1.0, max_tokens=4096)
     assert result.loss == pytest.approx(total.item(), rel=1e-6)
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_gradients_near(got, truth, 1e-6)

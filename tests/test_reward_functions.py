@@ -21,6 +21,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.generate import Completion
 from expo_fast.reward_functions import (
+    RewardError,
     RewardFunction,
     Rewards,
     TrainerState,
@@ -321,7 +322,7 @@ def test_an_exception_keeps_its_traceback_and_names_the_function(is_async):
         return mine(**given)
 
     fn = mine_async if is_async else mine
-    with pytest.raises(RuntimeError, match=r"reward function mine\w* raised TypeError: list") as e:
+    with pytest.raises(RewardError, match=r"reward function mine\w* raised TypeError: list") as e:
         rewarded(fn)
     assert isinstance(e.value.__cause__, TypeError)
 
@@ -361,7 +362,7 @@ def test_an_invalid_log_is_refused_with_the_functions_name(log, says):
         log(given)
         return [0.0, 0.0]
 
-    with pytest.raises(RuntimeError, match=f"reward function mine raised ValueError: {says}"):
+    with pytest.raises(RewardError, match=f"reward function mine raised ValueError: {says}"):
         rewarded(mine)
 
 
@@ -499,8 +500,8 @@ def test_a_run_logs_each_function_as_trl_does(folder: Path, tmp_path: Path, data
     ("names", "error", "says"),
     [
         ("needs", ValueError, r"needs needs the argument 'difficulty', which is neither a"),
-        ("takes_a_column", RuntimeError, "log_extra: 'advantage' is a column of the trainer's"),
-        ("takes_over", RuntimeError, "log_metric: 'loss' is a metric of the trainer's"),
+        ("takes_a_column", RewardError, "log_extra: 'advantage' is a column of the trainer's"),
+        ("takes_over", RewardError, "log_metric: 'loss' is a metric of the trainer's"),
         ("get_cosine_scaled_reward", ValueError, "needs the argument 'max_len'"),
     ],
 )
@@ -516,9 +517,9 @@ def test_functions_that_do_not_fit_a_run_are_refused(folder, tmp_path, names, er
 )
 def test_a_metric_of_preference_training_is_not_overwritten(folder, tmp_path, name, metric):
     expert_dpo = ("--method", "expert-dpo")
-    with pytest.raises(RuntimeError) as e:
+    with pytest.raises(RewardError) as e:
         run(folder, tmp_path / "run", "text", name, *expert_dpo)
-    assert f"log_metric: '{metric}' is a metric of the trainer's" in str(e.value.__cause__)
+    assert f"log_metric: '{metric}' is a metric of the trainer's" in str(e.value)
 
 
 def test_a_metric_may_begin_with_the_name_of_another(folder: Path, tmp_path: Path):

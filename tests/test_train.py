@@ -59,6 +59,7 @@ def flags(folder: Path, run: Path, **changes: object) -> list[str]:
         "eval-samples": 2,
         "learning-rate": 1e-3,
         "dtype": "float32",
+        "diagnose-every": 1,
     }
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -223,8 +224,8 @@ def test_non_finite_gradients_are_skipped_and_recorded_and_stop_the_run(
 
 
 def poison_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(model, samples, config):
-        for p in model.parameters():
+    def poisoned(layout, samples, config):
+        for p in layout.model.parameters():
             (p.sum() * float("nan")).backward()
         return grpo.PolicyResult()
 

@@ -69,13 +69,18 @@ class PairStore:
     provenance: Mapping[str, Any]  # JSON values
     files: PatientFiles = field(default_factory=PatientFiles)
 
+    def recorded(self) -> Mapping[str, Any]:
+        """Return what the pairs in the folder were made from."""
+        record = self.folder / "provenance.json"
+        return self._read_json(record) if record.exists() else self.provenance
+
     def check(self) -> None:
         """Raise ValueError if the folder holds the pairs of another run.
 
         Warn if another version of the grader judged the stored pairs.
         """
         record = self.folder / "provenance.json"
-        found = self._read_json(record) if record.exists() else self.provenance
+        found = self.recorded()
         for name, value in self.provenance.items():
             if found.get(name) == value:
                 continue

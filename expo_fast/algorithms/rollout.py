@@ -6,7 +6,8 @@ can be compared at equal cost.
 """
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,23 @@ from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
+from expo_fast.data.verifier import REASONS, Judged
 from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
-from expo_fast.reward_functions import Reward, RewardLog, Rewards
+from expo_fast.reward_functions import Reward, RewardError, RewardLog, Rewards
 
 NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
+MANY_UNDECIDED = 0.1  # fraction of attempts without a verdict, from which a run warns
 METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens")  # train.py adds them
-TRAINERS_PREFIXES = ("time/", "own/", "exp/", "expert/", "pairs/")  # of metrics
+TRAINERS_PREFIXES = (  # of metrics
+    "time/",
+    "rank/",
+    "own/",
+    "exp/",
+    "expert/",
+    "pairs/",
+    "verdicts/",
+)
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
@@ -166,6 +177,7 @@ def log_of_members(log: RewardLog, members: slice) -> RewardLog:
         by_function={name: rewards[members] for name, rewards in log.by_function.items()},
         columns={name: values[members] for name, values in log.columns.items()},
         metrics=log.metrics,
+        reasons=log.reasons[members],
     )
 
 
@@ -216,7 +228,37 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
         "completions/mean_length": mean(lengths),
         "completions/clipped_ratio": mean([reason == "length" for reason in reasons]),
         "completions/error_ratio": mean([reason == "error" for reason in reasons]),
-    }
+    } | verdict_metrics(groups)
+
+
+def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+    """Return the fraction of the attempts with each reason of the built-in reward's verdicts.
+
+    Return no metric for users' reward functions, which give no reasons.
+    """
+    reasons = [reason for group in groups for reason in group.log.reasons]
+    if not reasons:
+        return {}
+    counts = Counter(reasons)
+    metrics: dict[str, float | None] = {}
+    for reason in REASONS:
+        metrics[f"verdicts/{reason}"] = counts[reason] / len(reasons)
+    undecided = [counts[reason] for reason in REASONS if Judged(reason).score is None]
+    metrics["verdicts/undecided"] = sum(undecided) / len(reasons)
+    return metrics
+
+
+def undecided_in_words(metrics: Mapping[str, float | None]) -> str:
+    """Return a warning that many attempts have no verdict, with the reasons."""
+    parts = []
+    for reason in REASONS:
+        share = metrics.get(f"verdicts/{reason}") or 0.0
+        if share and Judged(reason).score is None:
+            parts.append(f"{share:.0%} {reason}")
+    return (
+        f"{metrics['verdicts/undecided']:.0%} of the attempts have no verdict and no reward "
+        f"({', '.join(parts)}): look at their answers in the run's completions"
+    )
 
 
 def cut_in_words(clipped_ratio: float, max_new_tokens: int) -> str:
@@ -234,7 +276,7 @@ def reward_function_metrics(
 
     taken: names of the trainer's metrics.
 
-    Raise ValueError if a function logged a metric under a name of the trainer's.
+    Raise RewardError if a function logged a metric under a name of the trainer's.
     """
     by_function: dict[str, list[float]] = {}
     logged: dict[str, list[float]] = {}
@@ -256,10 +298,10 @@ def reward_function_metrics(
 
 
 def refuse_taken(logged: Iterable[str], taken: Collection[str]) -> None:
-    """Raise ValueError if a metric of a reward function has the name of one of the trainer's."""
+    """Raise RewardError if a metric of a reward function has the name of one of the trainer's."""
     for name in logged:
         if name in taken or name.startswith(TRAINERS_PREFIXES):
-            raise ValueError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
+            raise RewardError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
 
 
 def completion_rows(
@@ -288,14 +330,16 @@ def completion_rows(
 def columns_of_attempt(log: RewardLog, i: int, row: dict[str, Any]) -> dict[str, Any]:
     """Return the columns that reward functions add to the row of attempt i of a group.
 
-    Raise ValueError if a function logged a column under a name of the trainer's.
+    Raise RewardError if a function logged a column under a name of the trainer's.
     """
     added: dict[str, Any] = {}
+    if log.reasons:
+        added["verdict"] = log.reasons[i]
     if log.by_function:
         added["rewards"] = {name: rewards[i] for name, rewards in log.by_function.items()}
     for name, values in log.columns.items():
         if name in row or name in added:
-            raise ValueError(f"log_extra: {name!r} is a column of the trainer's: rename yours")
+            raise RewardError(f"log_extra: {name!r} is a column of the trainer's: rename yours")
         added[name] = values[i]
     return added
 

@@ -4,8 +4,12 @@ A failed save is not the end of a run. It is tried again after 1, 2, 4, ... step
 step the run waits for the disk, because its weights would be lost.
 """
 
+import shutil
 import time
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from expo_fast.algorithms.resume import identity, model_writer
 from expo_fast.algorithms.scores import Scores
@@ -15,6 +19,7 @@ from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Collapsed, Stopped
 from expo_fast.storage import checkpoint
 from expo_fast.storage.finite import first_non_finite
+from expo_fast.storage.state_shards import write_shards
 
 FIRST_WAIT_S = 1.0  # after the last step; each wait is twice the one before
 LONGEST_WAIT_S = 60.0
@@ -73,10 +78,11 @@ class Saver:
         if fault is not None:
             raise Collapsed(f"step {step} is not saved: {fault}; {self.newest_in_words()}")
         patience = self._trainer.config.save_patience
+        world = self._trainer.world
         deadline = time.monotonic() + patience
         wait = FIRST_WAIT_S
         while True:
-            is_full = self._log.flush()
+            is_full = world.broadcast(self._log.flush())
             error: OSError | None = None
             try:
                 self._save(step)
@@ -84,7 +90,7 @@ class Saver:
                 error = failure
             if error is None and not is_full:
                 return
-            left = deadline - time.monotonic()
+            left = world.broadcast(deadline - time.monotonic())
             if left <= 0:
                 if error is None:
                     return  # the log tells what it lacks
@@ -133,11 +139,26 @@ class Saver:
     def _save(self, step: int) -> None:
         """Write a checkpoint. Raise OSError if that fails."""
         trainer = self._trainer
+        world = trainer.world
+        world.enter("save")
+        tensors, values = trainer.state()
+        shards = None
+        if world.size > 1:
+            shards = write_state_shards(trainer, step, tensors)
+        with world.agreed(shared=OSError):
+            if world.is_main:
+                self._write(step, tensors, values, shards)
+        self._n_failures = 0
+        self._retry_at = None
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], values: dict[str, Any], shards: Path | None
+    ) -> None:
+        trainer = self._trainer
         config = trainer.config
         if trainer.pair_store is not None:
             trainer.pair_store.files.flush()  # a round of pairs cannot be made again later
         steps = {*checkpoint.complete_steps(config.run_dir), step}
-        tensors, values = trainer.state()
         checkpoint.save(
             config.run_dir,
             step,
@@ -146,9 +167,8 @@ class Saver:
             {"step": step, "identity": identity(trainer), "trainer": values},
             keep=config.keep_checkpoints,
             keep_steps=self.scores.best(steps, config.keep_best),
+            shards=shards,
         )
-        self._n_failures = 0
-        self._retry_at = None
 
     def _non_finite(self) -> str | None:
         """Return which numbers of the model are not finite, in words, None if all are finite."""
@@ -156,8 +176,24 @@ class Saver:
             return self._fault
         trainer = self._trainer
         name = first_non_finite(trainer.model.named_parameters())
-        name = name or first_non_finite(trainer.optimizer.masters())
+        name = name or first_non_finite(trainer.optimizer.masters())  # of this rank
+        name = next(filter(None, trainer.world.exchange(name)), None)
         return None if name is None else f"{name} has values that are not finite"
+
+
+def write_state_shards(trainer: Trainer, step: int, tensors: dict[str, Tensor]) -> Path:
+    """Write the parts of the optimizer's state of each rank into a temporary folder of the run.
+
+    Raise OSError on all ranks if the disk does not take those of one.
+    """
+    folder = trainer.config.run_dir / "checkpoints" / f".state-step-{step}"
+    with trainer.world.agreed(shared=OSError):
+        if trainer.world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+    with trainer.world.agreed(shared=OSError):
+        write_shards(folder, tensors)
+    return folder
 
 
 def _sleep(seconds: float) -> None:

@@ -1,24 +1,26 @@
-"""The program of the worker processes, which judge with math-verify (sympy).
+"""What a worker process does: it judges, with math-verify (sympy), what the exact rules leave open.
 
-They judge answers that the exact rules cannot decide. math-verify may hang in C code or use all
-memory, so `verifier.Verifier` kills a process at a time limit. No text is run as code: it is parsed
-only by math-verify's LaTeX grammar, and never by its `parse_expr`, which calls `eval`.
+math-verify may hang in C code or use all memory, so `verifier.Verifier` kills a worker at a time
+limit. No text is run as code: it is parsed only by math-verify's LaTeX grammar, and never by its
+`parse_expr`, which calls `eval`.
 """
 
-import ctypes
 import json
-import math
 import os
 import re
 import resource
 import signal
-import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from expo_fast.answers.numbers import plain_number
 from expo_fast.answers.rules import compare
+
+OUT_OF_MEMORY = 3  # exit codes of a worker
+CRASHED = 4
+MAX_FILES = 64  # open at once; sympy opens its modules when they are needed
 
 JUXTAPOSED = re.compile(r"\d \d")
 BASE = re.compile(r"\d ?_ ?\{? ?(\d+)")
@@ -27,24 +29,43 @@ DEGREES = re.compile(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?")  # math-verify re
 OPENING = re.compile(r"\(|\[|\\\{")
 
 
-def judge(gold: str, box: str) -> bool:
-    """Return whether two answers are equal. math-verify decides the parts that no rule decides."""
-    return bool(compare(gold, box, judge_leaf))
+@dataclass(frozen=True)
+class Judgement:
+    """Whether two answers are equal, and whether math-verify could read the second one."""
+
+    right: bool
+    readable: bool = True
 
 
-def judge_leaf(gold: str, box: str) -> bool:
-    """Return whether math-verify finds two expressions equal.
+def judge(gold: str, box: str) -> Judgement:
+    """Judge two answers. math-verify decides the parts that no rule decides."""
+    unreadable: list[str] = []
+
+    def leaf(gold: str, box: str) -> bool:
+        judgement = judge_leaf(gold, box)
+        if not judgement.readable:
+            unreadable.append(box)
+        return judgement.right
+
+    right = bool(compare(gold, box, leaf))
+    return Judgement(right, readable=right or not unreadable)
+
+
+def judge_leaf(gold: str, box: str) -> Judgement:
+    """Judge two expressions with math-verify.
 
     Its own timeouts are off, because they are alarms, which wait for C code to return.
     """
     from math_verify import verify
 
     if misread(gold, box):
-        return False
+        return Judgement(False)
     gold_parsed = [with_imaginary_unit(part) for part in _parse(gold)]
     box_parsed = [with_imaginary_unit(part) for part in _parse(box)]
-    if not gold_parsed or not box_parsed or is_false_equation(box_parsed[0]):
-        return False
+    if not gold_parsed or not box_parsed:
+        return Judgement(False, readable=bool(box_parsed))
+    if is_false_equation(box_parsed[0]):
+        return Judgement(False)
     equal = verify(
         gold_parsed,
         box_parsed,
@@ -52,7 +73,7 @@ def judge_leaf(gold: str, box: str) -> bool:
         timeout_seconds=None,
         raise_on_error=True,
     )
-    return equal and same_magnitude(gold_parsed[0], box_parsed[0])
+    return Judgement(equal and same_magnitude(gold_parsed[0], box_parsed[0]))
 
 
 def misread(gold: str, box: str) -> bool:
@@ -151,50 +172,38 @@ def _is_number(expr) -> bool:
     return getattr(expr, "is_number", False)
 
 
-def serve(fd: int, parent: int, memory_bytes: int) -> None:
-    """Run a worker: read (reference, answer, timeout) as JSON, and write verdicts as JSON.
+def serve(channel: Connection, memory_bytes: int) -> None:
+    """Read (reference, answer, seconds of CPU time) and write judgements, until the end of file.
 
-    The worker ends when its parent ends, or at a limit.
+    Messages are JSON. The process ends at the limits of memory and of CPU time.
     """
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # the parent died before the line above
-        return
-    # If memory runs out, the kernel kills this process before the trainer.
-    Path("/proc/self/oom_score_adj").write_text("1000")
-    channel = Connection(fd)
-    try:
-        # Import and build tables here, before any time limit runs.
-        judge_leaf(r"\frac{1}{2} + |x|", r"|x| + \sqrt{2}")
-    except ImportError as error:
-        _send(channel, error=str(error))
-        return
     limit_resources(memory_bytes)
     ceiling = memory("VmHWM") + memory_bytes // 2
-    _send(channel, ready=True)
     with suppress(EOFError):
         while True:
-            gold, box, timeout_s = json.loads(channel.recv_bytes())
-            limit_cpu(timeout_s)
-            right = judge_or_die(gold, box, ceiling)
-            _send(channel, right=right)
+            gold, box, cpu_s = json.loads(channel.recv_bytes())
+            # The kernel then kills this process, also inside C code.
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
+            judgement = judge_or_die(gold, box, ceiling)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            reply = {"right": judgement.right, "readable": judgement.readable}
+            channel.send_bytes(json.dumps(reply).encode())
 
 
-def _send(channel: Connection, **message: object) -> None:
-    channel.send_bytes(json.dumps(message).encode())
-
-
-def judge_or_die(gold: str, box: str, ceiling: int) -> bool:
-    """Return `judge`'s verdict, or end this process if the memory limit may have caused it."""
+def judge_or_die(gold: str, box: str, ceiling: int) -> Judgement:
+    """Return `judge`'s result, or end this process if the memory limit may have caused it."""
     try:
-        right = judge(gold, box)
-    except (MemoryError, RecursionError):
-        os._exit(1)
+        judgement = judge(gold, box)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except RecursionError:
+        os._exit(CRASHED)
     except Exception:  # sympy cannot compare the two, such as a matrix and an interval: not equal
-        right = False
+        judgement = Judgement(False)
     # sympy and math-verify turn many MemoryErrors into "not equal". The peak of memory shows them.
-    if not right and memory("VmHWM") > ceiling:
-        os._exit(1)
-    return right
+    if not judgement.right and memory("VmHWM") > ceiling:
+        os._exit(OUT_OF_MEMORY)
+    return judgement
 
 
 def memory(field: str) -> int:
@@ -209,20 +218,12 @@ def memory(field: str) -> int:
 
 
 def limit_resources(memory_bytes: int) -> None:
-    """Limit the address space beyond that of the imports. Forbid core dumps and growing files."""
+    """Limit the address space beyond that of the imports, and the open files.
+
+    Forbid core dumps and growing files.
+    """
     space = memory("VmSize") + memory_bytes
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES))
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def limit_cpu(timeout_s: float) -> None:
-    """Limit the CPU time, in case the parent is stopped and cannot enforce the time limit."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    used = usage.ru_utime + usage.ru_stime
-    soft = math.ceil(used + timeout_s) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-
-if __name__ == "__main__":
-    serve(*map(int, sys.argv[1:]))

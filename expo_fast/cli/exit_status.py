@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from expo_fast.cli.missing_packages import advice_on
+from expo_fast.distributed.launch import may_print
 from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import COLLAPSED, Collapsed, Stopped
 
@@ -34,16 +35,19 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except BrokenPipeError:
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if may_print():
+            print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except ModuleNotFoundError as error:
         advice = advice_on(error)
         if advice is None:
             raise
-        print(f"error: {advice}", file=sys.stderr)
+        if may_print():
+            print(f"error: {advice}", file=sys.stderr)
         return USER_ERROR
     except Collapsed as error:
-        print(f"error: {error}", file=sys.stderr)
+        if may_print():
+            print(f"error: {error}", file=sys.stderr)
         return COLLAPSED
     except Stopped as stop:
         return stop.exit_status

@@ -56,7 +56,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "dynamic_sampling",
         "k",
     ),
-    "Reward": ("reward", "reward_weights", "right_above", "overlong_buffer"),
+    "Reward": ("reward", "reward_weights", "reward_timeout", "right_above", "overlong_buffer"),
     "Policy loss": (
         "objective",
         "loss",
@@ -100,6 +100,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "max_grad_norm",
     ),
     "Memory and precision": ("pack_tokens", "gradient_checkpointing", "batch_invariant"),
+    "Several GPUs or machines": ("shard", "collective_timeout"),
     "Evaluation": ("eval_every", "eval_limit", "eval_samples", "eval_temperature"),
     "Checkpoints and logs": (
         "checkpoint_every",
@@ -108,6 +109,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "save_patience",
         "stop_within",
         "diagnose",
+        "diagnose_every",
         "report_to",
         "push_to_hub",
     ),

@@ -6,10 +6,18 @@
 
 import re
 
+from expo_fast.answers.magnitude import BRACKETS, POLYNOMIAL, what_is_too_large
 from expo_fast.answers.rules import compare
 from expo_fast.answers.spelling import tidy
 
-__all__ = ["MAX_CHARS", "decide", "last_boxed", "last_boxed_span", "tidy"]
+__all__ = [
+    "MAX_CHARS",
+    "decide",
+    "last_boxed",
+    "last_boxed_span",
+    "reason_against_reference",
+    "tidy",
+]
 
 MAX_CHARS = 1000  # of an answer
 MAX_NESTING = 32  # of braces in an answer
@@ -75,6 +83,34 @@ def _end_of_box(text: str, box: re.Match[str]) -> int | None:
         if depth > MAX_NESTING:
             return None
     return None
+
+
+def reason_against_reference(answer: str) -> str | None:
+    """Return why no completion can be judged by this reference answer, or None if one can."""
+    if _last_box(answer) and not last_boxed(answer):
+        return "its last box is empty, not closed, too long or nested too deeply"
+    expected = last_boxed(answer) or answer
+    if len(expected) > MAX_CHARS:
+        return f"it has {len(expected)} characters, need at most {MAX_CHARS}"
+    if not _has_balanced_braces(expected):
+        return "its braces are not balanced"
+    tidied = tidy(expected)
+    if not tidied:
+        return "nothing is left of it without spaces and signs of LaTeX"
+    # A text with n!! has the double factorial, which is small. math-verify would compute (n!)!.
+    large = what_is_too_large(tidied.replace("!!", "!"))
+    if large in (None, BRACKETS, POLYNOMIAL):  # these are judged by the exact rules only
+        return None
+    return f"{large} in it is too large to compute"
+
+
+def _has_balanced_braces(text: str) -> bool:
+    depth = 0
+    for token in BRACE.finditer(text):
+        depth += (token[0] == "{") - (token[0] == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def decide(gold: str, box: str) -> bool | None:

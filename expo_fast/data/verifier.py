@@ -1,126 +1,62 @@
 """Verdicts on boxed answers from worker processes that have limits of time and memory.
 
-The workers run the module `expo_fast.answers.worker`. math-verify (sympy) may hang in C code,
-where no alarm reaches it, or use up all memory. Such a worker is killed and replaced.
+The exact rules decide most answers. What they leave open goes to math-verify (sympy), which may
+hang in C code, where no alarm reaches it, or use up all memory. So it runs in processes, and such a
+process is killed and replaced. Answers that are too large to compute are not given to it.
 """
 
-import json
-import math
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Literal, get_args
 
-import expo_fast
+from expo_fast.answers.magnitude import is_too_large
 from expo_fast.data import answer_grading
 from expo_fast.data.answer_grading import MAX_CHARS, last_boxed, tidy
+from expo_fast.data.workers import Comparison, Ending, Nursery, Worker
 
-# A worker is then replaced: sympy's caches grow, and nothing that a text planted in it may last.
-JOBS_PER_WORKER = 500
-WORKER = "expo_fast.answers.worker"  # the module that a worker runs
-START_LIMIT_S = 120.0  # a start takes 1 s; this is for a cold network disk on a busy machine
-REPLY_BYTES = 1 << 16
+# While MANY of the last WINDOW answers end at a limit, SHORTENED of the time limit is the limit of
+# CPU time. It is then 0.25 s, and an ordinary answer takes 0.03 s. It is no wall time, because a
+# busy machine must not make ordinary answers late.
+WINDOW = 16
+MANY = 4
+SHORTENED = 1 / 8
 
-Verdict = bool | None  # None: undecided
+Reason = Literal[
+    "exact",  # right by the exact rules
+    "symbolic",  # right by math-verify
+    "wrong",
+    "no_answer",  # no box, or an empty one
+    "unparsable",  # math-verify cannot read the answer
+    "too_large",  # a number in it is too large to compute
+    "timeout",
+    "memory",
+    "crash",
+    "no_reference",
+]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+RIGHT: tuple[Reason, ...] = ("exact", "symbolic")
+WRONG: tuple[Reason, ...] = ("wrong", "no_answer", "unparsable")
 
 
-class Comparison(NamedTuple):
-    """What is to be compared. Both texts are tidy, and "" if there is none."""
+@dataclass(frozen=True)
+class Judged:
+    """The verdict on a completion."""
 
-    reference: str
-    answer: str  # the content of the box
-
-
-Verdicts = dict[Comparison, Verdict]
-
-
-class Worker:
-    """A process that judges one comparison at a time."""
-
-    def __init__(self, memory_bytes: int):
-        self.channel, self.process = _start_program(memory_bytes)
-        # When this thread ends, the operating system kills the worker.
-        self.starter = threading.current_thread()
-        self.ready = False
-        self.job: Comparison | None = None
-        self.deadline = time.monotonic() + START_LIMIT_S  # infinite while it is idle
-        self.jobs_left = JOBS_PER_WORKER
-
-    @property
-    def idle(self) -> bool:
-        """Whether it has started and has no job."""
-        return self.ready and self.job is None
+    reason: Reason
 
     @property
-    def lost(self) -> bool:
-        """Whether its process has ended, or will, because the thread that started it has."""
-        return self.process.poll() is not None or not self.starter.is_alive()
-
-    def assign(self, job: Comparison, timeout_s: float) -> None:
-        self.job = job
-        self.deadline = time.monotonic() + timeout_s
-        self.jobs_left -= 1
-        message = json.dumps([job.reference, job.answer, timeout_s])
-        with suppress(BrokenPipeError):  # `reply` then reads the end of file, as after any crash
-            self.channel.send_bytes(message.encode())
-
-    def reply(self) -> dict | None:
-        """Return what it has sent, or None if it died or sent something else than JSON."""
-        try:
-            return json.loads(self.channel.recv_bytes(REPLY_BYTES))
-        except (EOFError, OSError, ValueError):
-            return None
-
-    def finish_start(self) -> None:
-        """Take the first message of a new worker.
-
-        Raises RuntimeError if it could not start, since no text has caused that.
-        """
-        reply = self.reply() or {"error": f"exit code {self.process.wait()}"}
-        if "error" in reply:
-            raise RuntimeError(f"math-verify can't be loaded to check answers: {reply['error']}")
-        self.ready = True
-        self.deadline = math.inf
-
-    def finish_job(self) -> None:
-        self.job = None
-        self.deadline = math.inf
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.channel.close()
+    def score(self) -> float | None:
+        """1.0 for a right answer, 0.0 for a wrong one, and None if it is undecided."""
+        if self.reason in RIGHT:
+            return 1.0
+        return 0.0 if self.reason in WRONG else None
 
 
-def _start_program(memory_bytes: int) -> tuple[Connection, subprocess.Popen]:
-    """Start the worker program. Return the channel to it, and its process."""
-    ours, theirs = Pipe()
-    fd = theirs.fileno()
-    arguments = (fd, os.getpid(), memory_bytes)
-    # -P keeps the current folder off its path.
-    command = [sys.executable, "-P", "-m", WORKER, *map(str, arguments)]
-    environment = dict(os.environ)
-    paths = [str(Path(expo_fast.__file__).parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    environment["PYTHONHASHSEED"] = "0"  # sympy orders by hash: equal texts get equal verdicts
-    with theirs:
-        process = subprocess.Popen(
-            command,
-            pass_fds=[fd],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # keeps Ctrl-C away
-        )
-    return ours, process
+Reasons = dict[Comparison, Reason]
 
 
 class Verifier:
@@ -137,7 +73,7 @@ class Verifier:
         self,
         workers: int = 2,
         timeout_s: float = 2.0,  # wall time for one answer
-        memory_bytes: int = 1 << 30,  # address space of a worker beyond that of its imports
+        memory_bytes: int = 512 << 20,  # address space of a worker beyond that of its imports
     ):
         if workers < 1:
             raise ValueError(
@@ -148,7 +84,9 @@ class Verifier:
         self.memory_bytes = memory_bytes
         self.timeouts = 0
         self.crashes = 0
+        self._nursery: Nursery | None = None
         self._pool: list[Worker] = []
+        self._limited: deque[bool] = deque(maxlen=WINDOW)  # whether the last answers were stopped
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Verifier":
@@ -158,8 +96,12 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
+        """End all processes."""
         for worker in list(self._pool):
             self._drop(worker)
+        if self._nursery is not None:
+            self._nursery.close()
+        self._nursery = None
 
     def judge(
         self,
@@ -169,6 +111,17 @@ class Verifier:
         timeout_s: float | None = None,  # None: the verifier's own
     ) -> list[float | None]:
         """Return 1.0, 0.0 or None for each completion, as `reward.score_answers` does."""
+        judged = self.judge_with_reasons(references, completions, timeout_s=timeout_s)
+        return [each.score for each in judged]
+
+    def judge_with_reasons(
+        self,
+        references: Sequence[str],
+        completions: Sequence[str],
+        *,
+        timeout_s: float | None = None,  # None: the verifier's own
+    ) -> list[Judged]:
+        """Return the verdict on each completion, as `reward.grade_answers` does."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         if not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s}: an answer needs some time to be checked")
@@ -178,72 +131,111 @@ class Verifier:
         for reference, completion in zip(references, completions, strict=True):
             comparisons.append(comparison_of(reference, completion))
         # Many samples of a group are equal. Each different comparison is judged once.
-        verdicts = {job: answer_grading.decide(*job) for job in comparisons}
-        undecided = [job for job, verdict in verdicts.items() if verdict is None]
-        jobs = [job for job in undecided if job.reference]
-        with self._lock:
-            verdicts |= self._judge(jobs, timeout_s)
-        return [_as_number(verdicts[job]) for job in comparisons]
+        reasons: Reasons = {}
+        jobs = []
+        for job in dict.fromkeys(comparisons):
+            reason = reason_without_worker(job)
+            if reason is None:
+                jobs.append(job)
+            else:
+                reasons[job] = reason
+        if jobs:
+            with self._lock:
+                reasons |= self._judge(jobs, timeout_s)
+        return [Judged(reasons[job]) for job in comparisons]
 
-    def _judge(self, jobs: list[Comparison], timeout_s: float) -> Verdicts:
+    def _judge(self, jobs: list[Comparison], timeout_s: float) -> Reasons:
         waiting = deque(jobs)
-        verdicts: Verdicts = {}
+        reasons: Reasons = {}
         self._replace_lost()
         try:
-            while len(verdicts) < len(jobs):
+            while len(reasons) < len(jobs):
                 self._hand_out(waiting, timeout_s)
-                busy = [worker for worker in self._pool if not worker.idle]
+                busy = [worker for worker in self._pool if worker.job is not None]
                 heard = _wait_for(busy)
                 for worker in busy:
-                    self._attend(worker, worker.channel in heard, verdicts)
+                    self._attend(worker, worker.channel in heard, reasons)
         finally:  # after an interrupt, no old reply may be read by the next call
             for worker in list(self._pool):
-                if not worker.idle:
+                if worker.job is not None:
                     self._drop(worker)
-        return verdicts
+        return reasons
 
     def _replace_lost(self) -> None:
+        """Forget processes that ended between two calls."""
         for worker in list(self._pool):
             if worker.lost:
                 self._drop(worker)
+        if self._nursery is not None and self._nursery.lost:
+            self._nursery.close()
+            self._nursery = None
 
     def _hand_out(self, waiting: deque[Comparison], timeout_s: float) -> None:
         """Start workers as far as they are needed, and give a job to each that is idle."""
-        free = [worker for worker in self._pool if worker.job is None]
-        while len(free) < len(waiting) and len(self._pool) < self.workers:
-            worker = Worker(self.memory_bytes)
-            free.append(worker)
+        if self._nursery is None:
+            self._nursery = Nursery()
+        idle = [worker for worker in self._pool if worker.job is None]
+        while len(idle) < len(waiting) and len(self._pool) < self.workers:
+            worker = Worker(self._nursery, self.memory_bytes)
+            idle.append(worker)
             self._pool.append(worker)
-        for worker in free:
-            if worker.ready and waiting:
-                worker.assign(waiting.popleft(), timeout_s)
+        cpu_s = timeout_s * SHORTENED if sum(self._limited) >= MANY else timeout_s
+        for worker in idle:
+            if waiting:
+                worker.assign(waiting.popleft(), timeout_s, cpu_s)
 
     def _attend(
         self,
         worker: Worker,
         heard: bool,  # it has sent something, or died
-        verdicts: Verdicts,
+        reasons: Reasons,
     ) -> None:
         """Record a worker's verdict. Drop a worker that died, is late or has had enough jobs."""
         late = not heard and time.monotonic() >= worker.deadline
         if not heard and not late:
             return
-        if worker.job is None:
-            if late:
-                raise RuntimeError(f"an answer checker did not start within {START_LIMIT_S:.0f} s")
-            worker.finish_start()
-            return
+        job = worker.job
+        assert job is not None
         reply = worker.reply() if heard else None
-        verdicts[worker.job] = reply["right"] if reply else None
-        worker.finish_job()
-        self.timeouts += late
-        self.crashes += heard and reply is None
-        if reply is None or worker.jobs_left == 0:
-            self._drop(worker)
+        worker.job = None
+        self._limited.append(reply is None)
+        if reply is not None:
+            reasons[job] = reason_of_reply(**reply)
+            if worker.jobs_left == 0:
+                self._drop(worker)
+            return
+        ending = self._drop(worker)
+        reasons[job] = "timeout" if late else ending
+        if reasons[job] == "timeout":
+            self.timeouts += 1
+        else:
+            self.crashes += 1
 
-    def _drop(self, worker: Worker) -> None:
+    def _drop(self, worker: Worker) -> Ending:
+        """End a worker. Return how it ended, if it had ended by itself."""
         self._pool.remove(worker)
-        worker.kill()
+        return worker.end()
+
+
+def reason_without_worker(job: Comparison) -> Reason | None:
+    """Return the verdict that needs no worker, or None if only math-verify can tell."""
+    if not job.answer:
+        return "no_answer"
+    if not job.reference:
+        return "no_reference"
+    right = answer_grading.decide(*job)
+    if right is not None:
+        return "exact" if right else "wrong"
+    if is_too_large(job.reference) or is_too_large(job.answer):
+        return "too_large"
+    return None
+
+
+def reason_of_reply(*, right: bool, readable: bool) -> Reason:
+    """Return the reason of a worker's verdict."""
+    if right:
+        return "symbolic"
+    return "wrong" if readable else "unparsable"
 
 
 def _wait_for(workers: Sequence[Worker]) -> list:
@@ -264,7 +256,3 @@ def comparison_of(reference: str, completion: str) -> Comparison:
     if len(expected) > MAX_CHARS:
         return Comparison("", tidy(answer))
     return Comparison(tidy(expected), tidy(answer))
-
-
-def _as_number(verdict: Verdict) -> float | None:
-    return None if verdict is None else float(verdict)

@@ -18,6 +18,7 @@ from expo_fast.kernels import fused
 from expo_fast.modeling.attention import Layer, PackedAttention
 from expo_fast.modeling.rope import rope_frequencies, rotate_heads
 from expo_fast.modeling.shape import Shape, read_shape
+from expo_fast.op_backends import native_layer
 
 # (model, tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
 Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -45,10 +46,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     Gemma's weights are differences from 1. Their sum would be rounded in bf16, so it is fp32.
     """
     if offset == 0:
+        if native_layer.runs(x, weight):
+            rows = x.reshape(-1, len(weight))
+            return native_layer.rms_norm(rows, weight, eps)[0].view(x.shape)
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = F.rms_norm(x.to(wide), weight.shape, offset + weight.to(wide), eps)
     return normed.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with the product of csrc/layer.cpp where that is faster."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, in) to (N, out)."""
+        if native_layer.multiplies(input, self.weight):
+            return native_layer.linear(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class Attention(nn.Module):
@@ -60,10 +74,10 @@ class Attention(nn.Module):
         Dh = shape.head_dim
         q_size = shape.heads * Dh
         kv_size = shape.kv_heads * Dh
-        self.q_proj = nn.Linear(D, q_size, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(D, kv_size, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(D, kv_size, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(q_size, D, bias=shape.out_bias)
+        self.q_proj = Linear(D, q_size, bias=shape.qkv_bias)
+        self.k_proj = Linear(D, kv_size, bias=shape.qkv_bias)
+        self.v_proj = Linear(D, kv_size, bias=shape.qkv_bias)
+        self.o_proj = Linear(q_size, D, bias=shape.out_bias)
         self.q_norm = _qk_norm(shape, q_size)
         self.k_norm = _qk_norm(shape, kv_size)
         self.norms_all_heads = shape.qk_norm == "all heads"
@@ -105,9 +119,9 @@ class MLP(nn.Module):
         super().__init__()
         D = shape.hidden
         M = shape.intermediate
-        self.gate_proj = nn.Linear(D, M, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(D, M, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(M, D, bias=shape.mlp_bias)
+        self.gate_proj = Linear(D, M, bias=shape.mlp_bias)
+        self.up_proj = Linear(D, M, bias=shape.mlp_bias)
+        self.down_proj = Linear(M, D, bias=shape.mlp_bias)
         self.gated = {"silu": swiglu, "gelu_pytorch_tanh": geglu}[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +135,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up."""
     if fused.runs(gate, up):
         return fused.swiglu(gate, up)
+    if native_layer.runs(gate, up):
+        return native_layer.swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -183,7 +199,7 @@ class _ExactValue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, approximate: Tensor, exact: Tensor) -> Tensor:
-        return exact
+        return exact.clone()  # autograd would make a view of an input that is returned
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from expo_fast.kernels import fused
 from expo_fast.modeling.shape import Shape
+from expo_fast.op_backends import native_layer
 from expo_fast.storage.files import reading
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
@@ -81,6 +82,9 @@ def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     complete = 2 * cos.shape[-1] == q.shape[-1]
     if complete and fused.runs(q, k, cos, sin):
         return fused.rotate(q, k, cos, sin)
+    if complete and native_layer.runs(q, k, cos, sin):
+        q = native_layer.rotate(q, cos, sin, inverse=False)
+        return q, native_layer.rotate(k, cos, sin, inverse=False)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 

@@ -25,9 +25,9 @@ class _Linear(ctypes.Structure):
     ]
 
 
-class _AddNorm(ctypes.Structure):
+class _Norm(ctypes.Structure):
     _fields_: Sequence = [
-        *struct_fields(ctypes.c_void_p, "x delta weight d_sum d_y sum y scale d_x d_weight"),
+        *struct_fields(ctypes.c_void_p, "x weight d_y y scale d_x d_weight"),
         *struct_fields(ctypes.c_int64, "n d"),
         ("eps", ctypes.c_float),
         *struct_fields(ctypes.c_int32, "dtype threads"),
@@ -66,7 +66,7 @@ def _kernels(isa: str) -> ctypes.CDLL:
     kernels = native_library.library(isa, "layer")
     structs = {
         "linear": _Linear,
-        "add_norm": _AddNorm,
+        "norm": _Norm,
         "rotation": _Rotation,
         "swiglu": _Swiglu,
         "attention": _Attention,
@@ -88,6 +88,39 @@ def _run(name: str, struct: type[ctypes.Structure], dtype: torch.dtype, **fields
         kernels.expo_fast_error.restype = ctypes.c_char_p
         reason = kernels.expo_fast_error().decode()
         raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Return whether the kernels run on these tensors: one dtype, fp32 or bf16, on a CPU."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if any(x.dtype != first.dtype for x in tensors):
+        return False
+    return _compiles(native_library.isa())
+
+
+@cache
+def _compiles(isa: str) -> bool:
+    try:
+        _kernels(isa)
+    except native_library.Unavailable:  # dispatch.compiles warns of the missing compiler
+        return False
+    return True
+
+
+# Tokens from which on a linear map is worth the copies of its weight.
+LEAST_TOKENS = 64
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `linear` runs on these tensors and is faster than PyTorch's product.
+
+    It is for bf16 on CPUs on which csrc multiplies fp32 copies. x: (N, in).
+    """
+    if x.dtype != torch.bfloat16 or x.dim() != 2 or len(x) < LEAST_TOKENS:
+        return False
+    return runs(x, weight) and native_library.isa() in ("avx512", "avx2")
 
 
 def _like(x: Tensor) -> Tensor:
@@ -166,12 +199,15 @@ linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 @torch.library.custom_op("expo_fast::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of each row of x (N, D), rounded once, and its (N,) fp32 scale."""
+    """Return x / rms(x) * weight for each row of x (N, D), rounded once, and 1 / rms(x).
+
+    The latter is (N,) fp32. weight: (D,).
+    """
     x = x.contiguous()
     y = _like(x)
     scale = empty((len(x),), torch.float32)
     n, d = x.shape
-    _run("add_norm", _AddNorm, x.dtype, x=x, weight=weight, y=y, scale=scale, n=n, d=d, eps=eps)
+    _run("norm", _Norm, x.dtype, x=x, weight=weight, y=y, scale=scale, n=n, d=d, eps=eps)
     return y, scale
 
 
@@ -180,52 +216,29 @@ def _(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
 
 
-@torch.library.custom_op("expo_fast::add_rms_norm", mutates_args=())
-def add_rms_norm(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x + delta (N, D), the norm of its rows, and their (N,) fp32 scale."""
-    x = x.contiguous()
-    delta = delta.contiguous()
-    total = _like(x)
-    y = _like(x)
-    scale = empty((len(x),), torch.float32)
-    n, d = x.shape
-    fields = {"x": x, "delta": delta, "weight": weight, "sum": total, "y": y, "scale": scale}
-    _run("add_norm", _AddNorm, x.dtype, **fields, n=n, d=d, eps=eps)
-    return total, y, scale
-
-
-@add_rms_norm.register_fake
-def _(x, delta, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
-
-
 @torch.library.custom_op("expo_fast::rms_norm_gradients", mutates_args=())
 def rms_norm_gradients(
     x: Tensor,  # (N, D)
     weight: Tensor,  # (D,)
     scale: Tensor,  # (N,) fp32
-    d_sum: Tensor | None,  # (N, D), the upstream gradient of x itself
     d_y: Tensor,  # (N, D)
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight. The latter is empty if it is not needed."""
+    x = x.contiguous()
+    d_y = d_y.contiguous()
     d_x = _like(x)
     d_weight = empty(weight.shape if needs_weight else (0,), weight.dtype)
-    if d_sum is not None:
-        d_sum = d_sum.contiguous()
-    d_y = d_y.contiguous()
     n, d = x.shape
-    fields = {"sum": x, "weight": weight, "scale": scale, "d_sum": d_sum, "d_y": d_y, "d_x": d_x}
+    fields = {"x": x, "weight": weight, "scale": scale, "d_y": d_y, "d_x": d_x}
     if needs_weight:
         fields["d_weight"] = d_weight
-    _run("add_norm_gradients", _AddNorm, x.dtype, **fields, n=n, d=d)
+    _run("norm_gradients", _Norm, x.dtype, **fields, n=n, d=d)
     return d_x, d_weight
 
 
 @rms_norm_gradients.register_fake
-def _(x, weight, scale, d_sum, d_y, needs_weight):
+def _(x, weight, scale, d_y, needs_weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape if needs_weight else (0,))
 
 
@@ -233,34 +246,16 @@ def _save_rms_norm(ctx: Any, inputs, output) -> None:
     x, weight, _ = inputs
     _, scale = output
     ctx.mark_non_differentiable(scale)
-    ctx.save_for_backward(x.contiguous(), weight, scale)
+    ctx.save_for_backward(x, weight, scale)
 
 
 def _rms_norm_backward(ctx: Any, d_y: Tensor, _):
     needs_weight = ctx.needs_input_grad[1]
-    x, weight, scale = ctx.saved_tensors
-    d_x, d_weight = rms_norm_gradients(x, weight, scale, None, d_y, needs_weight)
+    d_x, d_weight = rms_norm_gradients(*ctx.saved_tensors, d_y, needs_weight)
     return d_x, d_weight if needs_weight else None, None
 
 
 rms_norm.register_autograd(_rms_norm_backward, setup_context=_save_rms_norm)
-
-
-def _save_add_rms_norm(ctx: Any, inputs, output) -> None:
-    _, _, weight, _ = inputs
-    total, _, scale = output
-    ctx.mark_non_differentiable(scale)
-    ctx.save_for_backward(total, weight, scale)
-
-
-def _add_rms_norm_backward(ctx: Any, d_sum: Tensor, d_y: Tensor, _):
-    needs_weight = ctx.needs_input_grad[2]
-    total, weight, scale = ctx.saved_tensors
-    d_x, d_weight = rms_norm_gradients(total, weight, scale, d_sum, d_y, needs_weight)
-    return d_x, d_x, d_weight if needs_weight else None, None
-
-
-add_rms_norm.register_autograd(_add_rms_norm_backward, setup_context=_save_add_rms_norm)
 
 
 # RoPE

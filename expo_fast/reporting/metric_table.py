@@ -120,6 +120,21 @@ ATTEMPTS = Section(
             "Attempts that ended because the logits were not finite.",
             "It must be 0. Otherwise lower `--learning-rate`, or use `--dtype float32`.",
         ),
+        Metric(
+            "verdicts/undecided",
+            "fraction",
+            "Attempts without a verdict of the built-in reward. They have no reward.",
+            "Near 0. From 0.1 the run warns: the model writes answers that are too large or too "
+            "slow to compute.",
+        ),
+        Metric(
+            "verdicts/REASON",
+            "fraction",
+            "Attempts with this verdict of the built-in reward: `exact` and `symbolic` are right, "
+            "by the exact rules and by math-verify; `wrong`, `no_answer` and `unparsable` are "
+            "wrong; `too_large`, `timeout`, `memory`, `crash` and `no_reference` are undecided.",
+            "A rise of `no_answer` means that attempts lose their box, often at the length limit.",
+        ),
     ),
 )
 EXPLANATIONS = Section(
@@ -168,8 +183,8 @@ PROPERTIES = Section(
     "The two properties of a good positive sample",
     "The first property (in-distribution) compares negative log-likelihoods (NLL) under the plain "
     "question, the second one (learning signal) is the lift (arXiv:2507.02834, section 3). They "
-    "are measured on `diagnose` questions of a step; `exp/nll` is of all texts that are trained "
-    "on.",
+    "are measured on `diagnose` questions of every `diagnose_every`-th step; `exp/nll` is of all "
+    "texts that are trained on.",
     (
         Metric(
             "exp/nll",
@@ -381,6 +396,31 @@ COST = Section(
             "Host time of a phase of the step: `generate`, `reward`, `explain`, `diagnose`, "
             "`reference`, `forward_backward`, `optimizer`.",
             "The work of a GPU counts in the phase that waits for it. The report has their shares.",
+        ),
+        Metric(
+            "idle",
+            "fraction",
+            "With `torchrun`: mean over the ranks of `rank/RANK/idle`.",
+            "Lower it with more questions per step, or with lengths that differ less.",
+        ),
+        Metric(
+            "rank/RANK/idle",
+            "fraction",
+            "The part of the step in which this rank waited for others to finish sampling, judging "
+            "or scoring. Waiting inside a backward pass is not counted.",
+            "A rank that is always near 0 while others are not is slower than they are.",
+        ),
+        Metric(
+            "rank/RANK/busy",
+            "seconds",
+            "The rest of the rank's step.",
+            "The largest one is the time of a step that no deal of the work can avoid.",
+        ),
+        Metric(
+            "rank/RANK/memory",
+            "GB",
+            "Peak memory of the rank so far: of its GPU, or of the process on a CPU.",
+            "Compare it with the estimate of `--dry-run`.",
         ),
     ),
 )

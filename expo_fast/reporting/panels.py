@@ -86,6 +86,18 @@ ATTEMPTS = (
         {"completions/clipped_ratio": "cut"},
         zero_line=True,
     ),
+    Panel(
+        "Verdicts on the attempts",
+        "fraction",
+        {
+            "verdicts/exact": "right by rules",
+            "verdicts/symbolic": "right by math-verify",
+            "verdicts/no_answer": "no box",
+            "verdicts/unparsable": "unreadable",
+            "verdicts/undecided": "undecided",
+        },
+        zero_line=True,
+    ),
     Panel("KL to the initial model", "nats per token", {"kl": "KL"}, zero_line=True),
 )
 UPDATES = (

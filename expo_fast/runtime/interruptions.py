@@ -8,6 +8,9 @@ if a signal has arrived. Code that may run long in one call, such as a reward fu
 `immediate`, where the signal itself raises. Once a step has changed the weights, `defer` holds the
 signal back until the step is complete, because half a step cannot be saved.
 
+The ranks of a distributed run have to stop in the same place. There `check` raises nothing, and an
+exchange of the ranks raises `Stopped` on all of them if one has received a signal.
+
 A second signal ends the process at once, and so does a first one that is not obeyed in time. A
 thread does this, so that it also works while the main thread is inside a long call of a library.
 """
@@ -40,6 +43,8 @@ class Interruptions:
     def __init__(self) -> None:
         self.stop_signal: int | None = None
         """Number of the first signal that asks the run to end."""
+        self.together = False
+        """Whether the ranks of a distributed run stop together: `check` does not raise then."""
         self._save_requested = False
         self._deferred = False
         self._n_immediate = 0
@@ -50,10 +55,14 @@ class Interruptions:
 
         Only the thread of the training loop raises.
         """
-        if self.stop_signal is None or self._deferred:
+        if self.stop_signal is None or self._deferred or self.together:
             return
         if threading.get_ident() == self._thread:
             raise Stopped(self.stop_signal)
+
+    def pending(self) -> int | None:
+        """Return the signal that the ranks of a distributed run obey now, None if there is none."""
+        return None if self._deferred else self.stop_signal
 
     def take_save_request(self) -> bool:
         """Return whether SIGUSR1 has arrived since the last call."""
@@ -96,6 +105,11 @@ _has_run = False  # whether `watching` has ended
 def check() -> None:
     """Raise Stopped if a signal asks the run to end, see `Interruptions.check`."""
     _current.check()
+
+
+def pending() -> int | None:
+    """Return the signal to obey now, see `Interruptions.pending`."""
+    return _current.pending()
 
 
 def defer() -> None:

@@ -3,7 +3,9 @@
     RUN/.lock                                     locked by the only trainer of this run
     RUN/base/                                     the base of LoRA adapters, if PEFT needs a copy
     RUN/checkpoints/step-N/                       a Hugging Face model folder, or a LoRA adapter
-    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume
+    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume;
+                                                  with several ranks a file of each in place of
+                                                  state.safetensors
     RUN/checkpoints/step-N/MANIFEST.json          bytes and sha256 of every other file
 
 A checkpoint is written as `.tmp-step-N-PID`, synced file by file, and renamed. A folder `step-N`
@@ -30,6 +32,7 @@ from torch import Tensor
 from expo_fast.storage.files import in_bytes, space_in_words
 from expo_fast.storage.finite import first_non_finite
 from expo_fast.storage.hf_files import read_tensor_file
+from expo_fast.storage.state_shards import read_complete
 
 MANIFEST = "MANIFEST.json"
 STATE_FOLDER = "trainer_state"
@@ -55,6 +58,7 @@ def save(
     values: dict[str, Any],  # JSON values
     *,
     keep: int,  # number of newest checkpoints to keep
+    shards: Path | None = None,  # folder with the files of `tensors`, if ranks wrote them
     keep_steps: Collection[int] = (),  # steps whose checkpoints are kept as well
 ) -> Path:
     """Write RUN/checkpoints/step-N durably, then remove all but the `keep` newest checkpoints.
@@ -80,7 +84,7 @@ def save(
         _check_space(folder, tensors)
         temporary.mkdir()
         write_model(temporary)
-        _write_state(temporary / STATE_FOLDER, tensors, values)
+        _write_state(temporary / STATE_FOLDER, tensors, values, shards)
         _write_manifest(temporary, step)
         _sync_tree(temporary)
         temporary.rename(final)
@@ -119,10 +123,16 @@ def load_newest(run_dir: Path) -> Checkpoint | None:
     A warning names each checkpoint that is skipped. Raise ValueError if it was written in a newer
     format.
     """
+    path = newest_to_resume(run_dir)
+    return None if path is None else read(path)
+
+
+def newest_to_resume(run_dir: Path) -> Path | None:
+    """Return the path of the checkpoint that `load_newest` loads."""
     for path in _undamaged(run_dir):
         reason = _non_finite(path)
         if reason is None:
-            return _read(path)
+            return path
         warnings.warn(f"skipped the checkpoint {path}: {reason}", stacklevel=2)
     return None
 
@@ -143,6 +153,11 @@ def load(path: Path) -> Checkpoint:
     Raise FileNotFoundError if there is no such folder. Raise ValueError if any of its files has
     changed since it was saved, if a value is not finite, or if it was written in a newer format.
     """
+    return read(checked(path))
+
+
+def checked(path: Path) -> Path:
+    """Return the path of a checkpoint after hashing all its files. Raise as `load` does."""
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     reason = fault(path)
@@ -151,7 +166,7 @@ def load(path: Path) -> Checkpoint:
     reason = _non_finite(path)
     if reason is not None:
         raise ValueError(f"checkpoint {path} cannot be resumed: {reason}; resume from another one")
-    return _read(path)
+    return path
 
 
 def fault(path: Path, *, contents: bool = True) -> str | None:
@@ -180,7 +195,8 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
 
 def _non_finite(path: Path) -> str | None:
     """Return which weight or moment of an undamaged checkpoint is not finite, None if all are."""
-    for file in [*sorted(path.glob("*.safetensors")), path / STATE_FOLDER / STATE_TENSORS]:
+    files = [*path.glob("*.safetensors"), *(path / STATE_FOLDER).glob("*.safetensors")]
+    for file in sorted(files):
         if file.exists():
             named = ((stored.key, stored.tensor) for stored in read_tensor_file(file))
             name = first_non_finite(named)
@@ -286,22 +302,33 @@ def _write_state(
     folder: Path,
     tensors: dict[str, Tensor],
     values: dict[str, Any],
+    shards: Path | None,
 ) -> None:
-    from safetensors.torch import save_file
+    if shards is not None:
+        shards.rename(folder)
+    else:
+        from safetensors.torch import save_file
 
-    folder.mkdir()
-    contiguous = {}
-    for name, tensor in tensors.items():
-        contiguous[name] = tensor.detach().contiguous()
-    save_file(contiguous, folder / STATE_TENSORS)
+        folder.mkdir()
+        contiguous = {}
+        for name, tensor in tensors.items():
+            contiguous[name] = tensor.detach().contiguous()
+        save_file(contiguous, folder / STATE_TENSORS)
     assert "format_version" not in values
     versioned = {"format_version": FORMAT_VERSION, **values}
     (folder / STATE_VALUES).write_text(json.dumps(versioned))
 
 
-def _read(path: Path) -> Checkpoint:
-    from safetensors.torch import load_file
+def read(path: Path) -> Checkpoint:
+    """Load a checkpoint without hashing its files.
 
+    Raise ValueError if it was written in a newer format.
+    """
+    return Checkpoint(path, read_tensors(path), read_values(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Load the JSON values of a checkpoint. Raise ValueError if its format is newer."""
     folder = path / STATE_FOLDER
     values = json.loads((folder / STATE_VALUES).read_text())
     version = values.pop("format_version", 1)
@@ -310,7 +337,17 @@ def _read(path: Path) -> Checkpoint:
             f"checkpoint {path} has format version {version}, this expo_fast reads versions up to "
             f"{FORMAT_VERSION}: resume it with the expo_fast that wrote it, or a newer one"
         )
-    return Checkpoint(path, load_file(folder / STATE_TENSORS), values)
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Load the complete tensors of a checkpoint, on the CPU."""
+    folder = path / STATE_FOLDER
+    if not (folder / STATE_TENSORS).exists():  # the ranks of a distributed run wrote their parts
+        return read_complete(folder)
+    from safetensors.torch import load_file
+
+    return load_file(folder / STATE_TENSORS)
 
 
 def _write_manifest(folder: Path, step: int) -> None:
