@@ -30,7 +30,13 @@ from expo_fast.algorithms.as_trained import (
 )
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, Verifier, cut_in_words
-from expo_fast.algorithms.training_data import check_answers, check_ids, in_words, without
+from expo_fast.algorithms.training_data import (
+    check_answers,
+    check_ids,
+    in_words,
+    warn_of_control_tokens,
+    without,
+)
 from expo_fast.cli.flags import parse
 from expo_fast.config import INSTRUCTION, Evaluate
 from expo_fast.data.answer_grading import last_boxed
@@ -168,6 +174,7 @@ def main(argv: Sequence[str]) -> None:
         config.system_prompt,
         instruction,
         ends=model.eos_ids,
+        escape=config.escape_special_tokens,
     )
     check_prompts(config, model, prompter, problems)
     check_template(config, trained, prompter)
@@ -305,3 +312,4 @@ def check_prompts(
         check_ids(problem, prompt, prompter, model.shape.vocabulary)
         new_tokens = config.max_new_tokens
         check_length(problem, prompt, new=new_tokens, context=model.shape.context)
+    warn_of_control_tokens(prompter, problems)

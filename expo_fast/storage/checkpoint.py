@@ -18,13 +18,15 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from expo_fast.storage.files import obey_umask
 
 MANIFEST = "MANIFEST.json"
 STATE_FOLDER = "trainer_state"
@@ -140,6 +142,9 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if path.name != f"step-{manifest['step']}":
             return f"{MANIFEST} belongs to step {manifest['step']}"
+        unlisted = _unlisted(path, manifest["files"])
+        if unlisted is not None:
+            return f"{MANIFEST} does not list {unlisted}"
         for name, record in manifest["files"].items():
             size = (path / name).stat().st_size
             if size != record["bytes"]:
@@ -152,6 +157,19 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
         return f"it cannot be read ({error})"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({error})"
+    return None
+
+
+def _unlisted(path: Path, listed: Mapping[str, Any]) -> str | None:
+    """Return a file that a resume reads and the manifest does not list, None if there is none."""
+    state = f"{STATE_FOLDER}/{STATE_TENSORS}"
+    if state not in listed:
+        return state
+    for file in _files(path):
+        name = file.relative_to(path).as_posix()
+        is_read = file.suffix in (".safetensors", ".json", ".jinja", ".model")
+        if is_read and name not in listed and name != MANIFEST:
+            return name
     return None
 
 
@@ -260,6 +278,7 @@ def _write_state(
     for name, tensor in tensors.items():
         contiguous[name] = tensor.detach().contiguous()
     save_file(contiguous, folder / STATE_TENSORS)
+    obey_umask(folder / STATE_TENSORS)
     assert "format_version" not in values
     versioned = {"format_version": FORMAT_VERSION, **values}
     (folder / STATE_VALUES).write_text(json.dumps(versioned))
