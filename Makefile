@@ -1,6 +1,7 @@
 # make train   set up, then run the default job      make train ARGS="--steps 4 --seed 1"
 # make quick   set up, then lint, then fast tests    make quick ARGS="-k pack"
 # make test    set up, then lint, then all tests     make test ARGS="tests/test_ops.py"
+# make test-faults   set up, then the fault campaign of docs/reliability.md, within 20 minutes
 # make lint    run ruff and pyright
 # make docs    build the documentation site into site/
 # make clean   remove .venv and every cache, but not runs/
@@ -28,17 +29,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # A worker of pytest runs on one core: tests/conftest.py gives it one thread.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: train quick test lint docs clean
+.PHONY: train quick test test-faults lint docs clean
 
 train: $(READY)
 	$(BIN)/python -m expo_fast.train $(ARGS)
 	@echo "the packages are in $(VENV): run 'source $(BIN)/activate', then 'expo-fast --help'"
 
 quick: lint
-	$(PYTEST) -m "not slow and not long" $(ARGS)
+	$(PYTEST) -m "not slow and not long and not faults" $(ARGS)
 
 test: lint $(OLDEST) $(OLD_TRANSFORMERS)
 	$(PYTEST) $(ARGS)
+
+test-faults: $(READY)
+	$(PYTEST) -m faults $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -30,6 +30,7 @@ from expo_fast.data.problems import Problem, load_problems
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.packing import Sample
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import score_answers
@@ -123,11 +124,11 @@ class Count:
     def counted(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         """Return `policy_backward` or `sft_backward` with its tokens and FLOPs counted."""
 
-        def watched_backward(model: Decoder, samples: Sequence[Sample], *more: Any, **named: Any):
+        def watched_backward(layout: Layout, samples: Sequence[Sample], *more: Any, **named: Any):
             rows = sum(len(sample.completion_ids) for sample in samples)
             self.learnt += rows
             self.flops += 3 * 2 * self.head * rows
-            return backward(model, samples, *more, **named)
+            return backward(layout, samples, *more, **named)
 
         return watched_backward
 

@@ -78,6 +78,28 @@ void parallel(int threads, F f) {
     if (error) std::rethrow_exception(error);
 }
 
+// Calls f(t, i) for each i < n on the next free thread t. A result must not depend on the thread.
+template <class F>
+void parallel_each(int threads, int64_t n, F f) {
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(t, i);
+  });
+}
+
+inline thread_local char last_error[1024];
+
+// Calls f. Returns 0, or 1 with the reason in last_error.
+template <class F>
+int32_t guarded(F f) {
+  try {
+    return f(), 0;
+  } catch (const std::exception& error) {
+    std::strncpy(last_error, error.what(), sizeof last_error - 1);
+    return 1;
+  }
+}
+
 // A team of threads that run the same sequence of phases, with a barrier after each phase.
 class Team {
  public:

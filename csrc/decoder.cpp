@@ -5,6 +5,9 @@
 //   x += down(silu(gate h) * (up h)),                         h = rms_norm(x)
 //   hidden = rms_norm(x)
 //
+// Each norm but the last may be missing. Architectures also differ in norms after o and down, in
+// GELU in place of SiLU, and in factors of x, of scores and of hidden.
+//
 // Tokens lie along the vector lanes: Y.T = W @ X.T reads each weight once per call, in memory
 // order, and norms and rotations work on each lane separately. Values are rounded to the model's
 // dtype where PyTorch rounds them. Every number depends on its own sequence only and is summed in a
@@ -29,24 +32,31 @@ constexpr int64_t kPage = 32;     // tokens in a page; the same number as in cpu
 constexpr int64_t kTile = 48;     // output features of a product: two such tiles fit in L1
 constexpr int64_t kTogether = 8;  // neighbouring rows whose attention one thread computes together
 
+enum Activation : int32_t { kSilu, kGeluTanh };  // the order of ACTIVATIONS in shape.py
+
 }  // namespace
 
 // native_structs.py declares the same structs. Matrices are (out, in) and contiguous. A parameter
 // that the model does not have is null.
 struct Layer {
-  const void *input_norm, *post_norm, *q_norm, *k_norm;
+  const void *before_attention, *after_attention, *before_mlp, *after_mlp;  // norms
+  const void *q_norm, *k_norm;
   const void *q, *k, *v, *o, *gate, *up, *down;
   const void *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
   int64_t window;  // how many tokens a token sees, itself included; 0 means all
-  int32_t rope;
+  int32_t rope;    // the set of RoPE's frequencies; -1 means no RoPE
 };
 
 struct Decoder {
   const Layer* layers;
   const void *embedding, *norm;
   int64_t n_layers, hidden, intermediate, heads, kv_heads, head_dim;
-  float eps, scale;
-  int32_t dtype;  // of all parameters, pages and hidden
+  int64_t rotary_dim, rope_sets;  // RoPE rotates the first dimensions of a head
+  float eps, norm_offset;         // a norm multiplies by norm_offset + weight
+  float attention_scale, embedding_scale, residual_scale, logit_scale;
+  int32_t activation;       // kSilu or kGeluTanh
+  int32_t norms_all_heads;  // q_norm and k_norm are over all heads together
+  int32_t dtype;            // of all parameters, pages and hidden
 };
 
 // The tokens of a call, from one or more sequences. The tokens of a sequence are in order and
@@ -55,10 +65,10 @@ struct Rows {
   const int64_t* tokens;    // (n,)
   const int64_t* positions; // (n,)
   const int32_t* tables;    // (n, table_stride), the pages of each row's sequence
-  const float *cos, *sin;   // (positions, Dh / 2)
+  const float *cos, *sin;   // (rope_sets, n_positions, rotary_dim / 2)
   void *pages, *workspace;
   void* out;                // (n, D) output, after the last norm
-  int64_t n, table_stride;
+  int64_t n, table_stride, n_positions;
   int32_t threads;
 };
 
@@ -163,6 +173,7 @@ struct Buffers {
   float* max_score;    // (queries,), the largest score so far
   float* weight_sum;   // (queries,), the sum of attention weights so far
   T* weights;          // (queries, kPage)
+  Product<T>* copy;    // (kCopyRows, kCopyDepth), weights of a product
 
   Buffers(const Decoder& d, const Sizes& s, Arena& a) {
     const int64_t features = std::max(kTile, d.head_dim), queries = kTogether * s.group;
@@ -174,6 +185,7 @@ struct Buffers {
     max_score = a.take<float>(queries);
     weight_sum = a.take<float>(queries);
     weights = a.take<T>(queries * kPage);
+    copy = a.take<Product<T>>(kCopyRows * kCopyDepth);
   }
 };
 
@@ -181,15 +193,22 @@ struct Buffers {
 template <class T>
 class Pass {
  public:
+  using P = Product<T>;
+
   Pass(const Decoder& d, const Rows& rows, Arena arena) : d(d), rows(rows), s(d, rows.n) {
-    const int64_t half = d.head_dim / 2;
+    const int64_t angles = d.rope_sets * d.rotary_dim / 2;
     x = arena.take<T>(s.padded_n * d.hidden);
-    h = arena.take<T>(s.padded_n * d.hidden);
-    attended = arena.take<T>(s.padded_n * d.heads * d.head_dim);
-    activation = arena.take<T>(s.padded_n * d.intermediate);
+    h = arena.take<P>(s.padded_n * d.hidden);
+    attended = arena.take<P>(s.padded_n * d.heads * d.head_dim);
+    activation = arena.take<P>(s.padded_n * d.intermediate);
     q = arena.take<T>(s.n * d.heads * d.head_dim);
-    cos = arena.take<float>(s.padded_n * half);
-    sin = arena.take<float>(s.padded_n * half);
+    cos = arena.take<float>(s.padded_n * angles);
+    sin = arena.take<float>(s.padded_n * angles);
+    if (d.norms_all_heads) {
+      const int64_t normed_heads = d.heads + d.kv_heads;
+      unnormed = arena.take<T>(s.padded_n * normed_heads * d.head_dim);
+      squares = arena.take<float>(s.padded_n * normed_heads);
+    }
     free_memory = arena;
   }
 
@@ -219,9 +238,12 @@ class Pass {
   const Rows& rows;
   const Sizes s;
   // Features by tokens, one block after another. x is plain, the others are the B of a product.
-  T *x, *h, *attended, *activation;
+  T* x;
+  P *h, *attended, *activation;
   T* q;              // (kv_heads, n, group, Dh)
-  float *cos, *sin;  // (Dh / 2, width), one block after another
+  float *cos, *sin;  // (rope_sets * rotary_dim / 2, width), one block after another
+  T* unnormed = nullptr;  // all heads of q and k by tokens, plain; only with norms_all_heads
+  float* squares = nullptr;  // (heads + kv_heads, width), sums over a head, one block after another
   Arena free_memory{nullptr};
 
   // Distributes vectors of tokens over the threads: calls f(block, first column, width).
@@ -251,44 +273,63 @@ class Pass {
     return data ? broadcast(widen(static_cast<const T*>(data)[i])) : Lanes{};
   }
 
+  // Returns the factor of a norm for feature i.
+  Lanes norm_factor(const void* weight, int64_t i) const {
+    return parameter(weight, i) + d.norm_offset;
+  }
+
   void embed(Team& team) {
-    const int64_t half = d.head_dim / 2;
+    const int64_t half = d.rotary_dim / 2, angles = d.rope_sets * half;
     each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
       T* to = block_of(x, block, d.hidden);
-      float *to_cos = block_of(cos, block, half), *to_sin = block_of(sin, block, half);
+      float *to_cos = block_of(cos, block, angles), *to_sin = block_of(sin, block, angles);
       for (int64_t i = column; i < column + kLanes; ++i) {
         const int64_t row = block * kBlock + i;
         const bool real = row < s.n;  // not padding
         const int64_t token = real ? rows.tokens[row] : 0;
         const T* from = static_cast<const T*>(d.embedding) + token * d.hidden;
         for (int64_t k = 0; k < d.hidden; ++k) to[k * w + i] = real ? from[k] : T{};
-        const int64_t angles = real ? rows.positions[row] * half : 0;
-        for (int64_t k = 0; k < half; ++k) {
-          to_cos[k * w + i] = rows.cos[angles + k];
-          to_sin[k * w + i] = rows.sin[angles + k];
+        const int64_t position = real ? rows.positions[row] : 0;
+        for (int64_t set = 0; set < d.rope_sets; ++set) {
+          const int64_t at = (set * rows.n_positions + position) * half;
+          for (int64_t k = 0; k < half; ++k) {
+            to_cos[(set * half + k) * w + i] = rows.cos[at + k];
+            to_sin[(set * half + k) * w + i] = rows.sin[at + k];
+          }
         }
+      }
+      if (d.embedding_scale == 1) return;
+      for (int64_t k = 0; k < d.hidden; ++k) {
+        T* at = to + k * w + column;
+        store_rounded(at, rounded<T>(load_wide(at) * d.embedding_scale));
       }
     });
   }
 
-  // Writes h = rms_norm(x) * weight, rounded once.
+  // Writes h = rms_norm(x), rounded once, or h = x if the layer has no such norm.
   void norm(const void* weight, Team& team) {
     each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
       const T* from = block_of(x, block, d.hidden) + column;
-      T* to = block_of(h, block, d.hidden);
-      Lanes sum[4] = {};
-      for (int64_t k = 0; k < d.hidden; ++k) {
-        const Lanes v = load_wide(from + k * w);
-        sum[k % 4] += v * v;
-      }
-      const Lanes scale = inverse_root((sum[0] + sum[1]) + (sum[2] + sum[3]), d.hidden);
+      P* to = block_of(h, block, d.hidden);
+      const Lanes scale = weight ? norm_scale(from, w) : Lanes{};
       for (int64_t k = 0; k < d.hidden; k += 2) {
         auto value = [&](int64_t k) {
-          return rounded<T>(load_wide(from + k * w) * scale * parameter(weight, k));
+          const Lanes v = load_wide(from + k * w);
+          return weight ? rounded<T>(v * scale * norm_factor(weight, k)) : v;
         };
-        store_rows(to + packed_index<T>(k, column, w), w, value(k), value(k + 1));
+        store_rows(to + packed_index<P>(k, column, w), w, value(k), value(k + 1));
       }
     });
+  }
+
+  // Returns 1 / rms of one vector of tokens. from: (D, w).
+  Lanes norm_scale(const T* from, int64_t w) const {
+    Lanes sum[4] = {};
+    for (int64_t k = 0; k < d.hidden; ++k) {
+      const Lanes v = load_wide(from + k * w);
+      sum[k % 4] += v * v;
+    }
+    return inverse_root((sum[0] + sum[1]) + (sum[2] + sum[3]), d.hidden);
   }
 
   Lanes inverse_root(Lanes squares, int64_t n) const {
@@ -299,25 +340,29 @@ class Pass {
 
   void layer(int64_t index, const Buffers<T>& buffers, Team& team) {
     const Layer& l = d.layers[index];
-    norm(l.input_norm, team);
+    norm(l.before_attention, team);
+    if (d.norms_all_heads)
+      team.each(d.heads + d.kv_heads, [&](int64_t head) { project_unnormed(l, head, buffers); });
     team.each(d.heads + 2 * d.kv_heads, [&](int64_t head) { project(index, head, buffers); });
     const int64_t chunks = (s.n + kTogether - 1) / kTogether;
     team.each(chunks * d.kv_heads, [&](int64_t item) {
       attend(index, item / chunks, item % chunks * kTogether, buffers);
     });
-    add_to_x(l.o, l.o_bias, attended, d.heads * d.head_dim, buffers, team);
-    norm(l.post_norm, team);
+    const int64_t width = d.heads * d.head_dim;
+    add_to_x(l.o, l.o_bias, l.after_attention, attended, width, buffers, team);
+    norm(l.before_mlp, team);
     feed_forward(l, buffers, team);
-    add_to_x(l.down, l.down_bias, activation, d.intermediate, buffers, team);
+    add_to_x(l.down, l.down_bias, l.after_mlp, activation, d.intermediate, buffers, team);
   }
 
   // Writes z (count, w): rows [first, first + count) of weight times a block of `in`, plus the
   // bias, rounded.
-  void product(const void* weight, const void* bias, int64_t first, int64_t count, const T* in,
-               int64_t depth, int64_t block, float* z) const {
+  void product(const void* weight, const void* bias, int64_t first, int64_t count, const P* in,
+               int64_t depth, int64_t block, const Buffers<T>& buffers, float* z) const {
     const int64_t w = s.width(block);
     const T* a = static_cast<const T*>(weight) + first * depth;
-    gemm(count, w, depth, a, depth, block_of(in, block, depth), w, z, w, false);
+    const P* b = block_of(in, block, depth);
+    multiply(count, w, depth, a, depth, b, w, z, w, buffers.copy);
     for (int64_t r = 0; r < count; ++r) {
       const Lanes b = parameter(bias, first + r);
       for (int64_t i = 0; i < w; i += kLanes)
@@ -325,42 +370,97 @@ class Pass {
     }
   }
 
-  // Computes one head. Heads are numbered with those of q first, then k, then v. Queries are
-  // written to q, keys and values to their pages.
+  // The heads of queries, keys or values of a layer.
+  struct Heads {
+    const void *weight, *bias, *norm;
+    int32_t rope;
+    int64_t first, count;  // among all heads, which are numbered with those of q first, then k, v
+  };
+
+  Heads heads_of(const Layer& l, int64_t head) const {
+    if (head < d.heads) return {l.q, l.q_bias, l.q_norm, l.rope, 0, d.heads};
+    if (head < d.heads + d.kv_heads)
+      return {l.k, l.k_bias, l.k_norm, l.rope, d.heads, d.kv_heads};
+    return {l.v, l.v_bias, nullptr, -1, d.heads + d.kv_heads, d.kv_heads};
+  }
+
+  // Computes one head. Queries are written to q, keys and values to their pages.
   void project(int64_t index, int64_t head, const Buffers<T>& buffers) {
-    const Layer& l = d.layers[index];
+    const Heads heads = heads_of(d.layers[index], head);
+    const int64_t own = head - heads.first;
     for (int64_t block = 0; block < s.blocks; ++block) {
-      if (head < d.heads) {
-        project_head(l.q, l.q_bias, l.q_norm, l.rope, head, block, buffers);
-        write_queries(head, block, buffers);
-      } else if (head < d.heads + d.kv_heads) {
-        project_head(l.k, l.k_bias, l.k_norm, l.rope, head - d.heads, block, buffers);
-        write_pages<true>(index, head - d.heads, block, buffers);
-      } else {
-        project_head(l.v, l.v_bias, nullptr, false, head - d.heads - d.kv_heads, block, buffers);
-        write_pages<false>(index, head - d.heads - d.kv_heads, block, buffers);
+      project_head(heads, own, block, buffers);
+      if (head < d.heads) write_queries(own, block, buffers);
+      else if (head < d.heads + d.kv_heads) write_pages<true>(index, own, block, buffers);
+      else write_pages<false>(index, own, block, buffers);
+    }
+  }
+
+  T* unnormed_head(int64_t head, int64_t block) const {
+    const int64_t features = (d.heads + d.kv_heads) * d.head_dim;
+    return block_of(unnormed, block, features) + head * d.head_dim * s.width(block);
+  }
+
+  // Computes one head of queries or keys before its norm, and the sum of its squares.
+  void project_unnormed(const Layer& l, int64_t head, const Buffers<T>& buffers) {
+    const Heads heads = heads_of(l, head);
+    const int64_t Dh = d.head_dim, own = head - heads.first;
+    for (int64_t block = 0; block < s.blocks; ++block) {
+      const int64_t w = s.width(block);
+      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers, buffers.z);
+      T* to = unnormed_head(head, block);
+      float* sums = block_of(squares, block, d.heads + d.kv_heads) + head * w;
+      for (int64_t i = 0; i < w; i += kLanes) {
+        store(sums + i, sum_of_squares(buffers.z + i, w));
+        for (int64_t k = 0; k < Dh; ++k)
+          store_rounded(to + k * w + i, load<Lanes>(buffers.z + k * w + i));
       }
     }
   }
 
-  // Computes one head of a block's tokens, normalized and rotated. The second half of `transposed`
-  // then holds it as (kBlock, Dh).
-  void project_head(const void* weight, const void* bias, const void* norm, bool rope, int64_t head,
-                    int64_t block, const Buffers<T>& buffers) const {
-    const int64_t Dh = d.head_dim, half = Dh / 2, w = s.width(block);
-    product(weight, bias, head * Dh, Dh, h, d.hidden, block, buffers.z);
-    const float* cosines = block_of(cos, block, half);
-    const float* sines = block_of(sin, block, half);
+  // Returns the sum of the squares of a head's values z (Dh, w).
+  Lanes sum_of_squares(const float* z, int64_t w) const {
+    Lanes sum{};
+    for (int64_t k = 0; k < d.head_dim; ++k) sum += load<Lanes>(z + k * w) * load<Lanes>(z + k * w);
+    return sum;
+  }
+
+  // Returns 1 / rms of one vector of tokens, over a head z (Dh, w) or over all heads together.
+  Lanes head_norm_scale(const Heads& heads, const float* z, int64_t block, int64_t i) const {
+    const int64_t w = s.width(block);
+    if (!d.norms_all_heads) return inverse_root(sum_of_squares(z, w), d.head_dim);
+    const float* sums = block_of(squares, block, d.heads + d.kv_heads) + heads.first * w + i;
+    Lanes sum{};
+    for (int64_t j = 0; j < heads.count; ++j) sum += load<Lanes>(sums + j * w);
+    return inverse_root(sum, heads.count * d.head_dim);
+  }
+
+  // Computes head `own` of `heads` for a block's tokens, normalized and rotated. The second half of
+  // `transposed` then holds it as (kBlock, Dh).
+  void project_head(const Heads& heads, int64_t own, int64_t block,
+                    const Buffers<T>& buffers) const {
+    const int64_t Dh = d.head_dim, half = d.rotary_dim / 2, w = s.width(block);
+    const bool computed = heads.norm && d.norms_all_heads;
+    if (computed) {
+      const T* from = unnormed_head(heads.first + own, block);
+      for (int64_t i = 0; i < Dh * w; i += kLanes) store(buffers.z + i, load_wide(from + i));
+    } else {
+      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers, buffers.z);
+    }
+    const int64_t set = std::max<int64_t>(heads.rope, 0) * half;
+    const float* cosines = block_of(cos, block, d.rope_sets * half) + set * w;
+    const float* sines = block_of(sin, block, d.rope_sets * half) + set * w;
+    const int64_t first_factor = d.norms_all_heads ? own * Dh : 0;
     for (int64_t i = 0; i < w; i += kLanes) {
       float* z = buffers.z + i;
-      if (norm) {
-        Lanes sum{};
-        for (int64_t k = 0; k < Dh; ++k) sum += load<Lanes>(z + k * w) * load<Lanes>(z + k * w);
-        const Lanes scale = inverse_root(sum, Dh);
-        for (int64_t k = 0; k < Dh; ++k)
-          store(z + k * w, rounded<T>(load<Lanes>(z + k * w) * scale * parameter(norm, k)));
+      if (heads.norm) {
+        const Lanes scale = head_norm_scale(heads, z, block, i);
+        for (int64_t k = 0; k < Dh; ++k) {
+          const Lanes factor = norm_factor(heads.norm, first_factor + k);
+          store(z + k * w, rounded<T>(load<Lanes>(z + k * w) * scale * factor));
+        }
       }
-      for (int64_t k = 0; k < half && rope; ++k) {
+      for (int64_t k = 0; k < half && heads.rope >= 0; ++k) {
         const Lanes a = load<Lanes>(z + k * w), b = load<Lanes>(z + (k + half) * w);
         const Lanes cosine = load<Lanes>(cosines + k * w + i);
         const Lanes sine = load<Lanes>(sines + k * w + i);
@@ -404,9 +504,10 @@ class Pass {
   }
 
   // Copies a head's Dh values to a column of the matrix B of a product, which has w columns.
-  void scatter(const T* from, T* to, int64_t w) const {
-    for (int64_t k = 0; k < d.head_dim; k += kPair<T>)
-      std::copy_n(from + k, kPair<T>, to + k * w);
+  template <class To>
+  void scatter(const T* from, To* to, int64_t w) const {
+    for (int64_t k = 0; k < d.head_dim; k += kPair<To>)
+      for (int64_t j = 0; j < kPair<To>; ++j) copy_value(from[k + j], to[k * w + j]);
   }
 
   // Prefetches a kv head's part of a page. The hardware cannot predict which page is next.
@@ -470,7 +571,7 @@ class Pass {
     const int64_t Dh = d.head_dim, count = (next - row) * s.group, at = (row - first) * s.group;
     gemm(count, kPage, Dh, q + (kv * s.n + row) * s.group * Dh, Dh, keys(index, kv, id), kPage,
          buffers.scores, kPage, false);
-    const float log2_scale = d.scale * float(M_LOG2E);
+    const float log2_scale = d.attention_scale * float(M_LOG2E);
     const Power power(broadcast(log2_scale));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = row + i / s.group;
@@ -507,46 +608,75 @@ class Pass {
 
   void write_attended(int64_t kv, int64_t row, int64_t slot, const Buffers<T>& buffers) {
     const int64_t Dh = d.head_dim, block = row / kBlock, i = row % kBlock, w = s.width(block);
-    T* to = block_of(attended, block, d.heads * Dh);
+    P* to = block_of(attended, block, d.heads * Dh);
     for (int64_t j = 0; j < s.group; ++j) {
       const float* sum = buffers.sum + (slot * s.group + j) * s.value_width;
       const float scale = 1.0f / buffers.weight_sum[slot * s.group + j];
       T* head_out = buffers.transposed;
       for (int64_t k = 0; k < s.value_width; k += kLanes)
         store_rounded(head_out + k, rounded<T>(load<Lanes>(sum + k) * scale));
-      scatter(head_out, to + packed_index<T>((kv * s.group + j) * Dh, i, w), w);
+      scatter(head_out, to + packed_index<P>((kv * s.group + j) * Dh, i, w), w);
     }
   }
 
-  void add_to_x(const void* weight, const void* bias, const T* in, int64_t depth,
-                const Buffers<T>& buffers, Team& team) {
+  // Adds a product to x, after the norm of `after` if the layer has one.
+  void add_to_x(const void* weight, const void* bias, const void* after, const P* in,
+                int64_t depth, const Buffers<T>& buffers, Team& team) {
+    // With a norm, the product is kept in the memory of h, which no later product reads.
+    T* kept = reinterpret_cast<T*>(h);
     each_tile(d.hidden, team, [&](int64_t first, int64_t count) {
       for (int64_t block = 0; block < s.blocks; ++block) {
         const int64_t w = s.width(block);
-        product(weight, bias, first, count, in, depth, block, buffers.z);
-        T* to = block_of(x, block, d.hidden) + first * w;
-        for (int64_t i = 0; i < count * w; i += kLanes)
-          store_rounded(to + i, rounded<T>(load_wide(to + i) + load<Lanes>(buffers.z + i)));
+        product(weight, bias, first, count, in, depth, block, buffers, buffers.z);
+        T* to = block_of(after ? kept : x, block, d.hidden) + first * w;
+        for (int64_t i = 0; i < count * w; i += kLanes) {
+          const Lanes z = load<Lanes>(buffers.z + i);
+          if (after) store_rounded(to + i, z);
+          else add_residual(to + i, z);
+        }
+      }
+    });
+    if (!after) return;
+    each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
+      const T* from = block_of(kept, block, d.hidden) + column;
+      T* to = block_of(x, block, d.hidden) + column;
+      const Lanes scale = norm_scale(from, w);
+      for (int64_t k = 0; k < d.hidden; ++k) {
+        const Lanes v = load_wide(from + k * w) * scale * norm_factor(after, k);
+        add_residual(to + k * w, rounded<T>(v));
       }
     });
   }
 
-  // Writes activation = silu(gate h) * (up h).
+  void add_residual(T* to, Lanes z) const {
+    if (d.residual_scale != 1) z = rounded<T>(z * d.residual_scale);
+    store_rounded(to, rounded<T>(load_wide(to) + z));
+  }
+
+  // Returns y with g * sigmoid(y) = the activation of g. GELU's tanh is that of sigmoid(2 u).
+  Lanes sigmoid_argument(Lanes g) const {
+    if (d.activation == kSilu) return g;
+    const float root = 0.7978845608f;  // sqrt(2 / pi)
+    return 2 * root * (g + 0.044715f * g * g * g);
+  }
+
+  // Writes activation = silu(gate h) * (up h), or with GELU in place of SiLU.
   void feed_forward(const Layer& l, const Buffers<T>& buffers, Team& team) {
     const Power exponential(broadcast(float(M_LOG2E)));
     each_tile(d.intermediate, team, [&](int64_t first, int64_t count) {
       for (int64_t block = 0; block < s.blocks; ++block) {
         const int64_t w = s.width(block);
-        product(l.gate, l.gate_bias, first, count, h, d.hidden, block, buffers.z);
-        product(l.up, l.up_bias, first, count, h, d.hidden, block, buffers.z2);
-        T* to = block_of(activation, block, d.intermediate);
+        product(l.gate, l.gate_bias, first, count, h, d.hidden, block, buffers, buffers.z);
+        product(l.up, l.up_bias, first, count, h, d.hidden, block, buffers, buffers.z2);
+        P* to = block_of(activation, block, d.intermediate);
         for (int64_t r = 0; r < count; r += 2)
           for (int64_t i = 0; i < w; i += kLanes) {
             auto value = [&](int64_t at) {
               const Lanes g = load<Lanes>(buffers.z + at), u = load<Lanes>(buffers.z2 + at);
-              return rounded<T>(rounded<T>(g / (1.0f + exponential(-g))) * u);
+              const Lanes y = sigmoid_argument(g);
+              return rounded<T>(rounded<T>(g / (1.0f + exponential(-y))) * u);
             };
-            store_rows(to + packed_index<T>(first + r, i, w), w, value(r * w + i),
+            store_rows(to + packed_index<P>(first + r, i, w), w, value(r * w + i),
                        value((r + 1) * w + i));
           }
       }
@@ -556,9 +686,11 @@ class Pass {
   void write_hidden(Team& team) {
     team.each(s.n, [&](int64_t row) {
       const int64_t block = row / kBlock, i = row % kBlock, w = s.width(block);
-      const T* from = block_of(h, block, d.hidden);
+      const P* from = block_of(h, block, d.hidden);
       T* to = static_cast<T*>(rows.out) + row * d.hidden;
-      for (int64_t k = 0; k < d.hidden; ++k) to[k] = from[packed_index<T>(k, i, w)];
+      for (int64_t k = 0; k < d.hidden; ++k) copy_value(from[packed_index<P>(k, i, w)], to[k]);
+      if (d.logit_scale == 1) return;
+      for (int64_t k = 0; k < d.hidden; ++k) narrow(widen(to[k]) * d.logit_scale, to[k]);
     });
   }
 };

@@ -3,6 +3,7 @@
 // pairs, as (K / 2, N, 2).
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "lanes.h"
@@ -13,6 +14,15 @@
 
 #if defined(EXPO_FAST_AMX) || defined(__AVX512BF16__)
 #define EXPO_FAST_BF16  // products of bf16 values are faster than products of their fp32 copies
+#endif
+
+// The type in which values of type T are multiplied.
+#if defined(EXPO_FAST_BF16)
+template <class T>
+using Product = T;
+#else
+template <class T>
+using Product = float;
 #endif
 
 // The neighbouring rows of B, and the values in a row of A, that one step along K multiplies.
@@ -114,6 +124,33 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t lda, co
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, cast(a), cast(b), c, true);
 }
 #endif
+
+// The part of A that `multiply` copies at once. It stays in L2.
+constexpr int64_t kCopyRows = 24, kCopyDepth = 1024;
+
+// Computes C (m, n) = A (m, k) @ B (k, n), where B has the type of products. If A has another type,
+// parts of it are copied to `copy`, (kCopyRows, kCopyDepth), while the next part is fetched.
+template <class T>
+inline void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const Product<T>* b,
+                     int64_t ldb, float* c, int64_t ldc, [[maybe_unused]] Product<T>* copy) {
+  if constexpr (sizeof(T) == sizeof(Product<T>)) {
+    gemm(m, n, k, a, lda, b, ldb, c, ldc, false);
+  } else {
+    for (int64_t k0 = 0; k0 < k; k0 += kCopyDepth) {
+      const int64_t depth = std::min(kCopyDepth, k - k0);
+      for (int64_t row = 0; row < m; row += kCopyRows) {
+        const int64_t rows = std::min(kCopyRows, m - row);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* from = a + (row + r) * lda + k0;
+          convert(from, depth, copy + r * depth);
+          for (int64_t i = 0; i < depth; i += 64 / sizeof(T))
+            __builtin_prefetch(from + kCopyRows * lda + i, 0, 2);
+        }
+        gemm(rows, n, depth, copy, depth, b + k0 * ldb, ldb, c + row * ldc, ldc, k0 > 0);
+      }
+    }
+  }
+}
 
 // Call this after the last product of a thread: AMX tiles that stay configured slow down its other
 // code.

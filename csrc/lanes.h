@@ -131,3 +131,25 @@ inline void narrow(const float* from, int64_t n, bf16* to) {
   }
   for (; i < n; ++i) narrow(from[i], to[i]);
 }
+
+inline void convert(const float* from, int64_t n, float* to) {
+  std::memcpy(to, from, n * sizeof *to);
+}
+
+inline void convert(const bf16* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const BitLanes bits = __builtin_convertvector(load<ShortLanes>(from + i), BitLanes);
+    store(to + i, bits << 16);
+  }
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+
+inline void convert(const fp16* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+inline void copy_value(bf16 from, bf16& to) { to = from; }
+
+template <class From, class To>
+inline void copy_value(From from, To& to) { narrow(widen(from), to); }

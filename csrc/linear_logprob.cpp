@@ -8,14 +8,16 @@
 // Tokens lie along the vector lanes: Z.T = weight @ hidden.T reads weight in memory order, and sums
 // over the vocabulary need no sum across lanes. Threads split the vocabulary, so that each thread
 // owns its rows of d_weight. Partial sums of the threads are added in the order of the threads, so
-// the same number of threads gives the same bits. Forward is one GEMM. Backward is three, because
-// it recomputes Z. A span of kSpan tokens reads weight from memory once.
+// the same number of threads gives the same bits. A span of kSpan tokens reads weight from memory
+// once. Forward is one GEMM. Backward is two if forward kept its exponentials in bf16, and three if
+// it recomputes Z.
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 
 #include "common.h"
 #include "gemm.h"
@@ -33,7 +35,7 @@ constexpr int64_t kPad = 32;
 
 }  // namespace
 
-// op_backends/cpu.py declares Head and Gradients too. Vectors are (N,) fp32 unless noted.
+// op_backends/cpu.py declares these structs too. Vectors are (N,) fp32 unless noted.
 struct Head {
   const void *hidden, *weight;  // (N, D), contiguous; (V, D), each row contiguous
   const float* bias;            // (V,) or null
@@ -50,10 +52,21 @@ struct Gradients {
   void* d_weight;  // (V, D), contiguous, or null; fp32 if N exceeds kSpan
   float* d_bias;   // (V,) or null
   int32_t d_hidden_dtype, d_weight_dtype;  // fp32 or bf16
+  int32_t accumulate;  // 1: add to d_weight, which is fp32, and to d_bias
+};
+
+// Exponentials exp((z - base) / temperature) that forward keeps for backward, in bf16. The base is
+// that of the token at the time of the tile, which may be lower than its last base.
+struct Kept {
+  bf16* exponentials;      // (V, stride); 0 for a token's target
+  float* base;             // (ceil(V / kForward), stride)
+  const int32_t* columns;  // (N,) ascending, where backward finds a token; null: at its own index
+  int64_t stride;          // tokens that fit, a multiple of 16
 };
 
 EXPO_FAST_SIZEOF(head, Head)
 EXPO_FAST_SIZEOF(gradients, Gradients)
+EXPO_FAST_SIZEOF(kept, Kept)
 
 namespace {
 
@@ -228,9 +241,27 @@ struct Sums {
   }
 };
 
+void store_bf16(bf16* to, Lanes x) {
+  store(to, __builtin_convertvector(rounded_to_bf16(x) >> 16, ShortLanes));
+}
+
+// Where forward keeps the exponentials of one tile and one block of tokens. Null: nowhere.
+struct KeptTile {
+  bf16* exponentials = nullptr;  // (rows, w) with row stride `stride`
+  float* base = nullptr;         // (w,)
+  int64_t stride = 0;
+
+  KeptTile(const Kept* kept, int64_t tile, int64_t token) {
+    if (!kept) return;
+    stride = kept->stride;
+    exponentials = kept->exponentials + tile * kForward * stride + token;
+    base = kept->base + tile * stride + token;
+  }
+};
+
 // Adds one tile of the vocabulary, for one block of tokens, to the sums.
 void add_exponentials(const Head& head, const float* z, int64_t start, int64_t rows, int64_t w,
-                      Sums to) {
+                      Sums to, const KeptTile& kept) {
   for (int64_t i = 0; i < w; i += kLanes) {
     const Power power(load<Lanes>(to.exponent + i));
     Lanes sum, product, largest;
@@ -242,6 +273,7 @@ void add_exponentials(const Head& head, const float* z, int64_t start, int64_t r
         Lanes logit = load<Lanes>(z + r * w + i);
         if (head.bias) logit += bias_of(head, start + r);
         const Lanes x = logit - base, e = power(x);
+        if (kept.exponentials) store_bf16(kept.exponentials + r * kept.stride + i, e);
         sum += e;
         product += e * x;
         largest = logit > largest ? logit : largest;
@@ -255,12 +287,13 @@ void add_exponentials(const Head& head, const float* z, int64_t start, int64_t r
         moved = true;
       }
     if (moved) sweep();
+    if (kept.base) store(kept.base + i, load<Lanes>(to.base + i));
     for (int64_t j = 0; j < kLanes; ++j) to.add(i + j, sum[j], product[j]);
   }
 }
 
 template <class T>
-void forward(const Head& head, double* other, double* moment, float* base) {
+void forward(const Head& head, const Kept* kept, double* other, double* moment, float* base) {
   Span<T> span(head, false);
   const int64_t tiles = (head.v + kForward - 1) / kForward;
   const int64_t padded_n = round_up(head.n, 16), size = head.threads * padded_n;
@@ -283,8 +316,9 @@ void forward(const Head& head, double* other, double* moment, float* base) {
         weight.take(start, rows);
         for (int64_t b = 0; b < span.blocks(); ++b) {
           write_logits(head, span, weight, start, rows, b, z);
-          add_exponentials(head, z, start, rows, span.width(b),
-                           sums.at(t * padded_n + first + b * kBlock));
+          const int64_t token = first + b * kBlock;
+          add_exponentials(head, z, start, rows, span.width(b), sums.at(t * padded_n + token),
+                           KeptTile(kept, tile, token));
         }
       }
       gemm_done();
@@ -307,8 +341,9 @@ void forward(const Head& head, double* other, double* moment, float* base) {
 template <class T>
 class Backward {
  public:
-  Backward(const Head& head, const Gradients& g, const Span<T>& span, const TokenInputs& inputs)
-      : head(head), g(g), span(span), inputs(inputs), weight(head, kBackward),
+  Backward(const Head& head, const Kept* kept, const Gradients& g, const Span<T>& span,
+           const TokenInputs& inputs)
+      : head(head), kept(kept), g(g), span(span), inputs(inputs), weight(head, kBackward),
         z(kBackward * kBlock), dz(kBackward * kStride), pairs(kBackward * kBlock),
         weight_t(g.d_hidden ? head.d * kWeightStride : 0),
         d_hidden(g.d_hidden ? kSpan * head.d : 0) {
@@ -324,8 +359,12 @@ class Backward {
     if (g.d_hidden) transpose_weight();
     if (g.d_bias) std::fill_n(bias_sum, rows, Lanes{});
     for (int64_t b = 0; b < span.blocks(); ++b) {
-      write_logits(head, span, weight, start, rows, b, z.data.get());
-      write_dz(b);
+      if (kept) {
+        write_kept_dz(b);
+      } else {
+        write_logits(head, span, weight, start, rows, b, z.data.get());
+        write_dz(b);
+      }
       set_targets(b);
       if (g.d_hidden) add_d_hidden(b);
     }
@@ -341,6 +380,7 @@ class Backward {
  private:
   static constexpr int64_t kStride = kSpan + kPad, kWeightStride = kBackward + kPad;
   const Head& head;
+  const Kept* kept;  // null: recompute the logits
   const Gradients& g;
   const Span<T>& span;
   const TokenInputs& inputs;
@@ -354,6 +394,9 @@ class Backward {
   int64_t start, rows;
 
   int64_t depth() const { return round_up(rows, kPair<T>); }
+
+  // Whether d_weight and d_bias have the sums of earlier tokens.
+  bool adds() const { return g.accumulate || span.start > 0; }
 
   void transpose_weight() {
     const int64_t rows_4 = rows / 4 * 4, d_4 = head.d / 4 * 4;  // rounded down to multiples of 4
@@ -384,17 +427,63 @@ class Backward {
         if (g.d_bias) bias_sum[r] += d;
         return d;
       };
-      T* to = &dz.data[at + i];
-      for (int64_t r = 0; r < rows; r += kPair<T>) {
-        const Lanes even = value(r);
-        if constexpr (kPair<T> == 1) {
-          store(to + r * kStride, even);
-        } else {
-          const BitLanes low = rounded_to_bf16(even) >> 16, high = rounded_to_bf16(value(r + 1));
-          store(to + r * kStride, __builtin_convertvector(low, ShortLanes));
-          store(to + (r + 1) * kStride, __builtin_convertvector(high >> 16, ShortLanes));
-          store(&pairs.data[r * w + 2 * i], low | high);
-        }
+      store_dz(block, i, 0, rows, value);
+    }
+  }
+
+  // dz = e exp2((base of its tile - base) * exponent) c0, for tokens whose c1 is 0
+  void write_kept_dz(int64_t block) {
+    const int64_t w = span.width(block), at = block * kBlock;
+    int32_t columns[kBlock];
+    for (int64_t i = 0; i < w; ++i) columns[i] = column_of(std::min(at + i, span.n - 1));
+    for (int64_t i = 0; i < w; i += kLanes) {
+      bool adjacent = true;
+      for (int j = 1; j < kLanes; ++j) adjacent &= columns[i + j] == columns[i] + j;
+      const Lanes base = load<Lanes>(inputs.base + at + i), c0 = load<Lanes>(inputs.c0 + at + i);
+      const Power power(load<Lanes>(inputs.exponent + at + i));
+      for (int64_t end, first = 0; first < rows; first = end) {
+        const int64_t tile = (start + first) / kForward;
+        end = std::min(rows, (tile + 1) * kForward - start);
+        Lanes tile_base;
+        for (int j = 0; j < kLanes; ++j)
+          tile_base[j] = kept->base[tile * kept->stride + columns[i + j]];
+        const Lanes scale = power(tile_base - base) * c0;
+        auto value = [&](int64_t r) {
+          if (r >= rows) return Lanes{};
+          const bf16* from = kept->exponentials + (start + r) * kept->stride;
+          ShortLanes e;
+          if (adjacent)
+            e = load<ShortLanes>(from + columns[i]);
+          else
+            for (int j = 0; j < kLanes; ++j) e[j] = from[columns[i + j]].bits;
+          const Lanes d = bits_as<Lanes>(__builtin_convertvector(e, BitLanes) << 16) * scale;
+          if (g.d_bias) bias_sum[r] += d;
+          return d;
+        };
+        store_dz(block, i, first, end, value);
+      }
+    }
+  }
+
+  // The place of a token of the span among the kept ones.
+  int64_t column_of(int64_t token) const {
+    return kept->columns ? kept->columns[span.start + token] : span.start + token;
+  }
+
+  // Stores value(r) for rows [first, end) and lanes [i, i + kLanes). In bf16, `first` is even.
+  template <class Value>
+  void store_dz(int64_t block, int64_t i, int64_t first, int64_t end, Value value) {
+    const int64_t w = span.width(block);
+    T* to = &dz.data[block * kBlock + i];
+    for (int64_t r = first; r < end; r += kPair<T>) {
+      const Lanes even = value(r);
+      if constexpr (kPair<T> == 1) {
+        store(to + r * kStride, even);
+      } else {
+        const BitLanes low = rounded_to_bf16(even) >> 16, high = rounded_to_bf16(value(r + 1));
+        store(to + r * kStride, __builtin_convertvector(low, ShortLanes));
+        store(to + (r + 1) * kStride, __builtin_convertvector(high >> 16, ShortLanes));
+        store(&pairs.data[r * w + 2 * i], low | high);
       }
     }
   }
@@ -429,7 +518,7 @@ class Backward {
       for (int64_t r = 0; r < rows; ++r) {
         To* to = static_cast<To*>(g.d_weight) + (start + r) * head.d + k0;
         const float* from = z.data.get() + r * w;
-        if (sizeof(To) == 4 && span.start)
+        if (sizeof(To) == 4 && adds())
           for (int64_t k = 0; k < real; ++k) narrow(widen(to[k]) + from[k], to[k]);
         else
           narrow(from, real, to);
@@ -441,7 +530,7 @@ class Backward {
     for (int64_t r = 0; r < rows; ++r) {
       float sum = 0;
       for (int j = 0; j < kLanes; ++j) sum += bias_sum[r][j];
-      g.d_bias[start + r] = span.start ? g.d_bias[start + r] + sum : sum;
+      g.d_bias[start + r] = adds() ? g.d_bias[start + r] + sum : sum;
     }
   }
 };
@@ -461,7 +550,9 @@ void write_d_hidden(const Span<T>& span, int64_t block,
 }
 
 template <class T>
-void backward(const Head& head, const Gradients& g) {
+void backward(const Head& head, const Kept* kept, const Gradients& g) {
+  if (g.d_weight && g.d_weight_dtype != kFloat32 && (g.accumulate || head.n > kSpan))
+    throw std::invalid_argument("the sum of several weight gradients must be fp32");
   Span<T> span(head, true);
   auto inputs = std::make_unique<TokenInputs>();
   const int64_t rows_per_thread = (head.v + head.threads - 1) / head.threads;
@@ -469,7 +560,7 @@ void backward(const Head& head, const Gradients& g) {
   const int64_t tiles = (head.v + size - 1) / size;
   auto parts = std::make_unique<std::unique_ptr<Backward<T>>[]>(head.threads);
   for (int t = 0; t < head.threads; ++t)
-    parts[t] = std::make_unique<Backward<T>>(head, g, span, *inputs);
+    parts[t] = std::make_unique<Backward<T>>(head, kept, g, span, *inputs);
   for (int64_t first = 0; first < head.n; first += kSpan) {
     span.take(head, first, true);
     inputs->take(head, g, first, span.n, span.padded_n);
@@ -492,20 +583,15 @@ void backward(const Head& head, const Gradients& g) {
   }
 }
 
-thread_local char last_error[1024];
-
 // Calls f with a value of the type to multiply in. Returns 0, or 1 with the reason in last_error.
 template <class F>
 int32_t with_product(const Head& head, F f) {
-  try {
+  return guarded([&] {
 #ifdef EXPO_FAST_BF16
-    if (head.hidden_dtype == kBFloat16 && head.weight_dtype == kBFloat16) return f(bf16{}), 0;
+    if (head.hidden_dtype == kBFloat16 && head.weight_dtype == kBFloat16) return f(bf16{});
 #endif
-    return f(float{}), 0;
-  } catch (const std::exception& error) {
-    std::strncpy(last_error, error.what(), sizeof last_error - 1);
-    return 1;
-  }
+    return f(float{});
+  });
 }
 
 }  // namespace
@@ -544,17 +630,23 @@ int32_t expo_fast_anchor(const Head* head, float* out) {
   return 0;
 }
 
+// Returns the vocabulary rows that share a base in Kept.
+int32_t expo_fast_tile_rows() { return kForward; }
+
 // Writes other and moment, (N,) fp64, and the base (N,) that they are relative to, which differs
-// from head->base where p_y is small. Returns 0, or 1 and sets the error.
-int32_t expo_fast_forward(const Head* head, double* other, double* moment, float* base) {
+// from head->base where p_y is small. If `kept` is not null, it writes the exponentials
+// too. Returns 0, or 1 and sets the error.
+int32_t expo_fast_forward(const Head* head, const Kept* kept, double* other, double* moment,
+                          float* base) {
   return with_product(*head, [&](auto type) {
-    forward<decltype(type)>(*head, other, moment, base);
+    forward<decltype(type)>(*head, kept, other, moment, base);
   });
 }
 
-// Writes the gradients that `g` asks for. Returns 0, or 1 and sets the error.
-int32_t expo_fast_backward(const Head* head, const Gradients* g) {
-  return with_product(*head, [&](auto type) { backward<decltype(type)>(*head, *g); });
+// Writes the gradients that `g` asks for. If `kept` is not null, it reads the exponentials, and c1
+// is 0. Returns 0, or 1 and sets the error.
+int32_t expo_fast_backward(const Head* head, const Kept* kept, const Gradients* g) {
+  return with_product(*head, [&](auto type) { backward<decltype(type)>(*head, kept, *g); });
 }
 
 }  // extern "C"

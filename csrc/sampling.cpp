@@ -44,66 +44,78 @@ double uniform(int64_t seed, int64_t position) {
 template <class T>
 class Sampler {
  public:
+  using P = Product<T>;
+
   explicit Sampler(const Draw& draw)
       : draw(draw), padded_n(round_up(draw.n, 16)), blocks((draw.n + kBlock - 1) / kBlock),
-        tiles((draw.v + kTileRows - 1) / kTileRows), depth(round_up(draw.d, kPair<T>)) {
+        tiles((draw.v + kTileRows - 1) / kTileRows), depth(round_up(draw.d, kPair<P>)) {
     char* at = static_cast<char*>(draw.workspace);
     auto take = [&](int64_t bytes) {
       char* part = at + used;
       used += round_up(bytes, 64);
       return part;
     };
-    columns = reinterpret_cast<T*>(take(padded_n * depth * sizeof(T)));
+    columns = reinterpret_cast<P*>(take(padded_n * depth * sizeof(P)));
     max_logit = reinterpret_cast<float*>(take(tiles * padded_n * 4));
     exp_sum = reinterpret_cast<float*>(take(tiles * padded_n * 4));
     logits = reinterpret_cast<float*>(take(draw.threads * kTileRows * kBlock * 4));
+    copies = reinterpret_cast<P*>(take(draw.threads * kCopyRows * kCopyDepth * sizeof(P)));
   }
 
   int64_t used = 0;
 
   void run() {
     Team::run(draw.threads, [&](Team& team, int t) {
-      float* z = logits + t * kTileRows * kBlock;
+      const Buffers buffers{logits + t * kTileRows * kBlock, copies + t * kCopyRows * kCopyDepth};
       team.each(padded_n, [&](int64_t i) { pack(i); });
       team.each(tiles, [&](int64_t tile) {
-        for (int64_t block = 0; block < blocks; ++block) sweep(tile, block, z);
+        for (int64_t block = 0; block < blocks; ++block) sweep(tile, block, buffers);
       });
-      team.each(padded_n / kLanes, [&](int64_t v) { pick(v * kLanes, z); });
+      team.each(padded_n / kLanes, [&](int64_t v) { pick(v * kLanes, buffers); });
       gemm_done();
     });
   }
 
  private:
+  // The buffers of one thread.
+  struct Buffers {
+    float* z;  // (kTileRows, kBlock), the logits of a tile
+    P* copy;   // (kCopyRows, kCopyDepth), weights of a product
+  };
+
   const Draw& draw;
   const int64_t padded_n, blocks, tiles, depth;
-  T* columns;        // the B of Z.T = weight @ hidden.T, one block after another
+  P* columns;        // the B of Z.T = weight @ hidden.T, one block after another
   float* max_logit;  // (tiles, padded_n), the largest logit of a tile
   float* exp_sum;    // (tiles, padded_n), sum exp((z - max_logit) / temperature) over a tile
-  float* logits;     // (kTileRows, kBlock) for each thread
+  float* logits;     // of the threads' buffers
+  P* copies;
 
   int64_t width(int64_t block) const { return std::min(kBlock, padded_n - block * kBlock); }
   int64_t rows(int64_t tile) const { return std::min(kTileRows, draw.v - tile * kTileRows); }
 
   void pack(int64_t i) {
     const int64_t block = i / kBlock, w = width(block);
-    T* to = columns + block * kBlock * depth;
+    P* to = columns + block * kBlock * depth;
     const T* from = static_cast<const T*>(draw.hidden) + i * draw.d;
     for (int64_t k = 0; k < depth; ++k)
-      to[(k / kPair<T> * w + i % kBlock) * kPair<T> + k % kPair<T>] =
-          i < draw.n && k < draw.d ? from[k] : T{};
+      copy_value(i < draw.n && k < draw.d ? from[k] : T{},
+                 to[(k / kPair<P> * w + i % kBlock) * kPair<P> + k % kPair<P>]);
   }
 
   // Writes the logits (rows, w) of a tile for w tokens of a block.
-  void product(int64_t tile, int64_t block, int64_t column, int64_t w, float* z) const {
+  void product(int64_t tile, int64_t block, int64_t column, int64_t w,
+               const Buffers& buffers) const {
     const T* a = static_cast<const T*>(draw.weight) + tile * kTileRows * draw.d;
-    const T* b = columns + block * kBlock * depth + column * kPair<T>;
-    gemm(rows(tile), w, depth, a, draw.d, b, width(block), z, w, false);
+    const P* b = columns + block * kBlock * depth + column * kPair<P>;
+    multiply(rows(tile), w, depth, a, draw.d, b, width(block), buffers.z, w, buffers.copy);
   }
 
   // Computes the logits of a tile for a block of tokens, and their maxima and sums.
-  void sweep(int64_t tile, int64_t block, float* z) {
+  void sweep(int64_t tile, int64_t block, const Buffers& buffers) {
     const int64_t w = width(block), n = rows(tile), first = block * kBlock;
-    product(tile, block, 0, w, z);
+    product(tile, block, 0, w, buffers);
+    const float* z = buffers.z;
     for (int64_t i = 0; i < w; i += kLanes) {
       Lanes largest = load<Lanes>(z + i), sum{};
       for (int64_t r = 1; r < n; ++r) {
@@ -132,7 +144,7 @@ class Sampler {
 
   // Draws tokens for kLanes rows from `first` on. First makes their sums relative to the largest
   // logit of all tiles.
-  void pick(int64_t first, float* z) {
+  void pick(int64_t first, const Buffers& buffers) {
     const Power power(exponents(first));
     Lanes largest = load<Lanes>(max_logit + first);
     double sum[kLanes] = {};
@@ -147,11 +159,11 @@ class Sampler {
       for (int j = 0; j < kLanes; ++j) sum[j] += part[j];
     }
     for (int64_t i = first; i < std::min(first + kLanes, draw.n); ++i)
-      pick_one(i, largest[i - first], sum[i - first], z);
+      pick_one(i, largest[i - first], sum[i - first], buffers);
   }
 
   // Draws the token of row i.
-  void pick_one(int64_t i, float largest, double sum, float* z) const {
+  void pick_one(int64_t i, float largest, double sum, const Buffers& buffers) const {
     draw.token[i] = 0;
     draw.logp[i] = NAN;
     if (!std::isfinite(sum)) return;
@@ -168,8 +180,8 @@ class Sampler {
       if (likeliest ? has_largest : running > target) break;
     }
     const int64_t column = i % kBlock / kColumns * kColumns;
-    product(chosen, i / kBlock, column, kColumns, z);
-    take_from(chosen, i, z + i % kColumns, likeliest, target - before, largest, sum);
+    product(chosen, i / kBlock, column, kColumns, buffers);
+    take_from(chosen, i, buffers.z + i % kColumns, likeliest, target - before, largest, sum);
   }
 
   // Draws the token of row i from a tile. `rest` is the part of the target that lies in the tile,

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model",
     "evaluate": "measure the accuracy of a model on a set of problems",
     "report": "write a report on training runs as one HTML file",
+    "merge": "merge a LoRA adapter into its base model",
     "check": "show what this machine can run, and test the ops on it",
 }
 

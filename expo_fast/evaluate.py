@@ -35,18 +35,18 @@ from expo_fast.algorithms.training_data import (
     check_ids,
     in_words,
     warn_of_control_tokens,
-    without,
 )
 from expo_fast.cli.flags import parse
 from expo_fast.config import INSTRUCTION, Evaluate
 from expo_fast.data.answer_grading import last_boxed
-from expo_fast.data.problems import Problem, load_problems, subset, worked_examples
+from expo_fast.data.problems import Problem, load_problems, subset, without, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.reporting.accuracy import Graded, accuracy, by_level, by_problem
 from expo_fast.reporting.lm_eval import lm_eval_results
 from expo_fast.reward import grader_hash, score_answers
+from expo_fast.runtime import interruptions
 from expo_fast.storage.files import output_file, replace_file
 from expo_fast.weights import load_model
 
@@ -128,7 +128,8 @@ def evaluate(
     texts = [prompter.text(completion.token_ids) for completion in completions]
     answers = [problem.answer for problem, _ in asked]
     complete = [p.prefill + text for (p, _), text in zip(asked, texts, strict=True)]
-    verdicts = verify(answers, complete)
+    with interruptions.immediate():
+        verdicts = verify(answers, complete)
     results = zip(asked, completions, texts, verdicts, strict=True)
     graded = [
         Graded(
@@ -224,7 +225,7 @@ def data_name(config: Evaluate, trained: TrainedModel | None) -> str:
 
 def load_data(
     config: Evaluate, trained: TrainedModel | None
-) -> tuple[list[Problem], tuple[Problem, ...]]:
+) -> tuple[Sequence[Problem], tuple[Problem, ...]]:
     """Return the problems and the few-shot examples. No example is among the problems.
 
     The problems and the examples of a run are those of its training, unless options name others.
@@ -248,7 +249,7 @@ def load_data(
     return without(problems, shots), shots
 
 
-def load_evaluated(config: Evaluate, *, all_columns: bool) -> list[Problem]:
+def load_evaluated(config: Evaluate, *, all_columns: bool) -> Sequence[Problem]:
     """Return the problems of `data`.
 
     all_columns: as for `load_problems`.

@@ -124,6 +124,13 @@ class Generator:
             self._cuda = cuda_engine.CudaEngine(self.model)
         return self._cuda
 
+    def forget_engine(self) -> None:
+        """Make the next call build its engine anew, after the weights have got other addresses.
+
+        The CUDA graphs of an engine contain the addresses. The other engines keep none.
+        """
+        self._cuda = None
+
     def _scheduler(self, engine: Engine, requests: dict[int, Request]) -> Scheduler:
         return Scheduler(
             engine,

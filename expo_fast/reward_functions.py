@@ -596,11 +596,16 @@ def check_reward_functions(
     functions: Sequence[RewardFunction], source: str, problems: Sequence[Problem]
 ) -> None:
     """Raise ValueError if a function needs an argument that the data do not have."""
-    columns = reward_columns(problems)
-    known = {name for name, values in columns.items() if any(each is not None for each in values)}
+    needed = {name for function in functions for name in function.required} - set(ARGUMENTS)
+    for problem in problems:
+        if not needed:
+            return
+        needed -= {
+            name for name, (value,) in reward_columns([problem]).items() if value is not None
+        }
     for function in functions:
         for name in function.required:
-            if name in ARGUMENTS or name in known:
+            if name not in needed:
                 continue
             raise ValueError(
                 f"reward function {function.name} needs the argument {name!r}, which is neither a "

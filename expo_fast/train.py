@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the imports below, because one of their pac
 
     raise SystemExit(run_command("train"))
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 
 from expo_fast.algorithms import dpo, grpo, sft
+from expo_fast.algorithms.alarms import Alarms
+from expo_fast.algorithms.publish import push_model
+from expo_fast.algorithms.ranks import RankClock, check_shared_folder
 from expo_fast.algorithms.resume import (
     begin_record,
     check_run_dir,
     names_checkpoint,
     restore,
-    save_checkpoint,
     with_defaults,
     write_base,
 )
@@ -34,6 +37,7 @@ from expo_fast.algorithms.rollout import (
     cut_in_words,
     undecided_in_words,
 )
+from expo_fast.algorithms.saving import Saver
 from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
 from expo_fast.algorithms.training_data import (
     TrainingData,
@@ -47,13 +51,19 @@ from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
+from expo_fast.distributed import session
+from expo_fast.distributed.world import ALONE, World
 from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
+from expo_fast.inspection.disk import disk_lines
 from expo_fast.inspection.memory import estimate_memory, memory_lines
+from expo_fast.inspection.ranks_memory import ranks_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.op_backends import dispatch
-from expo_fast.reporting.jsonl import read_rows
+from expo_fast.reporting.accuracy import by_problem
+from expo_fast.reporting.jsonl import json_value, read_rows
+from expo_fast.reporting.quiet_log import QuietLog
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS, RunLog
 from expo_fast.reporting.timing import Phases
 from expo_fast.reporting.trackers import check_trackers
@@ -66,7 +76,10 @@ from expo_fast.reward_functions import (
     custom_reward,
     load_rewards,
 )
-from expo_fast.storage import checkpoint
+from expo_fast.runtime import interruptions
+from expo_fast.runtime.endings import Collapsed, Stopped
+from expo_fast.runtime.interruptions import Interruptions
+from expo_fast.storage import checkpoint, hub
 from expo_fast.weights import load_model
 
 FEW_QUESTIONS = 10  # fewer have no useful bootstrap interval
@@ -114,72 +127,87 @@ class TrainResult:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command line. Raise ValueError or OSError for an error that a user can correct."""
-    run(parse(Train, argv))
+    try:
+        config = parse(Train, argv)
+    except ValueError as error:
+        session.tell_other_ranks(error)
+        raise
+    run(config)
 
 
 def run(config: Train) -> TrainResult:
     """Train a model, or resume its run, and return the result.
 
-    With `config.dry_run`, everything is checked and no step runs.
+    With `config.dry_run`, everything is checked and no step runs. Under `torchrun`, all its
+    processes have to call it.
     Raise ValueError or OSError for an error that a user can correct.
     """
-    check_trackers(config.report_to)
-    config = with_defaults(config)
-    check_run_dir(config)
-    data = load_training_data(config)
-    config = config.resolve_epochs(len(data.problems))
-    trainer = build_trainer(config, data)
-    if trainer.model.device.type == "cpu":
-        dispatch.compiles()  # called here to report a missing compiler before the run begins
-    shape = trainer.model.shape
-    prompter = trainer.prompter
-    check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
-    check_lengths(config, prompter, data.problems, data.held_out, shape.context)
-    warn_of_control_tokens(prompter, [*data.problems, *data.held_out])
+    with session.started(config.collective_timeout, config.device) as world:
+        return run_in(world, config)
+
+
+def run_in(world: World, config: Train) -> TrainResult:
+    """Train a model on the ranks of a world. See `run`."""
+    with world.agreed():
+        check_trackers(config.report_to)
+        hub.check_target(config.push_to_hub)
+        config = with_defaults(config)
+        check_run_dir(config)
+        data = load_training_data(config)
+        config = config.resolve_epochs(len(data.problems))
+        trainer = build_trainer(config, data, world)
+        if trainer.model.device.type == "cpu":
+            dispatch.compiles()  # called here to report a missing compiler before the run begins
+        shape = trainer.model.shape
+        prompter = trainer.prompter
+        check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
+        check_lengths(config, prompter, data.problems, data.held_out, shape.context)
+        warn_of_control_tokens(prompter, data.problems)
+        warn_of_control_tokens(prompter, data.held_out)
     # A named checkpoint is read first, so that a wrong one leaves no new run directory.
     restored = None
     if config.dry_run or names_checkpoint(config):
         restored = restore(config, trainer)
         check_continuation(trainer, start=restored[1])
     if config.dry_run:
-        print_dry_run(trainer, data)
+        if world.is_main:
+            print_dry_run(trainer, data)
         return result_of(trainer)
-    with (
-        checkpoint.run_lock(config.run_dir),
-        open_log(config) as log,
-    ):
+    check_shared_folder(world, config.run_dir)
+    with contextlib.ExitStack() as stack:
+        with world.agreed():
+            if world.is_main:
+                stack.enter_context(checkpoint.run_lock(config.run_dir))
+        log = stack.enter_context(open_log(config, world))
         log.note(f"run directory: {config.run_dir}")
-        check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
+        with world.agreed():
+            check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
         resumed_from, start = restored or restore(config, trainer)
         check_continuation(trainer, start)
         if config.spec.loop == "dpo":
             dpo.open_pair_store(trainer, config.run_dir, start)
-        begin_record(config, resumed_from, start, log)
-        for line in data.notes:
-            log.note(line)
-        write_base(trainer, log)
-        log.open_trackers()
-        try:
-            train(trainer, data.held_out, log, start)
-        except KeyboardInterrupt:
-            log.note(interruption_in_words(config.run_dir))
-            raise
+        with world.agreed():
+            if world.is_main:
+                begin_record(config, resumed_from, start, log)
+                for line in data.notes:
+                    log.note(line)
+                write_base(trainer, log)
+                log.open_trackers()
+        with interruptions.watching(config.stop_within) as signals:
+            signals.together = world.size > 1
+            train(trainer, data.held_out, log, start, signals)
+        with world.agreed():
+            if world.is_main:
+                push_model(trainer, log)
     return result_of(trainer)
-
-
-def interruption_in_words(run_dir: Path) -> str:
-    """Return where an interrupted run continues."""
-    newest = checkpoint.newest(run_dir)
-    if newest is None:
-        return "interrupted before the first checkpoint: the same command starts the run again"
-    return f"interrupted: the same command resumes the run from {newest}"
 
 
 def result_of(trainer: Trainer) -> TrainResult:
     """Return the result of a run. It does not keep the optimizer's state in memory."""
+    model = trainer.model if trainer.config.lora_rank else trainer.layout.sampling_model
     return TrainResult(
         run_dir=trainer.config.run_dir,
-        model=trainer.model,
+        model=model,
         tokenizer=trainer.prompter.tokenizer,
         generator=trainer.generator,
     )
@@ -188,7 +216,7 @@ def result_of(trainer: Trainer) -> TrainResult:
 def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     """Print the configuration as TOML.
 
-    The data, the first prompt and an estimate of the memory are printed as comments.
+    The data, the first prompt and estimates of memory and disk space are printed as comments.
     """
     config = trainer.config
     print(dump_toml(config), end="")
@@ -198,13 +226,15 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     prompt = json.dumps(trainer.prompter.tokenizer.decode(prompt_ids))
     print(f"# prompt of {trainer.problems[0].id}: {prompt}")
     estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
-    for line in memory_lines(config, estimate):
+    ranks = ranks_lines(config, trainer.model.config, estimate)
+    for line in (*memory_lines(config, estimate), *ranks, *disk_lines(trainer)):
         print(f"# {line}")
 
 
-def open_log(config: Train) -> RunLog:
-    """Return the log of the run."""
-    return RunLog(
+def open_log(config: Train, world: World = ALONE) -> RunLog:
+    """Return the log of the run. Only rank 0 writes one."""
+    kind = RunLog if world.is_main else QuietLog
+    return kind(
         config.run_dir,
         total_steps=config.steps,
         loop=config.spec.loop,
@@ -223,8 +253,11 @@ def data_lines(data: TrainingData) -> Iterator[str]:
     yield from data.notes
 
 
-def build_trainer(config: Train, data: TrainingData) -> Trainer:
-    """Load the model and return the trainer of a new run."""
+def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Trainer:
+    """Load the model and return the trainer of a new run.
+
+    world: the ranks of the run, which all have to call this.
+    """
     progress = TrainerState(max_steps=config.steps)
     reward = build_reward(config, data, progress)
     dtype = getattr(torch, config.dtype)
@@ -258,6 +291,7 @@ def build_trainer(config: Train, data: TrainingData) -> Trainer:
         verify=score_answers,
         progress=progress,
         sources=data.sources,
+        world=world,
     )
 
 
@@ -280,61 +314,156 @@ def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> R
 
 def check_continuation(trainer: Trainer, start: int) -> None:
     """Raise ValueError if the run cannot continue from step `start` (from 0)."""
-    if trainer.config.spec.loop == "dpo":
-        dpo.check_pairs(trainer, trainer.config.run_dir, start)
+    with trainer.world.agreed():
+        if trainer.config.spec.loop == "dpo" and trainer.world.is_main:
+            dpo.check_pairs(trainer, trainer.config.run_dir, start)
 
 
-def train(trainer: Trainer, held_out: Sequence[Problem], log: RunLog, start: int) -> None:
-    """Run steps start .. config.steps - 1, with their evaluations and checkpoints."""
+def train(
+    trainer: Trainer,
+    held_out: Sequence[Problem],
+    log: RunLog,
+    start: int,
+    signals: Interruptions,
+) -> None:
+    """Run steps start .. config.steps - 1, with their evaluations and checkpoints.
+
+    Raise Stopped if a signal ends the run. The last step boundary is then saved. Raise Collapsed if
+    the weights are broken, or with `stop_on_collapse` if an alarm says so.
+    """
+    eval_every = trainer.config.eval_every if held_out else 0
+    saver = Saver(trainer, log, evaluates=eval_every > 0)
+    trainer.mark_boundary(start)
+    try:
+        run_steps(trainer, held_out, log, start, signals, saver)
+    except Stopped as stop:
+        interruptions.defer()  # until the boundary is saved
+        log.note(f"interrupted by {saver.at_stop(stop)}")
+        raise
+    except KeyboardInterrupt:  # outside the main thread or from a reward function: at any line
+        log.note(f"interrupted: {saver.newest_in_words()}")
+        raise
+
+
+def run_steps(
+    trainer: Trainer,
+    held_out: Sequence[Problem],
+    log: RunLog,
+    start: int,
+    signals: Interruptions,
+    saver: Saver,
+) -> None:
+    """Run the steps of `train`."""
     config = trainer.config
-    run_step = LOOPS[config.spec.loop]
+    world = trainer.world
+    clock = RankClock(world)
+    eval_every = config.eval_every if held_out else 0
+    saves = config.checkpoint_every > 0
+    alarms = Alarms(config, read_rows(config.run_dir / METRICS))
     told_of_cut = False
     told_of_undecided = False
-    eval_every = config.eval_every if held_out else 0
-    if start == 0 and eval_every:
-        log_evaluation(trainer, held_out, log, step=0)
+    if world.broadcast(lacks_evaluation(config, eval_every, start, saver)):
+        log_evaluation(trainer, held_out, log, saver, step=start)
     for step in range(start, config.steps):
+        signals.check()
         done = step + 1
-        phases = Phases()
-        skipped_before = trainer.optimizer.skipped
-        trainer.progress.global_step = step
-        trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
-        try:
-            metrics, texts = run_step(trainer, step, phases)
-        except RewardError:
-            raise
-        except ValueError as error:
-            # Bad input was refused before the run. This is a bug, so the traceback is needed.
-            raise RuntimeError(f"step {done} failed") from error
-        row = {
+        world.begin_step(done)
+        row = take_step(trainer, step, log, alarms, clock)
+        clipped_ratio = row.get("completions/clipped_ratio") or 0.0
+        if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
+            told_of_cut = True
+            log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
+        if (row.get("verdicts/undecided") or 0.0) >= MANY_UNDECIDED and not told_of_undecided:
+            told_of_undecided = True
+            log.note(f"warning: step {done}: {undecided_in_words(row)}")
+        saver.read_step(row)
+        trainer.mark_boundary(done)
+        is_best = False
+        if is_due(done, eval_every, config.steps):
+            is_best = log_evaluation(trainer, held_out, log, saver, step=done)
+        with world.agreed():
+            if world.is_main:
+                check_collapse(config, alarms, saver, done)
+        if done == config.steps:
+            continue  # saved below
+        is_requested = any(world.exchange(signals.take_save_request()))
+        is_due_now = is_due(done, config.checkpoint_every, config.steps)
+        is_due_now |= is_best and saves and config.keep_best > 0
+        is_due_now = world.broadcast(is_due_now or is_requested)
+        if saver.after_step(done, is_due=is_due_now) and is_requested:
+            log.note(f"step {done} is saved, as a signal asked for")
+    if start < config.steps and saves:
+        saver.after_last_step(config.steps)
+    if world.is_main:
+        for line in summary(config, alarms, saver):
+            log.note(line)
+
+
+def lacks_evaluation(config: Train, eval_every: int, start: int, saver: Saver) -> bool:
+    """Return whether the evaluation before step `start` (from 0) is still to be done.
+
+    A run that was stopped inside an evaluation has a checkpoint of the step and no evaluation.
+    """
+    if start == 0 or names_checkpoint(config):
+        return start == 0 and eval_every > 0
+    is_evaluated = start in saver.scores.evaluated
+    return is_due(start, eval_every, config.steps) and not is_evaluated
+
+
+def check_collapse(config: Train, alarms: Alarms, saver: Saver, step: int) -> None:
+    """Raise Collapsed if an alarm says so and the configuration asks for that."""
+    reason = alarms.collapse
+    if not config.stop_on_collapse or reason is None:
+        return
+    best = saver.best_in_words()
+    advice = "" if best is None else f"; the best checkpoint is {best}"
+    raise Collapsed(f"step {step}: {reason}; {saver.newest_in_words()}{advice}")
+
+
+def take_step(
+    trainer: Trainer, step: int, log: RunLog, alarms: Alarms, clock: RankClock
+) -> dict[str, Any]:
+    """Take step `step` (from 0), log it and return its row of metrics.
+
+    Raise Collapsed after too many broken steps.
+    """
+    config = trainer.config
+    done = step + 1
+    phases = Phases(entered=trainer.world.enter)
+    skipped_before = trainer.optimizer.skipped
+    trainer.progress.global_step = step
+    trainer.progress.epoch = step * config.prompts_per_step / len(trainer.problems)
+    try:
+        metrics, texts = LOOPS[config.spec.loop](trainer, step, phases)
+    except RewardError:
+        raise
+    except ValueError as error:
+        # Bad input was refused before the run. This is a bug, so the traceback is needed.
+        raise RuntimeError(f"step {done} failed") from error
+    row = json_value(
+        {
             "step": done,
             **metrics,
             "skipped_steps": trainer.optimizer.skipped,
             "num_tokens": trainer.sampled_tokens + trainer.data_tokens,
-            **phases.seconds(),
         }
-        log.write_completions(done, texts)
-        log.write_step(row)
-        clipped_ratio = metrics.get("completions/clipped_ratio") or 0.0
-        if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
-            told_of_cut = True
-            log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
-        if (metrics.get("verdicts/undecided") or 0.0) >= MANY_UNDECIDED and not told_of_undecided:
-            told_of_undecided = True
-            log.note(f"warning: step {done}: {undecided_in_words(metrics)}")
-        no_finite_logits = metrics.get("completions/error_ratio") == 1
-        if no_finite_logits or trainer.optimizer.skipped > skipped_before:
-            trainer.broken_steps += 1
-            last = no_finite_logits and done == config.steps
-            keep_broken_batch(config.run_dir, done, trainer.broken_steps, last=last)
-        else:
-            trainer.broken_steps = 0
-        if is_due(done, eval_every, config.steps):
-            log_evaluation(trainer, held_out, log, step=done)
-        if is_due(done, config.checkpoint_every, config.steps) and not no_finite_logits:
-            save_checkpoint(trainer, done)
-    for line in summary(config):
-        log.note(line)
+    )
+    begun = alarms.update(row)
+    row |= alarms.metrics() | phases.seconds() | clock.metrics()
+    log.write_completions(done, texts)
+    log.write_step(row)
+    for name in begun:
+        log.note(f"alarm: step {done}: {alarms.active[name]}")
+    no_finite_logits = row.get("completions/error_ratio") == 1
+    if no_finite_logits or trainer.optimizer.skipped > skipped_before:
+        trainer.broken_steps += 1
+        last = no_finite_logits and done == config.steps
+        with trainer.world.agreed():
+            if trainer.world.is_main:
+                keep_broken_batch(config.run_dir, done, trainer.broken_steps, last=last)
+    else:
+        trainer.broken_steps = 0
+    return row
 
 
 def is_due(done: int, every: int, last: int) -> bool:
@@ -342,46 +471,54 @@ def is_due(done: int, every: int, last: int) -> bool:
 
 
 def log_evaluation(
-    trainer: Trainer, held_out: Sequence[Problem], log: RunLog, *, step: int
-) -> None:
-    """Measure the accuracy on the held-out problems.
+    trainer: Trainer, held_out: Sequence[Problem], log: RunLog, saver: Saver, *, step: int
+) -> bool:
+    """Measure the accuracy on the held-out problems. Return whether it is the run's best.
 
     The seeds are the same at every step, so that only the weights make a difference.
     """
     config = trainer.config
-    result = evaluate(
-        trainer.generator,
-        trainer.prompter,
-        held_out,
-        score_answers,
-        samples=config.eval_samples,
-        temperature=config.eval_temperature,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-    )
-    log.write_evaluation({"step": step} | result.summary())
+    deal = trainer.world.deal([1.0] * len(held_out))
+    trainer.world.enter("evaluate")
+    with trainer.world.agreed():
+        result = evaluate(
+            trainer.generator,
+            trainer.prompter,
+            deal.own(held_out),
+            score_answers,
+            samples=config.eval_samples,
+            temperature=config.eval_temperature,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
+    if trainer.world.size > 1:
+        graded = deal.collect(by_problem(result.graded, config.eval_samples))
+        result = dataclasses.replace(result, graded=[each for some in graded for each in some])
+    row = {"step": step} | result.summary()
+    log.write_evaluation(row)
+    return saver.scores.add_evaluation(row)
 
 
 def keep_broken_batch(run_dir: Path, step: int, in_a_row: int, *, last: bool) -> None:
     """Copy the completions of a broken step to RUN/skipped.
 
     in_a_row: number of consecutive broken steps up to this one.
-    Raise RuntimeError after MAX_BROKEN_STEPS consecutive broken steps, and if `last` is true.
+    Raise Collapsed after MAX_BROKEN_STEPS consecutive broken steps, and if `last` is true.
     """
     batch = run_dir / "completions" / f"step-{step}.jsonl"
     if batch.exists():
         (run_dir / "skipped").mkdir(exist_ok=True)
         shutil.copy(batch, run_dir / "skipped")
     if in_a_row >= MAX_BROKEN_STEPS or last:
-        raise RuntimeError(
+        raise Collapsed(
             f"step {step}: a non-finite gradient, or non-finite logits in every completion (steps "
             f"in a row: {in_a_row}): lower --learning-rate, or use --dtype float32; the batches "
             f"are in {run_dir / 'skipped'}"
         )
 
 
-def summary(config: Train) -> Iterator[str]:
-    """Yield lines with the accuracy before and after the run, and the folder of the model."""
+def summary(config: Train, alarms: Alarms, saver: Saver) -> Iterator[str]:
+    """Yield lines with the accuracy before and after the run, alarms, and the model's folder."""
     evaluations = config.run_dir / "evaluations.jsonl"
     lines = evaluations.read_text().splitlines() if evaluations.exists() else []
     by_step = {row["step"]: row for row in map(json.loads, lines)}
@@ -398,6 +535,12 @@ def summary(config: Train) -> Iterator[str]:
         questions = f"{row['problems']} questions" if few else "questions"
         cells.append(f"all samples fail: {row['all_fail']:.0%} of {questions}")
         yield "  ".join(cells)
+    for line in alarms.raised.values():
+        yield f"alarm: {line}"
     model = checkpoint.newest(config.run_dir)
-    if model is not None:
-        yield f"model: {model}"
+    if model is None:
+        return
+    yield f"model: {model}"
+    best = saver.best_in_words()
+    if best is not None and not best.startswith(f"{model} "):
+        yield f"best checkpoint: {best}"

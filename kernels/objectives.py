@@ -244,6 +244,20 @@ class PolicyLossOfRows:
         return (self.rows.weight * loss).sum()
 
 
+class TermsOfSpans:
+    """A RowwiseLoss that keeps the terms of a span of all rows, to avoid computing them twice."""
+
+    def __init__(self, loss: PolicyLossOfRows):
+        self._loss = loss
+        self.terms: PolicyTerms | None = None
+
+    def row_grads(self, rows: slice, logp: Tensor) -> RowGrads:
+        if len(logp) < len(self._loss.rows.weight):
+            return self._loss.row_grads(rows, logp)
+        self.terms = self._loss.terms(logp)
+        return self.terms.grads
+
+
 def policy_sums(
     loss: PolicyLossOfRows, terms: PolicyTerms, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,12 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1] / "expo_fast"
 KERNELS = (PACKAGE / "kernels").resolve()
-BACKENDS = ("op_backends.cpu", "op_backends.triton_fused", "inference.cpu_engine")
+BACKENDS = (
+    "op_backends.cpu",
+    "op_backends.native_layer",
+    "op_backends.triton_fused",
+    "inference.cpu_engine",
+)
 SMALL_STEP = (
     "--steps 1 --eval-every 0 --checkpoint-every 0 --prompts-per-step 2 --num-generations 2 "
     "--explanations-per-question 2 --max-completion-length 40"

@@ -36,6 +36,12 @@ GRPO = "expo_fast/algorithms/grpo.py"
 ROLLOUT = "expo_fast/algorithms/rollout.py"
 TRAINER = "expo_fast/algorithms/trainer.py"
 EXPLANATIONS = "expo_fast/algorithms/explanations.py"
+SAVING = "expo_fast/algorithms/saving.py"
+SAVES = "tests/test_saving.py"
+INTERRUPTIONS = "expo_fast/runtime/interruptions.py"
+FILES = "expo_fast/storage/files.py"
+SHARDING = "expo_fast/modeling/sharding.py"
+RANKS = "tests/test_distributed.py"
 
 MUTATIONS = [
     # The loss
@@ -169,8 +175,8 @@ MUTATIONS = [
     Mutation(
         "gradients of a batch without rows",
         "expo_fast/op_backends/cpu.py",
-        "make = _empty if n else _zeros",
-        "make = _empty",
+        "sums.zero_()",
+        "pass",
         POISON + "native",
     ),
     Mutation(
@@ -228,6 +234,119 @@ MUTATIONS = [
         "torch._foreach_copy_(*_columns(copied))",
         "torch._foreach_add_(*_columns(copied))",
         POISON + "training",
+    ),
+    # Signals, full disks and collapses
+    Mutation(
+        "a signal is swallowed",
+        INTERRUPTIONS,
+        "raise Stopped(self.stop_signal)",
+        "return",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "a signal does not reach a reward function",
+        INTERRUPTIONS,
+        "self._n_immediate += 1",
+        "self._n_immediate += 0",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "half a step is saved",
+        TRAINER,
+        "interruptions.defer()",
+        "pass",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "tokens of an abandoned step count",
+        TRAINER,
+        "self.sampled_tokens = boundary.sampled_tokens",
+        "pass",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "gradients of an abandoned step remain",
+        TRAINER,
+        "self.optimizer.grad_sums.clear()",
+        "pass",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "an interrupted evaluation is forgotten",
+        "expo_fast/train.py",
+        "return is_due(start, eval_every, config.steps) and not is_evaluated",
+        "return False",
+        "tests/test_interruptions.py",
+    ),
+    Mutation(
+        "a retry never comes",
+        SAVING,
+        "self._retry_at = step + wait",
+        "self._retry_at = None",
+        SAVES,
+    ),
+    Mutation(
+        "pairs are not written before a checkpoint",
+        SAVING,
+        "trainer.pair_store.files.flush()",
+        "pass",
+        SAVES,
+    ),
+    Mutation(
+        "the best checkpoint is removed",
+        "expo_fast/storage/checkpoint.py",
+        "if path in kept:",
+        "if path == max(kept):",
+        SAVES,
+    ),
+    Mutation(
+        "weights that are not finite are saved",
+        SAVING,
+        "name = first_non_finite(trainer.model.named_parameters())",
+        "name = None",
+        SAVES,
+    ),
+    Mutation(
+        "a checkpoint that is not finite is resumed",
+        "expo_fast/storage/checkpoint.py",
+        "        reason = _non_finite(path)\n        if reason is None:\n",
+        "        reason = None\n        if reason is None:\n",
+        SAVES,
+    ),
+    Mutation(
+        "a checkpoint is not synced",
+        "expo_fast/storage/checkpoint.py",
+        "        _sync_tree(temporary)\n",
+        "",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "a row is not synced",
+        FILES,
+        "                os.fsync(file.fileno())\n            except OSError as error:\n",
+        "            except OSError as error:\n",
+        "tests/test_log.py",
+    ),
+    Mutation(
+        "a full disk leaves a part of a row",
+        FILES,
+        "file.truncate(end)",
+        "pass",
+        "tests/test_log.py",
+    ),
+    Mutation(
+        "rows of a full disk are lost",
+        FILES,
+        '        data = b"".join(self._waiting)\n',
+        '        data = b"".join(self._waiting)\n        self._waiting = []\n',
+        "tests/test_log.py " + SAVES,
+    ),
+    Mutation(
+        "an alarm comes a step late",
+        "expo_fast/algorithms/alarms.py",
+        "n_steps >= self._config.alarm_steps",
+        "n_steps > self._config.alarm_steps",
+        "tests/test_alarms.py",
     ),
     # Other lines
     Mutation(
@@ -334,6 +453,92 @@ MUTATIONS = [
         "shutil.rmtree(doomed)",
         "str(doomed)",
         "tests/test_checkpoint.py tests/test_train.py",
+    ),
+    # Several ranks
+    Mutation(
+        "FSDP averages the gradients of the ranks",
+        SHARDING,
+        "            sharded.set_gradient_divide_factor(1.0)\n",
+        "",
+        RANKS,
+    ),
+    Mutation(
+        "the weights are not those of the optimizer after an update",
+        SHARDING,
+        "parameters[name].copy_(rounded.full_tensor())",
+        "rounded.full_tensor()",
+        RANKS,
+    ),
+    Mutation(
+        "the norm of the gradient is that of a rank's part",
+        "expo_fast/modeling/norms.py",
+        "return math.sqrt(world.sums(own)[0])",
+        "return math.sqrt(own)",
+        RANKS,
+    ),
+    Mutation(
+        "a rank normalises by its own samples",
+        "expo_fast/algorithms/sft.py",
+        "(n_samples,) = world.sums(len(samples))",
+        "n_samples = len(samples)",
+        RANKS,
+    ),
+    # Hostile answers, mistakes of users, files
+    Mutation(
+        "no answer is too large",
+        "expo_fast/data/verifier.py",
+        "if is_too_large(job.reference) or is_too_large(job.answer):",
+        "if False:",
+        "tests/test_bombs.py",
+    ),
+    Mutation(
+        "many answers at a limit do not shorten it",
+        "expo_fast/data/verifier.py",
+        "if sum(self._limited) >= MANY",
+        "if False",
+        "tests/test_bombs.py",
+    ),
+    Mutation(
+        "an answer at a limit is wrong",
+        "expo_fast/data/verifier.py",
+        'reasons[job] = "timeout" if late else ending',
+        'reasons[job] = "wrong"',
+        "tests/test_reward.py tests/test_bombs.py",
+    ),
+    Mutation(
+        "the process that forks workers has our environment",
+        "expo_fast/data/workers.py",
+        "environment = bare_environment()",
+        "environment = {**os.environ, **bare_environment()}",
+        "tests/test_bombs.py",
+    ),
+    Mutation(
+        "a reward function has no limit of time",
+        "expo_fast/reward_functions.py",
+        "with time_limit(timeout_s):",
+        "with time_limit(8.0):",
+        "tests/test_reward_mistakes.py",
+    ),
+    Mutation(
+        "control tokens are never escaped",
+        "expo_fast/data/prompts.py",
+        "if self.escape:",
+        "if False:",
+        "tests/test_hostile_folders.py",
+    ),
+    Mutation(
+        "a manifest may list too little",
+        "expo_fast/storage/checkpoint.py",
+        "        if unlisted is not None:\n",
+        "        if False:\n",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "weights are private",
+        "expo_fast/storage/files.py",
+        "path.chmod(0o666 & ~mask)",
+        "path.chmod(0o600)",
+        "tests/test_checkpoint.py",
     ),
 ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expo_fast.inference import cpu_engine
 from expo_fast.inference.cpu_engine import NativeEngine
-from expo_fast.op_backends import cpu, native_library
+from expo_fast.op_backends import native_head, native_library
 
 POISON_FLAG = "-DEXPO_FAST_POISON"  # see `poison` of csrc/common.h
 STACK_FLAG = "-ftrivial-auto-var-init=pattern"  # local variables of C++; GCC 12, clang 8
@@ -74,7 +74,7 @@ def poisoned_flags() -> list[str]:
 
 def _forget_libraries() -> None:
     """Let the next call of csrc take the library of the flags of the moment."""
-    for loaded in (native_library.library, cpu._kernels, cpu_engine._library):
+    for loaded in (native_library.library, native_head._kernels, cpu_engine._library):
         loaded.cache_clear()
 
 

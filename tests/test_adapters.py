@@ -242,7 +242,10 @@ def test_the_optimizer_updates_only_the_adapters(dtype: torch.dtype):
     assert_same({n: p.detach() for n, p in model.named_parameters() if n in frozen}, frozen)
 
 
-@pytest.mark.parametrize("kind", ["llama-biases", "qwen2", "qwen3", "mistral", "smollm3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama-biases", "qwen2", "qwen3", "mistral", "smollm3", "gemma3", "olmo2", "granite", "phi3"],
+)
 def test_peft_loads_what_we_save(kind: str, tmp_path: Path):
     base = tiny_model(kind)
     save_model(base, None, tmp_path / "base")
@@ -257,6 +260,37 @@ def test_peft_loads_what_we_save(kind: str, tmp_path: Path):
         assert max_error(given, logits(model)) < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     assert tokenizer("The answer").input_ids == tiny_tokenizer()("The answer").input_ids
+
+
+def test_adapters_of_joined_projections_are_loaded_to_the_bit(tmp_path: Path):
+    model = adapted("phi3")
+    save_adapter(model, None, tmp_path, "base")
+    other = tiny_model("phi3")
+    attach(other, rank=4, alpha=6, seed=9)
+    load_adapter(other, tmp_path)
+    assert_same(lora(other), lora(model))
+    with pytest.raises(ValueError, match="need plain LoRA, or a multiple of r for joined"):
+        edit_config(tmp_path, alpha_pattern={"qkv_proj": 18, "gate_up_proj": 13})
+        load_adapter(other, tmp_path)
+
+
+def test_an_adapter_of_peft_on_joined_projections_is_merged(tmp_path: Path):
+    """Its parts share A. It cannot be trained on here, because ours have an A each."""
+    base = tiny_model("phi3")
+    save_model(base, None, tmp_path / "base")
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["qkv_proj", "gate_up_proj"])
+    theirs: Any = get_peft_model(transformers_copy(base), config)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    merged, _ = load_model(tmp_path / "adapter", dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        given = theirs.eval()(input_ids=TOKENS[None]).logits[0]
+    assert max_error(given, logits(merged)) < 1e-4
+    assert max_error(given, logits(base)) > 0.1
+    attach(base, rank=3, alpha=6, seed=0)
+    with pytest.raises(ValueError, match="adapts 20 projections, the model has adapters on 28"):
+        load_adapter(base, tmp_path / "adapter")
 
 
 def test_a_saved_adapter_is_the_same_file_in_every_process(tmp_path: Path):

@@ -584,10 +584,17 @@ def test_a_step_makes_few_launches(truncated: bool, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["llama-biases", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows"]
+    "kind",
+    [
+        *("llama-biases", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows"),
+        "gemma3",  # not with fused kernels
+    ],
 )
+@pytest.mark.filterwarnings("ignore:decoding .* with PyTorch's operations")
 def test_the_engine_samples_the_tokens_of_the_other_engines(kind):
     fewer_layers: dict[str, Any] = {}
+    if kind == "gemma3":
+        fewer_layers["layer_types"] = ["sliding_attention", "full_attention"]
     if not kind.endswith("windows"):
         fewer_layers["num_hidden_layers"] = 2
     model = tiny_model(kind, **fewer_layers).to(DEVICE)

@@ -11,6 +11,7 @@ from expo_fast.algorithms.grpo import PolicyLossConfig, policy_backward
 from expo_fast.config import Train
 from expo_fast.generate import Generator, Request
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import (
     Clipped,
@@ -99,7 +100,7 @@ def samples() -> list[Sample]:
 def gradients(model: Decoder) -> list[Tensor]:
     model.requires_grad_()
     config = Train(method="grpo", pack_tokens=40)
-    policy_backward(model, samples(), PolicyLossConfig.of(config))
+    policy_backward(Layout(model), samples(), PolicyLossConfig.of(config))
     return [p.grad.double().cpu() for p in model.parameters() if p.grad is not None]
 
 

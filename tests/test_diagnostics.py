@@ -11,6 +11,7 @@ from expo_fast.algorithms.diagnostics import (
     diagnostic_samples,
 )
 from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
@@ -98,3 +99,8 @@ def test_the_log_prob_gap_is_that_of_the_samplers_log_probs():
     assert row["logp_gap/max"] == pytest.approx(0.5, abs=1e-5)
     assert row["logp_gap/mean"] == pytest.approx((2 * 0.25 + 3 * 0.5) / 5, abs=1e-5)
     assert measured([DiagnosedQuestion(PROBLEM, [attempt("1")], None)])["logp_gap/max"] is None
+
+
+def test_every_nth_step_is_diagnosed_from_the_first_one_on():
+    config = Train(diagnose=2, diagnose_every=3)
+    assert [config.n_diagnosed(step) for step in range(7)] == [2, 0, 0, 2, 0, 0, 2]

@@ -32,7 +32,7 @@ from expo_fast import check, evaluate, report, train, weights
 from expo_fast.cli import flags_page
 from expo_fast.cli.flags import parse
 from expo_fast.config import Evaluate, Train
-from expo_fast.inspection import op_checks
+from expo_fast.inspection import model_table, op_checks
 from expo_fast.methods import methods_that_read
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
@@ -517,3 +517,9 @@ def test_the_site_builds_without_warnings(tmp_path: Path):
     quickstart = (tmp_path / "site/index.html").read_text()
     assert "fonts.googleapis.com" not in quickstart
     assert "<math" in (tmp_path / "site/ops/index.html").read_text()
+
+
+def test_the_readmes_table_of_models_is_fresh():
+    readme = (ROOT / "README.md").read_text()
+    message = "run python -m expo_fast.inspection.model_table"
+    assert model_table.with_table(readme) == readme, message

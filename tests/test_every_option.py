@@ -110,6 +110,7 @@ CASES = {
     "eval_samples": Case("--eval-samples 1", EVALUATED, "evaluations"),
     "eval_temperature": Case("--eval-temperature 2", EVALUATED, "evaluations"),
     "diagnose": Case("--diagnose 0", EXPO, "metrics"),
+    "diagnose_every": Case("--diagnose-every 1", EXPO, "metrics"),
 }
 # Other tests check these fields, which do not change what a run learns.
 UNTESTED_HERE = {
@@ -117,6 +118,7 @@ UNTESTED_HERE = {
     "output_dir": "where files go",
     "resume": "whether a run is continued",
     "dry_run": "whether a run begins",
+    "push_to_hub": "what is uploaded after a run: tests/test_publish.py",
     "device": "a machine may have only one",
     "append_answer": "the texts of a random model reach no answer: see the last test",
     "pack_tokens": "bounds memory; gradients are equal up to rounding",
@@ -124,6 +126,18 @@ UNTESTED_HERE = {
     "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
+    "shard": "which memory a rank of torchrun needs: see test_distributed.py",
+    "collective_timeout": "when a rank of torchrun is given up: see test_distributed_faults.py",
+    "keep_best": "which ones are kept: tests/test_saving.py",
+    "save_patience": "how long a failed save is tried again: tests/test_saving.py",
+    "stop_within": "when a stopped run is ended: tests/test_interruptions.py",
+    "alarm_steps": "alarms change no weights: tests/test_alarms.py, as of all alarm_ options",
+    "alarm_clipped_ratio": "see alarm_steps",
+    "alarm_entropy": "see alarm_steps",
+    "alarm_kl": "see alarm_steps",
+    "alarm_nll": "see alarm_steps",
+    "alarm_grad_spike": "see alarm_steps",
+    "stop_on_collapse": "ends a run: tests/test_alarms.py",
     "reward_timeout": "when a reward function that hangs ends the run: see test_reward_mistakes.py",
     "report_to": "which tools record the metrics: see test_log.py",
 }

@@ -394,7 +394,7 @@ def test_a_layer_needs_few_launches(monkeypatch):
     n = pack.boundaries[-1]
     x = normal(n, 48).requires_grad_()
     upstream = normal(n, 48)
-    rotation = model.rotation(torch.arange(n, device=DEVICE))
+    rotations = model.rotations(torch.arange(n, device=DEVICE))
 
     def attend(_: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Use q, k and v, with one operator each."""
@@ -403,7 +403,7 @@ def test_a_layer_needs_few_launches(monkeypatch):
 
     def count() -> int:
         with Launches() as launches:
-            block(x, rotation, attend).backward(upstream)
+            block(x, rotations, attend).backward(upstream)
         return len(launches.names)
 
     for name in training_layer.__all__:  # as one operator each: the interpreter needs many

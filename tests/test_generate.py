@@ -39,6 +39,9 @@ def requests(n: int = 24, shared: tuple[int, ...] = SHARED, **changes) -> list[R
     return [replace(r, **changes) for r in asked]
 
 
+BATCHED = ("llama", "qwen2-windows", "gemma3", "olmo2")  # also with one row and with many
+
+
 @torch.no_grad()
 def full_forward_logps(model: Decoder, request: Request, done: Completion) -> Tensor:
     """Return the log-probs (N,) of a completion's tokens; greedy ones have temperature 1."""
@@ -56,8 +59,10 @@ def same(a: list[Completion], b: list[Completion]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", VARIANTS)
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [(kind, 5) for kind in VARIANTS] + [(kind, rows) for kind in BATCHED for rows in (1, 64)],
+)
 def test_log_probs_are_those_of_a_full_forward(kind: str, rows: int, backend: str, monkeypatch):
     monkeypatch.setattr(generate, "MAX_ROWS", rows)
     model = tiny_model(kind)

@@ -33,6 +33,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.generate import Completion
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.optimizer import StepReport
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import group_advantage
@@ -166,7 +167,7 @@ def surrogate(c: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tenso
 def run(model: Decoder, c: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
     """Run the trainer's own backward over the packs."""
     model.zero_grad()
-    result = policy_backward(model, samples, PolicyLossConfig.of(c))
+    result = policy_backward(Layout(model), samples, PolicyLossConfig.of(c))
     return result.loss, accumulated(model)
 
 
@@ -216,6 +217,7 @@ def trainer_of(c: Train, model: Any, prompter: Any, **changes: Any) -> Trainer:
         "generator": ScriptedGenerator(),
         "optimizer": RecordedOptimizer(),
         "merged_copy": None,
+        "layout": Layout(model),
         "initial_weights_hash": "",
     }
     return Trainer(config=c, model=model, prompter=prompter, **(parts | changes))
@@ -299,7 +301,7 @@ def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
     prompter: Any = Prompter(made)
     samples = sft_samples(explained, prompter, coef=0.04, n_questions=P, reduction=reduction)
     model.zero_grad()
-    result = sft_backward(model, samples, temperature=T, max_tokens=pack_tokens)
+    result = sft_backward(Layout(model), samples, temperature=T, max_tokens=pack_tokens)
     assert result.loss == pytest.approx(truth.item(), rel=1e-6)
     assert_gradients_near(accumulated(model), expected, 1e-6)
     means = [logps(model, sample).mean() for sample in samples]
@@ -358,7 +360,7 @@ def test_statistics_do_not_depend_on_the_packing():
 
     def statistics(pack_tokens: int) -> dict[str, float]:
         loss = PolicyLossConfig.of(replace(c, pack_tokens=pack_tokens))
-        return vars(policy_backward(model, samples, loss))
+        return vars(policy_backward(Layout(model), samples, loss))
 
     one_pack = statistics(1000)
     assert one_pack["kl"] > 0 and one_pack["clip_low"] > 0 and one_pack["clip_high"] > 0

@@ -29,12 +29,14 @@ PROGRAMS = [
     *ROOT.glob("docs/**/*.py"),
 ]
 PYTHON = [*OURS, *TESTS, *sorted(PROGRAMS)]
-MOST_FLAT_MODULES = 14
+MOST_FLAT_MODULES = 15
 MOST_TOKENS = 600  # of a function; 50 lines have about 400
 
 # A package or public module imports only those above it. docs/architecture.md shows them.
 ORDER = [
+    "runtime",
     "kernels",
+    "distributed",
     "storage",
     "objectives",
     "op_backends",
@@ -55,6 +57,7 @@ ORDER = [
     "inspection",
     "evaluate",
     "report",
+    "merge",
     "train",
     "check",
     "__main__",

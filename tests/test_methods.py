@@ -17,6 +17,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.methods import METHODS
+from expo_fast.modeling.layout import Layout
 from expo_fast.weights import load_model, save_model
 from judges import assert_gradients_near, completion_logps, gradients_of
 from tiny import tiny_model, tiny_tokenizer
@@ -204,7 +205,7 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
     truth = gradients_of(model, total)
     targets = [(p, [prompter.target(p)]) for p in problems]
     samples = sft_samples(targets, prompter, coef=1.0, n_questions=2, reduction="token_mean")
-    result = sft_backward(model, samples, temperature=1.0, max_tokens=4096)
+    result = sft_backward(Layout(model), samples, temperature=1.0, max_tokens=4096)
     assert result.loss == pytest.approx(total.item(), rel=1e-6)
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_gradients_near(got, truth, 1e-6)

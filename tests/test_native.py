@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expo_fast.kernels import reference
 from expo_fast.kernels.head import Head, Needs, RowGrads
-from expo_fast.op_backends import cpu, dispatch, native_library
+from expo_fast.op_backends import cpu, dispatch, native_head, native_library
 from expo_fast.ops import linear_logprob
 from judges import linear_results, max_error, relative_error, results_of_head
 
@@ -247,17 +247,22 @@ def test_weights_and_hidden_states_may_be_any_view():
 
 
 @pytest.mark.slow
-def test_no_memory_of_rows_times_vocabulary_is_held():
+@pytest.mark.parametrize("budget", [0, 64 << 20])
+def test_memory_of_rows_times_vocabulary_is_held_only_within_the_budget(budget):
     """Measure the peak resident memory in a process of its own."""
+    program = PEAK.format(budget=budget)
     done = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300
     )
     peak, square, gradients = map(float, done.stdout.split())
-    assert peak < 0.05 * square + gradients + 8e6  # the last: two threads' tiles
+    sums = 2 * gradients if budget else 0  # in fp32, of the kept rows and the others
+    tiles = 8e6  # of two threads
+    assert peak < budget + 0.05 * square + gradients + sums + tiles
 
 
 PEAK = """
 import torch
+from expo_fast.op_backends import cpu
 from expo_fast.ops import linear_logprob
 
 def peak():
@@ -265,6 +270,7 @@ def peak():
         return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024
 
 torch.set_num_threads(2)
+cpu.KEPT_BYTES = {budget}
 n, d, v = 1024, 64, 100_000
 hidden, weight = (torch.randn(s, d, dtype=torch.bfloat16, requires_grad=True) for s in (n, v))
 targets = torch.randint(v, (n,))
@@ -372,8 +378,10 @@ def test_a_struct_declared_with_other_fields_than_in_csrc_is_refused():
         _fields_: Sequence = native_library.struct_fields(ctypes.c_void_p, "c0 c1")
 
     kernels = native_library.library(native_library.isa())
-    native_library.check_struct_sizes(kernels, {"gradients": cpu._Gradients, "head": cpu._Head})
-    with pytest.raises(RuntimeError, match=r"struct gradients has 16 bytes in Python .*and 56 in"):
+    native_library.check_struct_sizes(
+        kernels, {"gradients": native_head._Gradients, "head": native_head._Head}
+    )
+    with pytest.raises(RuntimeError, match=r"struct gradients has 16 bytes in Python .*and 64 in"):
         native_library.check_struct_sizes(kernels, {"gradients": Short})
 
 

@@ -277,7 +277,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["llama-biases", "qwen3", "smollm3-windows"])
+@pytest.mark.parametrize("kind", ["llama-biases", "qwen3", "smollm3-windows", "gemma3", "olmo2"])
 @pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
 def test_engines(backend: str, kind: str, dtype: torch.dtype, few_rows):
     model = tiny_model(kind, dtype=dtype)

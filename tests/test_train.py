@@ -59,6 +59,7 @@ def flags(folder: Path, run: Path, **changes: object) -> list[str]:
         "eval-samples": 2,
         "learning-rate": 1e-3,
         "dtype": "float32",
+        "diagnose-every": 1,
     }
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -223,8 +224,8 @@ def test_non_finite_gradients_are_skipped_and_recorded_and_stop_the_run(
 
 
 def poison_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(model, samples, config):
-        for p in model.parameters():
+    def poisoned(layout, samples, config):
+        for p in layout.model.parameters():
             (p.sum() * float("nan")).backward()
         return grpo.PolicyResult()
 
@@ -398,7 +399,7 @@ def test_the_configuration_of_a_run_is_rewritten_only_if_it_changes(folder, tmp_
 @pytest.mark.parametrize(
     ("step", "sentence"),
     [
-        (0, "interrupted before the first checkpoint: the same command starts the run again"),
+        (0, "interrupted: there is no checkpoint, the same command starts the run again"),
         (1, "interrupted: the same command resumes the run from "),
     ],
 )

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.storage.fused_projections import join_projections
 
 SPECIAL = ("<pad>", "<|im_end|>", "<|im_start|>", "<unk>")  # ids 0 to 3
 WORDS = ("\\boxed{", "answer", "The ", " is ")  # tokens of several letters, for stop strings
@@ -32,6 +34,37 @@ YARN_ROPE = {
     "original_max_position_embeddings": 64,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+YARN_FOR_SOME = {
+    "full_attention": YARN_ROPE,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+LONG_ROPE = {  # of Phi-4-mini: three quarters of a head's 8 dimensions are rotated
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.2, 1.5],
+    "long_factor": [1.0, 4.0, 9.0],
+}
+LONG_CONTEXT = {"original_max_position_embeddings": 128}
+LATER_QUERIES = YARN_ROPE | {
+    "original_max_position_embeddings": 128,
+    "factor": 2.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+}
 
 STRAY_BIASES = {"attention_bias": True, "mlp_bias": True}  # keys that only other architectures read
 
@@ -62,6 +95,41 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [0, 1, 1, 0]},
     ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 6,
+            "layer_types": MIXED_LAYERS,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-biases": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "rope_parameters": TWO_ROPES,
+        },
+    ),
+    "phi3": ("phi3", {"num_key_value_heads": 3}),
+    "phi3-window": ("phi3", {"sliding_window": 7, "tie_word_embeddings": True}),
+    "phi3-longrope": ("phi3", {"rope_parameters": LONG_ROPE, **LONG_CONTEXT}),
+    "olmo2": ("olmo2", {}),
+    "olmo2-biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
+    "olmo3": (
+        "olmo3",
+        {"sliding_window": 6, "layer_types": MIXED_LAYERS, "rope_parameters": YARN_FOR_SOME},
+    ),
+    "granite": ("granite", {"tie_word_embeddings": True, **MULTIPLIERS}),
+    "granite-biases": (
+        "granite",
+        {"attention_bias": True, "mlp_bias": True, **MULTIPLIERS, "logits_scaling": 0.7},
+    ),
+    "ministral": ("ministral", {"sliding_window": 7, "layer_types": MIXED_LAYERS, "head_dim": 16}),
+    "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": LATER_QUERIES}),
 }
 
 
@@ -100,11 +168,17 @@ def tiny_model(
 def transformers_copy(model: Decoder) -> Any:
     """Return transformers' model of the same config, with the same weights."""
     theirs = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
-    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
+    missing, unexpected = theirs.load_state_dict(stored_state(model), strict=False)
     assert missing == (["lm_head.weight"] if model.shape.tied else []), missing
     assert not unexpected, unexpected
     theirs.tie_weights()
     return theirs.to(model.dtype).eval()
+
+
+def stored_state(model: Decoder) -> dict[str, Tensor]:
+    """Return the parameters of a model under the names of a checkpoint."""
+    state = model.state_dict()
+    return join_projections(state) if model.shape.fused_storage else state
 
 
 def tiny_tokenizer() -> Any:

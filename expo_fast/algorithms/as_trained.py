@@ -4,9 +4,10 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expo_fast.algorithms.training_data import TrainingData, select_problems, without
+from expo_fast.algorithms.training_data import TrainingData, select_problems
 from expo_fast.cli.flags import from_toml
 from expo_fast.config import Evaluate, Train
+from expo_fast.data.problems import without
 from expo_fast.storage import checkpoint
 
 # The options of an evaluation that the record of a run sets.

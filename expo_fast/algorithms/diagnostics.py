@@ -1,4 +1,4 @@
-"""The two properties of a good positive sample (arXiv:2507.02834, section 3), measured every step.
+"""The two properties of a good positive sample (arXiv:2507.02834, section 3).
 
     in-distribution:  nll(c) = -1/|c| log pi(c, a | q), of explanation, attempt, expert solution
     learning signal:  lift   = log pi(a* | q, c) - log mean_i pi(a* | q, c_i),  c_i the attempts
@@ -7,7 +7,8 @@ All log-probs are under the plain question. These are diagnostics, not theorems.
 states a* has a lift because a* can be copied. `exp/lift` therefore masks a* in c and c_i, and
 `exp/lift_stated` does not. `exp/nll_over_expert` is the explanation's NLL minus the expert
 solution's, on questions that have both. The NLLs of explanations and attempts come from the update
-and from sampling. The other metrics are measured here, on a few questions.
+and from sampling. The other metrics are measured here, on a few questions
+of every `diagnose_every`-th step.
 """
 
 import math

@@ -31,8 +31,10 @@ from expo_fast.algorithms.explanations import (
     accept_explanations,
     explanation_requests,
     keep_best,
+    of_all_ranks,
     ranking_samples,
     select_explanations,
+    tokens_of,
 )
 from expo_fast.algorithms.logprobs import (
     completion_logprobs,
@@ -59,16 +61,19 @@ from expo_fast.algorithms.trainer import (
     optimizer_step,
 )
 from expo_fast.config import Train
-from expo_fast.data.problems import Problem, fingerprint
+from expo_fast.data.problem_table import ProblemTable
+from expo_fast.data.problems import Problem, fingerprint, same_fingerprint
 from expo_fast.data.prompts import Prompter
+from expo_fast.distributed.world import World
 from expo_fast.generate import Completion
 from expo_fast.kernels.preferences import PreferenceObjective
-from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.packing import Sample, forward
+from expo_fast.modeling.layout import Layout
+from expo_fast.modeling.packing import Sample
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import linear_preference_loss
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
+from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -77,16 +82,17 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     store = trainer.pair_store
     assert store is not None, "call open_pair_store before the first step"
     source = make_round(trainer, store, step, phases)
-    metrics, pairs = store.read(source)
+    metrics, pairs = read_pairs(trainer, store, source)
     if config.spec.chosen_source == "data":
         for pair in pairs:
             trainer.data_tokens += len(pair.prompt_ids)
             trainer.data_tokens += len(pair.chosen_ids) + len(pair.rejected_ids)
-    by_id = {problem.id: problem for problem in trainer.problems}
+    by_id = ProblemTable.of(trainer.problems).by_id(pair.problem_id for pair in pairs)
     with phases.phase("diagnose"):
-        trained = diagnose(trainer, pairs, by_id)
+        trained = diagnose(trainer, pairs, by_id, step)
     with phases.phase("forward_backward"):
-        result = preference_backward(trainer.model, pairs, PreferenceLossConfig.of(config))
+        own = pairs_of_rank(trainer, pairs)
+        result = preference_backward(trainer.layout, own, PreferenceLossConfig.of(config))
     trained |= pair_metrics(result)
     trained |= nll_metrics(result, config)
     sampled = [name for name in metrics if not name.startswith(TRAINERS_PREFIXES)]
@@ -109,18 +115,40 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
     """
     config = trainer.config
     every = config.pairs_every
+    world = trainer.world
     if not every and step:
-        return step % store.count()
+        return step % world.broadcast(store.count())
     first = step - step % every if every else 0
     last = first + (every or config.steps)
     for each in range(step, last):
-        if not store.has(each):
+        if not world.broadcast(store.has(each)):
             make_pairs(trainer, store, each, policy_step=step, phases=phases)
         elif step == first:
             # An earlier process of this run made these pairs.
-            earlier, _ = store.read(each)
+            earlier, _ = read_pairs(trainer, store, each)
             trainer.sampled_tokens += earlier["pairs/tokens"]
     return step
+
+
+def read_pairs(trainer: Trainer, store: PairStore, step: int) -> tuple[dict[str, Any], list[Pair]]:
+    """Return the metrics and pairs of a step, as rank 0 reads them."""
+    found: tuple[dict[str, Any], list[Pair]] = ({}, [])
+    with trainer.world.agreed():
+        if trainer.world.is_main:
+            found = store.read(step)
+    return trainer.world.broadcast(found)
+
+
+def pairs_of_rank(trainer: Trainer, pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs that this rank computes. Pairs of one question have the same rank."""
+    by_question: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_question.setdefault(pair.problem_id, []).append(pair)
+    costs = []
+    for members in by_question.values():
+        costs.append(sum(len(each.chosen_ids) + len(each.rejected_ids) for each in members))
+    units = trainer.world.deal(costs).own(list(by_question.values()))
+    return [pair for unit in units for pair in unit]
 
 
 def make_pairs(
@@ -139,12 +167,16 @@ def make_pairs(
         pairs = [pair_of_data(trainer, question) for question in questions]
     else:
         # Sample G attempts at each question and judge them.
-        with phases.phase("generate"):
-            requests = attempt_requests(questions, prompter, config, step)
-            completions = trainer.generator.sample(requests)
-            trainer.count_tokens(requests, completions)
-        with phases.phase("reward"):
-            groups = judge_attempts(questions, completions, prompter, trainer.reward, config)
+        deal = trainer.deal_questions(questions)
+        own = deal.own(questions)
+        with trainer.world.agreed():
+            with phases.phase("generate"):
+                requests = attempt_requests(own, prompter, config, step)
+                completions = trainer.generator.sample(requests)
+            with phases.phase("reward"), interruptions.immediate():
+                groups = judge_attempts(own, completions, prompter, trainer.reward, config)
+        groups = deal.collect(groups)
+        trainer.count_attempts(groups)
         # Find a chosen text for each question with a failed attempt.
         with phases.phase("explain"):
             failed = [group.problem for group in groups if group.failed]
@@ -164,29 +196,36 @@ def make_pairs(
         pairs = with_reference_logprobs(trainer, pairs, policy_step)
     by_id = {problem.id: problem for problem in questions}
     texts = [pair_texts(trainer.prompter, by_id[pair.problem_id], pair) for pair in pairs]
-    store.write(step, metrics, pairs, texts)
+    with trainer.world.agreed():
+        if trainer.world.is_main:
+            store.write(step, metrics, pairs, texts)
 
 
 def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explanations:
     """Sample explanations of the questions' answers and keep the best that are accepted."""
     config = trainer.config
     prompter = trainer.prompter
-    requests = explanation_requests(questions, prompter, config, step)
-    completions = trainer.generator.sample(requests)
-    trainer.count_tokens(requests, completions)
-    found = accept_explanations(
-        questions, completions, prompter, trainer.verify, append_answer=config.append_answer
-    )
-    samples = ranking_samples(found, questions, prompter, config.choose_explanations)
-    logprobs = completion_logprobs(
-        trainer.model,
-        samples,
-        temperature=config.temperature,
-        max_tokens=config.pack_tokens,
-    )
-    best = keep_best(
-        found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
-    )
+    own = trainer.deal_questions(questions).own(questions)
+    with trainer.world.agreed():
+        requests = explanation_requests(own, prompter, config, step)
+        completions = trainer.generator.sample(requests)
+        with interruptions.immediate():
+            found = accept_explanations(
+                own, completions, prompter, trainer.verify, append_answer=config.append_answer
+            )
+        samples = ranking_samples(found, own, prompter, config.choose_explanations)
+        logprobs = completion_logprobs(
+            trainer.model,
+            samples,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+        best = keep_best(
+            found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
+        )
+        n_tokens = tokens_of(requests, completions)
+    found, best, n_tokens = of_all_ranks(trainer.world, questions, found, best, n_tokens)
+    trainer.sampled_tokens += n_tokens
     # The cache starts empty, because a resumed round could not restore its earlier explanations.
     cache = ExplanationCache()
     return select_explanations(found, best, questions, cache, config, step)
@@ -240,41 +279,48 @@ def with_reference_logprobs(
     config = trainer.config
     if not PREFERENCE_OBJECTIVES[config.preference].needs_reference or not pairs:
         return list(pairs)
-    samples = pair_samples(pairs)
-    if policy_step == 0 or config.refresh_reference:
-        logprobs = completion_logprobs(
-            trainer.model,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
-    else:
-        logprobs = reference_logprobs(
-            trainer.model,
-            trainer.reference,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
-    sums = sequence_logprobs(logprobs).view(-1, 2).tolist()
+    every_sample = pair_samples(pairs)
+    deal = trainer.deal_samples(every_sample)
+    samples = deal.own(every_sample)
+    with trainer.world.agreed():
+        if policy_step == 0 or config.refresh_reference:
+            logprobs = completion_logprobs(
+                trainer.model,
+                samples,
+                temperature=config.temperature,
+                max_tokens=config.pack_tokens,
+            )
+        else:
+            logprobs = reference_logprobs(
+                trainer.model,
+                trainer.reference,
+                samples,
+                temperature=config.temperature,
+                max_tokens=config.pack_tokens,
+            )
+    sums = sequence_logprobs(deal.collect(logprobs)).view(-1, 2).tolist()
     return [
         replace(pair, ref_logp=(chosen, rejected))
         for pair, (chosen, rejected) in zip(pairs, sums, strict=True)
     ]
 
 
-def diagnose(trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem]) -> Metrics:
+def diagnose(
+    trainer: Trainer, pairs: Sequence[Pair], by_id: dict[str, Problem], step: int
+) -> Metrics:
     """Measure the two properties of a good positive sample on a few questions."""
     config = trainer.config
-    questions = diagnosed_questions(pairs, by_id, config)[: config.diagnose]
+    questions = diagnosed_questions(pairs, by_id, config)[: config.n_diagnosed(step)]
     samples = diagnostic_samples(questions, trainer.prompter)
-    logprobs = completion_logprobs(
-        trainer.model,
-        [each.sample for each in samples],
-        temperature=config.temperature,
-        max_tokens=config.pack_tokens,
-    )
-    return diagnostic_metrics(questions, samples, logprobs)
+    deal = trainer.deal_samples([each.sample for each in samples])
+    with trainer.world.agreed():
+        logprobs = completion_logprobs(
+            trainer.model,
+            [each.sample for each in deal.own(samples)],
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+    return diagnostic_metrics(questions, samples, deal.collect(logprobs))
 
 
 def diagnosed_questions(
@@ -332,18 +378,23 @@ class PreferenceResult:
 
 
 def preference_backward(
-    model: Decoder, pairs: Sequence[Pair], config: PreferenceLossConfig
+    layout: Layout, pairs: Sequence[Pair], config: PreferenceLossConfig
 ) -> PreferenceResult:
-    """Add the gradients of the preference loss of the pairs, pack by pack."""
+    """Add the gradients of the preference loss of the pairs, pack by pack.
+
+    pairs: those of this rank. The result is that of all ranks.
+    """
+    model = layout.model
+    (n_all_pairs,) = layout.world.sums(len(pairs))
     ref_logp = torch.tensor([logp for pair in pairs for logp in pair.ref_logp])
     samples = pair_samples(pairs)
     losses = []
     pair_logps = []  # (P, 2) of each pack
     lengths = []  # (2P,)
     members = []  # (2P,) indices of the packs' samples
-    for pack, hidden in forward(model, samples, config.max_tokens, together=2):
+    for pack, hidden in layout.passes(samples, config.max_tokens, together=2):
         n_pairs = len(pack.members) // 2
-        weight = torch.full((n_pairs,), 1 / len(pairs), device=model.device)
+        weight = torch.full((n_pairs,), 1 / n_all_pairs, device=model.device)
         result = linear_preference_loss(
             hidden,
             model.head_weight,
@@ -361,17 +412,34 @@ def preference_backward(
         members += pack.members
     if not losses:
         none = torch.empty(0, 2)
-        return PreferenceResult(loss=None, logp=none, lengths=none, rewards=none)
+        own = PreferenceResult(loss=None, logp=none, lengths=none, rewards=none)
+        return result_of_all_ranks(layout.world, own)
     # Copy to the CPU once, after the work of all packs is queued.
     logp = torch.cat(pair_logps).cpu()
     n_tokens = torch.tensor(lengths).view(-1, 2)
     log_ratio = logp - ref_logp[members].view(-1, 2)
     scale = config.beta / n_tokens if config.averages_tokens else config.beta
-    return PreferenceResult(
+    own = PreferenceResult(
         loss=float(sum(loss.cpu() for loss in losses)),
         logp=logp,
         lengths=n_tokens,
         rewards=scale * log_ratio,
+    )
+    return result_of_all_ranks(layout.world, own)
+
+
+def result_of_all_ranks(world: World, own: PreferenceResult) -> PreferenceResult:
+    """Return the result for the pairs of all ranks."""
+    if world.size == 1:
+        return own
+    parts = [part for part in world.exchange(own) if part.loss is not None]
+    if not parts:
+        return own
+    return PreferenceResult(
+        loss=sum(part.loss or 0.0 for part in parts),
+        logp=torch.cat([part.logp for part in parts]),
+        lengths=torch.cat([part.lengths for part in parts]),
+        rewards=torch.cat([part.rewards for part in parts]),
     )
 
 
@@ -446,9 +514,18 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
     return made_from
 
 
+def pair_store(trainer: Trainer, run_dir: Path) -> PairStore:
+    """Return the store of the pairs of a run. It keeps the record of earlier versions."""
+    store = PairStore(run_dir / "pairs", provenance(trainer))
+    recorded = store.recorded().get("data")
+    if recorded is None or not same_fingerprint(trainer.problems, recorded):
+        return store
+    return replace(store, provenance={**store.provenance, "data": recorded})
+
+
 def check_pairs(trainer: Trainer, run_dir: Path, start: int) -> None:
     """Raise ValueError if the run cannot continue from step `start` (from 0) in `run_dir`."""
-    store = PairStore(run_dir / "pairs", provenance(trainer))
+    store = pair_store(trainer, run_dir)
     every = trainer.config.pairs_every
     inside_a_round = start % every if every else start
     if inside_a_round and not store.has(start if every else 0):
@@ -464,5 +541,7 @@ def open_pair_store(trainer: Trainer, run_dir: Path, start: int) -> None:
 
     Pairs that the weights of a step after `start` sampled are removed, and sampled again later.
     """
-    trainer.pair_store = PairStore(run_dir / "pairs", provenance(trainer))
-    trainer.pair_store.begin(start)
+    trainer.pair_store = pair_store(trainer, run_dir)
+    with trainer.world.agreed():
+        if trainer.world.is_main:
+            trainer.pair_store.begin(start)

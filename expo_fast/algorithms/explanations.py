@@ -27,6 +27,7 @@ from expo_fast.config import Train
 from expo_fast.data.answer_grading import last_boxed_span
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, boxed, request_seed
+from expo_fast.distributed.world import World
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.packing import Sample
 
@@ -107,6 +108,10 @@ class ExplanationCache:
         for problem_id in list(self.fresh):
             if not self.is_fresh(problem_id, step, explain_every):
                 del self.fresh[problem_id]
+
+    def copy(self) -> "ExplanationCache":
+        """Return a cache with the same explanations, which later updates do not change."""
+        return ExplanationCache(fresh=dict(self.fresh), earlier=dict(self.earlier))
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for `load_state`."""
@@ -263,6 +268,42 @@ def keep_best(
         best = [explanations[i] for i in order]
         kept[problem_id] = best[:keep] if keep else best
     return kept
+
+
+def tokens_of(requests: Sequence[Request], completions: Sequence[Completion]) -> int:
+    """Return the number of tokens of prompts and completions."""
+    prompts = sum(len(request.prompt_ids) for request in requests)
+    return prompts + sum(len(completion.token_ids) for completion in completions)
+
+
+def of_all_ranks(
+    world: World,
+    questions: Sequence[Problem],
+    found: Explanations,
+    best: ByProblem,
+    n_tokens: int,
+) -> tuple[Explanations, ByProblem, int]:
+    """Return the explanations of all ranks, the best of them, and the number of tokens.
+
+    questions: those of all ranks. The other arguments are of the questions of this rank.
+    """
+    if world.size == 1:
+        return found, best, n_tokens
+    parts = world.exchange((found, best, n_tokens))
+    total = Explanations(n_questions=len(questions))
+    accepted: ByProblem = {}
+    kept: ByProblem = {}
+    for part, best_of_part, _ in parts:
+        total.n_sampled += part.n_sampled
+        total.n_right += part.n_right
+        total.n_leaked += part.n_leaked
+        total.n_unfit += part.n_unfit
+        accepted |= part.accepted
+        kept |= best_of_part
+    ids = [question.id for question in questions if question.id in accepted]
+    total.accepted = {problem_id: accepted[problem_id] for problem_id in ids}
+    kept = {problem_id: kept[problem_id] for problem_id in ids}
+    return total, kept, sum(n for _, _, n in parts)
 
 
 def select_explanations(

@@ -28,9 +28,11 @@ from expo_fast.algorithms.explanations import (
     accept_explanations,
     explanation_requests,
     keep_best,
+    of_all_ranks,
     questions_to_sample,
     ranking_samples,
     select_explanations,
+    tokens_of,
 )
 from expo_fast.algorithms.logprobs import completion_logprobs, reference_logprobs
 from expo_fast.algorithms.rollout import (
@@ -55,11 +57,12 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import request_seed
 from expo_fast.kernels.objectives import PolicyObjective
-from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.packing import Sample, forward
+from expo_fast.modeling.layout import Layout
+from expo_fast.modeling.packing import Sample
 from expo_fast.objectives import POLICY_OBJECTIVES
 from expo_fast.ops import group_advantage, linear_policy_loss
 from expo_fast.reporting.timing import Phases
+from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -79,7 +82,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         else:
             positives = solutions(trainer, questions)
     with phases.phase("diagnose"):
-        diagnosed = diagnose(trainer, groups, positives)
+        diagnosed = diagnose(trainer, groups, positives, step)
 
     # Each update trains on its own mini-batch of the questions.
     mini_batches = split_evenly(groups, config.updates_per_batch)
@@ -125,12 +128,17 @@ def sample_and_judge(
 ) -> list[Group]:
     """Sample G attempts at each question and judge them."""
     config = trainer.config
-    with phases.phase("generate"):
-        requests = attempt_requests(questions, trainer.prompter, config, step)
-        completions = trainer.generator.sample(requests)
-        trainer.count_tokens(requests, completions)
-    with phases.phase("reward"):
-        return judge_attempts(questions, completions, trainer.prompter, trainer.reward, config)
+    deal = trainer.deal_questions(questions)
+    own = deal.own(questions)
+    with trainer.world.agreed():
+        with phases.phase("generate"):
+            requests = attempt_requests(own, trainer.prompter, config, step)
+            completions = trainer.generator.sample(requests)
+        with phases.phase("reward"), interruptions.immediate():
+            groups = judge_attempts(own, completions, trainer.prompter, trainer.reward, config)
+    groups = deal.collect(groups)
+    trainer.count_attempts(groups)
+    return groups
 
 
 def with_advantages(groups: Sequence[Group], config: Train) -> list[Group]:
@@ -184,22 +192,27 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
     prompter = trainer.prompter
     cache = trainer.explanations
     new = questions_to_sample(questions, cache, config, step)
-    requests = explanation_requests(new, prompter, config, step)
-    completions = trainer.generator.sample(requests)
-    trainer.count_tokens(requests, completions)
-    found = accept_explanations(
-        new, completions, prompter, trainer.verify, append_answer=config.append_answer
-    )
-    samples = ranking_samples(found, new, prompter, config.choose_explanations)
-    logprobs = completion_logprobs(
-        trainer.model,
-        samples,
-        temperature=config.temperature,
-        max_tokens=config.pack_tokens,
-    )
-    best = keep_best(
-        found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
-    )
+    own = trainer.deal_questions(new).own(new)
+    with trainer.world.agreed():
+        requests = explanation_requests(own, prompter, config, step)
+        completions = trainer.generator.sample(requests)
+        with interruptions.immediate():
+            found = accept_explanations(
+                own, completions, prompter, trainer.verify, append_answer=config.append_answer
+            )
+        samples = ranking_samples(found, own, prompter, config.choose_explanations)
+        logprobs = completion_logprobs(
+            trainer.model,
+            samples,
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+        best = keep_best(
+            found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
+        )
+        n_tokens = tokens_of(requests, completions)
+    found, best, n_tokens = of_all_ranks(trainer.world, new, found, best, n_tokens)
+    trainer.sampled_tokens += n_tokens
     return select_explanations(found, best, questions, cache, config, step)
 
 
@@ -212,29 +225,33 @@ def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Explanations:
     return Explanations(expert, n_questions=len(questions))
 
 
-def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Explanations) -> Metrics:
+def diagnose(
+    trainer: Trainer, groups: Sequence[Group], positives: Explanations, step: int
+) -> Metrics:
     """Measure the two properties of a good positive sample on a few questions."""
     config = trainer.config
     questions = []
-    for group in groups[: config.diagnose]:
+    for group in groups[: config.n_diagnosed(step)]:
         explanation = None
         if config.explains and group.problem.id in positives.accepted:
             explanation = positives.accepted[group.problem.id][0]
         questions.append(DiagnosedQuestion(group.problem, group.judged, explanation))
     samples = diagnostic_samples(questions, trainer.prompter)
-    logprobs = completion_logprobs(
-        trainer.model,
-        [each.sample for each in samples],
-        temperature=config.temperature,
-        max_tokens=config.pack_tokens,
-    )
-    return diagnostic_metrics(questions, samples, logprobs)
+    deal = trainer.deal_samples([each.sample for each in samples])
+    with trainer.world.agreed():
+        logprobs = completion_logprobs(
+            trainer.model,
+            [each.sample for each in deal.own(samples)],
+            temperature=config.temperature,
+            max_tokens=config.pack_tokens,
+        )
+    return diagnostic_metrics(questions, samples, deal.collect(logprobs))
 
 
 def attempts_of_updates(
     trainer: Trainer, mini_batches: Sequence[Sequence[Group]]
 ) -> list[list[Sample]]:
-    """Return the samples of the policy term of each update.
+    """Return the samples of the policy term of each update that this rank computes.
 
     Updates after the first need log-probs under the policy that sampled. They are recomputed in the
     packs of the update: in bf16 the generator's log-probs differ by more than GSPO's clip range.
@@ -242,7 +259,9 @@ def attempts_of_updates(
     config = trainer.config
     if not config.spec.policy_term:
         return [[] for _ in mini_batches]
-    first, *later = [policy_samples(mini_batch, config) for mini_batch in mini_batches]
+    first, *later = [
+        trainer.own_samples(policy_samples(mini_batch, config)) for mini_batch in mini_batches
+    ]
     attempts = [first]
     for samples in later:
         old = completion_logprobs(
@@ -310,12 +329,12 @@ def update_weights(
     update: number of the update in the run, from 0.
     """
     config = trainer.config
-    model = trainer.model
+    layout = trainer.layout
     grad_sums = trainer.optimizer.grad_sums  # each loss.backward() adds its gradients to them
     coef = exp_sft_coef(config, update // config.updates_per_batch)
     with phases.phase("forward_backward"):
         attempts = with_reference_logprobs(trainer, attempts)
-        policy = policy_backward(model, attempts, PolicyLossConfig.of(config))
+        policy = policy_backward(layout, attempts, PolicyLossConfig.of(config))
         grad_sums.start_new_term()
 
         questions = [g.problem for g in groups if g.problem.id in positives.accepted]
@@ -327,8 +346,8 @@ def update_weights(
             reduction=config.exp_sft_reduction,
         )
         sft = sft_backward(
-            model,
-            explanations,
+            layout,
+            trainer.own_samples(explanations),
             temperature=config.temperature,
             max_tokens=config.pack_tokens,
         )
@@ -379,13 +398,20 @@ class PolicyResult:
 
 
 def policy_backward(
-    model: Decoder, samples: Sequence[Sample], config: PolicyLossConfig
+    layout: Layout, samples: Sequence[Sample], config: PolicyLossConfig
 ) -> PolicyResult:
-    """Add the gradients of the policy loss of the samples, pack by pack."""
-    total_weight = sum(sample.row_weight * len(sample.completion_ids) for sample in samples)
-    n_rows = sum(len(sample.completion_ids) for sample in samples)
+    """Add the gradients of the policy loss of the samples, pack by pack.
+
+    samples: those of this rank. The result is that of all ranks.
+    """
+    model = layout.model
+    world = layout.world
+    total_weight, n_rows = world.sums(
+        sum(sample.row_weight * len(sample.completion_ids) for sample in samples),
+        sum(len(sample.completion_ids) for sample in samples),
+    )
     sums = []
-    for pack, hidden in forward(model, samples, config.max_tokens):
+    for pack, hidden in layout.passes(samples, config.max_tokens):
         result = linear_policy_loss(
             hidden,
             model.head_weight,
@@ -410,10 +436,11 @@ def policy_backward(
                 [result.loss.detach(), kl, result.clip_low * fraction, result.clip_high * fraction]
             )
         )
-    if not sums:
-        return PolicyResult()
-    # Copy to the CPU once, after the work of all packs is queued.
-    return PolicyResult(*torch.stack(sums).double().sum(0).tolist())
+    own = [0.0, 0.0, 0.0, 0.0]
+    if sums:
+        # Copy to the CPU once, after the work of all packs is queued.
+        own = torch.stack(sums).double().sum(0).tolist()
+    return PolicyResult(*world.sums(*own))
 
 
 def with_reference_logprobs(trainer: Trainer, samples: Sequence[Sample]) -> list[Sample]:

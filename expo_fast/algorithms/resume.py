@@ -1,4 +1,4 @@
-"""Saving and resuming a training run: its directory, identity and checkpoints.
+"""Resuming a training run: its directory, identity and checkpoints.
 
 On a CPU, a resumed run is bit-identical to one that was never stopped. A run directory belongs to
 one configuration: only the options in `config.ADJUSTABLE` may change on a resume.
@@ -9,17 +9,21 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.cli.flags import dump_toml, from_toml
 from expo_fast.config import ADJUSTABLE, DEPEND_ON_DATA, Train
-from expo_fast.data.problems import fingerprint
+from expo_fast.data.problems import fingerprint, same_fingerprint
 from expo_fast.modeling.lora import load_adapter, save_adapter
 from expo_fast.modeling.shape import Shape
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
 from expo_fast.storage.lora_files import BaseModel
+from expo_fast.storage.state_shards import read_shards
 from expo_fast.weights import (
     load_weights_into,
     name_base,
@@ -82,27 +86,63 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
     The checkpoint is the one that --resume names, or else the newest valid one. Return (None, 0)
     if there is none. No file is written.
     """
-    loaded = None
-    if config.resume == "auto":
-        loaded = checkpoint.load_newest(config.run_dir)
-    elif names_checkpoint(config):
-        loaded = checkpoint.load(Path(config.resume))
-    if loaded is None:
+    world = trainer.world
+    path = None
+    with world.agreed():
+        if world.is_main:
+            path = find_checkpoint(config)
+    path = world.broadcast(path)
+    if path is None:
         return None, 0
-    path = loaded.path
+    with world.agreed():
+        values = check_checkpoint(config, trainer, path)
+        load_model_of(config, trainer, path)
+    trainer.layout.take()
+    tensors = read_state(trainer, path, values["trainer"])
+    trainer.load_state(tensors, values["trainer"])
+    return path, values["step"]
+
+
+def find_checkpoint(config: Train) -> Path | None:
+    """Return the checkpoint to resume from, None if there is none. Its files have been hashed."""
+    if config.resume == "auto":
+        return checkpoint.newest_to_resume(config.run_dir)
+    if names_checkpoint(config):
+        return checkpoint.checked(Path(config.resume))
+    return None
+
+
+def check_checkpoint(config: Train, trainer: Trainer, path: Path) -> dict[str, Any]:
+    """Return the JSON values of a checkpoint. Raise ValueError if it is not of this run."""
+    values = checkpoint.read_values(path)
     if (path / "config.json").exists():  # a LoRA checkpoint has none
         check_same_shape(config, trainer.model.shape, path)
     for what, value in identity(trainer).items():
         # A checkpoint of an earlier version does not say which ends it was made with.
-        recorded = loaded.values["identity"].get(what, value if what == "ends of turns" else None)
-        if recorded != value:
+        recorded = values["identity"].get(what, value if what == "ends of turns" else None)
+        same = recorded == value
+        if what == "training data":
+            same = same_fingerprint(trainer.problems, recorded)
+        if not same:
             raise ValueError(f"{path} was made with other {what}: a resume needs the same")
+    return values
+
+
+def load_model_of(config: Train, trainer: Trainer, path: Path) -> None:
+    """Load the weights of a checkpoint, or its adapter."""
     if config.lora_rank:
         load_adapter(trainer.model, path)
     else:
         load_weights_into(trainer.model, path)
-    trainer.load_state(loaded.tensors, loaded.values["trainer"])
-    return path, loaded.values["step"]
+
+
+def read_state(trainer: Trainer, path: Path, values: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the optimizer's tensors of a checkpoint, of which a rank reads its own parts."""
+    if trainer.world.size == 1:
+        return checkpoint.read_tensors(path)
+    tensors = trainer.optimizer.state_to_fill(values["optimizer"])
+    read_shards(path / checkpoint.STATE_FOLDER, tensors)
+    return tensors
 
 
 def check_same_shape(config: Train, shape: Shape, path: Path) -> None:
@@ -145,20 +185,6 @@ def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunL
         log.note(
             f"step {start} is already done: there is nothing to do up to --steps {config.steps}"
         )
-
-
-def save_checkpoint(trainer: Trainer, step: int) -> None:
-    """Write the checkpoint of step `step` into the run directory."""
-    config = trainer.config
-    tensors, values = trainer.state()
-    checkpoint.save(
-        config.run_dir,
-        step,
-        model_writer(trainer),
-        tensors,
-        {"step": step, "identity": identity(trainer), "trainer": values},
-        keep=config.keep_checkpoints,
-    )
 
 
 def model_writer(trainer: Trainer) -> Callable[[Path], None]:

@@ -23,7 +23,15 @@ from expo_fast.reward_functions import Reward, RewardError, RewardLog, Rewards
 NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
 MANY_UNDECIDED = 0.1  # fraction of attempts without a verdict, from which a run warns
 METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens")  # train.py adds them
-TRAINERS_PREFIXES = ("time/", "own/", "exp/", "expert/", "pairs/", "verdicts/")  # of metrics
+TRAINERS_PREFIXES = (  # of metrics
+    "time/",
+    "rank/",
+    "own/",
+    "exp/",
+    "expert/",
+    "pairs/",
+    "verdicts/",
+)
 
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""

@@ -23,8 +23,8 @@ from expo_fast.algorithms.trainer import (
 )
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.packing import Pack, Sample, forward
+from expo_fast.modeling.layout import Layout
+from expo_fast.modeling.packing import Pack, Sample
 from expo_fast.ops import linear_policy_loss
 from expo_fast.reporting.timing import Phases
 
@@ -55,8 +55,8 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         trainer.data_tokens += len(sample.prompt_ids) + len(sample.completion_ids)
     with phases.phase("forward_backward"):
         result = sft_backward(
-            trainer.model,
-            samples,
+            trainer.layout,
+            trainer.own_samples(samples),
             temperature=config.temperature,
             max_tokens=config.pack_tokens,
         )
@@ -99,15 +99,19 @@ def sft_samples(
 
 
 def sft_backward(
-    model: Decoder, samples: Sequence[Sample], *, temperature: float, max_tokens: int
+    layout: Layout, samples: Sequence[Sample], *, temperature: float, max_tokens: int
 ) -> SftResult:
     """Add the gradients of the SFT loss of the samples, pack by pack.
 
+    samples: those of this rank. The result is that of all ranks.
     max_tokens: most tokens in one forward and backward pass. It does not change the result.
     """
+    model = layout.model
+    world = layout.world
+    (n_samples,) = world.sums(len(samples))
     losses: list[Tensor] = []
     logps: list[tuple[Pack, Tensor]] = []
-    for pack, hidden in forward(model, samples, max_tokens):
+    for pack, hidden in layout.passes(samples, max_tokens):
         result = linear_policy_loss(
             hidden,
             model.head_weight,
@@ -122,12 +126,14 @@ def sft_backward(
         losses.append(result.loss.detach())
         logps.append((pack, result.logp))
     if not losses:
-        return SftResult(loss=0.0, nll=0.0)
+        loss, nll = world.sums(0.0, 0.0)
+        return SftResult(loss=loss, nll=nll)
     # Copy to the CPU after the work of all packs is queued.
     on_cpu = torch.stack(losses).cpu()
     nlls = []
     for pack, logp in logps:
         mean_logps = [values.mean() for _, values in pack.split(logp.cpu())]
-        nlls.append(-torch.stack(mean_logps).sum() / len(samples))
-    loss, nll = torch.stack([on_cpu, torch.stack(nlls)], 1).double().sum(0).tolist()
+        nlls.append(-torch.stack(mean_logps).sum() / n_samples)
+    own = torch.stack([on_cpu, torch.stack(nlls)], 1).double().sum(0).tolist()
+    loss, nll = world.sums(*own)
     return SftResult(loss=loss, nll=nll)

@@ -7,8 +7,10 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,22 +18,39 @@ from torch import Tensor
 
 from expo_fast.algorithms.explanations import ExplanationCache
 from expo_fast.algorithms.pairs import PairStore
-from expo_fast.algorithms.rollout import Verifier
+from expo_fast.algorithms.rollout import Group, Verifier, mean
 from expo_fast.config import Train
-from expo_fast.data.problems import Problem
+from expo_fast.data.problems import Problem, fingerprint
 from expo_fast.data.prompts import Prompter, request_seed
-from expo_fast.generate import Completion, Generator, Request
+from expo_fast.distributed.world import ALONE, Deal, World
+from expo_fast.generate import Generator
 from expo_fast.inference.exact_hidden import exact_hidden
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.lora import MergedCopy, is_attached, merged_copy
 from expo_fast.modeling.optimizer import Optimizer
+from expo_fast.modeling.packing import Sample
 from expo_fast.modeling.schedule import learning_rate
+from expo_fast.modeling.sharding import Sharded
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward_functions import Reward, TrainerState
+from expo_fast.runtime import interruptions
 
 Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
 StepResult = tuple[Metrics, TextRows]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What an unfinished step changes before its first update of the weights."""
+
+    step: int
+    """Number of complete steps."""
+    sampled_tokens: int
+    data_tokens: int
+    explanations: ExplanationCache
+    lengths: dict[str, float]
 
 
 @dataclass
@@ -49,6 +68,8 @@ class Trainer:
     """Verifier of explanations. The reward may be based on another verifier."""
     generator: Generator
     optimizer: Optimizer
+    layout: Layout
+    """Where the weights and the optimizer's state are: in this process, or sharded."""
     merged_copy: MergedCopy | None
     """With LoRA, the merged weights to sample from, refreshed after each update."""
     initial_weights_hash: str
@@ -63,13 +84,89 @@ class Trainer:
     """Prompt and completion tokens of all requests so far."""
     data_tokens: int = 0
     """Tokens of the data's own texts that were trained on so far."""
+    lengths: dict[str, float] = field(default_factory=dict)
+    """Of a distributed run: the mean length of the last attempts at a question, by problem id."""
     broken_steps: int = 0
     """Consecutive steps, up to the last one, without finite logits or without an update."""
+    boundary: Boundary | None = None
+    """The end of the last step. The loop over steps sets it."""
 
-    def count_tokens(self, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
-        """Add the tokens of requests and their completions to `sampled_tokens`."""
-        self.sampled_tokens += sum(len(request.prompt_ids) for request in requests)
-        self.sampled_tokens += sum(len(completion.token_ids) for completion in completions)
+    def mark_boundary(self, step: int) -> None:
+        """Record that `step` steps are complete. From here on, a signal may end the run again."""
+        self.boundary = Boundary(
+            step=step,
+            sampled_tokens=self.sampled_tokens,
+            data_tokens=self.data_tokens,
+            explanations=self.explanations.copy(),
+            lengths=dict(self.lengths),
+        )
+        interruptions.allow()
+
+    def return_to_boundary(self) -> int:
+        """Abandon a step that has not changed the weights. Return the number of complete steps.
+
+        The state is then that of the end of the last complete step. A resumed run takes the
+        abandoned step again, with the same result.
+        """
+        boundary = self.boundary
+        assert boundary is not None
+        self.sampled_tokens = boundary.sampled_tokens
+        self.data_tokens = boundary.data_tokens
+        self.explanations = boundary.explanations
+        self.lengths = boundary.lengths
+        self.optimizer.grad_sums.clear()
+        self.gather_weights()
+        return boundary.step
+
+    @property
+    def world(self) -> World:
+        """The ranks of the run."""
+        return self.layout.world
+
+    def count_attempts(self, groups: Iterable[Group]) -> None:
+        """Add the tokens of attempts to `sampled_tokens`, and note their lengths."""
+        for group in groups:
+            lengths = [len(completion.token_ids) for completion in group.completions]
+            self.sampled_tokens += len(group.prompt_ids) * len(lengths) + sum(lengths)
+            if self.world.size > 1:
+                self.lengths[group.problem.id] = mean(lengths) or 0.0
+
+    def deal_questions(self, questions: Sequence[Problem]) -> Deal:
+        """Return which rank samples which question, by the lengths to expect.
+
+        A question that has not been attempted is expected to need the limit.
+        """
+        limit = self.config.max_new_tokens
+        return self.world.deal([self.lengths.get(each.id, limit) for each in questions])
+
+    def own_samples(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples that this rank computes, in their order.
+
+        Samples of one prompt have the same rank, so that their prompt is computed once.
+        """
+        if self.world.size == 1:
+            return list(samples)
+        by_prompt: dict[tuple[int, ...], list[Sample]] = {}
+        for sample in samples:
+            by_prompt.setdefault(sample.prompt_ids, []).append(sample)
+        costs = []
+        for prompt, members in by_prompt.items():
+            costs.append(len(prompt) + sum(len(each.completion_ids) for each in members))
+        units = self.world.deal(costs).own(list(by_prompt.values()))
+        return [sample for unit in units for sample in unit]
+
+    def deal_samples(self, samples: Sequence[Sample]) -> Deal:
+        """Return which rank computes the log-probs of which sample."""
+        costs = [len(each.prompt_ids) + len(each.completion_ids) for each in samples]
+        return self.world.deal(costs)
+
+    def gather_weights(self) -> None:
+        """Sample from now on from the weights that the optimizer has."""
+        self.layout.gather()
+        if self.layout.moves_weights:
+            self.generator.forget_engine()
+        if self.merged_copy is not None:
+            self.merged_copy.refresh()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and JSON values that an exact resume needs, except the weights."""
@@ -81,6 +178,8 @@ class Trainer:
             "n_tokens": self.sampled_tokens,
             **self.explanations.state(),
         }
+        if self.lengths:
+            values["lengths"] = self.lengths
         return tensors, values
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -89,9 +188,9 @@ class Trainer:
         self.broken_steps = values["broken"]
         self.data_tokens = values["read"]
         self.sampled_tokens = values["n_tokens"]
+        self.lengths = dict(values.get("lengths", {}))
         self.explanations.load_state(values)
-        if self.merged_copy is not None:
-            self.merged_copy.refresh()
+        self.gather_weights()
 
 
 def make_trainer(
@@ -104,21 +203,36 @@ def make_trainer(
     verify: Verifier,
     progress: TrainerState | None = None,
     sources: Sequence[Sequence[Problem]] = (),
+    world: World = ALONE,
 ) -> Trainer:
     """Return a trainer with a generator and an optimizer made from the configuration."""
     initial_weights_hash = weights_hash(model)
     merged = merged_copy(model) if is_attached(model) else None
-    model.exact = exact_hidden(model) if config.batch_invariant else None
+    if world.size > 1:
+        # The ranks compute normalisers and metrics from the same batches. A difference would be no
+        # error of any operation, but a wrong result.
+        values = {f"option {name}": value for name, value in asdict(config).items()}
+        values["initial weights"] = initial_weights_hash
+        values["training data"] = fingerprint(problems)
+        values["prompt template"] = prompter.template_hash
+        values["ends of turns"] = prompter.ends_hash
+        values["version of torch"] = torch.__version__.split("+")[0]
+        world.check_same(values)
+    layout = Layout(model) if world.size == 1 else Sharded(model, world, config.shard)
+    if config.batch_invariant:
+        model.exact = exact_hidden(layout.sampling_model)
     generator = Generator(
-        model if merged is None else merged.model,
+        layout.sampling_model if merged is None else merged.model,
         tokenizer=prompter.tokenizer,
         batch_invariant=config.batch_invariant,
     )
     optimizer = Optimizer(
-        model.named_parameters(),
+        layout.named_parameters(),
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        world=world,
+        rounded_to=layout.rounded_to,
     )
     return Trainer(
         config=config,
@@ -130,6 +244,7 @@ def make_trainer(
         verify=verify,
         generator=generator,
         optimizer=optimizer,
+        layout=layout,
         merged_copy=merged,
         initial_weights_hash=initial_weights_hash,
         progress=progress or TrainerState(),
@@ -146,7 +261,10 @@ def weights_hash(model: Decoder) -> str:
     for name, parameter in model.named_parameters():
         integer = torch.int16 if parameter.dtype.itemsize == 2 else torch.int32
         bits = parameter.detach().view(integer).flatten()
-        total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
+        if bits.device.type == "cpu":
+            total = int(bits.numpy().sum(dtype="int64"))  # ten times as fast as torch's sum
+        else:
+            total = sum(int(piece.sum()) for piece in bits.split(1 << 24))
         digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -177,9 +295,43 @@ def questions_of_step(
     """
     steps_per_epoch = len(problems) // size
     epoch, place = divmod(step, steps_per_epoch)
-    shuffle = random.Random(request_seed(seed, "order", epoch))
-    order = shuffle.sample(range(len(problems)), len(problems))
-    return [problems[i] for i in order[place * size : (place + 1) * size]]
+    order = order_of_epoch(len(problems), request_seed(seed, "order", epoch))
+    return [problems[i] for i in order.part(place * size, (place + 1) * size)]
+
+
+@lru_cache(maxsize=16)  # a source of the data needs one
+def order_of_epoch(n: int, seed: int) -> "EpochOrder":
+    """Return the order of an epoch, which keeps what was drawn of it."""
+    return EpochOrder(n, seed)
+
+
+class EpochOrder:
+    """The permutation `random.Random(seed).sample(range(n), n)`, drawn as far as it is needed.
+
+    The complete permutation of a million takes a second.
+    """
+
+    def __init__(self, n: int, seed: int):
+        self._left = n
+        self._random = random.Random(seed)
+        self._moved: dict[int, int] = {}
+        """Elements of the pool, range(n), that are not in their place."""
+        self._drawn = array("Q")
+
+    def part(self, start: int, end: int) -> Sequence[int]:
+        """Return the elements of the permutation from `start` to `end`, without `end`."""
+        while len(self._drawn) < end:
+            self._draw()
+        return self._drawn[start:end]
+
+    def _draw(self) -> None:
+        """Take a random element out of the pool, and put the last one into its place."""
+        place = self._random.randrange(self._left)
+        self._drawn.append(self._moved.get(place, place))
+        self._left -= 1
+        last = self._moved.pop(self._left, self._left)
+        if place != self._left:
+            self._moved[place] = last
 
 
 def optimizer_step(trainer: Trainer, update: int, phases: Phases) -> Metrics:
@@ -195,10 +347,10 @@ def optimizer_step(trainer: Trainer, update: int, phases: Phases) -> Metrics:
         total_steps=config.steps * config.updates_per_batch,
         schedule=config.schedule,
     )
+    interruptions.defer()  # until the step is complete: half a step cannot be saved
     with phases.phase("optimizer"):
         report = trainer.optimizer.step(rate, config.max_grad_norm)
-        if trainer.merged_copy is not None:
-            trainer.merged_copy.refresh()
+        trainer.gather_weights()
     return {
         "grad_norm": report.grad_norm,
         "update_norm": report.update_norm,

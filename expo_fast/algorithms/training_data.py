@@ -3,12 +3,16 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from expo_fast.algorithms.diagnostics import expert_ids
 from expo_fast.algorithms.explanations import answer_after
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
 from expo_fast.data.control_tokens import found_in_prompts
+from expo_fast.data.problem_table import ProblemTable
 from expo_fast.data.problems import (
     Problem,
     hold_out,
@@ -16,29 +20,40 @@ from expo_fast.data.problems import (
     load_problems,
     overlap,
     subset,
+    without,
     worked_examples,
 )
 from expo_fast.data.prompts import Prompter, boxed, check_length, expert_text
-from expo_fast.reward_functions import check_reward_columns
+from expo_fast.data.row_blocks import (
+    HAS_ANSWER,
+    HAS_BOX,
+    HAS_PAIR,
+    HAS_SOLUTION,
+    IS_TEXT,
+    MAY_DIFFER,
+)
+from expo_fast.reward_functions import ARGUMENTS, check_reward_columns
+
+MARGIN = 64  # tokens by which a prompt may be longer than the sum of its parts
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """The problems, worked examples and held-out problems of a run."""
 
-    sources: list[list[Problem]]
+    sources: Sequence[Sequence[Problem]]
     """The problems to train on, by source of the data."""
     shots: tuple[Problem, ...]
     """Worked examples, none of which is among the problems."""
-    held_out: list[Problem]
+    held_out: Sequence[Problem]
     """Problems of the evaluations; empty if the run has no evaluations."""
     notes: tuple[str, ...] = ()
     """What the user should know of the choice of these problems."""
 
-    @property
-    def problems(self) -> list[Problem]:
+    @cached_property
+    def problems(self) -> ProblemTable:
         """The problems to train on, of all sources."""
-        return [problem for source in self.sources for problem in source]
+        return ProblemTable.joined([ProblemTable.of(source) for source in self.sources])
 
 
 def load_training_data(config: Train) -> TrainingData:
@@ -56,7 +71,8 @@ def load_training_data(config: Train) -> TrainingData:
             'question asks for one: --instruction "" leaves it out',
             stacklevel=2,
         )
-    both = overlap([*data.shots, *data.problems], data.held_out)
+    trained = ProblemTable.joined([ProblemTable.of(data.shots), data.problems])
+    both = overlap(trained, data.held_out)
     if both:
         warnings.warn(
             f"{len(both)} problems of {in_words(config.eval_sources)} are also in "
@@ -73,12 +89,12 @@ def select_problems(config: Train) -> TrainingData:
     Raise ValueError for data that cannot be read.
     """
     sources = load_sources(config, config.data_sources, answers=needs_answers(config))
-    held_out: list[Problem] = []
+    held_out: Sequence[Problem] = []
     notes: list[str] = []
     if config.eval_every and config.eval_sources:
         held_out = load_held_out(config)
     elif config.eval_every:
-        problems = [problem for source in sources for problem in source]
+        problems = ProblemTable.joined(sources)
         held_out = share_of(config, problems)
         sources = [without(source, held_out) for source in sources]
         notes.append(note_of_share(config, problems, held_out))
@@ -90,7 +106,7 @@ def select_problems(config: Train) -> TrainingData:
             all_columns=False,
         )
     else:
-        candidates = [problem for source in sources for problem in source]
+        candidates = ProblemTable.joined(sources)
     shots, _ = worked_examples(candidates, config.n_shots)
     sources = [without(source, shots) for source in sources]
     return TrainingData(sources, shots, held_out, tuple(notes))
@@ -103,7 +119,7 @@ def load_sources(
     answers: bool,
     all_columns: bool = True,
     limit: int | None = None,
-) -> list[list[Problem]]:
+) -> list[ProblemTable]:
     """Return the problems of each source, with distinct ids.
 
     answers, all_columns, limit: as for `load_problems`.
@@ -122,7 +138,7 @@ def load_sources(
     return join_sources(parts)
 
 
-def load_held_out(config: Train) -> list[Problem]:
+def load_held_out(config: Train) -> ProblemTable:
     """Return the problems of `eval_data`, at most `eval_limit` of them."""
     limit = config.eval_limit
     parts = load_sources(
@@ -132,15 +148,14 @@ def load_held_out(config: Train) -> list[Problem]:
         all_columns=False,
         limit=limit,
     )
-    problems = [problem for part in parts for problem in part]
-    held_out = subset(problems, limit, seed=0)
+    held_out = subset(ProblemTable.joined(parts), limit, seed=0)
     check_answers(in_words(config.eval_sources), held_out)
     return held_out
 
 
-def share_of(config: Train, problems: Sequence[Problem]) -> list[Problem]:
+def share_of(config: Train, problems: ProblemTable) -> Sequence[Problem]:
     """Return the part of the training data that is held out; empty if no problem has an answer."""
-    judged = [problem for problem in problems if problem.answer]
+    judged = problems.select(problems.has(HAS_ANSWER))
     if not judged:
         return []
     return hold_out(judged, config.eval_fraction, config.eval_limit)
@@ -159,12 +174,6 @@ def note_of_share(config: Train, problems: Sequence[Problem], held_out: Sequence
         f"by a hash of the question (--eval-fraction {config.eval_fraction:g}, at most "
         f"--eval-limit {config.eval_limit}); --eval-data names other data"
     )
-
-
-def without(problems: Sequence[Problem], removed: Sequence[Problem]) -> list[Problem]:
-    """Return the problems whose question is not one of the removed ones."""
-    shared = {problem.id for problem in overlap(removed, problems)}
-    return [problem for problem in problems if problem.id not in shared]
 
 
 def in_words(sources: Sequence[str]) -> str:
@@ -194,9 +203,9 @@ def check_numbers(config: Train, data: TrainingData) -> None:
 
 def check_answers(source: str, problems: Sequence[Problem]) -> None:
     """Raise ValueError if a problem has no answer, which is needed to judge attempts."""
-    for problem in problems:
-        if not problem.answer:
-            raise ValueError(f"{source}: problem {problem.id} has no 'answer' to judge attempts by")
+    table = ProblemTable.of(problems)
+    for problem in table.select(~table.has(HAS_ANSWER)):
+        raise ValueError(f"{source}: problem {problem.id} has no 'answer' to judge attempts by")
 
 
 def check_columns(config: Train, problems: Sequence[Problem]) -> None:
@@ -204,31 +213,13 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
 
     Warn if the method trains on solutions that contradict their row's answer.
     """
-    spec = config.spec
+    table = ProblemTable.of(problems)
+    for problem in table.select(may_be_unfit(config, table)):
+        check_problem(config, problem)
     contradicting = []
-    for problem in problems:
-        if problem.is_text and spec.sft_source != "data":
-            raise ValueError(
-                f"problem {problem.id} is plain text (a row with 'text' and no question): only "
-                f"--method sft trains on it, not {config.method}"
-            )
-        trains_on_solution = spec.needs_solutions or (
-            spec.sft_source == "data" and problem.pair is None
-        )
-        if trains_on_solution:
-            solution = expert_text(problem)  # raises ValueError if there is none
-            if problem.answer and boxes_another_answer(solution, problem.answer):
-                contradicting.append(problem)
-        if spec.chosen_source == "data" and problem.pair is None:
-            raise ValueError(
-                f"problem {problem.id} has no 'chosen' and 'rejected' columns: "
-                f"--method {config.method} needs both; expo-dpo and expert-dpo make pairs from "
-                "attempts"
-            )
-        if needs_answers(config) and not problem.answer:
-            raise ValueError(missing_answer(config, problem))
-        if config.reward:
-            check_reward_columns(in_words(config.data_sources), problem)
+    for problem in table.select(trained_solutions(config, table) & table.has(MAY_DIFFER)):
+        if boxes_another_answer(expert_text(problem), problem.answer):
+            contradicting.append(problem)
     if contradicting:
         warnings.warn(
             f"{len(contradicting)} solutions of {in_words(config.data_sources)} box an answer that "
@@ -238,14 +229,64 @@ def check_columns(config: Train, problems: Sequence[Problem]) -> None:
         )
 
 
+def trained_solutions(config: Train, table: ProblemTable) -> np.ndarray:
+    """Return whether the method trains on the solution of each problem: (n,) bool."""
+    spec = config.spec
+    if spec.needs_solutions:
+        return np.ones(len(table), dtype=bool)
+    if spec.sft_source == "data":
+        return ~table.has(HAS_PAIR)
+    return np.zeros(len(table), dtype=bool)
+
+
+def may_be_unfit(config: Train, table: ProblemTable) -> np.ndarray:
+    """Return whether `check_problem` may refuse each problem: (n,) bool."""
+    spec = config.spec
+    unfit = trained_solutions(config, table) & ~table.has(HAS_SOLUTION)
+    if spec.sft_source != "data":
+        unfit |= table.has(IS_TEXT)
+    if spec.chosen_source == "data":
+        unfit |= ~table.has(HAS_PAIR)
+    if needs_answers(config):
+        unfit |= ~table.has(HAS_ANSWER)
+    if config.reward and not table.names.isdisjoint(ARGUMENTS):
+        unfit[:] = True
+    return unfit
+
+
+def check_problem(config: Train, problem: Problem) -> None:
+    """Raise ValueError if a problem lacks a column that the method needs."""
+    spec = config.spec
+    if problem.is_text and spec.sft_source != "data":
+        raise ValueError(
+            f"problem {problem.id} is plain text (a row with 'text' and no question): only "
+            f"--method sft trains on it, not {config.method}"
+        )
+    if spec.needs_solutions or (spec.sft_source == "data" and problem.pair is None):
+        expert_text(problem)  # raises ValueError if there is no solution
+    if spec.chosen_source == "data" and problem.pair is None:
+        raise ValueError(
+            f"problem {problem.id} has no 'chosen' and 'rejected' columns: "
+            f"--method {config.method} needs both; expo-dpo and expert-dpo make pairs from "
+            "attempts"
+        )
+    if needs_answers(config) and not problem.answer:
+        raise ValueError(missing_answer(config, problem))
+    if config.reward:
+        check_reward_columns(in_words(config.data_sources), problem)
+
+
 def asks_in_vain(config: Train, problems: Sequence[Problem]) -> bool:
     """Return whether the instruction asks for a box, which no text of the data has."""
-    trains_on_data = "data" in (config.spec.sft_source, config.spec.chosen_source)
-    asked = [problem for problem in problems if not problem.is_text]
-    if not trains_on_data or not asked or "\\boxed" not in config.instruction:
+    sources = (config.spec.sft_source, config.spec.chosen_source)
+    if "data" not in sources or "\\boxed" not in config.instruction:
         return False
-    texts = [problem.pair[0] if problem.pair else expert_text(problem) for problem in asked]
-    return not any("\\boxed" in text for text in texts)
+    table = ProblemTable.of(problems)
+    asked = ~table.has(IS_TEXT)
+    # A solution without a box gets one with its answer.
+    gets_box = ~table.has(HAS_PAIR) & table.has(HAS_ANSWER)
+    has_box = table.has(HAS_BOX) | gets_box
+    return bool(asked.any()) and not bool((asked & has_box).any())
 
 
 def needs_answers(config: Train) -> bool:
@@ -285,16 +326,55 @@ def check_lengths(
     held_out: Sequence[Problem],
     context: int,
 ) -> None:
-    """Raise ValueError if a problem does not fit the model's context."""
-    new = config.max_new_tokens
-    sampled = new if config.spec.samples_attempts else 0
-    for problem in problems:
+    """Raise ValueError if a problem does not fit the model's context.
+
+    Only problems that may not fit by the number of their characters are rendered.
+    """
+    table = ProblemTable.of(problems)
+    for problem in table.select(may_be_long(config, prompter, table, context)):
+        sampled = config.max_new_tokens if config.spec.samples_attempts else 0
         prompt = prompter.explain(problem) if config.explains else prompter.solve(problem)
         check_length(problem, prompt, new=sampled, context=context)
         for text in texts_trained_on(config, prompter, problem):
             check_length(problem, prompter.solve(problem) + text, new=0, context=context)
     for problem in held_out:
-        check_length(problem, prompter.solve(problem), new=new, context=context)
+        prompt = prompter.solve(problem)
+        check_length(problem, prompt, new=config.max_new_tokens, context=context)
+
+
+def may_be_long(config: Train, prompter: Prompter, table: ProblemTable, context: int) -> np.ndarray:
+    """Return whether each problem may not fit the context, by the lengths of its texts: (n,) bool.
+
+    Prompts with the same roles differ only in their texts. So none is longer than the first one of
+    its form and the most tokens that its own texts can have.
+    """
+    trains_on_texts = trains_on_data(config)
+    if trains_on_texts and prompter.turn.opened:
+        # The template may refuse a text, depending on how it begins.
+        return np.ones(len(table), dtype=bool)
+    _, first, form = np.unique(table.numbers("form"), return_index=True, return_inverse=True)
+    first_lengths = [length_of(config, prompter, table[int(i)]) for i in first]
+    longest = np.array(first_lengths, dtype=np.int64)[form] + MARGIN
+    longest += table.numbers("asked")
+    if trains_on_texts:
+        longest += table.numbers("trained")
+    return longest > context
+
+
+def length_of(config: Train, prompter: Prompter, problem: Problem) -> int:
+    """Return the tokens of a problem's longest sequence in the run."""
+    prompt = prompter.explain(problem) if config.explains else prompter.solve(problem)
+    sampled = config.max_new_tokens if config.spec.samples_attempts else 0
+    lengths = [len(prompt) + sampled]
+    for text in texts_trained_on(config, prompter, problem):
+        lengths.append(len(prompter.solve(problem)) + len(text))
+    return max(lengths)
+
+
+def trains_on_data(config: Train) -> bool:
+    """Return whether `texts_trained_on` yields a text for a problem."""
+    spec = config.spec
+    return spec.needs_solutions or "data" in (spec.sft_source, spec.chosen_source)
 
 
 def texts_trained_on(
@@ -339,7 +419,13 @@ def warn_of_control_tokens(prompter: Prompter, problems: Sequence[Problem]) -> N
     """Warn if questions have control tokens, unless the prompts have them as plain text."""
     if prompter.escape:
         return
-    found = found_in_prompts(problems, prompter.control_tokens)
+    table = ProblemTable.of(problems)
+    tokens = []
+    for token in prompter.control_tokens:
+        # A search in the bytes is fast, and nearly all data have none.
+        if any(token.encode() in store.content for store in table.stores):
+            tokens.append(token)
+    found = found_in_prompts(table, tokens) if tokens else []
     if found:
         problem_id, token = found[0]
         warnings.warn(

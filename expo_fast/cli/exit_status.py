@@ -1,17 +1,22 @@
-"""Exit status of a command line: 0, or 2 with one sentence about the error."""
+"""Exit status of a command line: 0, or another one with one sentence about the error."""
 
 import importlib
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from expo_fast.cli.missing_packages import advice_on
+from expo_fast.distributed.launch import may_print
+from expo_fast.runtime import interruptions
+from expo_fast.runtime.endings import COLLAPSED, Collapsed, Stopped
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as for other programs whose output is closed
 INTERRUPTED = 130  # 128 + SIGINT
 USER_ERROR = 2
+EXIT_S = 5.0  # a stopped process that does not end in this time, as a user's thread may, is ended
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -21,7 +26,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
     An error that a user can correct (ValueError, OSError, a package of ours that is not installed)
     is printed to stderr as one sentence. If stdout was closed, as by `| head`, nothing is printed.
-    The status is then 141, or 0 if main ran to its end.
+    The status is then 141, or 0 if main ran to its end. It is 3 if the run collapsed, and 128 + the
+    number of the signal that stopped it.
     """
     try:
         with one_line_warnings():
@@ -29,14 +35,22 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except BrokenPipeError:
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if may_print():
+            print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except ModuleNotFoundError as error:
         advice = advice_on(error)
         if advice is None:
             raise
-        print(f"error: {advice}", file=sys.stderr)
+        if may_print():
+            print(f"error: {advice}", file=sys.stderr)
         return USER_ERROR
+    except Collapsed as error:
+        if may_print():
+            print(f"error: {error}", file=sys.stderr)
+        return COLLAPSED
+    except Stopped as stop:
+        return stop.exit_status
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
@@ -49,11 +63,18 @@ def run_command(command: str, argv: Sequence[str] | None = None) -> int:
 
     The module is imported here, so that a package that its imports lack is one sentence too.
     """
+    if command == "train":
+        interruptions.leave_at_once_outside_the_run()
 
     def main(argv: Sequence[str]) -> None:
         importlib.import_module(f"expo_fast.{command}").main(argv)
 
-    return run(main, argv)
+    status = run(main, argv)
+    if status > 128:
+        timer = threading.Timer(EXIT_S, os._exit, [status])
+        timer.daemon = True
+        timer.start()
+    return status
 
 
 @contextmanager

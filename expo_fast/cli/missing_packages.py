@@ -7,6 +7,7 @@ from pathlib import Path
 # The extra of pyproject.toml that installs a module; None: it is always installed.
 EXTRAS: dict[str, str | None] = {
     "torch": None,
+    "numpy": "train",
     "transformers": "train",
     "tokenizers": "train",
     "safetensors": "train",

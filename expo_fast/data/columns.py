@@ -90,7 +90,7 @@ def split_gsm8k(what: str, answer: str) -> tuple[str | None, str]:
 
     The calls of a calculator are removed from the solution. Another text is the answer itself.
     """
-    match = GSM8K_ANSWER.fullmatch(answer)
+    match = GSM8K_ANSWER.fullmatch(answer) if "####" in answer else None
     if match is None:
         return None, answer
     solution = GSM8K_CALCULATOR.sub("", match["solution"]).strip()

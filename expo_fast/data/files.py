@@ -10,7 +10,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -72,10 +72,20 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """Yield the values of the lines that are not blank."""
-    for number, line in enumerate(_lines(path), 1):
+    return rows_of_lines(path, _lines(path), first=1)
+
+
+def rows_of_lines(path: Path, lines: Iterable[bytes], *, first: int) -> Iterator[Row]:
+    """Yield the values of the lines of a file that are not blank.
+
+    first: the number of the first of these lines in the file.
+    """
+    prefix = f"{path}:"
+    for number, line in enumerate(lines, first):
+        _check_length(path, number, line)
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if text.strip():
-            yield Row(f"{path}:{number}", _parse(path, text, line=number))
+        if text and not text.isspace():
+            yield Row(prefix + str(number), _parse(path, text, line=number))
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -96,38 +106,59 @@ def _parse(path: Path, content: bytes, *, line: int | None) -> object:
 
     line: the number of the line. None: the content is that of the file.
     """
-    where = str(path) if line is None else f"{path}:{line}"
     deepest = NESTING + 1 if line is None else NESTING
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_object)
-        json.dumps(value, ensure_ascii=False).encode()  # fails for an escaped lone surrogate
-        if _depth(value) > deepest:
+        value = _decoded(content.decode())
+        if b"\\u" in content:
+            json.dumps(value, ensure_ascii=False).encode()  # fails for an escaped lone surrogate
+        # A value is at most as deep as it has brackets.
+        if content.count(b"{") + content.count(b"[") > deepest and _depth(value) > deepest:
             raise RecursionError
         return value
-    except json.JSONDecodeError as error:
+    except ValueError as error:
+        raise _json_error(path, error, line) from error
+    except RecursionError as error:
+        where = str(path) if line is None else f"{path}:{line}"
+        raise ValueError(f"{where}: nested more than {NESTING} deep") from error
+
+
+def _decoded(text: str) -> object:
+    """Return a JSON value, as `DECODER.decode` does. It is faster for a text without whitespace."""
+    try:
+        value, end = DECODER.scan_once(text, 0)  # pyright: ignore[reportAttributeAccessIssue]
+    except StopIteration:
+        end = -1
+    return value if end == len(text) else DECODER.decode(text)
+
+
+def _json_error(path: Path, error: ValueError, line: int | None) -> ValueError:
+    """Return the error of a line, or of a complete file, that is no JSON value."""
+    where = str(path) if line is None else f"{path}:{line}"
+    if isinstance(error, json.JSONDecodeError):
         rest = shown(error.doc[error.pos :])
         place = f"{path}:{line or error.lineno}:{error.colno}"
-        raise ValueError(f"{place}: not JSON ({error.msg}): {rest}") from error
-    except UnicodeDecodeError as error:
+        return ValueError(f"{place}: not JSON ({error.msg}): {rest}")
+    if isinstance(error, UnicodeDecodeError):
         unit = "file" if line is None else "line"
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start + 1} of the {unit}") from error
-    except UnicodeEncodeError as error:
+        return ValueError(f"{where}: not UTF-8 at byte {error.start + 1} of the {unit}")
+    if isinstance(error, UnicodeEncodeError):
         half = error.object[error.start]
-        raise ValueError(f"{where}: {half!a} is half a character (a lone surrogate)") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: nested more than {NESTING} deep") from error
-    except ValueError as error:  # a repeated key, or an integer of thousands of digits
-        raise ValueError(f"{where}: {error}") from error
+        return ValueError(f"{where}: {half!a} is half a character (a lone surrogate)")
+    return ValueError(f"{where}: {error}")  # a repeated key, or an integer of thousands of digits
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a JSON object. Raise ValueError for a repeated key."""
-    row: dict[str, object] = {}
-    for name, value in pairs:
-        if name in row:
-            raise ValueError(f"the key {name!r} is there twice; keep one")
-        row[name] = value
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice; keep one")
     return row
+
+
+# A decoder is made once, because json.loads makes one for each call that has a hook.
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _depth(value: object) -> int:
@@ -180,6 +211,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[Row]:
 
 def _decoded_lines(path: Path) -> Iterator[str]:
     for number, line in enumerate(_lines(path), 1):
+        _check_length(path, number, line)
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
@@ -214,15 +246,23 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 # Text files
 
 
+def _check_length(path: Path, number: int, line: bytes) -> None:
+    if len(line) > LINE_BYTES:
+        raise ValueError(f"{path}:{number}: a line of more than {LINE_BYTES >> 20} MiB")
+
+
 def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, unzipped if it is a gzip."""
+    """Yield the lines of a file, unzipped if it is a gzip.
+
+    A line of more than LINE_BYTES is not complete, and is the last one that is yielded.
+    """
     number = 0
     with _opened(path, lambda: number + 1) as file:
         while line := file.readline(LINE_BYTES + 1):
             number += 1
-            if len(line) > LINE_BYTES:
-                raise ValueError(f"{path}:{number}: a line of more than {LINE_BYTES >> 20} MiB")
             yield line
+            if len(line) > LINE_BYTES:
+                return
 
 
 @contextmanager

@@ -15,58 +15,40 @@ names its file, line and value.
 import hashlib
 import json
 import random
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
-from expo_fast.data.answer_grading import reason_against_reference
-from expo_fast.data.columns import (
-    Message,
-    read_id,
-    read_level,
-    read_prompt,
-    read_reply,
-    shown,
+import numpy as np
+
+from expo_fast.data.files import file_rows, files_of
+from expo_fast.data.large_files import is_large, read_large
+from expo_fast.data.problem import Problem, last_question, question_text
+from expo_fast.data.problem_table import ProblemTable, Store
+from expo_fast.data.row_blocks import (
+    IS_TEXT,
+    NO_LEVEL,
+    Block,
+    blocks_of,
+    question_key,
 )
-from expo_fast.data.files import Row
-from expo_fast.data.row_forms import (
-    QUESTION_COLUMNS,
-    Answer,
-    extract_question,
-    find_answer,
-    parse_names,
-    remove_nulls,
-    rename,
-)
+from expo_fast.data.row_forms import parse_names
+from expo_fast.data.row_reading import RowOptions
 from expo_fast.data.sources import read_rows
 
-RENDERING_COLUMNS = ("tools", "chat_template_kwargs")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question with its known answer."""
-
-    id: str
-    # The question, or chat messages (see read_prompt); "" if the solution is plain text.
-    prompt: str | tuple[Message, ...]
-    answer: str  # the final answer alone; "" if the row has none
-    solution: str | None = None  # the expert's chain of thought, or another text to train on
-    level: int | None = None
-    columns: Mapping[str, object] = field(default_factory=dict)  # the other columns of the row
-    pair: tuple[str, str] | None = None  # a chosen and a rejected answer, if the row has them
-
-    @property
-    def is_text(self) -> bool:
-        """Whether the problem is plain text to train on, without a question."""
-        return self.prompt == ""
-
-    @property
-    def prefill(self) -> str:
-        """The beginning of the answer, which the prompt ends with; "" if there is none."""
-        if isinstance(self.prompt, str) or self.prompt[-1]["role"] != "assistant":
-            return ""
-        return self.prompt[-1]["content"]
+__all__ = [
+    "Problem",
+    "fingerprint",
+    "hold_out",
+    "join_sources",
+    "last_question",
+    "load_problems",
+    "overlap",
+    "question_text",
+    "same_fingerprint",
+    "subset",
+    "without",
+    "worked_examples",
+]
 
 
 def load_problems(
@@ -79,7 +61,7 @@ def load_problems(
     all_columns: bool = True,  # whether a row needs every column of `columns`
     answers: bool = True,  # whether every row needs an answer to judge by, or a pair
     data_dir: str | None = None,  # folder of benchmarks; None: that of EXPO_FAST_DATA
-) -> list[Problem]:
+) -> ProblemTable:
     """Read, check and select the problems of `source` (see the module's docstring).
 
     Raises FileNotFoundError for a missing file. Raises ValueError for a bad row, an empty data set,
@@ -89,83 +71,99 @@ def load_problems(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: ask for at least one problem of {source}")
     names = {} if source.startswith("builtin:") else parse_names(columns)
-    rows = read_rows(source, levels=levels, limit=limit, seed=seed, data_dir=data_dir)
-    read = (
-        (row.where, _problem(row, names, all_columns=all_columns, answers=answers)) for row in rows
-    )
-    problems = _with_distinct_ids(read)
+    options = RowOptions(names, all_columns, answers)
+    large = [file for file in files_of(source) if is_large(file)]
+    if large:
+        blocks = _blocks_of_files(source, options)
+    else:
+        rows = read_rows(source, levels=levels, limit=limit, seed=seed, data_dir=data_dir)
+        blocks = blocks_of(rows, options)
+    problems = _with_distinct_ids(Store(blocks))
     if not problems:
         raise ValueError(f"{source}: holds no problem; give a data set with at least one row")
     return subset(_of_levels(problems, levels, source), limit, seed)
 
 
-def _with_distinct_ids(read: Iterable[tuple[str, Problem]]) -> list[Problem]:
-    """Return the problems, given with their places.
+def _blocks_of_files(source: str, options: RowOptions) -> Iterator[Block]:
+    for file in files_of(source):
+        if is_large(file):
+            yield from read_large(file, options)
+        else:
+            yield from blocks_of(file_rows(file), options)
+
+
+def _with_distinct_ids(store: Store) -> ProblemTable:
+    """Return the problems of a source, whose ids differ.
 
     An id that another file of the source has gets the number of its file: `7@2`. Raise ValueError
     if a file has an id twice.
     """
-    first: dict[str, str] = {}  # id -> where it was seen
-    files: dict[str, int] = {}  # file -> its number
-    problems = []
-    for where, problem in read:
-        file = where.rpartition(":")[0]
-        number = files.setdefault(file, len(files) + 1)
-        if problem.id in first and first[problem.id].rpartition(":")[0] != file:
-            problem = replace(problem, id=f"{problem.id}@{number}")
-        if problem.id in first:
-            raise ValueError(
-                f"{where}: id {problem.id!r} is that of {first[problem.id]}; ids must differ"
-            )
-        first[problem.id] = where
-        problems.append(problem)
+    problems = ProblemTable.of_store(store)
+    suffixes = {file: f"@{n}" for n, file in enumerate(dict.fromkeys(store.files), 1)}
+    repeated: dict[str, np.ndarray] = {}  # by file: whether an earlier file has the id
+    for first, later in _same_ids(problems):
+        file = store.file(later)
+        if store.file(first) != file:
+            repeated.setdefault(file, np.zeros(len(problems), dtype=bool))[later] = True
+    for file, mask in repeated.items():
+        problems = problems.with_suffix(mask, suffixes[file])
+    for first, later in _same_ids(problems):
+        raise ValueError(
+            f"{store.where(later)}: id {problems[later].id!r} is that of {store.where(first)}; ids "
+            "must differ"
+        )
     return problems
 
 
-def join_sources(parts: Sequence[Sequence[Problem]]) -> list[list[Problem]]:
+def _same_ids(problems: ProblemTable) -> Iterator[tuple[int, int]]:
+    """Yield the index of each problem whose id an earlier one has, after that of the first one."""
+    crcs = problems.id_crcs
+    distinct, counts = np.unique(crcs, return_counts=True)
+    first: dict[str, int] = {}
+    for i in np.flatnonzero(np.isin(crcs, distinct[counts > 1])):
+        index = int(i)
+        earlier = first.setdefault(problems[index].id, index)
+        if earlier != index:
+            yield earlier, index
+
+
+def join_sources(parts: Sequence[Sequence[Problem]]) -> list[ProblemTable]:
     """Return the problems of several sources with distinct ids.
 
     An id that an earlier source has gets the number of its source: `7@2`.
     """
-    seen: set[str] = set()
-    joined = []
-    for number, part in enumerate(parts, 1):
-        distinct = []
-        for problem in part:
-            if problem.id in seen:
-                problem = replace(problem, id=f"{problem.id}@{number}")
-            distinct.append(problem)
-        seen |= {problem.id for problem in distinct}
-        joined.append(distinct)
+    joined: list[ProblemTable] = []
+    for number, part in enumerate(map(ProblemTable.of, parts), 1):
+        taken: set[str] = set()
+        for earlier in joined:
+            suspects = np.isin(earlier.id_crcs, part.id_crcs)
+            taken |= {problem.id for problem in earlier.select(suspects)}
+        mask = np.zeros(len(part), dtype=bool)
+        if taken:
+            mask[:] = [problem.id in taken for problem in part]
+        joined.append(part.with_suffix(mask, f"@{number}"))
     return joined
 
 
-def hold_out(problems: Sequence[Problem], fraction: float, limit: int) -> list[Problem]:
+def hold_out(problems: Sequence[Problem], fraction: float, limit: int) -> ProblemTable:
     """Return the problems to hold out for evaluation, in the order of the data.
 
     A question is held out if its hash is among the lowest `fraction` of all hashes, so the choice
     does not change if rows are added or in another order. Of more than `limit` questions, those
     with the lowest hashes are held out. At least one is. Each question is held out once.
     """
-    by_question: dict[str, Problem] = {}  # the first problem of several
-    for problem in problems:
-        by_question.setdefault(question_text(problem), problem)
-    places = {question: _place(question) for question in by_question}
-    order = sorted(by_question, key=places.__getitem__)
-    n_below = sum(place < fraction for place in places.values())
-    chosen = set(order[: min(limit, max(1, n_below))])
-    return [problem for question, problem in by_question.items() if question in chosen]
-
-
-def _place(question: str) -> float:
-    """Return the place of a question's hash among all hashes, from 0 to 1."""
-    digest = hashlib.sha256(question.encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64
+    table = ProblemTable.of(problems)
+    keys, first = np.unique(table.numbers("key"), return_index=True)  # the first row of several
+    places = keys.astype(np.float64) / 2.0**64  # of the hashes among all hashes, from 0 to 1
+    order = np.lexsort((first, places))
+    n_below = int(np.count_nonzero(places < fraction))
+    chosen = first[order[: min(limit, max(1, n_below))]]
+    return table.select(np.sort(chosen))
 
 
 def worked_examples(
     problems: Sequence[Problem], k: int
-) -> tuple[tuple[Problem, ...], list[Problem]]:
+) -> tuple[tuple[Problem, ...], ProblemTable]:
     """Return k problems to show with their solutions, and the other problems.
 
     The examples are spread evenly over the shortest third of the solutions, so they are short and
@@ -175,198 +173,96 @@ def worked_examples(
     """
     if k < 0:
         raise ValueError(f"{k} worked examples: ask for 0 or more")
-    solved: dict[str, Problem] = {}  # by question; the first of several
-    for problem in problems:
-        if problem.solution and not problem.is_text:
-            solved.setdefault(question_text(problem), problem)
+    table = ProblemTable.of(problems)
+    solved = np.flatnonzero((table.numbers("solution") > 0) & ~table.has(IS_TEXT))
+    _, first = np.unique(table.numbers("key")[solved], return_index=True)  # of equal questions
+    solved = solved[np.sort(first)]
     if len(solved) < k:
         raise ValueError(
             f"{k} worked examples: only {len(solved)} problems have a solution; "
             f"use --shots {len(solved)}, or data with more of them"
         )
-    by_length = sorted(solved.values(), key=_solution_length)
-    short = by_length[: max(k, len(by_length) // 3)]
-    shots = []
-    for i in range(k):
-        # the middle of the i-th of k equal parts
-        shots.append(short[(2 * i + 1) * len(short) // (2 * k)])
-    questions = {question_text(shot) for shot in shots}
-    rest = [problem for problem in problems if question_text(problem) not in questions]
-    return tuple(shots), rest
+    n_short = max(k, len(solved) // 3)
+    # the middle of the i-th of k equal parts of the shortest third
+    places = [(2 * i + 1) * n_short // (2 * k) for i in range(k)]
+    shots = _by_length(table.select(solved), places)
+    shown = [question_key(shot) for shot in shots]
+    rest = ~np.isin(table.numbers("key"), np.array(shown, dtype=np.uint64))
+    return tuple(shots), table.select(rest)
 
 
-def split_examples(
-    candidates: Sequence[Problem], k: int, problems: Sequence[Problem]
-) -> tuple[tuple[Problem, ...], list[Problem]]:
-    """Return k worked examples of the candidates, and the problems that are none of them."""
-    shots, _ = worked_examples(candidates, k)
-    shown = overlap(shots, problems)
-    return shots, [problem for problem in problems if problem not in shown]
+def _by_length(table: ProblemTable, places: Sequence[int]) -> list[Problem]:
+    """Return the problems at some places of the order by length of the solution, then by id."""
+    lengths = table.numbers("solution")
+    order = np.argsort(lengths, kind="stable")
+    found = []
+    for place in places:
+        length = lengths[order[place]]
+        equal = sorted(table.select(lengths == length), key=lambda problem: problem.id)
+        n_shorter = int(np.count_nonzero(lengths < length))
+        found.append(equal[place - n_shorter])
+    return found
 
 
-def _solution_length(problem: Problem) -> tuple[int, str]:
-    return len(problem.solution or ""), problem.id
-
-
-def fingerprint(problems: Iterable[Problem]) -> str:
+def fingerprint(problems: Sequence[Problem]) -> str:
     """Return the sha256 (hex) of everything that the problems hold, in order.
 
     A column that JSON cannot express counts by its `str`.
     """
+    return ProblemTable.of(problems).fingerprint
+
+
+def same_fingerprint(problems: Sequence[Problem], recorded: object) -> bool:
+    """Return whether a record is the fingerprint of these problems.
+
+    Versions up to 0.1.0 hashed a line of JSON for each problem, which takes 12 s for a million.
+    """
+    if recorded == fingerprint(problems):
+        return True
     digest = hashlib.sha256()
     for problem in problems:
         line = json.dumps(asdict(problem), sort_keys=True, default=str)
         digest.update(line.encode() + b"\n")
-    return digest.hexdigest()
+    return recorded == digest.hexdigest()
 
 
-def overlap(train: Iterable[Problem], evaluation: Iterable[Problem]) -> list[Problem]:
+def overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> ProblemTable:
     """Return the problems of `evaluation` whose question is also in `train`.
 
     Case and spaces are ignored.
     """
-    seen = {question_text(problem) for problem in train}
-    return [problem for problem in evaluation if question_text(problem) in seen]
+    table = ProblemTable.of(evaluation)
+    return table.select(_in_both(train, table))
 
 
-def question_text(problem: Problem) -> str:
-    """Return the question, or the plain text, without case and spaces, to recognize equal ones.
-
-    The question of a chat is all its turns, because the last one may be the same in many chats
-    ("Now the final answer."). Messages of the system do not count, nor does the beginning of the
-    answer.
-    """
-    text = problem.solution or "" if problem.is_text else _turns_asked(problem)
-    text = unicodedata.normalize("NFC", text)
-    return "".join(text.casefold().split())
+def without(problems: Sequence[Problem], removed: Sequence[Problem]) -> ProblemTable:
+    """Return the problems whose question is not one of the removed ones."""
+    table = ProblemTable.of(problems)
+    return table.select(~_in_both(removed, table))
 
 
-def _turns_asked(problem: Problem) -> str:
-    if isinstance(problem.prompt, str):
-        return problem.prompt
-    asked = problem.prompt[:-1] if problem.prefill else problem.prompt
-    return "\n".join(turn["content"] for turn in asked if turn["role"] != "system")
+def _in_both(train: Sequence[Problem], table: ProblemTable) -> np.ndarray:
+    return np.isin(table.numbers("key"), ProblemTable.of(train).numbers("key"))
 
 
-def last_question(problem: Problem) -> str:
-    """Return the question as it is, and of a chat the user's last message."""
-    prompt = problem.prompt
-    if isinstance(prompt, str):
-        return prompt
-    return prompt[-2 if problem.prefill else -1]["content"]
-
-
-def _of_levels(
-    problems: list[Problem],
-    levels: Sequence[int],
-    source: str,
-) -> list[Problem]:
+def _of_levels(problems: ProblemTable, levels: Sequence[int], source: str) -> ProblemTable:
     if not levels:
         return problems
-    kept = [problem for problem in problems if problem.level in levels]
+    own = problems.numbers("level")
+    kept = problems.select(np.isin(own, levels))
     if kept:
         return kept
-    present = {problem.level for problem in problems if problem.level is not None}
+    present = np.unique(own[own != NO_LEVEL])
     wanted = ", ".join(map(str, levels))
-    found = ", ".join(map(str, sorted(present))) or "none"
+    found = ", ".join(map(str, present)) or "none"
     raise ValueError(f"{source}: no problem of level {wanted}; levels present: {found}")
 
 
-def subset(problems: list[Problem], limit: int | None, seed: int) -> list[Problem]:
+def subset(problems: Sequence[Problem], limit: int | None, seed: int) -> ProblemTable:
     """Return a random subset of the size `limit`, in order; None: all. Subsets are nested."""
-    order = list(range(len(problems)))
+    table = ProblemTable.of(problems)
+    if limit is None or limit >= len(table):
+        return table
+    order = list(range(len(table)))
     random.Random(seed).shuffle(order)
-    chosen = sorted(order[:limit])
-    return [problems[i] for i in chosen]
-
-
-def _problem(row: Row, names: Mapping[str, str], *, all_columns: bool, answers: bool) -> Problem:
-    where = row.where
-    if not isinstance(row.value, Mapping):
-        raise ValueError(f"{where}: a row must be a JSON object, not {shown(row.value)}")
-    columns: dict[str, object] = dict(row.value)
-    rename(where, columns, names, required=all_columns)
-    remove_nulls(columns)
-    question = extract_question(where, columns)
-    if question is None and "text" in columns:
-        return _plain_text(where, columns, answers=answers)
-    pair = _pair(where, columns)
-    missing = _missing(question, columns)
-    answer = find_answer(where, columns, required=answers and pair is None)
-    if question is None or (answers and answer is None and not pair):
-        raise ValueError(f"{where}: {missing}")
-    answer = answer or Answer("")
-    if answers and answer.text:
-        _check_answer(where, answer.text)
-    prompt = read_prompt(f"{where}: {question}", columns.pop(question))
-    if not isinstance(prompt, str):
-        _refuse_rendering_options(where, columns)
-    level = read_level(f"{where}: level", columns.pop("level", None))
-    return Problem(
-        id=_id(where, columns.pop("id", None)),
-        prompt=prompt,
-        answer=answer.text,
-        solution=answer.solution,
-        level=level,
-        columns=columns,
-        pair=pair,
-    )
-
-
-def _check_answer(where: str, answer: str) -> None:
-    """Raise ValueError if attempts cannot be judged by an answer."""
-    reason = reason_against_reference(answer)
-    if reason is not None:
-        raise ValueError(
-            f"{where}: no attempt can be judged by the answer {shown(answer)}: {reason}; correct "
-            "it, or remove the row"
-        )
-
-
-def _plain_text(where: str, columns: dict[str, object], *, answers: bool) -> Problem:
-    """Return the problem of a row with `text` and no question."""
-    if answers:
-        raise ValueError(
-            f"{where}: the row has 'text' and no question: only --method sft trains on plain text"
-        )
-    text = columns.pop("text")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: text must be text that is not empty, not {shown(text)}")
-    id_ = _id(where, columns.pop("id", None))
-    level = read_level(f"{where}: level", columns.pop("level", None))
-    return Problem(id_, prompt="", answer="", solution=text, level=level, columns=columns)
-
-
-def _refuse_rendering_options(where: str, columns: Mapping[str, object]) -> None:
-    """Raise ValueError for columns with which TRL renders the chat messages of a row."""
-    for name in RENDERING_COLUMNS:
-        if columns.get(name):
-            raise ValueError(
-                f"{where}: TRL renders chat messages with the column {name!r}, which is not "
-                f"supported: remove it, or rename it to keep it for reward functions"
-            )
-
-
-def _missing(question: str | None, columns: Mapping[str, object]) -> str:
-    wanted = "'answer'" if question else " or ".join(map(repr, QUESTION_COLUMNS))
-    present = ", ".join(map(repr, columns)) or "none"
-    name = "answer" if question else "prompt"
-    advice = f"--columns {name}=COLUMN names a column that is called otherwise"
-    return f"no column {wanted}; the row has {present}; {advice}"
-
-
-def _pair(where: str, columns: dict[str, object]) -> tuple[str, str] | None:
-    """Remove a preference pair from the columns and return it, None if there is none."""
-    if not {"chosen", "rejected"} <= columns.keys():
-        return None
-    chosen = read_reply(f"{where}: chosen", columns.pop("chosen"))
-    rejected = read_reply(f"{where}: rejected", columns.pop("rejected"))
-    if chosen == rejected:
-        raise ValueError(f"{where}: chosen and rejected are the same text: {shown(chosen)}")
-    return chosen, rejected
-
-
-def _id(where: str, value: object) -> str:
-    if value is None:
-        return where.rpartition("/")[2]  # without the folder, which may change between two runs
-    return read_id(f"{where}: id", value)
+    return table.select(np.sort(order[:limit]))

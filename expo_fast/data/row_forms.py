@@ -332,12 +332,12 @@ def answer_in_solution(where: str, solution: str) -> Answer:
 
     The text of the answer is empty if there is none.
     """
-    boxed = last_boxed(solution)
+    boxed = last_boxed(solution) if "box" in solution else None
     if boxed:
         start, end = last_boxed_span(solution) or (0, 0)
         reasoning = re.search(r"\w", solution[:start] + solution[end:])
         return Answer(boxed, solution if reasoning else None)
-    if GSM8K_ANSWER.fullmatch(solution):
+    if "####" in solution and GSM8K_ANSWER.fullmatch(solution):
         return with_solution(where, solution, None)
     if len(solution) <= LONGEST_ANSWER and "\n" not in solution:
         return Answer(solution)

@@ -23,6 +23,7 @@ from expo_fast.inference.native_structs import (
 from expo_fast.inference.plain_model import is_plain
 from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
 from expo_fast.modeling.decoder import Block, Decoder
+from expo_fast.modeling.shape import ACTIVATIONS
 from expo_fast.op_backends import native_library
 from expo_fast.op_backends.native_library import DTYPE_CODES, address
 from expo_fast.ops import linear_logprob
@@ -117,6 +118,7 @@ class NativeEngine(Engine):
             out=address(hidden),
             n=n,
             table_stride=tokens.tables.stride(0),
+            n_positions=self.cos.shape[1],
             threads=threads,
         )
         self.library.expo_fast_decoder(decoder, ctypes.byref(rows))
@@ -192,7 +194,7 @@ class NativeEngine(Engine):
         return [p.data_ptr() for p in self.model.parameters()]
 
     def _rotations(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin for at least positions 0 to n - 1: (positions, Dh/2) each.
+        """Return cos and sin for at least positions 0 to n - 1: (sets, positions, R/2) each.
 
         They are fp32, but their values are rounded to the model's dtype as in the model.
         """
@@ -201,11 +203,11 @@ class NativeEngine(Engine):
         cos: list[Tensor] = []
         sin: list[Tensor] = []
         for chunk in positions.split(ROTATIONS_AT_ONCE):
-            chunk_cos, chunk_sin = self.model.rotation(chunk)
-            cos.append(chunk_cos)
-            sin.append(chunk_sin)
-        all_cos = torch.cat(cos).squeeze(1)
-        all_sin = torch.cat(sin).squeeze(1)
+            rotations = self.model.rotations(chunk)
+            cos.append(torch.stack([cos_of_set.squeeze(1) for cos_of_set, _ in rotations]))
+            sin.append(torch.stack([sin_of_set.squeeze(1) for _, sin_of_set in rotations]))
+        all_cos = torch.cat(cos, 1)
+        all_sin = torch.cat(sin, 1)
         return all_cos.float(), all_sin.float()
 
 
@@ -223,8 +225,16 @@ def _decoder_struct(model: Decoder) -> DecoderStruct:
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
+        rotary_dim=shape.rotary_dim,
+        rope_sets=len(shape.rope_sets),
         eps=shape.norm_eps,
-        scale=shape.head_dim**-0.5,
+        norm_offset=shape.norm_offset,
+        attention_scale=shape.attention_scale,
+        embedding_scale=model.embedding_scale.item(),
+        residual_scale=shape.residual_scale,
+        logit_scale=shape.logit_scale,
+        activation=ACTIVATIONS.index(shape.activation),
+        norms_all_heads=shape.qk_norm == "all heads",
         dtype=DTYPE_CODES[model.dtype],
     )
 
@@ -233,9 +243,12 @@ def _layer_struct(block: nn.Module) -> LayerStruct:
     assert isinstance(block, Block)
     attention = block.self_attn
     mlp = block.mlp
+    norms = block.norms
     return LayerStruct(
-        input_norm=address(block.input_layernorm.weight),
-        post_norm=address(block.post_attention_layernorm.weight),
+        before_attention=_norm_weight(block, norms.before_attention),
+        after_attention=_norm_weight(block, norms.after_attention),
+        before_mlp=_norm_weight(block, norms.before_mlp),
+        after_mlp=_norm_weight(block, norms.after_mlp),
         q_norm=address(getattr(attention.q_norm, "weight", None)),  # nn.Identity has no weight
         k_norm=address(getattr(attention.k_norm, "weight", None)),
         q=address(attention.q_proj.weight),
@@ -253,5 +266,10 @@ def _layer_struct(block: nn.Module) -> LayerStruct:
         up_bias=address(mlp.up_proj.bias),
         down_bias=address(mlp.down_proj.bias),
         window=attention.layer.window or 0,
-        rope=attention.rope,
+        rope=-1 if attention.rope is None else attention.rope,
     )
+
+
+def _norm_weight(block: Block, name: str | None) -> int | None:
+    """Return the address of a norm's weight; None if the layer has no such norm."""
+    return None if name is None else address(block.get_parameter(f"{name}.weight"))

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.inference.engine import Rows
-from expo_fast.inference.joined_weights import JoinedWeights
+from expo_fast.inference.joined_weights import JoinedWeights, joins
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import has_hooks, is_plain
@@ -100,6 +100,12 @@ class CudaEngine(TorchEngine):
                 "triton's interpreter (TRITON_INTERPRET=1)"
             )
         super().__init__(model)
+        if not joins(model.shape):
+            warnings.warn(
+                f"decoding {model.config.model_type} with PyTorch's operations between products, "
+                "which is slower: the fused kernels compute layers like Llama's",
+                stacklevel=5,  # the caller of Generator.sample
+            )
         on_gpu = model.device.type == "cuda"
         if on_gpu:
             self.prefill_tokens = CUDA_PREFILL_TOKENS
@@ -156,8 +162,11 @@ class CudaEngine(TorchEngine):
             self.forget_steps()
 
     def _join_weights(self) -> None:
-        """Copy the current weights that steps of a plain model read."""
-        if self.layout is None:
+        """Copy the current weights that steps of a plain model read.
+
+        Steps of other architectures call `model.run`, in the same CUDA graph.
+        """
+        if self.layout is None or not joins(self.model.shape):
             return
         if self.joined is None:
             self.joined = JoinedWeights(self.model)

@@ -208,7 +208,12 @@ class DecodeStep:
         """Compute `Decoder.run` of plain modules, with one launch between two GEMMs."""
         model = self.model
         body = model.model
-        rotation = layer_kernels.rotation(positions, model.inv_freq, model.rope_scale, model.dtype)
+        rotation = layer_kernels.rotation(
+            positions,
+            model.inv_freq[0],  # `joins` allows one set
+            model.rope_scales[0],
+            model.dtype,
+        )
         x = body.embed_tokens(tokens)
         delta = None
         for block, projections in zip(body.layers, joined.layers, strict=True):
@@ -232,7 +237,7 @@ class DecodeStep:
         """
         n = len(x)
         attention = block.self_attn
-        norm = block.input_layernorm
+        norm = _norm(block, block.norms.before_attention)
         x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
         q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in joined.qkv(h))
         q = layer_kernels.place(
@@ -242,16 +247,23 @@ class DecodeStep:
             k,
             v,
             norms=_head_norms(attention.q_norm, attention.k_norm),
-            rotation=rotation if attention.rope else None,
+            rotation=None if attention.rope is None else rotation,
             tables=self.inputs.tables,
             positions=self.inputs.positions,
         )
         mixed = self._attend(attention.layer, q)
         delta = attention.o_proj(mixed.view(n, -1))
-        norm = block.post_attention_layernorm
+        norm = _norm(block, block.norms.before_mlp)
         x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
         gate, up = joined.gate_up(h)
         return x, block.mlp.down_proj(layer_kernels.swiglu(gate, up))
+
+
+def _norm(block: Block, name: str | None) -> RMSNorm:
+    assert name is not None
+    norm = block.get_submodule(name)
+    assert isinstance(norm, RMSNorm)
+    return norm
 
 
 def _head_norms(q_norm: torch.nn.Module, k_norm: torch.nn.Module) -> layer_kernels.HeadNorms | None:

@@ -18,9 +18,16 @@ from expo_fast.modeling.decoder import Decoder, Exact
 
 
 def exact_hidden(model: Decoder) -> Exact:
-    """Return the function for `model.exact`. Raise ValueError if csrc does not run the model."""
+    """Return the function for `model.exact`, or for that of a model that shares its weights.
+
+    Raise ValueError if csrc does not run the model.
+    """
     NativeEngine(model)
-    return hidden
+
+    def exact(_: Decoder, *pack: Tensor | None) -> Tensor:
+        return hidden(model, *pack)  # pyright: ignore[reportArgumentType]
+
+    return exact
 
 
 @dataclass

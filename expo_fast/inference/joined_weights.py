@@ -12,7 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expo_fast.modeling.architectures import BEFORE
 from expo_fast.modeling.decoder import Block, Decoder
+from expo_fast.modeling.shape import Shape
+
+
+def joins(shape: Shape) -> bool:
+    """Return whether the fused kernels of `decode_step` compute a model of this shape.
+
+    They compute Llama's layer, with or without biases, norms of each head, windows and NoPE.
+    """
+    scales = (shape.embedding_scale, shape.residual_scale, shape.logit_scale)
+    return (
+        shape.norms == BEFORE
+        and shape.norm_offset == 0
+        and shape.activation == "silu"
+        and shape.qk_norm != "all heads"
+        and shape.rotary_dim == shape.head_dim
+        and len(shape.rope_sets) == 1
+        and scales == (1, 1, 1)
+    )
 
 
 class JoinedLinear:

@@ -6,9 +6,9 @@ Adapters, hooks and replaced forward methods run Python code that the kernels do
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from expo_fast.modeling.decoder import MLP, Attention, Block, Body, Decoder, RMSNorm
+from expo_fast.modeling.decoder import MLP, Attention, Block, Body, Decoder, Linear, RMSNorm
 
-OUR_MODULES = (Decoder, Body, Block, Attention, MLP, RMSNorm)
+OUR_MODULES = (Decoder, Body, Block, Attention, MLP, RMSNorm, Linear)
 TORCH_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)
 PLAIN_MODULES = OUR_MODULES + TORCH_MODULES
 OVERRIDES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # in a module's own attributes

@@ -19,6 +19,7 @@ from expo_fast.inference.requests import Completion, FinishReason, Request
 from expo_fast.inference.sampling import Drawn, Sampling, Truncation
 from expo_fast.inference.stop_rules import StopRules
 from expo_fast.modeling.packing import common_prefix
+from expo_fast.runtime import interruptions
 
 
 @dataclass(eq=False)
@@ -118,6 +119,7 @@ class Scheduler:
 
     def _step(self) -> list[tuple[int, Completion]]:
         """Sample the first tokens of new sequences, or the next tokens of all active sequences."""
+        interruptions.check()
         if not self.engine.runs_ahead:
             admission = self._admit()
             if admission.sequences:
@@ -184,6 +186,7 @@ class Scheduler:
             ids = cpu_int64(prompt.ids[n_cached:])
             segments.append(Segment(ids, n_cached, prompt.table))
         for batch in prefill_batches(segments, self.engine.prefill_tokens):
+            interruptions.check()
             hidden = self.engine.run(batch.tokens()).split(batch.lengths)
             for piece, rows in zip(batch.pieces, hidden, strict=True):
                 prompts[piece.index].hidden = rows[-1].clone()  # the last piece overwrites others

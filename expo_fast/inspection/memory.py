@@ -256,7 +256,7 @@ def activation_bytes(config: Train, model_config: Any, dtype: torch.dtype, given
 
     Layers of one kind keep the same, so one layer of each kind is traced, and two of it.
     """
-    kinds: dict[tuple[int | None, bool], int] = {}
+    kinds: dict[tuple[int | None, int | None], int] = {}
     with torch.device("meta"):
         shape = Decoder(model_config).shape
     for kind in zip(shape.windows, shape.rope, strict=True):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expo_fast.kernels import fused
+from expo_fast.op_backends import native_layer
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class PackedAttention:
         """Map q (N, H, Dh), k and v (N, Hkv, Dh) to (N, H, Dh)."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(layer, q, k, v)
+        if native_layer.runs(q, k, v):
+            return self._tree(layer, q, k, v)
         # split instead of slices: the gradient of a slice is a zeroed tensor of the pack's size
         queries = q.split(self.segment_lengths)
         keys = k.split(self.segment_lengths)
@@ -77,6 +80,22 @@ class PackedAttention:
             out = causal_attention(layer, queries[segment], chain_keys, chain_values)
             outputs.append(out)
         return torch.cat(outputs)
+
+    def _tree(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = layer.window or 0
+        tree = (self._boundaries_on_cpu, self._parents_on_cpu)
+        out, _ = native_layer.tree_attention(q, k, v, *tree, window, layer.scale)
+        return out
+
+    @cached_property
+    def _boundaries_on_cpu(self) -> Tensor:
+        return torch.tensor(self.boundaries, dtype=torch.int32, device="cpu")
+
+    @cached_property
+    def _parents_on_cpu(self) -> Tensor:
+        """(S,) int32, the last of each segment's ancestors, or -1."""
+        parents = [chain[-2] if len(chain) > 1 else -1 for chain in self.chains]
+        return torch.tensor(parents, dtype=torch.int32, device="cpu")
 
     def _varlen(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         visible = self._visible_keys

@@ -1,9 +1,9 @@
-"""One decoder for Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM2 and SmolLM3.
+"""One decoder for all architectures of the table in `architectures.py`.
 
-The architectures differ in a few flags (`Shape`). Parameters are `nn.Linear`s under Hugging Face
-names: checkpoints are interchangeable with transformers, and PEFT finds the projections. Training
-and sampling run the same code with different attention: over a pack (`PackedAttention`), or over
-the generator's KV cache.
+They differ in the fields of `Shape`, which this file reads in place of their names. Parameters are
+`nn.Linear`s under Hugging Face names: checkpoints are interchangeable with transformers, and PEFT
+finds the projections. Training and sampling run the same code with different attention: over a pack
+(`PackedAttention`), or over the generator's KV cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,25 +18,51 @@ from expo_fast.kernels import fused
 from expo_fast.modeling.attention import Layer, PackedAttention
 from expo_fast.modeling.rope import rope_frequencies, rotate_heads
 from expo_fast.modeling.shape import Shape, read_shape
+from expo_fast.op_backends import native_layer
 
 # (model, tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
 Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # (layer, q, k, v), with q (N, H, Dh), k and v (N, Hkv, Dh) -> (N, H, Dh)
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
-Rotation = tuple[Tensor, Tensor]  # cos and sin, (N, 1, Dh/2)
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (N, 1, R/2)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (arXiv:1910.07467)."""
+    """Root mean square normalization (arXiv:1910.07467), times offset + weight."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """Return x / rms(x) * (offset + weight) over the last dimension, rounded once.
+
+    Gemma's weights are differences from 1. Their sum would be rounded in bf16, so it is fp32.
+    """
+    if offset == 0:
+        if native_layer.runs(x, weight):
+            rows = x.reshape(-1, len(weight))
+            return native_layer.rms_norm(rows, weight, eps)[0].view(x.shape)
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.rms_norm(x.to(wide), weight.shape, offset + weight.to(wide), eps)
+    return normed.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with the product of csrc/layer.cpp where that is faster."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, in) to (N, out)."""
+        if native_layer.multiplies(input, self.weight):
+            return native_layer.linear(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class Attention(nn.Module):
@@ -48,74 +74,110 @@ class Attention(nn.Module):
         Dh = shape.head_dim
         q_size = shape.heads * Dh
         kv_size = shape.kv_heads * Dh
-        self.q_proj = nn.Linear(D, q_size, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(D, kv_size, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(D, kv_size, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(q_size, D, bias=shape.out_bias)
-        self.q_norm = _head_norm(shape)
-        self.k_norm = _head_norm(shape)
+        self.q_proj = Linear(D, q_size, bias=shape.qkv_bias)
+        self.k_proj = Linear(D, kv_size, bias=shape.qkv_bias)
+        self.v_proj = Linear(D, kv_size, bias=shape.qkv_bias)
+        self.o_proj = Linear(q_size, D, bias=shape.out_bias)
+        self.q_norm = _qk_norm(shape, q_size)
+        self.k_norm = _qk_norm(shape, kv_size)
+        self.norms_all_heads = shape.qk_norm == "all heads"
         self.rope = shape.rope[index]
         self.head_dim = Dh
-        self.layer = Layer(index, scale=Dh**-0.5, window=shape.windows[index])
+        self.layer = Layer(index, scale=shape.attention_scale, window=shape.windows[index])
 
-    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotations: Sequence[Rotation], attend: Attend) -> Tensor:
         """Map (N, D) to (N, D)."""
-        heads = (len(x), -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads))
-        k = self.k_norm(self.k_proj(x).view(heads))
-        v = self.v_proj(x).view(heads)
-        if self.rope:
-            q, k = rotate_heads(q, k, *rotation)
+        q = self._normed_heads(self.q_proj(x), self.q_norm)
+        k = self._normed_heads(self.k_proj(x), self.k_norm)
+        v = self.v_proj(x).view(len(x), -1, self.head_dim)
+        if self.rope is not None:
+            q, k = rotate_heads(q, k, *rotations[self.rope])
         attended = attend(self.layer, q, k, v)
         return self.o_proj(attended.reshape(len(x), -1))
 
+    def _normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Normalize (N, heads * Dh) queries or keys, and return them as (N, heads, Dh)."""
+        heads = (len(x), -1, self.head_dim)
+        if self.norms_all_heads:
+            return norm(x).view(heads)
+        return norm(x.view(heads))
 
-def _head_norm(shape: Shape) -> nn.Module:
-    """Return the norm of queries or keys."""
-    if shape.qk_norm:
-        return RMSNorm(shape.head_dim, shape.norm_eps)
-    return nn.Identity()
+
+def _qk_norm(shape: Shape, size: int) -> nn.Module:
+    """Return the norm of queries or keys. size: that of all heads."""
+    if shape.qk_norm == "no":
+        return nn.Identity()
+    if shape.qk_norm == "head":
+        size = shape.head_dim
+    return RMSNorm(size, shape.norm_eps, shape.norm_offset)
 
 
 class MLP(nn.Module):
-    """The SwiGLU feed-forward network of one layer (arXiv:2002.05202)."""
+    """The gated feed-forward network of one layer (arXiv:2002.05202)."""
 
     def __init__(self, shape: Shape):
         super().__init__()
         D = shape.hidden
         M = shape.intermediate
-        self.gate_proj = nn.Linear(D, M, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(D, M, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(M, D, bias=shape.mlp_bias)
+        self.gate_proj = Linear(D, M, bias=shape.mlp_bias)
+        self.up_proj = Linear(D, M, bias=shape.mlp_bias)
+        self.down_proj = Linear(M, D, bias=shape.mlp_bias)
+        self.gated = {"silu": swiglu, "gelu_pytorch_tanh": geglu}[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""
         gate = self.gate_proj(x)
         up = self.up_proj(x)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(self.gated(gate, up))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up."""
     if fused.runs(gate, up):
         return fused.swiglu(gate, up)
+    if native_layer.runs(gate, up):
+        return native_layer.swiglu(gate, up)
     return F.silu(gate) * up
 
 
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) * up, with the approximation of GELU by tanh."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
 class Block(nn.Module):
-    """One layer: attention and MLP, each with a norm before it and a residual connection."""
+    """One layer: attention and MLP, each with its norms and a residual connection."""
 
     def __init__(self, shape: Shape, index: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.norms = shape.norms
+        self.residual_scale = shape.residual_scale
+        self._add_norm(shape, shape.norms.before_attention)
         self.self_attn = Attention(shape, index)
-        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
+        self._add_norm(shape, shape.norms.after_attention)
+        self._add_norm(shape, shape.norms.before_mlp)
         self.mlp = MLP(shape)
+        self._add_norm(shape, shape.norms.after_mlp)
 
-    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+    def _add_norm(self, shape: Shape, name: str | None) -> None:
+        if name is not None:
+            self.add_module(name, RMSNorm(shape.hidden, shape.norm_eps, shape.norm_offset))
+
+    def forward(self, x: Tensor, rotations: Sequence[Rotation], attend: Attend) -> Tensor:
         """Map (N, D) to (N, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        norms = self.norms
+        h = self.self_attn(self._normed(norms.before_attention, x), rotations, attend)
+        x = x + scaled(self._normed(norms.after_attention, h), self.residual_scale)
+        h = self.mlp(self._normed(norms.before_mlp, x))
+        return x + scaled(self._normed(norms.after_mlp, h), self.residual_scale)
+
+    def _normed(self, name: str | None, x: Tensor) -> Tensor:
+        """Apply the norm of that name; None: return x."""
+        return x if name is None else getattr(self, name)(x)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale
 
 
 class Body(nn.Module):
@@ -126,7 +188,7 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
         blocks = [Block(shape, index) for index in range(len(shape.windows))]
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.norm = RMSNorm(shape.hidden, shape.norm_eps, shape.norm_offset)
 
 
 class _ExactValue(torch.autograd.Function):
@@ -137,7 +199,7 @@ class _ExactValue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, approximate: Tensor, exact: Tensor) -> Tensor:
-        return exact
+        return exact.clone()  # autograd would make a view of an input that is returned
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -153,7 +215,7 @@ class Decoder(nn.Module):
     bit-identical for any packing of the tokens. Gradients are those of the PyTorch forward pass.
     """
 
-    inv_freq: Tensor  # (Dh/2,) fp32
+    inv_freq: Tensor  # (sets, R/2) fp32
     exact: Exact | None = None
 
     def __init__(self, config: Any, *, checkpointing: bool = False):
@@ -165,8 +227,9 @@ class Decoder(nn.Module):
         self.model = Body(self.shape)
         if not self.shape.tied:
             self.lm_head = nn.Linear(self.shape.hidden, self.shape.vocabulary, bias=False)
-        inv_freq, self.rope_scale = rope_frequencies(config, self.shape.head_dim)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        rope = rope_frequencies(config, self.shape)
+        self.rope_scales = rope.scales
+        self.register_buffer("inv_freq", rope.inv_freq, persistent=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -236,6 +299,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return the (N, D) hidden states of a pack, after the final norm.
 
+        The logits are `hidden @ head_weight.T`. Granite divides its logits by `logits_scaling`, and
+        here its hidden states, so that the ops and the engines need no factor of their own.
+
         A token attends to its own segment and to the ancestors of that segment. Keep cu_seqlens and
         parents on the CPU: on a GPU they cost a host sync.
         """
@@ -252,23 +318,31 @@ class Decoder(nn.Module):
     def run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Return the (N, D) hidden states of (N,) tokens, with any attention."""
         x = self.model.embed_tokens(tokens)
-        rotation = self.rotation(positions)
+        if self.shape.embedding_scale != 1:
+            x = x * self.embedding_scale
+        rotations = self.rotations(positions)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotation, attend, use_reentrant=False)
+                x = checkpoint(layer, x, rotations, attend, use_reentrant=False)
                 assert isinstance(x, Tensor)
             else:
-                x = layer(x, rotation, attend)
-        return self.model.norm(x)
+                x = layer(x, rotations, attend)
+        return scaled(self.model.norm(x), self.shape.logit_scale)
 
-    def rotation(self, positions: Tensor) -> Rotation:
-        """Return RoPE's cos and sin for (N,) positions: (N, 1, Dh/2) each, in the model's dtype.
+    @property
+    def embedding_scale(self) -> Tensor:
+        """The factor of embeddings, rounded to the model's dtype as in transformers. 0-dim."""
+        return torch.tensor(self.shape.embedding_scale, dtype=self.dtype, device="cpu")
 
-        Angles are computed in fp32.
+    def rotations(self, positions: Tensor) -> list[Rotation]:
+        """Return RoPE's cos and sin for (N,) positions, by set of frequencies.
+
+        cos and sin are (N, 1, R/2) each, in the model's dtype. Angles are computed in fp32.
         """
-        angles = positions[:, None].float() * self.inv_freq
-        cos = angles.cos() * self.rope_scale
-        sin = angles.sin() * self.rope_scale
-        cos = cos[:, None].to(self.dtype)
-        sin = sin[:, None].to(self.dtype)
-        return cos, sin
+        rotations = []
+        for inv_freq, scale in zip(self.inv_freq, self.rope_scales, strict=True):
+            angles = positions[:, None].float() * inv_freq
+            cos = angles.cos() * scale
+            sin = angles.sin() * scale
+            rotations.append((cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)))
+        return rotations

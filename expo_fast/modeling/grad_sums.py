@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from expo_fast.distributed.world import ALONE, World, local_part
 from expo_fast.modeling.norms import L2Norm, batches, l2_norm
 
 # Number of gradient elements to collect before they are added. On a GPU one launch adds many.
@@ -37,9 +38,13 @@ class GradSums:
 
     Each parameter has one fp32 buffer. It is allocated here, because the first access to new memory
     is slow. A parameter with gradients in both terms gets a second buffer, which is reused later.
+
+    world: its ranks. Of a parameter that FSDP shards, the sums are those of this rank's part: FSDP
+    adds the gradients of all ranks first, and then runs the hook. Norms are those of all parts.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World = ALONE):
+        self._world = world
         self._parameters = dict(parameters)
         self._first: dict[str, Tensor] = {}  # by name; a parameter without a gradient has no entry
         self._second: dict[str, Tensor] = {}  # since `start_new_term`
@@ -47,7 +52,7 @@ class GradSums:
         self._pending: dict[str, Tensor] = {}  # gradients that are not yet in the second term
         self._pending_elements = 0
         for name, parameter in self._parameters.items():
-            buffer = torch.zeros_like(parameter, dtype=torch.float32)
+            buffer = torch.zeros_like(local_part(parameter), dtype=torch.float32)
             self._free[name] = [buffer]
             parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
@@ -57,6 +62,7 @@ class GradSums:
         parameter.grad = None
         if name in self._pending:
             self._add_pending()
+        grad = local_part(grad)
         self._pending[name] = grad
         self._pending_elements += grad.numel()
         most = CPU_PENDING if grad.device.type == "cpu" else GPU_PENDING
@@ -84,7 +90,7 @@ class GradSums:
     def _buffer(self, name: str) -> Tensor:
         if self._free[name]:
             return self._free[name].pop()
-        return torch.empty_like(self._parameters[name], dtype=torch.float32)
+        return torch.empty_like(local_part(self._parameters[name]), dtype=torch.float32)
 
     def start_new_term(self) -> None:
         """Add the gradients summed so far to the first term. Later gradients form the second."""
@@ -103,8 +109,8 @@ class GradSums:
     def term_norms(self) -> tuple[float, float]:
         """Return the L2 norms of the sums before and after the last `start_new_term`."""
         self._add_pending()
-        first = l2_norm(self._first.values())
-        second = l2_norm(self._second.values())
+        first = l2_norm(self._first.values(), self._world)
+        second = l2_norm(self._second.values(), self._world)
         return first, second
 
     def norm(self) -> float:
@@ -113,7 +119,7 @@ class GradSums:
         norm = L2Norm()
         for batch in batches(self._terms()):
             norm.add([term if other is None else term + other for term, other in batch])
-        return norm.value()
+        return norm.value(self._world)
 
     def _terms(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return the one or two terms of each parameter that has a gradient.

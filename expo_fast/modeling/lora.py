@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.storage.fused_adapters import join_config, join_factors, split_adapter
+from expo_fast.storage.fused_projections import joined_name
 from expo_fast.storage.hf_files import write_tokenizer
 from expo_fast.storage.lora_files import (
     PROJECTIONS,
@@ -178,9 +180,13 @@ def save_adapter(
     config.base_model_name_or_path = base
     config.revision = revision
     config.inference_mode = True  # as in PEFT's own files
+    factors = {name: _factors(layer) for name, layer in layers.items()}
+    if model.shape.fused_storage:
+        config = copy.deepcopy(config)
+        join_config(config)
+        factors = join_factors(factors)
     config.target_modules = sorted(config.target_modules)  # PEFT has a set, which has no order
     config.save_pretrained(str(path))
-    factors = {name: _factors(layer) for name, layer in layers.items()}
     write_adapter_tensors(path, factors, wheel)
     if tokenizer is not None:
         write_tokenizer(path, tokenizer)
@@ -202,9 +208,8 @@ def load_adapter(model: Decoder, path: str | Path) -> None:
     Raise ValueError if the adapter has another rank, scale, dtype or set of projections, and what
     `read_adapter` raises. The model is then unchanged.
     """
-    adapter = read_adapter(Path(path))
+    adapter = fit_adapter(read_adapter(Path(path)), model)
     layers = _adapted_layers(model)
-    _check_targets(adapter, model)
     _check_same_kind(adapter, layers, path)
     for name, layer in layers.items():
         saved = adapter.factors[name]
@@ -228,6 +233,8 @@ def _check_same_kind(adapter: Adapter, layers: dict[str, Any], path: str | Path)
                 f"have {rank} and {scale}"
             )
         current = _factors(layer)
+        if len(adapter.factors[name].A) != rank:  # of a joined projection
+            raise ValueError(f"{path}: A of {name} is shared with other projections")
         _check_same_dtype(adapter.factors[name].A, current.A, f"{path}: {name}")
         _check_same_dtype(adapter.factors[name].B, current.B, f"{path}: {name}")
 
@@ -243,7 +250,7 @@ def merge(model: Decoder, adapter: Adapter) -> None:
 
     Raise ValueError if the adapter does not fit the model, or if a merged weight is not finite.
     """
-    _check_targets(adapter, model)
+    adapter = fit_adapter(adapter, model)
     for name, layer in _projections(model).items():
         if name not in adapter.factors:
             continue
@@ -289,9 +296,17 @@ def _factors(layer: Any) -> LoraFactors:
     return LoraFactors(A, B)
 
 
-def _check_targets(adapter: Adapter, model: Decoder) -> None:
-    """Raise ValueError unless the adapter has tensors for exactly the projections that it names."""
+def fit_adapter(adapter: Adapter, model: Decoder) -> Adapter:
+    """Return the adapter with factors for the projections of the model.
+
+    Raise ValueError unless it has tensors for exactly the projections that it names.
+    """
     projections = _projections(model)
+    stored_name = str
+    if model.shape.fused_storage:
+        stored_name = joined_name
+        rows = {name: layer.out_features for name, layer in projections.items()}
+        adapter = split_adapter(adapter, rows)
     for name, factors in adapter.factors.items():
         if name not in projections:
             raise ValueError(f"{adapter.folder}: it adapts {name}, which the model lacks")
@@ -302,7 +317,7 @@ def _check_targets(adapter: Adapter, model: Decoder) -> None:
             raise ValueError(
                 f"{adapter.folder}: B A of {name} has shape {given}, the model needs {needed}"
             )
-    named = {name for name in projections if adapter.targets_projection(name)}
+    named = {name for name in projections if adapter.targets_projection(stored_name(name))}
     for name in sorted(named ^ adapter.factors.keys()):
         states, holds = ("names", "lacks") if name in named else ("does not name", "has")
         raise ValueError(
@@ -311,3 +326,4 @@ def _check_targets(adapter: Adapter, model: Decoder) -> None:
         )
     if not named:
         raise ValueError(f"{adapter.folder}: no projection is one of {adapter.targets!r}")
+    return adapter

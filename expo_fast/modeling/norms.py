@@ -7,11 +7,14 @@ operations launch once for many tensors. On a CPU they run the same loop.
 # pyright: reportPrivateImportUsage=false
 # (torch documents its multi-tensor operations but does not export their names)
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from expo_fast.distributed.world import ALONE, World
 
 T = TypeVar("T", bound=Sequence[object])
 
@@ -39,18 +42,24 @@ class L2Norm:
         if parts:
             self._norms += torch._foreach_norm(parts, 2, dtype=torch.float64)
 
-    def value(self) -> float:
-        """Return the norm of all tensors added so far, 0 if there are none. It is a host sync."""
+    def value(self, world: World = ALONE) -> float:
+        """Return the norm of all tensors added so far, 0 if there are none. It is a host sync.
+
+        world: if its ranks have parts of the tensors, the norm is that of all parts.
+        """
+        if world.size > 1:
+            own = torch.stack(self._norms).square().sum().item() if self._norms else 0.0
+            return math.sqrt(world.sums(own)[0])
         if not self._norms:
             return 0.0
         return torch.stack(self._norms).square().sum().sqrt().item()
 
 
-def l2_norm(tensors: Iterable[Tensor]) -> float:
-    """Return the L2 norm of all values, reduced in fp64."""
+def l2_norm(tensors: Iterable[Tensor], world: World = ALONE) -> float:
+    """Return the L2 norm of all values, reduced in fp64. world: as for `L2Norm.value`."""
     norm = L2Norm()
     norm.add(tensors)
-    return norm.value()
+    return norm.value(world)
 
 
 def pieces(tensor: Tensor) -> Sequence[Tensor]:

@@ -11,13 +11,14 @@ weights are fp32, and the bf16 weights are rounded copies that are written in pl
 # (torch documents its multi-tensor operations but does not export their names)
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from expo_fast.distributed.world import ALONE, World, local_part
 from expo_fast.modeling.grad_sums import GradSums
 from expo_fast.modeling.norms import L2Norm, batches, pieces
 
@@ -45,6 +46,10 @@ class Optimizer:
             loss.backward()  # adds to optimizer.grad_sums
         optimizer.step(lr, max_grad_norm)
 
+    world: its ranks, if FSDP shards the parameters over them. The shards are fp32 and are the
+    masters. The optimizer updates the part of this rank, and a `Layout` makes the weights of it.
+    rounded_to: the dtype of those weights. None: the parameters are not sharded.
+
     A model can have only one Optimizer. Raise ValueError if no parameter is trainable, or if a
     trainable parameter is neither fp32 nor bf16.
     """
@@ -56,7 +61,11 @@ class Optimizer:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        world: World = ALONE,
+        rounded_to: torch.dtype | None = None,
     ):
+        self._world = world
+        self._rounded_to = rounded_to
         self._parameters = {name: p for name, p in named_parameters if p.requires_grad}
         _check_trainable(self._parameters)
         self._masters: Tensors = {}
@@ -70,7 +79,7 @@ class Optimizer:
         for name in self._masters:
             self._reset_moments(name)
         self.skipped = 0  # number of steps skipped because of a non-finite gradient
-        self.grad_sums = GradSums(self._parameters)
+        self.grad_sums = GradSums(self._parameters, world)
 
     def _torch_adamw(self) -> torch.optim.AdamW:
         masters = list(self._masters.values())
@@ -141,7 +150,7 @@ class Optimizer:
             parameter = self._parameters[name]
             master.grad = None
             self._steps[name] = self._steps.get(name, 0) + 1
-            if master is not parameter:
+            if self._writes_copy(name):
                 parameters.append(parameter)
                 masters.append(master)
         if parameters:
@@ -150,7 +159,7 @@ class Optimizer:
         norm = L2Norm()
         for batch in batches(self._pieces(grads)):
             norm.add(self._updates(batch, lr))
-        return norm.value()
+        return norm.value(self._world)
 
     def _pieces(self, grads: Tensors) -> list["_Piece"]:
         """Return flat pieces of the parameters that have a gradient."""
@@ -187,6 +196,12 @@ class Optimizer:
         torch._foreach_mul_(updates, [lr / (1 - lr * p.decay) for p in batch])
         return list(updates)
 
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the fp32 master weights of bf16 parameters, with their names in a state."""
+        for name, master in self._masters.items():
+            if self._has_copy(name):
+                yield f"{name}.master", master
+
     def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
         """Return the tensors and JSON values that an exact resume needs, except the weights.
 
@@ -194,15 +209,20 @@ class Optimizer:
         `NAME.exp_avg`, `NAME.exp_avg_sq` and, for a bf16 parameter, `NAME.master`.
         """
         assert self.grad_sums.empty, "call state_dict() after step(), when no gradient is pending"
+        values = {"steps": dict(self._steps), "skipped": self.skipped}
+        return self.state_to_fill(values), values
+
+    def state_to_fill(self, values: dict[str, Any]) -> Tensors:
+        """Return the tensors of `state_dict` after the steps of `values`, for a loader to fill."""
         tensors: Tensors = {}
         for name, master in self._masters.items():
-            if master is not self._parameters[name]:
-                tensors[f"{name}.master"] = master
-            if name in self._steps:
+            if self._has_copy(name):
+                tensors[f"{name}.master"] = self._as_parameter(name, master)
+            if name in values["steps"]:
                 state = self._adamw.state[master]
                 for key in MOMENTS:
-                    tensors[f"{name}.{key}"] = state[key]
-        return tensors, {"steps": dict(self._steps), "skipped": self.skipped}
+                    tensors[f"{name}.{key}"] = self._as_parameter(name, state[key])
+        return tensors
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Tensors, values: dict[str, Any]) -> None:
@@ -217,14 +237,15 @@ class Optimizer:
         self.skipped = values["skipped"]
         for name, master in self._masters.items():
             parameter = self._parameters[name]
-            if master is not parameter:
-                master.copy_(tensors[f"{name}.master"])
+            if self._has_copy(name):
+                master.copy_(local_part(tensors[f"{name}.master"]))
+            if self._writes_copy(name):
                 parameter.copy_(master)
             state = self._adamw.state[master]
             state["step"].fill_(self._steps.get(name, 0))
             for key in MOMENTS:
                 if name in self._steps:
-                    state[key].copy_(tensors[f"{name}.{key}"])
+                    state[key].copy_(local_part(tensors[f"{name}.{key}"]))
                 else:
                     state[key].zero_()
 
@@ -250,11 +271,37 @@ class Optimizer:
         expected: dict[str, Tensor | None] = {}
         for name in steps:
             for key in MOMENTS:
-                expected[f"{name}.{key}"] = self._masters.get(name)
-        for name, master in self._masters.items():
-            if master is not self._parameters[name]:
-                expected[f"{name}.master"] = master
+                expected[f"{name}.{key}"] = self._parameters.get(name)
+        for name, parameter in self._parameters.items():
+            if self._has_copy(name):
+                expected[f"{name}.master"] = parameter
         return expected
+
+    def _has_copy(self, name: str) -> bool:
+        """Return whether the model's weight is a rounded copy of the master."""
+        if self._rounded_to is not None:
+            return self._rounded_to != torch.float32
+        return self._writes_copy(name)
+
+    def _writes_copy(self, name: str) -> bool:
+        """Return whether the parameter itself is a rounded copy, which is written here."""
+        return self._parameters[name].dtype != torch.float32
+
+    def _as_parameter(self, name: str, part: Tensor) -> Tensor:
+        """Return this rank's part of a state as a tensor that is sharded as the parameter is."""
+        parameter: Any = self._parameters[name]
+        if self._rounded_to is None:
+            return part
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            part,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
 
 class _Piece(NamedTuple):
@@ -270,7 +317,7 @@ class _Piece(NamedTuple):
 def _master(parameter: nn.Parameter) -> Tensor:
     """Return the fp32 weight that AdamW updates: an fp32 parameter itself, else a copy."""
     if parameter.dtype == torch.float32:
-        return parameter
+        return local_part(parameter)
     return parameter.detach().float()
 
 

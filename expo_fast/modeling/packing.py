@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.runtime import interruptions
 
 Prompt = tuple[int, ...]  # token ids
 
@@ -131,6 +132,7 @@ def forward(
     """
     vocabulary = model.shape.vocabulary
     for on_cpu in pack(samples, max_tokens, together=together):
+        interruptions.check()
         largest = int(on_cpu.tokens.max())
         if largest >= vocabulary:
             raise ValueError(f"a sample has the token id {largest} outside [0, {vocabulary})")

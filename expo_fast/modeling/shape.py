@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, Literal
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # SmolLM2 uses llama
+from expo_fast.modeling.architectures import ARCHITECTURES, Architecture, Norms
 
-# Architectures whose config may have this flag. transformers ignores it in other configs.
-WITH_ATTENTION_BIAS = ("llama", "qwen3", "smollm3")
-WITH_MLP_BIAS = ("llama", "smollm3")
-WITH_LAYER_TYPES = ("qwen2", "qwen3", "smollm3")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+LAYER_TYPES = ("full_attention", "sliding_attention")  # the order of RoPE's sets of frequencies
+SIMILAR = 0.55  # of names, by difflib: gemma2 and gemma3_text are similar, gpt2 is like none
 
 SIZES = (
     "vocab_size",
@@ -33,15 +33,25 @@ class Shape:
     heads: int  # H
     kv_heads: int  # Hkv
     head_dim: int  # Dh
+    rotary_dim: int  # the first dimensions of a head, which RoPE rotates; the others pass
+    norms: Norms
     norm_eps: float
+    norm_offset: float
+    activation: str  # of ACTIVATIONS
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    qk_norm: Literal["no", "head", "all heads"]
     tied: bool  # the head is the embedding
     context: int  # tokens
     windows: tuple[int | None, ...]  # per layer; None: all earlier tokens are visible
-    rope: tuple[bool, ...]  # per layer; False: a NoPE layer (SmolLM3)
+    rope: tuple[int | None, ...]  # per layer, the set of RoPE's frequencies; None: a NoPE layer
+    rope_sets: tuple[str | None, ...]  # the layer types that have a set; (None,): one for all
+    attention_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+    fused_storage: bool  # files have qkv_proj and gate_up_proj
 
 
 def read_shape(config: Any) -> Shape:
@@ -50,27 +60,37 @@ def read_shape(config: Any) -> Shape:
     Raise ValueError if the config is unsupported or inconsistent.
     """
     check_config(vars(config) | {"model_type": config.model_type})
-    kind = config.model_type
-    if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, need 'silu'")
+    architecture = ARCHITECTURES[config.model_type]
     heads = config.num_attention_heads
-    bias = kind in WITH_ATTENTION_BIAS and config.attention_bias
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    scales = architecture.scales(config)
+    attention_bias = getattr(config, "attention_bias", False)
     shape = Shape(
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=heads,
         kv_heads=config.num_key_value_heads or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
+        rotary_dim=_rotary_dim(config, architecture, head_dim),
+        norms=architecture.norms,
         norm_eps=config.rms_norm_eps,
-        qkv_bias=bias or kind == "qwen2",
-        out_bias=bias,
-        mlp_bias=kind in WITH_MLP_BIAS and config.mlp_bias,
-        qk_norm=kind == "qwen3",
+        norm_offset=architecture.norm_offset,
+        activation=_activation(config, architecture),
+        qkv_bias=_flag(architecture.qkv_bias, attention_bias),
+        out_bias=_flag(architecture.out_bias, attention_bias),
+        mlp_bias=_flag(architecture.mlp_bias, getattr(config, "mlp_bias", False)),
+        qk_norm=architecture.qk_norm,
         tied=config.tie_word_embeddings,
-        context=config.max_position_embeddings,
-        windows=_windows(config),
-        rope=_rope_layers(config),
+        context=_context(config, architecture),
+        windows=_windows(config, architecture),
+        rope=_rope_layers(config, architecture),
+        rope_sets=LAYER_TYPES if architecture.rope_by_layer_type else (None,),
+        attention_scale=head_dim**-0.5 if scales.attention is None else scales.attention,
+        embedding_scale=scales.embedding,
+        residual_scale=scales.residual,
+        logit_scale=scales.logit,
+        fused_storage=architecture.fused_storage,
     )
     _check_shape(shape)
     return shape
@@ -84,8 +104,8 @@ def check_config(values: Mapping[str, Any]) -> None:
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(
-            f"model_type {kind!r} is not supported, expo_fast runs {', '.join(ARCHITECTURES)} "
-            "(SmolLM2 is of model_type llama)"
+            f"model_type {kind!r} is not supported{_nearest(values)}: expo_fast runs "
+            f"{', '.join(ARCHITECTURES)} (SmolLM2 is of model_type llama)"
         )
     for key in SIZES:
         size = values.get(key)
@@ -93,11 +113,29 @@ def check_config(values: Mapping[str, Any]) -> None:
             continue
         if type(size) is not int or size < 1:
             raise ValueError(f"{key} is {size!r}, need a positive integer")
+    for key in ARCHITECTURES[kind].refused:
+        if values.get(key):
+            raise ValueError(f"{key} is {values[key]!r}, which is not supported: it must be unset")
+
+
+def _nearest(values: Mapping[str, Any]) -> str:
+    """Return what runs in place of an unsupported architecture, as a part of a sentence."""
+    text_config = values.get("text_config")
+    if isinstance(text_config, Mapping) and text_config.get("model_type") in ARCHITECTURES:
+        return f", only its text model, {text_config['model_type']}, saved without the rest"
+    near = get_close_matches(str(values.get("model_type")), ARCHITECTURES, n=1, cutoff=SIMILAR)
+    return f", the nearest that runs is {near[0]}" if near else ""
 
 
 def _check_shape(shape: Shape) -> None:
-    if shape.head_dim % 2:
-        raise ValueError(f"head_dim is {shape.head_dim}, need an even number for RoPE")
+    if shape.rotary_dim % 2 or shape.head_dim % 2:
+        dim = shape.head_dim if shape.head_dim % 2 else shape.rotary_dim
+        raise ValueError(f"head_dim is {dim}, need an even number for RoPE")
+    if not 0 < shape.rotary_dim <= shape.head_dim:
+        raise ValueError(
+            f"partial_rotary_factor rotates {shape.rotary_dim} of {shape.head_dim} dimensions, "
+            "need a number above 0 and at most 1"
+        )
     if shape.heads % shape.kv_heads:
         raise ValueError(
             f"num_key_value_heads is {shape.kv_heads}, need a divisor of the {shape.heads} heads"
@@ -107,23 +145,63 @@ def _check_shape(shape: Shape) -> None:
     for window in shape.windows:
         if window is not None and window < 1:
             raise ValueError(f"sliding_window is {window}, need at least one token")
+    for scale in (shape.attention_scale, shape.logit_scale):
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"the config scales scores or logits by {scale}, need a number > 0")
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
-    n_layers = config.num_hidden_layers
+def _flag(flag: Literal["no", "yes", "config"], of_config: bool) -> bool:
+    return flag == "yes" or (flag == "config" and of_config)
+
+
+def _activation(config: Any, architecture: Architecture) -> str:
+    name = getattr(config, architecture.activation)
+    if name not in ACTIVATIONS:
+        needed = " or ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{architecture.activation} {name!r} is not supported, need {needed}")
+    return name
+
+
+def _rotary_dim(config: Any, architecture: Architecture, head_dim: int) -> int:
+    if not architecture.partial_rope:
+        return head_dim
+    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def _context(config: Any, architecture: Architecture) -> int:
+    """Return the length of the context in tokens.
+
+    LongRoPE of Phi-3 takes other frequencies for all tokens of a sequence that is longer than
+    `original_max_position_embeddings`, and Ministral 3 scales later queries. Both would make
+    log-probs of sampling and of training differ.
+    """
+    context = config.max_position_embeddings
+    if not architecture.original_context:
+        return context
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    changes = (
+        config.rope_parameters["rope_type"] == "longrope"
+        or config.rope_parameters.get("llama_4_scaling_beta")
+    )  # fmt: skip
+    return min(context, original) if original and changes else context
+
+
+def _windows(config: Any, architecture: Architecture) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
-    if config.model_type == "mistral":  # one window for all layers
-        return (window,) * n_layers
-    if config.model_type not in WITH_LAYER_TYPES:
-        return (None,) * n_layers
-    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    slides = [False] * config.num_hidden_layers
+    if architecture.windows == "all layers":
+        slides = [True] * config.num_hidden_layers
+    elif architecture.windows == "config":
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
     return tuple(window if sliding else None for sliding in slides)
 
 
-def _rope_layers(config: Any) -> tuple[bool, ...]:
+def _rope_layers(config: Any, architecture: Architecture) -> tuple[int | None, ...]:
+    if architecture.rope_by_layer_type:
+        return tuple(LAYER_TYPES.index(kind) for kind in config.layer_types)
     flags = None
-    if config.model_type == "smollm3":
+    if architecture.nope == "config":
         flags = getattr(config, "no_rope_layers", None)  # 1 for a layer with RoPE
     if flags is None:
-        return (True,) * config.num_hidden_layers
-    return tuple(map(bool, flags))
+        flags = [True] * config.num_hidden_layers
+    return tuple(0 if flag else None for flag in flags)

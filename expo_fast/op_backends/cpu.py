@@ -1,180 +1,198 @@
-"""C++ backend: call the kernels of csrc/linear_logprob.cpp on torch tensors.
+"""C++ backend: log-probs and gradients of a head on a CPU.
 
-native_library.py compiles and loads them. Nothing of size (N, V) is kept, so the backward pass
-recomputes the logits.
+forward alone      1 GEMM, nothing of size (N, V)
+one pass           3 GEMMs: the exponentials of one span of rows are kept in bf16
+forward, backward  3 GEMMs for the rows whose exponentials fit KEPT_BYTES, 4 for later rows
+
+Exponentials are kept if hidden states and weight are bf16. Else each backward recomputes the
+logits. It also does so for a derivative in the entropy, which needs more digits of the logits than
+bf16 has. `Forward.kept` has the bytes of native_head.KeptExponentials.
+
+native_library.py compiles and loads the kernels.
 """
 
-import ctypes
-import math
-from collections.abc import Sequence
-from functools import cache
-
 import torch
-from torch import Tensor
 
 from expo_fast.kernels.head import (
     NOTHING,
     Forward,
     Gradients,
     Head,
+    LogProb,
     Needs,
     RowGrads,
-    from_sums,
+    RowwiseLoss,
     logit_grads_about_lse,
 )
-from expo_fast.op_backends import native_library
-from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
+from expo_fast.op_backends import native_head
+from expo_fast.op_backends.native_head import KeptExponentials, as_kernels_read, can_keep
 
 SPAN = 1024  # rows, csrc's kSpan: the weight gradient of more rows is summed in fp32 memory
+# Bytes of exponentials that `log_probs` keeps for `gradients`: 2 V bytes a row.
+KEPT_BYTES = 512 << 20
 
 
 def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
-    """Return the results in fp64, from one GEMM.
+    """Return the results in fp64. If gradients are needed, keep exponentials for them.
 
     Raise native_library.Unavailable if the kernels cannot be compiled or loaded.
     """
-    head = _as_kernels_read(head)
+    head = as_kernels_read(head)
+    n_kept = _n_kept(head) if any(needs) else 0
+    if not n_kept:
+        return Forward(native_head.forward(head))
+    kept = KeptExponentials.empty(head, n_kept)
+    parts = [native_head.forward(head.take(slice(0, n_kept)), kept)]
+    if n_kept < len(head.targets):
+        rest = head.take(slice(n_kept, None))
+        parts.append(native_head.forward(rest))
+    return Forward(_concatenated(parts), kept=kept.memory)
+
+
+def log_probs_and_gradients(
+    head: Head, loss: RowwiseLoss, needs: Needs
+) -> tuple[LogProb, Gradients]:
+    """Return results and gradients of a loss whose rows are independent."""
     n = len(head.targets)
-    target_logit = _empty((n,), torch.float32)
-    base = _empty((n,), torch.float32)
-    other = _empty((n,), torch.float64)
-    moment = _empty((n,), torch.float64)
-    _run("anchor", head, target_logit, outputs=[target_logit])
-    _run("forward", head, target_logit, outputs=[other, moment, base])
-    t = head.temperature
-    shift = (base.double() - target_logit) / t
-    results, _ = from_sums(base.double() / t, other, moment / t, shift)
-    return Forward(results)
+    if not n or not can_keep(head):
+        results = log_probs(head).results
+        row_grads = loss.row_grads(slice(0, n), results.logp.to(head.dtype))
+        return results, gradients(head, Forward(results), row_grads, needs)
+    head = as_kernels_read(head)
+    memory = KeptExponentials.empty(head, min(n, SPAN)).memory
+    sums = _GradientSums(head, needs, n_sums=-(-n // SPAN))
+    parts = []
+    for start in range(0, n, SPAN):
+        rows = slice(start, min(start + SPAN, n))
+        kept = KeptExponentials(memory, rows.stop - start)
+        results = native_head.forward(head.take(rows), kept)
+        row_grads = loss.row_grads(rows, results.logp.to(head.dtype))
+        sums.add(rows, results, row_grads, kept)
+        parts.append(results)
+    return _concatenated(parts), sums.finish()
 
 
 def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
-    """Return gradients from the forward results.
-
-    One GEMM recomputes the logits, and each gradient takes one more. Rows without a derivative are
-    not computed.
-    """
+    """Return gradients from the forward results. Rows without a derivative are not computed."""
     if not any(needs):
         return Gradients(None, None, None)
+    head = as_kernels_read(head)
     n = len(head.targets)
-    active = row_grads.active_rows()
-    head = _as_kernels_read(head.take(active))
-    results = forward.results.take(active)
-    t = head.temperature
-    # csrc's logits are before temperature
-    base, coefficients = logit_grads_about_lse(results, row_grads.take(active), t, per_nat=t)
-    grads = _empty_gradients(head, needs)
-    outputs = _Gradients(
-        c0=address(coefficients.c0),
-        c1=address(coefficients.c1),
-        at_target=address(coefficients.at_target),
-        d_hidden=address(grads.hidden),
-        d_weight=address(grads.weight),
-        d_bias=address(grads.bias),
-        d_hidden_dtype=0 if grads.hidden is None else DTYPE_CODES[grads.hidden.dtype],
-        d_weight_dtype=0 if grads.weight is None else DTYPE_CODES[grads.weight.dtype],
+    n_kept = 0
+    if forward.kept is not None and len(forward.kept):
+        n_kept = _n_kept(head)
+    n_sums = -(-n_kept // SPAN) + -(-(n - n_kept) // SPAN)
+    sums = _GradientSums(head, needs, n_sums)
+    if n_kept:
+        assert forward.kept is not None
+        rows = slice(0, n_kept)
+        kept = KeptExponentials(forward.kept, n_kept)
+        sums.add(rows, forward.results.take(rows), row_grads.take(rows), kept)
+    if n_kept < n:
+        rows = slice(n_kept, n)
+        sums.add(rows, forward.results.take(rows), row_grads.take(rows))
+    return sums.finish()
+
+
+def _n_kept(head: Head) -> int:
+    """Return the number of rows whose exponentials `log_probs` keeps.
+
+    It is the number of all rows, or a multiple of native_head.LANES.
+    """
+    if not can_keep(head):
+        return 0
+    most = KEPT_BYTES // (2 * len(head.weight))
+    n = len(head.targets)
+    return n if n <= most else most // native_head.LANES * native_head.LANES
+
+
+def _concatenated(parts: list[LogProb]) -> LogProb:
+    if len(parts) == 1:
+        return parts[0]
+    return LogProb(
+        logp=torch.cat([part.logp for part in parts]),
+        entropy=torch.cat([part.entropy for part in parts]),
+        lse=torch.cat([part.lse for part in parts]),
     )
-    _run("backward", head, base, outputs=[outputs])
-    return grads.with_all_rows(active, n)
 
 
-def _empty_gradients(head: Head, needs: Needs) -> Gradients:
-    """Return memory for the gradients. It is 0 if there is no row to write it."""
-    n = len(head.targets)
-    make = _empty if n else _zeros
+class _GradientSums:
+    """The gradients of a head, from one part of its rows after the other."""
+
+    def __init__(self, head: Head, needs: Needs, n_sums: int):
+        """head: from `as_kernels_read`.
+
+        n_sums: number of terms of the weight's gradient. The sum of several is in fp32.
+        """
+        self._head = head
+        self._grads = _empty_gradients(head, needs, n_sums)
+        self._has_sums = False  # whether the gradients of weight and bias have values
+
+    def add(
+        self,
+        rows: slice,
+        results: LogProb,  # of these rows, fp64
+        row_grads: RowGrads,
+        kept: KeptExponentials | None = None,
+    ) -> None:
+        """Write the gradients of these rows' hidden states, and add to those of weight and bias.
+
+        kept: the exponentials of these rows; None: recompute their logits.
+        """
+        out = self._grads.at(rows)
+        active = row_grads.active_rows()
+        n_active = len(results.logp) if active is None else len(active)
+        if out.hidden is not None and active is not None:
+            out.hidden.zero_()
+        if n_active == 0:
+            return
+        head = self._head.take(rows).take(active)
+        t = head.temperature
+        base, coefficients = logit_grads_about_lse(
+            results.take(active),
+            row_grads.take(active),
+            t,
+            per_nat=t,  # csrc's logits are before temperature
+        )
+        active_grads = out
+        if out.hidden is not None and active is not None:
+            hidden = native_head.empty((n_active, out.hidden.shape[1]), out.hidden.dtype)
+            active_grads = out._replace(hidden=hidden)
+        native_head.backward(
+            head,
+            base,
+            coefficients,
+            active_grads,
+            kept=kept if row_grads.entropy is None else None,
+            columns=None if active is None else active.int(),
+            accumulate=self._has_sums,
+        )
+        self._has_sums = True
+        if out.hidden is not None and active is not None:
+            assert active_grads.hidden is not None
+            out.hidden.index_copy_(0, active, active_grads.hidden)
+
+    def finish(self) -> Gradients:
+        """Return the gradients. They are 0 if no row has a derivative."""
+        _, weight, bias = self._grads
+        if not self._has_sums:
+            for sums in (weight, bias):
+                if sums is not None:
+                    sums.zero_()
+        return self._grads
+
+
+def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
+    """Return memory for the gradients."""
     d_hidden = d_weight = d_bias = None
     if needs.hidden:
         keeps_bf16 = head.hidden.dtype == torch.bfloat16
-        d_hidden = make(head.hidden.shape, torch.bfloat16 if keeps_bf16 else torch.float32)
+        dtype = torch.bfloat16 if keeps_bf16 else torch.float32
+        d_hidden = native_head.empty(head.hidden.shape, dtype)
     if needs.weight:
-        keeps_bf16 = head.weight.dtype == torch.bfloat16 and n <= SPAN
-        d_weight = make(head.weight.shape, torch.bfloat16 if keeps_bf16 else torch.float32)
+        keeps_bf16 = head.weight.dtype == torch.bfloat16 and n_sums <= 1
+        dtype = torch.bfloat16 if keeps_bf16 else torch.float32
+        d_weight = native_head.empty(head.weight.shape, dtype)
     if needs.bias:
-        d_bias = make((len(head.weight),), torch.float32)
+        d_bias = native_head.empty((len(head.weight),), torch.float32)
     return Gradients(d_hidden, d_weight, d_bias)
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return CPU memory that csrc can write, independent of torch's default dtype and device."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device="cpu")
-
-
-class _Head(ctypes.Structure):
-    """struct Head of csrc/linear_logprob.cpp, where its fields are documented."""
-
-    _fields_: Sequence = [
-        *struct_fields(ctypes.c_void_p, "hidden weight bias targets base exponent"),
-        *struct_fields(ctypes.c_int64, "n v d weight_stride"),
-        *struct_fields(ctypes.c_int32, "hidden_dtype weight_dtype threads"),
-    ]
-
-
-class _Gradients(ctypes.Structure):
-    """struct Gradients of csrc/linear_logprob.cpp, where its fields are documented."""
-
-    _fields_: Sequence = [
-        *struct_fields(ctypes.c_void_p, "c0 c1 at_target d_hidden d_weight d_bias"),
-        *struct_fields(ctypes.c_int32, "d_hidden_dtype d_weight_dtype"),
-    ]
-
-
-def _as_kernels_read(head: Head) -> Head:
-    """Return the head with contiguous rows. All fields except hidden and weight are fp32."""
-    weight = head.weight
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    bias = head.bias
-    if bias is not None:
-        bias = bias.float().contiguous()
-    temperature = head.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature.float().contiguous()
-    else:
-        temperature = _empty(head.targets.shape, torch.float32).fill_(temperature)
-    return Head(
-        hidden=head.hidden.contiguous(),
-        weight=weight,
-        bias=bias,
-        targets=head.targets.contiguous(),
-        temperature=temperature,
-    )
-
-
-def _run(name: str, head: Head, base: Tensor, outputs: Sequence[Tensor | _Gradients]) -> None:
-    """Call expo_fast_NAME(head, *outputs) of csrc. Raise RuntimeError if it fails."""
-    assert isinstance(head.temperature, Tensor)
-    exponent = math.log2(math.e) / head.temperature
-    base = base.contiguous()
-    arguments = _Head(
-        hidden=address(head.hidden),
-        weight=address(head.weight),
-        bias=address(head.bias),
-        targets=address(head.targets),
-        base=address(base),
-        exponent=address(exponent),
-        n=len(head.hidden),
-        v=head.weight.shape[0],
-        d=head.weight.shape[1],
-        weight_stride=head.weight.stride(0),
-        hidden_dtype=DTYPE_CODES[head.hidden.dtype],
-        weight_dtype=DTYPE_CODES[head.weight.dtype],
-        threads=torch.get_num_threads(),
-    )
-    pointers = []
-    for output in outputs:
-        is_tensor = isinstance(output, Tensor)
-        pointers.append(ctypes.c_void_p(address(output)) if is_tensor else ctypes.byref(output))
-    kernels = _kernels(native_library.isa())
-    if getattr(kernels, f"expo_fast_{name}")(ctypes.byref(arguments), *pointers):
-        kernels.expo_fast_error.restype = ctypes.c_char_p
-        reason = kernels.expo_fast_error().decode()
-        raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
-
-
-@cache
-def _kernels(isa: str) -> ctypes.CDLL:
-    kernels = native_library.library(isa, "ops")
-    return native_library.check_struct_sizes(kernels, {"head": _Head, "gradients": _Gradients})

@@ -17,7 +17,7 @@ from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Ne
 from expo_fast.kernels.objectives import (
     PolicyLossOfRows,
     PolicyRows,
-    PolicyTerms,
+    TermsOfSpans,
     is_sequence_level,
 )
 from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
@@ -270,7 +270,7 @@ def policy_loss(
     kernels = choose(backend, head)
     wanted = Needs(needs[0], needs[1], bias=False)
     if segments is None and any(needs) and has_one_pass(kernels):
-        spans = _TermsOfSpans(loss)
+        spans = TermsOfSpans(loss)
         results, grads = kernels.log_probs_and_gradients(head, spans, wanted)
         results = results.to(head.dtype)
         terms = spans.terms or loss.terms(results.logp)
@@ -288,20 +288,6 @@ def policy_loss(
         statistics,
         *_unscaled_gradients(grads, rows, hidden, weight),
     )
-
-
-class _TermsOfSpans:
-    """A RowwiseLoss that keeps the terms of a span of all rows, to avoid computing them twice."""
-
-    def __init__(self, loss: PolicyLossOfRows):
-        self._loss = loss
-        self.terms: PolicyTerms | None = None
-
-    def row_grads(self, rows: slice, logp: Tensor) -> RowGrads:
-        if len(logp) < len(self._loss.rows.weight):
-            return self._loss.row_grads(rows, logp)
-        self.terms = self._loss.terms(logp)
-        return self.terms.grads
 
 
 @policy_loss.register_fake

@@ -1,8 +1,7 @@
-"""JSON Lines files that survive a killed process: durable appends; readers skip partial lines."""
+"""JSON Lines files that survive a killed process: readers skip partial lines."""
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,24 +28,6 @@ def json_value(value: Any) -> Any:
 def encode_row(row: Row) -> bytes:
     """Return the row as one line. Raise ValueError for a number that is not finite."""
     return json.dumps(row, allow_nan=False).encode() + b"\n"
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Append one row and wait until it is on the disk.
-
-    Raise OSError if that fails. A partly written row is removed.
-    """
-    line = encode_row(row)
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            written = file.write(line)
-            if written != len(line):
-                raise OSError(f"{written} of {len(line)} bytes fit on the disk")
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)
-            raise
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -183,8 +183,8 @@ PROPERTIES = Section(
     "The two properties of a good positive sample",
     "The first property (in-distribution) compares negative log-likelihoods (NLL) under the plain "
     "question, the second one (learning signal) is the lift (arXiv:2507.02834, section 3). They "
-    "are measured on `diagnose` questions of a step; `exp/nll` is of all texts that are trained "
-    "on.",
+    "are measured on `diagnose` questions of every `diagnose_every`-th step; `exp/nll` is of all "
+    "texts that are trained on.",
     (
         Metric(
             "exp/nll",
@@ -397,9 +397,53 @@ COST = Section(
             "`reference`, `forward_backward`, `optimizer`.",
             "The work of a GPU counts in the phase that waits for it. The report has their shares.",
         ),
+        Metric(
+            "idle",
+            "fraction",
+            "With `torchrun`: mean over the ranks of `rank/RANK/idle`.",
+            "Lower it with more questions per step, or with lengths that differ less.",
+        ),
+        Metric(
+            "rank/RANK/idle",
+            "fraction",
+            "The part of the step in which this rank waited for others to finish sampling, judging "
+            "or scoring. Waiting inside a backward pass is not counted.",
+            "A rank that is always near 0 while others are not is slower than they are.",
+        ),
+        Metric(
+            "rank/RANK/busy",
+            "seconds",
+            "The rest of the rank's step.",
+            "The largest one is the time of a step that no deal of the work can avoid.",
+        ),
+        Metric(
+            "rank/RANK/memory",
+            "GB",
+            "Peak memory of the rank so far: of its GPU, or of the process on a CPU.",
+            "Compare it with the estimate of `--dry-run`.",
+        ),
     ),
 )
-STEP_SECTIONS = (ATTEMPTS, EXPLANATIONS, PROPERTIES, PAIRS, UPDATES, COST)
+ALARMS = Section(
+    "Alarms",
+    "Of every method. Their reasons are in the log of the run. "
+    "[Reliability](reliability.md#alarms) lists them.",
+    (
+        Metric(
+            "alarms",
+            "alarms",
+            "Number of alarms at this step.",
+            "It must stay 0. `--stop-on-collapse` ends a run at an alarm that lasts.",
+        ),
+        Metric(
+            "alarm/NAME",
+            "1",
+            "1 on the steps of the alarm NAME.",
+            "Other steps do not have it.",
+        ),
+    ),
+)
+STEP_SECTIONS = (ATTEMPTS, EXPLANATIONS, PROPERTIES, PAIRS, UPDATES, COST, ALARMS)
 EVALUATIONS = Section(
     "Evaluations",
     "Of the held-out problems, in evaluations.jsonl and in the result of `expo_fast.evaluate`. "

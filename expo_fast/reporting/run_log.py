@@ -6,7 +6,8 @@
     RUN/tensorboard/               the scalars of both, with the tracker `tensorboard`
 
 Other trackers are in `trackers.py`. A value that is missing or not finite is null. If a file cannot
-be written, the run warns once and continues.
+be written, the run warns once and continues. What could not be written waits in memory, and is
+written with the next row that the disk takes.
 """
 
 import sys
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from expo_fast.reporting.console import ConsoleKind, open_console
-from expo_fast.reporting.jsonl import Row, append_row, encode_row, has_step, json_value, read_lines
+from expo_fast.reporting.jsonl import Row, encode_row, has_step, json_value, read_lines
 from expo_fast.reporting.trackers import TRACKERS, TrackedRun, Tracker
-from expo_fast.storage.files import replace_file
+from expo_fast.storage.files import AppendedFile, PatientFiles, is_full, replace_file, write_file
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SHOWN_COMPLETIONS = 3
+WAITING_COMPLETIONS_BYTES = 256 << 20  # of completions that a full disk does not take
 
 
 class RunLog:
@@ -50,7 +52,11 @@ class RunLog:
         stream: TextIO | None = None,
     ):
         self._run_dir = run_dir
-        self._failed: set[str] = set()  # kinds of output that already failed
+        self._metrics = AppendedFile(run_dir / METRICS)
+        self._evaluations = AppendedFile(run_dir / EVALUATIONS)
+        self._completions = PatientFiles(write_file, WAITING_COMPLETIONS_BYTES)
+        self._failed: set[str] = set()  # kinds of output whose last attempt failed
+        self._is_full = False  # whether the last failure was that of a full disk
         self._resumed_at: int | None = None
         self._console = open_console(console, stream or sys.stdout, total_steps, loop)
         self._config = config or {}
@@ -64,19 +70,46 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Stop the live panel and close the trackers."""
+        """Write what waits, stop the live panel and close the trackers."""
+        self.flush()
         with self._failures_reported("console"):
             self._console.close()
         for name, tracker in (self._trackers or {}).items():
             with self._failures_reported(name, Exception):
                 tracker.close()
+        lost = self.lost_in_words()
+        if lost:
+            warnings.warn(f"{self._run_dir} lacks {lost}: the disk did not take them", stacklevel=2)
+
+    def flush(self) -> bool:
+        """Try to write what waits. Return whether a full disk still keeps something from it."""
+        self._is_full = False
+        with self._failures_reported(METRICS):
+            self._metrics.flush()
+        with self._failures_reported(EVALUATIONS):
+            self._evaluations.flush()
+        with self._failures_reported("completions"):
+            self._completions.flush()
+        for name, tracker in (self._trackers or {}).items():
+            with self._failures_reported(name, Exception):
+                tracker.flush()
+        return self._is_full
+
+    def lost_in_words(self) -> str:
+        """Return what is not on the disk, "" if nothing is missing."""
+        missing = {
+            f"rows of {METRICS}": self._metrics.waiting,
+            f"rows of {EVALUATIONS}": self._evaluations.waiting,
+            "files of completions": self._completions.waiting + self._completions.forgotten,
+        }
+        return ", ".join(f"{count} {what}" for what, count in missing.items() if count)
 
     def write_step(self, row: Row) -> None:
         """Append a step's metrics. `row` has `step`. Numbers may be tensors or numpy scalars."""
         row = json_value(row)
         assert has_step(row), row
         with self._failures_reported(METRICS):
-            append_row(self._run_dir / METRICS, row)
+            self._metrics.append(encode_row(row))
         self._track_scalars("", row)
         with self._failures_reported("console"):
             self._console.show_step(row)
@@ -86,7 +119,7 @@ class RunLog:
         row = json_value(row)
         assert has_step(row), row
         with self._failures_reported(EVALUATIONS):
-            append_row(self._run_dir / EVALUATIONS, row)
+            self._evaluations.append(encode_row(row))
         self._track_scalars("eval/", row)
         with self._failures_reported("console"):
             self._console.show_evaluation(row)
@@ -99,8 +132,7 @@ class RunLog:
         plain = [json_value(row) for row in rows]
         with self._failures_reported("completions"):
             path = self._run_dir / "completions" / f"step-{step}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"".join(map(encode_row, plain)))
+            self._completions.write(path, b"".join(map(encode_row, plain)))
         self._track_completions(step, plain)
         with self._failures_reported("console"):
             self._console.show_completions(plain[-SHOWN_COMPLETIONS:])
@@ -151,24 +183,31 @@ class RunLog:
     def _track_completions(self, step: int, rows: Sequence[Row]) -> None:
         self.open_trackers()
         for name, tracker in (self._trackers or {}).items():
-            with self._failures_reported(name, Exception):
+            with self._failures_reported(f"{name} completions", Exception):
                 tracker.completions(step, rows)
 
     @contextmanager
     def _failures_reported(self, kind: str, errors: type[Exception] = OSError) -> Iterator[None]:
         """Convert an error to one warning, so that a full disk does not stop the training.
 
+        The next warning of a kind comes after an attempt that succeeded.
+
         errors: classes to convert. Trackers raise classes of their own, for a lost connection.
         """
         try:
             yield
         except errors as error:
+            self._is_full |= is_full(error)
             if kind not in self._failed:
                 self._failed.add(kind)
+                waits = "" if kind == "console" else ", and writes them later if it can"
                 warnings.warn(
-                    f"{kind} of {self._run_dir} could not be written ({error}); training continues",
+                    f"{kind} of {self._run_dir} could not be written ({error}); training "
+                    f"continues{waits}",
                     stacklevel=4,
                 )
+        else:
+            self._failed.discard(kind)
 
 
 def _lines_up_to(step: int, path: Path) -> Iterator[bytes]:

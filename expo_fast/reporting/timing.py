@@ -9,16 +9,25 @@ class Phases:
     """Seconds of host time, summed by phase. A phase inside another one counts in both.
 
     The time of a GPU's work counts in the phase that waits for it.
+
+    entered: is called with the name of each phase that begins.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        entered: Callable[[str], None] | None = None,
+    ):
         self._clock = clock
+        self._entered = entered
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to the phase, even if the block raises an exception."""
         start = self._clock()
+        if self._entered is not None:
+            self._entered(name)
         try:
             yield
         finally:

@@ -9,7 +9,10 @@ trackio, a metric that TRL logs with the same meaning also goes under the name t
 there, such as `train/reward`, so that panels made for TRL show these runs.
 """
 
+import io
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +22,7 @@ from typing import Any
 from expo_fast.reporting.jsonl import Row
 from expo_fast.reporting.metric_table import trl_names
 from expo_fast.reporting.text import is_number
+from expo_fast.storage.files import AppendedFile
 
 PROJECT = "expo_fast"  # default of WANDB_PROJECT and TRACKIO_PROJECT
 REQUIRED_PACKAGES = {"wandb": "wandb", "trackio": "trackio"}
@@ -43,6 +47,9 @@ class Tracker:
     def completions(self, step: int, rows: Sequence[Row]) -> None:
         """Record the completions of a step as a table, if the tracker has tables."""
 
+    def flush(self) -> None:
+        """Try again to write what a full disk did not take."""
+
     def close(self) -> None:
         """Write what is not written yet."""
 
@@ -50,25 +57,50 @@ class Tracker:
 class TensorBoard(Tracker):
     """Scalars for TensorBoard.
 
+    The file of events is written here, and not by TensorBoard's writer. Its thread ends with a
+    traceback when the disk is full, and loses all later events.
+
     Raise ModuleNotFoundError if it is not installed.
     """
 
     def __init__(self, run: TrackedRun):
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        first_step = None  # hides rows from this step on in the files of earlier processes
+        events: Any = event_pb2  # a type checker does not see the classes of protobuf
+        summaries: Any = summary_pb2
+        self._event = events.Event
+        self._summary = summaries.Summary
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file = AppendedFile(run.run_dir / "tensorboard" / name)
+        self._file.queue(self._record(file_version="brain.Event:2"))
         if run.resumed_at is not None:
-            first_step = run.resumed_at + 1
-        self._writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=first_step)
+            # TensorBoard then hides later rows in the files of earlier processes.
+            started = events.SessionLog(status=events.SessionLog.START)
+            self._file.queue(self._record(step=run.resumed_at + 1, session_log=started))
+
+    def _record(self, **values: Any) -> bytes:
+        """Return an event as a file of events holds it."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        event = self._event(wall_time=time.time(), **values)
+        RecordWriter(record).write(event.SerializeToString())
+        return record.getvalue()
 
     def scalars(self, prefix: str, row: Row) -> None:
+        values = []
         for key, value in row.items():
             if key != "step" and is_number(value):
-                self._writer.add_scalar(prefix + key, value, row["step"])
-        self._writer.flush()
+                values.append(self._summary.Value(tag=prefix + key, simple_value=value))
+        self._file.queue(self._record(step=row["step"], summary=self._summary(value=values)))
+        self.flush()
+
+    def flush(self) -> None:
+        self._file.path.parent.mkdir(exist_ok=True)
+        self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self.flush()
 
 
 class Wandb(Tracker):

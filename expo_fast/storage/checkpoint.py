@@ -3,7 +3,9 @@
     RUN/.lock                                     locked by the only trainer of this run
     RUN/base/                                     the base of LoRA adapters, if PEFT needs a copy
     RUN/checkpoints/step-N/                       a Hugging Face model folder, or a LoRA adapter
-    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume
+    RUN/checkpoints/step-N/trainer_state/         state.safetensors, state.json for an exact resume;
+                                                  with several ranks a file of each in place of
+                                                  state.safetensors
     RUN/checkpoints/step-N/MANIFEST.json          bytes and sha256 of every other file
 
 A checkpoint is written as `.tmp-step-N-PID`, synced file by file, and renamed. A folder `step-N`
@@ -12,13 +14,14 @@ loads a flipped bit without an error. No file is a pickle, so loading a checkpoi
 it.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,10 @@ from typing import Any
 
 from torch import Tensor
 
-from expo_fast.storage.files import obey_umask
+from expo_fast.storage.files import in_bytes, obey_umask, space_in_words
+from expo_fast.storage.finite import first_non_finite
+from expo_fast.storage.hf_files import read_tensor_file
+from expo_fast.storage.state_shards import read_complete
 
 MANIFEST = "MANIFEST.json"
 STATE_FOLDER = "trainer_state"
@@ -52,6 +58,8 @@ def save(
     values: dict[str, Any],  # JSON values
     *,
     keep: int,  # number of newest checkpoints to keep
+    shards: Path | None = None,  # folder with the files of `tensors`, if ranks wrote them
+    keep_steps: Collection[int] = (),  # steps whose checkpoints are kept as well
 ) -> Path:
     """Write RUN/checkpoints/step-N durably, then remove all but the `keep` newest checkpoints.
 
@@ -76,7 +84,7 @@ def save(
         _check_space(folder, tensors)
         temporary.mkdir()
         write_model(temporary)
-        _write_state(temporary / STATE_FOLDER, tensors, values)
+        _write_state(temporary / STATE_FOLDER, tensors, values, shards)
         _write_manifest(temporary, step)
         _sync_tree(temporary)
         temporary.rename(final)
@@ -86,12 +94,18 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_disk_error(error):
             raise OSError(
-                f"checkpoint {final} could not be written ({error}); "
-                "free space or repair the disk, then resume: older checkpoints are unchanged"
+                f"checkpoint {final} could not be written ({error}; {space_in_words(run_dir)}): "
+                "older checkpoints are unchanged"
             ) from error
         raise
-    _prune(folder, keep, fresh=final)
+    _prune(folder, keep, kept={final, *(folder / f"step-{each}" for each in keep_steps)})
     return final
+
+
+def complete_steps(run_dir: Path) -> list[int]:
+    """Return the steps of the checkpoints whose files have the right sizes, in order."""
+    found = _checkpoints(run_dir / "checkpoints")
+    return [_step_of(path) for path in found if fault(path, contents=False) is None]
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -100,37 +114,59 @@ def newest(run_dir: Path) -> Path | None:
     All its files are hashed. A warning names each damaged checkpoint that is skipped, and the
     damage.
     """
-    for path in reversed(_checkpoints(run_dir / "checkpoints")):
-        reason = fault(path)
-        if reason is None:
-            return path
-        warnings.warn(f"skipped the damaged checkpoint {path}: {reason}", stacklevel=2)
-    return None
+    return next(_undamaged(run_dir), None)
 
 
 def load_newest(run_dir: Path) -> Checkpoint | None:
-    """Load the checkpoint that `newest` returns, or return None if there is none.
+    """Load the newest checkpoint that is undamaged and has finite values, None if there is none.
 
-    Raise ValueError if it was written in a newer format.
+    A warning names each checkpoint that is skipped. Raise ValueError if it was written in a newer
+    format.
     """
-    path = newest(run_dir)
-    if path is None:
-        return None
-    return _read(path)
+    path = newest_to_resume(run_dir)
+    return None if path is None else read(path)
+
+
+def newest_to_resume(run_dir: Path) -> Path | None:
+    """Return the path of the checkpoint that `load_newest` loads."""
+    for path in _undamaged(run_dir):
+        reason = _non_finite(path)
+        if reason is None:
+            return path
+        warnings.warn(f"skipped the checkpoint {path}: {reason}", stacklevel=2)
+    return None
+
+
+def _undamaged(run_dir: Path) -> Iterator[Path]:
+    """Yield the undamaged checkpoints, the newest first. Warn of each that is damaged."""
+    for path in reversed(_checkpoints(run_dir / "checkpoints")):
+        reason = fault(path)
+        if reason is None:
+            yield path
+        else:
+            warnings.warn(f"skipped the damaged checkpoint {path}: {reason}", stacklevel=3)
 
 
 def load(path: Path) -> Checkpoint:
     """Load one checkpoint after hashing all its files.
 
     Raise FileNotFoundError if there is no such folder. Raise ValueError if any of its files has
-    changed since it was saved, or if it was written in a newer format.
+    changed since it was saved, if a value is not finite, or if it was written in a newer format.
     """
+    return read(checked(path))
+
+
+def checked(path: Path) -> Path:
+    """Return the path of a checkpoint after hashing all its files. Raise as `load` does."""
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     reason = fault(path)
     if reason is not None:
         raise ValueError(f"checkpoint {path} is damaged: {reason}; resume from another one")
-    return _read(path)
+    reason = _non_finite(path)
+    if reason is not None:
+        raise ValueError(f"checkpoint {path} cannot be resumed: {reason}; resume from another one")
+    return path
 
 
 def fault(path: Path, *, contents: bool = True) -> str | None:
@@ -162,14 +198,26 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
 
 def _unlisted(path: Path, listed: Mapping[str, Any]) -> str | None:
     """Return a file that a resume reads and the manifest does not list, None if there is none."""
-    state = f"{STATE_FOLDER}/{STATE_TENSORS}"
-    if state not in listed:
-        return state
+    values = f"{STATE_FOLDER}/{STATE_VALUES}"
+    if values not in listed:
+        return values
     for file in _files(path):
         name = file.relative_to(path).as_posix()
         is_read = file.suffix in (".safetensors", ".json", ".jinja", ".model")
         if is_read and name not in listed and name != MANIFEST:
             return name
+    return None
+
+
+def _non_finite(path: Path) -> str | None:
+    """Return which weight or moment of an undamaged checkpoint is not finite, None if all are."""
+    files = [*path.glob("*.safetensors"), *(path / STATE_FOLDER).glob("*.safetensors")]
+    for file in sorted(files):
+        if file.exists():
+            named = ((stored.key, stored.tensor) for stored in read_tensor_file(file))
+            name = first_non_finite(named)
+            if name is not None:
+                return f"{file.name} has values of {name} that are not finite"
     return None
 
 
@@ -230,24 +278,12 @@ def _set_aside(path: Path, reason: str) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove unfinished checkpoints of this process and of processes that died."""
+    """Remove unfinished checkpoints. They are of processes that died, because we hold the lock.
+
+    Another process may have their process id now.
+    """
     for path in folder.glob(".tmp-step-*"):
-        owner = path.name.rpartition("-")[2]
-        if not owner.isdecimal():
-            continue
-        pid = int(owner)
-        if pid == os.getpid() or not _is_alive(pid):
-            shutil.rmtree(path)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process exists and belongs to another user
-        return True
-    return True
+        shutil.rmtree(path)
 
 
 def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -263,30 +299,41 @@ def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
         needed = max(needed, int(1.1 * last))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{free / 1e9:.2f} GB are free, need about {needed / 1e9:.2f} GB")
+        raise OSError(errno.ENOSPC, f"no space left, it needs about {in_bytes(needed)}")
 
 
 def _write_state(
     folder: Path,
     tensors: dict[str, Tensor],
     values: dict[str, Any],
+    shards: Path | None,
 ) -> None:
-    from safetensors.torch import save_file
+    if shards is not None:
+        shards.rename(folder)
+    else:
+        from safetensors.torch import save_file
 
-    folder.mkdir()
-    contiguous = {}
-    for name, tensor in tensors.items():
-        contiguous[name] = tensor.detach().contiguous()
-    save_file(contiguous, folder / STATE_TENSORS)
-    obey_umask(folder / STATE_TENSORS)
+        folder.mkdir()
+        contiguous = {}
+        for name, tensor in tensors.items():
+            contiguous[name] = tensor.detach().contiguous()
+        save_file(contiguous, folder / STATE_TENSORS)
+        obey_umask(folder / STATE_TENSORS)
     assert "format_version" not in values
     versioned = {"format_version": FORMAT_VERSION, **values}
     (folder / STATE_VALUES).write_text(json.dumps(versioned))
 
 
-def _read(path: Path) -> Checkpoint:
-    from safetensors.torch import load_file
+def read(path: Path) -> Checkpoint:
+    """Load a checkpoint without hashing its files.
 
+    Raise ValueError if it was written in a newer format.
+    """
+    return Checkpoint(path, read_tensors(path), read_values(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Load the JSON values of a checkpoint. Raise ValueError if its format is newer."""
     folder = path / STATE_FOLDER
     values = json.loads((folder / STATE_VALUES).read_text())
     version = values.pop("format_version", 1)
@@ -295,7 +342,17 @@ def _read(path: Path) -> Checkpoint:
             f"checkpoint {path} has format version {version}, this expo_fast reads versions up to "
             f"{FORMAT_VERSION}: resume it with the expo_fast that wrote it, or a newer one"
         )
-    return Checkpoint(path, load_file(folder / STATE_TENSORS), values)
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Load the complete tensors of a checkpoint, on the CPU."""
+    folder = path / STATE_FOLDER
+    if not (folder / STATE_TENSORS).exists():  # the ranks of a distributed run wrote their parts
+        return read_complete(folder)
+    from safetensors.torch import load_file
+
+    return load_file(folder / STATE_TENSORS)
 
 
 def _write_manifest(folder: Path, step: int) -> None:
@@ -333,25 +390,31 @@ def _sync(path: Path) -> None:
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    from safetensors import SafetensorError  # raised by safetensors for a full disk
+    """Return whether an error is that of a disk.
 
-    if isinstance(error, SafetensorError):
+    safetensors raises SafetensorError for a full disk, and tokenizers a plain Exception. Both end
+    with the text of Rust's error.
+    """
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError) or type(error) is Exception:
         return "os error" in str(error)
     return isinstance(error, OSError)
 
 
-def _prune(folder: Path, keep: int, *, fresh: Path) -> None:
-    """Remove all but the `keep` newest complete checkpoints. `fresh` is never removed.
+def _prune(folder: Path, keep: int, *, kept: Collection[Path]) -> None:
+    """Remove all but the `keep` newest complete checkpoints and those in `kept`.
 
-    `fresh` is not always among the newest. A run whose checkpoints all have flipped bits starts
-    again, and its old checkpoints have later steps and the right sizes.
+    The checkpoint that was just written is in `kept`, because it is not always among the newest. A
+    run whose checkpoints all have flipped bits starts again, and its old checkpoints have later
+    steps and the right sizes.
     """
     complete = []
     for path in _checkpoints(folder):
         if fault(path, contents=False) is None:
             complete.append(path)
     for path in complete[:-keep]:
-        if path == fresh:
+        if path in kept:
             continue
         doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:

@@ -58,7 +58,7 @@ def read_gguf(path: Path) -> StoredModel:
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"{path}: GGUF architecture {architecture!r} is not supported, "
-            f"need {', '.join(ARCHITECTURES)}"
+            f"need {', '.join(ARCHITECTURES)}: load the model's safetensors folder instead"
         )
     _refuse_rope_scaling(path, reader, architecture)
     with reading(path):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.storage.files import obey_umask, reading
+from expo_fast.storage.text_models import has_text_model, text_key
 from expo_fast.storage.transformers4 import config_for_both, tokenizer_config_for_both
 
 SINGLE = "model.safetensors"
@@ -54,14 +55,14 @@ def read_model(folder: Path, check: CheckConfig) -> StoredModel:
     """
     return StoredModel(
         config=read_config(folder, check),
-        tensors=read_tensors(folder),
+        tensors=_tensors_of_text(folder),
         tokenizer=read_tokenizer(folder),
         generation_config=_read_generation_config(folder),
     )
 
 
 def read_config(folder: Path, check: CheckConfig) -> Any:
-    """Return the transformers config of a model folder.
+    """Return the transformers config of a model folder. Of a model with images, the text model's.
 
     check: called with the values of config.json. It runs before transformers, because transformers
     may not support the architecture.
@@ -73,10 +74,21 @@ def read_config(folder: Path, check: CheckConfig) -> Any:
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     values = read_json(file)
     with reading(file):
-        check(values)
+        has_images = has_text_model(values)
+        check(values["text_config"] if has_images else values)
         if "quantization_config" in values:
             raise ValueError("quantized weights are not supported, load the original model")
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return config.text_config if has_images else config
+
+
+def _tensors_of_text(folder: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of a model folder. Of a model with images, those of its text model."""
+    has_images = has_text_model(read_json(folder / "config.json"))
+    for stored in read_tensors(folder):
+        key = text_key(stored.key) if has_images else stored.key
+        if key is not None:
+            yield StoredTensor(key, stored.tensor, stored.file)
 
 
 def _read_generation_config(folder: Path) -> Any:

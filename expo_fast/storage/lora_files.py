@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.storage.files import reading
+from expo_fast.storage.fused_projections import PARTS
 from expo_fast.storage.hf_files import (
     INDEX,
     SINGLE,
@@ -28,10 +29,12 @@ KEY = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+)\.lora_(?P<side>[AB])\.weight
 
 # Keys of adapter_config.json that are read here.
 READ = {
+    "alpha_pattern",
     "base_model_name_or_path",
     "lora_alpha",
     "peft_type",
     "r",
+    "rank_pattern",
     "revision",
     "target_modules",
     "use_rslora",
@@ -128,7 +131,7 @@ def read_adapter(folder: Path) -> Adapter:
     if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         raise ValueError(f"{file}: lora_alpha is {alpha!r}, need a finite number")
     targets = _read_targets(file, values.get("target_modules"))
-    factors = _read_factors(folder, rank)
+    factors = _read_factors(folder, rank, _read_ranks(file, values, rank, alpha))
     wheel = read_metadata(folder / TENSORS).get(WHEEL_KEY)
     divisor = math.sqrt(rank) if values.get("use_rslora") else rank  # arXiv:2312.03732
     return Adapter(
@@ -184,10 +187,36 @@ def _read_targets(file: Path, targets: Any) -> str | list[str]:
 
 
 def _is_projection(name: str) -> bool:
-    return name.rpartition(".")[2] in PROJECTIONS
+    last = name.rpartition(".")[2]
+    return last in PROJECTIONS or last in PARTS
 
 
-def _read_factors(folder: Path, rank: int) -> dict[str, LoraFactors]:
+def _read_ranks(file: Path, values: dict[str, Any], rank: int, alpha: float) -> dict[str, int]:
+    """Return the ranks of joined projections, which may be multiples of `rank`.
+
+    Raise ValueError for other ranks, and for a scale other than alpha / rank.
+    """
+    ranks: Any = values.get("rank_pattern") or {}
+    alphas: Any = values.get("alpha_pattern") or {}
+    same_keys = (
+        isinstance(ranks, dict) and isinstance(alphas, dict) and ranks.keys() == alphas.keys()
+    )
+    if not same_keys or (ranks and values.get("use_rslora")):
+        raise ValueError(
+            f"{file}: rank_pattern {ranks!r} is not supported with alpha_pattern {alphas!r}, need "
+            "plain LoRA"
+        )
+    for name, joined_rank in ranks.items():
+        times = len(PARTS.get(name, ()))
+        if times == 0 or joined_rank != times * rank or alphas[name] != times * alpha:
+            raise ValueError(
+                f"{file}: rank_pattern {ranks!r} is not supported, need plain LoRA, or a multiple "
+                "of r for joined projections"
+            )
+    return ranks
+
+
+def _read_factors(folder: Path, rank: int, ranks: dict[str, int]) -> dict[str, LoraFactors]:
     file = folder / TENSORS
     if not file.exists():
         pickled = next(folder.glob("*.bin"), None)
@@ -202,7 +231,8 @@ def _read_factors(folder: Path, rank: int) -> dict[str, LoraFactors]:
                 f"{file}: unexpected tensor {stored.key}, need LoRA's A and B of projections"
             )
         is_a = parts["side"] == "A"
-        _check_tensor(stored, rank, rank_dimension=0 if is_a else 1)
+        last = parts["name"].rpartition(".")[2]
+        _check_tensor(stored, ranks.get(last, rank), rank_dimension=0 if is_a else 1)
         side = A if is_a else B
         side[parts["name"]] = stored.tensor.clone()  # because the mapped file may change
     unpaired = A.keys() ^ B.keys()

@@ -20,15 +20,29 @@ def config_for_both(values: dict[str, Any]) -> dict[str, Any]:
     `rope_parameters` gives `rope_theta` and `rope_scaling`, and `dtype` gives `torch_dtype`.
     """
     rope = values["rope_parameters"]
-    scaling = None
-    if rope["rope_type"] != "default":
-        scaling = {key: value for key, value in rope.items() if key not in OUTSIDE_ROPE_SCALING}
+    old: dict[str, Any] = {}
+    if "sliding_attention" in rope:  # one set for the layers with a window, of Gemma 3 and OLMo 3
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if rope["rope_type"] == "longrope":  # transformers 5 takes the name from rope_scaling
+        old["rope_parameters"] = rope | {"type": "longrope"}
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return {
         **values,
+        **old,
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling,
+        "rope_scaling": _rope_scaling(rope),
         "torch_dtype": values["dtype"],
     }
+
+
+def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    if rope["rope_type"] == "default":
+        return None
+    if rope["rope_type"] == "longrope":  # Phi-3 refuses other keys
+        return {"type": "longrope"} | {key: rope[key] for key in ("short_factor", "long_factor")}
+    return {key: value for key, value in rope.items() if key not in OUTSIDE_ROPE_SCALING}
 
 
 def tokenizer_config_for_both(values: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""The same job on 1, 2, ... ranks: python -m benchmarks.scaling --ranks 1 2 [-- flags of training]
+
+On a CPU, all numbers of ranks share the same cores, so that two ranks are best at the time of one
+process. On a machine with several GPUs, each rank has one, and the efficiency is the time of one
+rank divided by K times the time of K ranks. The first step of each run is left out. The last line
+is a JSON object.
+
+Bytes are those that a rank sends in a step, counted from the sizes: each pass sums the fp32
+gradients (reduce-scatter), each update gathers the weights, and with `--shard model` each pass
+gathers them twice more.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expo_fast.cli.flags import parse
+from expo_fast.config import Train
+from expo_fast.inspection.ranks_memory import sent_bytes
+from expo_fast.weights import load_structure
+
+JOB = (
+    "--method grpo --reward {folder}/rewards.py:parity --steps 3 --prompts-per-step 8 "
+    "--num-generations 4 --max-completion-length 48 --eval-every 0 --checkpoint-every 0 "
+    "--diagnose 0 --report-to none --pack-tokens 2048"
+)
+# With this reward nearly all attempts have a gradient, for all numbers of ranks.
+REWARD = "def parity(completion_ids, **columns): return [sum(ids) % 2 for ids in completion_ids]\n"
+PHASES = ("generate", "reward", "forward_backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The medians of a run's steps after the first."""
+
+    ranks: int
+    seconds: float
+    phases: dict[str, float]
+    idle: float
+    memory: float
+    """Of the largest rank, in GB."""
+    reward: float
+    """Of the first step, which is the same for all numbers of ranks up to rounding."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("flags", nargs="*", help="flags of expo_fast.train, after --")
+    options = parser.parse_args()
+    flags = [*JOB.split(), *options.flags]
+    runs = [measured(n, flags) for n in options.ranks]
+    for line in table(runs, flags):
+        print(line)
+    print(json.dumps({"runs": [vars(run) for run in runs], "flags": flags}))
+
+
+def measured(n_ranks: int, flags: Sequence[str]) -> Measured:
+    """Run the job on some ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+        command = [sys.executable, *(launch if n_ranks > 1 else [])]
+        Path(folder, "rewards.py").write_text(REWARD)
+        given = [flag.format(folder=folder) for flag in flags]
+        command += ["-m", "expo_fast.train", *given, "--output-dir", f"{folder}/run"]
+        cores = len(os.sched_getaffinity(0))
+        threads = str(max(1, cores // n_ranks))
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        log = Path(folder, "log")
+        with open(log, "wb") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(log.read_text()[-3000:])
+        rows = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+    return summary(n_ranks, [json.loads(row) for row in rows], usage.ru_maxrss * 1024)
+
+
+def summary(n_ranks: int, rows: list[dict[str, Any]], peak: int) -> Measured:
+    """Return the medians of the rows of metrics.jsonl after the first.
+
+    peak: memory of the only process, if there is one rank, in bytes.
+    """
+    later = rows[1:]
+
+    def median(values: Sequence[float]) -> float:
+        return statistics.median(values) if values else 0.0
+
+    phases = {}
+    for phase in PHASES:
+        phases[phase] = median([row[f"time/{phase}"] for row in later if f"time/{phase}" in row])
+    idle = median([row.get("idle") or 0.0 for row in later])
+    seconds = [row["rank/0/busy"] / (1 - row["rank/0/idle"]) for row in later if "idle" in row]
+    last = rows[-1]
+    memories = [last[f"rank/{rank}/memory"] for rank in range(n_ranks) if n_ranks > 1]
+    return Measured(
+        ranks=n_ranks,
+        seconds=median(seconds) or sum(phases.values()),
+        phases=phases,
+        idle=idle,
+        memory=max(memories, default=peak / 1e9),
+        reward=rows[0].get("reward") or 0.0,
+    )
+
+
+def table(runs: Sequence[Measured], flags: Sequence[str]) -> list[str]:
+    """Return the lines of a table of the runs."""
+    config = parse(Train, [flag for flag in flags if flag])
+    model, _ = load_structure(config.model)
+    on_gpu = torch.cuda.is_available()
+    base = runs[0].seconds * runs[0].ranks if on_gpu else runs[0].seconds
+    lines = [
+        "| ranks | s/step | " + " | ".join(PHASES) + " | idle | GB/rank | sent, GB/pass | eff. |",
+        "|--:|--:|" + "--:|" * len(PHASES) + "--:|--:|--:|--:|",
+    ]
+    for run in runs:
+        phases = " | ".join(f"{run.phases[phase]:.2f}" for phase in PHASES)
+        sent = sent_bytes(config, model, run.ranks) / 1e9
+        efficiency = base / (run.seconds * (run.ranks if on_gpu else 1))
+        lines.append(
+            f"| {run.ranks} | {run.seconds:.2f} | {phases} | {run.idle:.0%} | {run.memory:.2f} | "
+            f"{sent:.2f} | {efficiency:.0%} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

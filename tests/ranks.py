@@ -1,0 +1,158 @@
+"""Start the ranks of a distributed test, and compare what its runs have learnt."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from expo_fast.storage import checkpoint
+from expo_fast.weights import save_model
+from tiny import tiny_model, tiny_tokenizer
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+ROOT = WORKER.parents[1]
+SMALL = (
+    "--shots 0 --eval-every 0 --eval-limit 5 --eval-samples 2 --steps 3 --warmup-steps 1 "
+    "--prompts-per-step 4 --num-generations 4 --schedule constant "
+    "--max-completion-length 16 --learning-rate 1e-3 --dtype float32 --report-to none "
+    "--checkpoint-every 1 --keep-checkpoints 9 --pack-tokens 200 "
+)
+
+
+def write_job_files(root: Path) -> str:
+    """Write a model, data and a reward function. Return the flags that name them."""
+    save_model(tiny_model(num_hidden_layers=2), tiny_tokenizer(), root / "model")
+    rows = []
+    for n in range(12):
+        row = {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
+        row |= {"chosen": f"It is {n + 1}" + "!" * n, "rejected": f"{n}"}
+        rows.append(row)
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [{"question": f"{n} + 2?", "answer": str(n + 2), "solution": "."} for n in range(5)]
+    (root / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    (root / "rewards.py").write_text(
+        "import os\n"
+        "def odd(prompts, completions, completion_ids, **columns):\n"
+        "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
+        "def fails(prompts, completions, completion_ids, **columns):\n"
+        "    if os.environ.get('RANK') == '1':\n"
+        "        raise KeyError('gone')\n"
+        "    return odd(prompts, completions, completion_ids)\n"
+    )
+    return f"--model {root}/model --train-data {root}/train.jsonl --eval-data {root}/eval.jsonl "
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """Return the environment that torchrun gives to a rank."""
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(WORKER.parent)]),
+    }
+    return os.environ | {name: str(value) for name, value in variables.items()}
+
+
+def run_ranks(size: int, jobs: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Run jobs of `distributed_worker.py` on some ranks. Return the stderr of each rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs_file = folder / "jobs.json"
+    jobs_file.write_text(json.dumps(jobs))
+    port = free_port()
+    processes = []
+    for rank in range(size):
+        process = subprocess.Popen(
+            [sys.executable, str(WORKER), str(jobs_file)],
+            env=environment(rank, size, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+    said = [process.communicate(timeout=300) for process in processes]
+    for process, (_, stderr) in zip(processes, said, strict=True):
+        assert process.returncode == 0, stderr[-3000:]
+    return [stderr for _, stderr in said]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two runs are apart."""
+
+    loss: float
+    """Of the first step that has a gradient."""
+    gradient: float
+    """Of the same step, relative to its norm."""
+    update: float
+    """Of the weights after the last step, relative to the norm of their change."""
+
+
+def difference(one: Path, other: Path, initial: Path) -> Difference:
+    """Compare two runs that began with the same weights."""
+    losses = [[row["loss"] for row in metrics(run)] for run in (one, other)]
+    first = next(i for i, row in enumerate(metrics(one), start=1) if row["grad_norm"])
+    # After the first step of AdamW, the first moment is the clipped gradient times 1 - beta.
+    gradients = [moments(run / f"checkpoints/step-{first}") for run in (one, other)]
+    start = weights(initial)
+    last = len(metrics(one))
+    ends = [weights(run / f"checkpoints/step-{last}") for run in (one, other)]
+    if ends[0].keys() <= start.keys():
+        change = {name: ends[0][name] - start[name] for name in ends[0]}
+    else:  # adapters
+        change = ends[0]
+    return Difference(
+        loss=abs(losses[0][first - 1] - losses[1][first - 1]),
+        gradient=distance(*gradients) / norm(gradients[0]),
+        update=distance(*ends) / norm(change),
+    )
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def moments(path: Path) -> dict[str, Tensor]:
+    """Return the first moments of a checkpoint."""
+    tensors = checkpoint.read_tensors(path)
+    return {name: x for name, x in tensors.items() if name.endswith(".exp_avg")}
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a model folder or an adapter."""
+    tensors: dict[str, Tensor] = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return norm({name: one[name] - other[name] for name in one})
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    squares = [x.double().square().sum() for x in tensors.values()]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def state_bits(path: Path) -> dict[str, bytes]:
+    """Return the bits of the weights and of the optimizer's state of a checkpoint."""
+    tensors = checkpoint.read_tensors(path) | weights(path)
+    return {name: x.contiguous().numpy().tobytes() for name, x in tensors.items()}
