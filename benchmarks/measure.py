@@ -86,6 +86,11 @@ class Stopwatch:
         return time.perf_counter() - self.began, _status("VmHWM") - self.before
 
 
+def peak_bytes() -> int:
+    """Return the peak of this process's resident memory."""
+    return _status("VmHWM")
+
+
 def _status(name: str) -> int:
     """Return a field of /proc/self/status, in bytes."""
     return _kilobytes(Path("/proc/self/status"), name) << 10

@@ -20,7 +20,6 @@ ours.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Stopwatch, ceilings
+from benchmarks.measure import Stopwatch, ceilings, peak_bytes
 from benchmarks.summary import machine
 from expo_fast import train
 from expo_fast.algorithms import grpo
@@ -339,7 +338,7 @@ def fp32_rate() -> float:
 
 def peak_memory(job: Job, which: str) -> float:
     """Take a step, and return by how many GB the peak memory of this process has grown."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     trainer = our_trainer(job)
     if which == "ours":
         take_our_step(trainer, 0, Times())
@@ -348,7 +347,7 @@ def peak_memory(job: Job, which: str) -> float:
             trl = TrlSteps(job, trainer, 1, folder)
             del trainer
             trl.trainer.train()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+    return (peak_bytes() - before) / 1e9
 
 
 def memory_of(which: str, arguments: Sequence[str]) -> float:
