@@ -49,7 +49,14 @@ ADJUSTABLE = (
 )
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
-ADDED_LATER = ("rdpo_alpha", "reward_weights", "eval_fraction", "data_weights", "columns")
+ADDED_LATER = (
+    "rdpo_alpha",
+    "reward_weights",
+    "eval_fraction",
+    "data_weights",
+    "columns",
+    "escape_special_tokens",
+)
 # Options whose default depends on the data. They are None until `Train.resolved` sets them.
 DEPEND_ON_DATA = ("eval_data", "shots", "max_completion_length")
 DEMO_SHOTS = 2  # of built-in data, with which the default model learns to box its answers
@@ -86,6 +93,9 @@ class Prompting:
     """System message of every prompt; None: the chat template's default."""
     instruction: str = INSTRUCTION
     """Text after each question; empty: none."""
+    escape_special_tokens: bool = False
+    """Write the tokenizer's control tokens in the text of questions, such as <|im_end|>, as plain
+    text. Solutions, chosen and rejected texts keep theirs."""
     levels: tuple[int, ...] = ()
     """Use only problems of these levels; empty: all."""
     columns: tuple[str, ...] = ()

@@ -30,7 +30,12 @@ from expo_fast.algorithms.as_trained import (
 )
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, Verifier, cut_in_words
-from expo_fast.algorithms.training_data import check_answers, check_ids, in_words
+from expo_fast.algorithms.training_data import (
+    check_answers,
+    check_ids,
+    in_words,
+    warn_of_control_tokens,
+)
 from expo_fast.cli.flags import parse
 from expo_fast.config import INSTRUCTION, Evaluate
 from expo_fast.data.answer_grading import last_boxed
@@ -170,6 +175,7 @@ def main(argv: Sequence[str]) -> None:
         config.system_prompt,
         instruction,
         ends=model.eos_ids,
+        escape=config.escape_special_tokens,
     )
     check_prompts(config, model, prompter, problems)
     check_template(config, trained, prompter)
@@ -307,3 +313,4 @@ def check_prompts(
         check_ids(problem, prompt, prompter, model.shape.vocabulary)
         new_tokens = config.max_new_tokens
         check_length(problem, prompt, new=new_tokens, context=model.shape.context)
+    warn_of_control_tokens(prompter, problems)

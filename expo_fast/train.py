@@ -45,6 +45,7 @@ from expo_fast.algorithms.training_data import (
     check_token_ids,
     in_words,
     load_training_data,
+    warn_of_control_tokens,
 )
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
@@ -161,6 +162,8 @@ def run_in(world: World, config: Train) -> TrainResult:
         prompter = trainer.prompter
         check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
         check_lengths(config, prompter, data.problems, data.held_out, shape.context)
+        warn_of_control_tokens(prompter, data.problems)
+        warn_of_control_tokens(prompter, data.held_out)
     # A named checkpoint is read first, so that a wrong one leaves no new run directory.
     restored = None
     if config.dry_run or names_checkpoint(config):
@@ -276,6 +279,7 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
         config.system_prompt,
         config.instruction,
         ends=model.eos_ids,
+        escape=config.escape_special_tokens,
     )
     return make_trainer(
         config,

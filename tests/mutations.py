@@ -483,6 +483,63 @@ MUTATIONS = [
         "n_samples = len(samples)",
         RANKS,
     ),
+    # Hostile answers, mistakes of users, files
+    Mutation(
+        "no answer is too large",
+        "expo_fast/data/verifier.py",
+        "if is_too_large(job.reference) or is_too_large(job.answer):",
+        "if False:",
+        "tests/test_bombs.py",
+    ),
+    Mutation(
+        "many answers at a limit do not shorten it",
+        "expo_fast/data/verifier.py",
+        "if sum(self._limited) >= MANY",
+        "if False",
+        "tests/test_bombs.py",
+    ),
+    Mutation(
+        "an answer at a limit is wrong",
+        "expo_fast/data/verifier.py",
+        'reasons[job] = "timeout" if late else ending',
+        'reasons[job] = "wrong"',
+        "tests/test_reward.py tests/test_bombs.py",
+    ),
+    Mutation(
+        "the process that forks workers has our environment",
+        "expo_fast/data/workers.py",
+        "environment = bare_environment()",
+        "environment = {**os.environ, **bare_environment()}",
+        "tests/test_bombs.py",
+    ),
+    Mutation(
+        "a reward function has no limit of time",
+        "expo_fast/reward_functions.py",
+        "with time_limit(timeout_s):",
+        "with time_limit(8.0):",
+        "tests/test_reward_mistakes.py",
+    ),
+    Mutation(
+        "control tokens are never escaped",
+        "expo_fast/data/prompts.py",
+        "if self.escape:",
+        "if False:",
+        "tests/test_hostile_folders.py",
+    ),
+    Mutation(
+        "a manifest may list too little",
+        "expo_fast/storage/checkpoint.py",
+        "        if unlisted is not None:\n",
+        "        if False:\n",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "weights are private",
+        "expo_fast/storage/files.py",
+        "path.chmod(0o666 & ~mask)",
+        "path.chmod(0o600)",
+        "tests/test_checkpoint.py",
+    ),
 ]
 
 

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from expo_fast.storage import checkpoint
+from expo_fast.weights import save_model
+from tiny import tiny_model, tiny_tokenizer
 
 KEEP = 2
 
@@ -261,6 +263,32 @@ def test_a_kill_at_a_random_time_leaves_the_newest_reported_checkpoint(tmp_path,
     assert not [name for name in names(tmp_path) if name.startswith(".tmp")]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_the_files_of_a_checkpoint_obey_the_umask(tmp_path, mask):
+    def write(folder):
+        save_model(tiny_model(), tiny_tokenizer(), folder)
+
+    before = os.umask(mask)
+    try:
+        path = save(tmp_path, 1, model=write)
+    finally:
+        os.umask(before)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert len(files) > 5
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "trainer_state/state.json"])
+def test_a_manifest_that_lists_too_little_is_a_fault(tmp_path, missing):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    del manifest["files"][missing]
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert checkpoint.fault(path) == f"MANIFEST.json does not list {missing}"
+    (path / "MANIFEST.json").write_text(json.dumps({"step": 1, "files": {}}))
+    assert "does not list" in (checkpoint.fault(path) or "")
+
+
 def test_a_flipped_bit_in_any_file_is_found_and_the_older_checkpoint_is_used(tmp_path):
     old, new = save(tmp_path, 1), save(tmp_path, 2)
     files = sorted(path for path in new.rglob("*") if path.is_file())
@@ -357,7 +385,7 @@ def test_unfinished_folders_of_dead_processes_are_removed(tmp_path):
     for pid in (dead, os.getppid()):
         (folder / f".tmp-step-7-{pid}").mkdir(parents=True)
     save(tmp_path, 8)
-    assert names(tmp_path) == {"step-8", f".tmp-step-7-{os.getppid()}"}
+    assert names(tmp_path) == {"step-8"}  # a living process has the id of a dead one
 
 
 def test_checkpoints_beyond_the_resumed_step_are_set_aside(tmp_path):

@@ -410,6 +410,33 @@ def test_damaged_files_of_pairs_are_named(data: Path, tmp_path: Path):
         train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
 
 
+@pytest.mark.parametrize("damage", ["digit", "cut", "removed"])
+def test_changed_pairs_are_refused_or_sampled_again(tmp_path: Path, damage: str):
+    store = PairStore(tmp_path / "pairs", {"seed": 0})
+    store.begin(0)
+    for step in range(2):
+        store.write(step, {"pairs/policy_step": step}, PAIRS, [{} for _ in PAIRS])
+    metrics, pairs = store.read(1)
+    assert metrics == {"pairs/policy_step": 1}
+    assert [pair.chosen_ids for pair in pairs] == [tuple(pair.chosen_ids) for pair in PAIRS]
+    file = tmp_path / "pairs/step-2.jsonl"
+    text = file.read_text()
+    if damage == "digit":
+        file.write_text(text.replace('"ref_logp": [-', '"ref_logp": [-1', 1))
+    elif damage == "cut":
+        file.write_text(text[: text.index("\n") + 1])
+    else:
+        file.unlink()
+    assert damage == "removed" or file.read_text() != text
+    with pytest.raises(ValueError, match=r"step-2\.jsonl is damaged .* start again in another"):
+        store.read(1)
+    with pytest.raises(ValueError, match=r"step-2\.jsonl is damaged"):
+        store.begin(2)  # the weights of step 1 are gone
+    with pytest.warns(UserWarning, match=r"step-2\.jsonl is damaged .* samples them again"):
+        store.begin(1)
+    assert store.has(0) and not store.has(1)
+
+
 def test_rewards_of_simpo_are_mean_log_probs():
     model = tiny_model(dtype=torch.float64)
     means = [

@@ -36,6 +36,7 @@ EVALUATED = "--method grpo --eval-every 2"
 HELD_OUT = EVALUATED + " --eval-data None --eval-limit 8"
 WEIGHTED = "--method grpo --prompts-per-step 4 --data-weights 1 1"
 WEIGHTED += " --train-data {root}/train.jsonl {root}/other.jsonl"
+CONTROL = "--method grpo --train-data {root}/control.jsonl"
 # Ratios differ from 1 only where old log-probs are those of other weights.
 SEVERAL = "--method grpo --updates-per-batch 2 --learning-rate 1e-2"
 
@@ -54,6 +55,7 @@ CASES = {
     "shots": Case("--shots 1"),
     "shots_data": Case("--shots-data {root}/other.jsonl", "--method grpo --shots 1"),
     "system_prompt": Case("--system-prompt Be-brief."),
+    "escape_special_tokens": Case("--escape-special-tokens", CONTROL),
     "instruction": Case("--instruction Answer!"),
     "levels": Case("--levels 1"),
     "max_completion_length": Case("--max-completion-length 10"),
@@ -160,6 +162,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n in range(first, first + 8)
         ]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    control = (root / "train.jsonl").read_text().replace(" + 1?", " + 1<|im_end|>?")
+    (root / "control.jsonl").write_text(control)
     first = (root / "eval.jsonl").read_text().splitlines()[0]
     (root / "one.jsonl").write_text(first + "\n")
     (root / "rewards.py").write_text(

@@ -16,6 +16,7 @@ RECORDED = (
     "shots_data",
     "system_prompt",
     "instruction",
+    "escape_special_tokens",
     "levels",
     "columns",
     "max_completion_length",
@@ -74,7 +75,7 @@ def with_record(config: Evaluate, trained: TrainedModel) -> Evaluate:
 def is_unset(config: Evaluate, name: str) -> bool:
     """Return whether an option was not given."""
     value = getattr(config, name)
-    return value is None or (name == "columns" and not value)
+    return value is None or (name in ("columns", "escape_special_tokens") and not value)
 
 
 def difference(config: Evaluate, trained: TrainedModel) -> str | None:

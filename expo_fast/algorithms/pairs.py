@@ -2,12 +2,14 @@
 
     RUN/pairs/provenance.json   what the pairs were made from; another run's pairs are refused
     RUN/pairs/step-N.jsonl      the pairs of step N as token ids and as data rows of --method dpo
-    RUN/pairs/step-N.json       metrics of their sampling; written once the pairs are complete
+    RUN/pairs/step-N.json       metrics of their sampling, and the sha256 of the pairs; written once
+                                the pairs are complete
 
 The pairs of a step are made once, with the reference's log-probs. Training reads them from the
 files, or from memory as long as a full disk does not take them.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,8 @@ from expo_fast.data.prompts import Prompter
 from expo_fast.storage.files import PatientFiles, replace_file
 
 TokenIds = tuple[int, ...]
+
+CHECKSUM = "sha256"  # key of step-N.json; pairs of older versions have none
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,24 @@ class PairStore:
     def begin(self, start: int) -> None:
         """Prepare the folder for a run that continues at step `start`.
 
-        Pairs sampled by the weights of a step after `start` are removed. The run samples them
-        again.
+        Pairs sampled by the weights of a step after `start` are removed, and so are damaged ones of
+        `start` itself. The run samples them again. Raise ValueError for damaged pairs that other
+        weights sampled.
         """
         self.check()
         self.folder.mkdir(exist_ok=True)
         record = json.dumps(self.provenance, indent=1).encode() + b"\n"
         replace_file(self.folder / "provenance.json", record)
-        for metrics in self.folder.glob("step-*.json"):
+        for metrics in sorted(self.folder.glob("step-*.json")):
             if self._read_json(metrics)["pairs/policy_step"] > start:
+                metrics.unlink()
+                continue
+            try:
+                self._checked_pairs(metrics.with_suffix(".jsonl"), self._read_json(metrics))
+            except ValueError as error:
+                if self._read_json(metrics)["pairs/policy_step"] < start:
+                    raise
+                warnings.warn(f"{error}: the run samples them again", stacklevel=2)
                 metrics.unlink()
 
     def has(self, step: int) -> bool:
@@ -134,9 +147,11 @@ class PairStore:
         for pair, text in zip(pairs, texts, strict=True):
             row = {**asdict(pair), **text}
             lines.append(json.dumps(row).encode() + b"\n")
-        self._write(self._pairs_file(step), b"".join(lines))
+        content = b"".join(lines)
+        self._write(self._pairs_file(step), content)
         # Written last: its presence marks the pairs as complete.
-        self._write(self._metrics_file(step), json.dumps(metrics).encode() + b"\n")
+        record = {**metrics, CHECKSUM: hashlib.sha256(content).hexdigest()}
+        self._write(self._metrics_file(step), json.dumps(record).encode() + b"\n")
 
     def _write(self, path: Path, content: bytes) -> None:
         had_failed = self.files.waiting
@@ -151,9 +166,10 @@ class PairStore:
                 )
 
     def read(self, step: int) -> tuple[dict[str, Any], list[Pair]]:
-        """Return the metrics and pairs that `write` stored."""
+        """Return the metrics and pairs that `write` stored. Raise ValueError if they changed."""
+        metrics = self._read_json(self._metrics_file(step))
         pairs = []
-        for row in self._read_json_lines(self._pairs_file(step)):
+        for row in self._checked_pairs(self._pairs_file(step), metrics):
             pair = Pair(
                 problem_id=row["problem_id"],
                 prompt_ids=tuple(row["prompt_ids"]),
@@ -162,13 +178,22 @@ class PairStore:
                 ref_logp=tuple(row["ref_logp"]),
             )
             pairs.append(pair)
-        return self._read_json(self._metrics_file(step)), pairs
+        metrics.pop(CHECKSUM, None)
+        return metrics, pairs
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         return _parse(path, self.files.read(path))
 
-    def _read_json_lines(self, path: Path) -> list[dict[str, Any]]:
-        return [_parse(path, line) for line in self.files.read(path).splitlines()]
+    def _checked_pairs(self, path: Path, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the rows of a file of pairs. Raise ValueError if it has changed."""
+        try:
+            text = self.files.read(path)
+        except (FileNotFoundError, UnicodeDecodeError) as error:
+            raise ValueError(_damage(path, error)) from None
+        found = hashlib.sha256(text.encode()).hexdigest()
+        if metrics.get(CHECKSUM, found) != found:
+            raise ValueError(_damage(path, "its sha256 differs from that of the pairs written"))
+        return [_parse(path, line) for line in text.splitlines()]
 
     def _pairs_file(self, step: int) -> Path:
         return self.folder / f"step-{step + 1}.jsonl"
@@ -181,6 +206,11 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): remove its folder, and the run samples its pairs again"
-        ) from None
+        raise ValueError(_damage(path, error)) from None
+
+
+def _damage(path: Path, reason: object) -> str:
+    return (
+        f"{path} is damaged ({reason}), and the weights that sampled its pairs may be gone: copy it "
+        "from a backup, or start again in another --output-dir"
+    )

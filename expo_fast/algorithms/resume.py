@@ -40,6 +40,8 @@ def check_run_dir(config: Train) -> None:
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"--output-dir {run_dir}: {existing} is a file, need a folder")
+    if run_dir.resolve() == Path(config.model).expanduser().resolve():
+        raise ValueError(f"--output-dir {run_dir} is the folder of --model: choose another one")
     record = run_dir / "config.toml"
     if record.exists():
         if config.resume == "never":

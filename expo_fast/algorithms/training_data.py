@@ -11,6 +11,7 @@ from expo_fast.algorithms.diagnostics import expert_ids
 from expo_fast.algorithms.explanations import answer_after
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
+from expo_fast.data.control_tokens import found_in_prompts
 from expo_fast.data.problem_table import ProblemTable
 from expo_fast.data.problems import (
     Problem,
@@ -412,6 +413,27 @@ def check_token_ids(
             check_ids(problem, ids, prompter, vocabulary)
     for problem in held_out:
         check_ids(problem, prompter.solve(problem), prompter, vocabulary)
+
+
+def warn_of_control_tokens(prompter: Prompter, problems: Sequence[Problem]) -> None:
+    """Warn if questions have control tokens, unless the prompts have them as plain text."""
+    if prompter.escape:
+        return
+    table = ProblemTable.of(problems)
+    tokens = []
+    for token in prompter.control_tokens:
+        # A search in the bytes is fast, and nearly all data have none.
+        if any(token.encode() in store.content for store in table.stores):
+            tokens.append(token)
+    found = found_in_prompts(table, tokens) if tokens else []
+    if found:
+        problem_id, token = found[0]
+        warnings.warn(
+            f"the questions of {len(found)} of {len(problems)} problems have control tokens of the "
+            f"tokenizer, the first is {token!r} in problem {problem_id}: --escape-special-tokens "
+            "writes them as plain text",
+            stacklevel=2,
+        )
 
 
 def fits_embedding(prompter: Prompter, vocabulary: int) -> bool:

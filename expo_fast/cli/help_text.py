@@ -43,7 +43,13 @@ THEMES: dict[str, tuple[str, ...]] = {
         "limit",
         "levels",
     ),
-    "Prompts": ("shots", "shots_data", "system_prompt", "instruction"),
+    "Prompts": (
+        "shots",
+        "shots_data",
+        "system_prompt",
+        "instruction",
+        "escape_special_tokens",
+    ),
     "Sampling": (
         "num_generations",
         "samples",

@@ -8,6 +8,7 @@ The checkpoints of Llama 3 and Gemma name both. So training texts end with the t
 sampling stops at the ends of all three sources, which `expo_fast.weights.load_model` collects.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from textwrap import shorten
 from typing import Any
 
 from expo_fast.data.columns import Message
+from expo_fast.data.template_probe import fault_of_template
+from expo_fast.data.time_limit import time_limit
 
 TokenIds = tuple[int, ...]
 
@@ -33,6 +36,7 @@ PROBE_NEXT = "Zqx3"
 TODAY = datetime(2026, 1, 1)
 DATE_CODES = [f"%{code}" for code in "aAbBdejmyYHIMSp"] + ["%-d", "%-m"]
 REPLACE_DATES = "".join(f"|replace('{code}', '{TODAY.strftime(code)}')" for code in DATE_CODES)
+RENDERING_S = 10.0  # for one conversation; a rendering takes less than a millisecond
 STRFTIME_NOW = "{% macro strftime_now(format) %}{{ format" + REPLACE_DATES + " }}{% endmacro %}\n"
 
 
@@ -69,13 +73,14 @@ def fill(tokenizer: Any, turns: Sequence[Message], *, for_answer: bool = True) -
     """
     prefilled = for_answer and turns[-1]["role"] == "assistant"
     try:
-        return tokenizer.apply_chat_template(
-            list(turns),
-            chat_template=STRFTIME_NOW + tokenizer.get_chat_template(),
-            tokenize=False,
-            add_generation_prompt=for_answer and not prefilled,
-            continue_final_message=prefilled,
-        )
+        with time_limit(RENDERING_S):
+            return tokenizer.apply_chat_template(
+                list(turns),
+                chat_template=STRFTIME_NOW + tokenizer.get_chat_template(),
+                tokenize=False,
+                add_generation_prompt=for_answer and not prefilled,
+                continue_final_message=prefilled,
+            )
     except Exception as error:  # a template is a program: it may raise anything
         roles = ", ".join(turn["role"] for turn in turns)
         reason = shorten(f"{type(error).__name__}: {error}", 300)
@@ -97,6 +102,7 @@ def answer_turn(tokenizer: Any) -> AnswerTurn:
     question: Message = {"role": "user", "content": PROBE_QUESTION}
     answer: Message = {"role": "assistant", "content": PROBE_ANSWER}
     following: Message = {"role": "user", "content": PROBE_NEXT}
+    check_limits(tokenizer, [[question], [question, answer], [question, answer, following]])
     prompt = fill(tokenizer, [question])
     if PROBE_QUESTION not in prompt:
         raise ValueError(
@@ -115,6 +121,15 @@ def answer_turn(tokenizer: Any) -> AnswerTurn:
         lead=before[n_common:],
         opened=prompt[n_common:],
     )
+
+
+def check_limits(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> None:
+    """Raise ValueError if the template takes too much time or memory for short conversations."""
+    template = STRFTIME_NOW + tokenizer.get_chat_template()
+    names = json.dumps(tokenizer.special_tokens_map, default=str)
+    fault = fault_of_template(template, json.dumps(conversations), names)
+    if fault is not None:
+        raise ValueError(f"the chat template {fault}: it is broken or hostile")
 
 
 def _with_end(tokenizer: Any, tail: str, between: str) -> AnswerTurn:

@@ -38,7 +38,7 @@ def files_of(source: str) -> list[Path]:
     """Return the files of a path: the file, the data files of a folder, or those of a pattern.
 
     Subfolders are not read. Return no file if there is no such path. Raise ValueError for a folder
-    without data files.
+    without data files, and for a pipe or a device.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -46,8 +46,10 @@ def files_of(source: str) -> list[Path]:
         if not found:
             raise ValueError(f"{path} is a folder: name a JSONL file, or put one into it")
         return found
-    if path.exists():
+    if path.is_file():
         return [path]
+    if path.exists():  # reading a pipe may wait for ever, and a device may have no end
+        raise ValueError(f"{path} is a pipe, a socket or a device: name a file")
     return sorted(each for each in map(Path, glob(str(path), recursive=True)) if each.is_file())
 
 

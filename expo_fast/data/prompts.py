@@ -14,6 +14,7 @@ from typing import Any
 from expo_fast.config import INSTRUCTION
 from expo_fast.data.chat_template import AnswerTurn, TokenIds, answer_turn, fill
 from expo_fast.data.columns import Message
+from expo_fast.data.control_tokens import control_tokens, escaped, without_control_tokens
 from expo_fast.data.problems import Problem
 from expo_fast.data.text_codec import TextCodec
 
@@ -33,6 +34,7 @@ class Prompter:
     system: str | None = None  # system prompt; None: the chat template's default
     instruction: str = INSTRUCTION  # appended to each question; "": none
     ends: TokenIds = ()  # ids that end a completion, named by the checkpoint (Decoder.eos_ids)
+    escape: bool = False  # write control tokens in the text of questions as plain text
 
     def __post_init__(self):
         if self.tokenizer is None:
@@ -45,6 +47,11 @@ class Prompter:
     def turn(self) -> AnswerTurn:
         """The text that the chat template puts around an answer, and the ends of a turn."""
         return answer_turn(self.tokenizer)
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The texts of the tokenizer's control tokens."""
+        return control_tokens(self.tokenizer)
 
     @cached_property
     def codec(self) -> TextCodec:
@@ -294,11 +301,15 @@ class Prompter:
         prompt = problem.prompt
         if isinstance(prompt, str):
             prompt = ({"role": "user", "content": prompt},)
+        answer = problem.answer
+        if self.escape:
+            prompt = tuple(without_control_tokens(turn, self.control_tokens) for turn in prompt)
+            answer = escaped(answer, self.control_tokens)
         asked = len(prompt) - 1 if problem.prefill else len(prompt)
         *earlier, last = prompt[:asked]
         content = last["content"]
         if explain:
-            content = EXPLAIN.format(question=content, answer=problem.answer)
+            content = EXPLAIN.format(question=content, answer=answer)
         if self.instruction:
             content = f"{content}\n\n{self.instruction}"
         return [*earlier, {**last, "content": content}, *prompt[asked:]]

@@ -6,16 +6,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import expo_fast
 from expo_fast.answers.worker import OUT_OF_MEMORY
+from expo_fast.data.programs import bare_environment, command_of
 
 # A worker is then replaced: sympy's caches grow, and nothing that a text planted in it may last.
 JOBS_PER_WORKER = 500
@@ -95,18 +93,10 @@ class Nursery:
 
 def _start_program(fd: int) -> subprocess.Popen:
     """Start the nursery's program, with its end of a socket, and without our environment."""
-    # -P keeps the current folder off its path.
-    command = [sys.executable, "-P", "-m", NURSERY, str(fd), str(os.getpid())]
-    paths = [str(Path(expo_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONHASHSEED": "0",  # sympy orders by hash: equal texts get equal verdicts
-    }
-    libraries = os.environ.get("LD_LIBRARY_PATH")
-    if libraries:  # some installations of Python need it
-        environment["LD_LIBRARY_PATH"] = libraries
+    environment = bare_environment()
+    environment["PYTHONHASHSEED"] = "0"  # sympy orders by hash: equal texts get equal verdicts
     return subprocess.Popen(
-        command,
+        command_of(NURSERY, fd, os.getpid()),
         pass_fds=[fd],
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -35,12 +35,12 @@ from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.modeling.packing import Pack, Sample, pack
 from expo_fast.modeling.shape import Shape
+from expo_fast.op_backends.cpu import KEPT_BYTES, SPAN
 from expo_fast.weights import load_structure
 
 FP32_BYTES = 4
 MOST_OF_MEMORY = 0.9  # the system needs the rest
 MOMENTS = 2  # AdamW's m and v
-ROWS_OF_A_SPAN = 1024  # csrc's kSpan: the head's gradient of more rows is summed in fp32
 # Memory of the allocator by kept memory: it cannot use all gaps between tensors, and the backward
 # pass adds temporary tensors (measured: python -m benchmarks.memory).
 ALLOCATOR = 1.2
@@ -154,7 +154,8 @@ def estimate_memory(
     questions = questions_of_step(problems, 0, config.prompts_per_step, config.seed)
     packs = largest_packs(config, prompter, questions)
     activations = [activation_bytes(config, model_config, dtype, each) for each in packs]
-    heads = [head_bytes(model.shape, dtype, each, trained=not config.lora_rank) for each in packs]
+    kind = {"trained": not config.lora_rank, "on_pairs": config.spec.trains_on_pairs}
+    heads = [head_bytes(model.shape, dtype, each, **kind) for each in packs]
     return MemoryEstimate(
         weights=weight_bytes(config, model, dtype),
         optimizer=(MOMENTS * n_trained + masters) * FP32_BYTES,
@@ -337,20 +338,26 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
         attention.causal_mask.cache_clear()
 
 
-def head_bytes(shape: Shape, dtype: torch.dtype, given: Pack, *, trained: bool) -> int:
-    """Return the bytes of the head's gradient, of the embedding's and of the rows' hidden states.
+def head_bytes(
+    shape: Shape, dtype: torch.dtype, given: Pack, *, trained: bool, on_pairs: bool
+) -> int:
+    """Return the bytes of the head's gradients, its kept exponentials and the rows' hidden states.
 
-    More than ROWS_OF_A_SPAN rows are summed in fp32 and then rounded.
+    The gradients of more than SPAN rows are summed in fp32 and then rounded. A loss of
+    pairs keeps the exponentials of all rows within a budget, other losses those of a span.
     """
     rows = len(given.rows)
-    hidden = 2 * rows * shape.hidden * dtype.itemsize  # the rows and their gradient
+    total = 2 * rows * shape.hidden * dtype.itemsize  # the rows and their gradient
+    if dtype == torch.bfloat16:
+        row_bytes = shape.vocabulary * dtype.itemsize
+        budget = KEPT_BYTES if on_pairs else SPAN * row_bytes
+        total += min(rows * row_bytes, budget)
     if not trained:
-        return hidden
-    size = shape.vocabulary * shape.hidden
+        return total
     each = dtype.itemsize
-    if rows > ROWS_OF_A_SPAN and dtype != torch.float32:
+    if rows > SPAN and dtype != torch.float32:
         each += FP32_BYTES
-    return hidden + size * each
+    return total + shape.vocabulary * shape.hidden * each
 
 
 def cache_bytes(

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expo_fast.storage.files import in_bytes, space_in_words
+from expo_fast.storage.files import in_bytes, obey_umask, space_in_words
 from expo_fast.storage.finite import first_non_finite
 from expo_fast.storage.hf_files import read_tensor_file
 from expo_fast.storage.state_shards import read_complete
@@ -178,6 +178,9 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if path.name != f"step-{manifest['step']}":
             return f"{MANIFEST} belongs to step {manifest['step']}"
+        unlisted = _unlisted(path, manifest["files"])
+        if unlisted is not None:
+            return f"{MANIFEST} does not list {unlisted}"
         for name, record in manifest["files"].items():
             size = (path / name).stat().st_size
             if size != record["bytes"]:
@@ -190,6 +193,19 @@ def fault(path: Path, *, contents: bool = True) -> str | None:
         return f"it cannot be read ({error})"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({error})"
+    return None
+
+
+def _unlisted(path: Path, listed: Mapping[str, Any]) -> str | None:
+    """Return a file that a resume reads and the manifest does not list, None if there is none."""
+    values = f"{STATE_FOLDER}/{STATE_VALUES}"
+    if values not in listed:
+        return values
+    for file in _files(path):
+        name = file.relative_to(path).as_posix()
+        is_read = file.suffix in (".safetensors", ".json", ".jinja", ".model")
+        if is_read and name not in listed and name != MANIFEST:
+            return name
     return None
 
 
@@ -262,24 +278,12 @@ def _set_aside(path: Path, reason: str) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove unfinished checkpoints of this process and of processes that died."""
+    """Remove unfinished checkpoints. They are of processes that died, because we hold the lock.
+
+    Another process may have their process id now.
+    """
     for path in folder.glob(".tmp-step-*"):
-        owner = path.name.rpartition("-")[2]
-        if not owner.isdecimal():
-            continue
-        pid = int(owner)
-        if pid == os.getpid() or not _is_alive(pid):
-            shutil.rmtree(path)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process exists and belongs to another user
-        return True
-    return True
+        shutil.rmtree(path)
 
 
 def _check_space(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -314,6 +318,7 @@ def _write_state(
         for name, tensor in tensors.items():
             contiguous[name] = tensor.detach().contiguous()
         save_file(contiguous, folder / STATE_TENSORS)
+        obey_umask(folder / STATE_TENSORS)
     assert "format_version" not in values
     versioned = {"format_version": FORMAT_VERSION, **values}
     (folder / STATE_VALUES).write_text(json.dumps(versioned))

@@ -53,6 +53,16 @@ def output_file(name: str, flag: str = "--output") -> Path:
     return path
 
 
+def obey_umask(path: Path) -> None:
+    """Give a file the permissions that the process gives to new files.
+
+    safetensors writes through a private file, which others cannot read.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file atomically: a killed process leaves the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")

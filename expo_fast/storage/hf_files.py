@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expo_fast.storage.files import reading
+from expo_fast.storage.files import obey_umask, reading
 from expo_fast.storage.text_models import has_text_model, text_key
 from expo_fast.storage.transformers4 import config_for_both, tokenizer_config_for_both
 
@@ -227,6 +227,7 @@ def write_tensor_file(
     for key, tensor in tensors.items():
         contiguous[key] = tensor.detach().contiguous()
     save_file(contiguous, file, METADATA | dict(metadata or {}))
+    obey_umask(file)
 
 
 def _write_tensors(
