@@ -211,6 +211,6 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
 def _damage(path: Path, reason: object) -> str:
     return (
-        f"{path} is damaged ({reason}), and the weights that sampled its pairs may be gone: copy it "
-        "from a backup, or start again in another --output-dir"
+        f"{path} is damaged ({reason}), and the weights that sampled its pairs may be gone: copy "
+        "it from a backup, or start again in another --output-dir"
     )
