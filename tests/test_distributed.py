@@ -193,11 +193,9 @@ def test_ranks_that_differ_are_one_sentence_and_write_nothing(name: str, message
 @pytest.mark.slow
 def test_a_reward_function_that_raises_on_one_rank_ends_both(runs: Runs):
     first, second = runs.ended("bad-reward")
-    assert first == {"status": 1, "error": ""}
-    assert second["status"] == 1
-    assert "reward function fails raised KeyError: 'gone'" in second["error"]
-    (note,) = second["notes"]
-    assert note.startswith("rank 1 failed in phase 'reward' of step 1: ")
+    assert first["status"] == second["status"] == 2
+    assert first["error"].startswith("rank 1: reward function fails raised KeyError: 'gone'")
+    assert "rank 1: " + second["error"] == first["error"]
 
 
 def test_the_deal_is_balanced_and_complete():

@@ -73,6 +73,7 @@ from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import linear_preference_loss
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
+from expo_fast.reward_functions import RewardError
 from expo_fast.runtime import interruptions
 
 
@@ -169,7 +170,7 @@ def make_pairs(
         # Sample G attempts at each question and judge them.
         deal = trainer.deal_questions(questions)
         own = deal.own(questions)
-        with trainer.world.agreed():
+        with trainer.world.agreed(shared=RewardError):
             with phases.phase("generate"):
                 requests = attempt_requests(own, prompter, config, step)
                 completions = trainer.generator.sample(requests)

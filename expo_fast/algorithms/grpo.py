@@ -62,6 +62,7 @@ from expo_fast.modeling.packing import Sample
 from expo_fast.objectives import POLICY_OBJECTIVES
 from expo_fast.ops import group_advantage, linear_policy_loss
 from expo_fast.reporting.timing import Phases
+from expo_fast.reward_functions import RewardError
 from expo_fast.runtime import interruptions
 
 
@@ -130,7 +131,7 @@ def sample_and_judge(
     config = trainer.config
     deal = trainer.deal_questions(questions)
     own = deal.own(questions)
-    with trainer.world.agreed():
+    with trainer.world.agreed(shared=RewardError):
         with phases.phase("generate"):
             requests = attempt_requests(own, trainer.prompter, config, step)
             completions = trainer.generator.sample(requests)

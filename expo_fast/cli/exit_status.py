@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from expo_fast.cli.missing_packages import advice_on
-from expo_fast.distributed.launch import may_print
+from expo_fast.distributed.launch import prints
 from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import COLLAPSED, Collapsed, Stopped
 
@@ -35,18 +35,18 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except BrokenPipeError:
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        if may_print():
+        if prints(error):
             print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except ModuleNotFoundError as error:
         advice = advice_on(error)
         if advice is None:
             raise
-        if may_print():
+        if prints(error):
             print(f"error: {advice}", file=sys.stderr)
         return USER_ERROR
     except Collapsed as error:
-        if may_print():
+        if prints(error):
             print(f"error: {error}", file=sys.stderr)
         return COLLAPSED
     except Stopped as stop:

@@ -8,6 +8,7 @@ def is_launched() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def may_print() -> bool:
-    """Return whether this process prints errors that all ranks have."""
-    return not is_launched() or os.environ["RANK"] == "0"
+def prints(error: BaseException) -> bool:
+    """Return whether this process prints an error. Rank 0 prints one that all ranks raise."""
+    is_common = getattr(error, "main_prints", False)
+    return not is_common or not is_launched() or os.environ["RANK"] == "0"

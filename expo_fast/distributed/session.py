@@ -83,10 +83,12 @@ def check_environment() -> None:
     """Raise ValueError if a variable of `torchrun` is not set."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise ValueError(
+            error: Any = ValueError(
                 f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, but "
                 f"{name} is not: start the run with torchrun, or set the address of rank 0"
             )
+            error.main_prints = True
+            raise error
 
 
 def choose_device(device: str) -> None:

@@ -154,7 +154,9 @@ class World:
         if error is None:
             assert kind is not None
             error = kind(f"rank {rank}: {text}")
-        error.of_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
+        common: Any = error
+        common.of_all_ranks = True  # no further exchange is needed
+        common.main_prints = kind is not None
         raise error
 
     def check_same(self, values: dict[str, Any]) -> None:
