@@ -130,6 +130,8 @@ def assert_same_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name, value in ours.items():
         if value is None:
             assert theirs[name] is None
+        elif name == "rewards/accuracies" and abs(ours["rewards/margins"]) < 1e-4:
+            continue  # the policy is still the reference, so the sign of a margin is rounding
         elif not name.startswith("time/"):
             assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
