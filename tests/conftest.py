@@ -22,6 +22,7 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 def pytest_configure() -> None:
     # a shell's background job starts with SIGINT ignored, and so would each process started here
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     # A core shared by two threads makes small matrix products some ten times slower.
     cores = len(os.sched_getaffinity(0))
     threads = max(1, min(torch.get_num_threads(), cores) // WORKERS)

@@ -131,7 +131,7 @@ def assert_same_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         if value is None:
             assert theirs[name] is None
         elif name == "rewards/accuracies" and abs(ours["rewards/margins"]) < 1e-4:
-            continue  # the signs of margins that are 0 up to rounding
+            continue  # the policy is still the reference, so the sign of a margin is rounding
         elif not name.startswith("time/"):
             assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 

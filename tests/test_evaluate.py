@@ -360,7 +360,8 @@ def test_a_run_is_evaluated_as_it_was_trained(trained: Path, capsys: pytest.Capt
         assert summary["data"] == f"held out of {trained}/data.jsonl"
         (line,) = err.splitlines()
         assert line.startswith(f"record of {trained / 'run'}: shots=1, ")
-        assert "system_prompt='Hi.', instruction='Go!', levels=(1,)" in line
+        assert "system_prompt='Hi.', instruction='Go!', " in line
+    assert "levels=(1,)" in line
 
 
 def test_a_flag_overrides_the_record_and_the_difference_is_said(trained, capsys):

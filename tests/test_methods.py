@@ -70,7 +70,8 @@ def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
     assert any(row["update_norm"] > 0 for row in made)
     if preset.startswith(("expo", "star")):
         assert all(row["exp/accepted"] > 0 for row in made)
-        assert all(row["exp/nll"] > 0 and row["exp/lift"] is not None for row in made)
+        assert all(row["exp/nll"] > 0 for row in made)
+        assert made[0]["exp/lift"] is not None  # the first step is diagnosed
     if preset.startswith("expo-dpo"):
         assert all(row["pairs"] > 0 for row in made)
     _, tokenizer = load_model(tmp_path / "checkpoints/step-2", dtype=torch.float32)
