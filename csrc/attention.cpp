@@ -31,7 +31,8 @@ constexpr int64_t kLanesAtOnce = 4 * kBlock;  // lanes whose keys' gradients are
 constexpr int64_t kLanesStride = kLanesAtOnce + 16;
 constexpr int64_t kKeyRows = kTileRows;       // keys of a tile in backward
 constexpr int64_t kChunk = 256;               // tokens: a chunk of short segments ends from here on
-constexpr int64_t kLongest = 512;             // tokens of a chunk
+constexpr int64_t kLongest = 512;             // tokens of a part of a longer segment
+constexpr int64_t kParts = 16;                // parts of a segment, whose sums are in memory together
 constexpr float kUnseen = -INFINITY;
 
 }  // namespace
@@ -315,10 +316,12 @@ struct Chunk {
 std::vector<Chunk> chunks_of(const Attention& a, const Tree& tree) {
   std::vector<Chunk> chunks;
   int64_t size = kChunk, last_parent = -1;
-  for (int64_t s = 0; s < a.segments; ++s)
-    for (int64_t first = tree.begin(s); first < tree.end(s); first += kLongest) {
-      const int64_t end = std::min(first + kLongest, tree.end(s));
-      const bool is_part = tree.end(s) - tree.begin(s) > kLongest;
+  for (int64_t s = 0; s < a.segments; ++s) {
+    const int64_t length = tree.end(s) - tree.begin(s);
+    const int64_t longest = std::max(kLongest, round_up((length + kParts - 1) / kParts, kBlock));
+    for (int64_t first = tree.begin(s); first < tree.end(s); first += longest) {
+      const int64_t end = std::min(first + longest, tree.end(s));
+      const bool is_part = length > longest;
       if (is_part || size >= kChunk || a.parents[s] != last_parent) {
         chunks.emplace_back();
         size = 0;
@@ -327,6 +330,7 @@ std::vector<Chunk> chunks_of(const Attention& a, const Tree& tree) {
       size = is_part ? kChunk : size + end - first;
       last_parent = a.parents[s];
     }
+  }
   return chunks;
 }
 

@@ -130,7 +130,8 @@ struct Blocks {
 
 // Rows of a tile, so that every thread gets some of n rows.
 int64_t tile_rows(int64_t n, int threads) {
-  return std::min(kTileRows, round_up((n + threads - 1) / threads, kRegisterRows));
+  const int64_t share = round_up((n + threads - 1) / threads, kRegisterRows);
+  return std::clamp<int64_t>(share, kRegisterRows, kTileRows);
 }
 
 // y (N, columns of b) = x (N, K) @ b + bias, rounded once.
@@ -146,6 +147,7 @@ void multiply(const T* x, int64_t n, Blocks& b, const T* bias, T* y, int threads
     convert(x + first * depth, rows * depth, a);
     for (int64_t block = 0; block < b.count(); ++block) {
       const int64_t w = b.width(block), real = b.real(block), column = block * kBlock;
+      if (depth == 0) std::fill_n(z, rows * w, 0.0f);
       gemm(rows, w, depth, a, depth, b.at(block), w, z, w, false);
       if (bias)
         for (int64_t r = 0; r < rows; ++r)
@@ -177,6 +179,7 @@ void write_d_weight(const Linear& l) {
     const int64_t first = tile * size, rows = std::min(size, l.out - first);
     float* a = copies.data.get() + t * size * depth;
     float* sum = sums.data.get() + t * size * width;
+    if (l.n == 0) std::fill_n(sum, size * width, 0.0f);
     for (int64_t n0 = 0; n0 < l.n; n0 += kDeep) {
       const int64_t count = std::min(kDeep, l.n - n0);
       for (int64_t i0 = 0; i0 < count; i0 += kLanes) {  // one cache line of each row at a time
@@ -316,7 +319,7 @@ void norm_gradients(const Norm& m) {
   narrow(sums.data.get(), m.d, static_cast<T*>(m.d_weight));
 }
 
-// Products and sums are rounded where PyTorch rounds them.
+// In bf16, products and sums are rounded where PyTorch rounds them.
 template <class T>
 void rotate(const Rotation& r) {
   const int64_t half = r.head_dim / 2;

@@ -221,7 +221,8 @@ float bias_of(const Head& head, int64_t row) {
 // Running sums over the vocabulary for each token: `other` sums exp((z - base) / T) and `moment`
 // sums exp((z - base) / T) (z - base). The base starts at the logit of the target, so that nothing
 // cancels as p_y -> 1. It moves up when the sum of a tile is much larger than the sum so far, so
-// that the largest terms are exponentials of small numbers.
+// that the largest terms are exponentials of small numbers, and when the sum exceeds 2^60, so that
+// kept exponentials and the factor from their base to the final one do not leave fp32's range.
 struct Sums {
   double *other, *moment;
   float *base, *exponent;
@@ -281,11 +282,14 @@ void add_exponentials(const Head& head, const float* z, int64_t start, int64_t r
     };
     sweep();
     bool moved = false;
-    for (int64_t j = 0; j < kLanes; ++j)
-      if (sum[j] > 50 * (to.other[i + j] + 1)) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const double other = to.other[i + j];
+      const bool is_large = sum[j] > 50 * (other + 1) || sum[j] + other > 0x1p60;
+      if (is_large && largest[j] > to.base[i + j]) {
         to.move(i + j, largest[j]);
         moved = true;
       }
+    }
     if (moved) sweep();
     if (kept.base) store(kept.base + i, load<Lanes>(to.base + i));
     for (int64_t j = 0; j < kLanes; ++j) to.add(i + j, sum[j], product[j]);

@@ -1,6 +1,8 @@
 // Matrices of fp32 or bf16 values that are computed with in fp32.
 #pragma once
 
+#include <stdexcept>
+
 #include "common.h"
 
 inline Lanes load_wide(const float* from) { return load<Lanes>(from); }
@@ -20,4 +22,5 @@ template <class F>
 void with_matrix_type(int32_t dtype, F f) {
   if (dtype == kFloat32) f(float{});
   if (dtype == kBFloat16) f(bf16{});
+  if (dtype != kFloat32 && dtype != kBFloat16) throw std::invalid_argument("matrices must be fp32 or bf16");
 }

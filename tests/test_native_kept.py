@@ -135,6 +135,22 @@ def test_a_base_that_moves_between_tiles(isa, gap):
         assert relative_error(o, t) < 6e-3
 
 
+def test_a_sum_that_grows_slowly_and_far(isa, threads):
+    """No tile is much larger than the sum so far, but the last base is far above the first."""
+    v = 126 * 90
+    logits = torch.minimum(torch.arange(v) // 126 * 3.5, torch.tensor(83.0)) + torch.arange(v) / 150
+    weight = logits[:, None].bfloat16()
+    hidden = torch.ones(5, 1, dtype=torch.bfloat16)
+    head = Head(hidden, weight, torch.zeros(v), torch.zeros(5, dtype=torch.int64), torch.ones(5))
+    d_logp = torch.ones(5)
+    threads(1)
+    forward = cpu.log_probs(head, ALL)
+    found = as_list(cpu.gradients(head, forward, RowGrads(d_logp), ALL))
+    upstream = torch.stack([d_logp, torch.zeros(5), torch.zeros(5)])
+    for t, o in zip(by_definition(head, upstream)[3:], found, strict=True):
+        assert relative_error(o, t) < 6e-3
+
+
 @pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-6])
 def test_a_probability_near_one_keeps_its_digits(isa, rest):
     """Gradients are proportional to 1 - p. They are not differences of rounded numbers."""

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expo_fast.modeling.attention import causal_mask
+from expo_fast.modeling.attention import Layer, PackedAttention, causal_mask
+from expo_fast.modeling.decoder import RMSNorm
 from expo_fast.op_backends import native_layer
 from judges import relative_error
 from test_native import isa, threads
@@ -66,6 +67,44 @@ def test_a_frozen_weight_gets_no_gradient():
     native_layer.linear(x, weight, None).sum().backward()
     assert x.grad is not None
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 5), (3, 0, 5), (3, 8, 0)], ids=str)
+def test_linear_of_nothing(shape):
+    n, n_in, n_out = shape
+    x = random(n, n_in, dtype=torch.bfloat16)
+    weight = random(n_out, n_in, dtype=torch.bfloat16)
+    y, d_x, d_weight = results(lambda *a: native_layer.linear(*a, None), [x, weight])
+    assert (y.shape, d_x.shape, d_weight.shape) == ((n, n_out), x.shape, weight.shape)
+    assert not y.any() and not d_x.any() and not d_weight.any()
+
+
+def test_where_the_kernels_do_not_run():
+    x = random(70, 8, dtype=torch.bfloat16)
+    weight = random(8, 8, dtype=torch.bfloat16)
+    assert native_layer.runs(x, weight)
+    assert not native_layer.runs(x, weight.float())
+    assert not native_layer.runs(x.half(), weight.half())
+    assert not native_layer.runs(x, weight.to("meta"))
+    assert not native_layer.multiplies(x, weight, torch.zeros(8))  # a bias of another dtype
+    assert not native_layer.multiplies(random(70, 9, dtype=torch.bfloat16), weight, None)
+
+
+def test_forward_mode_derivatives_are_those_of_pytorch():
+    """The ops have none. They would silently be 0."""
+    norm = RMSNorm(8, 1e-5)
+    x = random(4, 8, dtype=torch.float32).detach()
+    tangent = torch.func.jvp(norm, (x,), (torch.ones_like(x),))[1]
+    step = 1e-3
+    expected = (norm(x + step) - norm(x - step)) / (2 * step)
+    assert relative_error(tangent, expected.double()) < 1e-3
+
+
+def test_a_pack_that_does_not_cover_the_tokens_is_refused():
+    q = random(12, 2, 8, dtype=torch.float32)
+    attention = PackedAttention(torch.tensor([0, 10]))
+    with pytest.raises(ValueError, match=r"cu_seqlens are from 0 to 10: they must cover .* 12"):
+        attention(Layer(0, scale=1.0, window=None), q, q, q)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

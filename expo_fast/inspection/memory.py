@@ -43,7 +43,7 @@ MOST_OF_MEMORY = 0.9  # the system needs the rest
 MOMENTS = 2  # AdamW's m and v
 # Memory of the allocator by kept memory: it cannot use all gaps between tensors, and the backward
 # pass adds temporary tensors (measured: python -m benchmarks.memory).
-ALLOCATOR = 1.2
+ALLOCATOR = 1.1
 # Libraries that are imported on first use, the tokenizer and the threads: measured on Linux with a
 # model of two layers (python -m benchmarks.memory).
 RUNTIME_BYTES = 270 << 20

@@ -82,7 +82,12 @@ class PackedAttention:
         return torch.cat(outputs)
 
     def _tree(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        window = layer.window or 0
+        if self.boundaries[0] != 0 or self.boundaries[-1] != len(q):
+            raise ValueError(
+                f"cu_seqlens are from {self.boundaries[0]} to {self.boundaries[-1]}: they must "
+                f"cover the pack's {len(q)} tokens"
+            )
+        window = min(layer.window, len(q)) if layer.window else 0
         tree = (self._boundaries_on_cpu, self._parents_on_cpu)
         out, _ = native_layer.tree_attention(q, k, v, *tree, window, layer.scale)
         return out

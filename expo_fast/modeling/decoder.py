@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     Gemma's weights are differences from 1. Their sum would be rounded in bf16, so it is fp32.
     """
     if offset == 0:
-        if native_layer.runs(x, weight):
+        if x.shape[-1:] == weight.shape and native_layer.runs(x, weight):
             rows = x.reshape(-1, len(weight))
             return native_layer.rms_norm(rows, weight, eps)[0].view(x.shape)
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -60,7 +60,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in) to (N, out)."""
-        if native_layer.multiplies(input, self.weight):
+        if native_layer.multiplies(input, self.weight, self.bias):
             return native_layer.linear(input, self.weight, self.bias)
         return super().forward(input)
 
@@ -135,7 +135,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up."""
     if fused.runs(gate, up):
         return fused.swiglu(gate, up)
-    if native_layer.runs(gate, up):
+    if gate.shape == up.shape and native_layer.runs(gate, up):
         return native_layer.swiglu(gate, up)
     return F.silu(gate) * up
 

@@ -82,7 +82,7 @@ def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     complete = 2 * cos.shape[-1] == q.shape[-1]
     if complete and fused.runs(q, k, cos, sin):
         return fused.rotate(q, k, cos, sin)
-    if complete and native_layer.runs(q, k, cos, sin):
+    if complete and len(cos) == len(q) and native_layer.runs(q, k, cos, sin):
         q = native_layer.rotate(q, cos, sin, inverse=False)
         return q, native_layer.rotate(k, cos, sin, inverse=False)
     return rotate(q, cos, sin), rotate(k, cos, sin)

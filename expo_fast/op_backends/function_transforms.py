@@ -45,6 +45,13 @@ def check_transforms(*inputs: Tensor | None) -> None:
                 raise NotImplementedError(TORCH_FUNC)
 
 
+def is_transformed() -> bool:
+    """Return whether torch.func or forward-mode differentiation is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+
+
 def is_batched(x: Tensor) -> bool:
     """Return whether a tensor stands for several, under torch.func.vmap or is_grads_batched."""
     return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.op_backends import native_library
+from expo_fast.op_backends.function_transforms import is_transformed
 from expo_fast.op_backends.native_head import empty
 from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
 
@@ -95,7 +96,9 @@ def runs(*tensors: Tensor) -> bool:
     first = tensors[0]
     if first.device.type != "cpu" or first.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if any(x.dtype != first.dtype for x in tensors):
+    if any(x.dtype != first.dtype or x.device != first.device for x in tensors):
+        return False
+    if is_transformed():
         return False
     return _compiles(native_library.isa())
 
@@ -113,14 +116,17 @@ def _compiles(isa: str) -> bool:
 LEAST_TOKENS = 64
 
 
-def multiplies(x: Tensor, weight: Tensor) -> bool:
+def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether `linear` runs on these tensors and is faster than PyTorch's product.
 
     It is for bf16 on CPUs on which csrc multiplies fp32 copies. x: (N, in).
     """
     if x.dtype != torch.bfloat16 or x.dim() != 2 or len(x) < LEAST_TOKENS:
         return False
-    return runs(x, weight) and native_library.isa() in ("avx512", "avx2")
+    if x.shape[1] != weight.shape[1]:
+        return False
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return runs(*tensors) and native_library.isa() in ("avx512", "avx2")
 
 
 def _like(x: Tensor) -> Tensor:
@@ -140,6 +146,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = empty((n, len(weight)), x.dtype)
     x = x.contiguous()
     weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     sizes = {"n": n, "in": n_in, "out": len(weight)}
     _run("linear", _Linear, x.dtype, x=x, weight=weight, bias=bias, y=y, **sizes)
     return y
@@ -204,6 +212,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     The latter is (N,) fp32. weight: (D,).
     """
     x = x.contiguous()
+    weight = weight.contiguous()
     y = _like(x)
     scale = empty((len(x),), torch.float32)
     n, d = x.shape
@@ -226,6 +235,8 @@ def rms_norm_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight. The latter is empty if it is not needed."""
     x = x.contiguous()
+    weight = weight.contiguous()
+    scale = scale.contiguous()
     d_y = d_y.contiguous()
     d_x = _like(x)
     d_weight = empty(weight.shape if needs_weight else (0,), weight.dtype)
@@ -404,7 +415,8 @@ def tree_attention_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    d_out = d_out.contiguous()
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out, log_sum, d_out = out.contiguous(), log_sum.contiguous(), d_out.contiguous()
     d_q = _like(q)
     d_k = _like(k)
     d_v = _like(v)
