@@ -103,12 +103,17 @@ def fill_disk_at(steps: range, monkeypatch: pytest.MonkeyPatch, loop: str) -> No
     monkeypatch.setitem(train.LOOPS, loop, run_step)
 
 
-@pytest.fixture
-def unlimited() -> Iterator[None]:
-    """Remove the limit of the size of files after a test."""
+@contextmanager
+def unlimited_afterwards() -> Iterator[None]:
+    """Restore the limit of the size of files at the end of a test.
+
+    A fixture would restore it after pytest has written the result, which may go to a large file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def files_of(run: Path) -> dict[str, Any]:
@@ -147,9 +152,10 @@ def run_warned(given: list[str]) -> list[str]:
     return [str(each.message) for each in seen]
 
 
+@unlimited_afterwards()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_disk_that_is_full_for_some_steps_changes_nothing(
-    folder: Path, tmp_path: Path, monkeypatch, capsys, unlimited
+    folder: Path, tmp_path: Path, monkeypatch, capsys
 ):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -172,8 +178,9 @@ def test_a_disk_that_is_full_for_some_steps_changes_nothing(
         assert steps == [*range(1, STEPS + 1)]
 
 
+@unlimited_afterwards()
 def test_a_failed_save_is_tried_again_before_the_next_one_is_due(
-    folder: Path, tmp_path: Path, monkeypatch, unlimited
+    folder: Path, tmp_path: Path, monkeypatch
 ):
     fill_disk_at(range(4, 6), monkeypatch, "grpo")
     changes = {"checkpoint_every": 4, "keep_checkpoints": 9, "report_to": "none"}
@@ -181,7 +188,8 @@ def test_a_failed_save_is_tried_again_before_the_next_one_is_due(
     assert names(tmp_path) == {"step-7", "step-8"}  # 4, 5 failed; 5 + 2 is the second retry
 
 
-def test_pairs_of_a_full_disk_wait_in_memory(folder: Path, tmp_path: Path, monkeypatch, unlimited):
+@unlimited_afterwards()
+def test_pairs_of_a_full_disk_wait_in_memory(folder: Path, tmp_path: Path, monkeypatch):
     changes = {"method": "expo-dpo", "pairs_every": 2, "report_to": "none"}
     changes |= {"explanations_per_question": 2}
     assert run_warned(flags(folder, tmp_path / "good", **changes)) == []
@@ -212,9 +220,8 @@ def test_no_checkpoint_is_written_without_the_pairs_of_its_round(
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_the_last_save_waits_for_the_disk(
-    folder: Path, tmp_path: Path, monkeypatch, capsys, unlimited
-):
+@unlimited_afterwards()
+def test_the_last_save_waits_for_the_disk(folder: Path, tmp_path: Path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     waited = []
 
@@ -232,9 +239,8 @@ def test_the_last_save_waits_for_the_disk(
     assert "trying again for 600 s" in capsys.readouterr().out
 
 
-def test_the_last_save_gives_up_in_one_sentence(
-    folder: Path, tmp_path: Path, monkeypatch, capsys, unlimited
-):
+@unlimited_afterwards()
+def test_the_last_save_gives_up_in_one_sentence(folder: Path, tmp_path: Path, monkeypatch, capsys):
     fill_disk_at(range(1, STEPS + 1), monkeypatch, "grpo")
     given = flags(folder, tmp_path, steps=2, report_to="none", save_patience=0)
     with pytest.warns(UserWarning, match="could not be written"):
@@ -244,9 +250,8 @@ def test_the_last_save_gives_up_in_one_sentence(
     assert line.endswith("are unchanged; given up after --save-patience 0 s")
 
 
-def test_a_signal_ends_the_wait_for_the_disk(
-    folder: Path, tmp_path: Path, monkeypatch, capsys, unlimited
-):
+@unlimited_afterwards()
+def test_a_signal_ends_the_wait_for_the_disk(folder: Path, tmp_path: Path, monkeypatch, capsys):
     fill_disk_at(range(2, STEPS + 1), monkeypatch, "grpo")
 
     def sleep(seconds: float) -> None:
