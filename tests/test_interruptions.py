@@ -152,6 +152,7 @@ PHASES = {
     "filter of explanations": (grpo, "accept_explanations", 2, 1),
     "diagnosis": (grpo, "diagnostic_samples", 2, 1),
     "first update": (grpo, "policy_backward", 3, 1),
+    "first update, with gradients": (grpo, "sft_backward", 3, 1),
     "optimizer": (Optimizer, "step", 3, 2),
     "second update": (grpo, "policy_backward", 4, 2),
     "evaluation": (train, "evaluate", 2, 2),
