@@ -1,7 +1,5 @@
 """The check of a machine: its description, the test of the ops, and the estimate of memory."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,16 +166,14 @@ def test_the_structure_is_that_of_the_model(tmp_path: Path):
     assert same_tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.mark.slow
-def test_the_command_prints_the_memory_of_a_run(tmp_path: Path):
+def test_the_command_prints_the_memory_of_a_run(tmp_path: Path, capsys):
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--method", "sft", "--shots", "0"]
-    command = [sys.executable, "-m", "expo_fast.check", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "linear_policy_loss" in done.stdout
-    assert "activations" in done.stdout
-    assert "peak" in done.stdout
+    assert exit_status.run(check.main, flags) == 0
+    printed = capsys.readouterr().out
+    assert "linear_policy_loss" in printed
+    assert "activations" in printed
+    assert "peak" in printed
 
 
 @pytest.mark.parametrize(

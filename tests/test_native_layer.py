@@ -192,6 +192,7 @@ def by_segments(
     return torch.cat(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [0, 1, 9])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (9, 1)], ids=str)

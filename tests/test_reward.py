@@ -98,10 +98,11 @@ def test_a_hang_in_c_code_is_killed_and_affects_no_other_answer(unchecked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bomb", [HANG, "|((100!)!)!|", "(" * 300])
-def test_a_hostile_reference_affects_no_other_answer(bomb, unchecked):
+def test_a_hostile_reference_affects_no_other_answer(unchecked):
     with Verifier(workers=1, timeout_s=0.3) as pool:
-        assert pool.judge([bomb, "|x|+1"], [box("8"), box("1+|x|")]) in ([None, 1.0], [0.0, 1.0])
+        for bomb in (HANG, "|((100!)!)!|", "(" * 300):
+            verdicts = pool.judge([bomb, "|x|+1"], [box("8"), box("1+|x|")])
+            assert verdicts in ([None, 1.0], [0.0, 1.0]), bomb
 
 
 def test_the_memory_of_a_worker_is_limited(unchecked):
@@ -195,6 +196,7 @@ def test_a_worker_is_replaced_after_its_number_of_jobs(monkeypatch):
         assert (pool.timeouts, pool.crashes) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_worker_lost_between_calls_is_replaced():
     with Verifier(workers=1, timeout_s=10.0) as pool:
         started = threading.Thread(target=pool.judge, args=(["|x|"], [box("|y|")]))

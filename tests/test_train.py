@@ -322,7 +322,6 @@ def test_invalid_input_gives_one_sentence_and_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["reserved.jsonl"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -333,13 +332,11 @@ def test_invalid_input_gives_one_sentence_and_exit_code_2(
         (["--config"], "--config has no value: need a TOML file"),
     ],
 )
-def test_invalid_flags_give_exit_code_2_and_no_traceback(arguments: list[str], sentence: str):
-    done = subprocess.run(
-        [sys.executable, "-m", "expo_fast.train", *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert sentence in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+def test_invalid_flags_give_exit_code_2_and_no_traceback(arguments, sentence, capsys):
+    assert exit_status.run(train.main, arguments) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err + printed.out
+    assert "Traceback" not in printed.err
 
 
 def test_a_run_directory_refuses_another_configuration(folder: Path, tmp_path: Path):
