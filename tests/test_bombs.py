@@ -80,7 +80,7 @@ def test_reasons_of_verdicts(monkeypatch):
     boxes = ["0.5", "1+|x|", "|x|+2", "", "8", r"|x|\&\&", "|x|+9^{9^{9^9}}", "1"]
     texts = [rf"\boxed{{{box}}}" for box in boxes]
     expected = ["exact", "symbolic", "wrong", "no_answer", "wrong", "unparsable", "too_large"]
-    with Verifier(workers=1, timeout_s=10.0, memory_bytes=64 << 20) as pool:
+    with Verifier(workers=1, timeout_s=10.0) as pool:
         judged = pool.judge_with_reasons(golds, texts)
         assert [each.reason for each in judged] == [*expected, "no_reference"]
         assert [each.score for each in judged] == [1, 1, 0, 0, 0, 0, None, None]
@@ -88,7 +88,8 @@ def test_reasons_of_verdicts(monkeypatch):
         monkeypatch.setattr(verifier_module, "is_too_large", lambda text: False)
         judged = pool.judge_with_reasons(["|x|"], [r"\boxed{|1E+100000000|}"], timeout_s=0.1)
         assert judged[0].reason == "timeout"
-        judged = pool.judge_with_reasons(["|x|"], [r"\boxed{|2^{2^{40}}|}"], timeout_s=60.0)
+    with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
+        judged = pool.judge_with_reasons(["|x|"], [r"\boxed{|2^{2^{40}}|}"])
         assert judged[0].reason == "memory"
         assert pool._pool == []
 
