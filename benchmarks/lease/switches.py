@@ -22,6 +22,7 @@ TORCH_ENGINE = "LEASE_TORCH_ENGINE"
 SDPA = "LEASE_SDPA"
 PLAIN_LAYER = "LEASE_PLAIN_LAYER"
 NO_OVERLAP = "LEASE_NO_OVERLAP"
+OVERLAP = "EXPO_FAST_OVERLAP"  # as in kernels.rowwise, which needs triton
 MEANING = {
     ROWS: "row kernels instead of the fused head",
     NO_GRAPHS: "no CUDA graphs",
@@ -70,10 +71,7 @@ def apply() -> None:
         paged_attention.varlen_attention = each_sequence
     if PLAIN_LAYER in on:
         fused.runs = lambda *tensors: False
-    if NO_OVERLAP in on:
-        from expo_fast.kernels import rowwise
-
-        rowwise._overlaps = lambda device: False  # pyright: ignore[reportAttributeAccessIssue]
+    os.environ[OVERLAP] = "0" if NO_OVERLAP in on else "1"
 
 
 def each_sequence(
