@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks import body
-from tests.tiny import tiny_model, transformers_copy
+from tiny import tiny_model, transformers_copy
 
 
 def test_contestants_of_the_layers_compute_the_same_gradients():
