@@ -255,9 +255,10 @@ def test_an_ignored_signal_remains_ignored():
 
 
 def test_a_signal_interrupts_a_call_that_waits_but_no_update():
-    with pytest.raises(Stopped), interruptions.watching(5.0), interruptions.immediate():
+    with pytest.raises(Stopped), interruptions.watching(20.0), interruptions.immediate():
         threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
-        time.sleep(20)
+        time.sleep(3)
+        pytest.fail("the call was not interrupted")
     with interruptions.watching(5.0):
         interruptions.defer()
         with interruptions.immediate():
