@@ -108,6 +108,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "words"), CHANGES)
 def test_a_change_is_named_and_refused_or_marks_the_run(model: Path, job: Path, change, words: str):
     folder = run(model, job, steps=2)
@@ -190,6 +191,7 @@ def damaged(kind: str, record: Path) -> None:
         record.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cut", "empty", "binary", "a digit", "a line", "missing"])
 def test_a_damaged_record_is_rebuilt_from_the_checkpoint(model: Path, job: Path, kind, capsys):
     folder = run(model, job, steps=2)
