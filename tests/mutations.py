@@ -38,6 +38,7 @@ TRAINER = "expo_fast/algorithms/trainer.py"
 EXPLANATIONS = "expo_fast/algorithms/explanations.py"
 SAVING = "expo_fast/algorithms/saving.py"
 SAVES = "tests/test_saving.py"
+RESUME = "expo_fast/algorithms/resume.py"
 INTERRUPTIONS = "expo_fast/runtime/interruptions.py"
 FILES = "expo_fast/storage/files.py"
 SHARDING = "expo_fast/modeling/sharding.py"
@@ -348,6 +349,41 @@ MUTATIONS = [
         "n_steps > self._config.alarm_steps",
         "tests/test_alarms.py",
     ),
+    Mutation(
+        "a changed reward function is resumed",
+        RESUME,
+        '        values["reward functions"] = trainer.reward_source\n',
+        "        pass\n",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "a log that lacks rows is resumed",
+        RESUME,
+        "            damages[name] = damage\n",
+        "            pass\n",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "rows behind a checkpoint's cursor are kept",
+        "expo_fast/reporting/run_log.py",
+        "counter.cursor().rows < cursor.rows or is_evaluation",
+        "row",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "a record that differs from its copy is believed",
+        "expo_fast/algorithms/run_record.py",
+        "if options_of(config) != options_of(copied):",
+        "if options_of(config) is None:",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "a signal to all processes ends the grader",
+        "expo_fast/answers/nursery.py",
+        "    ignore_signals()\n    die_with(parent)",
+        "    die_with(parent)",
+        "tests/test_reward.py",
+    ),
     # Other lines
     Mutation(
         "resume forgets the tokens counted",
@@ -507,9 +543,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the process that forks workers has our environment",
-        "expo_fast/data/workers.py",
-        "environment = bare_environment()",
-        "environment = {**os.environ, **bare_environment()}",
+        "expo_fast/data/programs.py",
+        "env=bare_environment(),",
+        "env={**os.environ, **bare_environment()},",
         "tests/test_bombs.py",
     ),
     Mutation(

@@ -77,6 +77,13 @@ class Trainer:
     """The pairs of a DPO run."""
     sources: Sequence[Sequence[Problem]] = ()
     """The problems of each source of the data, which `data_weights` are for."""
+    held_out: Sequence[Problem] = ()
+    """The problems of the evaluations; empty if the run has no evaluations."""
+    reward_source: str | None = None
+    """A hash of the source of the user's reward functions, None if there is none."""
+    inexact: list[str] = field(default_factory=list)
+    """What differed from the run before at its resumes, each with the step. Empty: the run equals
+    an uninterrupted one."""
     progress: TrainerState = field(default_factory=TrainerState)
     """What reward functions are told of the run. The loop over steps keeps it."""
     explanations: ExplanationCache = field(default_factory=ExplanationCache)
