@@ -1,5 +1,9 @@
 """The same job on 1, 2, ... ranks: python -m benchmarks.scaling --ranks 1 2 [-- flags of training]
 
+    python -m benchmarks.scaling --simulate RUN [--measured RUN_OF_SEVERAL_RANKS]
+
+simulates the steps of a run of one process on up to 1024 ranks (`simulated_ranks`).
+
 On a CPU, all numbers of ranks share the same cores, so that two ranks are best at the time of one
 process. On a machine with several GPUs, each rank has one, and the efficiency is the time of one
 rank divided by K times the time of K ranks. The first step of each run is left out. The last line
@@ -24,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import simulated_ranks
 from expo_fast.cli.flags import parse
 from expo_fast.config import Train
 from expo_fast.inspection.ranks_memory import sent_bytes
@@ -57,12 +62,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("flags", nargs="*", help="flags of expo_fast.train, after --")
+    parser.add_argument("--simulate", type=Path, help="folder of a run of one process")
+    parser.add_argument("--measured", type=Path, help="folder of a run on several ranks to compare")
+    parser.add_argument("--questions-per-rank", type=int, default=0, help="in larger steps")
     options = parser.parse_args()
+    if options.simulate is not None:
+        print_simulated(options.simulate, options.measured, options.questions_per_rank)
+        return
     flags = [*JOB.split(), *options.flags]
     runs = [measured(n, flags) for n in options.ranks]
     for line in table(runs, flags):
         print(line)
     print(json.dumps({"runs": [vars(run) for run in runs], "flags": flags}))
+
+
+def print_simulated(folder: Path, measured: Path | None, per_rank: int) -> None:
+    """Simulate the steps of a run. See `simulated_ranks`."""
+    run = simulated_ranks.read(folder)
+    other = None if measured is None else simulated_ranks.read(measured)
+    rate = simulated_ranks.rate_of_one_sequence(run.config, run.steps[0][0].prompt_ids)
+    print(f"one sequence: {rate:.1f} tokens/s")
+    costs = simulated_ranks.costs_of(run, rate)
+    for line in simulated_ranks.lines(run, costs, per_rank=per_rank, measured=other):
+        print(line)
 
 
 def measured(n_ranks: int, flags: Sequence[str]) -> Measured:

@@ -47,43 +47,27 @@ def write_job_files(root: Path) -> str:
         "        raise KeyError('gone')\n"
         "    return odd(prompts, completions, completion_ids)\n"
     )
+    return job_flags(root)
+
+
+def job_flags(root: Path) -> str:
+    """Return the flags that name the files of `write_job_files`."""
     return f"--model {root}/model --train-data {root}/train.jsonl --eval-data {root}/eval.jsonl "
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """Return the environment that torchrun gives to a rank."""
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(WORKER.parent)]),
-    }
-    return os.environ | {name: str(value) for name, value in variables.items()}
-
-
-def run_ranks(size: int, jobs: list[dict[str, Any]], folder: Path) -> list[str]:
-    """Run jobs of `distributed_worker.py` on some ranks. Return the stderr of each rank."""
+def run_ranks(size: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Run jobs of `distributed_worker.py` on some ranks."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs_file = folder / "jobs.json"
     jobs_file.write_text(json.dumps(jobs))
-    port = free_port()
-    processes = []
-    for rank in range(size):
-        process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(jobs_file)],
-            env=environment(rank, size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-    said = [process.communicate(timeout=300) for process in processes]
-    for process, (_, stderr) in zip(processes, said, strict=True):
-        assert process.returncode == 0, stderr[-3000:]
-    return [stderr for _, stderr in said]
+    paths = os.pathsep.join([str(ROOT), str(WORKER.parent)])
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(size), str(free_port()), str(jobs_file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        timeout=300,
+    )
+    printed = [(folder / f"{rank}.txt").read_text()[-3000:] for rank in range(size)]
+    assert done.returncode == 0, "\n".join(printed)
 
 
 def free_port() -> int:
