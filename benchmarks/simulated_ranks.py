@@ -38,7 +38,7 @@ from expo_fast.weights import load_model, load_structure
 
 RANKS = tuple(2**n for n in range(1, 11))
 TOKENS_TO_TIME = 64
-DRAWS = 32  # steps in one process, whose mean time the others are compared with
+DRAWS = 64  # ranks whose steps are drawn for a row of the table of larger steps
 
 
 @dataclass(frozen=True)
@@ -299,10 +299,10 @@ def recorded_steps(run: Recorded, costs: Costs, n_ranks: int) -> list[Simulated]
     return found
 
 
-def larger_step(
-    run: Recorded, costs: Costs, n_ranks: int, per_rank: int, *, known: bool, seed: int = 0
-) -> Simulated:
-    """Return a step of `per_rank` questions per rank, which are drawn from those of the run.
+def larger_steps(
+    run: Recorded, costs: Costs, n_ranks: int, per_rank: int, known: bool
+) -> list[Simulated]:
+    """Return steps of `per_rank` questions per rank, which are drawn from those of the run.
 
     known: whether the lengths of earlier attempts are known. The questions are then those that the
     run attempted more than once.
@@ -313,14 +313,17 @@ def larger_step(
         if not known or question.id in lengths:
             pool.append((question, lengths.get(question.id)))
         lengths[question.id] = question.mean_length
-    rng = random.Random(seed)
-    drawn = []
-    expected = {}
-    for number, (question, length) in enumerate(rng.choices(pool, k=per_rank * n_ranks)):
-        drawn.append(as_another(question, number))
-        if known and length is not None:
-            expected[drawn[-1].id] = length
-    return simulate(drawn, expected, run.config, costs, n_ranks)
+    rng = random.Random(0)
+    steps = []
+    for _ in range(max(1, DRAWS // n_ranks)):
+        drawn = []
+        expected = {}
+        for number, (question, length) in enumerate(rng.choices(pool, k=per_rank * n_ranks)):
+            drawn.append(as_another(question, number))
+            if known and length is not None:
+                expected[drawn[-1].id] = length
+        steps.append(simulate(drawn, expected, run.config, costs, n_ranks))
+    return steps
 
 
 def as_another(question: Question, number: int) -> Question:
@@ -381,12 +384,11 @@ def lines(
     yield f"{per_rank} questions for each rank, drawn from those of the run"
     yield "| ranks | lengths | idle | least and most | waiting in passes | s/step | efficiency |"
     yield "|--:|---|--:|---|--:|--:|--:|"
-    draws = [larger_step(run, costs, 1, per_rank, known=False, seed=seed) for seed in range(DRAWS)]
-    alone = fmean(step.seconds for step in draws)
     for known in (False, True) if has_known(run) else (False,):
+        alone = fmean(step.seconds for step in larger_steps(run, costs, 1, per_rank, known))
         for n_ranks in ranks:
-            step = larger_step(run, costs, n_ranks, per_rank, known=known)
-            yield row([step], n_ranks, alone * n_ranks)
+            steps = larger_steps(run, costs, n_ranks, per_rank, known)
+            yield row(steps, n_ranks, alone * n_ranks)
 
 
 def row(steps: Sequence[Simulated], n_ranks: int, alone: float) -> str:

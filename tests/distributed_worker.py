@@ -1,11 +1,11 @@
 """The ranks of a distributed test: they train several jobs in one process group.
 
-    python distributed_worker.py SIZE PORT JOBS
+    python distributed_worker.py SIZE PORT FOLDER < JOBS
 
-JOBS is a JSON file with a list of jobs: `flags` of expo_fast.train, which may differ by rank, and
-`folder`, in which RANK.json says how the job ended on a rank. It has jobs in common with the tests
-in one process, and imports take longer than the training. Therefore this process imports
-everything once, and each rank is a fork of it. What a rank prints is in RANK.txt beside JOBS.
+JOBS is a JSON list of jobs: `flags` of expo_fast.train, which may differ by rank, and `folder`, in
+which RANK.json says how the job ended on a rank. It has jobs in common with the tests in one
+process, and imports take longer than the training. Therefore this process imports everything
+once, and each rank is a fork of it. What a rank prints is in FOLDER/RANK.txt.
 """
 
 import importlib
@@ -28,19 +28,20 @@ LATER = (  # modules that a run imports when it needs them
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
-    "transformers.models.auto",
-    "transformers.models.llama",
+    "transformers.models.llama.configuration_llama",
+    "tyro",
 )
 
 
-def main(size: int, port: int, jobs_file: Path) -> None:
+def main(size: int, port: int, folder: Path) -> None:
     """Run the jobs on all ranks. Raise SystemExit with 1 if a rank ended by an error."""
-    jobs = json.loads(jobs_file.read_text())
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")
     for name in LATER:
         importlib.import_module(name)
-    children = [start_rank(rank, size, port, jobs, jobs_file.parent) for rank in range(size)]
+    jobs = json.load(sys.stdin)
+    children = [start_rank(rank, size, port, jobs, folder) for rank in range(size)]
     statuses = [os.waitpid(child, 0)[1] for child in children]
     raise SystemExit(int(any(statuses)))
 

@@ -55,19 +55,32 @@ def job_flags(root: Path) -> str:
     return f"--model {root}/model --train-data {root}/train.jsonl --eval-data {root}/eval.jsonl "
 
 
+class Ranks:
+    """Some ranks that import packages until they get their jobs. See `distributed_worker.py`."""
+
+    def __init__(self, size: int, folder: Path):
+        """Start the ranks. folder: of their files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._printed = [folder / f"{rank}.txt" for rank in range(size)]
+        paths = os.pathsep.join([str(ROOT), str(WORKER.parent)])
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), str(size), str(free_port()), str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, jobs: list[dict[str, Any]]) -> None:
+        """Run the jobs and end the ranks."""
+        self._process.communicate(json.dumps(jobs), timeout=300)
+        if self._process.returncode:
+            printed = [path.read_text()[-3000:] for path in self._printed if path.exists()]
+            raise AssertionError("\n".join(printed))
+
+
 def run_ranks(size: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Run jobs of `distributed_worker.py` on some ranks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs_file = folder / "jobs.json"
-    jobs_file.write_text(json.dumps(jobs))
-    paths = os.pathsep.join([str(ROOT), str(WORKER.parent)])
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(size), str(free_port()), str(jobs_file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        timeout=300,
-    )
-    printed = [(folder / f"{rank}.txt").read_text()[-3000:] for rank in range(size)]
-    assert done.returncode == 0, "\n".join(printed)
+    """Run jobs on some ranks."""
+    Ranks(size, folder).run(jobs)
 
 
 def free_port() -> int:

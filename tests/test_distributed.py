@@ -4,23 +4,27 @@ import fcntl
 import json
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from expo_fast import train
 from expo_fast.config import Train
+from expo_fast.distributed.gathering import FIRST_BYTES, gather_values
 from expo_fast.distributed.world import ALONE, World, shares
 from expo_fast.inspection.memory import MemoryEstimate
 from expo_fast.inspection.ranks_memory import rank_bytes, sent_bytes
 from expo_fast.reporting.metric_table import find_metric
 from ranks import (
     SMALL,
+    Ranks,
     difference,
     job_flags,
     metrics,
-    run_ranks,
     state_bits,
     write_job_files,
 )
@@ -114,6 +118,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def make_runs(runs: Runs) -> None:
     """Run all jobs with two ranks."""
+    ranks = Ranks(2, runs.root / "two")  # they start while this process trains
     write_job_files(runs.root)
     jobs = [runs.job(name, flags) for name, flags in METHODS.items()]
     jobs.append(runs.job("again", METHODS["expo-grpo"]))
@@ -125,7 +130,7 @@ def make_runs(runs: Runs) -> None:
         runs.train_alone("", METHODS["sft"] + " --steps 2", runs.of_two("continued") / "run")
     jobs.append(runs.job("continued", METHODS["sft"]))
     jobs += [runs.job(f"bad-{name}", flags) for name, flags in BAD.items()]
-    run_ranks(2, jobs, runs.root / "two")
+    ranks.run(jobs)
 
 
 @pytest.fixture(autouse=True)
@@ -279,3 +284,17 @@ def test_one_process_exchanges_nothing():
     assert deal.collect(deal.own(["a", "b"])) == ["a", "b"]
     with pytest.raises(KeyError), ALONE.agreed():
         raise KeyError
+
+
+def test_values_of_any_length_are_exchanged():
+    """Each rank is a thread. A long value needs a second collective."""
+    store = dist.HashStore()
+    values = [["a" * n, None][:n] for n in (0, 1, 2 * FIRST_BYTES)]
+
+    def rank(number: int) -> list[list[Any]]:
+        group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=10))
+        return [gather_values((number, value)[: number + 1], 2, group) for value in values]
+
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(rank, range(2))
+    assert first == second == [[(0,), (1, value)] for value in values]
