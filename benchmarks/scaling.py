@@ -6,7 +6,7 @@ simulates the steps of a run of one process on up to 1024 ranks (`simulated_rank
 
 Each rank has a GPU, or on a CPU an equal part of the cores, which is the same for all K. The
 efficiency is the time of the smallest run divided by that of K ranks, and by how many times more
-ranks these are. It is at most 50% if a core has two ranks. The first step of each run is left out.
+ranks these are. It is at most 50% if a core has two ranks. The first of several steps is left out.
 The last line is a JSON object.
 
 Bytes are those that a rank sends in a step, counted from the sizes: each pass sums the fp32
@@ -45,7 +45,7 @@ PHASES = ("generate", "reward", "forward_backward", "optimizer")
 
 @dataclass(frozen=True)
 class Measured:
-    """The medians of a run's steps after the first."""
+    """The medians of a run's steps after the first one."""
 
     ranks: int
     seconds: float
@@ -111,11 +111,11 @@ def measured(n_ranks: int, flags: Sequence[str], threads: int, keep: Path | None
 
 
 def summary(n_ranks: int, rows: list[dict[str, Any]], peak: int) -> Measured:
-    """Return the medians of the rows of metrics.jsonl after the first.
+    """Return the medians of the rows of metrics.jsonl after the first one.
 
     peak: memory of the only process, if there is one rank, in bytes.
     """
-    later = rows[1:]
+    later = rows[1:] or rows
 
     def median(values: Sequence[float]) -> float:
         return statistics.median(values) if values else 0.0

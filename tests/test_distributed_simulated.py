@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import simulated_ranks
+from benchmarks import scaling, simulated_ranks
 from benchmarks.simulated_ranks import Costs, Question, Recorded
 from expo_fast.cli.flags import dump_toml
 from expo_fast.config import Train
@@ -130,3 +130,9 @@ def test_tables_of_a_run(tmp_path: Path):
     assert sum(line.startswith("| 2 | ") for line in printed) == 5  # 2 measured steps, 2 and 1
     assert sum(line.startswith("| 8 | ") for line in printed) == 2
     assert any("| 10.0 |" in line and "20.0%, 0.0%" in line for line in printed)
+
+
+def test_a_run_of_one_step_has_a_time():
+    row = {"time/generate": 2.0, "time/optimizer": 1.0}
+    assert scaling.summary(1, [row], peak=10**9).seconds == 3.0
+    assert scaling.summary(1, [row, row | {"time/generate": 4.0}], peak=10**9).seconds == 5.0
