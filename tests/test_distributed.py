@@ -288,7 +288,7 @@ def test_one_process_exchanges_nothing():
 
 def test_values_of_any_length_are_exchanged():
     """Each rank is a thread. A long value needs a second collective."""
-    store = dist.HashStore()
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     values = [["a" * n, None][:n] for n in (0, 1, 2 * FIRST_BYTES)]
 
     def rank(number: int) -> list[list[Any]]:
