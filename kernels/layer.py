@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from expo_fast.kernels.decode import Paged, key_of_token
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
+from expo_fast.kernels.rowwise import INTERPRETED, launch_device, overlapped_launch, to_bf16
 
 ELEMENTS = 1024  # per program of an elementwise kernel
 
@@ -55,9 +56,11 @@ def _store(at, x, inside, WIDE: tl.constexpr):
 @triton.jit
 def add_norm_rows(
     x, d, w, total, out,  # (B, D), (B, D) or None, (D,), (B, D) out or None, (B, D) out
-    D, eps, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    D, eps, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add two vectors and normalize the sum. One program per row."""
+    if PDL:
+        gdc_wait()
     at = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     inside = i < D
@@ -72,9 +75,12 @@ def add_norm_rows(
 @triton.jit
 def swiglu_elements(
     gate, up, out,  # (B, M) each
-    width, gate_row, up_row, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # M, strides of rows
+    width, gate_row, up_row,  # M, strides of rows
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write silu(gate) * up. One program per row and BLOCK columns."""
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
@@ -117,8 +123,11 @@ def place_heads(
     layer, W, eps, H, q_row, k_row, v_row,  # *_row: strides of rows
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotate and place heads. One program per row and head: first of q, then of k and v."""
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -194,6 +203,7 @@ def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[T
             eps,
             BLOCK=triton.next_power_of_2(width),
             WIDE=INTERPRETED,
+            **overlapped_launch(x),
         )
     return x if total is None else total, out
 
@@ -214,8 +224,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             width,
             gate.stride(0),
             up.stride(0),
-            ELEMENTS,
-            INTERPRETED,
+            BLOCK=ELEMENTS,
+            WIDE=INTERPRETED,
+            **overlapped_launch(gate),
         )
     return out
 
@@ -312,6 +323,7 @@ def place(
             NORM=norms is not None,
             ROPE=rotation is not None,
             WIDE=INTERPRETED,
+            **overlapped_launch(q),
             num_warps=1,
             enable_fp_fusion=False,  # because RoPE's products are rounded before they are added
         )

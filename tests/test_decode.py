@@ -567,10 +567,10 @@ def test_a_step_makes_few_launches(truncated: bool, monkeypatch):
     for n_layers in (1, 2):
         model = tiny_model("qwen3", num_hidden_layers=n_layers, dtype=torch.bfloat16).to(DEVICE)
         head = widened(model.head_weight.detach().T)
-        address = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        cache = CudaEngine(model).cache
         key = StepKey(4, 4, truncated)
         joined = JoinedWeights(model)
-        step = DecodeStep(key, model, head, address, page=PAGE, burst=4, joined=joined)
+        step = DecodeStep(key, model, head, cache, burst=4, joined=joined)
         with monkeypatch.context() as patch, torch.no_grad(), Launches(patch) as launches:
             step.launch()
         counts.append(len(launches.names))
@@ -819,3 +819,20 @@ def test_a_gpu_computes_prompts_in_one_call_per_layer(monkeypatch):
     model = tiny_model("mistral-window").to(DEVICE)
     asked = requests(max_new_tokens=1)
     assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))
+
+
+@pytest.mark.parametrize("kind", ["mistral-window", "qwen3", "qwen2"])
+def test_a_gpu_computes_prompts_with_the_kernels_of_a_step(kind, monkeypatch):
+    """The interpreter runs them slowly, so that only this test selects them on a CPU."""
+    model = tiny_model(kind, num_hidden_layers=2).to(DEVICE)
+    generator = Generator(model, backend="triton")
+    engine = generator.engine()
+    assert isinstance(engine, CudaEngine)
+    engine.fuses_prompts = True
+    runs = []
+    monkeypatch.setattr(type(model), "run", lambda *args: runs.append(args))
+    asked = requests(max_new_tokens=3)
+    by_kernels = generator.sample(asked)
+    assert not runs
+    monkeypatch.undo()
+    assert_same(by_kernels, sample(model, asked, "torch"))

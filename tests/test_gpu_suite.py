@@ -327,7 +327,7 @@ def test_a_failed_comparison_keeps_at_most_a_megabyte(tmp_path):
 def test_kernels_that_fail_in_a_check_are_switched_off_in_the_timings(tmp_path):
     run = make_run(tmp_path)
     states = {"target-logits": "failed", "capture": "stopped after 45 s", "varlen": "ok"}
-    states |= {"attend": "not run: no time", "varlen-gqa": "failed"}
+    states |= {"attend": "not run: no time", "attend-other": "failed"}
     run.outcomes = [Outcome(ITEMS[name], state) for name, state in states.items()]
     command.finish_check(run, [tmp_path])
     assert switches.load([tmp_path / "nowhere", tmp_path]) == ["LEASE_ROWS", "LEASE_NO_GRAPHS"]
@@ -345,6 +345,7 @@ def test_switches_select_the_code_that_they_name(monkeypatch):
         (cuda_engine.CudaEngine, "__init__"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is restored
+    monkeypatch.setenv(rowwise.OVERLAP, "1")
     for name in switches.MEANING:
         monkeypatch.setenv(name, "1")
     switches.apply()
@@ -356,6 +357,7 @@ def test_switches_select_the_code_that_they_name(monkeypatch):
     assert not cuda_engine.CudaEngine(model).wants_graphs
     assert not cuda_engine.supports(model)
     assert fused.runs() is False
+    assert os.environ[rowwise.OVERLAP] == "0"
     assert paged_attention.varlen_attention is attention.varlen_attention is switches.each_sequence
 
 

@@ -301,6 +301,7 @@ def test_the_engine_of_a_gpu(kind: str, dtype: torch.dtype, hooked: bool, few_ro
 def test_a_step_of_a_gpu_that_is_captured_before_rows_are_loaded():
     pytest.importorskip("triton")
     from expo_fast.inference.decode_step import DecodeStep, StepKey
+    from expo_fast.kernels.decode import Paged
 
     model = tiny_model("qwen3", dtype=torch.bfloat16, **SMALL)
     shape = model.shape
@@ -314,8 +315,7 @@ def test_a_step_of_a_gpu_that_is_captured_before_rows_are_loaded():
             StepKey(rows=3, table_width=4, truncated=False),
             model,
             widened(model.head_weight.detach()).T,
-            torch.tensor([slab.data_ptr()]),
-            page=32,
+            Paged(torch.tensor([slab.data_ptr()]), 1, 32, shape.kv_heads, shape.head_dim),
             burst=2,
             joined=joined,
         )

@@ -52,30 +52,6 @@ def varlen(report: Report) -> None:
             report.compare(f"d{name}, window {window}", got, expected, ERROR)
 
 
-def grouped(report: Report) -> None:
-    """Check whether torch's kernel accepts fewer key heads than query heads.
-
-    If it does, it saves a copy of the keys and values.
-    """
-    if report.dry:
-        return
-    from torch.nn.attention.varlen import varlen_attn
-
-    layer = Layer(0, DIM**-0.5, None)
-    q, k, v, cu_queries, cu_keys = sequences(report)
-    lengths = (cu_queries, cu_keys, max(QUERIES), max(KEYS))
-    out = varlen_attn(q, k, v, *lengths, scale=layer.scale, window_size=(-1, 0))
-    assert isinstance(out, Tensor)
-    upstream = torch.randn_like(out)
-    grads = torch.autograd.grad(out, (q, k, v), upstream)
-    inputs_fp64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    truth = by_definition(layer, *inputs_fp64)
-    true_grads = torch.autograd.grad(truth, inputs_fp64, upstream.double())
-    report.compare("out", out.detach(), truth.detach(), ERROR)
-    for name, got, expected in zip("qkv", grads, true_grads, strict=True):
-        report.compare(f"d{name}", got, expected, ERROR)
-
-
 def by_definition(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute the attention of each sequence by its formula, in the dtype of the inputs."""
     sequences = zip(q.split(QUERIES), k.split(KEYS), v.split(KEYS), strict=True)

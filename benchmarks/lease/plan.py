@@ -48,7 +48,6 @@ CHECK = [
     kernel("logit-gradients", "heads:logit_gradients", switches.ROWS),
     kernel("scale-stored", "heads:scale_stored", switches.ROWS),
     kernel("varlen", "packs:varlen", switches.SDPA),
-    kernel("varlen-gqa", "packs:grouped", None),
     kernel("train-swiglu", "layers:train_swiglu", switches.PLAIN_LAYER),
     kernel("train-rope", "layers:train_rope", switches.PLAIN_LAYER),
     kernel("train-keys", "layers:train_keys", switches.PLAIN_LAYER),
@@ -58,7 +57,7 @@ CHECK = [
     kernel("attend-other", "decoding:attend", None, dims=(96, 256)),
     kernel("attend-fp32", "decoding:attend", None, dims=(64, 128), dtype="float32"),
     kernel("layer", "decoding:layers", switches.TORCH_ENGINE),
-    kernel("blocks", "decoding:draws", switches.TORCH_ENGINE),
+    kernel("blocks", "decoding:draws", switches.NO_OVERLAP),
     kernel("truncate", "decoding:truncated", switches.TORCH_ENGINE),
     kernel("capture", "decoding:capture", switches.NO_GRAPHS),
     kernel("generator", "decoding:generator", switches.TORCH_ENGINE),
@@ -81,12 +80,12 @@ TIME = [
     timing("ops-0.5b", "ops:timed", 40, model=MODELS["0.5b"]),
     timing("decode-0.5b", "sampling:timed", 45, model=MODELS["0.5b"], truncated=True),
     timing("decode-3b", "sampling:timed", 45, model=MODELS["3b"], truncated=False),
-    timing("train-0.5b", "training:timed", 50, model=MODELS["0.5b"]),
+    timing("train-0.5b", "training:timed", 90, model=MODELS["0.5b"]),
     timing("parts-0.5b", "variants:timed", 45, model=MODELS["0.5b"]),
     timing("liger", "ops:beside_liger", 45, models=[MODELS["3b"], MODELS["0.5b"]]),
     timing("decode-peer", "sampling:beside_peer", 60, model=MODELS["0.5b"]),
-    timing("train-135m", "training:timed", 40, model=MODELS["135m"]),
-    timing("train-1.5b", "training:timed", 60, model=MODELS["1.5b"]),
+    timing("train-135m", "training:timed", 60, model=MODELS["135m"]),
+    timing("train-1.5b", "training:timed", 90, model=MODELS["1.5b"]),
     *(
         timing(f"ncu-{kernel_name}", "profiles:counters", 20, kernel=kernel_name)
         for kernel_name in ("softmax_sums", "attend_items", "draw_allowed")

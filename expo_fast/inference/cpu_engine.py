@@ -37,7 +37,7 @@ def supports(model: Decoder) -> bool:
     """Return whether the C++ engine runs the model: plain modules in fp32 or bf16 on a CPU."""
     if model.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if not is_plain(model):
+    if not is_plain(list(model.modules())):
         return False
     for p in model.parameters():
         if type(p) is not nn.Parameter or p.dtype != model.dtype:

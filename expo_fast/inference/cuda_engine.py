@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expo_fast.inference.engine import Rows
+from expo_fast.inference.engine import Rows, Tokens
 from expo_fast.inference.joined_weights import JoinedWeights, joins
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.inference.paged_attention import VarlenPagedAttention
@@ -42,9 +42,13 @@ from expo_fast.modeling.decoder import Decoder
 
 if TYPE_CHECKING:
     from expo_fast.inference.decode_step import DecodeStep, StepKey
+    from expo_fast.kernels.decode import Paged
 
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256)  # larger numbers are rounded up to a multiple of the last
-CUDA_PREFILL_TOKENS = 8192  # about 25 ms of launches, which are not captured
+# Prompt tokens in one forward pass. Its launches are not captured, and take the host longer than
+# the GPU takes for a few thousand tokens. A larger number needs more memory: 2 bytes for each token
+# and row of gate and up, which are 1.4 GB for a 3B model.
+CUDA_PREFILL_TOKENS = 32768
 MIN_TABLE_WIDTH = 16  # pages; doubled until it suffices
 # Fraction of ended rows above which rows are loaded again. A load costs the host about 3 ms. An
 # ended row still reads its part of the cache in every step.
@@ -83,7 +87,7 @@ class Burst:
 
 
 class CudaEngine(TorchEngine):
-    """Decode with `DecodeStep`. Prompts are prefilled in PyTorch.
+    """Decode with `DecodeStep`. On a GPU, prompts of plain models run through the same kernels.
 
     graphs: whether to capture steps. None: only on a GPU, for a model without hooks.
 
@@ -111,6 +115,7 @@ class CudaEngine(TorchEngine):
             self.prefill_tokens = CUDA_PREFILL_TOKENS
         if on_gpu and model.dtype.itemsize == 2:
             self.attention = VarlenPagedAttention
+        self.fuses_prompts = on_gpu  # many programs are slow in the interpreter
         self.wants_graphs = on_gpu if graphs is None else graphs
         self.slab_address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.steps: dict[StepKey, DecodeStep] = {}
@@ -130,7 +135,8 @@ class CudaEngine(TorchEngine):
             self.forget_steps()
         self.layout = layout
         self._join_weights()
-        self.graphs = self.wants_graphs and not has_hooks(model)
+        hooked = layout is None and has_hooks(model.modules())  # a plain model has none
+        self.graphs = self.wants_graphs and not hooked
         if self.wants_graphs and not self.graphs:
             warnings.warn(
                 "decoding without CUDA graphs, which is slower: the model has hooks or a replaced "
@@ -177,6 +183,37 @@ class CudaEngine(TorchEngine):
         self.steps = {}
         self.joined = None
         self.graph_pool = None
+
+    @property
+    def cache(self) -> "Paged":
+        from expo_fast.kernels.decode import Paged  # needs triton
+
+        shape = self.model.shape
+        return Paged(
+            address=self.slab_address,
+            layers=len(shape.windows),
+            page=self.page,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+        )
+
+    @torch.no_grad()
+    def run(self, tokens: Tokens) -> Tensor:
+        if self.joined is None or not self.fuses_prompts:
+            return super().run(tokens)
+        from expo_fast.inference.fused_forward import FusedForward  # needs triton
+
+        device = self.model.device
+        forward = FusedForward(
+            model=self.model,
+            joined=self.joined,
+            cache=self.cache,
+            tokens=tokens.ids.to(device),
+            positions=tokens.positions.to(device),
+            tables=tokens.tables.to(device),
+            attend=self.attention(self.slab, tokens).attend,
+        )
+        return forward.hidden()
 
     @torch.no_grad()
     def load(self, rows: Rows) -> None:
@@ -226,8 +263,7 @@ class CudaEngine(TorchEngine):
             key,
             self.model,
             self.head,
-            self.slab_address,
-            page=self.page,
+            self.cache,
             burst=self.burst,
             joined=self.joined,
         )
@@ -302,16 +338,20 @@ class TensorLayout:
 
 def tensor_layout(model: Decoder) -> list[TensorLayout] | None:
     """Return the layouts of a plain model's tensors, or None if a graph depends on more."""
-    if not is_plain(model):
+    modules = list(model.modules())
+    if not is_plain(modules):
         return None
     layout = []
-    for x in (*model.parameters(), *model.buffers()):
-        layout.append(
-            TensorLayout(
-                address=x.data_ptr(),
-                shape=tuple(x.shape),
-                stride=x.stride(),
-                dtype=x.dtype,
+    for module in modules:
+        for x in (*module._parameters.values(), *module._buffers.values()):
+            if x is None:
+                continue
+            layout.append(
+                TensorLayout(
+                    address=x.data_ptr(),
+                    shape=tuple(x.shape),
+                    stride=x.stride(),
+                    dtype=x.dtype,
+                )
             )
-        )
     return layout

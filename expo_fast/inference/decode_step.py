@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from expo_fast.inference.engine import Rows
-from expo_fast.inference.joined_weights import JoinedLayer, JoinedWeights
+from expo_fast.inference.fused_forward import FusedForward
+from expo_fast.inference.joined_weights import JoinedWeights
 from expo_fast.inference.sampling import BLOCK, Truncation
 from expo_fast.kernels import blocks, decode, draw, truncate
-from expo_fast.kernels import layer as layer_kernels
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import wide_product
 from expo_fast.modeling.attention import Layer
-from expo_fast.modeling.decoder import Block, Decoder, RMSNorm
+from expo_fast.modeling.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class DecodeStep:
     """Sample the next token of up to `key.rows` rows with each call of `run`.
 
     head: (D, V), the LM head in the layout that `wide_product` needs.
-    slab_address: (1,) int64 on the device; see `kernels.decode.Paged`.
-    page: number of tokens of a page.
+    cache: the key-value cache.
     burst: number of steps whose results are kept until the host reads them.
     joined: weights to run the model's plain modules with, and with fused kernels between GEMMs.
     None: call `model.run`, which runs the model's adapters and hooks.
@@ -86,9 +85,8 @@ class DecodeStep:
         key: StepKey,
         model: Decoder,
         head: Tensor,
-        slab_address: Tensor,
+        cache: decode.Paged,
         *,
-        page: int,
         burst: int,
         joined: JoinedWeights | None,
     ):
@@ -107,13 +105,7 @@ class DecodeStep:
             top_p=torch.ones(n, dtype=torch.float32, device=device),
             min_p=zeros(n, dtype=torch.float32),
         )
-        self.cache = decode.Paged(
-            address=slab_address,
-            layers=len(shape.windows),
-            page=page,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-        )
+        self.cache = cache
         self.sizes = Sizes(n, key.table_width)
         self.work = decode.Work.allocate(self.sizes, shape.heads, shape.head_dim, device)
         self.rows_per_item = decode.rows_together(shape.heads, shape.kv_heads)
@@ -145,7 +137,16 @@ class DecodeStep:
         """Launch the kernels of the step one by one."""
         inputs = self.inputs
         if self.joined is not None:
-            hidden = self._fused_forward(self.joined, inputs.last_tokens, inputs.positions)
+            forward = FusedForward(
+                model=self.model,
+                joined=self.joined,
+                cache=self.cache,
+                tokens=inputs.last_tokens,
+                positions=inputs.positions,
+                tables=inputs.tables,
+                attend=self._attend,
+            )
+            hidden = forward.hidden()
         else:
             attend = self._append_and_attend
             hidden = self.model.run(inputs.last_tokens, inputs.positions, attend)
@@ -201,73 +202,3 @@ class DecodeStep:
             layer.scale,
             layer.window,
         )
-
-    # With fused kernels
-
-    def _fused_forward(self, joined: JoinedWeights, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Compute `Decoder.run` of plain modules, with one launch between two GEMMs."""
-        model = self.model
-        body = model.model
-        rotation = layer_kernels.rotation(
-            positions,
-            model.inv_freq[0],  # `joins` allows one set
-            model.rope_scales[0],
-            model.dtype,
-        )
-        x = body.embed_tokens(tokens)
-        delta = None
-        for block, projections in zip(body.layers, joined.layers, strict=True):
-            assert isinstance(block, Block)
-            x, delta = self._fused_block(block, projections, x, delta, rotation)
-        norm = body.norm
-        _, normed = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
-        return normed
-
-    def _fused_block(
-        self,
-        block: Block,
-        joined: JoinedLayer,
-        x: Tensor,
-        delta: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Run a block on x + delta. Return (x', delta'), whose sum is the block's output.
-
-        The next norm computes the sum, because it adds and normalizes in one launch.
-        """
-        n = len(x)
-        attention = block.self_attn
-        norm = _norm(block, block.norms.before_attention)
-        x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
-        q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in joined.qkv(h))
-        q = layer_kernels.place(
-            self.cache,
-            attention.layer.index,
-            q,
-            k,
-            v,
-            norms=_head_norms(attention.q_norm, attention.k_norm),
-            rotation=None if attention.rope is None else rotation,
-            tables=self.inputs.tables,
-            positions=self.inputs.positions,
-        )
-        mixed = self._attend(attention.layer, q)
-        delta = attention.o_proj(mixed.view(n, -1))
-        norm = _norm(block, block.norms.before_mlp)
-        x, h = layer_kernels.add_norm(x, delta, norm.weight, norm.eps)
-        gate, up = joined.gate_up(h)
-        return x, block.mlp.down_proj(layer_kernels.swiglu(gate, up))
-
-
-def _norm(block: Block, name: str | None) -> RMSNorm:
-    assert name is not None
-    norm = block.get_submodule(name)
-    assert isinstance(norm, RMSNorm)
-    return norm
-
-
-def _head_norms(q_norm: torch.nn.Module, k_norm: torch.nn.Module) -> layer_kernels.HeadNorms | None:
-    """Return the norms of queries and keys, if the model has them."""
-    if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
-        return layer_kernels.HeadNorms(q=q_norm.weight, k=k_norm.weight, eps=q_norm.eps)
-    return None

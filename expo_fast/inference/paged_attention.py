@@ -1,5 +1,7 @@
 """PyTorch attention over a paged key-value cache, for prompts and for new tokens."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -18,20 +20,35 @@ class PagedAttention:
         self.slab = slab
         self.page = slab.shape[3]
         self.lengths = tokens.lengths
-        self.positions = tokens.positions.tolist()
-        self.tables = tokens.tables.long().to(slab.device)
-        # the page and offset of each token's key and value
-        column = tokens.positions // self.page
-        pages = tokens.tables.gather(1, column[:, None])
-        self.pages = pages.squeeze(1).long().to(slab.device)
-        offsets = tokens.positions % self.page
-        self.offsets = offsets.to(slab.device)
+        self.tokens = tokens
+
+    @cached_property
+    def positions(self) -> list[int]:
+        return self.tokens.positions.tolist()
+
+    @cached_property
+    def tables(self) -> Tensor:
+        return self.tokens.tables.long().to(self.slab.device)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The page and the offset of each token's key and value, (N,) each."""
+        positions = self.tokens.positions
+        column = positions // self.page
+        pages = self.tokens.tables.gather(1, column[:, None]).squeeze(1).long()
+        offsets = positions % self.page
+        return pages.to(self.slab.device), offsets.to(self.slab.device)
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v (N, Hkv, Dh) to the cache. Return the (N, H, Dh) attention of q."""
         keys, values = self.slab[layer.index]
-        keys[self.pages, self.offsets] = k
-        values[self.pages, self.offsets] = v
+        keys[self.places] = k
+        values[self.places] = v
+        return self.attend(layer, q)
+
+    def attend(self, layer: Layer, q: Tensor) -> Tensor:
+        """Return the (N, H, Dh) attention of q, whose own keys and values are in the cache."""
+        keys, values = self.slab[layer.index]
         if len(self.lengths) == len(q):
             return self._one_token_each(layer, q, keys, values)
         return self._several_tokens(layer, q, keys, values)
@@ -86,28 +103,28 @@ class VarlenPagedAttention(PagedAttention):
         query_borders = torch.tensor([0, *tokens.lengths]).cumsum(0)
         last = query_borders[1:] - 1
         n_seen = tokens.positions[last] + 1
-        zero = n_seen.new_zeros(1)
-        key_borders = torch.cat([zero, n_seen.cumsum(0)])
+        key_borders = torch.cat([n_seen.new_zeros(1), n_seen.cumsum(0)])
         n_keys = int(key_borders[-1])
-        # the page and offset of every key, sequence after sequence
-        sequence = torch.arange(len(n_seen)).repeat_interleave(n_seen)
-        position = torch.arange(n_keys) - key_borders[sequence]
-        tables = tokens.tables[last].long()
-        pages = tables[sequence, position // self.page]
-        offsets = position % self.page
-        self.key_pages = pages.to(slab.device)
-        self.key_offsets = offsets.to(slab.device)
-        self.query_borders = query_borders.to(slab.device, torch.int32)
-        self.key_borders = key_borders.to(slab.device, torch.int32)
+        device = slab.device
+        self.query_borders = query_borders.to(device, torch.int32)
+        self.key_borders = key_borders.to(device, torch.int32)
         self.max_queries = max(tokens.lengths)
         self.max_keys = int(n_seen.max())
+        # The page and offset of every key, sequence after sequence. They are computed on the GPU,
+        # because there are many more keys than sequences.
+        sequences = torch.arange(len(n_seen), device=device)
+        sequence = sequences.repeat_interleave(n_seen.to(device), output_size=n_keys)
+        position = torch.arange(n_keys, device=device) - self.key_borders[sequence]
+        tables = tokens.tables[last].to(device)
+        pages = tables[sequence, position // self.page].long()
+        self.visible = (pages, position % self.page)
 
     def _several_tokens(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return varlen_attention(
             layer,
             q,
-            keys[self.key_pages, self.key_offsets],
-            values[self.key_pages, self.key_offsets],
+            keys[self.visible],
+            values[self.visible],
             self.query_borders,
             self.key_borders,
             self.max_queries,

@@ -3,6 +3,8 @@
 Adapters, hooks and replaced forward methods run Python code that the kernels do not.
 """
 
+from collections.abc import Iterable, Sequence
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -14,19 +16,16 @@ PLAIN_MODULES = OUR_MODULES + TORCH_MODULES
 OVERRIDES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # in a module's own attributes
 
 
-def is_plain(model: Decoder) -> bool:
-    """Return whether a forward pass computes only what the classes of the modules define."""
-    for module in model.modules():
-        if type(module) not in PLAIN_MODULES:
-            return False
-    return not has_hooks(model)
+def is_plain(modules: Sequence[nn.Module]) -> bool:
+    """Return whether a forward pass computes only what the classes of a model's modules define."""
+    return all(type(module) in PLAIN_MODULES for module in modules) and not has_hooks(modules)
 
 
-def has_hooks(model: Decoder) -> bool:
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Return whether any module has hooks or a `forward` set on the instance."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    for module in model.modules():
+    for module in modules:
         attributes = vars(module)
         if any(attributes.get(name) for name in OVERRIDES):
             return True

@@ -10,10 +10,8 @@ the tokens of its chain, so the result is that of separate sequences.
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
-from inspect import signature
 from itertools import chain as chained
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +192,8 @@ def varlen_attention(
     """Return the (Nq, H, Dh) causal attention of packed sequences.
 
     The last query of a sequence sees its last key. The kernel is flash-attn's if that is installed,
-    else torch's varlen_attn.
+    else the one in torch. `torch.nn.attention.varlen_attn` calls the same operator, but from a
+    custom operator in Python, which takes the host 0.15 ms more per call.
     """
     left = -1 if layer.window is None else layer.window - 1
     if _has_flash_attn():
@@ -213,9 +212,7 @@ def varlen_attention(
             window_size=(left, 0 if layer.window else -1),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-    from torch.nn.attention.varlen import varlen_attn
-
-    out = varlen_attn(
+    out, *_ = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
@@ -223,26 +220,19 @@ def varlen_attention(
         cu_keys,
         max_queries,
         max_keys,
+        0.0,  # dropout
+        layer.window is None,  # causal; a window is causal because it ends at the token
+        False,  # no debug mask
         scale=layer.scale,
-        window_size=(left, 0),
-        **_grouped_queries(),
+        window_size_left=left,
+        window_size_right=0,
     )
-    assert isinstance(out, Tensor)
     return out
 
 
 @cache
 def _has_flash_attn() -> bool:
     return find_spec("flash_attn") is not None
-
-
-@cache
-def _grouped_queries() -> dict[str, Any]:
-    """Return the arguments that enable grouped-query attention. torch 2.11 needs none."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    asked = "enable_gqa" in signature(varlen_attn).parameters
-    return {"enable_gqa": True} if asked else {}
 
 
 def causal_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
