@@ -124,8 +124,9 @@ def test_what_ranking_has_scored_is_not_scored_again(monkeypatch, choose):
     attempts = [attempt(text) for text in ATTEMPTS]
     group = Group(PROBLEM, prompter.solve(PROBLEM), attempts, ATTEMPTS, rewards=[0.0, 0.0])
     accepted = {PROBLEM.id: [explanation, (*ids("It is 7."), 1)]}
-    expected = grpo.diagnose(trainer, [group], Explanations(accepted), step=0)
+    grpo.diagnose(trainer, [group], Explanations(accepted), step=0)
     before = sum(tokens)
+    expected = measured([DiagnosedQuestion(PROBLEM, attempts, explanation)])
 
     found = Explanations(accepted)
     samples = ranking_samples(found, [PROBLEM], prompter, choose)
