@@ -43,6 +43,7 @@ INTERRUPTIONS = "expo_fast/runtime/interruptions.py"
 FILES = "expo_fast/storage/files.py"
 SHARDING = "expo_fast/modeling/sharding.py"
 RANKS = "tests/test_distributed.py"
+NATIVE_OPTIMIZER = "csrc/optimizer.cpp"
 
 MUTATIONS = [
     # The loss
@@ -136,6 +137,35 @@ MUTATIONS = [
         "every = config.explain_every",
         "every = config.explain_every + 1",
         "tests/test_explanations.py tests/test_grpo.py tests/test_train.py " + OPTIONS,
+    ),
+    # The optimizer
+    Mutation(
+        "clipping of the sum of two terms",
+        NATIVE_OPTIMIZER,
+        "(first[i] + second[i]) * o.clip",
+        "first[i] + second[i]",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "the last elements of a tensor",
+        NATIVE_OPTIMIZER,
+        "const int64_t full = std::min(n, rest - at);",
+        "const int64_t full = n;",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "norms after a later gradient",
+        "expo_fast/modeling/grad_sums.py",
+        "        if self._pending:\n            self._squares = None\n",
+        "",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "the log-probs of ranking are of another text",
+        "expo_fast/algorithms/logprobs.py",
+        "self.values[sample.prompt_ids, sample.completion_ids] = values",
+        "self.values[sample.prompt_ids, sample.completion_ids] = values - 1",
+        "tests/test_diagnostics.py",
     ),
     # Memory that no kernel has written
     Mutation(
