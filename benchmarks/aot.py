@@ -60,8 +60,6 @@ UNALIGNED = ("N", "V", "M", "window", "SLOTS", "H", "BLOCKS")
 # A kernel; the types of its arguments that are not fp32 pointers; its constants; compiler options.
 Form = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
-OVERLAPPED = {"launch_pdl": True}  # see `rowwise.overlapped_launch`
-
 
 def launched() -> Iterator[Form]:
     """Yield every kernel in each form in which it is launched."""
@@ -155,28 +153,25 @@ def decoding(dtype: str) -> Iterator[Form]:
         tile = decode.tile_for(DTYPES[dtype], dim)
         rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        options |= OVERLAPPED
-        fixed = {"FIELDS": decode.FIELDS, "WIDE": False, "PDL": True}
+        fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
         sums = {"total": "*fp32"}  # for every dtype of the model
         yield decode.attend_items, types | sums, cache | rows | block | fixed, options
         group = triton.next_power_of_2(heads // kv_heads)
         slots = {"H": heads, "HKV": kv_heads, "DH": dim, "BG": group, "WIDE": False} | block
-        slots["PDL"] = True
-        warps = {"num_warps": decode.slot_warps(group, block["BD"])} | OVERLAPPED
+        warps = {"num_warps": decode.slot_warps(group, block["BD"])}
         yield decode.add_slots, types | sums, slots, warps
         new = {"BLOCK": triton.next_power_of_2(kv_heads * dim)}
         yield decode.append_tokens, types, cache | new, {}
         for norm in (False, True):
             heads_form = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
-            heads_form["PDL"] = True
-            yield layer.place_heads, types, cache | heads_form, {"num_warps": 1} | OVERLAPPED
+            yield layer.place_heads, types, cache | heads_form, {"num_warps": 1}
         rotation_form = {"BLOCK": block["BD"] // 2, "WIDE": False}
         yield layer.rotation_rows, types, rotation_form, {"num_warps": 1}
     for no_sum in ({"d": None, "total": None}, {}):
-        constants = no_sum | {"BLOCK": 2048, "WIDE": False, "PDL": True}
-        yield layer.add_norm_rows, types, constants, OVERLAPPED
-    elements = {"BLOCK": layer.ELEMENTS, "WIDE": False, "PDL": True}
-    yield layer.swiglu_elements, types, elements, OVERLAPPED
+        constants = no_sum | {"BLOCK": 2048, "WIDE": False}
+        yield layer.add_norm_rows, types, constants, {}
+    elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
+    yield layer.swiglu_elements, types, elements, {}
 
 
 def training(dtype: str) -> Iterator[Form]:
@@ -201,13 +196,13 @@ def training(dtype: str) -> Iterator[Form]:
 def drawing() -> Iterator[Form]:
     """Yield the kernels of a draw. Logits are always fp32."""
     columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
-    yield blocks.block_sums, {"BLOCKS": "i32"}, columns | {"PDL": True}, OVERLAPPED
+    yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
     rows = {"BLOCKS": "i32", "B": "i32", "BURST": "i32", "u": "*fp64", "us": "*fp64"}
     rows |= {"drawn": "*fp64"}
     rows |= dict.fromkeys(("seeds", "last_tokens", "positions", "index", "tokens"), "*i64")
     for record in (False, True):
-        forms = {"MANY": 1024, "BLOCK": BLOCK, "RECORD": record, "PDL": True}
-        yield draw.draw_tokens, rows, forms, OVERLAPPED
+        forms = {"MANY": 1024, "BLOCK": BLOCK, "RECORD": record}
+        yield draw.draw_tokens, rows, forms, {}
     yield draw.record_tokens, rows, {"ROWS": draw.ROWS}, {}
     rules = {"BLOCKS": "i32", "top_k": "*i64", "token": "*i64", "u": "*fp64"}
     columns |= {"TOGETHER": truncate.TOGETHER, "LARGEST_GAP": truncate.LARGEST_GAP}

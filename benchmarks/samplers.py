@@ -105,9 +105,12 @@ def transformers_continuous(subject: Subject) -> Sampler:
         if subject.device == "cpu":  # there it cannot determine these by itself
             pages = -(-(len(prompts[0]) + new_tokens) // 32) + 1
             options = {"page_size": 32, "num_blocks": n * pages, "max_batch_tokens": max(512, n)}
-        config = GenerationConfig(**_plain(new_tokens), num_return_sequences=samples)
+        # Some versions ignore num_return_sequences.
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
         out = model.generate_batch(
-            prompts, config, continuous_batching_config=ContinuousBatchingConfig(**options)
+            repeated,
+            GenerationConfig(**_plain(new_tokens)),
+            continuous_batching_config=ContinuousBatchingConfig(**options),
         )
         return [done.generated_tokens for done in out.values()]
 

@@ -1,9 +1,13 @@
 """The same job on 1, 2, ... ranks: python -m benchmarks.scaling --ranks 1 2 [-- flags of training]
 
-On a CPU, all numbers of ranks share the same cores, so that two ranks are best at the time of one
-process. On a machine with several GPUs, each rank has one, and the efficiency is the time of one
-rank divided by K times the time of K ranks. The first step of each run is left out. The last line
-is a JSON object.
+    python -m benchmarks.scaling --simulate RUN [--measured RUN_OF_SEVERAL_RANKS]
+
+simulates the steps of a run of one process on up to 1024 ranks (`simulated_ranks`).
+
+Each rank has a GPU, or on a CPU an equal part of the cores, which is the same for all K. The
+efficiency is the time of the smallest run divided by that of K ranks, and by how many times more
+ranks these are. It is at most 50% if a core has two ranks. The first of several steps is left out.
+The last line is a JSON object.
 
 Bytes are those that a rank sends in a step, counted from the sizes: each pass sums the fp32
 gradients (reduce-scatter), each update gathers the weights, and with `--shard model` each pass
@@ -13,6 +17,7 @@ gathers them twice more.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,8 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import simulated_ranks
 from expo_fast.cli.flags import parse
 from expo_fast.config import Train
 from expo_fast.inspection.ranks_memory import sent_bytes
@@ -41,7 +45,7 @@ PHASES = ("generate", "reward", "forward_backward", "optimizer")
 
 @dataclass(frozen=True)
 class Measured:
-    """The medians of a run's steps after the first."""
+    """The medians of a run's steps after the first one."""
 
     ranks: int
     seconds: float
@@ -57,25 +61,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("flags", nargs="*", help="flags of expo_fast.train, after --")
+    parser.add_argument("--keep", type=Path, help="keep the folders of the runs here, by K")
+    parser.add_argument("--simulate", type=Path, help="folder of a run of one process")
+    parser.add_argument("--measured", type=Path, help="folder of a run on several ranks to compare")
+    parser.add_argument("--questions-per-rank", type=int, default=0, help="in larger steps")
     options = parser.parse_args()
+    if options.simulate is not None:
+        print_simulated(options.simulate, options.measured, options.questions_per_rank)
+        return
     flags = [*JOB.split(), *options.flags]
-    runs = [measured(n, flags) for n in options.ranks]
+    threads = max(1, len(os.sched_getaffinity(0)) // max(options.ranks))
+    runs = [measured(n, flags, threads, options.keep) for n in options.ranks]
     for line in table(runs, flags):
         print(line)
     print(json.dumps({"runs": [vars(run) for run in runs], "flags": flags}))
 
 
-def measured(n_ranks: int, flags: Sequence[str]) -> Measured:
-    """Run the job on some ranks."""
+def print_simulated(folder: Path, measured: Path | None, per_rank: int) -> None:
+    """Simulate the steps of a run. See `simulated_ranks`."""
+    run = simulated_ranks.read(folder)
+    other = None if measured is None else simulated_ranks.read(measured)
+    rate = simulated_ranks.rate_of_one_sequence(run.config, run.steps[0][0].prompt_ids)
+    print(f"one sequence: {rate:.1f} tokens/s")
+    costs = simulated_ranks.costs_of(run, rate)
+    for line in simulated_ranks.lines(run, costs, per_rank=per_rank, measured=other):
+        print(line)
+
+
+def measured(n_ranks: int, flags: Sequence[str], threads: int, keep: Path | None) -> Measured:
+    """Run the job on some ranks, each with some threads. keep: move its folder to keep/K."""
     with tempfile.TemporaryDirectory() as folder:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
         command = [sys.executable, *(launch if n_ranks > 1 else [])]
         Path(folder, "rewards.py").write_text(REWARD)
         given = [flag.format(folder=folder) for flag in flags]
         command += ["-m", "expo_fast.train", *given, "--output-dir", f"{folder}/run"]
-        cores = len(os.sched_getaffinity(0))
-        threads = str(max(1, cores // n_ranks))
-        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         log = Path(folder, "log")
         with open(log, "wb") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
@@ -83,15 +104,18 @@ def measured(n_ranks: int, flags: Sequence[str]) -> Measured:
         if status:
             raise SystemExit(log.read_text()[-3000:])
         rows = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(folder, "run"), keep / str(n_ranks))
     return summary(n_ranks, [json.loads(row) for row in rows], usage.ru_maxrss * 1024)
 
 
 def summary(n_ranks: int, rows: list[dict[str, Any]], peak: int) -> Measured:
-    """Return the medians of the rows of metrics.jsonl after the first.
+    """Return the medians of the rows of metrics.jsonl after the first one.
 
     peak: memory of the only process, if there is one rank, in bytes.
     """
-    later = rows[1:]
+    later = rows[1:] or rows
 
     def median(values: Sequence[float]) -> float:
         return statistics.median(values) if values else 0.0
@@ -117,8 +141,7 @@ def table(runs: Sequence[Measured], flags: Sequence[str]) -> list[str]:
     """Return the lines of a table of the runs."""
     config = parse(Train, [flag for flag in flags if flag])
     model, _ = load_structure(config.model)
-    on_gpu = torch.cuda.is_available()
-    base = runs[0].seconds * runs[0].ranks if on_gpu else runs[0].seconds
+    base = runs[0].seconds * runs[0].ranks
     lines = [
         "| ranks | s/step | " + " | ".join(PHASES) + " | idle | GB/rank | sent, GB/pass | eff. |",
         "|--:|--:|" + "--:|" * len(PHASES) + "--:|--:|--:|--:|",
@@ -126,7 +149,7 @@ def table(runs: Sequence[Measured], flags: Sequence[str]) -> list[str]:
     for run in runs:
         phases = " | ".join(f"{run.phases[phase]:.2f}" for phase in PHASES)
         sent = sent_bytes(config, model, run.ranks) / 1e9
-        efficiency = base / (run.seconds * (run.ranks if on_gpu else 1))
+        efficiency = base / (run.seconds * run.ranks)
         lines.append(
             f"| {run.ranks} | {run.seconds:.2f} | {phases} | {run.idle:.0%} | {run.memory:.2f} | "
             f"{sent:.2f} | {efficiency:.0%} |"

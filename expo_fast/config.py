@@ -23,6 +23,7 @@ from expo_fast.objectives import POLICY_OBJECTIVES, PREFERENCE_OBJECTIVES, ignor
 ADJUSTABLE = (
     "output_dir",
     "resume",
+    "inexact_resume",
     "dry_run",
     "steps",
     "epochs",
@@ -213,6 +214,9 @@ class Train(Prompting):
     resume: str = "auto"
     """auto: from the newest valid checkpoint in output_dir, if any; never; or the path of a
     checkpoint."""
+    inexact_resume: bool = False
+    """Resume although data, prompts, reward functions or, under a schedule, steps are not those of
+    the checkpoint, or the run's log lacks rows. The run is then marked as inexact."""
 
     temperature: float = 1.0
     """Temperature of the attempts, and of the log-probs in the loss."""
@@ -582,6 +586,12 @@ class Train(Prompting):
     def reward_functions(self) -> tuple[str, ...]:
         """The user's reward functions; empty: the reward is the boxed answer."""
         return _as_tuple(self.reward)
+
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether a step depends on the number of all steps, by a schedule."""
+        has_sft_term = self.spec.exp_sft_term and self.exp_sft_coef > 0
+        return self.schedule != "constant" or (has_sft_term and self.exp_sft_schedule != "constant")
 
     @property
     def explains(self) -> bool:

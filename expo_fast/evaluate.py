@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from expo_fast import reward
 from expo_fast.algorithms.as_trained import (
     RECORDED,
     TrainedModel,
@@ -81,6 +83,7 @@ class Evaluation:
             **accuracy(problems, ks, votes),
             "levels": levels,
             "undecided": [x.verdict for x in graded].count(None),
+            "verdicts": dict(Counter(x.reason for x in graded if x.reason is not None)),
             "boxed_ratio": fmean([last_boxed(x.completion) is not None for x in graded]),
             "leak_rate": fmean([leaks(x.completion) for x in graded]),
             "mean_length": fmean([x.tokens for x in graded]),
@@ -128,9 +131,15 @@ def evaluate(
     texts = [prompter.text(completion.token_ids) for completion in completions]
     answers = [problem.answer for problem, _ in asked]
     complete = [p.prefill + text for (p, _), text in zip(asked, texts, strict=True)]
+    reasons: Sequence[str | None] = [None] * len(asked)
     with interruptions.immediate():
-        verdicts = verify(answers, complete)
-    results = zip(asked, completions, texts, verdicts, strict=True)
+        if verify is reward.score_answers:
+            judged = reward.grade_answers(answers, complete)
+            verdicts = [each.score for each in judged]
+            reasons = [each.reason for each in judged]
+        else:
+            verdicts = verify(answers, complete)
+    results = zip(asked, completions, texts, verdicts, reasons, strict=True)
     graded = [
         Graded(
             id=problem.id,
@@ -140,8 +149,9 @@ def evaluate(
             verdict=verdict,
             finish_reason=completion.finish_reason,
             tokens=len(completion.token_ids),
+            reason=reason,
         )
-        for (problem, i), completion, text, verdict in results
+        for (problem, i), completion, text, verdict, reason in results
     ]
     return Evaluation(
         graded,

@@ -13,6 +13,7 @@ of messages, as the functions of `trl.rewards` do.
 
 import asyncio
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -23,6 +24,7 @@ import reprlib
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence, ValuesView
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, partial
@@ -529,6 +531,27 @@ def name_of(fn: Callable[..., Any], place: str | None = None) -> str:
     if name == "<lambda>" and place is not None:
         return re.split(r"[.:]", place)[-1]
     return name
+
+
+def source_hash(functions: Sequence[RewardFunction]) -> str | None:
+    """Return a hash of the files that define these functions, None if no source is found.
+
+    A function of `__main__` counts without the rest of its program, which also sets options.
+    """
+    sources = set()
+    for function in functions:
+        defined = inspect.unwrap(_unbound(function.fn))
+        if not hasattr(defined, "__code__"):  # an instance of a class
+            defined = type(defined)
+        with suppress(OSError, TypeError):  # built-in, or typed into a shell
+            file = inspect.getsourcefile(defined)
+            if defined.__module__ == "__main__" or file is None:
+                sources.add(inspect.getsource(defined).encode())
+            else:
+                sources.add(Path(file).read_bytes())
+    if not sources:
+        return None
+    return hashlib.sha256(b"\0".join(sorted(sources))).hexdigest()
 
 
 def load_reward(place: str, modules: dict[str, ModuleType] | None = None) -> Callable[..., Any]:

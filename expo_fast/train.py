@@ -49,7 +49,6 @@ from expo_fast.algorithms.training_data import (
 )
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
-from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.distributed import session
 from expo_fast.distributed.world import ALONE, World
@@ -71,10 +70,12 @@ from expo_fast.reward import boxed_answer_reward, score_answers
 from expo_fast.reward_functions import (
     Reward,
     RewardError,
+    RewardFunction,
     TrainerState,
     check_reward_functions,
     custom_reward,
     load_rewards,
+    source_hash,
 )
 from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Collapsed, Stopped
@@ -168,7 +169,7 @@ def run_in(world: World, config: Train) -> TrainResult:
     restored = None
     if config.dry_run or names_checkpoint(config):
         restored = restore(config, trainer)
-        check_continuation(trainer, start=restored[1])
+        check_continuation(trainer, start=restored.step)
     if config.dry_run:
         if world.is_main:
             print_dry_run(trainer, data)
@@ -182,20 +183,21 @@ def run_in(world: World, config: Train) -> TrainResult:
         log.note(f"run directory: {config.run_dir}")
         with world.agreed():
             check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
-        resumed_from, start = restored or restore(config, trainer)
+        restored = restored or restore(config, trainer)
+        start = restored.step
         check_continuation(trainer, start)
         if config.spec.loop == "dpo":
             dpo.open_pair_store(trainer, config.run_dir, start)
         with world.agreed():
             if world.is_main:
-                begin_record(config, resumed_from, start, log)
+                begin_record(trainer, restored, log)
                 for line in data.notes:
                     log.note(line)
                 write_base(trainer, log)
                 log.open_trackers()
         with interruptions.watching(config.stop_within) as signals:
             signals.together = world.size > 1
-            train(trainer, data.held_out, log, start, signals)
+            train(trainer, log, start, signals)
         with world.agreed():
             if world.is_main:
                 push_model(trainer, log)
@@ -259,7 +261,8 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
     world: the ranks of the run, which all have to call this.
     """
     progress = TrainerState(max_steps=config.steps)
-    reward = build_reward(config, data, progress)
+    functions = load_rewards(config.reward_functions)
+    reward = build_reward(config, data, functions, progress)
     dtype = getattr(torch, config.dtype)
     model, tokenizer = load_model(
         config.model,
@@ -281,7 +284,7 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
         ends=model.eos_ids,
         escape=config.escape_special_tokens,
     )
-    return make_trainer(
+    trainer = make_trainer(
         config,
         model,
         reference,
@@ -293,16 +296,23 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
         sources=data.sources,
         world=world,
     )
+    trainer.held_out = data.held_out
+    trainer.reward_source = source_hash(functions)
+    return trainer
 
 
-def build_reward(config: Train, data: TrainingData, progress: TrainerState) -> Reward:
+def build_reward(
+    config: Train,
+    data: TrainingData,
+    functions: Sequence[RewardFunction],
+    progress: TrainerState,
+) -> Reward:
     """Return the reward: the boxed answer, or the weighted sum of the user's functions.
 
-    Raise ValueError or FileNotFoundError if a function is missing, or does not fit the data.
+    Raise ValueError if a function does not fit the data.
     """
-    if not config.reward_functions:
+    if not functions:
         return boxed_answer_reward
-    functions = load_rewards(config.reward_functions)
     check_reward_functions(functions, in_words(config.data_sources), data.problems)
     return custom_reward(
         functions,
@@ -321,7 +331,6 @@ def check_continuation(trainer: Trainer, start: int) -> None:
 
 def train(
     trainer: Trainer,
-    held_out: Sequence[Problem],
     log: RunLog,
     start: int,
     signals: Interruptions,
@@ -331,11 +340,11 @@ def train(
     Raise Stopped if a signal ends the run. The last step boundary is then saved. Raise Collapsed if
     the weights are broken, or with `stop_on_collapse` if an alarm says so.
     """
-    eval_every = trainer.config.eval_every if held_out else 0
+    eval_every = trainer.config.eval_every if trainer.held_out else 0
     saver = Saver(trainer, log, evaluates=eval_every > 0)
     trainer.mark_boundary(start)
     try:
-        run_steps(trainer, held_out, log, start, signals, saver)
+        run_steps(trainer, log, start, signals, saver)
     except Stopped as stop:
         interruptions.defer()  # until the boundary is saved
         log.note(f"interrupted by {saver.at_stop(stop)}")
@@ -347,7 +356,6 @@ def train(
 
 def run_steps(
     trainer: Trainer,
-    held_out: Sequence[Problem],
     log: RunLog,
     start: int,
     signals: Interruptions,
@@ -357,13 +365,13 @@ def run_steps(
     config = trainer.config
     world = trainer.world
     clock = RankClock(world)
-    eval_every = config.eval_every if held_out else 0
+    eval_every = config.eval_every if trainer.held_out else 0
     saves = config.checkpoint_every > 0
     alarms = Alarms(config, read_rows(config.run_dir / METRICS))
     told_of_cut = False
     told_of_undecided = False
     if world.broadcast(lacks_evaluation(config, eval_every, start, saver)):
-        log_evaluation(trainer, held_out, log, saver, step=start)
+        log_evaluation(trainer, log, saver, step=start)
     for step in range(start, config.steps):
         signals.check()
         done = step + 1
@@ -380,7 +388,7 @@ def run_steps(
         trainer.mark_boundary(done)
         is_best = False
         if is_due(done, eval_every, config.steps):
-            is_best = log_evaluation(trainer, held_out, log, saver, step=done)
+            is_best = log_evaluation(trainer, log, saver, step=done)
         with world.agreed():
             if world.is_main:
                 check_collapse(config, alarms, saver, done)
@@ -448,6 +456,8 @@ def take_step(
             "num_tokens": trainer.sampled_tokens + trainer.data_tokens,
         }
     )
+    if trainer.inexact:
+        row["inexact"] = len(trainer.inexact)
     begun = alarms.update(row)
     row |= alarms.metrics() | phases.seconds() | clock.metrics()
     log.write_completions(done, texts)
@@ -470,14 +480,13 @@ def is_due(done: int, every: int, last: int) -> bool:
     return every > 0 and (done % every == 0 or done == last)
 
 
-def log_evaluation(
-    trainer: Trainer, held_out: Sequence[Problem], log: RunLog, saver: Saver, *, step: int
-) -> bool:
+def log_evaluation(trainer: Trainer, log: RunLog, saver: Saver, *, step: int) -> bool:
     """Measure the accuracy on the held-out problems. Return whether it is the run's best.
 
     The seeds are the same at every step, so that only the weights make a difference.
     """
     config = trainer.config
+    held_out = trainer.held_out
     deal = trainer.world.deal([1.0] * len(held_out))
     trainer.world.enter("evaluate")
     with trainer.world.agreed():

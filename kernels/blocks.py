@@ -14,9 +14,8 @@ V / BLOCK + BLOCK numbers per row.
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from expo_fast.kernels.rowwise import LOG2_E, launch_device, overlapped_launch
+from expo_fast.kernels.rowwise import LOG2_E, launch_device
 
 TOGETHER = 8  # blocks per program
 
@@ -25,11 +24,9 @@ TOGETHER = 8  # blocks per program
 def block_sums(
     z, temperature,  # (B, V) fp32, (B,)
     block_max, block_sum,  # (B, blocks) out
-    V, BLOCKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    V, BLOCKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Write max and sum of blocks. A NaN makes its block's sum NaN. A block of -inf has sum 0."""
-    if PDL:
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -67,6 +64,5 @@ def blocks_of(logits: Tensor, temperature: Tensor, size: int) -> tuple[Tensor, T
             n_blocks,
             BLOCK=size,
             TOGETHER=TOGETHER,
-            **overlapped_launch(logits),
         )
     return block_max, block_sum

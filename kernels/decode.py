@@ -35,10 +35,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from expo_fast.kernels.cascade import FIELDS, Sizes
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device, overlapped_launch, to_bf16
+from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
 FEW = 16  # rows of a product: the minimum of mma.sync
 MANY = 64  # rows of a product: the minimum of wgmma
@@ -263,7 +262,7 @@ def attend_items(
     layer, scale, window, W, SLOTS,  # scale times log2(e)
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    FIELDS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    FIELDS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute all items. One program per key-value head of each of the maximum number of items.
 
@@ -271,8 +270,6 @@ def attend_items(
     without an item end at once. Long items start first. One launch computes items of one row and of
     many rows, because the latter are too few to fill the SMs.
     """
-    if PDL:
-        gdc_wait()
     program = tl.program_id(0)
     item = items + program // HKV * FIELDS
     head = program % HKV
@@ -317,15 +314,13 @@ def add_slots(
     top, total, values, used, out,  # as above; (B,) int32; (B, H, Dh) out
     SLOTS,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
-    BG: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    BG: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add a row's slots in their order. One program per row and key-value head.
 
     A row without slots gets zeros. Four slots are loaded before the first one is added, to overlap
     their latencies. Most rows have at most four.
     """
-    if PDL:
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     G: tl.constexpr = H // HKV
     g = tl.arange(0, BG)
@@ -405,7 +400,6 @@ def attend(
     slots = work.top.shape[1]
     group = triton.next_power_of_2(heads // cache.kv_heads)
     block = max(16, triton.next_power_of_2(head_dim))
-    overlapped = overlapped_launch(q)
     with launch_device(q):
         attend_items[(len(work.items) * cache.kv_heads,)](
             q,
@@ -430,7 +424,6 @@ def attend(
             BD=block,
             FIELDS=FIELDS,
             WIDE=INTERPRETED,
-            **overlapped,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -447,7 +440,6 @@ def attend(
             BG=group,
             BD=block,
             WIDE=INTERPRETED,
-            **overlapped,
             num_warps=slot_warps(group, block),
         )
     return out

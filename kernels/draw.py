@@ -21,9 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from expo_fast.kernels.rowwise import launch_device, overlapped_launch
+from expo_fast.kernels.rowwise import launch_device
 
 ROWS = 128  # rows per program of `record_tokens`
 
@@ -118,11 +117,9 @@ def draw_tokens(
     last_tokens, positions, drawn, index,  # fields of `Progress`
     tokens, logps, us,  # (B,) out
     V, BLOCKS, B, BURST,
-    MANY: tl.constexpr, BLOCK: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
+    MANY: tl.constexpr, BLOCK: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Draw a token per row. One program per row. MANY: a power of two, at least BLOCKS."""
-    if PDL:
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     t = tl.load(temperature + row)
     greedy = t == 0
@@ -205,7 +202,6 @@ def draw(
             MANY=triton.next_power_of_2(n_blocks),
             BLOCK=size,
             RECORD=record,
-            **overlapped_launch(logits),
         )
     return draws
 

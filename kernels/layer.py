@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from expo_fast.kernels.decode import Paged, key_of_token
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device, overlapped_launch, to_bf16
+from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
 
 ELEMENTS = 1024  # per program of an elementwise kernel
 
@@ -56,11 +55,9 @@ def _store(at, x, inside, WIDE: tl.constexpr):
 @triton.jit
 def add_norm_rows(
     x, d, w, total, out,  # (B, D), (B, D) or None, (D,), (B, D) out or None, (B, D) out
-    D, eps, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    D, eps, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add two vectors and normalize the sum. One program per row."""
-    if PDL:
-        gdc_wait()
     at = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     inside = i < D
@@ -76,11 +73,9 @@ def add_norm_rows(
 def swiglu_elements(
     gate, up, out,  # (B, M) each
     width, gate_row, up_row,  # M, strides of rows
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write silu(gate) * up. One program per row and BLOCK columns."""
-    if PDL:
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
@@ -123,11 +118,8 @@ def place_heads(
     layer, W, eps, H, q_row, k_row, v_row,  # *_row: strides of rows
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotate and place heads. One program per row and head: first of q, then of k and v."""
-    if PDL:
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -203,7 +195,6 @@ def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[T
             eps,
             BLOCK=triton.next_power_of_2(width),
             WIDE=INTERPRETED,
-            **overlapped_launch(x),
         )
     return x if total is None else total, out
 
@@ -226,7 +217,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             up.stride(0),
             BLOCK=ELEMENTS,
             WIDE=INTERPRETED,
-            **overlapped_launch(gate),
         )
     return out
 
@@ -323,7 +313,6 @@ def place(
             NORM=norms is not None,
             ROPE=rotation is not None,
             WIDE=INTERPRETED,
-            **overlapped_launch(q),
             num_warps=1,
             enable_fp_fusion=False,  # because RoPE's products are rounded before they are added
         )

@@ -15,9 +15,7 @@ gradients. The kernels run with every dtype on any GPU that Triton supports.
 # (Pyright checks Triton's functions as if they were Python.)
 
 import math
-import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 import triton
@@ -31,7 +29,6 @@ from expo_fast.kernels.reference import Chunked, Tile
 BLOCK = 4096  # logits of a row per iteration, 16 per thread
 WARPS = 8
 SAFE_SUM = 2.0**20  # above it, u is about 14 nats, and its rounding affects the entropy
-OVERLAP = "EXPO_FAST_OVERLAP"  # environment variable; 1: see `overlapped_launch`
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
@@ -47,25 +44,6 @@ def to_bf16(x, INTERPRETED: tl.constexpr):
 def launch_device(x: Tensor) -> AbstractContextManager:
     """Return a context in which Triton launches on the tensor's device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def overlapped_launch(x: Tensor) -> dict[str, bool]:
-    """Return the arguments of a launch that may begin before the previous kernel has ended.
-
-    The kernel takes PDL, and waits for the previous kernel before it reads or writes memory
-    (programmatic dependent launch). On an H100, kernels of 1.6 us take 1.1 us each in a CUDA graph.
-    It needs Hopper or a later GPU. Results were not checked on one yet, so OVERLAP selects it.
-    """
-    asked = os.environ.get(OVERLAP, "0") != "0"
-    if not asked or INTERPRETED or not x.is_cuda or not _overlaps(x.device):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
-
-
-@cache
-def _overlaps(device: torch.device) -> bool:
-    major, _ = torch.cuda.get_device_capability(device)
-    return major >= 9
 
 
 INTERPRETED = not isinstance(to_bf16, triton.JITFunction)  # TRITON_INTERPRET=1, on a CPU

@@ -1,12 +1,14 @@
-"""One rank of a distributed test: trains several jobs in one process group.
+"""The ranks of a distributed test: they train several jobs in one process group.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python distributed_worker.py JOBS
+    python distributed_worker.py SIZE PORT FOLDER < JOBS
 
-JOBS is a JSON file with a list of jobs: `flags` of expo_fast.train, which may differ by rank, and
-`folder`, in which RANK.json says how the job ended on this rank. It has jobs in common with the
-tests in one process, and starting processes takes longer than the training.
+JOBS is a JSON list of jobs: `flags` of expo_fast.train, which may differ by rank, and `folder`, in
+which RANK.json says how the job ended on a rank. It has jobs in common with the tests in one
+process, and imports take longer than the training. Therefore this process imports everything
+once, and each rank is a fork of it. What a rank prints is in FOLDER/RANK.txt.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -21,13 +23,61 @@ import torch.distributed as dist
 from expo_fast import train
 from expo_fast.cli import exit_status
 
+LATER = (  # modules that a run imports when it needs them
+    "peft",
+    "torch.distributed.checkpoint",
+    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.configuration_llama",
+    "tyro",
+)
 
-def main(jobs_file: str) -> None:
-    rank = int(os.environ["RANK"])
+
+def main(size: int, port: int, folder: Path) -> None:
+    """Run the jobs on all ranks. Raise SystemExit with 1 if a rank ended by an error."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")
+    for name in LATER:
+        importlib.import_module(name)
+    jobs = json.load(sys.stdin)
+    children = [start_rank(rank, size, port, jobs, folder) for rank in range(size)]
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    raise SystemExit(int(any(statuses)))
+
+
+def start_rank(rank: int, size: int, port: int, jobs: list[dict[str, Any]], folder: Path) -> int:
+    """Run the jobs in a new process, as torchrun starts it. Return its id."""
+    child = os.fork()
+    if child:
+        return child
+    with open(folder / f"{rank}.txt", "wb") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    status = 1
+    try:
+        run_jobs(rank, jobs)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run_jobs(rank: int, jobs: list[dict[str, Any]]) -> None:
+    """Train the jobs and write how each one ended."""
     dist.init_process_group("gloo")
-    for job in json.loads(Path(jobs_file).read_text()):
+    for job in jobs:
         train.score_answers = verdicts(job)
         flags = job["flags"]
         own = flags[rank] if isinstance(flags, list) else flags
@@ -59,4 +109,4 @@ def run(flags: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

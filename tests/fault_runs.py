@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from expo_fast import train
 from expo_fast.algorithms import explanations
 from expo_fast.cli import exit_status
+from expo_fast.data import verifier
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.runtime import interruptions
@@ -29,6 +30,7 @@ from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
 STEPS = 5
+HANGING = r"\boxed{|1E+100000000|}"  # minutes in one C call of math-verify
 BASE = (
     f"--shots 0 --steps {STEPS} --prompts-per-step 2 --num-generations 3 --learning-rate 1e-3 "
     "--max-completion-length 8 --eval-every 2 --eval-limit 2 --eval-samples 2 --checkpoint-every 1 "
@@ -195,6 +197,44 @@ def save_when_continued(run: Path, log: Path) -> NoReturn:
         os.write(1, f"{type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(status)
+
+
+def record_usage(file: Path) -> None:
+    """Write what the process and its children use after each step, one row per step.
+
+    Each fifth step has an answer that hangs in a worker of the grader, which is then replaced.
+    """
+    verifier.is_too_large = lambda text: False
+    pool = verifier.Verifier(workers=1, timeout_s=0.5)
+    for name, usual in list(train.LOOPS.items()):
+        train.LOOPS[name] = partial(_run_measured_step, usual, file, pool)
+
+
+def _run_measured_step(usual: Any, file: Path, pool: Any, trainer, step, phases) -> Any:
+    result = usual(trainer, step, phases)
+    if step % 5 == 0:
+        assert pool.judge(["|x|"], [HANGING]) == [None]
+    assert pool.judge([f"|x|+{step}"], [rf"\boxed{{{step}+|x|}}"]) == [1.0]
+    own = Path("/proc/self")
+    pages = int((own / "statm").read_text().split()[1])
+    row = {
+        "descriptors": len(os.listdir(own / "fd")),
+        "threads": len(os.listdir(own / "task")),
+        "processes": len(descendants()),
+        "memory": pages * os.sysconf("SC_PAGE_SIZE"),
+    }
+    with file.open("a") as log:
+        log.write(json.dumps(row) + "\n")
+    return result
+
+
+def descendants(pid: int | str = "self") -> set[int]:
+    """Return the ids of the processes that a process has started, and of those that they have."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found |= {int(child), *descendants(child)}
+    return found
 
 
 def fill_disk(disk: Path, *, at: int, until: int) -> None:

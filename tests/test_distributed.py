@@ -1,19 +1,33 @@
 """Runs on several ranks (gloo, in fp32) learn what a run in one process learns."""
 
+import fcntl
 import json
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from expo_fast import train
 from expo_fast.config import Train
+from expo_fast.distributed.gathering import FIRST_BYTES, gather_values
 from expo_fast.distributed.world import ALONE, World, shares
 from expo_fast.inspection.memory import MemoryEstimate
 from expo_fast.inspection.ranks_memory import rank_bytes, sent_bytes
 from expo_fast.reporting.metric_table import find_metric
-from ranks import SMALL, difference, metrics, run_ranks, state_bits, write_job_files
+from ranks import (
+    SMALL,
+    Ranks,
+    difference,
+    job_flags,
+    metrics,
+    state_bits,
+    write_job_files,
+)
 from tiny import tiny_config, tiny_model
 
 EXACT = "--batch-invariant --reward {root}/rewards.py:odd "
@@ -47,11 +61,16 @@ BAD = {
 
 
 class Runs:
-    """The folders of the runs."""
+    """The folders of the runs.
 
-    def __init__(self, root: Path):
+    root: the files of the jobs and the runs of two ranks, which all workers of pytest share.
+    alone: the runs in this process.
+    """
+
+    def __init__(self, root: Path, alone: Path):
         self.root = root
-        self.flags = SMALL + write_job_files(root)
+        self.alone = alone
+        self.flags = SMALL + job_flags(root)
 
     def job(self, name: str, flags: str | list[str]) -> dict[str, Any]:
         """Return a job of two ranks."""
@@ -65,7 +84,7 @@ class Runs:
 
     def train_alone(self, name: str, flags: str, output: Path | None = None) -> Path:
         """Train in this process. Return the run's folder."""
-        folder = output or self.root / "one" / name
+        folder = output or self.alone / name
         flags = f"{self.flags} --output-dir {folder} {flags.format(root=self.root)}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,8 +102,24 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Return the runs of two ranks. The first worker of pytest that needs them makes them."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "distributed"
+    root.mkdir(exist_ok=True)
+    runs = Runs(root, alone=tmp_path_factory.mktemp("alone"))
+    made = root / "made"
+    with open(root / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make_runs(runs)
+            made.touch()
+    return runs
+
+
+def make_runs(runs: Runs) -> None:
     """Run all jobs with two ranks."""
-    runs = Runs(tmp_path_factory.mktemp("distributed"))
+    ranks = Ranks(2, runs.root / "two")  # they start while this process trains
+    write_job_files(runs.root)
     jobs = [runs.job(name, flags) for name, flags in METHODS.items()]
     jobs.append(runs.job("again", METHODS["expo-grpo"]))
     jobs.append(runs.job("resumed", METHODS["expo-grpo"] + "--steps 2"))
@@ -95,8 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.train_alone("", METHODS["sft"] + " --steps 2", runs.of_two("continued") / "run")
     jobs.append(runs.job("continued", METHODS["sft"]))
     jobs += [runs.job(f"bad-{name}", flags) for name, flags in BAD.items()]
-    run_ranks(2, jobs, runs.root / "two")
-    return runs
+    ranks.run(jobs)
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +191,7 @@ def test_a_run_continues_on_another_number_of_ranks(runs: Runs):
     alone = runs.train_alone("sft", METHODS["sft"])
     assert difference(alone, runs.of_two("continued") / "run", runs.root / "model").update <= 1e-3
     two = runs.of_two("sft") / "run"
-    back = runs.root / "one" / "back"
+    back = runs.alone / "back"
     runs.train_alone("", f"{METHODS['sft']} --resume {two}/checkpoints/step-1", back)
     expected = state_bits(two / "checkpoints/step-2")
     found = state_bits(back / "checkpoints/step-2")
@@ -250,3 +284,17 @@ def test_one_process_exchanges_nothing():
     assert deal.collect(deal.own(["a", "b"])) == ["a", "b"]
     with pytest.raises(KeyError), ALONE.agreed():
         raise KeyError
+
+
+def test_values_of_any_length_are_exchanged():
+    """Each rank is a thread. A long value needs a second collective."""
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    values = [["a" * n, None][:n] for n in (0, 1, 2 * FIRST_BYTES)]
+
+    def rank(number: int) -> list[list[Any]]:
+        group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=10))
+        return [gather_values((number, value)[: number + 1], 2, group) for value in values]
+
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(rank, range(2))
+    assert first == second == [[(0,), (1, value)] for value in values]

@@ -38,20 +38,50 @@ class Ended:
 
 
 def torchrun(flags: str, *, fault: str = "none:none:0:0", restarts: int = 0) -> Ended:
-    """Run `fault_worker.py` under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [f"--max-restarts={restarts}", f"--master-port={free_port()}"]
-    command += [str(WORKER.with_name("fault_worker.py")), *flags.split()]
+    """Run `fault_worker.py` on two ranks under torchrun."""
+    options = ["--nproc-per-node=2", f"--max-restarts={restarts}", f"--master-port={free_port()}"]
+    (ended,) = agents([options], flags, fault)
+    return ended
+
+
+def two_machines(flags: str, *, fault: str = "none:none:0:0") -> list[Ended]:
+    """Run `fault_worker.py` under two agents of torchrun, one rank each."""
+    port = free_port()
+    options = []
+    for node in range(2):
+        options.append(
+            [
+                "--nnodes=2",
+                f"--node-rank={node}",
+                "--nproc-per-node=1",
+                "--master-addr=127.0.0.1",
+                f"--master-port={port}",
+            ]
+        )
+    return agents(options, flags, fault)
+
+
+def agents(options: list[list[str]], flags: str, fault: str) -> list[Ended]:
+    """Run agents of torchrun at the same time. options: of each agent."""
     paths = os.pathsep.join([str(ROOT), str(WORKER.parent)])
+    variables = {"FAULT": fault, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    worker = [str(WORKER.with_name("fault_worker.py")), *flags.split()]
     start = time.monotonic()
-    done = subprocess.run(
-        command,
-        env=os.environ | {"FAULT": fault, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return Ended(done.returncode, time.monotonic() - start, done.stdout + done.stderr)
+    processes = []
+    for own in options:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *own, *worker],
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+    ended = []
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        ended.append(Ended(process.returncode, time.monotonic() - start, output))
+    return ended
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +158,29 @@ def test_torchrun_restarts_a_run(root: Path, flags: str, unbroken: Path):
     done = torchrun(given, fault="kill:forward_backward:2:1", restarts=1)
     assert done.status == 0, done.output
     assert_equal(root / "restarted", unbroken)
+
+
+@pytest.mark.faults
+def test_two_machines_learn_what_one_learns(root: Path, flags: str, unbroken: Path):
+    given = f"{flags} --output-dir {root}/machines"
+    for ended in two_machines(given):
+        assert ended.status == 0, ended.output
+    assert_equal(root / "machines", unbroken)
+
+
+@pytest.mark.faults
+def test_a_rank_killed_on_another_machine_ends_both(root: Path, flags: str, unbroken: Path):
+    given = f"{flags} --output-dir {root}/machine-lost"
+    first, second = two_machines(given, fault="kill:forward_backward:2:1")
+    assert first.status != 0
+    assert second.status != 0
+    assert max(first.seconds, second.seconds) < TIMEOUT_S + 60
+    told = [line for line in first.output.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, first.output
+    assert "rank 1 in phase 'forward_backward' of step 2 ended without a message" in told[0]
+    for ended in two_machines(given):
+        assert ended.status == 0, ended.output
+    assert_equal(root / "machine-lost", unbroken)
 
 
 @pytest.mark.faults

@@ -282,7 +282,8 @@ def test_flags_in_the_text_exist(page: str):
 
 
 OTHER_FLAGS = {"config", "help", "version"}
-OTHER_FLAGS |= {"nnodes", "nproc_per_node", "max_restarts", "rdzv_endpoint", "ranks"}  # torchrun
+OTHER_FLAGS |= {"nnodes", "nproc_per_node", "max_restarts", "rdzv_endpoint"}  # torchrun
+OTHER_FLAGS |= {"ranks", "simulate"}  # benchmarks.scaling
 
 
 def test_names_of_the_api_page_exist():

@@ -355,15 +355,17 @@ def test_offline_pairs_are_of_the_initial_policy_and_serve_as_data_for_dpo(data,
 
 
 def test_an_offline_run_without_its_pairs_is_refused(data: Path, tmp_path: Path):
-    train.main(job(data, tmp_path / "run", "expert-dpo", "--steps", 2))
+    more = ("--schedule", "constant")
+    train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 2))
     path = tmp_path / "run/checkpoints/step-2"
     with pytest.raises(ValueError, match=r"new/pairs does not hold the pairs of step 3"):
-        train.main(job(data, tmp_path / "new", "expert-dpo", "--resume", path))
+        train.main(job(data, tmp_path / "new", "expert-dpo", *more, "--resume", path))
 
 
 def test_an_extended_offline_run_repeats_its_pairs(data: Path, tmp_path: Path):
-    train.main(job(data, tmp_path, "expert-dpo", "--steps", 2))
-    train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
+    for steps in (2, 3):
+        more = ("--schedule", "constant", "--steps", steps)
+        train.main(job(data, tmp_path, "expert-dpo", *more))
     assert not (tmp_path / "pairs/step-3.json").exists()
     compared = [(tmp_path / f"completions/step-{n}.jsonl").read_text() for n in (1, 3)]
     assert compared[0] == compared[1]
@@ -378,7 +380,7 @@ def test_an_extended_online_run_equals_one_of_full_length(data, tmp_path):
 
 
 def test_a_round_begun_in_another_folder_is_not_finished_with_later_weights(data, tmp_path):
-    more = ("--pairs-every", 3)
+    more = ("--pairs-every", 3, "--schedule", "constant")
     train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 4))
     path = tmp_path / "run/checkpoints"
     given = ("--resume", path / "step-4", "--steps", 6)
@@ -402,12 +404,33 @@ def test_pairs_of_other_initial_weights_are_refused(data: Path, tmp_path: Path):
         train.main(given)
 
 
+def test_pairs_judged_by_another_reward_are_refused(data: Path, tmp_path: Path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def none(prompts, **columns):\n    return [0.0] * len(prompts)\n")
+    more = ("--reward", f"{rewards}:none", "--schedule", "constant", "--steps")
+    given = job(data, tmp_path / "run", "expert-dpo", *more, 3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(train.LOOPS, "dpo", stop_at(0))
+        train.main(given)
+    rewards.write_text(rewards.read_text().replace("0.0", "0.5"))
+    with pytest.raises(ValueError, match=r"provenance.json says reward='\w+', this run has"):
+        train.main(given)
+    rewards.write_text(rewards.read_text().replace("0.5", "0.0"))
+    train.main(job(data, tmp_path / "run", "expert-dpo", *more, 2))
+    rewards.write_text(rewards.read_text().replace("0.0", "0.5"))
+    with pytest.raises(ValueError, match="step-2 was made with other reward functions"):
+        train.main(given)
+    train.main([*given, "--inexact-resume"])
+    assert [row.get("inexact") for row in record(tmp_path / "run")] == [None, None, 1]
+
+
 def test_damaged_files_of_pairs_are_named(data: Path, tmp_path: Path):
-    train.main(job(data, tmp_path, "expert-dpo", "--steps", 2))
+    more = ("--schedule", "constant")
+    train.main(job(data, tmp_path, "expert-dpo", *more, "--steps", 2))
     file = tmp_path / "pairs/step-2.json"
     file.write_text(file.read_text()[:9])
     with pytest.raises(ValueError, match=r"step-2.json is damaged"):
-        train.main(job(data, tmp_path, "expert-dpo", "--steps", 3))
+        train.main(job(data, tmp_path, "expert-dpo", *more, "--steps", 3))
 
 
 @pytest.mark.parametrize("damage", ["digit", "cut", "removed"])

@@ -5,16 +5,20 @@ import shutil
 from importlib.metadata import PackageNotFoundError
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from expo_fast import answers, evaluate, reward, train
 from expo_fast.algorithms.training_data import select_problems
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Evaluate, Train
 from expo_fast.data import answer_grading, verifier
+from expo_fast.data.problems import Problem
 from expo_fast.evaluate import Evaluation
+from expo_fast.generate import Completion
 from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is_right, pass_at_k
 from expo_fast.reporting.lm_eval import standard_error, task_name
 from expo_fast.reward import grader_hash
@@ -399,6 +403,30 @@ def test_another_dtype_than_in_training_is_said(trained, capsys):
     assert line == (
         f"evaluated otherwise than trained in {where}: dtype='bfloat16' (in training 'float32')"
     )
+
+
+def test_an_evaluation_counts_the_reasons_of_its_verdicts():
+    texts = iter([r"\boxed{1}", r"\boxed{2}", r"\boxed{|x|+1}", "no box"])
+    generator = SimpleNamespace(
+        sample=lambda requests: [Completion([5], torch.zeros(1), "stop") for _ in requests]
+    )
+    prompter = SimpleNamespace(
+        solve=lambda problem: (4,),
+        text=lambda ids: next(texts),
+        stop_strings=(),
+        template_hash="",
+    )
+    problems = [Problem("a", "?", "1"), Problem("b", "?", "1+|x|")]
+    options = {"samples": 2, "temperature": 1.0, "max_new_tokens": 1, "seed": 0}
+    given: tuple[Any, Any, Any] = (generator, prompter, problems)
+    result = evaluate.evaluate(*given, reward.score_answers, **options)
+    summary = result.summary()
+    reasons = ["exact", "wrong", "symbolic", "no_answer"]
+    assert [each.reason for each in result.graded] == reasons
+    assert summary["verdicts"] == dict.fromkeys(reasons, 1)
+    texts = iter(["a", "b", "c", "d"])
+    result = evaluate.evaluate(*given, lambda answers, texts: [1.0] * len(texts), **options)
+    assert result.summary()["verdicts"] == {}
 
 
 def test_a_level_is_evaluated_on_problems_that_were_held_out(tmp_path, capsys):

@@ -117,6 +117,7 @@ UNTESTED_HERE = {
     "epochs": "sets steps: tests/test_flags.py",
     "output_dir": "where files go",
     "resume": "whether a run is continued",
+    "inexact_resume": "which runs may be continued: see test_resume.py",
     "dry_run": "whether a run begins",
     "push_to_hub": "what is uploaded after a run: tests/test_publish.py",
     "device": "a machine may have only one",

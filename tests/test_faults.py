@@ -5,6 +5,7 @@ compared with an uninterrupted run to the bit: metrics, texts, pairs and every f
 checkpoints.
 """
 
+import json
 import os
 import random
 import shutil
@@ -263,6 +264,29 @@ def test_a_disk_fills_at_step_3_and_is_emptied_at_step_6(
     assert "could not be written" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert difference(snapshot(run), snapshot(tmp_path / "good")) == []
+
+
+LONG = 200
+FIRST = 40  # steps after which every cache is warm
+
+
+def test_no_descriptor_process_or_memory_is_lost_in_200_steps(job: Path, tmp_path: Path):
+    """Also not by the workers of the grader, of which an answer ends one in each fifth step."""
+    found = tmp_path / "usage.jsonl"
+    more = f"--steps {LONG} --checkpoint-every 20 --eval-every 50 --report-to tensorboard"
+    given = [*flags(job, "expo-grpo", tmp_path / "run", more)]
+    pid = start(given, tmp_path / "log", lambda: fault_runs.record_usage(found))
+    assert wait(pid, 300) == 0, (tmp_path / "log").read_text()[-3000:]
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    assert len(rows) == LONG
+    warm = rows[FIRST : FIRST + 20]
+    last = rows[-20:]
+    for what in ("descriptors", "processes", "threads"):
+        most = max(row[what] for row in warm)
+        assert max(row[what] for row in last) <= most, what
+    grown = min(row["memory"] for row in last) - min(row["memory"] for row in warm)
+    assert grown < 8 << 20  # 50 kB per step
+    print(f"{LONG} steps: {last[-1]}, memory grew by {grown >> 10} KiB")
 
 
 # Phase of the default model's run: the function at whose call the signal comes, the number of the

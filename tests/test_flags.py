@@ -214,7 +214,7 @@ def test_a_run_of_epochs_is_recorded_in_steps_and_can_be_continued(tmp_path: Pat
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = f"--method sft --model {tmp_path}/model --train-data {data} --output-dir {tmp_path}/run"
-    given += " --shots 0 --eval-every 0 --prompts-per-step 2 --dtype float32"
+    given += " --shots 0 --eval-every 0 --prompts-per-step 2 --dtype float32 --schedule constant"
     train.main([*given.split(), "--epochs", "1", "--dry-run"])
     assert "\nsteps = 3\n" in capsys.readouterr().out
     for epochs, steps in (("0.5", 2), ("1", 3), ("1", 3)):

@@ -345,7 +345,6 @@ def test_switches_select_the_code_that_they_name(monkeypatch):
         (cuda_engine.CudaEngine, "__init__"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is restored
-    monkeypatch.setenv(rowwise.OVERLAP, "1")
     for name in switches.MEANING:
         monkeypatch.setenv(name, "1")
     switches.apply()
@@ -357,7 +356,6 @@ def test_switches_select_the_code_that_they_name(monkeypatch):
     assert not cuda_engine.CudaEngine(model).wants_graphs
     assert not cuda_engine.supports(model)
     assert fused.runs() is False
-    assert os.environ[rowwise.OVERLAP] == "0"
     assert paged_attention.varlen_attention is attention.varlen_attention is switches.each_sequence
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expo_fast import train
-from expo_fast.algorithms import saving
+from expo_fast.algorithms import resume
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import parse, presets
@@ -136,12 +136,13 @@ def test_a_resume_notices_other_ends_of_turns(folder, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     given = flags(folder, tmp_path / "run", "--method", "sft", "--model", model)
-    recorded = saving.identity
+    given += ["--schedule", "constant"]
+    recorded = resume.identity
     for records in (True, False):
         run = tmp_path / f"recorded-{records}"
         first = [*given, "--output-dir", run]
         if not records:
-            monkeypatch.setattr(saving, "identity", lambda trainer: without_ends(recorded(trainer)))
+            monkeypatch.setattr(resume, "identity", lambda trainer: without_ends(recorded(trainer)))
         train.main([*map(str, first)])
         monkeypatch.undo()
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6, 7]}))

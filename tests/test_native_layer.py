@@ -61,11 +61,22 @@ def test_linear(isa, shape, has_bias, dtype):
     require_close(ours, F.linear, inputs)
 
 
-def test_a_frozen_weight_gets_no_gradient():
+def test_a_frozen_weight_gets_no_gradient_and_keeps_no_input():
+    """Only the gradient of the weight reads the input."""
     x = random(9, 4, dtype=torch.bfloat16)
     weight = random(5, 4, dtype=torch.bfloat16).detach()
-    native_layer.linear(x, weight, None).sum().backward()
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = native_layer.linear(x, weight, None)
+    assert [tensor.shape for tensor in saved] == [weight.shape]
+    y.sum().backward()
     assert x.grad is not None
+    assert relative_error(x.grad, weight.double().sum(0).expand(9, 4)) < TOLERANCES[x.dtype]
     assert weight.grad is None
 
 

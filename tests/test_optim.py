@@ -10,11 +10,22 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expo_fast.modeling import grad_sums, norms
-from expo_fast.modeling.optimizer import Optimizer
+from expo_fast.modeling.optimizer import Optimizer, StepReport
 from expo_fast.modeling.schedule import learning_rate
+from expo_fast.op_backends import native_library, native_optimizer
+from expo_fast.op_backends.native_optimizer import GradTerms
 from judges import max_error
+from test_native import isa, threads
+
+__all__ = ["isa", "threads"]  # fixtures
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """Run the operations of a GPU, and of a CPU without a compiler."""
+    monkeypatch.setattr(native_optimizer, "runs", lambda tensors: False)
 
 
 def small_model(dtype=torch.float32, seed=0):
@@ -158,6 +169,7 @@ def ragged_run(micro_batches=3):
     """Train parameters of many shapes; return the reports and the state."""
     g = torch.Generator().manual_seed(4)
     shapes = [(70, 103), (5,), (1,), (0, 3), (64, 33), (), (3000,), (3, 500), (12, 7, 5), (17,)]
+    shapes.append((263, 257))  # more than kChunk of csrc/optimizer.cpp
     parameters = {}
     for i, shape in enumerate(shapes):
         dtype = torch.bfloat16 if i % 3 else torch.float32
@@ -181,7 +193,7 @@ def ragged_run(micro_batches=3):
 
 @pytest.mark.parametrize("batch", [1, 100, 5000, 1 << 26])
 @pytest.mark.parametrize("pending", [0, 1000, 1 << 25])
-def test_batches_of_parameters_change_no_bit(monkeypatch, batch, pending):
+def test_batches_of_parameters_change_no_bit(without_native, monkeypatch, batch, pending):
     """A GPU processes many parameters at once, a CPU few."""
     expected = ragged_run()
     monkeypatch.setattr(norms, "CPU_BATCH", batch)
@@ -193,7 +205,7 @@ def test_batches_of_parameters_change_no_bit(monkeypatch, batch, pending):
         assert torch.equal(x, expected[1][key]), key
 
 
-def test_a_large_tensor_is_processed_in_pieces(monkeypatch):
+def test_a_large_tensor_is_processed_in_pieces(without_native, monkeypatch):
     expected, _ = ragged_run()
     monkeypatch.setattr(norms, "CPU_PIECE", 1000)
     reports, _ = ragged_run()
@@ -201,6 +213,97 @@ def test_a_large_tensor_is_processed_in_pieces(monkeypatch):
         assert got.grad_norm == pytest.approx(other.grad_norm, rel=1e-12)
         assert got.update_norm == pytest.approx(other.update_norm, rel=1e-6)
     assert [len(p) for p in norms.pieces(torch.zeros(7, 300))] == [1000, 1000, 100]
+
+
+def test_native_updates_have_the_bits_of_torch(isa, monkeypatch):
+    """PyTorch's kernel rounds as an instruction set with fused multiply-adds does."""
+    found = ragged_run()
+    monkeypatch.setattr(native_optimizer, "runs", lambda tensors: False)
+    expected = ragged_run()
+    exact = isa in ("amx", "avx512_bf16", "avx512", "avx2") and torch.cpu._is_avx2_supported()
+    assert found[1].keys() == expected[1].keys()
+    for key, x in expected[1].items():
+        if exact:
+            assert torch.equal(found[1][key], x), key
+        else:
+            torch.testing.assert_close(found[1][key], x)
+    for got, other in zip(found[0], expected[0], strict=True):
+        if isinstance(got, StepReport):
+            assert got.update_norm == pytest.approx(other.update_norm, rel=1e-6)
+            got = got.grad_norm
+            other = other.grad_norm
+        assert got == pytest.approx(other, rel=1e-14 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5])
+def test_native_updates_have_the_bits_of_torch_for_a_small_beta1(beta1, monkeypatch):
+    """torch.lerp starts from the gradient if its weight is at least 0.5."""
+    if native_library.isa() not in ("amx", "avx512_bf16", "avx512", "avx2"):
+        pytest.skip("PyTorch's kernel is compiled for AVX2")
+    monkeypatch.setitem(ADAM, "betas", (beta1, 0.95))
+    _, found = ragged_run()
+    monkeypatch.setattr(native_optimizer, "runs", lambda tensors: False)
+    _, expected = ragged_run()
+    for key, x in expected.items():
+        assert torch.equal(found[key], x), key
+
+
+def test_native_sums_do_not_depend_on_threads(isa, threads):
+    g = torch.Generator().manual_seed(5)
+    sizes = [1, 7, 70_000, 0, 200_003]
+    terms = []
+    for i, size in enumerate(sizes):
+        first = torch.randn(size, generator=g) * 1e20  # its square overflows fp32
+        second = torch.randn(size, generator=g) * 1e20
+        terms.append(GradTerms(None if i == 1 else first, None if i == 2 else second))
+    torch.set_num_threads(1)
+    expected = native_optimizer.squares(terms)
+    torch.set_num_threads(3)
+    assert native_optimizer.squares(terms) == expected
+
+    def truth(tensors):
+        return sum(float(x.double().square().sum()) for x in tensors if x is not None)
+
+    firsts = [first for first, _ in terms]
+    seconds = [second for _, second in terms]
+    both = [sum(x for x in pair if x is not None) for pair in terms]
+    assert expected.first == pytest.approx(truth(firsts), rel=1e-13)
+    assert expected.second == pytest.approx(truth(seconds), rel=1e-13)
+    assert expected.both == pytest.approx(truth(both), rel=1e-13)
+
+
+def test_the_update_is_the_same_for_all_numbers_of_threads():
+    threads = torch.get_num_threads()
+    runs = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        runs.append(ragged_run())
+    torch.set_num_threads(threads)
+    for reports, tensors in runs[1:]:
+        assert reports == runs[0][0]
+        for key, x in tensors.items():
+            assert torch.equal(x, runs[0][1][key]), key
+
+
+def test_norms_are_known_again_after_a_new_gradient():
+    """A step takes the norm that `term_norms` has computed, if no gradient came after it."""
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = Optimizer([("w", parameter)], **ADAM)
+    give(parameter, torch.full((4,), 3.0))
+    assert optimizer.grad_sums.term_norms() == (0.0, 6.0)
+    give(parameter, torch.full((4,), 1.0))
+    assert optimizer.grad_sums.norm() == 8.0
+    optimizer.grad_sums.start_new_term()
+    assert optimizer.grad_sums.term_norms() == (8.0, 0.0)
+    optimizer.grad_sums.clear()
+    assert optimizer.grad_sums.norm() == 0.0
+
+
+def test_tensors_with_gaps_are_left_to_torch():
+    assert native_optimizer.runs([torch.zeros(3, 4).t(), torch.zeros(0, 3), torch.zeros(())])
+    assert not native_optimizer.runs([torch.zeros(3, 4)[:, :2]])
+    assert not native_optimizer.runs([torch.zeros(1, 4).expand(3, 4)])
+    assert not native_optimizer.runs([torch.zeros(3, device="meta")])
 
 
 class Operations(TorchDispatchMode):
@@ -215,7 +318,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_operators_of_a_step_do_not_grow_with_the_parameters(monkeypatch):
+def test_operators_of_a_step_do_not_grow_with_the_parameters(without_native, monkeypatch):
     """A Python loop over the parameters of a 0.5B model takes longer than the update on a GPU."""
     monkeypatch.setattr(norms, "CPU_BATCH", norms.GPU_BATCH)
     monkeypatch.setattr(grad_sums, "CPU_PENDING", grad_sums.GPU_PENDING)

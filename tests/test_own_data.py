@@ -581,6 +581,7 @@ def completions(run: Path, step: int) -> list[dict[str, Any]]:
 def test_a_run_on_own_data_evaluates_on_a_held_out_share_and_says_so(tmp_path, job, capsys):
     source = write(tmp_path / "mine.jsonl", *questions(30))
     given = job("--method", "grpo", "--max-completion-length", 1, data=[source])
+    given += ["--schedule", "constant"]
     train.main([*given, "--dry-run"])
     printed = capsys.readouterr().out
     assert "\nshots = 0\n" in printed and "\nmax_completion_length = 1\n" in printed
@@ -606,7 +607,7 @@ def test_a_run_of_older_defaults_is_resumed_with_them(tmp_path, job):
     """The record of an older run has the demo's defaults for data of one's own."""
     source = write(tmp_path / "mine.jsonl", *questions(30))
     old = ("--eval-data", "builtin:arithmetic-1:eval", "--shots", 2, "--max-completion-length", 9)
-    short = ("--method", "grpo", "--instruction", "", "--eval-limit", 4)
+    short = ("--method", "grpo", "--instruction", "", "--eval-limit", 4, "--schedule", "constant")
     train.main(job(*short, *old, data=[source]))
     before = (tmp_path / "run/config.toml").read_text()
     train.main([*job(*short, data=[source]), "--steps", "2"])

@@ -210,6 +210,14 @@ def test_an_evaluation_before_the_last_step_is_shown_with_its_step(tmp_path: Pat
     assert page_of(tmp_path, run).cells("1. ")[1] == "3 of 9 evaluated after 2"
 
 
+def test_the_reasons_of_verdicts_are_shown(tmp_path: Path):
+    last = evaluation(1, 0.2, verdicts={"exact": 3, "wrong": 12, "<b>": 1, "timeout": "x"})
+    run = write_run(tmp_path / "a", evaluations=[evaluation(0, 0.1), last], steps=1)
+    assert "wrong 75.0%, exact 18.8%, <b> 6.2%" in page_of(tmp_path, run).text
+    run = write_run(tmp_path / "b", evaluations=[evaluation(0, 0.1, verdicts=[1])], steps=1)
+    assert "verdicts on the samples" not in page_of(tmp_path, run).text
+
+
 def test_accuracy_by_level_is_shown_for_more_than_one_level(tmp_path: Path):
     def at(step: int, *right: float) -> dict[str, Any]:
         levels = [

@@ -17,6 +17,7 @@ from expo_fast.data import verifier as verifier_module
 from expo_fast.data import workers
 from expo_fast.data.problems import Problem
 from expo_fast.data.verifier import Verifier
+from expo_fast.data.workers import Comparison, Worker
 from expo_fast.generate import Completion
 from expo_fast.reward import (
     boxed_answer_reward,
@@ -27,6 +28,8 @@ from expo_fast.reward import (
 )
 from expo_fast.reward import score_answers as score
 from expo_fast.reward_functions import RewardError
+from expo_fast.runtime.interruptions import SAVE, STOPS
+from fault_runs import descendants
 
 # minutes in one C call of math-verify 0.9.0, which no alarm interrupts. The check of the size finds
 # it, so tests of workers switch that check off (`unchecked`).
@@ -54,14 +57,6 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def descendants(pid="self"):
-    found = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found |= {int(child), *descendants(child)}
-    return found
 
 
 def gone_within(seconds, pids):
@@ -211,6 +206,26 @@ def test_a_worker_lost_between_calls_is_replaced():
         pool._nursery.process.wait()
         assert pool.judge(["|x|+3"], [box("3+|x|")]) == [1.0]
         assert pool.crashes == 0
+
+
+@pytest.mark.parametrize("signum", [*STOPS, SAVE])
+def test_a_signal_to_all_processes_of_a_job_loses_no_verdict(signum, monkeypatch):
+    """The trainer needs verdicts for the step that it completes before it ends."""
+    with Verifier(workers=1, timeout_s=10.0) as pool:
+        assert pool.judge(["|x|"], [box("|y|")]) == [0.0]
+        assert pool._nursery is not None
+        pids = (pool._nursery.process.pid, pool._pool[0].pid)
+        assign = Worker.assign
+
+        def assign_and_signal(self: Worker, job: Comparison, timeout_s: float, cpu_s: float):
+            assign(self, job, timeout_s, cpu_s)
+            for pid in pids:
+                os.kill(pid, signum)
+
+        monkeypatch.setattr(Worker, "assign", assign_and_signal)
+        assert pool.judge(["|x|+1", "|x|+2"], [box("1+|x|"), box("|x|")]) == [1.0, 0.0]
+        assert (pool._nursery.process.pid, pool._pool[0].pid) == pids
+        assert (pool.timeouts, pool.crashes) == (0, 0)
 
 
 PARENT = """

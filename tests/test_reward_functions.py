@@ -563,5 +563,5 @@ def test_invalid_functions_and_weights_are_refused(options, says):
 
 
 def test_without_functions_the_reward_is_the_boxed_answer():
-    reward = train.build_reward(Train(), TrainingData([], (), []), TrainerState())
+    reward = train.build_reward(Train(), TrainingData([], (), []), (), TrainerState())
     assert reward(TEXT, TEXTS, DONE) == [1.0, 0.0]

@@ -74,6 +74,7 @@ def flags(folder: Path, run: Path, **changes: object) -> list[str]:
         "learning-rate": 1e-3,
         "dtype": "float32",
         "checkpoint-every": 1,
+        "schedule": "constant",
     }
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]

@@ -57,7 +57,7 @@ CHECK = [
     kernel("attend-other", "decoding:attend", None, dims=(96, 256)),
     kernel("attend-fp32", "decoding:attend", None, dims=(64, 128), dtype="float32"),
     kernel("layer", "decoding:layers", switches.TORCH_ENGINE),
-    kernel("blocks", "decoding:draws", switches.NO_OVERLAP),
+    kernel("blocks", "decoding:draws", switches.TORCH_ENGINE),
     kernel("truncate", "decoding:truncated", switches.TORCH_ENGINE),
     kernel("capture", "decoding:capture", switches.NO_GRAPHS),
     kernel("generator", "decoding:generator", switches.TORCH_ENGINE),

@@ -21,15 +21,12 @@ NO_GRAPHS = "LEASE_NO_GRAPHS"
 TORCH_ENGINE = "LEASE_TORCH_ENGINE"
 SDPA = "LEASE_SDPA"
 PLAIN_LAYER = "LEASE_PLAIN_LAYER"
-NO_OVERLAP = "LEASE_NO_OVERLAP"
-OVERLAP = "EXPO_FAST_OVERLAP"  # as in kernels.rowwise, which needs triton
 MEANING = {
     ROWS: "row kernels instead of the fused head",
     NO_GRAPHS: "no CUDA graphs",
     TORCH_ENGINE: "the torch engine instead of Triton's",
     SDPA: "SDPA for each sequence instead of varlen attention",
     PLAIN_LAYER: "plain PyTorch between the products of a training layer",
-    NO_OVERLAP: "kernels of a decode step that begin after the previous one has ended",
 }
 FILE = "switches.env"
 
@@ -71,7 +68,6 @@ def apply() -> None:
         paged_attention.varlen_attention = each_sequence
     if PLAIN_LAYER in on:
         fused.runs = lambda *tensors: False
-    os.environ[OVERLAP] = "0" if NO_OVERLAP in on else "1"
 
 
 def each_sequence(

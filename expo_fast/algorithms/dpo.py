@@ -512,16 +512,21 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
     made_from["data"] = fingerprint(trainer.problems)
     made_from["template"] = trainer.prompter.template_hash
     made_from["grader"] = grader_hash()
+    if trainer.reward_source is not None:
+        made_from["reward"] = trainer.reward_source
     return made_from
 
 
 def pair_store(trainer: Trainer, run_dir: Path) -> PairStore:
     """Return the store of the pairs of a run. It keeps the record of earlier versions."""
     store = PairStore(run_dir / "pairs", provenance(trainer))
-    recorded = store.recorded().get("data")
-    if recorded is None or not same_fingerprint(trainer.problems, recorded):
-        return store
-    return replace(store, provenance={**store.provenance, "data": recorded})
+    recorded = store.recorded()
+    kept = {}
+    if "data" in recorded and same_fingerprint(trainer.problems, recorded["data"]):
+        kept["data"] = recorded["data"]
+    if "reward" not in recorded or trainer.inexact:
+        kept["reward"] = recorded.get("reward")
+    return replace(store, provenance={**store.provenance, **kept})
 
 
 def check_pairs(trainer: Trainer, run_dir: Path, start: int) -> None:

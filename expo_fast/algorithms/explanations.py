@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
+from expo_fast.algorithms.logprobs import KnownLogprobs, TokenIds
 from expo_fast.algorithms.rollout import Verifier, make_request, mean
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import last_boxed_span
@@ -31,7 +32,6 @@ from expo_fast.distributed.world import World
 from expo_fast.generate import Completion, Request
 from expo_fast.modeling.packing import Sample
 
-TokenIds = tuple[int, ...]
 ByProblem = dict[str, list[TokenIds]]  # token ids of explanations by problem id
 
 
@@ -48,6 +48,8 @@ class Explanations:
     """Right explanations that mention a given answer."""
     n_unfit: int = 0
     """Right explanations that `is_unfit` rejects. They include those that mention the answer."""
+    ranking: KnownLogprobs = field(default_factory=KnownLogprobs)
+    """The log-probs that ranked the explanations, in a step whose diagnostics use them again."""
 
     @property
     def rate(self) -> float | None:
@@ -298,6 +300,7 @@ def of_all_ranks(
         total.n_right += part.n_right
         total.n_leaked += part.n_leaked
         total.n_unfit += part.n_unfit
+        total.ranking.values.update(part.ranking.values)
         accepted |= part.accepted
         kept |= best_of_part
     ids = [question.id for question in questions if question.id in accepted]

@@ -211,6 +211,8 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
         best = keep_best(
             found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
         )
+        if config.n_diagnosed(step):
+            found.ranking.add(samples, logprobs)
         n_tokens = tokens_of(requests, completions)
     found, best, n_tokens = of_all_ranks(trainer.world, new, found, best, n_tokens)
     trainer.sampled_tokens += n_tokens
@@ -238,15 +240,19 @@ def diagnose(
             explanation = positives.accepted[group.problem.id][0]
         questions.append(DiagnosedQuestion(group.problem, group.judged, explanation))
     samples = diagnostic_samples(questions, trainer.prompter)
-    deal = trainer.deal_samples([each.sample for each in samples])
+    scored = [each.sample for each in samples]
+    known = positives.ranking
+    missing = known.missing(scored)
+    deal = trainer.deal_samples(missing)
     with trainer.world.agreed():
         logprobs = completion_logprobs(
             trainer.model,
-            [each.sample for each in deal.own(samples)],
+            deal.own(missing),
             temperature=config.temperature,
             max_tokens=config.pack_tokens,
         )
-    return diagnostic_metrics(questions, samples, deal.collect(logprobs))
+    known.add(missing, deal.collect(logprobs))
+    return diagnostic_metrics(questions, samples, known.of(scored))
 
 
 def attempts_of_updates(

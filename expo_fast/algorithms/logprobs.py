@@ -1,6 +1,7 @@
 """Log-probs of given completions, without gradients."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,6 +10,34 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import switched_off
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import linear_logprob
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KnownLogprobs:
+    """Log-probs of completions under the weights of one step, so that each is computed once."""
+
+    values: dict[tuple[TokenIds, TokenIds], Tensor] = field(default_factory=dict)
+    """By the token ids of prompt and completion: (len(completion_ids),) fp32, in nats."""
+
+    def add(self, samples: Sequence[Sample], logprobs: Sequence[Tensor]) -> None:
+        """Add the log-probs of the samples' completions."""
+        for sample, values in zip(samples, logprobs, strict=True):
+            self.values[sample.prompt_ids, sample.completion_ids] = values
+
+    def of(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Return the log-probs of samples that are all known."""
+        return [self.values[sample.prompt_ids, sample.completion_ids] for sample in samples]
+
+    def missing(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples that are not known, each text once, in their order."""
+        missing: dict[tuple[TokenIds, TokenIds], Sample] = {}
+        for sample in samples:
+            text = (sample.prompt_ids, sample.completion_ids)
+            if text not in self.values:
+                missing.setdefault(text, sample)
+        return list(missing.values())
 
 
 @torch.no_grad()

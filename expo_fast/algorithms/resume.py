@@ -5,20 +5,22 @@ one configuration: only the options in `config.ADJUSTABLE` may change on a resum
 """
 
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from expo_fast.algorithms.run_record import RECORD, inexact_lines, options_of, read_record
 from expo_fast.algorithms.trainer import Trainer
-from expo_fast.cli.flags import dump_toml, from_toml
+from expo_fast.cli.flags import dump_toml
 from expo_fast.config import ADJUSTABLE, DEPEND_ON_DATA, Train
 from expo_fast.data.problems import fingerprint, same_fingerprint
 from expo_fast.modeling.lora import load_adapter, save_adapter
 from expo_fast.modeling.shape import Shape
+from expo_fast.reporting.log_cursor import Cursor, damage_of
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
@@ -33,6 +35,20 @@ from expo_fast.weights import (
     stored_shape,
 )
 
+STEPS = "number of steps"  # key of the identity of a run whose schedule depends on it
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where a run continues. Without a path, it starts."""
+
+    path: Path | None = None
+    """The checkpoint."""
+    step: int = 0
+    """Number of complete steps."""
+    cursors: Mapping[str, Cursor] = field(default_factory=dict)
+    """How far the logs of the run had come at this step."""
+
 
 def check_run_dir(config: Train) -> None:
     """Raise ValueError or OSError if the run directory holds another run or cannot be made."""
@@ -42,11 +58,11 @@ def check_run_dir(config: Train) -> None:
         raise NotADirectoryError(f"--output-dir {run_dir}: {existing} is a file, need a folder")
     if run_dir.resolve() == Path(config.model).expanduser().resolve():
         raise ValueError(f"--output-dir {run_dir} is the folder of --model: choose another one")
-    record = run_dir / "config.toml"
-    if record.exists():
+    recorded = read_record(run_dir)
+    if recorded is not None:
         if config.resume == "never":
             raise ValueError(f"{run_dir} already holds a run: choose another --output-dir")
-        check_same_run(config, record)
+        check_same_run(config, recorded.config)
 
 
 def with_defaults(config: Train) -> Train:
@@ -55,22 +71,21 @@ def with_defaults(config: Train) -> Train:
     In the directory of a run, it is the value of the run's record, also if the run is older than
     the present defaults.
     """
-    record = config.run_dir / "config.toml"
-    if record.is_file():
-        old = from_toml(Train, record)
+    recorded = read_record(config.run_dir)
+    if recorded is not None:
         unset = [name for name in DEPEND_ON_DATA if getattr(config, name) is None]
-        config = replace(config, **{name: getattr(old, name) for name in unset})
+        config = replace(config, **{name: getattr(recorded.config, name) for name in unset})
     return config.resolved()
 
 
-def check_same_run(config: Train, record: Path) -> None:
+def check_same_run(config: Train, recorded: Train) -> None:
     """Raise ValueError if the configuration differs from the recorded one in a fixed option."""
-    old = asdict(from_toml(Train, record))
+    old = asdict(recorded)
     new = asdict(config)
     for name in old:
         if old[name] != new[name] and name not in ADJUSTABLE:
             raise ValueError(
-                f"{record.parent} holds a run with {name}={old[name]!r}, not {new[name]!r}: "
+                f"{config.run_dir} holds a run with {name}={old[name]!r}, not {new[name]!r}: "
                 "choose another --output-dir"
             )
 
@@ -80,11 +95,10 @@ def names_checkpoint(config: Train) -> bool:
     return config.resume not in ("auto", "never")
 
 
-def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
-    """Restore the trainer from a checkpoint and return the checkpoint's path and step.
+def restore(config: Train, trainer: Trainer) -> Restored:
+    """Restore the trainer from a checkpoint. No file is written.
 
-    The checkpoint is the one that --resume names, or else the newest valid one. Return (None, 0)
-    if there is none. No file is written.
+    The checkpoint is the one that --resume names, or else the newest valid one.
     """
     world = trainer.world
     path = None
@@ -93,14 +107,14 @@ def restore(config: Train, trainer: Trainer) -> tuple[Path | None, int]:
             path = find_checkpoint(config)
     path = world.broadcast(path)
     if path is None:
-        return None, 0
+        return Restored()
     with world.agreed():
         values = check_checkpoint(config, trainer, path)
         load_model_of(config, trainer, path)
     trainer.layout.take()
     tensors = read_state(trainer, path, values["trainer"])
     trainer.load_state(tensors, values["trainer"])
-    return path, values["step"]
+    return Restored(path, values["step"], cursors_of(values, config, path))
 
 
 def find_checkpoint(config: Train) -> Path | None:
@@ -113,19 +127,82 @@ def find_checkpoint(config: Train) -> Path | None:
 
 
 def check_checkpoint(config: Train, trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Return the JSON values of a checkpoint. Raise ValueError if it is not of this run."""
+    """Return the JSON values of a checkpoint, and note in the trainer how the run differs.
+
+    Raise ValueError if the checkpoint is not of this run. With --inexact-resume, only differences
+    with which no resume makes sense are errors.
+    """
     values = checkpoint.read_values(path)
     if (path / "config.json").exists():  # a LoRA checkpoint has none
         check_same_shape(config, trainer.model.shape, path)
-    for what, value in identity(trainer).items():
-        # A checkpoint of an earlier version does not say which ends it was made with.
-        recorded = values["identity"].get(what, value if what == "ends of turns" else None)
-        same = recorded == value
-        if what == "training data":
-            same = same_fingerprint(trainer.problems, recorded)
-        if not same:
-            raise ValueError(f"{path} was made with other {what}: a resume needs the same")
+    differing = differences(trainer, values)
+    for what in ("method", "initial weights"):
+        if what in differing:
+            raise ValueError(f"{path} was made with {differing[what]}: a resume needs the same")
+    damages = {}
+    for name, cursor in cursors_of(values, config, path).items():
+        damage = damage_of(config.run_dir / name, cursor, values["step"])
+        if damage is not None:
+            damages[name] = damage
+    if (differing or damages) and not config.inexact_resume:
+        sentences = [f"{config.run_dir / name} {damage}" for name, damage in damages.items()]
+        if differing:
+            sentences.append(f"{path} was made with {' and '.join(differing.values())}")
+        raise ValueError(
+            f"{'; '.join(sentences)}: a resume needs the same; restore it, choose another "
+            "--output-dir, or mark the run as inexact with --inexact-resume"
+        )
+    reasons = [f"with {words}" for words in differing.values()]
+    reasons += [f"although {name} {damage}" for name, damage in damages.items()]
+    trainer.inexact = list(values.get("inexact", []))
+    trainer.inexact += [f"resumed from step {values['step']} {reason}" for reason in reasons]
     return values
+
+
+def differences(trainer: Trainer, values: dict[str, Any]) -> dict[str, str]:
+    """Return what the checkpoint with these JSON values was made with otherwise, with words."""
+    recorded = values["identity"]
+    differing = {}
+    for what, value in identity(trainer).items():
+        # An earlier version did not record everything, and some runs have no evaluation data.
+        theirs = recorded.get(what, value)
+        same = theirs == value
+        if what == "training data":
+            same = same_fingerprint(trainer.problems, theirs)
+        if what == STEPS and values["step"] >= trainer.config.steps:
+            same = True  # no step follows
+        if not same:
+            differing[what] = f"other {what}"
+            if what == STEPS:
+                differing[what] = f"--steps {theirs}, not {value}, which its schedule depends on"
+    return differing
+
+
+def cursors_of(values: dict[str, Any], config: Train, path: Path) -> dict[str, Cursor]:
+    """Return how far the logs of the run had come at a checkpoint.
+
+    There is none in a checkpoint of an earlier version, and none of the checkpoint of another run.
+    """
+    if path.resolve().parent.parent != config.run_dir.resolve():
+        return {}
+    return {name: Cursor(**cursor) for name, cursor in values.get("logs", {}).items()}
+
+
+def values_to_save(
+    trainer: Trainer, step: int, state: dict[str, Any], cursors: Mapping[str, Cursor]
+) -> dict[str, Any]:
+    """Return the JSON values of a checkpoint, which `check_checkpoint` reads.
+
+    state: the JSON values of `Trainer.state`.
+    """
+    return {
+        "step": step,
+        "identity": identity(trainer),
+        "options": options_of(trainer.config),
+        "logs": {name: asdict(cursor) for name, cursor in cursors.items()},
+        "inexact": trainer.inexact,
+        "trainer": state,
+    }
 
 
 def load_model_of(config: Train, trainer: Trainer, path: Path) -> None:
@@ -159,28 +236,46 @@ def check_same_shape(config: Train, shape: Shape, path: Path) -> None:
 
 def identity(trainer: Trainer) -> dict[str, str]:
     """Return the values that must be the same in a resumed run and in the original run."""
-    return {
+    values = {
         "method": trainer.config.method,
         "initial weights": trainer.initial_weights_hash,
         "training data": fingerprint(trainer.problems),
         "prompt template": trainer.prompter.template_hash,
         "ends of turns": trainer.prompter.ends_hash,
     }
+    if trainer.held_out:
+        values["evaluation data"] = fingerprint(trainer.held_out)
+    if trainer.reward_source is not None:
+        values["reward functions"] = trainer.reward_source
+    if trainer.config.depends_on_steps:
+        values[STEPS] = str(trainer.config.steps)
+    return values
 
 
-def begin_record(config: Train, resumed_from: Path | None, start: int, log: RunLog) -> None:
-    """Write the run's configuration, and cut the logs back to the first `start` steps."""
+def begin_record(trainer: Trainer, restored: Restored, log: RunLog) -> None:
+    """Write the run's configuration, and cut the logs back to the steps that are restored."""
+    config = trainer.config
     run_dir = config.run_dir
-    if resumed_from is not None:
-        log.note(f"resumed from {resumed_from}")
+    start = restored.step
+    recorded = read_record(run_dir)
+    if recorded is not None and recorded.damage is not None:
+        log.note(f"warning: {recorded.damage}: it is written again")
+    if restored.path is not None:
+        log.note(f"resumed from {restored.path}")
         checkpoint.set_aside_after(run_dir, start)
     elif (run_dir / "metrics.jsonl").exists():
         log.note("no complete checkpoint to resume from: the run starts again at step 0")
-    record = run_dir / "config.toml"
-    text = dump_toml(config).encode()
+    for reason in trainer.inexact:
+        log.note(f"warning: the run is inexact: {reason}")
+    record = run_dir / RECORD
+    text = (dump_toml(config) + inexact_lines(trainer.inexact)).encode()
     if not record.exists() or record.read_bytes() != text:
         replace_file(record, text)
-    log.truncate_to(start or -1)  # a run that starts again evaluates step 0 again
+    cursors = {}
+    for name, cursor in restored.cursors.items():
+        if damage_of(run_dir / name, cursor, start) is None:
+            cursors[name] = cursor
+    log.truncate_to(start or -1, cursors)  # a run that starts again evaluates step 0 again
     if start >= config.steps:
         log.note(
             f"step {start} is already done: there is nothing to do up to --steps {config.steps}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expo_fast.algorithms.resume import identity, model_writer
+from expo_fast.algorithms.resume import model_writer, values_to_save
 from expo_fast.algorithms.scores import Scores
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.reporting.run_log import RunLog
@@ -164,7 +164,7 @@ class Saver:
             step,
             model_writer(trainer),
             tensors,
-            {"step": step, "identity": identity(trainer), "trainer": values},
+            values_to_save(trainer, step, values, self._log.cursors(step)),
             keep=config.keep_checkpoints,
             keep_steps=self.scores.best(steps, config.keep_best),
             shards=shards,

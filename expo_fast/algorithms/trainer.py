@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expo_fast.algorithms.dealing import expected_lengths, units_by_prompt
 from expo_fast.algorithms.explanations import ExplanationCache
 from expo_fast.algorithms.pairs import PairStore
 from expo_fast.algorithms.rollout import Group, Verifier, mean
@@ -77,6 +78,13 @@ class Trainer:
     """The pairs of a DPO run."""
     sources: Sequence[Sequence[Problem]] = ()
     """The problems of each source of the data, which `data_weights` are for."""
+    held_out: Sequence[Problem] = ()
+    """The problems of the evaluations; empty if the run has no evaluations."""
+    reward_source: str | None = None
+    """A hash of the source of the user's reward functions, None if there is none."""
+    inexact: list[str] = field(default_factory=list)
+    """What differed from the run before at its resumes, each with the step. Empty: the run equals
+    an uninterrupted one."""
     progress: TrainerState = field(default_factory=TrainerState)
     """What reward functions are told of the run. The loop over steps keeps it."""
     explanations: ExplanationCache = field(default_factory=ExplanationCache)
@@ -137,7 +145,8 @@ class Trainer:
         A question that has not been attempted is expected to need the limit.
         """
         limit = self.config.max_new_tokens
-        return self.world.deal([self.lengths.get(each.id, limit) for each in questions])
+        ids = [each.id for each in questions]
+        return self.world.deal(expected_lengths(ids, self.lengths, limit))
 
     def own_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """Return the samples that this rank computes, in their order.
@@ -146,14 +155,9 @@ class Trainer:
         """
         if self.world.size == 1:
             return list(samples)
-        by_prompt: dict[tuple[int, ...], list[Sample]] = {}
-        for sample in samples:
-            by_prompt.setdefault(sample.prompt_ids, []).append(sample)
-        costs = []
-        for prompt, members in by_prompt.items():
-            costs.append(len(prompt) + sum(len(each.completion_ids) for each in members))
-        units = self.world.deal(costs).own(list(by_prompt.values()))
-        return [sample for unit in units for sample in unit]
+        units, costs = units_by_prompt(samples)
+        own = self.world.deal(costs).own(units)
+        return [sample for unit in own for sample in unit]
 
     def deal_samples(self, samples: Sequence[Sample]) -> Deal:
         """Return which rank computes the log-probs of which sample."""

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from expo_fast.answers.worker import judge, serve
+from expo_fast.runtime.interruptions import SAVE, STOPS
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
@@ -36,6 +37,7 @@ def main(fd: int, parent: int) -> None:
 
     fd: number of the socket to the parent.
     """
+    ignore_signals()
     die_with(parent)
     ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # If memory runs out, the kernel kills this process and its workers before the trainer.
@@ -60,6 +62,16 @@ def main(fd: int, parent: int) -> None:
             send(requests, pid=fork(requests, fds[0], request["fork"]))
         else:
             send(requests, status=end_worker(request["kill"]))
+
+
+def ignore_signals() -> None:
+    """Ignore the signals that ask a run to end or to save, here and in the workers to come.
+
+    A scheduler sends them to every process of a job. The trainer still needs verdicts for the step
+    that it completes.
+    """
+    for signum in (*STOPS, SAVE):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def die_with(parent: int) -> None:

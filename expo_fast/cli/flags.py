@@ -235,14 +235,27 @@ def from_toml(kind: type[C], path: Path) -> C:
     return kind(**_values_of_toml(kind, path))
 
 
+def from_toml_text(kind: type[C], text: str, path: Path) -> C:
+    """Return the configuration in the text of a TOML file, see `from_toml`."""
+    return kind(**_values_of_text(kind, text, path))
+
+
 def _values_of_toml(kind: type, path: Path) -> dict[str, Any]:
     """Return the values in a TOML file by field, in the types of the fields and not checked."""
     if not path.is_file():
         known = ", ".join(presets())
         raise FileNotFoundError(f"no file {path}: --config needs a TOML file, or one of {known}")
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    return _values_of_text(kind, text, path)
+
+
+def _values_of_text(kind: type, text: str, path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     types = get_type_hints(kind)
     fields: dict[str, Any] = {}
@@ -299,11 +312,11 @@ def _typed_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_typed(element, arguments[0]) for element in value)
 
 
-def dump_toml(config: Train | Evaluate) -> str:
+def dump_toml(config: Train | Evaluate, leave_out: Collection[str] = ()) -> str:
     """Return the TOML text that `from_toml` reads. Fields that are None are left out."""
     lines = []
     for name, value in dataclasses.asdict(config).items():
-        if value is not None:
+        if value is not None and name not in leave_out:
             lines.append(f"{name} = {_toml_value(value)}\n")
     return "".join(lines)
 

@@ -29,6 +29,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "seed",
         "output_dir",
         "resume",
+        "inexact_resume",
         "dry_run",
     ),
     "Model": ("model", "dtype", "device"),

@@ -11,12 +11,13 @@ import pickle
 import sys
 from collections import deque
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from subprocess import Popen
 from typing import NamedTuple
 
 from expo_fast.data.files import GZIP, LINE_BYTES, form_of, rows_of_lines
-from expo_fast.data.processes import start_program
+from expo_fast.data.programs import start_program
 from expo_fast.data.row_blocks import Block, blocks_of
 from expo_fast.data.row_reading import RowOptions
 
@@ -48,7 +49,7 @@ def is_large(path: Path) -> bool:
 def read_large(path: Path, options: RowOptions) -> Iterator[Block]:
     """Yield the problems of a file in blocks. Raise ValueError for the first bad row."""
     n_processes = min(MOST_PROCESSES, n_cores())
-    started = [start_program(PROGRAM) for _ in range(n_processes)]
+    started = [start_reader() for _ in range(n_processes)]
     try:
         channels = deque(channel for channel, _ in started)
         asked: deque[Connection] = deque()  # who answers next, in the order of the file
@@ -66,6 +67,12 @@ def read_large(path: Path, options: RowOptions) -> Iterator[Block]:
             channel.close()
             process.kill()
             process.wait()
+
+
+def start_reader() -> tuple[Connection, Popen]:
+    """Start a process that reads pieces. Return the channel to it, and the process."""
+    ours, theirs = Pipe()
+    return ours, start_program(PROGRAM, theirs)
 
 
 def n_cores() -> int:

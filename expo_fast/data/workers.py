@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -13,7 +12,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, NamedTuple
 
 from expo_fast.answers.worker import OUT_OF_MEMORY
-from expo_fast.data.programs import bare_environment, command_of
+from expo_fast.data.programs import start_program
 
 # A worker is then replaced: sympy's caches grow, and nothing that a text planted in it may last.
 JOBS_PER_WORKER = 500
@@ -40,8 +39,7 @@ class Nursery:
 
     def __init__(self):
         self._socket, theirs = socket.socketpair()
-        with theirs:
-            self.process = _start_program(theirs.fileno())
+        self.process = start_program(NURSERY, theirs, os.getpid())
         # When this thread ends, the operating system kills the nursery, and with it its workers.
         self._starter = threading.current_thread()
         self._socket.settimeout(START_LIMIT_S)
@@ -89,21 +87,6 @@ class Nursery:
                 raise ConnectionError("the process that starts answer checkers has ended")
             line += part
         return json.loads(line)
-
-
-def _start_program(fd: int) -> subprocess.Popen:
-    """Start the nursery's program, with its end of a socket, and without our environment."""
-    environment = bare_environment()
-    environment["PYTHONHASHSEED"] = "0"  # sympy orders by hash: equal texts get equal verdicts
-    return subprocess.Popen(
-        command_of(NURSERY, fd, os.getpid()),
-        pass_fds=[fd],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # keeps Ctrl-C away
-    )
 
 
 class Worker:

@@ -125,13 +125,14 @@ def _start(timeout_s: float) -> tuple[World, Board, bool]:
     import torch.distributed as dist
 
     timeout = timedelta(seconds=timeout_s)
+    prefix = _new_prefix()
     owned = not dist.is_initialized()
     if owned:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("ranks", store),
+            store=dist.PrefixStore(f"{prefix}/ranks" if _on_one_machine() else "ranks", store),
             rank=rank,
             world_size=size,
             timeout=timeout,
@@ -139,27 +140,41 @@ def _start(timeout_s: float) -> tuple[World, Board, bool]:
     group = dist.new_group(backend="gloo", timeout=timeout)
     rank = dist.get_rank()
     size = dist.get_world_size()
-    board = Board(_own_store(timeout), rank, size)
+    board = Board(_own_store(prefix, timeout), rank, size)
     return World(rank, size, group, board), board, owned
 
 
 _sessions = 0
 
 
-def _own_store(timeout: timedelta) -> Any:
-    """Return a connection to the store, with keys of this session and this restart only."""
-    import torch.distributed as dist
+def _new_prefix() -> str:
+    """Return a prefix of keys for this session and this restart only.
 
+    An agent of torchrun that was given a port keeps its store in a restart. Ranks would find there
+    the addresses of processes that have ended. The agents of several machines need not count
+    restarts equally.
+    """
     global _sessions
     _sessions += 1
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"expo_fast/{restarts}/{_sessions}"
+
+
+def _on_one_machine() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+
+
+def _own_store(prefix: str, timeout: timedelta) -> Any:
+    """Return a connection of this session to the store."""
+    import torch.distributed as dist
+
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         timeout=timeout,
     )
-    return dist.PrefixStore(f"expo_fast/{restarts}/{_sessions}", store)
+    return dist.PrefixStore(prefix, store)
 
 
 def _leave_cause(board: Board, error: BaseException | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from expo_fast.distributed.board import Board
+from expo_fast.distributed.gathering import gather_values
 from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Stopped
 
@@ -77,16 +78,13 @@ class World:
         self, value: T, error: Exception | None, shared: type[Exception] | None = None
     ) -> list[T]:
         """Exchange values and errors. Raise if any rank has an error."""
-        import torch.distributed as dist
-
         report = None if error is None else self._report(error, shared)
         message = (value, report, interruptions.pending())
-        messages: list[Any] = [None] * self.size
         if self.board is not None:
             self.board.arrive()
         start = time.perf_counter()
         try:
-            dist.all_gather_object(messages, message, group=self.group)
+            messages = gather_values(message, self.size, self.group)
         except RuntimeError as lost:
             raise PeerLostError(str(lost)) from lost
         self.waited += time.perf_counter() - start

@@ -47,8 +47,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """
     if offset == 0:
         if x.shape[-1:] == weight.shape and native_layer.runs(x, weight):
-            rows = x.reshape(-1, len(weight))
-            return native_layer.rms_norm(rows, weight, eps)[0].view(x.shape)
+            normed = native_layer.rms_norm(x.reshape(-1, len(weight)), weight, eps)[0]
+            # FSDP warns of a view that a module returns.
+            return normed if x.dim() == 2 else normed.view(x.shape)
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = F.rms_norm(x.to(wide), weight.shape, offset + weight.to(wide), eps)

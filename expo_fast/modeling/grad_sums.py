@@ -7,6 +7,7 @@ when it is added to a large sum.
 # pyright: reportPrivateImportUsage=false
 # (torch documents its multi-tensor operations but does not export their names)
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from expo_fast.distributed.world import ALONE, World, local_part
 from expo_fast.modeling.norms import L2Norm, batches, l2_norm
+from expo_fast.op_backends import native_optimizer
+from expo_fast.op_backends.native_optimizer import GradTerms, Squares
 
 # Number of gradient elements to collect before they are added. On a GPU one launch adds many.
 CPU_PENDING = 0
@@ -41,6 +44,8 @@ class GradSums:
 
     world: its ranks. Of a parameter that FSDP shards, the sums are those of this rank's part: FSDP
     adds the gradients of all ranks first, and then runs the hook. Norms are those of all parts.
+
+    native: whether csrc computes all norms in one pass, and can update the parameters.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World = ALONE):
@@ -51,6 +56,8 @@ class GradSums:
         self._free: dict[str, list[Tensor]] = {}
         self._pending: dict[str, Tensor] = {}  # gradients that are not yet in the second term
         self._pending_elements = 0
+        self._squares: Squares | None = None  # of the two terms; None: not known
+        self.native = native_optimizer.runs([local_part(p) for p in self._parameters.values()])
         for name, parameter in self._parameters.items():
             buffer = torch.zeros_like(local_part(parameter), dtype=torch.float32)
             self._free[name] = [buffer]
@@ -72,6 +79,8 @@ class GradSums:
     @torch.no_grad()
     def _add_pending(self) -> None:
         """Add the pending gradients to the second term."""
+        if self._pending:
+            self._squares = None
         added: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         for name, grad in self._pending.items():
@@ -95,6 +104,7 @@ class GradSums:
     def start_new_term(self) -> None:
         """Add the gradients summed so far to the first term. Later gradients form the second."""
         self._add_pending()
+        self._squares = None
         both: list[tuple[Tensor, Tensor]] = []
         for name, grad in self._second.items():
             if name in self._first:
@@ -109,6 +119,9 @@ class GradSums:
     def term_norms(self) -> tuple[float, float]:
         """Return the L2 norms of the sums before and after the last `start_new_term`."""
         self._add_pending()
+        if self.native:
+            squares = self._known_squares()
+            return self._root(squares.first), self._root(squares.second)
         first = l2_norm(self._first.values(), self._world)
         second = l2_norm(self._second.values(), self._world)
         return first, second
@@ -116,25 +129,47 @@ class GradSums:
     def norm(self) -> float:
         """Return the L2 norm of all gradients since the last `clear`, reduced in fp64."""
         self._add_pending()
+        if self.native:
+            return self._root(self._known_squares().both)
         norm = L2Norm()
-        for batch in batches(self._terms()):
+        for batch in batches(self._rows()):
             norm.add([term if other is None else term + other for term, other in batch])
         return norm.value(self._world)
 
-    def _terms(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Return the one or two terms of each parameter that has a gradient.
+    def _root(self, own: float) -> float:
+        """Return the norm, given this rank's sum of squares."""
+        (square,) = self._world.sums(own)
+        return math.sqrt(square)
+
+    def _known_squares(self) -> Squares:
+        """Return the sums of squares of this rank's parts. They are computed once."""
+        if self._squares is None:
+            self._squares = native_optimizer.squares(list(self.terms().values()))
+        return self._squares
+
+    def terms(self) -> dict[str, GradTerms]:
+        """Return the terms of each parameter that has a gradient. They are not copies.
 
         They are in the order of the parameters, because the rounding of the norm depends on it.
         """
-        terms: list[tuple[Tensor, Tensor | None]] = []
+        self._add_pending()
+        terms: dict[str, GradTerms] = {}
         for name in self._parameters:
-            first = self._first.get(name)
-            second = self._second.get(name)
-            if first is not None:
-                terms.append((first, second))
-            elif second is not None:
-                terms.append((second, None))
+            if name in self._first or name in self._second:
+                first = self._first.get(name)
+                second = self._second.get(name)
+                terms[name] = GradTerms(first, second)
         return terms
+
+    def _rows(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the one or two terms of each parameter that has a gradient, in order."""
+        rows: list[tuple[Tensor, Tensor | None]] = []
+        for first, second in self.terms().values():
+            if first is not None:
+                rows.append((first, second))
+            elif second is not None:
+                rows.append((second, None))
+        return rows
 
     def merged(self) -> dict[str, Tensor]:
         """Add the two terms in place and return the sums by name. The sums are not copies."""
@@ -143,6 +178,7 @@ class GradSums:
 
     def clear(self) -> None:
         """Remove all gradients. The buffers are kept for reuse."""
+        self._squares = None
         self._pending.clear()
         self._pending_elements = 0
         for sums in (self._first, self._second):

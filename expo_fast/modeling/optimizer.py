@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from expo_fast.distributed.world import ALONE, World, local_part
 from expo_fast.modeling.grad_sums import GradSums
 from expo_fast.modeling.norms import L2Norm, batches, pieces
+from expo_fast.op_backends.native_optimizer import AdamWParameter, adamw
 
 Tensors = dict[str, Tensor]
 
@@ -122,20 +123,50 @@ class Optimizer:
         gradient.
         """
         assert max_grad_norm > 0, max_grad_norm
-        grads = self.grad_sums.merged()
+        if not self.grad_sums.native:
+            self.grad_sums.start_new_term()  # adds the terms, so that each is read once
         norm = self.grad_sums.norm()
         finite = math.isfinite(norm)
         applied = finite and norm > 0
         update_norm = 0.0
         if applied:
             clip = min(1.0, max_grad_norm / norm)
-            update_norm = self._update(grads, lr, clip)
+            update_norm = self._update(lr, clip)
         self.skipped += not finite
         self.grad_sums.clear()
         return StepReport(grad_norm=norm, update_norm=update_norm, applied=applied)
 
-    def _update(self, grads: Tensors, lr: float, clip: float) -> float:
+    def _update(self, lr: float, clip: float) -> float:
         """Apply AdamW to gradients scaled by `clip`. Return the norm of the update."""
+        if self.grad_sums.native:
+            return self._native_update(lr, clip)
+        return self._torch_update(self.grad_sums.merged(), lr, clip)
+
+    def _native_update(self, lr: float, clip: float) -> float:
+        """Update in one pass over the memory of gradients, moments and weights."""
+        updated: list[AdamWParameter] = []
+        for name, terms in self.grad_sums.terms().items():
+            master = self._masters[name]
+            state = self._adamw.state[master]
+            self._steps[name] = self._steps.get(name, 0) + 1
+            parameter = AdamWParameter(
+                weight=master,
+                exp_avg=state["exp_avg"],
+                exp_avg_sq=state["exp_avg_sq"],
+                terms=terms,
+                copy=self._parameters[name] if self._writes_copy(name) else None,
+                t=self._steps[name],
+                decay=self._decay(master),
+            )
+            updated.append(parameter)
+        squared_change = adamw(updated, lr=lr, betas=self._betas, eps=self._eps, clip=clip)
+        (square,) = self._world.sums(squared_change)
+        return math.sqrt(square)
+
+    def _decay(self, master: Tensor) -> float:
+        return self._weight_decay if master.ndim > 1 else 0.0
+
+    def _torch_update(self, grads: Tensors, lr: float, clip: float) -> float:
         if clip != 1.0:
             torch._foreach_mul_(list(grads.values()), clip)
         for name, grad in grads.items():
@@ -168,7 +199,7 @@ class Optimizer:
             if name not in grads:
                 continue
             state = self._adamw.state[master]
-            decay = self._weight_decay if master.ndim > 1 else 0.0
+            decay = self._decay(master)
             first_moments = pieces(state["exp_avg"])
             second_moments = pieces(state["exp_avg_sq"])
             weights = pieces(master)

@@ -12,6 +12,7 @@ With LoRA only the adapters are sharded. The frozen weights are complete on ever
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,6 +24,20 @@ from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.packing import Pack, Sample, forward, pack
 
 ShardKind = Literal["optimizer", "model"]
+ELEMENTS_OF_A_GATHER = 2**25  # of parameters that are gathered together, to bound the copies
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, and this rank's rows of it in fp32, as FSDP divides them."""
+
+    complete: Tensor
+    shard: Tensor
+
+    def padded_part(self, n_ranks: int) -> int:
+        """Return the most elements that a rank has. The last ranks may have fewer rows."""
+        n_rows = -(-len(self.complete) // n_ranks)
+        return n_rows * (self.complete.numel() // len(self.complete))
 
 
 class Sharded(Layout):
@@ -154,9 +169,30 @@ class Sharded(Layout):
             self._unshard()
             return
         parameters = dict(self.model.named_parameters())
+        batch: list[Weight] = []
+        n_elements = 0
         for name, shard in self._shards.items():
-            rounded = shard.detach().to(self._dtype)
-            parameters[name].copy_(rounded.full_tensor())  # pyright: ignore[reportAttributeAccessIssue]
+            batch.append(Weight(parameters[name], local_part(shard)))
+            n_elements += parameters[name].numel()
+            if n_elements >= ELEMENTS_OF_A_GATHER:
+                self._gather_rounded(batch)
+                batch = []
+                n_elements = 0
+        if batch:
+            self._gather_rounded(batch)
+
+    def _gather_rounded(self, batch: Sequence[Weight]) -> None:
+        """Write the shards of all ranks to some parameters, by one collective."""
+        size = self.world.size
+        sizes = [weight.padded_part(size) for weight in batch]
+        own = batch[0].complete.new_zeros(sum(sizes))
+        for weight, part in zip(batch, own.split(sizes), strict=True):
+            part[: weight.shard.numel()].copy_(weight.shard.flatten())
+        gathered = own.new_empty(size, len(own))
+        torch.distributed.all_gather(list(gathered), own)
+        for weight, parts in zip(batch, gathered.split(sizes, dim=1), strict=True):
+            complete = weight.complete
+            complete.copy_(parts.flatten()[: complete.numel()].view_as(complete))
 
     @torch.no_grad()
     def take(self) -> None:

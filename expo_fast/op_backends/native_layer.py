@@ -160,36 +160,43 @@ def _(x, weight, bias):
 
 @torch.library.custom_op("expo_fast::linear_gradients", mutates_args=())
 def linear_gradients(
-    x: Tensor, weight: Tensor, d_y: Tensor, needs: list[bool]
+    x: Tensor | None, weight: Tensor, d_y: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias. A gradient that is not needed is empty."""
-    n, n_in = x.shape
-    n_out = len(weight)
+    """Return the gradients of x, weight and bias. A gradient that is not needed is empty.
+
+    x: None if the gradient of the weight is not needed.
+    """
+    dtype = weight.dtype
+    n = len(d_y)
+    n_out, n_in = weight.shape
     shapes = [(n, n_in), (n_out, n_in), (n_out,)]
     pairs = zip(shapes, needs, strict=True)
-    d_x, d_weight, d_bias = (empty(shape if needed else (0,), x.dtype) for shape, needed in pairs)
-    x = x.contiguous()
+    d_x, d_weight, d_bias = (empty(shape if needed else (0,), dtype) for shape, needed in pairs)
+    if x is not None:
+        x = x.contiguous()
     weight = weight.contiguous()
     d_y = d_y.contiguous()
     outputs = {"d_x": d_x, "d_weight": d_weight, "d_bias": d_bias}
     wanted = {name: y for (name, y), needed in zip(outputs.items(), needs, strict=True) if needed}
     sizes = {"n": n, "in": n_in, "out": n_out}
-    _run("linear_gradients", _Linear, x.dtype, x=x, weight=weight, d_y=d_y, **wanted, **sizes)
+    _run("linear_gradients", _Linear, dtype, x=x, weight=weight, d_y=d_y, **wanted, **sizes)
     return d_x, d_weight, d_bias
 
 
 @linear_gradients.register_fake
 def _(x, weight, d_y, needs):
-    shapes = [x.shape, weight.shape, (len(weight),)]
+    n_out, n_in = weight.shape
+    shapes = [(len(d_y), n_in), (n_out, n_in), (n_out,)]
     return tuple(
-        x.new_empty(s if needed else (0,)) for s, needed in zip(shapes, needs, strict=True)
+        weight.new_empty(s if needed else (0,)) for s, needed in zip(shapes, needs, strict=True)
     )
 
 
 def _save_linear(ctx: Any, inputs, output) -> None:
     x, weight, bias = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
+    trains_weight = ctx.needs_input_grad[1]
+    ctx.save_for_backward(x if trains_weight else None, weight)
 
 
 def _linear_backward(ctx: Any, d_y: Tensor):

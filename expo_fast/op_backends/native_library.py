@@ -37,6 +37,11 @@ PARTS = {  # source files of csrc, by library
     "ops": ["linear_logprob"],
     "engine": ["decoder", "sampling"],
     "layer": ["layer", "attention"],
+    "optimizer": ["optimizer"],
+}
+PART_FLAGS = {  # of the parts that need more flags
+    # the roundings of PyTorch's AdamW; a vectorised square root
+    "optimizer": ["-ffp-contract=off", "-fno-math-errno"],
 }
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of common.h
 
@@ -115,7 +120,7 @@ def library(name: str, part: str = "ops") -> ctypes.CDLL:
     part: a key of PARTS.
     Raise Unavailable if the library cannot be compiled or loaded.
     """
-    flags = [*COMMON_FLAGS, *COMPILER_FLAGS[name]]
+    flags = [*COMMON_FLAGS, *COMPILER_FLAGS[name], *PART_FLAGS.get(part, [])]
     if name == "amx":
         root = Path(torch.__file__).parent
         flags += [f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu", "-lc10"]

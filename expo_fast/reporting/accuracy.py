@@ -29,6 +29,7 @@ class Graded:
     verdict: float | None  # 1.0 right, 0.0 wrong, None undecided, which counts as wrong
     finish_reason: str
     tokens: int  # number of sampled tokens
+    reason: str | None = None  # of the verdict, see `verifier.REASONS`; None: the verifier has none
 
 
 Samples = Sequence[Graded]  # all samples of one problem

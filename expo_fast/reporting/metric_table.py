@@ -441,6 +441,12 @@ ALARMS = Section(
             "1 on the steps of the alarm NAME.",
             "Other steps do not have it.",
         ),
+        Metric(
+            "inexact",
+            "changes",
+            "Number of changes at the resumes so far, of a run with `--inexact-resume`.",
+            "Other runs do not have it. The reasons are in `config.toml` and in the report.",
+        ),
     ),
 )
 STEP_SECTIONS = (ATTEMPTS, EXPLANATIONS, PROPERTIES, PAIRS, UPDATES, COST, ALARMS)
@@ -487,6 +493,12 @@ EVALUATIONS = Section(
             "samples",
             "Samples that the grader could not judge. They count as wrong.",
             "More than a few: the answers of your data may not be what the grader reads.",
+        ),
+        Metric(
+            "verdicts",
+            "samples",
+            "Number of samples with each reason of a verdict, those of `verdicts/REASON` above.",
+            "Many `no_answer`: the samples have no box. Many `unparsable`: read their answers.",
         ),
         Metric(
             "boxed_ratio",

@@ -5,7 +5,7 @@ report.js draws the charts with Vega-Lite and lets the reader filter the complet
 of the page, which loads no other files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,13 @@ from expo_fast.reporting.panels import (
 )
 from expo_fast.reporting.runs import FREE_FIELDS, Group, numbers
 from expo_fast.reporting.samples import KIND_LABELS, Samples, collect
-from expo_fast.reporting.tables import levels, measured_differently, overview, phases
+from expo_fast.reporting.tables import (
+    levels,
+    measured_differently,
+    overview,
+    phases,
+    verdicts,
+)
 from expo_fast.reporting.text import shown_text
 from expo_fast.reporting.verdicts import in_distribution, learning_signal
 
@@ -81,7 +87,8 @@ def render(groups: Sequence[Group], skipped: Sequence[str] = ()) -> str:
     parts = (
         remark(f"Runs: {n_runs}, configurations: {len(groups)}. {ABOUT}"),
         *[warning(f"Left out: {escaped(text)}") for text in skipped],
-        section("Configurations", overview(groups), measured_differently(groups)),
+        *inexact_runs(groups),
+        section("Configurations", overview(groups), verdicts(groups), measured_differently(groups)),
         section("Accuracy by level", levels(groups)),
         section("Learning curves", drawn.figure(LEARNING)),
         section("The two properties of a good positive sample", *properties(groups, drawn)),
@@ -101,6 +108,14 @@ def render(groups: Sequence[Group], skipped: Sequence[str] = ()) -> str:
         "completions": samples.completions,
     }
     return page("".join(parts), data, scripts=[library(), resource("report.js")])
+
+
+def inexact_runs(groups: Sequence[Group]) -> Iterator[str]:
+    """Yield a warning for each run that was resumed with something changed."""
+    for group in groups:
+        for run in group.runs:
+            if run.inexact:
+                yield warning(escaped(f"{run.path} is inexact: {'; '.join(run.inexact)}"))
 
 
 @cache
@@ -132,8 +147,8 @@ def properties(groups: Sequence[Group], drawn: Charts) -> list[str]:
         return []
     items = []
     for group in groups:
-        verdicts = f"<li>(a) {in_distribution(group)}</li><li>(b) {learning_signal(group)}</li>"
-        items.append(f"<li>{escaped(group.name)}<ul>{verdicts}</ul></li>")
+        both = f"<li>(a) {in_distribution(group)}</li><li>(b) {learning_signal(group)}</li>"
+        items.append(f"<li>{escaped(group.name)}<ul>{both}</ul></li>")
     return [remark(ABOUT_PROPERTIES), f"<ul>{''.join(items)}</ul>", curves]
 
 

@@ -1,9 +1,10 @@
 """The log of a rank that writes no files: rank 0 writes those of all ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from expo_fast.reporting.jsonl import Row
+from expo_fast.reporting.log_cursor import Cursor
 from expo_fast.reporting.run_log import RunLog
 
 
@@ -28,7 +29,7 @@ class QuietLog(RunLog):
     def note(self, text: str) -> None:
         pass
 
-    def truncate_to(self, step: int) -> None:
+    def truncate_to(self, step: int, cursors: Mapping[str, Cursor] | None = None) -> None:
         pass
 
     def open_trackers(self) -> None:

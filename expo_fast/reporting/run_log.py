@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from expo_fast.reporting.console import ConsoleKind, open_console
 from expo_fast.reporting.jsonl import Row, encode_row, has_step, json_value, read_lines
+from expo_fast.reporting.log_cursor import Cursor, RowCounter
 from expo_fast.reporting.trackers import TRACKERS, TrackedRun, Tracker
 from expo_fast.storage.files import AppendedFile, PatientFiles, is_full, replace_file, write_file
 
@@ -55,6 +56,7 @@ class RunLog:
         self._run_dir = run_dir
         self._metrics = AppendedFile(run_dir / METRICS)
         self._evaluations = AppendedFile(run_dir / EVALUATIONS)
+        self._counters = {METRICS: RowCounter(), EVALUATIONS: RowCounter()}
         self._completions = PatientFiles(write_file, WAITING_COMPLETIONS_BYTES)
         self._failed: set[str] = set()  # kinds of output whose last attempt failed
         self._is_full = False  # whether the last failure was that of a full disk
@@ -109,6 +111,7 @@ class RunLog:
         """Append a step's metrics. `row` has `step`. Numbers may be tensors or numpy scalars."""
         row = json_value(row)
         assert has_step(row), row
+        self._counters[METRICS].add(row)
         with self._failures_reported(METRICS):
             self._metrics.append(encode_row(row))
         self._track_scalars("", row)
@@ -119,6 +122,7 @@ class RunLog:
         """Append an evaluation. `row` has `step`."""
         row = json_value(row)
         assert has_step(row), row
+        self._counters[EVALUATIONS].add(row)
         with self._failures_reported(EVALUATIONS):
             self._evaluations.append(encode_row(row))
         self._track_scalars("eval/", row)
@@ -143,14 +147,35 @@ class RunLog:
         with self._failures_reported(CONSOLE):
             self._console.note(text)
 
-    def truncate_to(self, step: int) -> None:
+    def cursors(self, step: int) -> dict[str, Cursor]:
+        """Return how far each log has come at a step, with the rows that wait for the disk.
+
+        The evaluation after the step does not count: a signal may save the step before it.
+        """
+        return {
+            METRICS: self._counters[METRICS].cursor(),
+            EVALUATIONS: self._counters[EVALUATIONS].cursor_before(step),
+        }
+
+    def truncate_to(self, step: int, cursors: Mapping[str, Cursor] | None = None) -> None:
         """Remove log entries after `step`, because a run resumed there writes them again.
 
         Also remove a partial last line of a killed run. Raise OSError if that fails.
+
+        cursors: how far each log had come at `step`. Rows behind it are removed, except that of an
+        evaluation after `step`.
         """
         for name in (METRICS, EVALUATIONS):
             path = self._run_dir / name
-            kept = b"".join(_lines_up_to(step, path))
+            kept = b""
+            counter = RowCounter()
+            cursor = (cursors or {}).get(name)
+            for line, row in _lines_up_to(step, path):
+                is_evaluation = name == EVALUATIONS and row["step"] == step
+                if cursor is None or counter.cursor().rows < cursor.rows or is_evaluation:
+                    kept += line
+                    counter.add(row)
+            self._counters[name] = counter
             if path.exists() and kept != path.read_bytes():
                 replace_file(path, kept)
         for path in (self._run_dir / "completions").glob("step-*.jsonl"):
@@ -212,7 +237,7 @@ class RunLog:
                 self._failed.discard(kind)
 
 
-def _lines_up_to(step: int, path: Path) -> Iterator[bytes]:
+def _lines_up_to(step: int, path: Path) -> Iterator[tuple[bytes, Row]]:
     for line, row in read_lines(path):
         if has_step(row) and row["step"] <= step:
-            yield line
+            yield line, row

@@ -15,6 +15,7 @@ from expo_fast.config import ADJUSTABLE
 from expo_fast.reporting.jsonl import Row, has_step, read_rows
 from expo_fast.reporting.text import is_number, shown_text
 
+INEXACT = "# inexact: "  # begins a comment of config.toml that says why a run is inexact
 # Fields in which runs of one configuration may differ. `steps` is not one of them, because the
 # learning-rate schedule depends on it.
 FREE_FIELDS = {"seed", *ADJUSTABLE} - {"steps"}
@@ -28,6 +29,7 @@ class Run:
     config: dict[str, Any]
     steps: list[Row]  # rows of metrics.jsonl, in the order of the steps
     evaluations: list[Row]  # rows of evaluations.jsonl, by step
+    inexact: tuple[str, ...] = ()  # why it may not equal an uninterrupted run
 
     @property
     def before(self) -> Row:
@@ -115,7 +117,11 @@ def load_run(name: str) -> Run:
     if not steps:
         raise ValueError(f"{name!r} has no logged step: need at least one")
     evaluations = _rows_by_step(path / "evaluations.jsonl")
-    return Run(name, config, steps, evaluations)
+    reasons = []
+    for line in text.splitlines():
+        if line.startswith(INEXACT):
+            reasons.append(line.removeprefix(INEXACT))
+    return Run(name, config, steps, evaluations, tuple(reasons))
 
 
 def _rows_by_step(path: Path) -> list[Row]:

@@ -1,5 +1,6 @@
 """Tables of the report: configurations with their accuracy, accuracy by level, time by phase."""
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
@@ -17,6 +18,7 @@ from expo_fast.reporting.runs import (
     row_of_level,
     spread,
 )
+from expo_fast.reporting.text import is_number
 
 # Keys and fields that must be equal for accuracies to be comparable.
 MEASURED_WITH = ("problems", "samples", "template", "grader")
@@ -135,6 +137,25 @@ def before_and_after(group: Group, key: str, number_format: str, level: int | No
     if 0 < len(complete) < len(pairs):
         cell += small(f"{len(complete)} of {len(pairs)} runs")
     return cell
+
+
+def verdicts(groups: Sequence[Group]) -> str:
+    """Return the reasons of the verdicts of each configuration's last evaluations, as a table.
+
+    Return "" if no evaluation has them.
+    """
+    rows = []
+    for group in groups:
+        counts: Counter[str] = Counter()
+        for run in group.runs:
+            found = run.after.get("verdicts")
+            if isinstance(found, dict):
+                counts.update({name: n for name, n in found.items() if is_number(n)})
+        total = sum(counts.values())
+        if total > 0:
+            shares = [f"{escaped(name, 20)} {n / total:.1%}" for name, n in counts.most_common()]
+            rows.append([escaped(group.name), ", ".join(shares)])
+    return table(["configuration", "verdicts on the samples after training"], rows) if rows else ""
 
 
 def _mean(x: Spread | None, number_format: str) -> str:

@@ -137,6 +137,22 @@ def newest_to_resume(run_dir: Path) -> Path | None:
     return None
 
 
+def newest_values(run_dir: Path) -> dict[str, Any] | None:
+    """Return the JSON values of the newest checkpoint whose file of them is undamaged.
+
+    Other files are not read. Return None if there is no such checkpoint.
+    """
+    name = f"{STATE_FOLDER}/{STATE_VALUES}"
+    for path in reversed(_checkpoints(run_dir / "checkpoints")):
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            if _sha256(path / name) == manifest["files"][name]["sha256"]:
+                return json.loads((path / name).read_bytes())
+        except (OSError, ValueError, LookupError, TypeError):  # damaged: look at the one before
+            continue
+    return None
+
+
 def _undamaged(run_dir: Path) -> Iterator[Path]:
     """Yield the undamaged checkpoints, the newest first. Warn of each that is damaged."""
     for path in reversed(_checkpoints(run_dir / "checkpoints")):

