@@ -1,6 +1,6 @@
 """Shapes and inputs of the op benchmarks, and the implementations that compete in each op."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -29,6 +29,7 @@ SHAPES = {  # (V, D) of the LM head
     "llama-3.2-3b": (128256, 3072),
 }
 ROWS = (1024, 4096, 16384)
+ZEROS = (0, 40)  # percentages of zero rows
 SEQUENCE = 256  # rows in a sequence
 CLIP = 0.2  # clip range of the policy loss
 BETA = 0.1  # coefficient of the preference loss, per nat
@@ -64,13 +65,13 @@ class Case:
         """Return (N,) bool: the rows that have a target."""
         return self.targets != IGNORE
 
-    def with_zero_rows(self) -> "Case":
-        """Return the case with two of five rows as zero rows.
+    def with_zero_rows(self, percent: int) -> "Case":
+        """Return the case with a percentage of zero rows, a multiple of 10.
 
         In training, prompt tokens and groups without advantage are such rows.
         """
         index = torch.arange(len(self.targets), device=self.targets.device)
-        zero = index % 5 >= 3
+        zero = index * 3 % 10 < percent // 10  # times 3: not one run of rows
         targets = self.targets.masked_fill(zero, IGNORE)
         weight = _mean_of_means(targets.view(self.shape))
         upstream = self.upstream.masked_fill(zero, 0)
@@ -363,23 +364,24 @@ class Group:
     op: str
     model: str
     rows: int
-    zeros: bool  # whether 40% of the rows are zero rows
+    zeros: int  # percentage of zero rows
 
     def __str__(self) -> str:
-        zeros = ", 40% zero" if self.zeros else ""
+        zeros = f", {self.zeros}% zero" if self.zeros else ""
         return f"{self.op}, {self.model}, {self.rows} rows{zeros}"
 
     def case(self, device: str) -> Case:
         """Return the inputs."""
         case = make_case(self.model, self.rows, device)
-        return case.with_zero_rows() if self.zeros else case
+        return case.with_zero_rows(self.zeros) if self.zeros else case
 
 
 def groups(
     models: list[str] | None = None,
     rows: list[int] | None = None,
     ops: list[str] | None = None,
+    zeros: Sequence[int] = ZEROS,
 ) -> list[Group]:
     """Return all settings of these models, row counts and ops; None stands for all."""
-    settings = product(rows or ROWS, models or SHAPES, (False, True), ops or OPS)
+    settings = product(rows or ROWS, models or SHAPES, zeros, ops or OPS)
     return [Group(op, model, n, zeros) for n, model, zeros, op in settings]

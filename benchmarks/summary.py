@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import OPS, ROWS, SHAPES, Group, groups
+from benchmarks.cases import OPS, ROWS, SHAPES, ZEROS, Group, groups
 from benchmarks.measure import brief, measure
 
 PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "trl")
@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["smollm2-135m"])
     parser.add_argument("--rows", nargs="+", type=int, default=[ROWS[0]])
     parser.add_argument("--ops", nargs="+", choices=OPS)
+    parser.add_argument("--zeros", nargs="+", type=int, default=ZEROS, help="percent of zero rows")
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args(argv)
     if a.file:
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             show(result)
     else:
         summary = {"machine": machine(), "results": []}
-        for group in groups(a.models, a.rows, a.ops):
+        for group in groups(a.models, a.rows, a.ops, a.zeros):
             result = measure(group, default_device(), a.repeats)
             summary["results"].append(result)
             show(result)

@@ -58,7 +58,7 @@ def beside_liger(report: Report, models: list[str]) -> None:
         return
     others = {name for name, _ in OPS[NAMES[0]].contestants(report.device)} - {OURS, LIGER}
     for model in models:
-        group = Group(NAMES[0], model, ROWS[0], zeros=False)
+        group = Group(NAMES[0], model, ROWS[0], zeros=0)
         run = partial(measure, group, report.device, REPEATS, tuple(others))
         found = report.attempt(str(group), run)
         if found:
@@ -83,14 +83,14 @@ def every_contestant(report: Report) -> None:
 def small_case(op: str) -> Case:
     """Return inputs for a dry run."""
     SHAPES[SMALL] = (264, 64)
-    return Group(op, SMALL, 64, zeros=False).case("cpu")
+    return Group(op, SMALL, 64, zeros=0).case("cpu")
 
 
 def repeated(report: Report) -> None:
     """Run each op many times on the same inputs: values and gradients must be equal to the bit."""
     calls = 2 if report.dry else REPEATED_CALLS
     for op in OPS:
-        group = Group(op, REPEATED, ROWS[1], zeros=False)
+        group = Group(op, REPEATED, ROWS[1], zeros=0)
         case = small_case(op) if report.dry else group.case(report.device)
         contestant = dict(OPS[op].contestants(report.device))[OURS]
 
