@@ -8,10 +8,9 @@ CUDA graph of many calls. Launches do not overlap, except where an experiment sa
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
-import os
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,19 +25,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.gpu_decode import LAYERS as CACHED_LAYERS
-from benchmarks.gpu_decode import LOAD, MODELS, SMOKE, TINY, AttentionCase, Sizes, random_model
+from benchmarks.gpu_decode import LOAD, MODELS, SMOKE, TINY, AttentionCase, Sizes
 from benchmarks.gpu_train import SHAPES
-from benchmarks.lease import sampling
 from benchmarks.lease.fake_driver import MULTIPROCESSORS
 from benchmarks.lease.report import Report
-from benchmarks.measure import Stopwatch
-from expo_fast.inference.cuda_engine import CudaEngine, uncollected
+from expo_fast.inference.cuda_engine import uncollected
 from expo_fast.inference.sampling import BLOCK
 from expo_fast.kernels import blocks, cascade, decode, layer
 from expo_fast.kernels.decode import Tile
 from expo_fast.kernels.products import wide_product
-from expo_fast.kernels.rowwise import LOG2_E, OVERLAP
-from expo_fast.modeling.decoder import Decoder
+from expo_fast.kernels.rowwise import LOG2_E
 
 ROWS = 256  # of a decode step
 LAYERS = 24  # layers of 0.5B, each with weights of its own
@@ -47,25 +43,19 @@ STD = 0.03  # of random weights
 BF16 = 2.0**-8  # the largest relative error of a rounding to bf16
 
 
-def overlap(on: bool) -> AbstractContextManager:
-    """Return a context in which launches of the decode step overlap or do not."""
-    return patch.dict(os.environ, {OVERLAP: "1" if on else "0"})
-
-
 def replayed(report: Report, work: Callable[[], object]) -> float:
     """Return the median microseconds of the work in a CUDA graph.
 
     The graph is replayed three times in succession, and the last two replays are timed.
     In a dry run, do the work once and return 0.
     """
-    with overlap(False):
-        work()  # compiles the kernels
-        if report.dry:
-            return 0.0
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with uncollected(), torch.cuda.graph(graph):
-            work()
+    work()  # compiles the kernels
+    if report.dry:
+        return 0.0
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with uncollected(), torch.cuda.graph(graph):
+        work()
     found = []
     for _ in range(REPEATS):
         begin = torch.cuda.Event(enable_timing=True)
@@ -192,11 +182,8 @@ def norm_rows(x, out, D, BLOCK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.const
 
 
 @torch.no_grad()
-def overlapped(report: Report, models: list[str]) -> None:
-    """Time programmatic dependent launch: in a chain of small kernels, and in decode steps.
-
-    Raise Mismatch if the tokens or log-probs of a decode step depend on it.
-    """
+def overlapped(report: Report) -> None:
+    """Time programmatic dependent launch in a chain of small kernels."""
     width = TINY.hidden if report.dry else 896
     x = random_bf16(report, ROWS, width)
     y = torch.empty_like(x)
@@ -226,42 +213,6 @@ def overlapped(report: Report, models: list[str]) -> None:
         time_form(report, "kernel", form, partial(kernels, *how), CHAIN)
         time_form(report, "product and kernel", form, partial(pairs, *how), CHAIN // 2)
     show_fastest(report)
-    for name in models:
-        model = random_model(TINY if report.dry else MODELS[name], report.device)
-        overlapped_step(report, name, model)
-
-
-def overlapped_step(report: Report, name: str, model: Decoder) -> None:
-    """Time a decode step with and without overlapped launches, and compare what it samples."""
-    engines: dict[bool, CudaEngine] = {}
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for on in seconds:
-        with overlap(on):
-            engines[on] = sampling.loaded_engine(report, model)
-    stopwatch = Stopwatch(report.device)
-    for _ in range(1 if report.dry else sampling.REPEATS):
-        for on, engine in engines.items():
-            with overlap(on):
-                seconds[on].append(sampling.seconds_of_a_step(report, engine, stopwatch))
-    found = {str(on): statistics.median(times) for on, times in seconds.items()}
-    report.add(steps=report.found.get("steps", {}) | {name: found})
-    report.show(**{f"{name}_ms": f"{found['True'] * 1e3:.3f} of {found['False'] * 1e3:.3f}"})
-    engines[True].slab.copy_(engines[False].slab)
-    drawn = {}
-    for on, engine in engines.items():
-        with overlap(on):
-            drawn[on] = sampled_burst(report, engine)
-        engine.close()
-    report.require_equal(f"tokens and log-probs, {name}", drawn[True], drawn[False])
-
-
-def sampled_burst(report: Report, engine: CudaEngine) -> Tensor:
-    """Return the tokens and log-probs (burst, 2, B) of a burst from the loaded rows."""
-    sampling.rewind(report, engine)
-    engine.step.inputs.last_tokens.fill_(sampling.FIRST_TOKEN)
-    for _ in range(engine.burst):
-        engine.step.run()
-    return engine.step.progress.drawn.clone()
 
 
 # prefetch
@@ -468,8 +419,7 @@ def gate_up(report: Report) -> None:
             return activated
 
         time_form(report, name, "cuBLAS and swiglu", separate, LAYERS)
-        with overlap(False):
-            expected = separate()
+        expected = separate()
         for gemm in GATE_UP:
             work = partial(fused_gate_up, gemm, x, weights, out)
             if time_form(report, name, str(gemm), work, LAYERS):

@@ -93,7 +93,7 @@ TIME = [
     timing("ops-135m", "ops:timed", 40, model=MODELS["135m"]),
     timing("repeats", "ops:repeated", 30),
     timing("step-products", "experiments:step_products", 30),
-    timing("overlap", "experiments:overlapped", 60, models=[MODELS["0.5b"], MODELS["3b"]]),
+    timing("overlap", "experiments:overlapped", 30),
     timing("prefetch", "experiments:prefetched", 30),
     timing("gate-up", "experiments:gate_up", 30),
     timing("split-k", "experiments:split_k", 30),
