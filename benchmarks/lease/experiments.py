@@ -1,7 +1,7 @@
-"""Time forms of a decode step's kernels that were tried, beside those in use, and profile steps.
+"""Time forms of a decode step's kernels that were tried, beside those in use.
 
 Kernels that exist only for an experiment are in this file. Times are microseconds of a call in a
-CUDA graph of many calls. Launches do not overlap, except where an experiment says so.
+CUDA graph of many calls.
 """
 
 # Pyright checks Triton's functions as if they were Python.
@@ -183,7 +183,7 @@ def norm_rows(x, out, D, BLOCK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.const
 
 @torch.no_grad()
 def overlapped(report: Report) -> None:
-    """Time programmatic dependent launch in a chain of small kernels."""
+    """Time programmatic dependent launch in a chain of small kernels, and between products."""
     width = TINY.hidden if report.dry else 896
     x = random_bf16(report, ROWS, width)
     y = torch.empty_like(x)
@@ -673,7 +673,6 @@ class OnTwoStreams:
                 "num_warps": tile.warps,
                 "num_stages": tile.stages,
             }
-            del options["PDL"]
             attend_some_items[grid](*arguments, **options)
 
         def launch(*arguments: Any, **named: Any) -> None:
