@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -234,9 +235,12 @@ def require_learning(step: int, row: Mapping[str, Any]) -> None:
         raise RuntimeError(f"step {step + 1} learnt nothing. Its metrics are {row}")
 
 
-def run_step(trainer: Trainer, step: int, count: Count) -> dict[str, Any]:
+def run_step(
+    trainer: Trainer, step: int, count: Count, phases: Phases | None = None
+) -> dict[str, Any]:
     """Run a step. Return its metrics, which include the seconds of each phase."""
-    phases = Phases()
+    if phases is None:
+        phases = Phases()
     with lenient_and_counted(count):
         metrics, _ = grpo.run_step(trainer, step, phases)
     return {**metrics, **phases.seconds()}
@@ -248,14 +252,30 @@ def profiled(trainer: Trainer, count: Count, seconds: float) -> dict[str, Any]:
     seconds: the time of an ordinary step, from which the idle time follows. The profiled step takes
     longer: the profiler slows down the host, and stops it when buffers of events are full.
     """
+    runs = kernel_runs(partial(run_step, trainer, STEPS - 1, count))
+    kernels = [(run.name, run.seconds) for run in runs]
+    return {"launches": len(kernels)} | shares(kernels, seconds)
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """One run of a kernel, or a copy, on the device."""
+
+    begin: float  # seconds, of a clock with any start
+    seconds: float
+    name: str
+
+
+def kernel_runs(work: Callable[[], object]) -> list[KernelRun]:
+    """Return the kernels of the work, in the order in which they began."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run_step(trainer, STEPS - 1, count)
+        work()
         torch.cuda.synchronize()
     # `profiler.events()` would take a minute for half a million kernels.
     raw: Any = profiler.profiler
     events = [e for e in raw.kineto_results.events() if "CUDA" in str(e.device_type())]
-    kernels = [(e.name(), e.duration_ns() / 1e9) for e in events]
-    return {"launches": len(kernels)} | shares(kernels, seconds)
+    runs = [KernelRun(e.start_ns() / 1e9, e.duration_ns() / 1e9, e.name()) for e in events]
+    return sorted(runs, key=lambda run: run.begin)
 
 
 def shares(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, Any]:

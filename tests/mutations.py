@@ -532,7 +532,7 @@ MUTATIONS = [
         "the weights are not those of the optimizer after an update",
         SHARDING,
         "complete.copy_(parts.flatten()[: complete.numel()].view_as(complete))",
-        "pass",
+        "complete.copy_(complete)",
         RANKS,
     ),
     Mutation(

@@ -424,6 +424,20 @@ def test_pairs_judged_by_another_reward_are_refused(data: Path, tmp_path: Path):
     assert [row.get("inexact") for row in record(tmp_path / "run")] == [None, None, 1]
 
 
+def test_pairs_of_a_version_without_the_reward_can_be_resumed_twice(data: Path, tmp_path: Path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def none(prompts, **columns):\n    return [0.0] * len(prompts)\n")
+    more = ("--reward", f"{rewards}:none", "--schedule", "constant", "--steps")
+    train.main(job(data, tmp_path / "run", "expert-dpo", *more, 1))
+    file = tmp_path / "run/pairs/provenance.json"
+    old = json.loads(file.read_text())
+    del old["reward"]
+    file.write_text(json.dumps(old))
+    for steps in (2, 3):
+        train.main(job(data, tmp_path / "run", "expert-dpo", *more, steps))
+    assert len(record(tmp_path / "run")) == 3
+
+
 def test_damaged_files_of_pairs_are_named(data: Path, tmp_path: Path):
     more = ("--schedule", "constant")
     train.main(job(data, tmp_path, "expert-dpo", *more, "--steps", 2))

@@ -34,7 +34,7 @@ from expo_fast.op_backends import dispatch
 pytest.importorskip("triton")
 
 from benchmarks.lease import __main__ as command
-from benchmarks.lease import packs, runner, switches
+from benchmarks.lease import packs, runner, step_profiles, switches
 from benchmarks.lease.plan import CHECK, ITEMS, TIME, Item
 from benchmarks.lease.report import Mismatch, Report
 from benchmarks.lease.runner import Outcome, Run
@@ -158,6 +158,35 @@ def test_kernels_are_classified_by_their_names():
     kinds = {"products": 6.0, "attention": 1.5, "decoding": 0.25, "others": 0.75, "idle": 1.5}
     assert found["kernels"] == kinds
     assert found["outside"] == pytest.approx(0.225)
+
+
+def test_busy_and_idle_time_is_that_of_the_phase():
+    phases = step_profiles.MarkedPhases(spins=False)
+    for name in ("generate", "reward", "generate"):
+        with phases.phase(name):
+            pass
+    runs = [
+        gpu_train.KernelRun(0.0, 0.0, "spin_kernel"),
+        gpu_train.KernelRun(1.0, 2.0, "a"),  # after 1 s without a kernel
+        gpu_train.KernelRun(2.0, 3.0, "b"),  # of which 2 s beside no other
+        gpu_train.KernelRun(2.5, 1.0, "a"),
+        gpu_train.KernelRun(9.0, 0.0, "spin_kernel"),
+        gpu_train.KernelRun(9.5, 0.5, "between"),
+        gpu_train.KernelRun(10.0, 0.0, "spin_kernel"),
+        gpu_train.KernelRun(10.5, 0.0, "spin_kernel"),
+        gpu_train.KernelRun(11.0, 0.0, "spin_kernel"),
+        gpu_train.KernelRun(11.0, 1.0, "a"),
+        gpu_train.KernelRun(12.0, 0.0, "spin_kernel"),
+    ]
+    found = step_profiles.by_phase(runs, phases.marks)
+    assert set(found) == {"generate", "reward"}
+    generate = found["generate"]
+    assert (generate.seconds, generate.busy, generate.launches) == (10.0, 5.0, 4)
+    assert generate.gaps == [1.0, 4.0]  # before the first kernel, and after the last one
+    assert generate.kernels == {"a": 4.0, "b": 3.0}
+    assert (found["reward"].seconds, found["reward"].busy) == (0.5, 0.0)
+    with pytest.raises(ValueError, match="5 kernels named spin: needs 6"):
+        step_profiles.by_phase(runs[1:], phases.marks)
 
 
 class Programs(Run):

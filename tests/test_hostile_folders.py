@@ -69,7 +69,7 @@ def test_the_probe_has_nothing_of_the_environment(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "sk-123")
     monkeypatch.setattr(template_probe.subprocess, "run", run)
     assert template_probe.fault_of_template("new template", "[]", "{}") is None
-    assert seen["env"].keys() <= {"PYTHONPATH", "LD_LIBRARY_PATH"}
+    assert seen["env"].keys() <= {"PYTHONPATH", "PYTHONHASHSEED", "LD_LIBRARY_PATH"}
 
 
 # Control tokens

@@ -92,6 +92,23 @@ TIME = [
     ),
     timing("ops-135m", "ops:timed", 40, model=MODELS["135m"]),
     timing("repeats", "ops:repeated", 30),
+    timing("step-products", "experiments:step_products", 30),
+    timing("overlap", "experiments:overlapped", 30),
+    timing("prefetch", "experiments:prefetched", 30),
+    timing("gate-up", "experiments:gate_up", 30),
+    timing("split-k", "experiments:split_k", 30),
+    timing("head-sums", "experiments:head_sums", 40),
+    timing(
+        "attention-forms",
+        "experiments:attention_forms",
+        60,
+        models=[MODELS["0.5b"], MODELS["135m"], MODELS["3b"]],
+    ),
+    timing("first-tokens", "step_profiles:first_tokens", 40, model=MODELS["0.5b"]),
+    *(
+        timing(f"train-phases-{size}", "step_profiles:train_phases", 75, model=MODELS[size])
+        for size in ("0.5b", "135m")
+    ),
 ]
 PLANS = {"check": CHECK, "time": TIME}
 ITEMS = {item.name: item for plan in PLANS.values() for item in plan}

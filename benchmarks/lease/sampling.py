@@ -25,6 +25,7 @@ from expo_fast.modeling.decoder import Decoder
 
 STEPS = 64  # steps that are replayed without a host sync
 BURSTS = 4  # bursts in a trace
+FIRST_TOKEN = 5  # the token of each row that the first step continues
 REPEATS = 5
 LONGEST = 15  # kernels in the summary of a trace
 DRAWS = {"peaked": 8.0, "flat": 0.01}  # standard deviations of the logits
@@ -89,6 +90,20 @@ def accept_anything() -> None:
 @torch.no_grad()
 def step_alone(report: Report, model: Decoder) -> None:
     """Time a decode step without the host: replay its graph many times without a host sync."""
+    engine = loaded_engine(report, model)
+    stopwatch = Stopwatch(report.device)
+    seconds = [seconds_of_a_step(report, engine, stopwatch) for _ in range(REPEATS)]
+    rewind(report, engine)
+    median_seconds = statistics.median(seconds)
+    captured = engine.step.graph is not None
+    report.add(step={"seconds": median_seconds, "all": seconds, "graph": captured})
+    report.show(step_ms=f"{median_seconds * 1e3:.3f}")
+    report.add(trace=traced(report, engine))
+    engine.close()
+
+
+def loaded_engine(report: Report, model: Decoder) -> CudaEngine:
+    """Return an engine with the rows of the load, and with a cache of random numbers."""
     load = SMOKE if report.dry else LOAD
     engine = CudaEngine(model)
     tables = shared_tables(load)
@@ -96,29 +111,34 @@ def step_alone(report: Report, model: Decoder) -> None:
     engine.open(1 + int(tables.max()), load.prompt_tokens + load.new_tokens)
     engine.slab.normal_()
     no_truncation = Truncation(torch.zeros(n).long(), torch.ones(n), torch.zeros(n))
-    middle = load.prompt_tokens + load.new_tokens // 2 - STEPS // 2
-    first = min(load.prompt_tokens, max(0, middle))
-    last_tokens = torch.full((n,), 5)
-    positions = torch.full((n,), first)
+    last_tokens = torch.full((n,), FIRST_TOKEN)
+    positions = torch.full((n,), first_position(report))
     keys = Sampling(torch.arange(n), torch.ones(n), no_truncation)
     engine.load(Rows(last_tokens, positions, tables, keys))
-    stopwatch = Stopwatch(report.device)
-    seconds = []
-    steps = 1 if report.dry else STEPS
-    for _ in range(REPEATS):
-        engine.step.inputs.positions.fill_(first)
-        stopwatch.start()
-        for _ in range(steps):
-            engine.step.run()
-        seconds.append(stopwatch.stop()[0] / steps)
-    engine.step.inputs.positions.fill_(first)
+    return engine
+
+
+def first_position(report: Report) -> int:
+    """Return the position from which STEPS steps have their middle in that of the new tokens."""
+    load = SMOKE if report.dry else LOAD
+    middle = load.prompt_tokens + load.new_tokens // 2 - STEPS // 2
+    return min(load.prompt_tokens, max(0, middle))
+
+
+def rewind(report: Report, engine: CudaEngine) -> None:
+    """Set the rows back to their first position, at the start of a burst."""
+    engine.step.inputs.positions.fill_(first_position(report))
     engine.step.progress.index.zero_()
-    median_seconds = statistics.median(seconds)
-    captured = engine.step.graph is not None
-    report.add(step={"seconds": median_seconds, "all": seconds, "graph": captured})
-    report.show(step_ms=f"{median_seconds * 1e3:.3f}")
-    report.add(trace=traced(report, engine))
-    engine.close()
+
+
+def seconds_of_a_step(report: Report, engine: CudaEngine, stopwatch: Stopwatch) -> float:
+    """Return the mean seconds of STEPS steps without a host sync."""
+    steps = 1 if report.dry else STEPS
+    engine.step.inputs.positions.fill_(first_position(report))
+    stopwatch.start()
+    for _ in range(steps):
+        engine.step.run()
+    return stopwatch.stop()[0] / steps
 
 
 def traced(report: Report, engine: CudaEngine) -> dict[str, Any]:

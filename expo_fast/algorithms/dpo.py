@@ -524,9 +524,12 @@ def pair_store(trainer: Trainer, run_dir: Path) -> PairStore:
     kept = {}
     if "data" in recorded and same_fingerprint(trainer.problems, recorded["data"]):
         kept["data"] = recorded["data"]
-    if "reward" not in recorded or trainer.inexact:
-        kept["reward"] = recorded.get("reward")
-    return replace(store, provenance={**store.provenance, **kept})
+    provenance_of_run = {**store.provenance, **kept}
+    if recorded.get("reward") is None:  # earlier versions did not record it
+        provenance_of_run.pop("reward", None)
+    elif trainer.inexact:
+        provenance_of_run["reward"] = recorded["reward"]
+    return replace(store, provenance=provenance_of_run)
 
 
 def check_pairs(trainer: Trainer, run_dir: Path, start: int) -> None:

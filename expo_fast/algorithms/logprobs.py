@@ -24,7 +24,8 @@ class KnownLogprobs:
     def add(self, samples: Sequence[Sample], logprobs: Sequence[Tensor]) -> None:
         """Add the log-probs of the samples' completions."""
         for sample, values in zip(samples, logprobs, strict=True):
-            self.values[sample.prompt_ids, sample.completion_ids] = values
+            # A copy: exchanged between ranks, a view would be sent with all of its memory.
+            self.values[sample.prompt_ids, sample.completion_ids] = values.clone()
 
     def of(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Return the log-probs of samples that are all known."""

@@ -140,10 +140,11 @@ def check_checkpoint(config: Train, trainer: Trainer, path: Path) -> dict[str, A
         if what in differing:
             raise ValueError(f"{path} was made with {differing[what]}: a resume needs the same")
     damages = {}
-    for name, cursor in cursors_of(values, config, path).items():
-        damage = damage_of(config.run_dir / name, cursor, values["step"])
-        if damage is not None:
-            damages[name] = damage
+    if values["step"] < config.steps:  # else no row follows
+        for name, cursor in cursors_of(values, config, path).items():
+            damage = damage_of(config.run_dir / name, cursor, values["step"])
+            if damage is not None:
+                damages[name] = damage
     if (differing or damages) and not config.inexact_resume:
         sentences = [f"{config.run_dir / name} {damage}" for name, damage in damages.items()]
         if differing:
@@ -162,6 +163,10 @@ def check_checkpoint(config: Train, trainer: Trainer, path: Path) -> dict[str, A
 def differences(trainer: Trainer, values: dict[str, Any]) -> dict[str, str]:
     """Return what the checkpoint with these JSON values was made with otherwise, with words."""
     recorded = values["identity"]
+    if STEPS not in recorded:  # a checkpoint of an earlier version
+        record = read_record(trainer.config.run_dir)
+        if record is not None and record.damage is None:
+            recorded = recorded | {STEPS: str(record.config.steps)}
     differing = {}
     for what, value in identity(trainer).items():
         # An earlier version did not record everything, and some runs have no evaluation data.
@@ -268,7 +273,8 @@ def begin_record(trainer: Trainer, restored: Restored, log: RunLog) -> None:
     for reason in trainer.inexact:
         log.note(f"warning: the run is inexact: {reason}")
     record = run_dir / RECORD
-    text = (dump_toml(config) + inexact_lines(trainer.inexact)).encode()
+    options = dump_toml(config, leave_out=("inexact_resume",))  # for this resume only
+    text = (options + inexact_lines(trainer.inexact)).encode()
     if not record.exists() or record.read_bytes() != text:
         replace_file(record, text)
     cursors = {}

@@ -3,9 +3,10 @@
 The copy has the options that may not change on a resume. It replaces a damaged config.toml.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from expo_fast.cli.flags import dump_toml, from_toml, from_toml_text
 from expo_fast.config import ADJUSTABLE, Train
@@ -42,23 +43,34 @@ def read_record(run_dir: Path) -> Recorded | None:
     """
     record = run_dir / RECORD
     values = checkpoint.newest_values(run_dir)
-    copy = None if values is None else values.get(OPTIONS)  # earlier versions saved none
+    copy = None if values is None else _copied(values, run_dir)
     if not record.is_file():
         if copy is None:
             return None
-        return Recorded(from_toml_text(Train, copy, record), f"{record} is missing")
+        return Recorded(copy, f"{record} is missing")
     try:
         config = from_toml(Train, record)
     except ValueError as error:
         if copy is not None:
-            return Recorded(from_toml_text(Train, copy, record), str(error))
+            return Recorded(copy, str(error))
         if values is None:
             advice = "remove it: the run has no checkpoint and starts again"
         else:
             advice = "copy it from a backup, or choose another --output-dir"
         raise ValueError(f"{error}; {advice}") from None
-    if copy is not None:
-        copied = from_toml_text(Train, copy, record)
-        if options_of(config) != options_of(copied):
-            return Recorded(copied, f"{record} differs from the copy in the newest checkpoint")
+    if copy is not None and options_of(config) != options_of(copy):
+        return Recorded(copy, f"{record} differs from the copy in the newest checkpoint")
     return Recorded(config)
+
+
+def _copied(values: Mapping[str, Any], run_dir: Path) -> Train | None:
+    """Return the options in the JSON values of a checkpoint. Earlier versions saved none.
+
+    Return None for options that this version cannot read, such as those of a later version.
+    """
+    if OPTIONS not in values:
+        return None
+    try:
+        return from_toml_text(Train, values[OPTIONS], run_dir / "checkpoints")
+    except ValueError:
+        return None

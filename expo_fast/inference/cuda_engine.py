@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256)  # larger numbers are rounded up to a multiple of the last
 # Prompt tokens in one forward pass. Its launches are not captured, and take the host longer than
-# the GPU takes for a few thousand tokens. A larger number needs more memory: 2 bytes for each token
-# and row of gate and up, which are 1.4 GB for a 3B model.
+# the GPU takes for a few thousand tokens. A larger number needs more memory: gate, up and their
+# product take 2.2 GB for a 3B model, and each layer copies the keys and values that a batch sees.
 CUDA_PREFILL_TOKENS = 32768
 MIN_TABLE_WIDTH = 16  # pages; doubled until it suffices
 # Fraction of ended rows above which rows are loaded again. A load costs the host about 3 ms. An

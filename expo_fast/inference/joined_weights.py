@@ -18,7 +18,7 @@ from expo_fast.modeling.shape import Shape
 
 
 def joins(shape: Shape) -> bool:
-    """Return whether the fused kernels of `decode_step` compute a model of this shape.
+    """Return whether `fused_forward` computes a model of this shape.
 
     They compute Llama's layer, with or without biases, norms of each head, windows and NoPE.
     """

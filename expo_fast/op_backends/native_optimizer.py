@@ -158,7 +158,7 @@ def adamw(
     """Update the parameters with their gradients times `clip`, in one pass.
 
     Return the sum of the squared changes of the weights, before the weights are rounded to fp32.
-    The new weights and moments have the bits of PyTorch's fused AdamW on a CPU with AVX2.
+    The new weights and moments have the bits of PyTorch's fused AdamW on a CPU with AVX2 and FMA.
     """
     beta1, beta2 = betas
     structs = (_Parameter * len(parameters))()

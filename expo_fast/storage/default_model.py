@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from stat import S_IMODE
 from threading import Thread
@@ -71,7 +72,8 @@ def _readable(folder: Path) -> Path:
     for path in folder.iterdir():
         status = path.stat()
         if status.st_uid == os.geteuid() and S_IMODE(status.st_mode) == PRIVATE:
-            obey_umask(path)
+            with suppress(OSError):  # such as a file system that is only read
+                obey_umask(path)
         if not os.access(path, os.R_OK):
             raise PermissionError(
                 f"{path} belongs to another user and cannot be read: let its owner run "
