@@ -75,6 +75,7 @@ def test_a_thousand_bombs_of_one_kind_take_no_time():
     assert time.process_time() - start < 5  # 0.5 s
 
 
+@pytest.mark.slow
 def test_reasons_of_verdicts(monkeypatch):
     golds = ["1/2", "|x|+1", "|x|+1", "7", "7", "|x|", "7", ""]
     boxes = ["0.5", "1+|x|", "|x|+2", "", "8", r"|x|\&\&", "|x|+9^{9^{9^9}}", "1"]

@@ -824,6 +824,7 @@ def test_a_gpu_computes_prompts_in_one_call_per_layer(monkeypatch):
     assert_same(sample(model, asked, "triton"), sample(model, asked, "torch"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mistral-window", "qwen3", "qwen2"])
 def test_a_gpu_computes_prompts_with_the_kernels_of_a_step(kind, monkeypatch):
     """The interpreter runs them slowly, so that only this test selects them on a CPU."""

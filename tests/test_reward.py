@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -208,23 +209,27 @@ def test_a_worker_lost_between_calls_is_replaced():
         assert pool.crashes == 0
 
 
-@pytest.mark.parametrize("signum", [*STOPS, SAVE])
-def test_a_signal_to_all_processes_of_a_job_loses_no_verdict(signum, monkeypatch):
+def test_a_signal_to_all_processes_of_a_job_loses_no_verdict(monkeypatch):
     """The trainer needs verdicts for the step that it completes before it ends."""
-    with Verifier(workers=1, timeout_s=10.0) as pool:
-        assert pool.judge(["|x|"], [box("|y|")]) == [0.0]
-        assert pool._nursery is not None
-        pids = (pool._nursery.process.pid, pool._pool[0].pid)
-        assign = Worker.assign
+    assign = Worker.assign
 
+    def assign_and_send(signum: int, pids: tuple[int, ...]) -> Callable[..., None]:
         def assign_and_signal(self: Worker, job: Comparison, timeout_s: float, cpu_s: float):
             assign(self, job, timeout_s, cpu_s)
             for pid in pids:
                 os.kill(pid, signum)
 
-        monkeypatch.setattr(Worker, "assign", assign_and_signal)
-        assert pool.judge(["|x|+1", "|x|+2"], [box("1+|x|"), box("|x|")]) == [1.0, 0.0]
-        assert (pool._nursery.process.pid, pool._pool[0].pid) == pids
+        return assign_and_signal
+
+    with Verifier(workers=1, timeout_s=10.0) as pool:
+        assert pool.judge(["|x|"], [box("|y|")]) == [0.0]
+        assert pool._nursery is not None
+        pids = (pool._nursery.process.pid, pool._pool[0].pid)
+        for n, signum in enumerate([*STOPS, SAVE], start=1):
+            monkeypatch.setattr(Worker, "assign", assign_and_send(signum, pids))
+            verdicts = pool.judge([f"|x|+{n}"] * 2, [box(f"{n}+|x|"), box("|x|")])
+            assert verdicts == [1.0, 0.0], signum
+            assert (pool._nursery.process.pid, pool._pool[0].pid) == pids
         assert (pool.timeouts, pool.crashes) == (0, 0)
 
 
