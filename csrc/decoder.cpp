@@ -9,7 +9,8 @@
 // GELU in place of SiLU, and in factors of x, of scores and of hidden.
 //
 // Tokens lie along the vector lanes: Y.T = W @ X.T reads each weight once per call, in memory
-// order, and norms and rotations work on each lane separately. Values are rounded to the model's
+// order, and norms and rotations work on each lane separately. token_products.h may multiply with
+// output features in the lanes instead. Values are rounded to the model's
 // dtype where PyTorch rounds them. Every number depends on its own sequence only and is summed in a
 // fixed order. It is the same to the bit for any other sequences in the batch, for any number of
 // threads, and for any division of the sequence into calls.
@@ -24,12 +25,12 @@
 #include <cstring>
 
 #include "common.h"
-#include "gemm.h"
+#include "token_products.h"
 
 namespace {
 
 constexpr int64_t kPage = 32;     // tokens in a page; the same number as in cpu_engine.py
-constexpr int64_t kTile = 48;     // output features of a product: two such tiles fit in L1
+constexpr int64_t kTile = kAnyColumn ? 32 : 48;  // output features of a product: two tiles fit in L1
 constexpr int64_t kTogether = 8;  // neighbouring rows whose attention one thread computes together
 
 enum Activation : int32_t { kSilu, kGeluTanh };  // the order of ACTIVATIONS in shape.py
@@ -348,23 +349,41 @@ class Pass {
     team.each(chunks * d.kv_heads, [&](int64_t item) {
       attend(index, item / chunks, item % chunks * kTogether, buffers);
     });
-    const int64_t width = d.heads * d.head_dim;
-    add_to_x(l.o, l.o_bias, l.after_attention, attended, width, buffers, team);
+    const Weight o{l.o, l.o_bias, l.gate, d.hidden, d.heads * d.head_dim};
+    add_to_x(o, l.after_attention, attended, buffers, team);
     norm(l.before_mlp, team);
     feed_forward(l, buffers, team);
-    add_to_x(l.down, l.down_bias, l.after_mlp, activation, d.intermediate, buffers, team);
+    const void* then = index + 1 < d.n_layers ? d.layers[index + 1].q : nullptr;
+    const Weight down{l.down, l.down_bias, then, d.hidden, d.intermediate};
+    add_to_x(down, l.after_mlp, activation, buffers, team);
   }
+
+  // A matrix of the model. `then` is a matrix that the next products read.
+  struct Weight {
+    const void *data, *bias, *then;
+    int64_t features, depth;
+
+    const T* row(int64_t i) const { return static_cast<const T*>(data) + i * depth; }
+
+    // Returns where a thread probably reads on that skips `step` rows from row i on.
+    const T* following(int64_t i, int64_t step) const {
+      if (i + step < features) return row(i + step);
+      return then ? static_cast<const T*>(then) + (i + step - features) * depth : row(i);
+    }
+  };
 
   // Writes z (count, w): rows [first, first + count) of weight times a block of `in`, plus the
   // bias, rounded.
-  void product(const void* weight, const void* bias, int64_t first, int64_t count, const P* in,
-               int64_t depth, int64_t block, const Buffers<T>& buffers, float* z) const {
-    const int64_t w = s.width(block);
-    const T* a = static_cast<const T*>(weight) + first * depth;
+  void product(const Weight& weight, int64_t first, int64_t count, const P* in, int64_t block,
+               const Buffers<T>& buffers, float* z) const {
+    const int64_t w = s.width(block), depth = weight.depth;
+    const T* a = weight.row(first);
     const P* b = block_of(in, block, depth);
-    multiply(count, w, depth, a, depth, b, w, z, w, buffers.copy);
+    const T* next = weight.following(first, rows.threads * count);
+    const int64_t tokens = std::min(kBlock, s.n - block * kBlock);
+    multiply_tokens(count, tokens, w, depth, a, depth, b, w, z, w, buffers.copy, next);
     for (int64_t r = 0; r < count; ++r) {
-      const Lanes b = parameter(bias, first + r);
+      const Lanes b = parameter(weight.bias, first + r);
       for (int64_t i = 0; i < w; i += kLanes)
         store(z + r * w + i, rounded<T>(load<Lanes>(z + r * w + i) + b));
     }
@@ -372,16 +391,20 @@ class Pass {
 
   // The heads of queries, keys or values of a layer.
   struct Heads {
-    const void *weight, *bias, *norm;
+    Weight weight;
+    const void* norm;
     int32_t rope;
     int64_t first, count;  // among all heads, which are numbered with those of q first, then k, v
   };
 
   Heads heads_of(const Layer& l, int64_t head) const {
-    if (head < d.heads) return {l.q, l.q_bias, l.q_norm, l.rope, 0, d.heads};
-    if (head < d.heads + d.kv_heads)
-      return {l.k, l.k_bias, l.k_norm, l.rope, d.heads, d.kv_heads};
-    return {l.v, l.v_bias, nullptr, -1, d.heads + d.kv_heads, d.kv_heads};
+    const int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
+    const Weight q{l.q, l.q_bias, l.k, queries, d.hidden};
+    const Weight k{l.k, l.k_bias, l.v, keys, d.hidden};
+    const Weight v{l.v, l.v_bias, l.o, keys, d.hidden};
+    if (head < d.heads) return {q, l.q_norm, l.rope, 0, d.heads};
+    if (head < d.heads + d.kv_heads) return {k, l.k_norm, l.rope, d.heads, d.kv_heads};
+    return {v, nullptr, -1, d.heads + d.kv_heads, d.kv_heads};
   }
 
   // Computes one head. Queries are written to q, keys and values to their pages.
@@ -407,7 +430,7 @@ class Pass {
     const int64_t Dh = d.head_dim, own = head - heads.first;
     for (int64_t block = 0; block < s.blocks; ++block) {
       const int64_t w = s.width(block);
-      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers, buffers.z);
+      product(heads.weight, own * Dh, Dh, h, block, buffers, buffers.z);
       T* to = unnormed_head(head, block);
       float* sums = block_of(squares, block, d.heads + d.kv_heads) + head * w;
       for (int64_t i = 0; i < w; i += kLanes) {
@@ -445,7 +468,7 @@ class Pass {
       const T* from = unnormed_head(heads.first + own, block);
       for (int64_t i = 0; i < Dh * w; i += kLanes) store(buffers.z + i, load_wide(from + i));
     } else {
-      product(heads.weight, heads.bias, own * Dh, Dh, h, d.hidden, block, buffers, buffers.z);
+      product(heads.weight, own * Dh, Dh, h, block, buffers, buffers.z);
     }
     const int64_t set = std::max<int64_t>(heads.rope, 0) * half;
     const float* cosines = block_of(cos, block, d.rope_sets * half) + set * w;
@@ -620,14 +643,14 @@ class Pass {
   }
 
   // Adds a product to x, after the norm of `after` if the layer has one.
-  void add_to_x(const void* weight, const void* bias, const void* after, const P* in,
-                int64_t depth, const Buffers<T>& buffers, Team& team) {
+  void add_to_x(const Weight& weight, const void* after, const P* in, const Buffers<T>& buffers,
+                Team& team) {
     // With a norm, the product is kept in the memory of h, which no later product reads.
     T* kept = reinterpret_cast<T*>(h);
     each_tile(d.hidden, team, [&](int64_t first, int64_t count) {
       for (int64_t block = 0; block < s.blocks; ++block) {
         const int64_t w = s.width(block);
-        product(weight, bias, first, count, in, depth, block, buffers, buffers.z);
+        product(weight, first, count, in, block, buffers, buffers.z);
         T* to = block_of(after ? kept : x, block, d.hidden) + first * w;
         for (int64_t i = 0; i < count * w; i += kLanes) {
           const Lanes z = load<Lanes>(buffers.z + i);
@@ -663,11 +686,13 @@ class Pass {
   // Writes activation = silu(gate h) * (up h), or with GELU in place of SiLU.
   void feed_forward(const Layer& l, const Buffers<T>& buffers, Team& team) {
     const Power exponential(broadcast(float(M_LOG2E)));
+    const Weight gate{l.gate, l.gate_bias, l.down, d.intermediate, d.hidden};
+    const Weight up{l.up, l.up_bias, nullptr, d.intermediate, d.hidden};
     each_tile(d.intermediate, team, [&](int64_t first, int64_t count) {
       for (int64_t block = 0; block < s.blocks; ++block) {
         const int64_t w = s.width(block);
-        product(l.gate, l.gate_bias, first, count, h, d.hidden, block, buffers, buffers.z);
-        product(l.up, l.up_bias, first, count, h, d.hidden, block, buffers, buffers.z2);
+        product(gate, first, count, h, block, buffers, buffers.z);
+        product(up, first, count, h, block, buffers, buffers.z2);
         P* to = block_of(activation, block, d.intermediate);
         for (int64_t r = 0; r < count; r += 2)
           for (int64_t i = 0; i < w; i += kLanes) {

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "common.h"
-#include "gemm.h"
+#include "token_products.h"
 
 // native_structs.py declares the same struct. Vectors are (N,).
 struct Draw {
@@ -103,18 +103,21 @@ class Sampler {
                  to[(k / kPair<P> * w + i % kBlock) * kPair<P> + k % kPair<P>]);
   }
 
-  // Writes the logits (rows, w) of a tile for w tokens of a block.
-  void product(int64_t tile, int64_t block, int64_t column, int64_t w,
+  // Writes the logits (rows, w) of a tile for the first n of w tokens of a block.
+  void product(int64_t tile, int64_t block, int64_t column, int64_t n, int64_t w,
                const Buffers& buffers) const {
     const T* a = static_cast<const T*>(draw.weight) + tile * kTileRows * draw.d;
     const P* b = columns + block * kBlock * depth + column * kPair<P>;
-    multiply(rows(tile), w, depth, a, draw.d, b, width(block), buffers.z, w, buffers.copy);
+    const bool more = tile + draw.threads < tiles;
+    const T* next = more ? a + draw.threads * kTileRows * draw.d : a;  // the thread's next tile
+    multiply_tokens(rows(tile), n, w, depth, a, draw.d, b, width(block), buffers.z, w,
+                    buffers.copy, next);
   }
 
   // Computes the logits of a tile for a block of tokens, and their maxima and sums.
   void sweep(int64_t tile, int64_t block, const Buffers& buffers) {
     const int64_t w = width(block), n = rows(tile), first = block * kBlock;
-    product(tile, block, 0, w, buffers);
+    product(tile, block, 0, std::min(kBlock, draw.n - first), w, buffers);
     const float* z = buffers.z;
     for (int64_t i = 0; i < w; i += kLanes) {
       Lanes largest = load<Lanes>(z + i), sum{};
@@ -179,9 +182,11 @@ class Sampler {
       running += part;
       if (likeliest ? has_largest : running > target) break;
     }
-    const int64_t column = i % kBlock / kColumns * kColumns;
-    product(chosen, i / kBlock, column, kColumns, buffers);
-    take_from(chosen, i, buffers.z + i % kColumns, likeliest, target - before, largest, sum);
+    const int64_t column = i % kBlock;
+    const int64_t first = kAnyColumn ? column : column / kColumns * kColumns;
+    product(chosen, i / kBlock, first, column - first + 1, kColumns, buffers);
+    const float* z = buffers.z + column - first;
+    take_from(chosen, i, z, likeliest, target - before, largest, sum);
   }
 
   // Draws the token of row i from a tile. `rest` is the part of the target that lies in the tile,
