@@ -97,8 +97,17 @@ inline void transpose4(const bf16* from, int64_t from_stride, bf16* to, int64_t 
 }
 
 inline void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  for (int k = 0; k < 4; ++k)
-    for (int r = 0; r < 4; ++r) to[k * to_stride + r] = from[r * from_stride + k];
+  typedef float Four __attribute__((vector_size(16)));
+  const Four a = load<Four>(from), b = load<Four>(from + from_stride);
+  const Four c = load<Four>(from + 2 * from_stride), d = load<Four>(from + 3 * from_stride);
+  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Four ba = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four dc = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  store(to, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+  store(to + to_stride, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+  store(to + 2 * to_stride, __builtin_shufflevector(ba, dc, 0, 1, 4, 5));
+  store(to + 3 * to_stride, __builtin_shufflevector(ba, dc, 2, 3, 6, 7));
 }
 
 inline float widen(float x) { return x; }

@@ -9,8 +9,8 @@
 // over the vocabulary need no sum across lanes. Threads split the vocabulary, so that each thread
 // owns its rows of d_weight. Partial sums of the threads are added in the order of the threads, so
 // the same number of threads gives the same bits. A span of kSpan tokens reads weight from memory
-// once. Forward is one GEMM. Backward is two if forward kept its exponentials in bf16, and three if
-// it recomputes Z.
+// once. In fp32, Z of few tokens comes from dot products (dot_products.h). Forward is one GEMM.
+// Backward is two if forward kept its exponentials in bf16, and three if it recomputes Z.
 
 #include <algorithm>
 #include <cmath>
@@ -20,6 +20,7 @@
 #include <stdexcept>
 
 #include "common.h"
+#include "dot_products.h"
 #include "gemm.h"
 
 namespace {
@@ -32,6 +33,8 @@ constexpr int64_t kForward = kTileRows;
 constexpr int64_t kBackward = 4 * kForward;
 // Elements of padding after a row, so that rows do not compete for the same cache sets.
 constexpr int64_t kPad = 32;
+// Vocabulary rows of the weight gradient of few tokens that are written at once.
+constexpr int64_t kWrittenRows = 2 * kRegisterRows;
 
 }  // namespace
 
@@ -85,10 +88,14 @@ struct Span {
 
   Span(const Head& head, bool backward)
       : d(head.d), depth(round_up(d, kPair<T>)),
-        columns_(kSpan * depth), rows_(backward ? kSpan * round_up(d, 16) : 0) {}
+        columns_(kSpan * round_up(d, 16)), rows_(backward ? kSpan * round_up(d, 16) : 0) {}
 
   int64_t blocks() const { return (padded_n + kBlock - 1) / kBlock; }
   int64_t width(int64_t block) const { return std::min(kBlock, padded_n - block * kBlock); }
+  // Whether dot products are faster than GEMMs.
+  bool is_few() const { return kPair<T> == 1 && n <= kFewTokens; }
+  // Returns (n, d rounded up to 16), the hidden states of few tokens.
+  const T* few() const { return columns_.data.get(); }
   // Returns (depth, width), the B of Z.T = weight @ hidden.T.
   const T* columns(int64_t block) const { return columns_.data.get() + block * kBlock * depth; }
   // Returns (padded_n, up to kBlock) from feature `start` on, the B of d_weight = dZ.T @ hidden.
@@ -103,7 +110,10 @@ struct Span {
       parallel(head.threads, [&](int t) {
         const Share share(blocks(), t, head.threads);
         for (int64_t b = share.begin; b < share.end; ++b) {
-          pack_columns(from, b);
+          if (is_few())
+            copy_few(from);
+          else
+            pack_columns(from, b);
           if (backward) pack_rows(from, b);
         }
       });
@@ -112,6 +122,14 @@ struct Span {
 
  private:
   Scratch<T> columns_, rows_;
+
+  template <class From>
+  void copy_few(const From* from) {
+    const int64_t width = round_up(d, 16);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = 0; k < width; ++k)
+        narrow(k < d ? widen(from[i * d + k]) : 0.0f, columns_.data[i * width + k]);
+  }
 
   template <class From>
   void pack_columns(const From* from, int64_t block) {
@@ -144,10 +162,11 @@ struct Span {
 };
 
 // Rows [start, start + rows) of weight as T: in place where the dtype allows it, else as a copy.
+// The depth is a multiple of 16 in fp32, and of 2 in bf16.
 template <class T>
 struct WeightTile {
   WeightTile(const Head& head, int64_t rows)
-      : head(head), depth(round_up(head.d, kPair<T>)), in_place(usable(head)),
+      : head(head), depth(round_up(head.d, kMultiple)), in_place(usable(head)),
         copy_(in_place ? 0 : rows * depth) {}
 
   const Head& head;
@@ -165,9 +184,14 @@ struct WeightTile {
     T* to = copy_.data.get();
     with_dtype(head.weight_dtype, [&](auto type) {
       auto from = static_cast<const decltype(type)*>(head.weight) + start * head.weight_stride;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < depth; ++k)
-          narrow(k < head.d ? widen(from[r * head.weight_stride + k]) : 0.0f, to[r * depth + k]);
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto row = from + r * head.weight_stride;
+        if constexpr (sizeof(T) == 4)
+          convert(row, head.d, to + r * depth);
+        else
+          for (int64_t k = 0; k < head.d; ++k) copy_value(row[k], to[r * depth + k]);
+        std::fill(to + r * depth + head.d, to + (r + 1) * depth, T{});
+      }
     });
     data = to;
     stride = depth;
@@ -176,9 +200,11 @@ struct WeightTile {
  private:
   Scratch<T> copy_;
 
+  static constexpr int64_t kMultiple = kPair<T> == 2 ? 2 : 16;
+
   static bool usable(const Head& head) {
     const int32_t wanted = sizeof(T) == 2 ? kBFloat16 : kFloat32;
-    return head.weight_dtype == wanted && head.d % kPair<T> == 0;
+    return head.weight_dtype == wanted && head.d % kMultiple == 0;
   }
 };
 
@@ -187,7 +213,13 @@ template <class T>
 void write_logits(const Head& head, const Span<T>& span, const WeightTile<T>& weight, int64_t start,
                   int64_t rows, int64_t block, float* z) {
   const int64_t w = span.width(block);
-  gemm(rows, w, span.depth, weight.data, weight.stride, span.columns(block), w, z, w, false);
+  if constexpr (kPair<T> == 1)
+    if (span.is_few()) {
+      dot_products(rows, span.n, weight.depth, weight.data, weight.stride, span.few(), z, w);
+      for (int64_t r = 0; r < rows; ++r) std::fill(z + r * w + span.n, z + (r + 1) * w, 0.0f);
+    }
+  if (!span.is_few())
+    gemm(rows, w, span.depth, weight.data, weight.stride, span.columns(block), w, z, w, false);
   const int64_t first = span.start + block * kBlock;
   const int64_t real = std::min(w, span.start + span.n - first);
   for (int64_t i = 0; i < real; ++i) {
@@ -317,9 +349,13 @@ void forward(const Head& head, const Kept* kept, double* other, double* moment, 
       const Share share(tiles, t, head.threads);
       for (int64_t tile = share.begin; tile < share.end; ++tile) {
         const int64_t start = tile * kForward, rows = std::min(kForward, head.v - start);
-        weight.take(start, rows);
+        const int64_t step = span.is_few() ? kDotRows : rows;  // a copy of weight stays in L1
         for (int64_t b = 0; b < span.blocks(); ++b) {
-          write_logits(head, span, weight, start, rows, b, z);
+          for (int64_t r = 0; r < rows; r += step) {
+            const int64_t count = std::min(step, rows - r);
+            if (b == 0) weight.take(start + r, count);
+            write_logits(head, span, weight, start + r, count, b, z + r * span.width(b));
+          }
           const int64_t token = first + b * kBlock;
           add_exponentials(head, z, start, rows, span.width(b), sums.at(t * padded_n + token),
                            KeptTile(kept, tile, token));
@@ -341,6 +377,93 @@ void forward(const Head& head, const Kept* kept, double* other, double* moment, 
   }
 }
 
+// One thread's part of d_hidden = dz @ weight in bf16. Lanes lie along the tokens.
+template <class T>
+class HiddenGradient {
+ public:
+  explicit HiddenGradient(const Head& head, const Span<T>& span)
+      : d(head.d), span(span), weight_t(d * kWeightStride), sums(kSpan * d) {}
+
+  void begin() { std::fill_n(sums.data.get(), span.padded_n * d, 0.0f); }
+
+  // Takes the next rows of weight.
+  void take(const WeightTile<T>& weight, int64_t count) {
+    rows = count;
+    const int64_t rows_4 = rows / 4 * 4, d_4 = d / 4 * 4;  // rounded down to multiples of 4
+    auto copy = [&](int64_t r, int64_t k) {
+      weight_t.data[k * kWeightStride + r] = r < rows ? weight.data[r * weight.stride + k] : T{};
+    };
+    for (int64_t r0 = 0; r0 < rows_4; r0 += 32)  // fills one cache line of each row of weight_t
+      for (int64_t k = 0; k < d_4; k += 4)
+        for (int64_t r = r0; r < std::min(r0 + 32, rows_4); r += 4)
+          transpose4(weight.data + r * weight.stride + k, weight.stride,
+                     weight_t.data.get() + k * kWeightStride + r, kWeightStride);
+    for (int64_t k = 0; k < d; ++k)
+      for (int64_t r = k < d_4 ? rows_4 : 0; r < round_up(rows, 2); ++r) copy(r, k);
+  }
+
+  // Adds the products of a block. `pairs` is dz with its rows in pairs.
+  void add(int64_t block, const T*, int64_t, const T* pairs) {
+    const int64_t w = span.width(block);
+    gemm(d, w, round_up(rows, 2), weight_t.data.get(), kWeightStride, pairs, w,
+         sums.data.get() + block * kBlock * d, w, true);
+  }
+
+  float at(int64_t token, int64_t k) const {
+    const int64_t block = token / kBlock;
+    return sums.data[block * kBlock * d + k * span.width(block) + token % kBlock];
+  }
+
+ private:
+  static constexpr int64_t kWeightStride = kBackward + kPad;
+  const int64_t d;
+  const Span<T>& span;
+  Scratch<T> weight_t;  // (d, rows), weight.T with row stride kWeightStride
+  Scratch<float> sums;  // (blocks, d, w)
+  int64_t rows;
+};
+
+// The same in fp32, with the same bits. Lanes lie along the features: then dz is transposed and not
+// weight, which is larger for few tokens.
+template <>
+class HiddenGradient<float> {
+ public:
+  explicit HiddenGradient(const Head& head, const Span<float>& span)
+      : width(round_up(head.d, 16)), span(span), dz_t(kBlock * kStride), sums(kSpan * width) {}
+
+  void begin() { std::fill_n(sums.data.get(), span.n * width, 0.0f); }
+
+  void take(const WeightTile<float>& tile, int64_t count) {
+    weight = tile.data;
+    stride = tile.stride;
+    rows = count;
+  }
+
+  // Adds the products of a block. `dz` is (rows, width of the block) with row stride dz_stride.
+  void add(int64_t block, const float* dz, int64_t dz_stride, const float*) {
+    const int64_t n = std::min(kBlock, span.n - block * kBlock);
+    const int64_t rows_4 = rows / 4 * 4;
+    for (int64_t i = 0; i < n; i += 4)  // dz has a multiple of 16 columns
+      for (int64_t r = 0; r < rows_4; r += 4)
+        transpose4(dz + r * dz_stride + i, dz_stride, &dz_t.data[i * kStride + r], kStride);
+    for (int64_t r = rows_4; r < rows; ++r)
+      for (int64_t i = 0; i < n; ++i) dz_t.data[i * kStride + r] = dz[r * dz_stride + i];
+    gemm(n, width, rows, dz_t.data.get(), kStride, weight, stride,
+         &sums.data[block * kBlock * width], width, true);
+  }
+
+  float at(int64_t token, int64_t k) const { return sums.data[token * width + k]; }
+
+ private:
+  static constexpr int64_t kStride = kBackward + kPad;
+  const int64_t width;
+  const Span<float>& span;
+  Scratch<float> dz_t;  // (tokens of a block, rows) with row stride kStride
+  Scratch<float> sums;  // (tokens, width)
+  const float* weight;
+  int64_t stride, rows;
+};
+
 // Backward on one thread.
 template <class T>
 class Backward {
@@ -348,19 +471,19 @@ class Backward {
   Backward(const Head& head, const Kept* kept, const Gradients& g, const Span<T>& span,
            const TokenInputs& inputs)
       : head(head), kept(kept), g(g), span(span), inputs(inputs), weight(head, kBackward),
-        z(kBackward * kBlock), dz(kBackward * kStride), pairs(kBackward * kBlock),
-        weight_t(g.d_hidden ? head.d * kWeightStride : 0),
-        d_hidden(g.d_hidden ? kSpan * head.d : 0) {
+        dz_stride(round_up(std::min(kSpan, head.n), 16) + kPad), z(kBackward * kBlock),
+        dz(kBackward * dz_stride), pairs(kPair<T> == 2 ? kBackward * kBlock : 0) {
+    if (g.d_hidden) d_hidden = std::make_unique<HiddenGradient<T>>(head, span);
     poison(bias_sum, sizeof bias_sum);
   }
 
-  void begin() { if (g.d_hidden) std::fill_n(d_hidden.data.get(), span.padded_n * head.d, 0.0f); }
+  void begin() { if (d_hidden) d_hidden->begin(); }
 
   void tile(int64_t first, int64_t count) {
     start = first;
     rows = count;
-    weight.take(start, rows);
-    if (g.d_hidden) transpose_weight();
+    if (d_hidden || !kept) weight.take(start, rows);
+    if (d_hidden) d_hidden->take(weight, rows);
     if (g.d_bias) std::fill_n(bias_sum, rows, Lanes{});
     for (int64_t b = 0; b < span.blocks(); ++b) {
       if (kept) {
@@ -370,51 +493,30 @@ class Backward {
         write_dz(b);
       }
       set_targets(b);
-      if (g.d_hidden) add_d_hidden(b);
+      if (d_hidden) d_hidden->add(b, dz.data.get() + b * kBlock, dz_stride, pairs.data.get());
     }
     if (g.d_weight) with_gradient_dtype(g.d_weight_dtype, [&](auto type) { write_d_weight(type); });
     if (g.d_bias) write_d_bias();
   }
 
-  // Returns d_hidden of a block, (d, width).
-  const float* d_hidden_of(int64_t block) const {
-    return d_hidden.data.get() + block * kBlock * head.d;
-  }
+  std::unique_ptr<HiddenGradient<T>> d_hidden;  // null if it is not needed
 
  private:
-  static constexpr int64_t kStride = kSpan + kPad, kWeightStride = kBackward + kPad;
   const Head& head;
   const Kept* kept;  // null: recompute the logits
   const Gradients& g;
   const Span<T>& span;
   const TokenInputs& inputs;
   WeightTile<T> weight;
-  Scratch<float> z;         // (rows, w), the logits of a block
-  Scratch<T> dz;            // (rows, padded_n), with row stride kStride
-  Scratch<T> pairs;         // (rows, w), dz of a block with rows in pairs, the B of a product
-  Scratch<T> weight_t;      // (d, rows), weight.T with row stride kWeightStride
-  Scratch<float> d_hidden;  // (blocks, d, w)
+  const int64_t dz_stride;
+  Scratch<float> z;  // (rows, w), the logits of a block
+  Scratch<T> dz;     // (rows, padded_n), with row stride dz_stride
+  Scratch<T> pairs;  // (rows, w), dz of a block with rows in pairs, the B of a product in bf16
   Lanes bias_sum[kBackward];
   int64_t start, rows;
 
-  int64_t depth() const { return round_up(rows, kPair<T>); }
-
   // Whether d_weight and d_bias have the sums of earlier tokens.
   bool adds() const { return g.accumulate || span.start > 0; }
-
-  void transpose_weight() {
-    const int64_t rows_4 = rows / 4 * 4, d_4 = head.d / 4 * 4;  // rounded down to multiples of 4
-    auto copy = [&](int64_t r, int64_t k) {
-      weight_t.data[k * kWeightStride + r] = r < rows ? weight.data[r * weight.stride + k] : T{};
-    };
-    for (int64_t r0 = 0; r0 < rows_4; r0 += 32)  // fills one cache line of each row of weight_t
-      for (int64_t k = 0; k < d_4; k += 4)
-        for (int64_t r = r0; r < std::min(r0 + 32, rows_4); r += 4)
-          transpose4(weight.data + r * weight.stride + k, weight.stride,
-                     weight_t.data.get() + k * kWeightStride + r, kWeightStride);
-    for (int64_t k = 0; k < head.d; ++k)
-      for (int64_t r = k < d_4 ? rows_4 : 0; r < depth(); ++r) copy(r, k);
-  }
 
   void write_dz(int64_t block) {
     const int64_t w = span.width(block), at = block * kBlock;
@@ -482,11 +584,11 @@ class Backward {
     for (int64_t r = first; r < end; r += kPair<T>) {
       const Lanes even = value(r);
       if constexpr (kPair<T> == 1) {
-        store(to + r * kStride, even);
+        store(to + r * dz_stride, even);
       } else {
         const BitLanes low = rounded_to_bf16(even) >> 16, high = rounded_to_bf16(value(r + 1));
-        store(to + r * kStride, __builtin_convertvector(low, ShortLanes));
-        store(to + (r + 1) * kStride, __builtin_convertvector(high >> 16, ShortLanes));
+        store(to + r * dz_stride, __builtin_convertvector(low, ShortLanes));
+        store(to + (r + 1) * dz_stride, __builtin_convertvector(high >> 16, ShortLanes));
         store(&pairs.data[r * w + 2 * i], low | high);
       }
     }
@@ -497,36 +599,37 @@ class Backward {
     for (int64_t i = 0; i < std::min(w, span.n - at); ++i) {
       const int64_t token = span.start + at + i, row = head.targets[token] - start;
       if (row < 0 || row >= rows) continue;
-      narrow(g.at_target[token], dz.data[row * kStride + at + i]);
+      narrow(g.at_target[token], dz.data[row * dz_stride + at + i]);
       if constexpr (kPair<T> == 2)
-        pairs.data[row / 2 * 2 * w + 2 * i + row % 2] = dz.data[row * kStride + at + i];
+        pairs.data[row / 2 * 2 * w + 2 * i + row % 2] = dz.data[row * dz_stride + at + i];
       if (g.d_bias) bias_sum[row][0] += g.at_target[token];
     }
   }
 
-  void add_d_hidden(int64_t block) {
-    const int64_t w = span.width(block), at = block * kBlock;
-    const T* b = kPair<T> == 2 ? pairs.data.get() : dz.data.get() + at;
-    float* to = d_hidden.data.get() + at * head.d;
-    const int64_t ldb = kPair<T> == 2 ? w : kStride;
-    gemm(head.d, w, depth(), weight_t.data.get(), kWeightStride, b, ldb, to, w, true);
+  // With few tokens, the writes of d_weight take most of the time. Then a product has few rows, so
+  // that the writes run through memory in order.
+  template <class To>
+  void write_d_weight(To type) {
+    const int64_t step = span.n > kBlock ? rows : kWrittenRows;
+    for (int64_t first = 0; first < rows; first += step)
+      for (int64_t k0 = 0; k0 < head.d; k0 += kBlock)
+        write_d_weight_block(type, first, std::min(rows, first + step), k0);
   }
 
+  // Writes rows [first, end) of d_weight from feature k0 on, for up to kBlock features.
   template <class To>
-  void write_d_weight(To) {
-    for (int64_t k0 = 0; k0 < head.d; k0 += kBlock) {
-      const int64_t w = std::min(kBlock, round_up(head.d, 16) - k0);
-      const int64_t real = std::min(w, head.d - k0);
-      gemm(rows, w, span.padded_n, dz.data.get(), kStride, span.rows(k0), w, z.data.get(), w,
-           false);
-      for (int64_t r = 0; r < rows; ++r) {
-        To* to = static_cast<To*>(g.d_weight) + (start + r) * head.d + k0;
-        const float* from = z.data.get() + r * w;
-        if (sizeof(To) == 4 && adds())
-          for (int64_t k = 0; k < real; ++k) narrow(widen(to[k]) + from[k], to[k]);
-        else
-          narrow(from, real, to);
-      }
+  void write_d_weight_block(To, int64_t first, int64_t end, int64_t k0) {
+    const int64_t w = std::min(kBlock, round_up(head.d, 16) - k0);
+    const int64_t real = std::min(w, head.d - k0), depth = round_up(span.n, kPair<T>);
+    gemm(end - first, w, depth, dz.data.get() + first * dz_stride, dz_stride, span.rows(k0), w,
+         z.data.get(), w, false);
+    for (int64_t r = first; r < end; ++r) {
+      To* to = static_cast<To*>(g.d_weight) + (start + r) * head.d + k0;
+      const float* from = z.data.get() + (r - first) * w;
+      if (sizeof(To) == 4 && adds())
+        for (int64_t k = 0; k < real; ++k) narrow(widen(to[k]) + from[k], to[k]);
+      else
+        narrow(from, real, to);
     }
   }
 
@@ -545,10 +648,10 @@ void write_d_hidden(const Span<T>& span, int64_t block,
                     const std::unique_ptr<Backward<T>>* parts, int n_parts, To* out) {
   const int64_t w = span.width(block), real = std::min(w, span.n - block * kBlock);
   To* to = out + (span.start + block * kBlock) * span.d;
-  for (int64_t k = 0; k < span.d; ++k)
-    for (int64_t i = 0; i < real; ++i) {
+  for (int64_t i = 0; i < real; ++i)
+    for (int64_t k = 0; k < span.d; ++k) {
       float sum = 0;
-      for (int t = 0; t < n_parts; ++t) sum += parts[t]->d_hidden_of(block)[k * w + i];
+      for (int t = 0; t < n_parts; ++t) sum += parts[t]->d_hidden->at(block * kBlock + i, k);
       narrow(sum, to[i * span.d + k]);
     }
 }
@@ -560,7 +663,9 @@ void backward(const Head& head, const Kept* kept, const Gradients& g) {
   Span<T> span(head, true);
   auto inputs = std::make_unique<TokenInputs>();
   const int64_t rows_per_thread = (head.v + head.threads - 1) / head.threads;
-  const int64_t size = std::min(kBackward, round_up(rows_per_thread, 16));
+  const bool few = kPair<T> == 1 && head.n <= kFewTokens;
+  const int64_t most = few ? kForward : kBackward;  // of few tokens, weight takes most of the cache
+  const int64_t size = std::min(most, round_up(rows_per_thread, 16));
   const int64_t tiles = (head.v + size - 1) / size;
   auto parts = std::make_unique<std::unique_ptr<Backward<T>>[]>(head.threads);
   for (int t = 0; t < head.threads; ++t)
@@ -632,6 +737,11 @@ int32_t expo_fast_anchor(const Head* head, float* out) {
     });
   });
   return 0;
+}
+
+// Asks for large pages in memory that is about to be written. Only the speed depends on it.
+void expo_fast_prefer_large_pages(void* memory, int64_t bytes) {
+  prefer_large_pages(memory, bytes);
 }
 
 // Returns the vocabulary rows that share a base in Kept.

@@ -63,6 +63,8 @@ def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
 
 
 SHAPES = [(1, 1, 2), (5, 7, 3), (63, 33, 1000), (130, 64, 509), (1100, 30, 77), (17, 130, 1531)]
+# Few rows are computed by dot products, in groups of 6 rows, and of 4 rows of the weight.
+SHAPES += [(1, 16, 3), (2, 16, 255), (15, 64, 1009), (48, 20, 130), (49, 20, 130)]
 
 
 @pytest.mark.parametrize("dtypes", [*BOTH, *MIXED], ids=str)
