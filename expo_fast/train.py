@@ -227,8 +227,10 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
     prompt_ids = trainer.prompter.solve(trainer.problems[0])
     prompt = json.dumps(trainer.prompter.tokenizer.decode(prompt_ids))
     print(f"# prompt of {trainer.problems[0].id}: {prompt}")
-    estimate = estimate_memory(config, trainer.model.config, trainer.prompter, trainer.problems)
-    ranks = ranks_lines(config, trainer.model.config, estimate)
+    estimate = estimate_memory(
+        config, trainer.model.stored_config, trainer.prompter, trainer.problems
+    )
+    ranks = ranks_lines(config, trainer.model.stored_config, estimate)
     for line in (*memory_lines(config, estimate), *ranks, *disk_lines(trainer)):
         print(f"# {line}")
 

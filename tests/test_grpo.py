@@ -215,7 +215,7 @@ def trainer_of(c: Train, model: Any, prompter: Any, **changes: Any) -> Trainer:
         "reward": None,
         "verify": None,
         "generator": ScriptedGenerator(),
-        "optimizer": RecordedOptimizer(),
+        "make_optimizer": RecordedOptimizer,
         "merged_copy": None,
         "layout": Layout(model),
         "initial_weights_hash": "",

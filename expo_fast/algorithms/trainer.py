@@ -8,9 +8,9 @@
 import hashlib
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class Trainer:
     verify: Verifier
     """Verifier of explanations. The reward may be based on another verifier."""
     generator: Generator
-    optimizer: Optimizer
+    make_optimizer: Callable[[], Optimizer]
     layout: Layout
     """Where the weights and the optimizer's state are: in this process, or sharded."""
     merged_copy: MergedCopy | None
@@ -125,6 +125,14 @@ class Trainer:
         self.optimizer.grad_sums.clear()
         self.gather_weights()
         return boundary.step
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, which is made by the first access.
+
+        A dry run does not need one, and its memory is several times that of the weights.
+        """
+        return self.make_optimizer()
 
     @property
     def world(self) -> World:
@@ -230,15 +238,16 @@ def make_trainer(
         tokenizer=prompter.tokenizer,
         batch_invariant=config.batch_invariant,
     )
-    optimizer = Optimizer(
-        layout.named_parameters(),
+    make_optimizer = partial(
+        Optimizer,
+        list(layout.named_parameters()),
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
         world=world,
         rounded_to=layout.rounded_to,
     )
-    return Trainer(
+    trainer = Trainer(
         config=config,
         model=model,
         reference=reference,
@@ -247,13 +256,16 @@ def make_trainer(
         reward=reward,
         verify=verify,
         generator=generator,
-        optimizer=optimizer,
+        make_optimizer=make_optimizer,
         layout=layout,
         merged_copy=merged,
         initial_weights_hash=initial_weights_hash,
         progress=progress or TrainerState(),
         sources=sources,
     )
+    if not config.dry_run:
+        _ = trainer.optimizer  # made before the first backward pass, whose gradients it takes
+    return trainer
 
 
 def weights_hash(model: Decoder) -> str:

@@ -106,8 +106,8 @@ class CudaEngine(TorchEngine):
         super().__init__(model)
         if not joins(model.shape):
             warnings.warn(
-                f"decoding {model.config.model_type} with PyTorch's operations between products, "
-                "which is slower: the fused kernels compute layers like Llama's",
+                f"decoding {model.stored_config.model_type} with PyTorch's operations between "
+                "products, which is slower: the fused kernels compute layers like Llama's",
                 stacklevel=5,  # the caller of Generator.sample
             )
         on_gpu = model.device.type == "cuda"

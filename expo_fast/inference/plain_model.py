@@ -8,9 +8,19 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from expo_fast.modeling.decoder import MLP, Attention, Block, Body, Decoder, Linear, RMSNorm
+from expo_fast.modeling.decoder import (
+    MLP,
+    Attention,
+    Block,
+    Body,
+    Decoder,
+    Embedding,
+    Head,
+    Linear,
+    RMSNorm,
+)
 
-OUR_MODULES = (Decoder, Body, Block, Attention, MLP, RMSNorm, Linear)
+OUR_MODULES = (Decoder, Body, Block, Attention, MLP, RMSNorm, Linear, Embedding, Head)
 TORCH_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)
 PLAIN_MODULES = OUR_MODULES + TORCH_MODULES
 OVERRIDES = ("_forward_hooks", "_forward_pre_hooks", "forward")  # in a module's own attributes

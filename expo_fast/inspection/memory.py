@@ -31,10 +31,10 @@ from expo_fast.inference.scheduler import Scheduler
 from expo_fast.inference.stop_rules import StopRules
 from expo_fast.inspection.machine import GB, available_memory
 from expo_fast.modeling import attention
-from expo_fast.modeling.decoder import Block, Decoder
+from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
 from expo_fast.modeling.packing import Pack, Sample, pack
-from expo_fast.modeling.shape import Shape
+from expo_fast.modeling.shape import Shape, read_shape
 from expo_fast.op_backends.cpu import KEPT_BYTES, SPAN
 from expo_fast.weights import load_structure
 
@@ -131,7 +131,7 @@ def estimate_run(config: Train) -> MemoryEstimate:
         config.instruction,
         ends=model.eos_ids,
     )
-    return estimate_memory(config, model.config, prompter, data.problems)
+    return estimate_memory(config, model.stored_config, prompter, data.problems)
 
 
 def estimate_memory(
@@ -139,7 +139,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return the estimate of a run.
 
-    model_config: the transformers config of the model.
+    model_config: the transformers config or `StoredConfig` of the model.
     problems: the training problems. The first batch of the run is taken from them.
     """
     dtype = getattr(torch, config.dtype)
@@ -258,8 +258,7 @@ def activation_bytes(config: Train, model_config: Any, dtype: torch.dtype, given
     Layers of one kind keep the same, so one layer of each kind is traced, and two of it.
     """
     kinds: dict[tuple[int | None, int | None], int] = {}
-    with torch.device("meta"):
-        shape = Decoder(model_config).shape
+    shape = read_shape(model_config)
     for kind in zip(shape.windows, shape.rope, strict=True):
         kinds[kind] = kinds.get(kind, 0) + 1
     total = 0
@@ -318,9 +317,7 @@ def untouched_decoder(
 ) -> Decoder:
     """Return a decoder of some layers. Its weights are reserved and never written."""
     with torch.device("meta"):
-        model = Decoder(model_config, checkpointing=checkpointing).to(dtype)
-        blocks = [Block(model.shape, index).to(dtype) for index in layers]
-        model.model.layers = nn.ModuleList(blocks)
+        model = Decoder(model_config, checkpointing=checkpointing, layers=layers).to(dtype)
     model = model.to_empty(device="cpu")
     if config.lora_rank:
         attach(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)

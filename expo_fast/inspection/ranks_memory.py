@@ -32,6 +32,10 @@ def rank_bytes(config: Train, model_config: Any, estimate: MemoryEstimate, n_ran
     """
     with torch.device("meta"):
         model = Decoder(model_config)
+    return _peak(config, model, estimate, n_ranks)
+
+
+def _peak(config: Train, model: Decoder, estimate: MemoryEstimate, n_ranks: int) -> int:
     terms = n_gradient_terms(config)
     n_trained = estimate.gradients // (FP32_BYTES * terms)
     itemsize = getattr(torch, config.dtype).itemsize
@@ -53,8 +57,10 @@ def rank_bytes(config: Train, model_config: Any, estimate: MemoryEstimate, n_ran
 def ranks_lines(config: Train, model_config: Any, estimate: MemoryEstimate) -> Iterator[str]:
     """Yield a line with the peak of a rank for some numbers of ranks."""
     peaks = []
+    with torch.device("meta"):
+        model = Decoder(model_config)
     for n_ranks in SHOWN_RANKS:
-        peak = rank_bytes(config, model_config, estimate, n_ranks)
+        peak = _peak(config, model, estimate, n_ranks)
         peaks.append(f"{peak / GB:.2f} GB with {n_ranks}")
     yield f"peak of a rank of torchrun (--shard {config.shard}): {', '.join(peaks)}"
 

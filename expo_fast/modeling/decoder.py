@@ -6,7 +6,7 @@ finds the projections. Training and sampling run the same code with different at
 (`PackedAttention`), or over the generator's KV cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from expo_fast.modeling.attention import Layer, PackedAttention
 from expo_fast.modeling.rope import rope_frequencies, rotate_heads
 from expo_fast.modeling.shape import Shape, read_shape
 from expo_fast.op_backends import native_layer
+from expo_fast.storage.stored_config import complete_config
 
 # (model, tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
 Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -56,8 +57,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return normed.to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, without initial values on the meta device. See `Linear`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Head(nn.Linear):
+    """`nn.Linear`, without initial values on the meta device. See `Linear`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, with the product of csrc/layer.cpp where that is faster."""
+
+    def reset_parameters(self) -> None:
+        """Draw initial values, but not on the meta device.
+
+        Random functions of the meta device import torch._dynamo, which takes half a second.
+        """
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in) to (N, out)."""
@@ -184,10 +209,10 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 class Body(nn.Module):
     """Embedding, layers and final norm, under the names of a Hugging Face checkpoint."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, layers: Iterable[int]):
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
-        blocks = [Block(shape, index) for index in range(len(shape.windows))]
+        self.embed_tokens = Embedding(shape.vocabulary, shape.hidden)
+        blocks = [Block(shape, index) for index in layers]
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, shape.norm_offset)
 
@@ -210,8 +235,9 @@ class _ExactValue(torch.autograd.Function):
 class Decoder(nn.Module):
     """A causal language model up to its final norm. The ops apply the head, `head_weight`.
 
-    config: a transformers config, kept for saving.
+    config: a transformers config or a `StoredConfig`, kept for saving.
     checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    layers: the layers to make, by their index; None: all. One may be made several times.
     exact: if set, this function computes the values that `hidden` returns. They must be
     bit-identical for any packing of the tokens. Gradients are those of the PyTorch forward pass.
     """
@@ -219,18 +245,29 @@ class Decoder(nn.Module):
     inv_freq: Tensor  # (sets, R/2) fp32
     exact: Exact | None = None
 
-    def __init__(self, config: Any, *, checkpointing: bool = False):
+    def __init__(
+        self,
+        config: Any,
+        *,
+        checkpointing: bool = False,
+        layers: Sequence[int] | None = None,
+    ):
         super().__init__()
-        self.config = config
+        self.stored_config = config
         self.generation_config: Any = None  # set if the checkpoint has one
         self.shape = read_shape(config)
         self.checkpointing = checkpointing
-        self.model = Body(self.shape)
+        self.model = Body(self.shape, range(len(self.shape.windows)) if layers is None else layers)
         if not self.shape.tied:
-            self.lm_head = nn.Linear(self.shape.hidden, self.shape.vocabulary, bias=False)
+            self.lm_head = Head(self.shape.hidden, self.shape.vocabulary, bias=False)
         rope = rope_frequencies(config, self.shape)
         self.rope_scales = rope.scales
         self.register_buffer("inv_freq", rope.inv_freq, persistent=False)
+
+    @property
+    def config(self) -> Any:
+        """The transformers config. A `StoredConfig` is completed by the first access."""
+        return complete_config(self.stored_config)
 
     @property
     def head_weight(self) -> Tensor:
@@ -250,7 +287,7 @@ class Decoder(nn.Module):
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The token ids that end a completion, or () if the checkpoint names none."""
-        for config in (self.generation_config, self.config):
+        for config in (self.generation_config, self.stored_config):
             ids = getattr(config, "eos_token_id", None)
             if ids in (None, [], ()):
                 continue
@@ -264,7 +301,7 @@ class Decoder(nn.Module):
         Raise ValueError if an end token is not in the vocabulary.
         """
         if not self.eos_ids and tokenizer is not None:
-            self.config.eos_token_id = tokenizer.eos_token_id
+            self.stored_config.eos_token_id = tokenizer.eos_token_id
         V = self.shape.vocabulary
         for token in self.eos_ids:
             if type(token) is not int or not 0 <= token < V:
@@ -276,7 +313,7 @@ class Decoder(nn.Module):
     def add_eos(self, ids: Sequence[int]) -> None:
         """Let the token ids end completions too, here and in what is saved."""
         ends = list(dict.fromkeys((*self.eos_ids, *ids)))
-        self.config.eos_token_id = ends
+        self.stored_config.eos_token_id = ends
         if self.generation_config is not None:
             self.generation_config.eos_token_id = ends
 

@@ -133,7 +133,7 @@ def merged_copy(model: Decoder) -> MergedCopy:
     if not layers:
         raise ValueError("the model has no adapters: sample from the model itself")
     with torch.device("meta"):
-        plain = Decoder(model.config)
+        plain = Decoder(model.stored_config)
     plain.requires_grad_(False)
     state: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from expo_fast.modeling.architectures import ARCHITECTURES, Architecture, Norms
+from expo_fast.storage.stored_config import config_fields
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")  # the order of RoPE's sets of frequencies
@@ -55,11 +56,11 @@ class Shape:
 
 
 def read_shape(config: Any) -> Shape:
-    """Return the shape of a transformers config.
+    """Return the shape of a transformers config or a `StoredConfig`.
 
     Raise ValueError if the config is unsupported or inconsistent.
     """
-    check_config(vars(config) | {"model_type": config.model_type})
+    check_config(config_fields(config))
     architecture = ARCHITECTURES[config.model_type]
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -187,6 +188,8 @@ def _context(config: Any, architecture: Architecture) -> int:
 
 
 def _windows(config: Any, architecture: Architecture) -> tuple[int | None, ...]:
+    if architecture.windows == "none":
+        return (None,) * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     slides = [False] * config.num_hidden_layers
     if architecture.windows == "all layers":

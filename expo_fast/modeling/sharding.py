@@ -222,7 +222,7 @@ def plain_view(model: Decoder) -> Decoder:
     memory is freed and filled again.
     """
     with torch.device("meta"):
-        plain = Decoder(model.config)
+        plain = Decoder(model.stored_config)
     plain.load_state_dict(dict(model.named_parameters()), assign=True)
     plain.inv_freq = model.inv_freq
     plain.generation_config = model.generation_config

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.storage.files import obey_umask, reading
+from expo_fast.storage.stored_config import StoredConfig, complete_config, is_explicit
 from expo_fast.storage.text_models import has_text_model, text_key
 from expo_fast.storage.transformers4 import config_for_both, tokenizer_config_for_both
 
@@ -20,7 +21,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # transformers refuses a file without it
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+FAST_TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (FAST_TOKENIZER, "tokenizer_config.json", "tokenizer.model", "vocab.json")
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
@@ -41,7 +43,7 @@ class StoredTensor:
 class StoredModel:
     """The content of a model folder or file."""
 
-    config: Any  # a transformers config
+    config: Any  # a transformers config, or a `StoredConfig`
     tensors: Iterator[StoredTensor]  # reads each tensor when it is reached
     tokenizer: Any  # None if there is none
     generation_config: Any = None  # None if there is none
@@ -62,13 +64,13 @@ def read_model(folder: Path, check: CheckConfig) -> StoredModel:
 
 
 def read_config(folder: Path, check: CheckConfig) -> Any:
-    """Return the transformers config of a model folder. Of a model with images, the text model's.
+    """Return the config of a model folder. Of a model with images, the text model's.
+
+    It is a transformers config, or a `StoredConfig` that makes one when it is needed.
 
     check: called with the values of config.json. It runs before transformers, because transformers
     may not support the architecture.
     """
-    from transformers import AutoConfig
-
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
@@ -78,6 +80,10 @@ def read_config(folder: Path, check: CheckConfig) -> Any:
         check(values["text_config"] if has_images else values)
         if "quantization_config" in values:
             raise ValueError("quantized weights are not supported, load the original model")
+        if is_explicit(values):
+            return StoredConfig(folder, values)
+        from transformers import AutoConfig
+
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         return config.text_config if has_images else config
 
@@ -160,13 +166,19 @@ def read_tokenizer(folder: Path) -> Any:
     if not set(TOKENIZER_FILES).intersection(present):
         return None
     for name in present:
-        if name.endswith(".json"):
+        if name.endswith(".json") and name != FAST_TOKENIZER:
             read_json(folder / name)
     # transformers 5 builds some tokenizer classes from the vocabulary alone. SmolLM2's tokenizer
     # then loses the Digits step of its tokenizer.json. PreTrainedTokenizerFast loads that file.
-    kind = PreTrainedTokenizerFast if "tokenizer.json" in present else AutoTokenizer
-    with reading(f"{folder}: tokenizer ({', '.join(present)})"):
-        return kind.from_pretrained(folder)
+    is_fast = FAST_TOKENIZER in present
+    kind = PreTrainedTokenizerFast if is_fast else AutoTokenizer
+    try:
+        with reading(f"{folder}: tokenizer ({', '.join(present)})"):
+            return kind.from_pretrained(folder)
+    except ValueError:
+        if is_fast:  # read only now, because it has megabytes; raises for a damaged file
+            read_json(folder / FAST_TOKENIZER)
+        raise
 
 
 def write_model(
@@ -185,7 +197,7 @@ def write_model(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(complete_config(config))
     config.dtype = next(iter(tensors.values())).dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     _write_json(folder / "config.json", config_for_both(json.loads(config.to_json_string())))
