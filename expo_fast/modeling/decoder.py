@@ -7,6 +7,7 @@ finds the projections. Training and sampling run the same code with different at
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -214,10 +215,13 @@ class Decoder(nn.Module):
     checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     exact: if set, this function computes the values that `hidden` returns. They must be
     bit-identical for any packing of the tokens. Gradients are those of the PyTorch forward pass.
+    lockstep: returns the context in which forward passes without gradients run. Ranks that gather
+    weights layer by layer for them have to run them together, see `sharding.Sharded.lockstep`.
     """
 
     inv_freq: Tensor  # (sets, R/2) fp32
     exact: Exact | None = None
+    lockstep: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, config: Any, *, checkpointing: bool = False):
         super().__init__()
