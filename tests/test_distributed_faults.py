@@ -164,7 +164,8 @@ def test_a_fault_within_a_layer_of_the_sampler_ends_all(
     fault: str, text: str, root: Path, flags: str
 ):
     """The other rank waits in a gather of the next layer, not in an exchange."""
-    given = f"{flags} --output-dir {root}/{fault.replace(':', '-')} --shard model --gather layers"
+    by_layer = flags.replace("--batch-invariant", "--shard model --gather layers")
+    given = f"{by_layer} --model {root}/deep --output-dir {root}/{fault.replace(':', '-')}"
     failed = torchrun(given, fault=fault)
     assert failed.status != 0
     assert failed.seconds < TIMEOUT_S + 60
