@@ -158,12 +158,13 @@ def test_an_error_of_a_rank_is_told_once(fault: str, text: str, root: Path, flag
     [
         ("memory:layer:1:1", "rank 1 failed in phase 'generate' of step 1: out of memory"),
         ("kill:layer:2:1", "rank 1 in phase 'generate' of step 2 ended without a message"),
+        ("term:layer:2:1", "interrupted by SIGTERM: step 1 is saved"),
     ],
 )
 def test_a_fault_within_a_layer_of_the_sampler_ends_all(
     fault: str, text: str, root: Path, flags: str
 ):
-    """The other rank waits in a gather of the next layer, not in an exchange."""
+    """After an error, the other rank waits in a gather of a later layer, not in an exchange."""
     by_layer = flags.replace("--batch-invariant", "--shard model --gather layers")
     given = f"{by_layer} --model {root}/deep --output-dir {root}/{fault.replace(':', '-')}"
     failed = torchrun(given, fault=fault)
