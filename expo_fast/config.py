@@ -44,6 +44,7 @@ ADJUSTABLE = (
     "diagnose_every",
     "report_to",
     "shard",
+    "gather",
     "collective_timeout",
     "push_to_hub",
     "reward_timeout",
@@ -57,6 +58,7 @@ ADDED_LATER = (
     "data_weights",
     "columns",
     "escape_special_tokens",
+    "gather",
 )
 # Options whose default depends on the data. They are None until `Train.resolved` sets them.
 DEPEND_ON_DATA = ("eval_data", "shots", "max_completion_length")
@@ -340,7 +342,11 @@ class Train(Prompting):
     """Make sampled and recomputed log-probs bit-identical on a CPU, for one more forward pass."""
     shard: Literal["optimizer", "model"] = "optimizer"
     """With torchrun: what is sharded over the ranks. optimizer: masters, moments and gradients;
-    model: the weights too, which are gathered for sampling and then layer by layer."""
+    model: the weights too, which training gathers layer by layer."""
+    gather: Literal["auto", "weights", "layers"] = "auto"
+    """With --shard model: what a rank gathers to sample. weights: all of them; layers: one layer
+    after the other for each token, slowly, for a model that does not fit; auto: weights if they
+    and the optimizer's state of a rank take at most 70% of its memory, else layers."""
     collective_timeout: float = 1800.0
     """With torchrun: seconds after which a rank that does not answer ends the run."""
 
@@ -433,6 +439,8 @@ class Train(Prompting):
             need = "optimizer with lora_rank or batch_invariant, which need all weights in training"
             needs_all = bool(self.lora_rank or self.batch_invariant)
             yield from _require(self, "shard", not needs_all, need)
+        elif self.gather != "auto":
+            yield "gather", f"gather={self.gather}: this needs shard=model"
 
     def _options_without_effect(self) -> Iterator[Fault]:
         ignored = options_without_effect(self.method, self.objective, self.preference)

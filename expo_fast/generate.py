@@ -83,8 +83,11 @@ class Generator:
         requests = list(requests)
         has_tokenizer = self.tokenizer is not None
         check_requests(requests, self.model.shape, has_tokenizer=has_tokenizer)
-        if not requests:
-            return
+        with self.model.lockstep():
+            if requests:
+                yield from self._completions(requests)
+
+    def _completions(self, requests: list[Request]) -> Iterator[tuple[int, Completion]]:
         engine = self.engine()
         batches = [dict(enumerate(requests))]
         if self.batch_invariant and isinstance(engine, TorchEngine):

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports below, because one of their pac
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,9 +57,15 @@ from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
 from expo_fast.inspection.disk import disk_lines
 from expo_fast.inspection.memory import estimate_memory, memory_lines
-from expo_fast.inspection.ranks_memory import ranks_lines
+from expo_fast.inspection.ranks_memory import (
+    Gather,
+    choose_gather,
+    memory_of_rank,
+    ranks_lines,
+)
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
+from expo_fast.modeling.sharding import Place
 from expo_fast.op_backends import dispatch
 from expo_fast.reporting.accuracy import by_problem
 from expo_fast.reporting.jsonl import json_value, read_rows
@@ -81,7 +88,7 @@ from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Collapsed, Stopped
 from expo_fast.runtime.interruptions import Interruptions
 from expo_fast.storage import checkpoint, hub
-from expo_fast.weights import load_model
+from expo_fast.weights import find_device, load_model
 
 FEW_QUESTIONS = 10  # fewer have no useful bootstrap interval
 MAX_BROKEN_STEPS = 3  # consecutive steps, after which the run is stopped
@@ -191,7 +198,7 @@ def run_in(world: World, config: Train) -> TrainResult:
         with world.agreed():
             if world.is_main:
                 begin_record(trainer, restored, log)
-                for line in data.notes:
+                for line in (*data.notes, *trainer.notes):
                     log.note(line)
                 write_base(trainer, log)
                 log.open_trackers()
@@ -266,12 +273,19 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
     functions = load_rewards(config.reward_functions)
     reward = build_reward(config, data, functions, progress)
     dtype = getattr(torch, config.dtype)
+    # The device of a rank need not hold all weights. Each unit is moved there before it is sharded.
+    moves_later = config.shard == "model" and world.size > 1
     model, tokenizer = load_model(
         config.model,
         dtype=dtype,
-        device=config.device,
+        device="cpu" if moves_later else config.device,
         checkpointing=config.gradient_checkpointing,
     )
+    gather = None
+    place = Place(world)
+    if moves_later:
+        gather = gather_of_all_ranks(config, model, world)
+        place = Place(world, gather.kind, find_device(config.device))
     if config.lora_rank:
         attach(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
     reference = None
@@ -296,11 +310,21 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
         verify=score_answers,
         progress=progress,
         sources=data.sources,
-        world=world,
+        place=place,
     )
+    if gather is not None:
+        trainer.notes.append(str(gather))
     trainer.held_out = data.held_out
     trainer.reward_source = source_hash(functions)
     return trainer
+
+
+def gather_of_all_ranks(config: Train, model: Decoder, world: World) -> Gather:
+    """Return what each rank gathers to sample: layers, if all weights do not fit on one rank."""
+    device = find_device(config.device).type
+    available = memory_of_rank(device, int(os.environ.get("LOCAL_WORLD_SIZE") or world.size))
+    least = min(world.exchange(available))
+    return choose_gather(config, model, world.size, least)
 
 
 def build_reward(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.data.chat_template import answer_turn
+from expo_fast.distributed.world import copy_complete
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import base_tensors, is_attached, merge
 from expo_fast.modeling.shape import Shape, check_config, read_shape
@@ -168,6 +169,8 @@ def _complete_ends(
 def load_weights_into(model: Decoder, folder: str | Path) -> None:
     """Copy the tensors of a model folder into an existing model, in place.
 
+    Of a parameter that is sharded, only this rank's rows are read.
+
     Each tensor is rounded to the model's dtype, as in `load_model`. The config, generation config
     and tokenizer of the folder are not read. A tensor in the model's dtype is a view of the mapped
     file until it is copied, so memory does not hold a second model.
@@ -186,7 +189,7 @@ def load_weights_into(model: Decoder, folder: str | Path) -> None:
     )
     parameters = dict(model.named_parameters())
     for key, tensor in state.items():
-        parameters[key].copy_(tensor)
+        copy_complete(tensor, parameters[key])
 
 
 def stored_shape(folder: str | Path) -> Shape:

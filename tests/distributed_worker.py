@@ -3,9 +3,10 @@
     python distributed_worker.py SIZE PORT FOLDER < JOBS
 
 JOBS is a JSON list of jobs: `flags` of expo_fast.train, which may differ by rank, and `folder`, in
-which RANK.json says how the job ended on a rank. It has jobs in common with the tests in one
-process, and imports take longer than the training. Therefore this process imports everything
-once, and each rank is a fork of it. What a rank prints is in FOLDER/RANK.txt.
+which RANK.json says how the job ended on a rank, and with `counts_layers` how many layers were
+gathered at a time. It has jobs in common with the tests in one process, and imports take longer
+than the training. Therefore this process imports everything once, and each rank is a fork of it.
+What a rank prints is in FOLDER/RANK.txt.
 """
 
 import importlib
@@ -14,14 +15,20 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from expo_fast import train
 from expo_fast.cli import exit_status
+from expo_fast.distributed.world import local_part
+from expo_fast.modeling.decoder import Attention, Block
 
 LATER = (  # modules that a run imports when it needs them
     "peft",
@@ -81,11 +88,36 @@ def run_jobs(rank: int, jobs: list[dict[str, Any]]) -> None:
         train.score_answers = verdicts(job)
         flags = job["flags"]
         own = flags[rank] if isinstance(flags, list) else flags
-        ended = run(own.split())
+        with counted_layers() if job.get("counts_layers") else nullcontext([0]) as counts:
+            ended = run(own.split())
+        ended["gathered_layers"] = max(counts, default=0)
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{rank}.json").write_text(json.dumps(ended))
     dist.destroy_process_group()
+
+
+@contextmanager
+def counted_layers() -> Iterator[list[int]]:
+    """Yield a list to which each attention layer that runs adds the number of gathered layers.
+
+    The C++ engine is not used meanwhile, because it runs no hooks.
+    """
+    counts: list[int] = []
+    seen: set[Block] = set()
+
+    def count(module: nn.Module, args: Any) -> None:
+        if isinstance(module, Block):
+            seen.add(module)
+        elif isinstance(module, Attention):
+            weights = [block.mlp.up_proj.weight for block in seen]
+            counts.append(sum(local_part(weight) is weight for weight in weights))
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        yield counts
+    finally:
+        hook.remove()
 
 
 def verdicts(job: dict[str, Any]) -> Any:

@@ -3,7 +3,8 @@
     FAULT=kill:reward:2:1 torchrun --nproc-per-node 2 fault_worker.py FLAGS OF expo_fast.train
 
 KIND is kill, hang, raise, memory or term (a signal to this rank alone). A restart does not fail.
-The phase `save` is the writing of a checkpoint, and `evaluate` that of the held-out problems.
+The phase `save` is the writing of a checkpoint, `evaluate` that of the held-out problems, and
+`layer` the first layer that PyTorch computes in the step.
 """
 
 import os
@@ -19,6 +20,7 @@ import torch
 from expo_fast import train
 from expo_fast.algorithms import saving
 from expo_fast.cli import exit_status
+from expo_fast.modeling.decoder import MLP
 from expo_fast.reporting.timing import Phases
 
 torch.set_num_threads(1)
@@ -70,6 +72,8 @@ def arm() -> None:
     train.LOOPS |= {name: counted(run_step) for name, run_step in train.LOOPS.items()}
     if PHASE == "save":
         saving.write_shards = failing(saving.write_shards)
+    if PHASE == "layer":
+        MLP.forward = failing(MLP.forward)
     if PHASE == "evaluate":
         train.evaluate = failing(train.evaluate)
 

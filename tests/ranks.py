@@ -30,6 +30,7 @@ SMALL = (
 def write_job_files(root: Path) -> str:
     """Write a model, data and a reward function. Return the flags that name them."""
     save_model(tiny_model(num_hidden_layers=2), tiny_tokenizer(), root / "model")
+    save_model(tiny_model(num_hidden_layers=5), tiny_tokenizer(), root / "deep")
     rows = []
     for n in range(12):
         row = {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}

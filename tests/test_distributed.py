@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 import torch.distributed as dist
 
 from expo_fast import train
+from expo_fast.cli.flags import parse
 from expo_fast.config import Train
 from expo_fast.distributed.gathering import FIRST_BYTES, gather_values
 from expo_fast.distributed.world import ALONE, World, shares
 from expo_fast.inspection.memory import MemoryEstimate
-from expo_fast.inspection.ranks_memory import rank_bytes, sent_bytes
+from expo_fast.inspection.ranks_memory import choose_gather, rank_bytes, sent_bytes
 from expo_fast.reporting.metric_table import find_metric
 from ranks import (
     SMALL,
@@ -33,6 +35,7 @@ from tiny import tiny_config, tiny_model
 EXACT = "--batch-invariant --reward {root}/rewards.py:odd "
 LORA = "--lora-rank 3 "
 EXPLAINS = "--explanations-per-question 12 "
+LAYERS = "--model {root}/deep --shard model --gather layers "
 
 # Flags of jobs, which one process and two ranks run.
 METHODS = {
@@ -47,10 +50,14 @@ METHODS = {
     + EXACT,
     "expert-grpo-model": "--method expert-grpo --shard model --updates-per-batch 2 "
     "--reward {root}/rewards.py:odd",
+    "expo-grpo-layers": "--method expo-grpo --exp-sft-coef 1 --updates-per-batch 2 --eval-every 3 "
+    "--diagnose-every 1 --reward {root}/rewards.py:odd " + EXPLAINS + LAYERS,
+    "uneven-layers": "--method grpo --prompts-per-step 1 --reward {root}/rewards.py:odd " + LAYERS,
     "star": "--method star " + EXPLAINS + EXACT,
     "expo-dpo": "--method expo-dpo --pairs-every 2 " + EXPLAINS + EXACT,
     "grpo-lora": "--method grpo --reward {root}/rewards.py:odd " + LORA,
 }
+COUNTED = ("sft", "expo-grpo-layers", "uneven-layers")  # their gathered layers
 BAD = {
     "options": ["--method sft", "--method sft --learning-rate 1e-4"],
     "data": ["--method sft", "--method sft --train-data {root}/eval.jsonl"],
@@ -80,7 +87,7 @@ class Runs:
             own: Any = [common + each.format(root=self.root) for each in flags]
         else:
             own = common + flags.format(root=self.root)
-        return {"flags": own, "folder": str(folder)}
+        return {"flags": own, "folder": str(folder), "counts_layers": name in COUNTED}
 
     def train_alone(self, name: str, flags: str, output: Path | None = None) -> Path:
         """Train in this process. Return the run's folder."""
@@ -124,6 +131,8 @@ def make_runs(runs: Runs) -> None:
     jobs.append(runs.job("again", METHODS["expo-grpo"]))
     jobs.append(runs.job("resumed", METHODS["expo-grpo"] + "--steps 2"))
     jobs.append(runs.job("resumed", METHODS["expo-grpo"]))
+    jobs.append(runs.job("resumed-layers", METHODS["expo-grpo-layers"] + "--steps 2"))
+    jobs.append(runs.job("resumed-layers", METHODS["expo-grpo-layers"]))
     jobs.append(runs.job("bf16", METHODS["grpo"] + "--dtype bfloat16 --steps 2"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
@@ -144,7 +153,7 @@ def test_two_ranks_learn_what_one_process_learns(name: str, runs: Runs):
     assert [end["status"] for end in runs.ended(name)] == [0, 0], runs.ended(name)
     alone = runs.train_alone(name, METHODS[name])
     two = runs.of_two(name) / "run"
-    found = difference(alone, two, runs.root / "model")
+    found = difference(alone, two, runs.root / ("deep" if "layers" in name else "model"))
     assert found.loss <= 1e-6
     assert found.gradient <= 1e-5
     if name != "grpo-lora":  # without --batch-invariant, rounding may change a sampled token
@@ -183,6 +192,22 @@ def test_runs_on_two_ranks_are_bit_identical_also_after_a_resume(runs: Runs):
         run = runs.of_two(name) / "run"
         assert state_bits(run / "checkpoints/step-3") == expected
         assert len(metrics(run)) == 3
+
+
+@pytest.mark.slow
+def test_a_run_that_gathers_by_layer_resumes_to_the_bit(runs: Runs):
+    expected = state_bits(runs.of_two("expo-grpo-layers") / "run/checkpoints/step-3")
+    run = runs.of_two("resumed-layers") / "run"
+    assert state_bits(run / "checkpoints/step-3") == expected
+    assert len(metrics(run)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["expo-grpo-layers", "uneven-layers"])
+def test_a_rank_uses_one_layer_at_a_time(name: str, runs: Runs):
+    """The model has 5 layers. FSDP may gather the next one, which is not in its module yet."""
+    assert [end["gathered_layers"] for end in runs.ended(name)] == [1, 1]
+    assert [end["gathered_layers"] for end in runs.ended("sft")] == [2, 2]  # both of the model
 
 
 @pytest.mark.slow
@@ -265,6 +290,27 @@ def test_the_memory_of_a_rank_is_that_of_the_formula():
         assert found == pytest.approx(expected, rel=1e-6)
         sharded = rank_bytes(Train(method="sft", shard="model"), shape, estimate, ranks)
         assert sharded == pytest.approx(expected - 2 * 2 * layer, rel=1e-6)
+    estimate = replace(estimate, kv_cache=10**7)
+    by_layer = rank_bytes(Train(method="sft", shard="model"), shape, estimate, 2, "layers")
+    assert by_layer == pytest.approx(2 * total + 8 * total - 2 * 2 * layer + 1e7, rel=1e-6)
+
+
+def test_layers_are_gathered_if_all_weights_do_not_fit_beside_the_state():
+    model = tiny_model()
+    total = sum(p.numel() for p in model.parameters())
+    needed = 2 * total + 20 * total // 4  # expo-grpo sums two gradients
+    enough = needed * 10 // 7 + 2
+    config = Train(shard="model")
+    assert choose_gather(config, model, 4, enough).kind == "weights"
+    chosen = choose_gather(config, model, 4, enough - 4)
+    assert chosen.kind == "layers"
+    assert str(chosen).startswith("sampling gathers layer by layer, which is slow")
+    assert choose_gather(Train(shard="model", gather="weights"), model, 4, 1).kind == "weights"
+
+
+def test_gathering_by_layer_is_refused_where_all_weights_stay():
+    with pytest.raises(ValueError, match="gather=layers: this needs shard=model"):
+        parse(Train, ["--gather", "layers"])
 
 
 def test_a_rank_sends_all_parts_but_its_own():

@@ -153,6 +153,28 @@ def test_an_error_of_a_rank_is_told_once(fault: str, text: str, root: Path, flag
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("memory:layer:1:1", "rank 1 failed in phase 'generate' of step 1: out of memory"),
+        ("kill:layer:2:1", "rank 1 in phase 'generate' of step 2 ended without a message"),
+        ("term:layer:2:1", "interrupted by SIGTERM: step 1 is saved"),
+    ],
+)
+def test_a_fault_within_a_layer_of_the_sampler_ends_all(
+    fault: str, text: str, root: Path, flags: str
+):
+    """After an error, the other rank waits in a gather of a later layer, not in an exchange."""
+    by_layer = flags.replace("--batch-invariant", "--shard model --gather layers")
+    given = f"{by_layer} --model {root}/deep --output-dir {root}/{fault.replace(':', '-')}"
+    failed = torchrun(given, fault=fault)
+    assert failed.status != 0
+    assert failed.seconds < TIMEOUT_S + 60
+    assert failed.output.count(text) == 1, failed.output
+    assert "did not answer" not in failed.output
+
+
+@pytest.mark.faults
 def test_torchrun_restarts_a_run(root: Path, flags: str, unbroken: Path):
     given = f"{flags} --output-dir {root}/restarted"
     done = torchrun(given, fault="kill:forward_backward:2:1", restarts=1)
@@ -240,6 +262,7 @@ EXACT = "--batch-invariant --reward {root}/rewards.py:odd "
 FOUR = {
     "sft": "--method sft",
     "sft-model": "--method sft --shard model",
+    "grpo-layers": "--method grpo --reward {root}/rewards.py:odd --shard model --gather layers",
     "sft-lora": "--method sft --lora-rank 3",
     "gspo": "--method grpo --objective gspo --updates-per-batch 2 " + EXACT,
     "expo-grpo": "--method expo-grpo --exp-sft-coef 1 --explanations-per-question 12 "

@@ -128,6 +128,7 @@ UNTESTED_HERE = {
     "checkpoint_every": "which steps are saved",
     "keep_checkpoints": "how many are kept",
     "shard": "which memory a rank of torchrun needs: see test_distributed.py",
+    "gather": "which memory a rank needs to sample: see test_distributed.py",
     "collective_timeout": "when a rank of torchrun is given up: see test_distributed_faults.py",
     "keep_best": "which ones are kept: tests/test_saving.py",
     "save_patience": "how long a failed save is tried again: tests/test_saving.py",

@@ -52,15 +52,16 @@ def completion_logprobs(
     """
     logprobs: list[Tensor] = [torch.empty(0)] * len(samples)
     results = []
-    for pack, hidden in forward(model, samples, max_tokens):
-        result = linear_logprob(
-            hidden,
-            model.head_weight,
-            pack.targets,
-            temperature=temperature,
-            complete=pack.has_targets_below(len(model.head_weight)),
-        )
-        results.append((pack, result.logp))
+    with model.lockstep():
+        for pack, hidden in forward(model, samples, max_tokens):
+            result = linear_logprob(
+                hidden,
+                model.head_weight,
+                pack.targets,
+                temperature=temperature,
+                complete=pack.has_targets_below(len(model.head_weight)),
+            )
+            results.append((pack, result.logp))
     # Copy to the CPU once per pack, not per sample, after the work of all packs is queued.
     for pack, logp in results:
         for i, values in pack.split(logp.cpu()):

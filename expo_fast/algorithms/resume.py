@@ -18,6 +18,7 @@ from expo_fast.algorithms.trainer import Trainer
 from expo_fast.cli.flags import dump_toml
 from expo_fast.config import ADJUSTABLE, DEPEND_ON_DATA, Train
 from expo_fast.data.problems import fingerprint, same_fingerprint
+from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import load_adapter, save_adapter
 from expo_fast.modeling.shape import Shape
 from expo_fast.reporting.log_cursor import Cursor, damage_of
@@ -288,9 +289,11 @@ def begin_record(trainer: Trainer, restored: Restored, log: RunLog) -> None:
         )
 
 
-def model_writer(trainer: Trainer) -> Callable[[Path], None]:
-    """Return a function that writes the model, or with LoRA its adapter, into a folder."""
-    model = trainer.model
+def model_writer(trainer: Trainer, model: Decoder) -> Callable[[Path], None]:
+    """Return a function that writes the model, or with LoRA its adapter, into a folder.
+
+    model: that of the trainer, with all weights.
+    """
     tokenizer = trainer.prompter.tokenizer
     if trainer.config.lora_rank:
         base = base_of_adapters(trainer.config)

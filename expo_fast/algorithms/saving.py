@@ -6,6 +6,7 @@ step the run waits for the disk, because its weights would be lost.
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,20 @@ class Saver:
         shards = None
         if world.size > 1:
             shards = write_state_shards(trainer, step, tensors)
+        write_model = model_writer(trainer, trainer.layout.model_to_write())
         with world.agreed(shared=OSError):
             if world.is_main:
-                self._write(step, tensors, values, shards)
+                self._write(step, write_model, tensors, values, shards)
         self._n_failures = 0
         self._retry_at = None
 
     def _write(
-        self, step: int, tensors: dict[str, Tensor], values: dict[str, Any], shards: Path | None
+        self,
+        step: int,
+        write_model: Callable[[Path], None],
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+        shards: Path | None,
     ) -> None:
         trainer = self._trainer
         config = trainer.config
@@ -162,7 +169,7 @@ class Saver:
         checkpoint.save(
             config.run_dir,
             step,
-            model_writer(trainer),
+            write_model,
             tensors,
             values_to_save(trainer, step, values, self._log.cursors(step)),
             keep=config.keep_checkpoints,

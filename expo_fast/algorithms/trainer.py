@@ -23,7 +23,7 @@ from expo_fast.algorithms.rollout import Group, Verifier, mean
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, fingerprint
 from expo_fast.data.prompts import Prompter, request_seed
-from expo_fast.distributed.world import ALONE, Deal, World
+from expo_fast.distributed.world import Deal, World
 from expo_fast.generate import Generator
 from expo_fast.inference.exact_hidden import exact_hidden
 from expo_fast.modeling.decoder import Decoder
@@ -32,7 +32,7 @@ from expo_fast.modeling.lora import MergedCopy, is_attached, merged_copy
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.modeling.packing import Sample
 from expo_fast.modeling.schedule import learning_rate
-from expo_fast.modeling.sharding import Sharded
+from expo_fast.modeling.sharding import ONE_PROCESS, Place, Sharded
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward_functions import Reward, TrainerState
 from expo_fast.runtime import interruptions
@@ -85,6 +85,8 @@ class Trainer:
     inexact: list[str] = field(default_factory=list)
     """What differed from the run before at its resumes, each with the step. Empty: the run equals
     an uninterrupted one."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the log about how the run is set up."""
     progress: TrainerState = field(default_factory=TrainerState)
     """What reward functions are told of the run. The loop over steps keeps it."""
     explanations: ExplanationCache = field(default_factory=ExplanationCache)
@@ -215,9 +217,10 @@ def make_trainer(
     verify: Verifier,
     progress: TrainerState | None = None,
     sources: Sequence[Sequence[Problem]] = (),
-    world: World = ALONE,
+    place: Place = ONE_PROCESS,
 ) -> Trainer:
     """Return a trainer with a generator and an optimizer made from the configuration."""
+    world = place.world
     initial_weights_hash = weights_hash(model)
     merged = merged_copy(model) if is_attached(model) else None
     if world.size > 1:
@@ -230,7 +233,9 @@ def make_trainer(
         values["ends of turns"] = prompter.ends_hash
         values["version of torch"] = torch.__version__.split("+")[0]
         world.check_same(values)
-    layout = Layout(model) if world.size == 1 else Sharded(model, world, config.shard)
+    layout = Layout(model)
+    if world.size > 1:
+        layout = Sharded(model, place, config.shard)
     if config.batch_invariant:
         model.exact = exact_hidden(layout.sampling_model)
     generator = Generator(

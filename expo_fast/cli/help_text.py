@@ -107,7 +107,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "max_grad_norm",
     ),
     "Memory and precision": ("pack_tokens", "gradient_checkpointing", "batch_invariant"),
-    "Several GPUs or machines": ("shard", "collective_timeout"),
+    "Several GPUs or machines": ("shard", "gather", "collective_timeout"),
     "Evaluation": ("eval_every", "eval_limit", "eval_samples", "eval_temperature"),
     "Checkpoints and logs": (
         "checkpoint_every",

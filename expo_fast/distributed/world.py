@@ -133,6 +133,8 @@ class World:
         except Exception as caught:
             if isinstance(caught, PeerLostError) or hasattr(caught, "of_all_ranks"):
                 raise
+            if hasattr(caught, "in_collectives"):
+                raise
             error = caught
         self._exchange(None, error, shared)
 
@@ -171,6 +173,21 @@ class World:
 
 
 ALONE = World()
+
+
+@contextmanager
+def within_collectives() -> Iterator[None]:
+    """Mark the errors of a block in which the other ranks wait in collectives of the model.
+
+    `World.agreed` raises such an error at once, because an exchange would wait for them forever.
+    They end as this rank ends.
+    """
+    try:
+        yield
+    except Exception as caught:
+        error: Any = caught
+        error.in_collectives = True
+        raise
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,17 @@ def shares(costs: Sequence[float], size: int) -> list[list[int]]:
         dealt[rank].append(i)
         loads[rank] += costs[i]
     return [sorted(indices) for indices in dealt]
+
+
+def copy_complete(source: Tensor, target: Tensor) -> None:
+    """Copy a complete tensor into a tensor, or this rank's rows of it if the target is sharded."""
+    own = local_part(target)
+    if own is not target:
+        mesh = target.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+        parts = source.chunk(mesh.size())
+        rank = mesh.get_local_rank()
+        source = parts[rank] if rank < len(parts) else source[:0]
+    own.copy_(source)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import shutil
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.storage.files import existing_folder, in_bytes
 
@@ -19,11 +21,20 @@ def checkpoint_bytes(trainer: Trainer) -> int:
     parameters = list(trainer.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     saved = trained if trainer.config.lora_rank else parameters
-    total = sum(parameter.nbytes for parameter in saved)
+    total = 0
+    for parameter in saved:
+        total += itemsize(trainer, parameter) * parameter.numel()
     for parameter in trained:
-        n_states = MOMENTS + (parameter.element_size() < FP32_BYTES)
+        n_states = MOMENTS + (itemsize(trainer, parameter) < FP32_BYTES)
         total += n_states * FP32_BYTES * parameter.numel()
     return total
+
+
+def itemsize(trainer: Trainer, parameter: Tensor) -> int:
+    """Return the bytes of an element that is saved. Sharded weights are fp32 in memory."""
+    if parameter.requires_grad and trainer.layout.rounded_to is not None:
+        return trainer.layout.rounded_to.itemsize
+    return parameter.element_size()
 
 
 def disk_lines(trainer: Trainer) -> Iterator[str]:

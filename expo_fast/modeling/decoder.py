@@ -7,6 +7,7 @@ finds the projections. Training and sampling run the same code with different at
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -240,10 +241,13 @@ class Decoder(nn.Module):
     layers: the layers to make, by their index; None: all. One may be made several times.
     exact: if set, this function computes the values that `hidden` returns. They must be
     bit-identical for any packing of the tokens. Gradients are those of the PyTorch forward pass.
+    lockstep: returns the context in which forward passes without gradients run. Ranks that gather
+    weights layer by layer for them have to run them together, see `sharding.Sharded.lockstep`.
     """
 
     inv_freq: Tensor  # (sets, R/2) fp32
     exact: Exact | None = None
+    lockstep: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
         self,

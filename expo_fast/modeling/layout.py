@@ -59,3 +59,10 @@ class Layout:
 
     def take(self) -> None:
         """Make the optimizer's fp32 weights those of the model, after weights were loaded."""
+
+    def model_to_write(self) -> Decoder:
+        """Return the model with all weights, for the main rank to write.
+
+        All ranks have to call it. The other ranks may get a model without all weights.
+        """
+        return self.model

@@ -1,8 +1,16 @@
 """FSDP2 for a decoder: the optimizer's state, and on request the weights, sharded over the ranks.
 
     optimizer   all weights stay in memory; masters, moments and summed gradients are sharded
-    model       the weights are sharded too; they are gathered once for each update to sample from,
-                and layer by layer for forward and backward passes
+    model       the weights are sharded too; for forward and backward passes they are gathered
+                layer by layer
+
+With `model`, there are two ways to sample:
+
+    weights     all weights are gathered once for each update, and sampled from at full speed
+    layers      they are gathered layer by layer for each pass, prompt or token; a rank never has
+                more than two layers beside the embedding and the head
+
+A pass of `layers` is a sequence of collectives, so all ranks make the same passes: see `lockstep`.
 
 Each layer is one unit of FSDP, and the embedding, the final norm and the head are another one. The
 shards are fp32 and serve as the optimizer's masters. Gradients are summed over the ranks in fp32,
@@ -12,19 +20,44 @@ With LoRA only the adapters are sharded. The frozen weights are complete on ever
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from expo_fast.distributed.world import World, local_part
-from expo_fast.modeling.decoder import Decoder
+from expo_fast.distributed.world import (
+    ALONE,
+    World,
+    copy_complete,
+    local_part,
+    within_collectives,
+)
+from expo_fast.modeling.attention import PackedAttention
+from expo_fast.modeling.decoder import Attend, Decoder
 from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.packing import Pack, Sample, forward, pack
 
 ShardKind = Literal["optimizer", "model"]
+GatherKind = Literal["weights", "layers"]
 ELEMENTS_OF_A_GATHER = 2**25  # of parameters that are gathered together, to bound the copies
+
+
+@dataclass(frozen=True)
+class Place:
+    """The ranks of a run, and where each one has its weights."""
+
+    world: World
+    gather: GatherKind = "weights"
+    """What a rank gathers to sample, if the weights are sharded."""
+    device: torch.device | None = None
+    """Device of the sharded weights; None: that of the model. A model on the CPU is moved unit by
+    unit, so that the device need not hold all of it."""
+
+
+ONE_PROCESS = Place(ALONE)
 
 
 @dataclass(frozen=True)
@@ -43,21 +76,29 @@ class Weight:
 class Sharded(Layout):
     """The layout of a model over the ranks of a distributed run. It changes the model in place."""
 
-    def __init__(self, model: Decoder, world: World, kind: ShardKind):
+    def __init__(self, model: Decoder, place: Place, kind: ShardKind):
         super().__init__(model)
-        self.world = world
+        self.world = place.world
         self.kind = kind
+        self._by_layer = place.gather == "layers"
         self._dtype = model.dtype
-        self._shard()
+        self._shard(place.device or model.device)
         self._shards = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._is_plain = len(self._shards) == len(dict(model.named_parameters()))
         self._resident = False
-        self._unshard()
-        self._plain = plain_view(model) if self._is_plain else model
+        self._in_lockstep = False
+        self._sampling_model = model
+        if self._by_layer:
+            self._unshard_root()
+            self._run_in_lockstep()
+        else:
+            self._unshard()
+            if self._is_plain:
+                self._sampling_model = plain_view(model)
 
     @property
     def sampling_model(self) -> Decoder:
-        return self._plain
+        return self._sampling_model
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._shards.items()
@@ -70,7 +111,7 @@ class Sharded(Layout):
     def moves_weights(self) -> bool:
         return self.kind == "model"
 
-    def _shard(self) -> None:
+    def _shard(self, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
             MixedPrecisionPolicy,
@@ -79,7 +120,7 @@ class Sharded(Layout):
         )
 
         model = self.model
-        mesh = init_device_mesh(model.device.type, (self.world.size,))
+        mesh = init_device_mesh(device.type, (self.world.size,))
         policy = MixedPrecisionPolicy(
             param_dtype=self._dtype,
             reduce_dtype=torch.float32,
@@ -98,7 +139,7 @@ class Sharded(Layout):
             )
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
-        register_fsdp_forward_method(model, "hidden")
+        register_fsdp_forward_method(model, "run")
         if self.kind == "optimizer":
             # The weights keep their addresses, which the CUDA graphs of the generator contain.
             self._units()[0].set_reshard_after_backward(False)
@@ -108,6 +149,55 @@ class Sharded(Layout):
         from torch.distributed.fsdp import FSDPModule
 
         return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    def _unshard_root(self) -> None:
+        """Gather the embedding, the final norm and the head."""
+        root = self._units()[0]
+        root.reshard()
+        root.unshard()
+
+    def _run_in_lockstep(self) -> None:
+        """Make passes without gradients those of all ranks, see `lockstep`."""
+        model = self.model
+        for unit, following in pairwise(self._units()):
+            unit.set_modules_to_forward_prefetch([following])
+        self._run = model.run
+        model.run = self._run_with_others
+        model.lockstep = self.lockstep
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """Let each rank make as many passes without gradients in this block as it needs.
+
+        Before each pass, a rank tells the others that it makes one. A rank that has reached the
+        end of the block makes passes of one token, until all ranks have reached it. All ranks have
+        to enter the block, also without a pass of their own.
+        """
+        self._in_lockstep = True
+        try:
+            yield
+            while any(self.world.exchange(False)):
+                self._pass_of_one_token()
+        finally:
+            self._in_lockstep = False
+
+    def _run_with_others(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Return what `Decoder.run` returns. A pass without gradients is one of all ranks."""
+        if torch.is_grad_enabled():  # `passes` sees to it that all ranks make the same
+            return self._run(tokens, positions, attend)
+        assert self._in_lockstep, "a pass without gradients outside lockstep"
+        self.world.exchange(True)
+        with within_collectives():
+            return self._run(tokens, positions, attend)
+
+    @torch.no_grad()
+    def _pass_of_one_token(self) -> None:
+        """Take part in the gathers of a pass of another rank."""
+        token = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+        boundaries = torch.tensor([0, 1], dtype=torch.int32)
+        attention = PackedAttention(boundaries, torch.tensor([-1]), token.device)
+        with within_collectives():
+            self._run(token, token, attention)
 
     def _unshard(self) -> None:
         """Gather all weights, and keep them after forward passes."""
@@ -163,6 +253,9 @@ class Sharded(Layout):
     @torch.no_grad()
     def gather(self) -> None:
         """Make the model's weights those of the shards, rounded to their dtype."""
+        if self._by_layer:
+            self._unshard_root()
+            return
         if self.kind == "model":
             if self._resident:
                 self._reshard()  # only FSDP gathers all parameters of a unit at once
@@ -196,16 +289,28 @@ class Sharded(Layout):
 
     @torch.no_grad()
     def take(self) -> None:
-        """Copy this rank's parts of the model's weights to the shards."""
+        """Copy this rank's parts of the model's gathered weights to the shards."""
         parameters = dict(self.model.named_parameters())
         for name, shard in self._shards.items():
-            local_part(shard).copy_(self._part(parameters[name]))
+            if parameters[name] is not shard:
+                copy_complete(parameters[name], shard)
 
-    def _part(self, tensor: Tensor) -> Tensor:
-        """Return the rows of a tensor that this rank has, as FSDP divides them."""
-        parts = tensor.chunk(self.world.size)
-        rank = self.world.rank
-        return parts[rank] if rank < len(parts) else tensor[:0]
+    @torch.no_grad()
+    def model_to_write(self) -> Decoder:
+        if not self._by_layer:
+            return self.model
+        layers = self._units()[1:]
+        weights = copy_on_cpu(self.model) if self.world.is_main else {}
+        names = {module: name for name, module in self.model.named_modules()}
+        for layer in layers:
+            layer.unshard()
+            if self.world.is_main:
+                for name, tensor in copy_on_cpu(layer).items():
+                    weights[f"{names[layer]}.{name}"] = tensor
+            layer.reshard()
+        if not self.world.is_main:
+            return self.model
+        return model_of(self.model, weights)
 
 
 def as_fp32(module: nn.Module) -> None:
@@ -221,9 +326,23 @@ def plain_view(model: Decoder) -> Decoder:
     The parameters of `model` must be gathered. FSDP keeps the same parameters, and only their
     memory is freed and filled again.
     """
+    return model_of(model, dict(model.named_parameters()))
+
+
+def model_of(model: Decoder, weights: dict[str, Tensor]) -> Decoder:
+    """Return a plain model of the same architecture with these weights, which are not copied."""
     with torch.device("meta"):
         plain = Decoder(model.stored_config)
-    plain.load_state_dict(dict(model.named_parameters()), assign=True)
+    plain.load_state_dict(weights, assign=True)
     plain.inv_freq = model.inv_freq
     plain.generation_config = model.generation_config
     return plain
+
+
+def copy_on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the gathered parameters of a module, by their names."""
+    copies = {}
+    for name, parameter in module.named_parameters():
+        if local_part(parameter) is parameter:
+            copies[name] = parameter.detach().to("cpu", copy=True)
+    return copies

@@ -5,11 +5,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from expo_fast.distributed.world import local_part
+
 
 @torch.no_grad()
 def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor with a NaN or an infinity, or None if there is none."""
-    for name, tensor in named:
+    """Return the name of the first tensor with a NaN or an infinity, or None if there is none.
+
+    Of a sharded tensor, this rank's part is read.
+    """
+    for name, complete in named:
+        tensor = local_part(complete)
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         # One pass without a tensor of booleans. The extremes of values with a NaN are NaN.
