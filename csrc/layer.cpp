@@ -51,7 +51,7 @@ struct Rotation {
 
 struct Swiglu {
   const void *gate, *up, *d_y;  // (size,)
-  void *y, *d_gate, *d_up;
+  void *y, *d_gate, *d_up;      // backward computes y again, unless it is null
   int64_t size;
   int32_t dtype, threads;
 };
@@ -365,13 +365,16 @@ void swiglu_gradients(const Swiglu& s) {
   auto gate = static_cast<const T*>(s.gate), up = static_cast<const T*>(s.up);
   auto d_y = static_cast<const T*>(s.d_y);
   auto d_gate = static_cast<T*>(s.d_gate), d_up = static_cast<T*>(s.d_up);
+  auto y = static_cast<T*>(s.y);
   each_range(s.threads, s.size / kLanes + 1, [&](int64_t first, int64_t end) {
     const int64_t start = first * kLanes, n = std::min(s.size, end * kLanes) - start;
     each_vector(std::max<int64_t>(n, 0), [&](int64_t i, auto v) {
       const int64_t at = start + i;
       const auto g = value(gate + at, v), upstream = value(d_y + at, v), share = sigmoid(g);
-      put(d_up + at, upstream * rounded(g * share, T{}));
-      put(d_gate + at, upstream * value(up + at, v) * share * (1.0f + g * (1.0f - share)));
+      const auto activated = rounded(g * share, T{}), factor = value(up + at, v);
+      if (y) put(y + at, activated * factor);
+      put(d_up + at, upstream * activated);
+      put(d_gate + at, upstream * factor * share * (1.0f + g * (1.0f - share)));
     });
   });
 }

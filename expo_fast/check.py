@@ -69,7 +69,9 @@ def read_flags(argv: Sequence[str]) -> "Train":
 def print_memory(config: "Train") -> None:
     """Print the memory of a run."""
     from expo_fast.inspection.memory import estimate_run, memory_lines
+    from expo_fast.inspection.pack_size import with_pack_tokens
 
+    config = with_pack_tokens(config)
     estimate = estimate_run(config)
     for line in memory_lines(config, estimate):
         print(line)

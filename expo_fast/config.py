@@ -43,6 +43,7 @@ ADJUSTABLE = (
     "diagnose",
     "diagnose_every",
     "report_to",
+    "pack_memory",  # pack_tokens, which follows from it, may not differ
     "shard",
     "gather",
     "collective_timeout",
@@ -334,8 +335,11 @@ class Train(Prompting):
     max_grad_norm: float = 1.0
     """L2 norm that the gradient is clipped to; inf: no clipping."""
     pack_tokens: int = 4096
-    """Maximum number of tokens in one forward and backward pass. It bounds memory and does not
-    change the loss."""
+    """Maximum number of tokens in one forward and backward pass; 0: as many as --pack-memory
+    allows. It bounds memory and does not change the loss."""
+    pack_memory: float = 2.0
+    """With --pack-tokens 0: GB of activations that the largest pack keeps for the backward pass. A
+    longer sample is a pack of its own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     batch_invariant: bool = False
@@ -652,7 +656,7 @@ MORE_THAN_0 = (
     "steps",
     "prompts_per_step",
     "updates_per_batch",
-    "pack_tokens",
+    "pack_memory",
     "eval_fraction",
     "eval_limit",
     "eval_samples",
@@ -673,6 +677,7 @@ MORE_THAN_0 = (
     "collective_timeout",
 )
 AT_LEAST_0 = (
+    "pack_tokens",
     "kl_coef",
     "exp_sft_coef",
     "eval_every",

@@ -57,6 +57,7 @@ from expo_fast.evaluate import evaluate
 from expo_fast.generate import Generator
 from expo_fast.inspection.disk import disk_lines
 from expo_fast.inspection.memory import estimate_memory, memory_lines
+from expo_fast.inspection.pack_size import with_pack_tokens
 from expo_fast.inspection.ranks_memory import (
     Gather,
     choose_gather,
@@ -159,7 +160,7 @@ def run_in(world: World, config: Train) -> TrainResult:
     with world.agreed():
         check_trackers(config.report_to)
         hub.check_target(config.push_to_hub)
-        config = with_defaults(config)
+        config = with_defaults(with_pack_tokens(config))
         check_run_dir(config)
         data = load_training_data(config)
         config = config.resolve_epochs(len(data.problems))

@@ -20,6 +20,7 @@ KERNELS = (PACKAGE / "kernels").resolve()
 BACKENDS = (
     "op_backends.cpu",
     "op_backends.native_layer",
+    "op_backends.recomputing",
     "op_backends.native_optimizer",
     "op_backends.triton_fused",
     "inference.cpu_engine",

@@ -1,20 +1,22 @@
 """The check of a machine: its description, the test of the ops, and the estimate of memory."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from expo_fast import check
+from expo_fast import check, train
 from expo_fast.cli import exit_status
+from expo_fast.cli.flags import parse
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
-from expo_fast.inspection import machine, memory, op_checks
+from expo_fast.inspection import machine, memory, op_checks, pack_size
 from expo_fast.inspection.memory import MemoryEstimate, estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.packing import forward
+from expo_fast.modeling.packing import Sample, forward, pack
 from expo_fast.op_backends import cpu, native_library
 from expo_fast.weights import load_model, load_structure, save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -121,6 +123,41 @@ def test_the_largest_pack_is_that_of_the_run():
     samples = memory.texts(config, prompter, PROBLEMS[:4])
     sizes = [len(pack.tokens) for pack, _ in forward(model, samples, 64)]
     assert len(largest.tokens) == max(sizes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packs_fill_the_memory_that_they_may_use(checkpointing):
+    """The judge is the count of activations of a pack of that size."""
+    model = tiny_model()
+    few = Train(**SMALL, pack_tokens=0, pack_memory=1e-3, gradient_checkpointing=checkpointing)
+    n = pack_size.tokens_within(few, model.config)
+
+    def kept(n_tokens: int) -> int:
+        (given,) = pack([Sample((0,), (0,) * n_tokens)], n_tokens)
+        return memory.activation_bytes(few, model.config, torch.float32, given)
+
+    assert kept(n - 5) <= 1e6 <= kept(n + 5)
+    more = pack_size.tokens_within(replace(few, pack_memory=2e-3), model.config)
+    assert more in (2 * n, 2 * n + 1)
+    halves = pack_size.tokens_within(replace(few, dtype="bfloat16"), model.config)
+    assert 1.5 * n < halves <= 2.01 * n
+    if checkpointing:
+        assert n > pack_size.tokens_within(replace(few, gradient_checkpointing=False), model.config)
+
+
+def test_a_run_records_the_tokens_that_the_memory_allows(tmp_path: Path, capsys):
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--shots", "0", "--device", "cpu", "--dry-run"]
+    flags += ["--output-dir", str(tmp_path / "run"), "--max-completion-length", "16"]
+    flags += ["--pack-tokens", "0", "--pack-memory", "0.001"]
+    assert exit_status.run(train.main, flags) == 0
+    printed = tomllib.loads(capsys.readouterr().out)
+    config = parse(Train, flags)
+    n = pack_size.with_pack_tokens(config).pack_tokens
+    assert printed["pack_tokens"] == n > 0
+    assert (
+        pack_size.with_pack_tokens(replace(config, pack_tokens=n, pack_memory=9.0)).pack_tokens == n
+    )
 
 
 def test_parts_follow_from_the_options():

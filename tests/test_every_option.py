@@ -123,6 +123,7 @@ UNTESTED_HERE = {
     "device": "a machine may have only one",
     "append_answer": "the texts of a random model reach no answer: see the last test",
     "pack_tokens": "bounds memory; gradients are equal up to rounding",
+    "pack_memory": "sets pack_tokens: see test_check.py",
     "gradient_checkpointing": "bounds memory; gradients are equal up to rounding",
     "batch_invariant": "changes only rounding",
     "checkpoint_every": "which steps are saved",

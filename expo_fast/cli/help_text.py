@@ -106,7 +106,12 @@ THEMES: dict[str, tuple[str, ...]] = {
         "weight_decay",
         "max_grad_norm",
     ),
-    "Memory and precision": ("pack_tokens", "gradient_checkpointing", "batch_invariant"),
+    "Memory and precision": (
+        "pack_tokens",
+        "pack_memory",
+        "gradient_checkpointing",
+        "batch_invariant",
+    ),
     "Several GPUs or machines": ("shard", "gather", "collective_timeout"),
     "Evaluation": ("eval_every", "eval_limit", "eval_samples", "eval_temperature"),
     "Checkpoints and logs": (

@@ -35,10 +35,11 @@ from expo_fast.inference.engine import Rows, Tokens
 from expo_fast.inference.joined_weights import JoinedWeights, joins
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.inference.paged_attention import VarlenPagedAttention
-from expo_fast.inference.plain_model import has_hooks, is_plain
+from expo_fast.inference.plain_model import is_plain
 from expo_fast.inference.sampling import Drawn
 from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.hooks import has_hooks
 
 if TYPE_CHECKING:
     from expo_fast.inference.decode_step import DecodeStep, StepKey

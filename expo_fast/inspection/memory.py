@@ -292,7 +292,9 @@ def traced_bytes(
     kept: dict[int, Tensor] = {}  # by storage; the tensors are held, so that no id is used twice
     with fake_tensors() as mode:
         fake_weights = [mode.from_tensor(p) for p in model.parameters()]  # held, as `kept`
-        weights = {weight.untyped_storage()._cdata for weight in fake_weights}
+        # Operations in C++ save the fake weights, and autograd functions in Python the real ones.
+        all_weights = [*fake_weights, *model.parameters()]
+        weights = {weight.untyped_storage()._cdata for weight in all_weights}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from expo_fast.kernels import fused
 from expo_fast.modeling.attention import Layer, PackedAttention
+from expo_fast.modeling.hooks import ALL_HOOKS, has_hooks
 from expo_fast.modeling.rope import rope_frequencies, rotate_heads
 from expo_fast.modeling.shape import Shape, read_shape
-from expo_fast.op_backends import native_layer
+from expo_fast.op_backends import native_layer, recomputing
 from expo_fast.storage.stored_config import complete_config
 
 # (model, tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
@@ -87,9 +88,46 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in) to (N, out)."""
-        if native_layer.multiplies(input, self.weight, self.bias):
-            return native_layer.linear(input, self.weight, self.bias)
-        return super().forward(input)
+        return recomputing.linear_map(input, self.weight, self.bias)
+
+
+def normed_maps(x: Tensor, norm: Any, maps: Sequence[Any]) -> Sequence[Tensor]:
+    """Return the results of several modules for the norm of x. norm: None is x itself."""
+    if recomputes_norm(x, norm, maps):
+        weights = [each.weight for each in maps]
+        biases = [each.bias for each in maps]
+        return recomputing.normed_linear_maps(x, norm.weight, norm.eps, weights, biases)
+    normed = x if norm is None else norm(x)
+    return [each(normed) for each in maps]
+
+
+def recomputes_norm(x: Tensor, norm: Any, maps: Sequence[nn.Module]) -> bool:
+    """Return whether the backward pass computes the norm of x again instead of keeping it.
+
+    Adapters, hooks and Gemma's norms need the modules themselves.
+    """
+    if type(norm) is not RMSNorm or norm.offset != 0 or not are_plain_linear(maps):
+        return False
+    if has_hooks([norm], ALL_HOOKS) or x.dim() != 2 or x.shape[1:] != norm.weight.shape:
+        return False
+    return recomputing.runs(x, norm.weight, *parameters_of(maps))
+
+
+def recomputes_swiglu(gate: Tensor, up: Tensor, down: nn.Module) -> bool:
+    """Return whether the backward pass computes silu(gate) * up again instead of keeping it."""
+    if not are_plain_linear([down]) or gate.dim() != 2 or gate.shape != up.shape:
+        return False
+    if fused.runs(gate, up):
+        return False
+    return recomputing.runs(gate, up, *parameters_of([down]))
+
+
+def are_plain_linear(maps: Sequence[nn.Module]) -> bool:
+    return all(type(each) is Linear for each in maps) and not has_hooks(maps, ALL_HOOKS)
+
+
+def parameters_of(maps: Sequence[nn.Module]) -> list[Tensor]:
+    return [parameter for each in maps for parameter in each.parameters()]
 
 
 class Attention(nn.Module):
@@ -112,11 +150,18 @@ class Attention(nn.Module):
         self.head_dim = Dh
         self.layer = Layer(index, scale=shape.attention_scale, window=shape.windows[index])
 
-    def forward(self, x: Tensor, rotations: Sequence[Rotation], attend: Attend) -> Tensor:
-        """Map (N, D) to (N, D)."""
-        q = self._normed_heads(self.q_proj(x), self.q_norm)
-        k = self._normed_heads(self.k_proj(x), self.k_norm)
-        v = self.v_proj(x).view(len(x), -1, self.head_dim)
+    def forward(
+        self,
+        x: Tensor,
+        norm: nn.Module | None,
+        rotations: Sequence[Rotation],
+        attend: Attend,
+    ) -> Tensor:
+        """Map (N, D) to (N, D). norm: of x, before the projections."""
+        q, k, v = normed_maps(x, norm, [self.q_proj, self.k_proj, self.v_proj])
+        q = self._normed_heads(q, self.q_norm)
+        k = self._normed_heads(k, self.k_norm)
+        v = v.view(len(x), -1, self.head_dim)
         if self.rope is not None:
             q, k = rotate_heads(q, k, *rotations[self.rope])
         attended = attend(self.layer, q, k, v)
@@ -151,11 +196,13 @@ class MLP(nn.Module):
         self.down_proj = Linear(M, D, bias=shape.mlp_bias)
         self.gated = {"silu": swiglu, "gelu_pytorch_tanh": geglu}[shape.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, D) to (N, D)."""
-        gate = self.gate_proj(x)
-        up = self.up_proj(x)
-        return self.down_proj(self.gated(gate, up))
+    def forward(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """Map (N, D) to (N, D). norm: of x, before the projections."""
+        gate, up = normed_maps(x, norm, [self.gate_proj, self.up_proj])
+        down = self.down_proj
+        if self.gated is swiglu and recomputes_swiglu(gate, up, down):
+            return recomputing.swiglu_linear_map(gate, up, down.weight, down.bias)
+        return down(self.gated(gate, up))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -193,14 +240,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotations: Sequence[Rotation], attend: Attend) -> Tensor:
         """Map (N, D) to (N, D)."""
         norms = self.norms
-        h = self.self_attn(self._normed(norms.before_attention, x), rotations, attend)
+        h = self.self_attn(x, self._norm(norms.before_attention), rotations, attend)
         x = x + scaled(self._normed(norms.after_attention, h), self.residual_scale)
-        h = self.mlp(self._normed(norms.before_mlp, x))
+        h = self.mlp(x, self._norm(norms.before_mlp))
         return x + scaled(self._normed(norms.after_mlp, h), self.residual_scale)
+
+    def _norm(self, name: str | None) -> nn.Module | None:
+        return None if name is None else getattr(self, name)
 
     def _normed(self, name: str | None, x: Tensor) -> Tensor:
         """Apply the norm of that name; None: return x."""
-        return x if name is None else getattr(self, name)(x)
+        norm = self._norm(name)
+        return x if norm is None else norm(x)
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:

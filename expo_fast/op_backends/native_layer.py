@@ -333,21 +333,30 @@ def _(gate, up):
 
 
 @torch.library.custom_op("expo_fast::swiglu_gradients", mutates_args=())
-def swiglu_gradients(gate: Tensor, up: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up."""
+def swiglu_gradients(
+    gate: Tensor, up: Tensor, d_y: Tensor, needs_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of gate and up, and the result of `swiglu`.
+
+    The latter is empty if it is not needed.
+    """
     gate = gate.contiguous()
     up = up.contiguous()
     d_y = d_y.contiguous()
     d_gate = _like(gate)
     d_up = _like(gate)
+    y = empty(gate.shape if needs_y else (0,), gate.dtype)
     fields = {"gate": gate, "up": up, "d_y": d_y, "d_gate": d_gate, "d_up": d_up}
+    if needs_y:
+        fields["y"] = y
     _run("swiglu_gradients", _Swiglu, gate.dtype, **fields, size=gate.numel())
-    return d_gate, d_up
+    return d_gate, d_up, y
 
 
 @swiglu_gradients.register_fake
-def _(gate, up, d_y):
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+def _(gate, up, d_y, needs_y):
+    y = gate.new_empty(gate.shape if needs_y else (0,))
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape), y
 
 
 def _save_swiglu(ctx: Any, inputs, output) -> None:
@@ -355,7 +364,8 @@ def _save_swiglu(ctx: Any, inputs, output) -> None:
 
 
 def _swiglu_backward(ctx: Any, d_y: Tensor):
-    return swiglu_gradients(*ctx.saved_tensors, d_y)
+    d_gate, d_up, _ = swiglu_gradients(*ctx.saved_tensors, d_y, needs_y=False)
+    return d_gate, d_up
 
 
 swiglu.register_autograd(_swiglu_backward, setup_context=_save_swiglu)
