@@ -5,8 +5,10 @@
 
 All contestants compute the same hidden states and the same gradients, without the LM head. Prompts
 and completions are random tokens of equal lengths, so transformers needs no padding. "expo_fast"
-computes shared prefixes once; "... each sequence apart" computes every token of every sequence. The
-errors are relative to the norm of what the model computes in fp64 from the same weights.
+computes shared prefixes once; "... each sequence apart" computes every token of every sequence;
+"... its linear maps alone" runs the products of "expo_fast" without attention, norms and
+activations. The errors are relative to the norm of what the model computes in fp64 from the same
+weights.
 
 "of limit" is the time of the counted products at the highest rate of `torch.mm`, in bf16 or fp32,
 divided by the time.
@@ -27,12 +29,13 @@ from torch import Tensor
 from benchmarks.measure import Stopwatch, ceilings
 from benchmarks.step import fp32_rate
 from benchmarks.summary import default_device, machine
-from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.decoder import Decoder, Linear
 from expo_fast.modeling.packing import Pack, Sample, pack
 from expo_fast.weights import load_model, save_model
 
 OURS = "expo_fast"
 APART = "... each sequence apart"
+PRODUCTS = "... its linear maps alone"
 THEIRS = "transformers, SDPA"
 
 
@@ -98,6 +101,19 @@ def ours(model: Decoder, job: Job, given: Pack) -> None:
     hidden[given.rows].backward(grads[order].flatten(0, 1))
 
 
+def products(maps: Sequence[Linear], n: int) -> None:
+    """Run forward and backward of linear maps of n tokens, which adds to the weights' gradients."""
+    values: dict[int, Tensor] = {}
+    for each in maps:
+        for width in (each.in_features, each.out_features):
+            if width not in values:
+                values[width] = torch.ones(
+                    n, width, dtype=each.weight.dtype, device=each.weight.device
+                )
+        x = values[each.in_features].detach().requires_grad_()
+        each(x).backward(values[each.out_features])
+
+
 def theirs(model: torch.nn.Module, job: Job, samples: Sequence[Sample], device: str) -> None:
     """Run forward and backward of transformers' layers in micro-batches."""
     ids = torch.tensor([[*s.prompt_ids, *s.completion_ids[:-1]] for s in samples], device=device)
@@ -142,12 +158,14 @@ def compare(name: str, job: Job, device: str, repeats: int, check: bool) -> dict
             folder, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
     peer = causal.model.to(device).train()
+    maps = [module for module in model.model.layers.modules() if isinstance(module, Linear)]
     runs: dict[str, Callable[[], None]] = {
         OURS: partial(ours, model, job, packs[OURS]),
         APART: partial(ours, model, job, packs[APART]),
+        PRODUCTS: partial(products, maps, len(packs[OURS].tokens)),
         THEIRS: partial(theirs, peer, job, samples, device),
     }
-    owners = {OURS: model, APART: model, THEIRS: peer}
+    owners = {OURS: model, APART: model, PRODUCTS: model, THEIRS: peer}
     seconds: dict[str, list[float]] = {contestant: [] for contestant in runs}
     stopwatch = Stopwatch(device)
     for turn in range(repeats + 1):  # the first one is not counted
@@ -161,7 +179,8 @@ def compare(name: str, job: Job, device: str, repeats: int, check: bool) -> dict
     rate = max(ceilings(device).flops, fp32_rate() if device == "cpu" else 0.0)
     layers = sum(p.numel() for p in model.model.layers.parameters())
     all_tokens = len(packs[APART].tokens)
-    counts = {OURS: len(packs[OURS].tokens), APART: all_tokens, THEIRS: all_tokens}
+    shared_tokens = len(packs[OURS].tokens)
+    counts = {OURS: shared_tokens, APART: all_tokens, PRODUCTS: shared_tokens, THEIRS: all_tokens}
     found = {}
     for contestant, times in seconds.items():
         median = statistics.median(times)
