@@ -9,8 +9,8 @@
 // over the vocabulary need no sum across lanes. Threads split the vocabulary, so that each thread
 // owns its rows of d_weight. Partial sums of the threads are added in the order of the threads, so
 // the same number of threads gives the same bits. A span of kSpan tokens reads weight from memory
-// once. In fp32, Z of few tokens comes from dot products (dot_products.h). Forward is one GEMM.
-// Backward is two if forward kept its exponentials in bf16, and three if it recomputes Z.
+// once. Forward is one GEMM. Backward is two if forward kept its exponentials in bf16, and three if
+// it recomputes Z. A logit has the same bits for any number of tokens.
 
 #include <algorithm>
 #include <cmath>
@@ -20,8 +20,8 @@
 #include <stdexcept>
 
 #include "common.h"
-#include "dot_products.h"
 #include "gemm.h"
+#include "token_products.h"
 
 namespace {
 
@@ -33,6 +33,9 @@ constexpr int64_t kForward = kTileRows;
 constexpr int64_t kBackward = 4 * kForward;
 // Elements of padding after a row, so that rows do not compete for the same cache sets.
 constexpr int64_t kPad = 32;
+
+// Returns a row stride for n elements that is an odd multiple of kPad.
+constexpr int64_t padded_stride(int64_t n) { return (n + kPad - 1) / kPad / 2 * 2 * kPad + kPad; }
 // Vocabulary rows of the weight gradient of few tokens that are written at once.
 constexpr int64_t kWrittenRows = 2 * kRegisterRows;
 
@@ -88,14 +91,10 @@ struct Span {
 
   Span(const Head& head, bool backward)
       : d(head.d), depth(round_up(d, kPair<T>)),
-        columns_(kSpan * round_up(d, 16)), rows_(backward ? kSpan * round_up(d, 16) : 0) {}
+        columns_(kSpan * depth), rows_(backward ? kSpan * round_up(d, 16) : 0) {}
 
   int64_t blocks() const { return (padded_n + kBlock - 1) / kBlock; }
   int64_t width(int64_t block) const { return std::min(kBlock, padded_n - block * kBlock); }
-  // Whether dot products are faster than GEMMs.
-  bool is_few() const { return kPair<T> == 1 && n <= kFewTokens; }
-  // Returns (n, d rounded up to 16), the hidden states of few tokens.
-  const T* few() const { return columns_.data.get(); }
   // Returns (depth, width), the B of Z.T = weight @ hidden.T.
   const T* columns(int64_t block) const { return columns_.data.get() + block * kBlock * depth; }
   // Returns (padded_n, up to kBlock) from feature `start` on, the B of d_weight = dZ.T @ hidden.
@@ -110,10 +109,7 @@ struct Span {
       parallel(head.threads, [&](int t) {
         const Share share(blocks(), t, head.threads);
         for (int64_t b = share.begin; b < share.end; ++b) {
-          if (is_few())
-            copy_few(from);
-          else
-            pack_columns(from, b);
+          pack_columns(from, b);
           if (backward) pack_rows(from, b);
         }
       });
@@ -122,14 +118,6 @@ struct Span {
 
  private:
   Scratch<T> columns_, rows_;
-
-  template <class From>
-  void copy_few(const From* from) {
-    const int64_t width = round_up(d, 16);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < width; ++k)
-        narrow(k < d ? widen(from[i * d + k]) : 0.0f, columns_.data[i * width + k]);
-  }
 
   template <class From>
   void pack_columns(const From* from, int64_t block) {
@@ -208,24 +196,53 @@ struct WeightTile {
   }
 };
 
-// Writes Z.T of a tile, (rows, w), before the bias. The logits of targets are set to kNever.
+// Sets the logits of targets to kNever in Z.T of a tile, (rows, w).
 template <class T>
-void write_logits(const Head& head, const Span<T>& span, const WeightTile<T>& weight, int64_t start,
-                  int64_t rows, int64_t block, float* z) {
-  const int64_t w = span.width(block);
-  if constexpr (kPair<T> == 1)
-    if (span.is_few()) {
-      dot_products(rows, span.n, weight.depth, weight.data, weight.stride, span.few(), z, w);
-      for (int64_t r = 0; r < rows; ++r) std::fill(z + r * w + span.n, z + (r + 1) * w, 0.0f);
-    }
-  if (!span.is_few())
-    gemm(rows, w, span.depth, weight.data, weight.stride, span.columns(block), w, z, w, false);
-  const int64_t first = span.start + block * kBlock;
+void remove_targets(const Head& head, const Span<T>& span, int64_t start, int64_t rows,
+                    int64_t block, float* z) {
+  const int64_t w = span.width(block), first = span.start + block * kBlock;
   const int64_t real = std::min(w, span.start + span.n - first);
   for (int64_t i = 0; i < real; ++i) {
     const int64_t row = head.targets[first + i] - start;
     if (row >= 0 && row < rows) z[row * w + i] = kNever;
   }
+}
+
+// Writes Z.T of a tile, (rows, w), before the bias. The logits of targets are set to kNever.
+template <class T>
+void write_logits(const Head& head, const Span<T>& span, const WeightTile<T>& weight, int64_t start,
+                  int64_t rows, int64_t block, float* z) {
+  const int64_t w = span.width(block);
+  gemm(rows, w, span.depth, weight.data, weight.stride, span.columns(block), w, z, w, false);
+  remove_targets(head, span, start, rows, block, z);
+}
+
+// Whether values of the weight are multiplied as fp32 copies that `multiply_tokens` makes.
+template <class T>
+bool copies_weight(const Head& head) {
+  bool copies = false;
+  with_dtype(head.weight_dtype, [&](auto weight) {
+    copies = std::is_same_v<T, float> && std::is_same_v<Product<decltype(weight)>, float>;
+  });
+  return copies;
+}
+
+// The same for the only block of a span, from the weight itself instead of a tile. For few tokens
+// this is faster, and the bits are the same. copy: (kCopyRows, kCopyDepth).
+template <class T>
+void write_logits_of_few(const Head& head, const Span<T>& span, int64_t start, int64_t rows,
+                         float* z, float* copy) {
+  const int64_t w = span.width(0), stride = head.weight_stride;
+  with_dtype(head.weight_dtype, [&](auto type) {
+    using Weight = decltype(type);
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Product<Weight>, float>) {
+      const Weight* a = static_cast<const Weight*>(head.weight) + start * stride;
+      const Weight* next = start + rows < head.v ? a + rows * stride : a;
+      multiply_tokens(rows, span.n, w, head.d, a, stride, span.columns(0), w, z, w, copy,
+                      next);
+    }
+  });
+  remove_targets(head, span, start, rows, 0, z);
 }
 
 void copy_padded(const float* from, int64_t n, int64_t padded_n, float pad, float* to) {
@@ -341,21 +358,23 @@ void forward(const Head& head, const Kept* kept, double* other, double* moment, 
     copy_padded(head.base, head.n, padded_n, -kNever, sums.base + t * padded_n);
     copy_padded(head.exponent, head.n, padded_n, 1, sums.exponent + t * padded_n);
   }
+  Scratch<float> copies(head.threads * kCopyRows * kCopyDepth);
   for (int64_t first = 0; first < head.n; first += kSpan) {
     span.take(head, first, false);
+    const bool few = span.blocks() == 1 && copies_weight<T>(head);
     parallel(head.threads, [&](int t) {
-      WeightTile<T> weight(head, kForward);
+      WeightTile<T> weight(head, few ? 0 : kForward);
       float* z = &logits.data[t * kForward * kBlock];
+      float* copy = &copies.data[t * kCopyRows * kCopyDepth];
       const Share share(tiles, t, head.threads);
       for (int64_t tile = share.begin; tile < share.end; ++tile) {
         const int64_t start = tile * kForward, rows = std::min(kForward, head.v - start);
-        const int64_t step = span.is_few() ? kDotRows : rows;  // a copy of weight stays in L1
+        if (!few) weight.take(start, rows);
         for (int64_t b = 0; b < span.blocks(); ++b) {
-          for (int64_t r = 0; r < rows; r += step) {
-            const int64_t count = std::min(step, rows - r);
-            if (b == 0) weight.take(start + r, count);
-            write_logits(head, span, weight, start + r, count, b, z + r * span.width(b));
-          }
+          if (few)
+            write_logits_of_few(head, span, start, rows, z, copy);
+          else
+            write_logits(head, span, weight, start, rows, b, z);
           const int64_t token = first + b * kBlock;
           add_exponentials(head, z, start, rows, span.width(b), sums.at(t * padded_n + token),
                            KeptTile(kept, tile, token));
@@ -471,7 +490,7 @@ class Backward {
   Backward(const Head& head, const Kept* kept, const Gradients& g, const Span<T>& span,
            const TokenInputs& inputs)
       : head(head), kept(kept), g(g), span(span), inputs(inputs), weight(head, kBackward),
-        dz_stride(round_up(std::min(kSpan, head.n), 16) + kPad), z(kBackward * kBlock),
+        dz_stride(padded_stride(std::min(kSpan, head.n))), z(kBackward * kBlock),
         dz(kBackward * dz_stride), pairs(kPair<T> == 2 ? kBackward * kBlock : 0) {
     if (g.d_hidden) d_hidden = std::make_unique<HiddenGradient<T>>(head, span);
     poison(bias_sum, sizeof bias_sum);
@@ -663,7 +682,7 @@ void backward(const Head& head, const Kept* kept, const Gradients& g) {
   Span<T> span(head, true);
   auto inputs = std::make_unique<TokenInputs>();
   const int64_t rows_per_thread = (head.v + head.threads - 1) / head.threads;
-  const bool few = kPair<T> == 1 && head.n <= kFewTokens;
+  const bool few = kPair<T> == 1 && head.n <= kBlock;
   const int64_t most = few ? kForward : kBackward;  // of few tokens, weight takes most of the cache
   const int64_t size = std::min(most, round_up(rows_per_thread, 16));
   const int64_t tiles = (head.v + size - 1) / size;

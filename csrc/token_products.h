@@ -1,7 +1,7 @@
 // Products of weights with the tokens of a block: C (m, n) = A (m, k) @ B (k, n), n <= kBlock.
 //
 // gemm.h lays tokens along the vector lanes, so that one token costs as much as 16, and multiplies
-// fp32 copies of bf16 weights. Where products are of fp32 values and vectors have 16 lanes, the lanes
+// fp32 copies of bf16 weights. With AVX-512 and without fast products of bf16, the lanes
 // are 16 rows of A here. They are transposed in registers, 32 bits of each at a time: a vector then
 // holds the same element of 16 rows, or in bf16 two neighbouring elements, which are widened in
 // registers. A token costs only its own products, and the next rows are fetched meanwhile. With few
@@ -104,7 +104,10 @@ inline Lanes element(Lanes words, int64_t e) {
 template <int R, int J, class T>
 inline void packed_block(int64_t depth, const float* packed, const float* x, int64_t ldx,
                          float* sums, bool add, const char* next) {
-  Lanes sum[R][J] = {};
+  Lanes sum[R][J];
+#pragma GCC unroll 12  // as in gemm.h
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) sum[r][j] = Lanes{};
   auto words = [&](int64_t elements) __attribute__((always_inline)) {
     for (int64_t e = 0; e < elements; ++e, x += ldx) {
       Lanes row[J];
@@ -210,7 +213,7 @@ constexpr bool kAnyColumn = false;  // the first of n tokens is a column that is
 
 // Computes C (m, n) = A (m, k) @ B (k, n), where B and C have columns up to w, a multiple of 16. The
 // columns of C beyond n are of no use. May fetch what `next` points to, rows that the thread probably
-// reads next. workspace: (kCopyRows, kCopyDepth).
+// reads next. workspace: (kCopyRows, kCopyDepth), aligned to 64 bytes.
 template <class T>
 inline void multiply_tokens(int64_t m, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t w,
                             int64_t k, const T* a, int64_t lda, const Product<T>* b, int64_t ldb,

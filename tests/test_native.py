@@ -63,8 +63,9 @@ def by_kernels(head: Head, upstream: Tensor) -> list[Tensor]:
 
 
 SHAPES = [(1, 1, 2), (5, 7, 3), (63, 33, 1000), (130, 64, 509), (1100, 30, 77), (17, 130, 1531)]
-# Few rows are computed by dot products, in groups of 6 rows, and of 4 rows of the weight.
-SHAPES += [(1, 16, 3), (2, 16, 255), (15, 64, 1009), (48, 20, 130), (49, 20, 130)]
+# A span of at most 64 rows multiplies the weight without a copy.
+SHAPES += [(1, 16, 3), (2, 16, 255), (15, 64, 1009), (64, 20, 130), (65, 20, 130)]
+SHAPES += [(1030, 33, 1100)]  # the last span is one of few rows
 
 
 @pytest.mark.parametrize("dtypes", [*BOTH, *MIXED], ids=str)
@@ -81,6 +82,31 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(isa, shape, dtypes):
     rounded = torch.bfloat16 in dtypes
     for t, p, o in zip(truth[3:], plain[3:], ours[3:], strict=True):
         assert relative_error(o, t) <= 2 * relative_error(p, t) + (4e-3 if rounded else 1e-6)
+
+
+@pytest.mark.parametrize("dtypes", [*BOTH, *MIXED], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(isa, dtypes):
+    """The batch-invariant mode needs it: sampling computes few rows, and training many."""
+    head = make_head(1100, 33, 700, dtypes)
+    together = cpu.log_probs(head).results
+    for n in (1, 6, 48, 64, 65, 1030):
+        for rows in (slice(0, n), slice(1100 - n, 1100)):
+            alone = cpu.log_probs(head.take(rows)).results
+            for a, b in zip(alone, together.take(rows), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 48, 9), (3, 17, 700)], ids=str)
+def test_rows_of_the_weight_may_have_a_stride(isa, shape, dtype):
+    n, d, v = shape
+    head = make_head(n, d, v, (dtype, dtype))
+    wider = torch.full((v, d + 7), torch.nan, dtype=dtype)
+    wider[:, :d] = head.weight
+    strided = Head(head.hidden, wider[:, :d], head.bias, head.targets, head.temperature)
+    upstream = torch.randn(3, n, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(by_kernels(strided, upstream), by_kernels(head, upstream), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_bf16_is_no_worse_than_plain_bf16(isa):

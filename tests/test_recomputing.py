@@ -135,3 +135,48 @@ def test_autocast_has_its_own_products():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = hidden_and_gradients(model)
     assert all(each is None or each.isfinite().all() for each in found)
+
+
+def test_a_backward_pass_under_autocast_has_the_products_of_forward():
+    """Products in another dtype would be read as if they had the dtype of forward."""
+    model = tiny_model("llama")
+    expected = hidden_and_gradients(model)
+    out = hidden(model)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.backward(upstream)
+    for parameter, gradient in zip(model.parameters(), expected[1:], strict=True):
+        if gradient is None:
+            continue
+        assert parameter.grad is not None
+        error = (parameter.grad - gradient).norm() / gradient.norm()
+        assert error < 0.05  # PyTorch's other products are in bf16
+
+
+def test_hooks_of_all_modules_are_called():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_full_backward_hook(
+        lambda module, *_: seen.append(type(module).__name__)
+    )
+    try:
+        hidden_and_gradients(model)
+    finally:
+        handle.remove()
+    layers = len(model.model.layers)
+    assert seen.count("Linear") == 7 * layers
+    assert seen.count("RMSNorm") == 2 * layers + 1
+
+
+def test_the_input_of_frozen_weights_is_not_computed_again(monkeypatch):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+
+    def unexpected(*_):
+        raise AssertionError("computed again")
+
+    expected = hidden_and_gradients(model)
+    monkeypatch.setattr(recomputing, "normed_linear_maps", unexpected)
+    monkeypatch.setattr(recomputing, "swiglu_linear_map", unexpected)
+    require_same(hidden_and_gradients(model), expected)

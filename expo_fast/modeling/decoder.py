@@ -110,6 +110,8 @@ def recomputes_norm(x: Tensor, norm: Any, maps: Sequence[nn.Module]) -> bool:
         return False
     if has_hooks([norm], ALL_HOOKS) or x.dim() != 2 or x.shape[1:] != norm.weight.shape:
         return False
+    if not trains_weights(maps):
+        return False
     return recomputing.runs(x, norm.weight, *parameters_of(maps))
 
 
@@ -117,13 +119,18 @@ def recomputes_swiglu(gate: Tensor, up: Tensor, down: nn.Module) -> bool:
     """Return whether the backward pass computes silu(gate) * up again instead of keeping it."""
     if not are_plain_linear([down]) or gate.dim() != 2 or gate.shape != up.shape:
         return False
-    if fused.runs(gate, up):
+    if fused.runs(gate, up) or not trains_weights([down]):
         return False
     return recomputing.runs(gate, up, *parameters_of([down]))
 
 
 def are_plain_linear(maps: Sequence[nn.Module]) -> bool:
     return all(type(each) is Linear for each in maps) and not has_hooks(maps, ALL_HOOKS)
+
+
+def trains_weights(maps: Sequence[Any]) -> bool:
+    """Return whether the backward pass needs the input of some linear map."""
+    return any(each.weight.requires_grad for each in maps)
 
 
 def parameters_of(maps: Sequence[nn.Module]) -> list[Tensor]:
@@ -323,6 +330,10 @@ class Decoder(nn.Module):
     def config(self) -> Any:
         """The transformers config. A `StoredConfig` is completed by the first access."""
         return complete_config(self.stored_config)
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self.stored_config = value
 
     @property
     def head_weight(self) -> Tensor:

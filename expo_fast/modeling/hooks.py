@@ -15,7 +15,7 @@ def has_hooks(modules: Iterable[nn.Module], names: tuple[str, ...] = FORWARD_HOO
 
     names: the attributes that are looked for.
     """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if any(getattr(torch_module, "_global" + name) for name in names if name.endswith("_hooks")):
         return True
     for module in modules:
         attributes = vars(module)

@@ -133,6 +133,15 @@ def _like(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype)
 
 
+def _check_gradient(d_y: Tensor, y: Tensor) -> None:
+    """Raise ValueError if d_y, whose memory a kernel reads, is not like y."""
+    if d_y.dtype != y.dtype or d_y.shape != y.shape:
+        raise ValueError(
+            f"a gradient has the shape {tuple(d_y.shape)} and the dtype {d_y.dtype}, "
+            f"need {tuple(y.shape)} and {y.dtype}"
+        )
+
+
 # Linear maps
 
 
@@ -241,6 +250,7 @@ def rms_norm_gradients(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight. The latter is empty if it is not needed."""
+    _check_gradient(d_y, x)
     x = x.contiguous()
     weight = weight.contiguous()
     scale = scale.contiguous()
@@ -340,6 +350,7 @@ def swiglu_gradients(
 
     The latter is empty if it is not needed.
     """
+    _check_gradient(d_y, gate)
     gate = gate.contiguous()
     up = up.contiguous()
     d_y = d_y.contiguous()

@@ -18,9 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from expo_fast.op_backends import native_layer
 
+# A backward pass under autocast has the products of forward, which runs without it.
+_without_autocast = torch.amp.custom_fwd(device_type="cpu")
+_as_in_forward = torch.amp.custom_bwd(device_type="cpu")
+
 
 def runs(*tensors: Tensor | None) -> bool:
-    """Return whether the functions of this module run on these tensors and save memory.
+    """Return whether the functions of this module run on these tensors.
 
     Autocast would change the dtype of the products.
     """
@@ -49,6 +53,7 @@ def normed_linear_maps(
 
 class _NormedLinearMaps(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -63,6 +68,7 @@ class _NormedLinearMaps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_in_forward
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, *weights = ctx.saved_tensors
         n_maps = len(weights)
@@ -96,12 +102,14 @@ def swiglu_linear_map(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | N
 
 class _SwigluLinearMap(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         return linear_map(native_layer.swiglu(gate, up), weight, bias)
 
     @staticmethod
     @once_differentiable
+    @_as_in_forward
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         needs_gate, needs_up, needs_weight, needs_bias = ctx.needs_input_grad

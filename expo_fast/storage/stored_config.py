@@ -149,6 +149,9 @@ class StoredConfig:
         self._values[name] = value
         self._changed[name] = value
 
+    def __copy__(self) -> Any:
+        return copy.copy(self.complete())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.complete(), memo)
 
