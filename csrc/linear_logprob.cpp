@@ -758,11 +758,6 @@ int32_t expo_fast_anchor(const Head* head, float* out) {
   return 0;
 }
 
-// Asks for large pages in memory that is about to be written. Only the speed depends on it.
-void expo_fast_prefer_large_pages(void* memory, int64_t bytes) {
-  prefer_large_pages(memory, bytes);
-}
-
 // Returns the vocabulary rows that share a base in Kept.
 int32_t expo_fast_tile_rows() { return kForward; }
 

@@ -192,7 +192,7 @@ def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
     if needs.weight:
         keeps_bf16 = head.weight.dtype == torch.bfloat16 and n_sums <= 1
         dtype = torch.bfloat16 if keeps_bf16 else torch.float32
-        d_weight = native_head.empty_output(head.weight.shape, dtype)
+        d_weight = native_head.empty(head.weight.shape, dtype)
     if needs.bias:
         d_bias = native_head.empty((len(head.weight),), torch.float32)
     return Gradients(d_hidden, d_weight, d_bias)

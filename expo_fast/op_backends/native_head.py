@@ -21,18 +21,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def empty_output(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return memory as `empty` does, on large pages if it is large and the system has them.
-
-    The first write of 57 MB takes 4 ms on pages of 2 MB, and 12 ms on pages of 4 KB.
-    """
-    memory = empty(shape, dtype)
-    kernels = _kernels(native_library.isa())
-    n_bytes = ctypes.c_int64(memory.nbytes)
-    kernels.expo_fast_prefer_large_pages(ctypes.c_void_p(memory.data_ptr()), n_bytes)
-    return memory
-
-
 def as_kernels_read(head: Head) -> Head:
     """Return the head with contiguous rows. All fields except hidden and weight are fp32."""
     weight = head.weight
@@ -68,7 +56,7 @@ class KeptExponentials(NamedTuple):
     def empty(cls, head: Head, n: int) -> "KeptExponentials":
         """Return memory for n rows, without values."""
         size = sum(cls.sizes(head, n))
-        return cls(empty_output((size,), torch.uint8), n)
+        return cls(empty((size,), torch.uint8), n)
 
     @property
     def stride(self) -> int:
