@@ -217,14 +217,17 @@ void write_logits(const Head& head, const Span<T>& span, const WeightTile<T>& we
   remove_targets(head, span, start, rows, block, z);
 }
 
-// Whether values of the weight are multiplied as fp32 copies that `multiply_tokens` makes.
+// Whether `multiply_tokens` multiplies values of type Weight in T. It does not read fp16.
+template <class T, class Weight>
+constexpr bool kMultipliesTokens = std::is_same_v<T, float> && !std::is_same_v<Weight, fp16> &&
+                                   std::is_same_v<Product<Weight>, float>;
+
 template <class T>
-bool copies_weight(const Head& head) {
-  bool copies = false;
-  with_dtype(head.weight_dtype, [&](auto weight) {
-    copies = std::is_same_v<T, float> && std::is_same_v<Product<decltype(weight)>, float>;
-  });
-  return copies;
+bool multiplies_tokens(const Head& head) {
+  bool result = false;
+  with_dtype(head.weight_dtype,
+             [&](auto weight) { result = kMultipliesTokens<T, decltype(weight)>; });
+  return result;
 }
 
 // The same for the only block of a span, from the weight itself instead of a tile. For few tokens
@@ -235,7 +238,7 @@ void write_logits_of_few(const Head& head, const Span<T>& span, int64_t start, i
   const int64_t w = span.width(0), stride = head.weight_stride;
   with_dtype(head.weight_dtype, [&](auto type) {
     using Weight = decltype(type);
-    if constexpr (std::is_same_v<T, float> && std::is_same_v<Product<Weight>, float>) {
+    if constexpr (kMultipliesTokens<T, Weight>) {
       const Weight* a = static_cast<const Weight*>(head.weight) + start * stride;
       const Weight* next = start + rows < head.v ? a + rows * stride : a;
       multiply_tokens(rows, span.n, w, head.d, a, stride, span.columns(0), w, z, w, copy,
@@ -361,7 +364,7 @@ void forward(const Head& head, const Kept* kept, double* other, double* moment, 
   Scratch<float> copies(head.threads * kCopyRows * kCopyDepth);
   for (int64_t first = 0; first < head.n; first += kSpan) {
     span.take(head, first, false);
-    const bool few = span.blocks() == 1 && copies_weight<T>(head);
+    const bool few = span.blocks() == 1 && multiplies_tokens<T>(head);
     parallel(head.threads, [&](int t) {
       WeightTile<T> weight(head, few ? 0 : kForward);
       float* z = &logits.data[t * kForward * kBlock];
