@@ -160,7 +160,7 @@ def run_in(world: World, config: Train) -> TrainResult:
     with world.agreed():
         check_trackers(config.report_to)
         hub.check_target(config.push_to_hub)
-        config = with_defaults(with_pack_tokens(config))
+        config = with_pack_tokens(with_defaults(config))
         check_run_dir(config)
         data = load_training_data(config)
         config = config.resolve_epochs(len(data.problems))

@@ -14,6 +14,7 @@ from expo_fast.algorithms import dpo
 from expo_fast.algorithms.run_record import RECORD
 from expo_fast.cli.flags import from_toml
 from expo_fast.config import Train
+from expo_fast.inspection import pack_size
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS
@@ -137,6 +138,24 @@ def test_other_runs_are_not_marked(model: Path, job: Path):
     run(model, job, steps=3, more="--inexact-resume")
     assert all("inexact" not in row for row in read_rows(folder / METRICS))
     assert "# " not in (folder / RECORD).read_text()
+
+
+def test_a_resume_has_the_size_of_packs_of_the_run(model: Path, job: Path, monkeypatch):
+    """Another machine, whose operations keep more for the backward pass, would have another."""
+    packs = "--pack-tokens 0 --pack-memory 0.001"
+    record = run(model, job, 2, packs) / RECORD
+    first = from_toml(Train, record).pack_tokens
+    monkeypatch.setattr(pack_size, "tokens_within", lambda *_: first + 1)
+    run(model, job, 4, packs)
+    assert from_toml(Train, record).pack_tokens == first
+    assert len(list(read_rows(job / "run" / METRICS))) == 4
+
+
+def test_the_size_of_packs_does_not_name_the_folder_of_a_run(model: Path):
+    config = Train(model=str(model), pack_tokens=0)
+    found = pack_size.with_pack_tokens(config)
+    assert found.pack_tokens > 0
+    assert found.run_dir == config.run_dir
 
 
 def test_steps_are_checked_under_a_schedule(model: Path, job: Path):

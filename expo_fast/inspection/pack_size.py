@@ -17,19 +17,21 @@ COUNTED_TOKENS = 1024  # of the pack whose activations are counted; they grow in
 def with_pack_tokens(config: Train) -> Train:
     """Return the configuration with the tokens of a pack that --pack-memory allows.
 
-    They follow from the model's shape and from options, so a resume finds the same number. A
-    configuration with `pack_tokens` is returned as it is. Raise the errors of `load_structure`.
+    They follow from options, the model's shape and the operations that run. A resume takes the
+    number of the run's record. The directory of the run is the same as before. A configuration
+    with `pack_tokens` is returned as it is. Raise the errors of `load_structure`.
     """
     if config.pack_tokens:
         return config
     model, _ = load_structure(config.model)
-    return replace(config, pack_tokens=tokens_within(config, model.config))
+    tokens = tokens_within(config, model.stored_config)
+    return replace(config, pack_tokens=tokens, output_dir=str(config.run_dir))
 
 
 def tokens_within(config: Train, model_config: Any) -> int:
     """Return the most tokens of a pack whose activations need at most `config.pack_memory` GB.
 
-    model_config: the transformers config of the model.
+    model_config: a transformers config or a `StoredConfig`.
     """
     sample = Sample(prompt_ids=(0,), completion_ids=(0,) * COUNTED_TOKENS)
     (given,) = pack([sample], COUNTED_TOKENS)
