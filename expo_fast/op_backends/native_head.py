@@ -192,12 +192,9 @@ def _run(
         weight_dtype=DTYPE_CODES[head.weight.dtype],
         threads=torch.get_num_threads(),
     )
-    kernels = _kernels(native_library.isa())
     pointers = [_pointer(argument) for argument in arguments]
-    if getattr(kernels, f"expo_fast_{name}")(ctypes.byref(struct), *pointers):
-        kernels.expo_fast_error.restype = ctypes.c_char_p
-        reason = kernels.expo_fast_error().decode()
-        raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
+    kernels = _kernels(native_library.isa())
+    native_library.call(kernels, name, ctypes.byref(struct), *pointers)
 
 
 def _pointer(argument: Tensor | _Kept | _Gradients | None) -> Any:

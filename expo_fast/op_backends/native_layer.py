@@ -84,11 +84,7 @@ def _run(name: str, struct: type[ctypes.Structure], dtype: torch.dtype, **fields
     for field, value in fields.items():
         values[field] = address(value) if isinstance(value, Tensor) else value
     arguments = struct(dtype=DTYPE_CODES[dtype], threads=torch.get_num_threads(), **values)
-    kernels = _kernels(native_library.isa())
-    if getattr(kernels, f"expo_fast_{name}")(ctypes.byref(arguments)):
-        kernels.expo_fast_error.restype = ctypes.c_char_p
-        reason = kernels.expo_fast_error().decode()
-        raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
+    native_library.call(_kernels(native_library.isa()), name, ctypes.byref(arguments))
 
 
 def runs(*tensors: Tensor) -> bool:

@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,6 +190,14 @@ def struct_fields(kind: type, names: str) -> list[tuple[str, type]]:
 def address(x: Tensor | None) -> int | None:
     """Return the address of a tensor's first element as a C pointer; None is the null pointer."""
     return None if x is None else x.data_ptr()
+
+
+def call(kernels: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    """Call expo_fast_NAME of csrc. Raise RuntimeError with its reason if it fails."""
+    if getattr(kernels, f"expo_fast_{name}")(*arguments):
+        kernels.expo_fast_error.restype = ctypes.c_char_p
+        reason = kernels.expo_fast_error().decode()
+        raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
 
 
 def check_struct_sizes(

@@ -65,11 +65,7 @@ def _kernels(isa: str) -> ctypes.CDLL:
 
 
 def _run(name: str, arguments: _Struct) -> None:
-    kernels = _kernels(native_library.isa())
-    if getattr(kernels, f"expo_fast_{name}")(ctypes.byref(arguments)):
-        kernels.expo_fast_error.restype = ctypes.c_char_p
-        reason = kernels.expo_fast_error().decode()
-        raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
+    native_library.call(_kernels(native_library.isa()), name, ctypes.byref(arguments))
 
 
 def runs(tensors: Sequence[Tensor]) -> bool:
