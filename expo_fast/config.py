@@ -349,8 +349,9 @@ class Train(Prompting):
     model: the weights too, which training gathers layer by layer."""
     gather: Literal["auto", "weights", "layers"] = "auto"
     """With --shard model: what a rank gathers to sample. weights: all of them; layers: one layer
-    after the other for each token, slowly, for a model that does not fit; auto: weights if they
-    and the optimizer's state of a rank take at most 70% of its memory, else layers."""
+    after the other for each token, slowly, for a model that does not fit; auto: weights if they,
+    a frozen reference and the optimizer's state of a rank take at most 70% of its memory, else
+    layers."""
     collective_timeout: float = 1800.0
     """With torchrun: seconds after which a rank that does not answer ends the run."""
 

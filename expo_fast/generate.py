@@ -8,6 +8,7 @@ for 2 B FLOPs. At B = 64 a CPU is bound by its GEMM, and no longer by memory.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ class Generator:
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the request, completion) in the order in which completions finish.
 
-        Rewards can be computed while other requests are sampled. Raise ValueError, before any
-        sampling, if a request does not fit the model or the KV cache.
+        Rewards can be computed while other requests are sampled. With `--gather layers`, all ranks
+        have to call this and to take all completions, because they sample together.
+        Raise ValueError, before any sampling, if a request does not fit the model or the KV cache.
         """
         requests = list(requests)
         has_tokenizer = self.tokenizer is not None
@@ -105,11 +107,15 @@ class Generator:
 
         1. "native" runs plain fp32 and bf16 models on a CPU, and needs a C++ compiler.
         2. "triton" runs 16-bit models on a GPU, and needs triton.
-        3. "torch" runs every model, at PyTorch's speed.
+        3. "torch" runs every model, at PyTorch's speed. It is the only one for a model whose ranks
+           gather layer by layer, because it makes no pass that is not needed.
         """
         backend = self.backend
         if backend is None:
-            if cpu_engine.supports(self.model) and dispatch.compiles("engine"):
+            if self.model.lockstep is not nullcontext:
+                # Each pass gathers all layers, and the CUDA engine starts passes ahead of need.
+                backend = "torch"
+            elif cpu_engine.supports(self.model) and dispatch.compiles("engine"):
                 backend = "native"
             elif cuda_engine.supports(self.model):
                 backend = "triton"

@@ -39,7 +39,12 @@ from expo_fast.algorithms.rollout import (
     undecided_in_words,
 )
 from expo_fast.algorithms.saving import Saver
-from expo_fast.algorithms.trainer import StepResult, Trainer, make_trainer
+from expo_fast.algorithms.trainer import (
+    StepResult,
+    Trainer,
+    check_same_options,
+    make_trainer,
+)
 from expo_fast.algorithms.training_data import (
     TrainingData,
     check_lengths,
@@ -270,6 +275,7 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
 
     world: the ranks of the run, which all have to call this.
     """
+    check_same_options(config, world)
     progress = TrainerState(max_steps=config.steps)
     functions = load_rewards(config.reward_functions)
     reward = build_reward(config, data, functions, progress)

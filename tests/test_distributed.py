@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,9 @@ from expo_fast.cli.flags import parse
 from expo_fast.config import Train
 from expo_fast.distributed.gathering import FIRST_BYTES, gather_values
 from expo_fast.distributed.world import ALONE, World, shares
+from expo_fast.generate import Generator
+from expo_fast.inference import cuda_engine
+from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.inspection.memory import MemoryEstimate
 from expo_fast.inspection.ranks_memory import choose_gather, rank_bytes, sent_bytes
 from expo_fast.reporting.metric_table import find_metric
@@ -60,6 +64,7 @@ METHODS = {
 COUNTED = ("sft", "expo-grpo-layers", "uneven-layers")  # their gathered layers
 BAD = {
     "options": ["--method sft", "--method sft --learning-rate 1e-4"],
+    "shard": ["--method sft", "--method sft --shard model"],
     "data": ["--method sft", "--method sft --train-data {root}/eval.jsonl"],
     "flag": ["--method sft", "--method sft --steps -1"],
     "folder": ["--method sft", "--method sft --output-dir {root}/elsewhere"],
@@ -239,6 +244,7 @@ def test_bf16_weights_are_those_of_the_sharded_masters(runs: Runs):
     ("name", "message"),
     [
         ("options", "option learning_rate is 0.001 on rank 0 and 0.0001 on rank 1"),
+        ("shard", "option shard is 'optimizer' on rank 0 and 'model' on rank 1"),
         ("data", "option train_data is"),
         ("flag", "rank 1: steps=-1: need more than 0"),
         ("folder", "option output_dir is"),
@@ -306,6 +312,21 @@ def test_layers_are_gathered_if_all_weights_do_not_fit_beside_the_state():
     assert chosen.kind == "layers"
     assert str(chosen).startswith("sampling gathers layer by layer, which is slow")
     assert choose_gather(Train(shard="model", gather="weights"), model, 4, 1).kind == "weights"
+
+
+def test_a_model_in_lockstep_is_sampled_by_the_torch_engine(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model()
+    monkeypatch.setattr(cuda_engine, "supports", lambda model: True)
+    model.lockstep = lambda: nullcontext()  # as `Sharded` sets it
+    assert isinstance(Generator(model).engine(), TorchEngine)
+
+
+def test_a_frozen_reference_counts_for_the_choice_of_what_is_gathered():
+    model = tiny_model()
+    total = sum(p.numel() for p in model.parameters())
+    plain = choose_gather(Train(shard="model"), model, 4, 1)
+    with_reference = choose_gather(Train(shard="model", kl_coef=0.1), model, 4, 1)
+    assert with_reference.needed == plain.needed + 2 * total
 
 
 def test_gathering_by_layer_is_refused_where_all_weights_stay():

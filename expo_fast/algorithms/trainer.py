@@ -207,6 +207,15 @@ class Trainer:
         self.gather_weights()
 
 
+def check_same_options(config: Train, world: World) -> None:
+    """Raise ValueError if an option differs between ranks.
+
+    Options decide which exchanges follow, so this is checked before them.
+    """
+    if world.size > 1:
+        world.check_same({f"option {name}": value for name, value in asdict(config).items()})
+
+
 def make_trainer(
     config: Train,
     model: Decoder,
@@ -226,12 +235,13 @@ def make_trainer(
     if world.size > 1:
         # The ranks compute normalisers and metrics from the same batches. A difference would be no
         # error of any operation, but a wrong result.
-        values = {f"option {name}": value for name, value in asdict(config).items()}
-        values["initial weights"] = initial_weights_hash
-        values["training data"] = fingerprint(problems)
-        values["prompt template"] = prompter.template_hash
-        values["ends of turns"] = prompter.ends_hash
-        values["version of torch"] = torch.__version__.split("+")[0]
+        values = {
+            "initial weights": initial_weights_hash,
+            "training data": fingerprint(problems),
+            "prompt template": prompter.template_hash,
+            "ends of turns": prompter.ends_hash,
+            "version of torch": torch.__version__.split("+")[0],
+        }
         world.check_same(values)
     layout = Layout(model)
     if world.size > 1:

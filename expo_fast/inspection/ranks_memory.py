@@ -43,7 +43,8 @@ class Gather:
 
     kind: GatherKind
     needed: int
-    """Bytes of all weights in the dtype of sampling, and of the state that is sharded."""
+    """Bytes of all weights in the dtype of sampling, of a frozen reference, and of the rank's part
+    of the state."""
     available: int
     """Bytes of the memory of the rank."""
 
@@ -67,7 +68,9 @@ def choose_gather(config: Train, model: Decoder, n_ranks: int, available: int) -
     total = sum(parameter.numel() for parameter in model.parameters())
     itemsize = getattr(torch, config.dtype).itemsize
     state = (1 + MOMENTS + n_gradient_terms(config)) * FP32_BYTES * total // n_ranks
-    needed = itemsize * total + state
+    weights = itemsize * total
+    reference = weights if config.needs_frozen_reference else 0
+    needed = weights + reference + state
     kind: GatherKind = "layers" if needed > MOST_BESIDE_CACHE * available else "weights"
     if config.gather != "auto":
         kind = config.gather
