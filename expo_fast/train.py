@@ -112,12 +112,34 @@ class TrainResult:
     """The record of a run, and the model that it trained."""
 
     run_dir: Path
-    model: Decoder = field(repr=False)
-    """The model with the weights after the last step."""
     tokenizer: Any = field(repr=False)
-    """Its tokenizer, of transformers."""
-    generator: Generator = field(repr=False)
-    """A generator that samples from these weights."""
+    """The tokenizer of the model, of transformers."""
+    _generator: Generator | None = field(repr=False)
+    """None: no rank has all weights."""
+    _model: Decoder | None = field(repr=False)
+
+    @property
+    def model(self) -> Decoder:
+        """The model with the weights after the last step.
+
+        Raise RuntimeError after a run in which ranks gathered layer by layer.
+        """
+        if self._model is None:
+            raise self._no_weights()
+        return self._model
+
+    @property
+    def generator(self) -> Generator:
+        """A generator that samples from these weights. Raise RuntimeError as `model` does."""
+        if self._generator is None:
+            raise self._no_weights()
+        return self._generator
+
+    def _no_weights(self) -> RuntimeError:
+        return RuntimeError(
+            "with --gather layers, no rank has all weights after the run: load the model from the "
+            f"checkpoint that TrainResult.model_path names, {self.model_path}"
+        )
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -220,11 +242,12 @@ def run_in(world: World, config: Train) -> TrainResult:
 def result_of(trainer: Trainer) -> TrainResult:
     """Return the result of a run. It does not keep the optimizer's state in memory."""
     model = trainer.model if trainer.config.lora_rank else trainer.layout.sampling_model
+    has_all = trainer.layout.has_all_weights
     return TrainResult(
         run_dir=trainer.config.run_dir,
-        model=model,
         tokenizer=trainer.prompter.tokenizer,
-        generator=trainer.generator,
+        _generator=trainer.generator if has_all else None,
+        _model=model if has_all else None,
     )
 
 

@@ -329,6 +329,13 @@ def test_a_frozen_reference_counts_for_the_choice_of_what_is_gathered():
     assert with_reference.needed == plain.needed + 2 * total
 
 
+def test_the_result_of_a_run_by_layer_names_where_the_model_is(tmp_path: Path):
+    result = train.TrainResult(tmp_path, tokenizer=None, _generator=None, _model=None)
+    for name in ("model", "generator"):
+        with pytest.raises(RuntimeError, match=r"load the model from .* TrainResult\.model_path"):
+            getattr(result, name)
+
+
 def test_gathering_by_layer_is_refused_where_all_weights_stay():
     with pytest.raises(ValueError, match="gather=layers: this needs shard=model"):
         parse(Train, ["--gather", "layers"])

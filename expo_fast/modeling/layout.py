@@ -40,6 +40,11 @@ class Layout:
         return None
 
     @property
+    def has_all_weights(self) -> bool:
+        """Whether `sampling_model` has all weights, also after the ranks have ended."""
+        return True
+
+    @property
     def moves_weights(self) -> bool:
         """Whether `gather` may give the weights other addresses."""
         return False

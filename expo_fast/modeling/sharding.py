@@ -108,6 +108,10 @@ class Sharded(Layout):
         return self._dtype
 
     @property
+    def has_all_weights(self) -> bool:
+        return not self._by_layer
+
+    @property
     def moves_weights(self) -> bool:
         return self.kind == "model"
 
