@@ -59,7 +59,6 @@ ADDED_LATER = (
     "data_weights",
     "columns",
     "escape_special_tokens",
-    "gather",
 )
 # Options whose default depends on the data. They are None until `Train.resolved` sets them.
 DEPEND_ON_DATA = ("eval_data", "shots", "max_completion_length")

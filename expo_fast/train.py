@@ -315,6 +315,7 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
     place = Place(world)
     if moves_later:
         gather = gather_of_all_ranks(config, model, world)
+        config = dataclasses.replace(config, gather=gather.kind)  # the record of the run has it
         place = Place(world, gather.kind, find_device(config.device))
     if config.lora_rank:
         attach(model, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)

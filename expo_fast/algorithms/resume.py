@@ -70,13 +70,16 @@ def with_defaults(config: Train) -> Train:
     """Return the configuration with a value for each option whose default depends on the data.
 
     In the directory of a run, it is the value of the run's record, also if the run is older than
-    the present defaults. So is the size of packs, if --pack-tokens is 0.
+    the present defaults. So is the size of packs, if --pack-tokens is 0, and with --gather auto
+    what the run gathers to sample.
     """
     recorded = read_record(config.run_dir)
     if recorded is not None:
         unset = [name for name in DEPEND_ON_DATA if getattr(config, name) is None]
         if config.pack_tokens == 0:
             unset.append("pack_tokens")
+        if config.gather == "auto" and config.shard == "model":
+            unset.append("gather")
         config = replace(config, **{name: getattr(recorded.config, name) for name in unset})
     return config.resolved()
 
