@@ -36,7 +36,7 @@ from ranks import (
     state_bits,
     write_job_files,
 )
-from tiny import tiny_config, tiny_model
+from tiny import tiny_model
 
 EXACT = "--batch-invariant --reward {root}/rewards.py:odd "
 LORA = "--lora-rank 3 "
@@ -278,7 +278,6 @@ def test_the_deal_is_balanced_and_complete():
 
 def test_the_memory_of_a_rank_is_that_of_the_formula():
     """The formula of docs/scaling.md, and with --shard model only two layers in training."""
-    shape = tiny_config(tie_word_embeddings=True)
     model = tiny_model(tie_word_embeddings=True)
     total = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
@@ -294,12 +293,12 @@ def test_the_memory_of_a_rank_is_that_of_the_formula():
     )
     for ranks in (1, 2, 4):
         expected = 2 * total + 16 * total / ranks + (4 + 4 / ranks) * unit + 1.1e6
-        found = rank_bytes(Train(method="sft"), shape, estimate, ranks)
+        found = rank_bytes(Train(method="sft"), model, estimate, ranks)
         assert found == pytest.approx(expected, rel=1e-6)
-        sharded = rank_bytes(Train(method="sft", shard="model"), shape, estimate, ranks)
+        sharded = rank_bytes(Train(method="sft", shard="model"), model, estimate, ranks)
         assert sharded == pytest.approx(expected - 2 * 2 * layer, rel=1e-6)
     estimate = replace(estimate, kv_cache=10**7)
-    by_layer = rank_bytes(Train(method="sft", shard="model"), shape, estimate, 2, "layers")
+    by_layer = rank_bytes(Train(method="sft", shard="model"), model, estimate, 2, "layers")
     assert by_layer == pytest.approx(2 * total + 8 * total - 2 * 2 * layer + 1e7, rel=1e-6)
 
 

@@ -88,24 +88,17 @@ def memory_of_rank(device: str, n_local_ranks: int) -> int:
 
 def rank_bytes(
     config: Train,
-    model_config: Any,
+    model: Decoder,
     estimate: MemoryEstimate,
     n_ranks: int,
     gather: GatherKind = "weights",
 ) -> int:
     """Return the peak of one rank.
 
+    model: may be on the meta device.
     estimate: that of the same run in one process.
     gather: what a rank gathers to sample, with --shard model.
     """
-    with torch.device("meta"):
-        model = Decoder(model_config)
-    return _peak(config, model, estimate, n_ranks, gather)
-
-
-def _peak(
-    config: Train, model: Decoder, estimate: MemoryEstimate, n_ranks: int, gather: GatherKind
-) -> int:
     terms = n_gradient_terms(config)
     n_trained = estimate.gradients // (FP32_BYTES * terms)
     itemsize = getattr(torch, config.dtype).itemsize
@@ -136,7 +129,7 @@ def ranks_lines(config: Train, model_config: Any, estimate: MemoryEstimate) -> I
         gather = choose_gather(config, model, n_ranks, available).kind
         by_layer = config.shard == "model" and gather == "layers"
         kind = gather if by_layer else "weights"
-        peak = _peak(config, model, estimate, n_ranks, kind)
+        peak = rank_bytes(config, model, estimate, n_ranks, kind)
         peaks.append(f"{peak / GB:.2f} GB with {n_ranks}{' (--gather layers)' if by_layer else ''}")
     yield f"peak of a rank of torchrun (--shard {config.shard}): {', '.join(peaks)}"
 
