@@ -134,6 +134,15 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(root: Path, flags: str
     assert hung.output.count(text) == 1, hung.output
 
 
+def require_one_message(flags: str, fault: str, text: str) -> None:
+    """Check that all ranks end in time, and that the text is printed once."""
+    failed = torchrun(flags, fault=fault)
+    assert failed.status != 0
+    assert failed.seconds < TIMEOUT_S + 60
+    assert failed.output.count(text) == 1, failed.output
+    assert "did not answer" not in failed.output
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "text"),
@@ -145,11 +154,7 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(root: Path, flags: str
 )
 def test_an_error_of_a_rank_is_told_once(fault: str, text: str, root: Path, flags: str):
     given = f"{flags} --output-dir {root}/{fault.replace(':', '-')}"
-    failed = torchrun(given, fault=fault)
-    assert failed.status != 0
-    assert failed.seconds < TIMEOUT_S + 60
-    assert failed.output.count(text) == 1, failed.output
-    assert "did not answer" not in failed.output
+    require_one_message(given, fault, text)
 
 
 @pytest.mark.faults
@@ -167,11 +172,7 @@ def test_a_fault_within_a_layer_of_the_sampler_ends_all(
     """After an error, the other rank waits in a gather of a later layer, not in an exchange."""
     by_layer = flags.replace("--batch-invariant", "--shard model --gather layers")
     given = f"{by_layer} --model {root}/deep --output-dir {root}/{fault.replace(':', '-')}"
-    failed = torchrun(given, fault=fault)
-    assert failed.status != 0
-    assert failed.seconds < TIMEOUT_S + 60
-    assert failed.output.count(text) == 1, failed.output
-    assert "did not answer" not in failed.output
+    require_one_message(given, fault, text)
 
 
 @pytest.mark.faults

@@ -75,7 +75,7 @@ def test_results_and_gradients_have_the_same_bits(kind, dtype, checkpointing, se
     require_same(found, hidden_and_gradients(model))
 
 
-def test_so_it_is_with_every_instruction_set(isa, separate):
+def test_the_bits_are_the_same_on_every_instruction_set(isa, separate):
     model = tiny_model("llama-biases", dtype=torch.bfloat16)
     found = hidden_and_gradients(model)
     separate()
