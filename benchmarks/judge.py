@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.cases import Case, Op
 from expo_fast.ops import IGNORE
 
-SAMPLE = 64  # how many rows are compared; of vocabulary entries, twice as many
+SAMPLE = 64  # at most so many rows are compared; of vocabulary entries, twice as many
 CHUNK_LOGITS = 1 << 27  # logits that are in memory at once
 # The rounding error of bf16. A loss may differ by as much in addition, because the error of a
 # single number in plain PyTorch may be close to 0 by chance.
@@ -87,14 +87,17 @@ def _relative_error(got: Tensor | None, truth: Tensor | None) -> float | None:
 def sampled(case: Case) -> tuple[Tensor, Tensor]:
     """Return the row and vocabulary indices to compare, the first and the last of each included.
 
-    Vocabulary entries are the targets of the rows and as many others.
+    Half of the rows are active ones, because all others may have a gradient of 0. Vocabulary
+    entries are the targets of the rows and as many others.
     """
 
-    def spaced(n: int) -> Tensor:
-        return torch.linspace(0, n - 1, min(n, SAMPLE), device=case.targets.device).long()
+    def spaced(n: int, most: int) -> Tensor:
+        return torch.linspace(0, n - 1, min(n, most), device=case.targets.device).long()
 
-    rows = spaced(len(case.targets))
-    entries = torch.cat([spaced(len(case.weight)), case.targets[rows].clamp(min=0)])
+    active = case.active.nonzero().squeeze(1)
+    some_active = active[spaced(len(active), SAMPLE // 2)]
+    rows = torch.cat([spaced(len(case.targets), SAMPLE // 2), some_active])
+    entries = torch.cat([spaced(len(case.weight), SAMPLE), case.targets[rows].clamp(min=0)])
     return rows, entries
 
 
