@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[ROWS[0]])
     parser.add_argument("--ops", nargs="+", choices=OPS)
     parser.add_argument("--zeros", nargs="+", type=int, default=ZEROS, help="percent of zero rows")
+    parser.add_argument("--without", nargs="+", default=[], help="names of peers to leave out")
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args(argv)
     if a.file:
@@ -115,9 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         summary = {"machine": machine(), "results": []}
         for group in groups(a.models, a.rows, a.ops, a.zeros):
-            result = measure(group, default_device(), a.repeats)
+            result = measure(group, default_device(), a.repeats, without=a.without)
             summary["results"].append(result)
             show(result)
+            sys.stdout.flush()
     print(f"\n{' '.join(f'{k} {v}' for k, v in summary['machine'].items())}")
     print(json.dumps(summary))
 
