@@ -39,7 +39,7 @@ from expo_fast.weights import load_structure
 SVG = Path("docs/assets/curves.svg")
 OP = "logprob forward+backward"
 ROWS = 1024  # of the curve v
-LOAD = Load(prompts=2, samples=4, prompt_tokens=64, new_tokens=32)  # g, length, prompts vary it
+LOAD = Load(prompts=1, samples=4, prompt_tokens=64, new_tokens=32)  # g, length, prompts vary it
 FIELDS = {"g": "samples", "length": "new_tokens", "prompts": "prompts"}
 SIZES = {
     "n": (64, 256, 1024, 4096, 16384),
@@ -168,11 +168,14 @@ def panels(shape: Shape) -> list[Panel]:
     d = shape.hidden
     head = "LM head, forward and backward"
     layers = "Layers, forward and backward"
-    prompts = f"{LOAD.prompts} prompts of {LOAD.prompt_tokens} tokens"
+    prompts = f"prompts {LOAD.prompts}"
+    tokens = f"prompt tokens {LOAD.prompt_tokens}"
+    new_tokens = f"new tokens {LOAD.new_tokens}"
+    samples = f"G {LOAD.samples}"
     fixed = {
-        "g": f"{prompts}, {LOAD.new_tokens} new tokens",
-        "length": f"{prompts}, {LOAD.samples} samples of each",
-        "prompts": f"{LOAD.prompt_tokens} tokens, {LOAD.samples} samples of {LOAD.new_tokens}",
+        "g": f"{prompts}, {tokens}, {new_tokens}",
+        "length": f"{prompts}, {tokens}, {samples}",
+        "prompts": f"{tokens}, {samples}, {new_tokens}",
     }
     axes = {"g": "samples of a prompt, G", "length": "new tokens of a sample", "prompts": "prompts"}
     found = [
