@@ -32,6 +32,8 @@ namespace {
 constexpr int64_t kPage = 32;     // tokens in a page; the same number as in cpu_engine.py
 constexpr int64_t kTile = kAnyColumn ? 32 : 48;  // output features of a product: two tiles fit in L1
 constexpr int64_t kTogether = 8;  // neighbouring rows whose attention one thread computes together
+constexpr int64_t kSpan = 4;      // pages whose scores become weights together
+constexpr int64_t kSpanTokens = kSpan * kPage;
 
 enum Activation : int32_t { kSilu, kGeluTanh };  // the order of ACTIVATIONS in shape.py
 
@@ -169,11 +171,11 @@ template <class T>
 struct Buffers {
   float *z, *z2;       // (kTile or Dh, kBlock), the results of products
   T* transposed;       // (Dh, kBlock), one head of a block, and then its transpose (kBlock, Dh)
-  float* scores;       // (queries, kPage)
+  float* scores;       // (queries, kSpanTokens)
   float* sum;          // (queries, value_width), the weighted sum of values so far
   float* max_score;    // (queries,), the largest score so far
   float* weight_sum;   // (queries,), the sum of attention weights so far
-  T* weights;          // (queries, kPage)
+  Product<T>* weights; // (queries, kSpanTokens), of attention
   Product<T>* copy;    // (kCopyRows, kCopyDepth), weights of a product
 
   Buffers(const Decoder& d, const Sizes& s, Arena& a) {
@@ -181,11 +183,11 @@ struct Buffers {
     z = a.take<float>(features * kBlock);
     z2 = a.take<float>(kTile * kBlock);
     transposed = a.take<T>(2 * s.value_width * kBlock);
-    scores = a.take<float>(queries * kPage);
+    scores = a.take<float>(queries * kSpanTokens);
     sum = a.take<float>(queries * s.value_width);
     max_score = a.take<float>(queries);
     weight_sum = a.take<float>(queries);
-    weights = a.take<T>(queries * kPage);
+    weights = a.take<Product<T>>(queries * kSpanTokens);
     copy = a.take<Product<T>>(kCopyRows * kCopyDepth);
   }
 };
@@ -202,7 +204,7 @@ class Pass {
     h = arena.take<P>(s.padded_n * d.hidden);
     attended = arena.take<P>(s.padded_n * d.heads * d.head_dim);
     activation = arena.take<P>(s.padded_n * d.intermediate);
-    q = arena.take<T>(s.n * d.heads * d.head_dim);
+    q = arena.take<P>(s.n * d.heads * d.head_dim);
     cos = arena.take<float>(s.padded_n * angles);
     sin = arena.take<float>(s.padded_n * angles);
     if (d.norms_all_heads) {
@@ -241,7 +243,7 @@ class Pass {
   // Features by tokens, one block after another. x is plain, the others are the B of a product.
   T* x;
   P *h, *attended, *activation;
-  T* q;              // (kv_heads, n, group, Dh)
+  P* q;              // (kv_heads, n, group, Dh)
   float *cos, *sin;  // (rope_sets * rotary_dim / 2, width), one block after another
   T* unnormed = nullptr;  // all heads of q and k by tokens, plain; only with norms_all_heads
   float* squares = nullptr;  // (heads + kv_heads, width), sums over a head, one block after another
@@ -513,7 +515,8 @@ class Pass {
   void write_queries(int64_t head, int64_t block, const Buffers<T>& buffers) {
     const int64_t kv = head / s.group, j = head % s.group;
     each_row(block, buffers, [&](int64_t row, const T* from) {
-      std::copy_n(from, d.head_dim, q + ((kv * s.n + row) * s.group + j) * d.head_dim);
+      P* to = q + ((kv * s.n + row) * s.group + j) * d.head_dim;
+      for (int64_t k = 0; k < d.head_dim; ++k) copy_value(from[k], to[k]);
     });
   }
 
@@ -553,80 +556,116 @@ class Pass {
     });
   }
 
-  // Computes the attention of rows [first, first + kTogether) for a kv head, one page after another
-  // from the earliest page that any of the rows sees.
+  // Neighbouring rows whose attention one thread computes, for a kv head of a layer.
+  struct Neighbours {
+    int64_t index, kv, first, end;  // the layer, the kv head and the rows
+  };
+
+  // Returns the first position that a row sees.
+  int64_t first_seen(const Neighbours& of, int64_t row) const {
+    const int64_t window = d.layers[of.index].window;
+    return window ? std::max<int64_t>(0, rows.positions[row] - window + 1) : 0;
+  }
+
+  int32_t page_of(int64_t row, int64_t page) const {
+    return rows.tables[row * rows.table_stride + page];
+  }
+
+  // Computes the attention of rows [first, first + kTogether) for a kv head, one span of pages after
+  // another from the earliest page that any of the rows sees. Spans begin at multiples of kSpan, so
+  // that the sums of a row do not depend on its neighbours.
   void attend(int64_t index, int64_t kv, int64_t first, const Buffers<T>& buffers) {
-    const int64_t end = std::min(first + kTogether, s.n), window = d.layers[index].window;
-    auto first_seen = [&](int64_t row) {  // the first position that the row sees
-      return window ? std::max<int64_t>(0, rows.positions[row] - window + 1) : 0;
-    };
-    auto table = [&](int64_t row) { return rows.tables + row * rows.table_stride; };
-    int64_t page = first_seen(first) / kPage, last = 0;
-    for (int64_t row = first; row < end; ++row) {
-      page = std::min(page, first_seen(row) / kPage);
+    const Neighbours of{index, kv, first, std::min(first + kTogether, s.n)};
+    int64_t page = first_seen(of, first) / kPage, last = 0;
+    for (int64_t row = first; row < of.end; ++row) {
+      page = std::min(page, first_seen(of, row) / kPage);
       last = std::max(last, rows.positions[row] / kPage);
     }
-    const int64_t queries = (end - first) * s.group;
+    const int64_t queries = (of.end - first) * s.group;
     std::fill_n(buffers.sum, queries * s.value_width, 0.0f);
     std::fill_n(buffers.max_score, queries, -INFINITY);
     std::fill_n(buffers.weight_sum, queries, 0.0f);
-    for (; page <= last; ++page) {
-      auto sees = [&](int64_t row) {
-        return first_seen(row) < (page + 1) * kPage && rows.positions[row] >= page * kPage;
-      };
-      for (int64_t row = first, next; row < end; row = next) {
-        next = row + 1;
-        if (!sees(row)) continue;
-        while (next < end && sees(next) && table(next)[page] == table(row)[page]) ++next;
-        if (next < end) prefetch(keys(index, kv, table(next)[page]));
-        else if (page < last) prefetch(keys(index, kv, table(first)[page + 1]));
-        attend_page(index, kv, first, row, next, page, table(row)[page], buffers, first_seen);
-      }
+    while (page <= last) {
+      const int64_t span = page / kSpan * kSpan, end = std::min(span + kSpan, last + 1);
+      each_run(of, page, end, [&](int64_t page, int64_t row, int64_t next, int64_t follows) {
+        prefetch(keys(index, kv, follows));
+        const P* queries_of_rows = q + (kv * s.n + row) * s.group * d.head_dim;
+        float* scores = buffers.scores + at(of, row) * kSpanTokens + (page - span) * kPage;
+        gemm((next - row) * s.group, kPage, d.head_dim, queries_of_rows, d.head_dim,
+             keys(index, kv, page_of(row, page)), kPage, scores, kSpanTokens, false);
+      });
+      for (int64_t row = first; row < of.end; ++row) weigh(of, row, span, buffers);
+      each_run(of, page, end, [&](int64_t page, int64_t row, int64_t next, int64_t) {
+        const P* weights = buffers.weights + at(of, row) * kSpanTokens + (page - span) * kPage;
+        gemm((next - row) * s.group, s.value_width, kPage, weights, kSpanTokens,
+             values(index, kv, page_of(row, page)), s.value_width,
+             buffers.sum + at(of, row) * s.value_width, s.value_width, true);
+      });
+      page = end;
     }
-    for (int64_t row = first; row < end; ++row) write_attended(kv, row, row - first, buffers);
+    for (int64_t row = first; row < of.end; ++row) write_attended(kv, row, row - first, buffers);
   }
 
-  // Adds a page of keys and values to the running softmax of rows [row, next), which share the
-  // page.
-  template <class From>
-  void attend_page(int64_t index, int64_t kv, int64_t first, int64_t row, int64_t next,
-                   int64_t page, int64_t id, const Buffers<T>& buffers, From first_seen) {
-    const int64_t Dh = d.head_dim, count = (next - row) * s.group, at = (row - first) * s.group;
-    gemm(count, kPage, Dh, q + (kv * s.n + row) * s.group * Dh, Dh, keys(index, kv, id), kPage,
-         buffers.scores, kPage, false);
+  // Returns the place of a row's first query in the buffers.
+  int64_t at(const Neighbours& of, int64_t row) const { return (row - of.first) * s.group; }
+
+  // Calls f(page, row, next, follows) for each of the pages [page, end) and for rows [row, next) that
+  // see it and share it. follows: the id of a page that is probably read next.
+  template <class F>
+  void each_run(const Neighbours& of, int64_t page, int64_t end, F f) const {
+    for (; page < end; ++page) {
+      auto sees = [&](int64_t row) {
+        return first_seen(of, row) < (page + 1) * kPage && rows.positions[row] >= page * kPage;
+      };
+      for (int64_t row = of.first, next; row < of.end; row = next) {
+        next = row + 1;
+        if (!sees(row)) continue;
+        const int32_t id = page_of(row, page);
+        while (next < of.end && sees(next) && page_of(next, page) == id) ++next;
+        const bool more_pages = (page + 1) * kPage <= rows.positions[of.first];
+        if (next < of.end) f(page, row, next, page_of(next, page));
+        else f(page, row, next, more_pages ? page_of(of.first, page + 1) : id);
+      }
+    }
+  }
+
+  // Turns the scores of a row's queries over a span of pages into weights of a running softmax.
+  void weigh(const Neighbours& of, int64_t row, int64_t span, const Buffers<T>& buffers) const {
+    const int64_t low = std::max<int64_t>(first_seen(of, row) - span * kPage, 0);
+    const int64_t high = std::min<int64_t>(rows.positions[row] - span * kPage, kSpanTokens - 1);
+    const int64_t begin = low / kPage * kPage, end = round_up(high + 1, kPage);
+    if (begin >= end) return;
     const float log2_scale = d.attention_scale * float(M_LOG2E);
     const Power power(broadcast(log2_scale));
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = row + i / s.group;
-      const int64_t low = std::max<int64_t>(first_seen(r) - page * kPage, 0);
-      const int64_t high = std::min<int64_t>(rows.positions[r] - page * kPage, kPage);
-      float* scores = buffers.scores + i * kPage;
-      Lanes page_max = broadcast(-INFINITY);
-      for (int64_t j = 0; j < kPage; j += kLanes) {
-        const IntLanes slot = kLane + int32_t(j);
-        const IntLanes hidden = (slot < int32_t(low)) | (slot > int32_t(high));
-        const Lanes z = hidden ? broadcast(-INFINITY) : load<Lanes>(scores + j);
-        store(scores + j, z);
-        page_max = z > page_max ? z : page_max;
+    for (int64_t i = at(of, row); i < at(of, row + 1); ++i) {
+      float* scores = buffers.scores + i * kSpanTokens;
+      Lanes span_max = broadcast(-INFINITY);
+      for (int64_t j = begin; j < end; j += kLanes) {
+        Lanes z = load<Lanes>(scores + j);
+        if (j < low || j + kLanes > high + 1) {
+          const IntLanes slot = kLane + int32_t(j);
+          const IntLanes hidden = (slot < int32_t(low)) | (slot > int32_t(high));
+          z = hidden ? broadcast(-INFINITY) : z;
+          store(scores + j, z);
+        }
+        span_max = z > span_max ? z : span_max;
       }
-      const float old_max = buffers.max_score[at + i];
-      const float new_max = std::max(old_max, largest(page_max));
+      const float old_max = buffers.max_score[i];
+      const float new_max = std::max(old_max, largest(span_max));
       const float rescale = old_max == new_max ? 1.0f : std::exp2((old_max - new_max) * log2_scale);
       Lanes weights{};
-      for (int64_t j = 0; j < kPage; j += kLanes) {
+      for (int64_t j = begin; j < end; j += kLanes) {
         const Lanes p = rounded<T>(power(load<Lanes>(scores + j) - new_max));
-        store_rounded(buffers.weights + i * kPage + j, p);
+        store_rounded(buffers.weights + i * kSpanTokens + j, p);
         weights += p;
       }
-      buffers.max_score[at + i] = new_max;
-      buffers.weight_sum[at + i] = buffers.weight_sum[at + i] * rescale + total(weights);
+      buffers.max_score[i] = new_max;
+      buffers.weight_sum[i] = buffers.weight_sum[i] * rescale + total(weights);
       if (rescale == 1.0f) continue;
-      float* sum = buffers.sum + (at + i) * s.value_width;
+      float* sum = buffers.sum + i * s.value_width;
       for (int64_t k = 0; k < s.value_width; k += kLanes)
         store(sum + k, load<Lanes>(sum + k) * rescale);
     }
-    gemm(count, s.value_width, kPage, buffers.weights, kPage, values(index, kv, id), s.value_width,
-         buffers.sum + at * s.value_width, s.value_width, true);
   }
 
   void write_attended(int64_t kv, int64_t row, int64_t slot, const Buffers<T>& buffers) {

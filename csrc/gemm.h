@@ -1,6 +1,6 @@
 // Small matrix products inside one thread: C (M, N) = A (M, K) @ B (K, N), or C += A @ B, summed in
-// fp32. N is a multiple of 16. In bf16, K is even and B is stored with its rows interleaved in
-// pairs, as (K / 2, N, 2).
+// fp32. N is a multiple of 16. If B is bf16, K is even and B is stored with its rows interleaved in
+// pairs, as (K / 2, N, 2); A is bf16 or fp32.
 #pragma once
 
 #include <algorithm>
@@ -44,11 +44,23 @@ inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
 }
 #endif
 
+// Adds the products of neighbouring values of a row of A with as many rows of B.
+template <class B, class A>
+inline Lanes add_products(Lanes sum, const A* a, Lanes b) {
+  if constexpr (sizeof(A) == sizeof(B)) {
+    return multiply_add(sum, a, b);
+  } else {
+    const BitLanes pair = bits_as<BitLanes>(b);
+    sum += a[0] * bits_as<Lanes>(pair << 16);
+    return sum + a[1] * bits_as<Lanes>(pair & 0xffff0000u);
+  }
+}
+
 // Computes R x J vectors of C. Their sums stay in registers during the loop over K: in 24 of the 32
 // registers of AVX-512, or 12 of the 16 of AVX2. The sums start at 0 and are added to C at the end,
 // so that they are rounded to the magnitude of C once and not at every step.
-template <int R, int J, class T>
-inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
+template <int R, int J, class A, class B>
+inline void gemm_block(int64_t steps, const A* a, int64_t lda, const B* b, int64_t ldb, float* c,
                        int64_t ldc, bool add) {
   Lanes sum[R][J];
 #pragma GCC unroll 12  // otherwise the sums are in memory before and after the loop over K
@@ -58,14 +70,14 @@ inline void gemm_block(int64_t steps, const T* a, int64_t lda, const T* b, int64
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) __builtin_prefetch(c + r * ldc + j * kLanes, 1);
   for (int64_t k = 0; k < steps; ++k) {
-    if (k * kPair<T> * sizeof(T) % 64 == 0)  // prefetch the next block's rows, one line at a time
-      for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * lda + k * kPair<T>);
+    if (k * kPair<B> * sizeof(A) % 64 == 0)  // prefetch the next block's rows, one line at a time
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * lda + k * kPair<B>);
     Lanes row[J];
-    for (int j = 0; j < J; ++j) row[j] = load<Lanes>(b + (k * ldb + j * kLanes) * kPair<T>);
+    for (int j = 0; j < J; ++j) row[j] = load<Lanes>(b + (k * ldb + j * kLanes) * kPair<B>);
 #pragma GCC unroll 12  // otherwise the sums of many rows do not stay in registers
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j)
-        sum[r][j] = multiply_add(sum[r][j], a + r * lda + k * kPair<T>, row[j]);
+        sum[r][j] = add_products<B>(sum[r][j], a + r * lda + k * kPair<B>, row[j]);
   }
 #pragma GCC unroll 12  // as above
   for (int r = 0; r < R; ++r)
@@ -91,8 +103,8 @@ constexpr int64_t kTileRows = 126;
 constexpr int fewer(int rows) { return rows > kRegisterRows ? rows / 2 : rows - 1; }
 
 // Multiplies R rows at a time, and then the remaining rows in smaller blocks.
-template <int R, int J, class T>
-inline void gemm_columns(int64_t m, int64_t steps, const T* a, int64_t lda, const T* b,
+template <int R, int J, class A, class B>
+inline void gemm_columns(int64_t m, int64_t steps, const A* a, int64_t lda, const B* b,
                          int64_t ldb, float* c, int64_t ldc, bool add) {
   for (; m >= R; m -= R, a += R * lda, c += R * ldc)
     gemm_block<R, J>(steps, a, lda, b, ldb, c, ldc, add);
@@ -100,21 +112,22 @@ inline void gemm_columns(int64_t m, int64_t steps, const T* a, int64_t lda, cons
     if (m) gemm_columns<fewer(R), J>(m, steps, a, lda, b, ldb, c, ldc, add);
 }
 
-template <class T>
-inline void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
+template <class A, class B>
+inline void gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const B* b, int64_t ldb,
                  float* c, int64_t ldc, bool add) {
   constexpr int J = kLanes == 16 ? 4 : 2, R = kRegisterRows;
   // K is processed in parts of kDepth, so that a panel of B stays in cache and fp32 sums stay
   // short. In bf16 longer sums do no harm, because rounding the factors has cost more precision,
   // and longer rows of A are 4% faster (Zen 5).
-  constexpr int64_t kDepth = kPair<T> == 2 ? 1024 : 256;
+  constexpr int64_t kDepth = kPair<B> == 2 ? 1024 : 256;
   for (int64_t k0 = 0; k0 < k; k0 += kDepth, add = true) {
-    const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kPair<T>;
-    const T *a0 = a + k0, *b0 = b + k0 * ldb;
+    const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kPair<B>;
+    const A* a0 = a + k0;
+    const B* b0 = b + k0 * ldb;
     int64_t j = 0;
     auto columns = [&](auto rows, auto width) {  // every shape has R * J independent sums
       for (; j + width * kLanes <= n; j += width * kLanes)
-        gemm_columns<rows, width>(m, steps, a0, lda, b0 + j * kPair<T>, ldb, c + j, ldc, add);
+        gemm_columns<rows, width>(m, steps, a0, lda, b0 + j * kPair<B>, ldb, c + j, ldc, add);
     };
     columns(std::integral_constant<int, R>{}, std::integral_constant<int, J>{});
     columns(std::integral_constant<int, R * J / 2>{}, std::integral_constant<int, 2>{});

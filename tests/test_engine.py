@@ -146,6 +146,27 @@ def test_errors_are_at_most_twice_those_of_plain_pytorch(kind: str, dtype, isa: 
     assert error(ours) <= 2 * error(plain)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "window"),
+    [(torch.bfloat16, None), (torch.float32, 37), (torch.float32, 150), (torch.bfloat16, 150)],
+)
+def test_long_contexts_are_right_and_independent_of_their_neighbours(dtype, window: int | None):
+    # Scores become weights four pages of 32 tokens at a time. A window begins inside such a span.
+    lengths = [200, 129, 128, 5]
+    flags = {} if window is None else {"sliding_window": window}
+    kind = "llama" if window is None else "smollm3-windows"
+    model = tiny_model(kind, dtype=dtype, **flags)
+    in_fp64 = tiny_model(kind, dtype=dtype, **flags).double()
+    exact = engine_hidden_states(TorchEngine(in_fp64), lengths)
+    plain = engine_hidden_states(TorchEngine(model), lengths)
+    engine = NativeEngine(model)
+    ours = engine_hidden_states(engine, lengths)
+    allowed = 2 * error_norm(torch.cat(plain), torch.cat(exact))
+    assert error_norm(torch.cat(ours), torch.cat(exact)) <= allowed
+    engine.prefill_tokens = 21  # in pieces, beside other rows
+    assert all(map(torch.equal, engine_hidden_states(engine, lengths), ours))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2, 5])
