@@ -16,17 +16,19 @@ divided by the time.
 
 import argparse
 import json
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Stopwatch, ceilings
+from benchmarks.measure import Ceilings, Stopwatch, ceilings, run_rounds
 from benchmarks.step import fp32_rate
 from benchmarks.summary import default_device, machine
 from expo_fast.modeling.decoder import Decoder, Linear
@@ -142,58 +144,96 @@ def error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return (difference / sum(float(exact.square().sum()) for exact in truth.values())) ** 0.5
 
 
-def compare(name: str, job: Job, device: str, repeats: int, check: bool) -> dict[str, Any]:
-    """Time the contestants. Return plain data.
+@dataclass(frozen=True)
+class Models:
+    """A model, and the layers of the same one in transformers."""
 
-    check: whether to compare gradients with those of the model in fp64, which takes minutes.
-    """
-    from transformers import AutoModelForCausalLM
+    ours: Decoder
+    theirs: Any
 
+
+def load(name: str, device: str) -> Models:
+    """Load a model as in expo_fast.train, and load it into transformers."""
     model, tokenizer = load_model(name, dtype=torch.bfloat16, device=device)
-    samples = job.samples(model.shape.vocabulary)
-    packs = {OURS: shared(samples).to(model.device), APART: apart(samples).to(model.device)}
     with TemporaryDirectory() as folder:
         save_model(model, tokenizer, folder)
-        causal: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
-    peer = causal.model.to(device).train()
+        return Models(model, load_theirs(Path(folder), device))
+
+
+def load_theirs(folder: Path, device: str) -> Any:
+    """Load the layers of a saved model into transformers."""
+    from transformers import AutoModelForCausalLM
+
+    causal: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    return causal.model.to(device).train()
+
+
+def highest_rate(device: str, best: Ceilings) -> float:
+    """Return the FLOP/s of torch.mm: on a CPU, the higher rate of bf16 and fp32."""
+    return max(best.flops, fp32_rate()) if device == "cpu" else best.flops
+
+
+def compare(
+    models: Models,
+    job: Job,
+    rate: float,
+    repeats: int,
+    without: Collection[str] = (),
+    seconds: float = math.inf,
+) -> dict[str, Any]:
+    """Time the contestants. Return plain data.
+
+    rate: in FLOP/s, for the limit that the module's docstring defines.
+    without: names of contestants to leave out.
+    seconds: see `run_rounds`.
+    """
+    model = models.ours
+    device = str(model.device)
+    samples = job.samples(model.shape.vocabulary)
+    packs = packs_of(samples, model.device)
     maps = [module for module in model.model.layers.modules() if isinstance(module, Linear)]
     runs: dict[str, Callable[[], None]] = {
         OURS: partial(ours, model, job, packs[OURS]),
         APART: partial(ours, model, job, packs[APART]),
         PRODUCTS: partial(products, maps, len(packs[OURS].tokens)),
-        THEIRS: partial(theirs, peer, job, samples, device),
+        THEIRS: partial(theirs, models.theirs, job, samples, device),
     }
-    owners = {OURS: model, APART: model, PRODUCTS: model, THEIRS: peer}
-    seconds: dict[str, list[float]] = {contestant: [] for contestant in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs if name not in without}
     stopwatch = Stopwatch(device)
-    for turn in range(repeats + 1):  # the first one is not counted
-        for contestant, run in runs.items():
+
+    def run_round() -> None:
+        for name, all_times in times.items():
             stopwatch.start()
-            run()
-            spent, _ = stopwatch.stop()
-            owners[contestant].zero_grad()
-            if turn:
-                seconds[contestant].append(spent)
-    rate = max(ceilings(device).flops, fp32_rate() if device == "cpu" else 0.0)
+            runs[name]()
+            all_times.append(stopwatch.stop()[0])
+            owner = models.theirs if name == THEIRS else model
+            owner.zero_grad()
+
+    run_round()
+    for all_times in times.values():
+        all_times.clear()  # the first round warms up
+    run_rounds(run_round, repeats, seconds)
     layers = sum(p.numel() for p in model.model.layers.parameters())
     all_tokens = len(packs[APART].tokens)
     shared_tokens = len(packs[OURS].tokens)
     counts = {OURS: shared_tokens, APART: all_tokens, PRODUCTS: shared_tokens, THEIRS: all_tokens}
     found = {}
-    for contestant, times in seconds.items():
-        median = statistics.median(times)
-        found[contestant] = {
-            "seconds": median,
-            "all": times,
-            "tokens": counts[contestant],
-            "of limit": 6 * layers * counts[contestant] / rate / median,
+    for name, all_times in times.items():
+        median = statistics.median(all_times)
+        found[name] = {
+            "median_s": median,
+            "seconds": all_times,
+            "tokens": counts[name],
+            "of limit": 6 * layers * counts[name] / rate / median,
         }
-    if check:
-        for contestant, how in errors(model, peer, job, samples, packs).items():
-            found[contestant]["error"] = how
-    return {"model": name, "job": asdict(job), "rate": rate, "contestants": found}
+    return {"job": asdict(job), "rate": rate, "contestants": found}
+
+
+def packs_of(samples: Sequence[Sample], device: torch.device) -> dict[str, Pack]:
+    """Return the packs of the contestants that run our model."""
+    return {OURS: shared(samples).to(device), APART: apart(samples).to(device)}
 
 
 def errors(
@@ -212,16 +252,16 @@ def errors(
     return {contestant: error(grads, truth) for contestant, grads in found.items()}
 
 
-def show(result: dict[str, Any]) -> None:
+def show(model: str, result: dict[str, Any]) -> None:
     """Print a table of the contestants."""
     contestants = result["contestants"]
-    least = contestants[OURS]["seconds"]
-    print(f"{result['model']}, {result['job']}, {result['rate'] / 1e9:.0f} GFLOP/s")
+    least = contestants[OURS]["median_s"]
+    print(f"\n{model}, {result['job']}, {result['rate'] / 1e9:.0f} GFLOP/s")
     print(f"{'':28s}{'seconds':>9s}{'x ours':>8s}{'tokens':>8s}{'of limit':>10s}{'error':>10s}")
     for name, row in contestants.items():
         wrong = f"{row['error']:10.1e}" if "error" in row else ""
-        times = row["seconds"] / least
-        line = f"{name:28s}{row['seconds']:9.3f}{times:8.2f}{row['tokens']:8d}"
+        times = row["median_s"] / least
+        line = f"{name:28s}{row['median_s']:9.3f}{times:8.2f}{row['tokens']:8d}"
         print(f"{line}{row['of limit']:10.0%}{wrong}")
 
 
@@ -237,9 +277,18 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare gradients with fp64")
     given = parser.parse_args()
     job = Job(**{name: getattr(given, name) for name in asdict(defaults)})
-    result = compare(given.model, job, default_device(), given.repeats, given.check)
-    show(result)
-    print(json.dumps(result | machine()))
+    device = default_device()
+    models = load(given.model, device)
+    rate = highest_rate(device, ceilings(device))
+    result = compare(models, job, rate, given.repeats)
+    if given.check:
+        samples = job.samples(models.ours.shape.vocabulary)
+        packs = packs_of(samples, models.ours.device)
+        found = errors(models.ours, models.theirs, job, samples, packs)
+        for contestant, how in found.items():
+            result["contestants"][contestant]["error"] = how
+    show(given.model, result)
+    print(json.dumps({"model": given.model} | result | machine()))
 
 
 if __name__ == "__main__":

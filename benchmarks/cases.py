@@ -36,6 +36,14 @@ BETA = 0.1  # coefficient of the preference loss, per nat
 OURS = "expo_fast"
 
 
+def head_shape(model: str) -> tuple[int, int]:
+    """Return (V, D) of one of `SHAPES`, or of a name such as "8192x576"."""
+    if model in SHAPES:
+        return SHAPES[model]
+    v, d = model.split("x")
+    return int(v), int(d)
+
+
 @dataclass(frozen=True)
 class Case:
     """Inputs of an op: B sequences of equal length.
@@ -81,7 +89,7 @@ class Case:
 @lru_cache(maxsize=1)
 def make_case(model: str, rows: int, device: str) -> Case:
     """Return random inputs. Raise ValueError if the rows do not divide into sequences."""
-    v, d = SHAPES[model]
+    v, d = head_shape(model)
     b = max(4, rows // SEQUENCE)
     if rows % b:
         raise ValueError(f"rows={rows}: must be a multiple of {b}, the number of sequences")
@@ -362,7 +370,7 @@ class Group:
     """One setting of an op, in which its contestants are timed against each other."""
 
     op: str
-    model: str
+    model: str  # see `head_shape`
     rows: int
     zeros: int  # percentage of zero rows
 

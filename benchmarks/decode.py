@@ -19,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Ceilings, Stopwatch, WrongResult, brief, ceilings, reason
+from benchmarks.measure import (
+    Ceilings,
+    Stopwatch,
+    WrongResult,
+    brief,
+    ceilings,
+    reason,
+    run_rounds,
+)
 from benchmarks.samplers import OURS, PEERS, SAMPLERS, Load, Sampler, Subject, requests
 from benchmarks.summary import default_device, machine, ms
 from expo_fast.generate import Generator
@@ -208,8 +216,8 @@ class Comparison:
         }
 
 
-def warm_up(subject: Subject, peers: Sequence[str]) -> Comparison:
-    """Run and check each sampler once.
+def warm_up(subject: Subject, names: Collection[str], best: Ceilings) -> Comparison:
+    """Run and check each of these `SAMPLERS` once.
 
     A peer that fails is left out of the comparison. Raise what ours raises, such as WrongResult.
     """
@@ -225,10 +233,10 @@ def warm_up(subject: Subject, peers: Sequence[str]) -> Comparison:
         left_out={},
         mean_logp={},
         first_token=time.perf_counter() - began,
-        ceilings=ceilings(subject.device),
+        ceilings=best,
     )
     for name in SAMPLERS:
-        if name in PEERS and name not in peers:
+        if name not in names:
             continue
         try:
             sampler = SAMPLERS[name](subject)
@@ -277,9 +285,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = Load(**{name: getattr(a, name) for name in vars(Load())})
     with tempfile.TemporaryDirectory() as folder:
         subject = make_subject(a.model, load, Path(folder))
-        comparison = warm_up(subject, a.peers)
-        for _ in range(a.repeats):
-            comparison.run_round()
+        names = [name for name in SAMPLERS if name not in PEERS or name in a.peers]
+        comparison = warm_up(subject, names, ceilings(subject.device))
+        run_rounds(comparison.run_round, a.repeats)
     result = comparison.result()
     show(a.model, result)
     print(json.dumps({"machine": machine(), "model": a.model, **result}))

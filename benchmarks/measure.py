@@ -6,6 +6,7 @@ that is not accurate is not timed.
 """
 
 import ctypes
+import math
 import statistics
 import time
 import traceback
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import OPS, OURS, SHAPES, Case, Contestant, Group
+from benchmarks.cases import OPS, OURS, Case, Contestant, Group, head_shape
 from benchmarks.judge import Baseline, Errors, answer, baseline, errors
 
 # A contestant slower than this multiple of the GEMMs' time runs in every second round only.
@@ -265,16 +266,32 @@ def attempt(comparison: Comparison, contestant: Contestant, expected: Baseline) 
 
 
 def measure(
-    group: Group, device: str, repeats: int, without: Collection[str] = ()
+    group: Group,
+    device: str,
+    repeats: int,
+    without: Collection[str] = (),
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Time a group in `repeats` rounds. Return plain data.
 
     without: names of contestants to leave out.
+    seconds: see `run_rounds`.
     """
     comparison = warm_up(group, device, without)
-    for _ in range(repeats):
-        comparison.run_round()
+    run_rounds(comparison.run_round, repeats, seconds)
     return comparison.result()
+
+
+def run_rounds(run_round: Callable[[], None], repeats: int, seconds: float = math.inf) -> None:
+    """Run a round `repeats` times.
+
+    seconds: no round but the first begins later than this.
+    """
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run_round()
+        if time.perf_counter() - began > seconds:
+            return
 
 
 def gemm_rate(device: str, **how: Any) -> float:
@@ -317,7 +334,7 @@ def ceilings(device: str) -> Ceilings:
 
 def estimated_seconds(group: Group, device: str, repeats: int, rate: float) -> float:
     """Return roughly how long `measure` would take, at a rate in FLOP/s."""
-    v, d = SHAPES[group.model]
+    v, d = head_shape(group.model)
     op = OPS[group.op]
     forward = 2 * group.rows * v * d / rate
     gemms = 1 + 2 * op.backward + op.reference

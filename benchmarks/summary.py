@@ -26,7 +26,7 @@ import torch
 from benchmarks.cases import OPS, ROWS, SHAPES, ZEROS, Group, groups
 from benchmarks.measure import brief, measure
 
-PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "trl")
+PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "trl", "transformers")
 
 
 def default_device() -> str:

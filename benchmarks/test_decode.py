@@ -7,7 +7,8 @@ of all are printed, and are in the extra_info of the JSON.
 import pytest
 
 from benchmarks.decode import make_subject, show, warm_up
-from benchmarks.samplers import OURS, PEERS, Load
+from benchmarks.measure import ceilings
+from benchmarks.samplers import OURS, SAMPLERS, Load
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
@@ -22,7 +23,8 @@ def test_decode(load: Load, benchmark, capsys, request, tmp_path):
     limit = request.config.getoption("max_seconds")
     if limit < SECONDS:
         pytest.skip(f"may take {SECONDS} s, more than --max-seconds {limit:g}")
-    comparison = warm_up(make_subject(MODEL, load, tmp_path), [*PEERS])
+    subject = make_subject(MODEL, load, tmp_path)
+    comparison = warm_up(subject, SAMPLERS, ceilings(subject.device))
 
     def time_peers() -> None:
         comparison.run_round(without=OURS)

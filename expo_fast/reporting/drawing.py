@@ -343,10 +343,15 @@ def draw(panels: Sequence[PlottedPanel], names: Sequence[str]) -> str:
 
     names: names of the configurations.
     """
+    return draw_charts(charts(panels, names))
+
+
+def draw_charts(drawn: Sequence[Chart]) -> str:
+    """Return charts, two per row, as the text of an SVG file."""
     import vl_convert
 
     parts = []
-    for chart in charts(panels, names):
+    for chart in drawn:
         values = [dict(zip(chart.columns, row, strict=True)) for row in chart.rows]
         part = _without_interaction(chart.spec)
         parts.append(part | {"width": STATIC_WIDTH, "data": {"values": values}})
