@@ -6,8 +6,9 @@
 
 Both train SmolLM2-135M on the same questions with the same sizes and the same reward, which is the
 parity of the sum of a completion's token ids. Both ignore end tokens, so all completions have the
-full length. TRL uses transformers' static cache. After each step of TRL comes one of ours. In the
-second half of the steps, about half of the groups get equal rewards, so that they have no gradient.
+full length. TRL uses transformers' static cache. Our packs have at most the tokens of its batches.
+After each step of TRL comes one of ours. In the second half of the steps, about half of the groups
+get equal rewards, so that they have no gradient.
 
 The floor is what the counted work takes at the highest rates that are measured on the machine: the
 products at the rate of torch.mm, and each step of sampling at the rate of a copy, if that takes
@@ -27,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,10 @@ def our_trainer(job: Job) -> Trainer:
         device="cpu",
     )
     trainer = train.build_trainer(config, load_training_data(config))
+    # At most the tokens of a batch of TRL.
+    prompts = [trainer.prompter.solve(problem) for problem in questions(trainer, 0)]
+    row_tokens = max(map(len, prompts)) + job.new_tokens
+    trainer.config = replace(config, pack_tokens=job.micro_batch * row_tokens)
     trainer.model.generation_config = None
     trainer.model.config.eos_token_id = []
 
