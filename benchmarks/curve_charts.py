@@ -169,13 +169,14 @@ def size_axis(title: str, sizes: Sequence[int]) -> dict[str, Any]:
 
 def value_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
     """Return the axis of values, on which equal ratios are equal distances."""
+    label = "format(datum.value, datum.value >= 10000 ? ',.0f' : '.4~g')"
     low = min(values) / 1.2
     high = max(values) * 1.2
     return {
         "field": "value",
         "type": "quantitative",
         "title": title,
-        "axis": {"values": value_ticks(low, high), "format": ".4~g"},
+        "axis": {"values": value_ticks(low, high), "labelExpr": label},
         "scale": log_scale([low, high], base=10),
     }
 

@@ -50,7 +50,12 @@ SIZES = {
 }
 STATIC = "... static cache"  # the faster sampler of transformers
 # The first one compiles for long. The others take the time of eager PyTorch, or more on a CPU.
-LEFT_OUT = ("eager, torch.compile", "TRL selective_log_softmax", "Liger scaled cross entropy")
+LEFT_OUT = (
+    "eager, torch.compile",
+    "TRL selective_log_softmax",
+    "Liger scaled cross entropy",
+    "expo_fast torch",
+)
 MICRO_BATCH = 8  # rows in a forward pass of transformers
 ROUND_SECONDS = 10  # no round but the first of a size begins later
 
@@ -202,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if given.repeats < 1:
         parser.error(f"--repeats {given.repeats}: need at least 1")
+    if given.plot is not None and given.output is not None:
+        parser.error(f"--output {given.output}: --plot measures no points to save")
     svg = given.svg or (SVG if given.plot else None)
     for file in (given.output, svg):
         if file is not None and not file.parent.is_dir():
@@ -209,12 +216,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.plot is None:
         how = How(default_device(), given.repeats, given.peers)
         shape = shape_of(given.model, parser)
-        found = measure_curves(given.curves, given.model, shape, how, given.output)
+        found = measure_curves(
+            list(dict.fromkeys(given.curves)), given.model, shape, how, given.output
+        )
     else:
         found = saved(given.plot, parser)
+    print(json.dumps(asdict(found)), flush=True)
     if svg is not None:
         svg.write_text(draw(found))
-    print(json.dumps(asdict(found)))
 
 
 def shape_of(model: str, parser: argparse.ArgumentParser) -> Shape:

@@ -111,10 +111,6 @@ def our_trainer(job: Job) -> Trainer:
         device="cpu",
     )
     trainer = train.build_trainer(config, load_training_data(config))
-    # At most the tokens of a batch of TRL.
-    prompts = [trainer.prompter.solve(problem) for problem in questions(trainer, 0)]
-    row_tokens = max(map(len, prompts)) + job.new_tokens
-    trainer.config = replace(config, pack_tokens=job.micro_batch * row_tokens)
     trainer.model.generation_config = None
     trainer.model.config.eos_token_id = []
 
@@ -131,7 +127,11 @@ def questions(trainer: Trainer, step: int) -> list[Problem]:
     return questions_of_step(trainer.problems, step, config.prompts_per_step, config.seed)
 
 
-def take_our_step(trainer: Trainer, step: int, times: Times) -> None:
+def take_our_step(trainer: Trainer, job: Job, step: int, times: Times) -> None:
+    # TRL pads the prompts of a step to the longest one.
+    lengths = [len(trainer.prompter.solve(problem)) for problem in questions(trainer, step)]
+    batch_tokens = job.micro_batch * (max(lengths) + job.new_tokens)
+    trainer.config = replace(trainer.config, pack_tokens=batch_tokens)
     phases = Phases()
     start = time.perf_counter()
     grpo.run_step(trainer, step, phases)
@@ -267,7 +267,7 @@ def compare(job: Job, n_steps: int) -> dict[str, Any]:
         trl = TrlSteps(job, trainer, total, folder)
 
         def after_step(done: int) -> None:
-            take_our_step(trainer, done - 1, ours)
+            take_our_step(trainer, job, done - 1, ours)
             trl_seconds = trl.times.steps[-1]
             print(f"step {done}: TRL {trl_seconds:.2f} s, ours {ours.steps[-1]:.2f} s", flush=True)
             job.half_zero = done > n_steps  # the next step's rewards
@@ -346,7 +346,7 @@ def peak_memory(job: Job, which: str) -> float:
     before = peak_bytes()
     trainer = our_trainer(job)
     if which == "ours":
-        take_our_step(trainer, 0, Times())
+        take_our_step(trainer, job, 0, Times())
     else:
         with tempfile.TemporaryDirectory() as folder:
             trl = TrlSteps(job, trainer, 1, folder)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import OPS, ROWS, SHAPES, ZEROS, Group, groups
+from benchmarks.cases import OPS, OURS, ROWS, SHAPES, ZEROS, Group, groups
 from benchmarks.measure import brief, measure
 
 PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "trl", "transformers")
@@ -110,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--without", nargs="+", default=[], help="names of peers to leave out")
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args(argv)
+    peers = {name for op in OPS.values() for name, _ in op.contestants(default_device())} - {OURS}
+    for name in a.without:
+        if name not in peers:
+            parser.error(f"--without {name!r}: need one of {', '.join(sorted(peers))}")
     if a.file:
         summary = load(a.file)
         for result in summary["results"]:

@@ -185,8 +185,8 @@ MUTATIONS = [
     Mutation(
         "a product's sums in registers",
         "csrc/gemm.h",
-        "Lanes sum[R][J] = {};",
-        "Lanes sum[R][J];",
+        "for (int j = 0; j < J; ++j) sum[r][j] = Lanes{};",
+        "for (int j = 0; j < J; ++j) {}",
         POISON + "native",
     ),
     Mutation(

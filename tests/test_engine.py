@@ -146,11 +146,14 @@ def test_errors_are_at_most_twice_those_of_plain_pytorch(kind: str, dtype, isa: 
     assert error(ours) <= 2 * error(plain)
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
-    ("dtype", "window"),
-    [(torch.bfloat16, None), (torch.float32, 37), (torch.float32, 150), (torch.bfloat16, 150)],
+    ("dtype", "window"), [(torch.bfloat16, None), (torch.float32, 37), (torch.bfloat16, 150)]
 )
-def test_long_contexts_are_right_and_independent_of_their_neighbours(dtype, window: int | None):
+def test_long_contexts_are_right_and_independent_of_their_neighbours(
+    dtype, window: int | None, isa: str, monkeypatch
+):
+    monkeypatch.setenv("EXPO_FAST_ISA", isa)
     # Scores become weights four pages of 32 tokens at a time. A window begins inside such a span.
     lengths = [200, 129, 128, 5]
     flags = {} if window is None else {"sliding_window": window}
@@ -165,6 +168,21 @@ def test_long_contexts_are_right_and_independent_of_their_neighbours(dtype, wind
     assert error_norm(torch.cat(ours), torch.cat(exact)) <= allowed
     engine.prefill_tokens = 21  # in pieces, beside other rows
     assert all(map(torch.equal, engine_hidden_states(engine, lengths), ours))
+
+
+def test_samples_of_long_prompts_are_independent_of_their_neighbours():
+    # Rows share four pages of 32 tokens, and then have pages of their own in the same span.
+    first = tuple(4 + i % 80 for i in range(140))
+    second = (*first[:130], *range(50, 70))
+    asked = [
+        Request(prompt, 9, seed=i, stop_ids=()) for i in range(3) for prompt in (first, second)
+    ]
+    generator = Generator(tiny_model("qwen3", dtype=torch.bfloat16))
+    together = generator.sample(asked)
+    for request, found in zip(asked, together, strict=True):
+        (alone,) = generator.sample([request])
+        assert found.token_ids == alone.token_ids
+        assert torch.equal(found.logp, alone.logp)
 
 
 @pytest.mark.slow
