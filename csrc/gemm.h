@@ -130,6 +130,8 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const
         gemm_columns<rows, width>(m, steps, a0, lda, b0 + j * kPair<B>, ldb, c + j, ldc, add);
     };
     columns(std::integral_constant<int, R>{}, std::integral_constant<int, J>{});
+    if constexpr (J == 4)  // 48 columns are 15% faster than as 32 and 16 (Zen 4)
+      columns(std::integral_constant<int, R * J / 3>{}, std::integral_constant<int, 3>{});
     columns(std::integral_constant<int, R * J / 2>{}, std::integral_constant<int, 2>{});
     columns(std::integral_constant<int, R * J / 2>{}, std::integral_constant<int, 1>{});
   }
