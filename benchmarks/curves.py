@@ -14,7 +14,7 @@
 Each size is measured as by benchmarks.summary, benchmarks.decode and benchmarks.body: contestants
 run in interleaved rounds of one process. Results of the head and sampled tokens are checked before
 they are timed. expo_fast computes the prompt of several samples once, and transformers has a row
-for each sample. All curves take about 10 minutes on two cores.
+for each sample. All curves take about 11 minutes on two cores.
 
 The last line is one JSON object with the points. --output saves it after each size.
 """
