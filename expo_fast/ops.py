@@ -58,9 +58,10 @@ def linear_logprob(
     The results logp, entropy and lse have targets' shape, fp32 (fp64 if an input is fp64), in nats,
     and are 0 for rows without a target. All three are differentiable in hidden, weight and bias.
     The forward pass is one GEMM and the backward pass two more. A third GEMM recomputes the logits
-    of rows whose exponentials were not kept: in C++ those of all rows, in Triton of rows that do
-    not fit a fraction of the GPU's memory. logp keeps its relative accuracy as the probability goes
-    to 1. With `complete`, targets are not checked, because a check makes the host wait for a GPU.
+    of rows whose exponentials were not kept: in C++ of fp32 inputs, for a gradient of the entropy,
+    and of rows beyond 512 MB of exponentials; in Triton of rows that do not fit a fraction of the
+    GPU's memory. logp keeps its relative accuracy as the probability goes to 1. With `complete`,
+    targets are not checked, because a check makes the host wait for a GPU.
     Raise ValueError for shapes or devices that do not fit, a temperature that is not positive and
     finite, a target outside [0, V), and a backend that does not run these inputs.
     """
@@ -124,8 +125,8 @@ def linear_policy_loss(
 
     k3 = exp(x) - x - 1, x = ref_logp - logp (http://joschu.net/blog/kl-approx.html), and H is the
     entropy. An on-policy row contributes row_weight_t * -advantage_t * logp_t instead. Gradients
-    are computed with the loss, in 3 GEMM equivalents. There are 4 in C++, which keeps no logits,
-    and with SequenceClipped for rows that do not fit a fraction of a GPU's memory. SequenceClipped
+    are computed with the loss, in 3 GEMM equivalents. There are 4 in C++ for fp32 inputs and with
+    entropy_coef, and with SequenceClipped for rows whose exponentials are not kept. SequenceClipped
     takes the ratio of a sequence over its policy rows, so a sequence must be dropped completely or
     not at all. Ratios are capped at exp(20). `complete` is as in linear_logprob.
     Raise ValueError for shapes or devices that do not fit, a target outside [0, V), a kl_coef

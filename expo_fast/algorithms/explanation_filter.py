@@ -19,11 +19,23 @@ OPENING_WORDS = 8  # an answer stated in the first 8 words is copied, not derive
 
 _NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\\?\$")  # 1,200 and $12
+# Other spellings of the signs that _EQUATION knows.
+_SPELLINGS = {
+    "\\times": "*",
+    "\\cdot": "*",
+    "\u00d7": "*",
+    "\u00b7": "*",
+    "\u22c5": "*",
+    "\\div": "/",
+    "\u00f7": "/",
+    "\u2212": "-",
+    "\\%": "%",
+}
 _EQUATION = re.compile(
     r"""
-    (?<![\w.)]) (?<![-+*/=]) (?<![-+*/=x]\s)  # not inside a longer expression
-    (\d+(?:\.\d+)?) \s? ([-+*/x\u00d7\u00f7]) \s? (\d+(?:\.\d+)?) \s? = \s? (\d+(?:\.\d+)?)
-    (?! [\d%] | \.\d | \s?[-+*/x\u00d7\u00f7]\s?\d )
+    (?<![\w.)]) (?<![-+*/=^]) (?<![-+*/=x^]\s)  # not inside a longer expression
+    (\d+(?:\.\d+)?) \s? ([-+*/x]) \s? (\d+(?:\.\d+)?) \s? = \s? (\d+(?:\.\d+)?)
+    (?! [\d%] | \.\d | \s?[-+*/x^]\s?[\d({\\] | \s?\\(?:[dt]?frac|sqrt|pi) )
     """,
     re.VERBOSE,
 )
@@ -32,7 +44,7 @@ _CLAIM = re.compile(r"\banswer(?: is|:)[^.\n=]*(?=\.(?!\d)|\n|$)", re.IGNORECASE
 # "the answer is $25", but not "the answer is 18 - 10 = 8".
 _NAMED = re.compile(
     rf"\banswer(?: is|:)[^\w\n=+*/-]*(?:\\(?:boxed|text\w*)\W*)?({_NUMBER.pattern})"
-    r"(?!\s?[-+*/x^=%\u00d7\u00f7]|\.?\d)",
+    r"(?!\s?(?:[-+*/x^=%\u00d7\u00b7\u22c5\u00f7\u2212]|\\(?:times|cdot|div|%|[dt]?frac))|\.?\d)",
     re.IGNORECASE,
 )
 _CLAIMS = re.compile(r"\banswer(?: is|:)", re.IGNORECASE)
@@ -137,9 +149,11 @@ def miscalculates(text: str) -> bool:
     """Return whether the text has a false equation of two plain numbers, such as 6 * 4 = 26.
 
     Decimals may be rounded: 2 / 3 = 0.67 is true. Longer expressions and negative results are not
-    judged.
+    judged. Signs may be those of LaTeX.
     """
     plain = _GROUPING.sub("", text)
+    for spelling, sign in _SPELLINGS.items():
+        plain = plain.replace(spelling, sign)
     return any(not _holds(*parts) for parts in _EQUATION.findall(plain))
 
 
@@ -150,7 +164,7 @@ def _holds(x: str, sign: str, y: str, claimed: str) -> bool:
         result = left + right
     elif sign == "-":
         result = left - right
-    elif sign in "/\u00f7":
+    elif sign == "/":
         if right == 0:
             return False
         result = left / right
