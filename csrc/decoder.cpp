@@ -25,6 +25,7 @@
 #include <cstring>
 
 #include "common.h"
+#include "matrices.h"
 #include "token_products.h"
 
 namespace {
@@ -93,12 +94,7 @@ inline Lanes rounded(Lanes x) {
   else return bits_as<Lanes>(rounded_to_bf16(x));
 }
 
-inline Lanes load_wide(const float* from) { return load<Lanes>(from); }
-
-inline Lanes load_wide(const bf16* from) {
-  return bits_as<Lanes>(__builtin_convertvector(load<ShortLanes>(from), BitLanes) << 16);
-}
-
+// Stores values that are rounded to the type already. `store_narrow` rounds.
 inline void store_rounded(float* to, Lanes x) { store(to, x); }
 
 inline void store_rounded(bf16* to, Lanes x) {

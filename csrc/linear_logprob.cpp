@@ -21,6 +21,7 @@
 
 #include "common.h"
 #include "gemm.h"
+#include "matrices.h"
 #include "token_products.h"
 
 namespace {
@@ -41,7 +42,7 @@ constexpr int64_t kWrittenRows = 2 * kRegisterRows;
 
 }  // namespace
 
-// op_backends/cpu.py declares these structs too. Vectors are (N,) fp32 unless noted.
+// op_backends/native_head.py declares these structs too. Vectors are (N,) fp32 unless noted.
 struct Head {
   const void *hidden, *weight;  // (N, D), contiguous; (V, D), each row contiguous
   const float* bias;            // (V,) or null
@@ -294,10 +295,6 @@ struct Sums {
   }
 };
 
-void store_bf16(bf16* to, Lanes x) {
-  store(to, __builtin_convertvector(rounded_to_bf16(x) >> 16, ShortLanes));
-}
-
 // Where forward keeps the exponentials of one tile and one block of tokens. Null: nowhere.
 struct KeptTile {
   bf16* exponentials = nullptr;  // (rows, w) with row stride `stride`
@@ -326,7 +323,7 @@ void add_exponentials(const Head& head, const float* z, int64_t start, int64_t r
         Lanes logit = load<Lanes>(z + r * w + i);
         if (head.bias) logit += bias_of(head, start + r);
         const Lanes x = logit - base, e = power(x);
-        if (kept.exponentials) store_bf16(kept.exponentials + r * kept.stride + i, e);
+        if (kept.exponentials) store_narrow(kept.exponentials + r * kept.stride + i, e);
         sum += e;
         product += e * x;
         largest = logit > largest ? logit : largest;

@@ -224,7 +224,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rotation(
     positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return RoPE's cos and sin times `scale`, (B, 1, Dh/2) each, as `Decoder.rotation` does.
+    """Return RoPE's cos and sin times `scale`, (B, 1, Dh/2) each.
+
+    `Decoder.rotations` returns the same for each set of frequencies.
 
     positions: (B,) int64.
     inv_freq: (Dh/2,) fp32.

@@ -476,7 +476,7 @@ def test_frozen_parameters_are_not_changed_and_invalid_ones_are_named():
 
 
 def test_learning_rates_follow_warmup_and_schedule():
-    def rates(schedule, final_fraction=0.0, warmup_steps=4):
+    def rates(schedule, warmup_steps=4):
         return [
             learning_rate(
                 step,
@@ -484,7 +484,6 @@ def test_learning_rates_follow_warmup_and_schedule():
                 warmup_steps=warmup_steps,
                 total_steps=12,
                 schedule=schedule,
-                final_fraction=final_fraction,
             )
             for step in range(14)
         ]
@@ -492,8 +491,8 @@ def test_learning_rates_follow_warmup_and_schedule():
     warmup = [0.5, 1.0, 1.5, 2.0]
     assert rates("constant") == warmup + [2.0] * 10
     assert rates("linear") == warmup + [2.0 * (8 - k) / 8 for k in range(8)] + [0.0, 0.0]
-    cosine = [0.2 + 1.8 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
-    assert rates("cosine", 0.1) == pytest.approx(warmup + cosine + [0.2, 0.2], rel=1e-12)
+    cosine = [1 + math.cos(math.pi * k / 8) for k in range(8)]
+    assert rates("cosine") == pytest.approx(warmup + cosine + [0.0, 0.0], rel=1e-12, abs=1e-12)
     assert rates("linear", warmup_steps=0)[:2] == [2.0, 2.0 * 11 / 12]
     with pytest.raises(ValueError, match=r"schedule='sine': use one of constant, linear, cosine"):
         rates("sine")

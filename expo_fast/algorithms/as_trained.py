@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from expo_fast.algorithms.run_record import RECORD
 from expo_fast.algorithms.training_data import TrainingData, select_problems
 from expo_fast.cli.flags import from_toml
 from expo_fast.config import Evaluate, Train
@@ -48,7 +49,7 @@ def find_trained(model: str) -> TrainedModel | None:
     ValueError if a run directory has no checkpoint.
     """
     path = Path(model).expanduser()
-    if (path / "config.toml").is_file():
+    if (path / RECORD).is_file():
         newest = checkpoint.newest(path)
         if newest is None:
             raise ValueError(
@@ -56,13 +57,13 @@ def find_trained(model: str) -> TrainedModel | None:
             )
         return TrainedModel(newest, path, recorded(path))
     run_dir = path.resolve().parent.parent
-    inside = path.resolve().parent.name == "checkpoints" and (run_dir / "config.toml").is_file()
+    inside = path.resolve().parent.name == "checkpoints" and (run_dir / RECORD).is_file()
     return TrainedModel(path, run_dir, recorded(run_dir)) if inside else None
 
 
 def recorded(run_dir: Path) -> Train:
     """Return the configuration in the record of a run."""
-    return from_toml(Train, run_dir / "config.toml").resolved()
+    return from_toml(Train, run_dir / RECORD).resolved()
 
 
 def with_record(config: Evaluate, trained: TrainedModel) -> Evaluate:

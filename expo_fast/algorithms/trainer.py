@@ -284,9 +284,10 @@ def make_trainer(
 
 
 def weights_hash(model: Decoder) -> str:
-    """Return a hash of the bits of all parameters.
+    """Return a hash of the names, shapes and bits of all parameters.
 
-    Bits are summed as integers, so the hash does not depend on the number of threads.
+    The bits of a parameter enter as their sum over all values, as integers. The hash therefore does
+    not depend on the number of threads, and two values of a parameter that are exchanged keep it.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

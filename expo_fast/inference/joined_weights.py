@@ -20,7 +20,7 @@ from expo_fast.modeling.shape import Shape
 def joins(shape: Shape) -> bool:
     """Return whether `fused_forward` computes a model of this shape.
 
-    They compute Llama's layer, with or without biases, norms of each head, windows and NoPE.
+    Its kernels compute Llama's layer, with or without biases, norms of each head, windows and NoPE.
     """
     scales = (shape.embedding_scale, shape.residual_scale, shape.logit_scale)
     return (

@@ -135,7 +135,8 @@ def draw_from_blocks(
 ) -> Drawn:
     """Draw as `draw` does without truncation, using the block statistics of the logits.
 
-    It reads one block of each row and makes no host sync.
+    This is the definition in PyTorch of the draw that kernels/draw.py makes. Tests and the items of
+    benchmarks/lease.sh compare the two.
     """
     greedy = temperature == 0
     last_column = logits.shape[1] - 1

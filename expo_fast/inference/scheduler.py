@@ -50,8 +50,8 @@ class SampledSequence:
         return len(self.prompt.ids) + len(self.token_ids)
 
     @property
-    def n_cached(self) -> int:
-        """Maximum number of tokens in the cache. The last token is not cached."""
+    def most_cached(self) -> int:
+        """The most tokens that the cache will hold. The last token is not cached."""
         return len(self.prompt.ids) + self.request.max_new_tokens - 1
 
     def completion(self) -> Completion:
@@ -110,7 +110,7 @@ class Scheduler:
 
     def _open(self) -> None:
         """Allocate the cache and prefill the prefix."""
-        n_positions = max(sequence.n_cached for sequence in self.waiting) + 1
+        n_positions = max(sequence.most_cached for sequence in self.waiting) + 1
         self.engine.open(len(self.pages), n_positions)
         if self.prefix:
             self.prefix_table = self.pages.take(pages_for(len(self.prefix), self.pages.size))
@@ -148,7 +148,7 @@ class Scheduler:
         """Return the number of pages that `_allocate` takes for the sequence."""
         size = self.pages.size
         n_prompt = len(sequence.prompt.ids)
-        needed = pages_to_fork(n_prompt, sequence.n_cached, size)
+        needed = pages_to_fork(n_prompt, sequence.most_cached, size)
         if not sequence.prompt.table:
             needed += pages_to_fork(len(self.prefix), n_prompt, size)
         return needed
@@ -160,7 +160,7 @@ class Scheduler:
             prompt.table, copies = self.pages.fork(self.prefix_table, len(self.prefix), n_prompt)
             admission.prefix_copies += copies
             admission.new_prompts.append(prompt)
-        sequence.table, copies = self.pages.fork(prompt.table, n_prompt, sequence.n_cached)
+        sequence.table, copies = self.pages.fork(prompt.table, n_prompt, sequence.most_cached)
         admission.prompt_copies += copies
 
     # Prefill
@@ -268,7 +268,7 @@ class Scheduler:
         def needed(sequence: SampledSequence) -> int:
             n_prompt = len(sequence.prompt.ids)
             prompt_pages = pages_to_fork(prefix, n_prompt, size)
-            return prompt_pages + pages_to_fork(n_prompt, sequence.n_cached, size)
+            return prompt_pages + pages_to_fork(n_prompt, sequence.most_cached, size)
 
         needs = sorted(map(needed, self.waiting))
         fixed = 1 + pages_for(prefix, size)
@@ -278,7 +278,7 @@ class Scheduler:
             largest = max(self.waiting, key=needed)
             raise ValueError(
                 f"kv_cache_bytes={budget} cannot hold request {largest.index} of "
-                f"{largest.n_cached} tokens, which needs {(fixed + needs[-1]) * page_bytes}: "
+                f"{largest.most_cached} tokens, which needs {(fixed + needs[-1]) * page_bytes}: "
                 "increase kv_cache_bytes, or shorten prompts or completions"
             )
         return fixed + min(affordable, sum(needs[-self.max_rows :]))
@@ -303,7 +303,7 @@ def _in_order_of_service(requests: Mapping[int, Request]) -> list[SampledSequenc
         prompt.n_waiting += 1
         sequence = SampledSequence(index, request, prompt)
         sequences.append(sequence)
-        longest[prompt] = max(sequence.n_cached, longest.get(prompt, 0))
+        longest[prompt] = max(sequence.most_cached, longest.get(prompt, 0))
     by_length = sorted(prompts.values(), key=lambda prompt: -longest[prompt])
     for rank, prompt in enumerate(by_length):
         prompt.rank = rank

@@ -26,7 +26,7 @@ class Layer:
     """The layer's properties that attention depends on."""
 
     index: int
-    scale: float  # 1 / sqrt(head_dim)
+    scale: float  # of the scores, 1 / sqrt(head_dim) for most models
     window: int | None  # number of visible tokens, including the token itself; None: all
 
 

@@ -13,7 +13,6 @@ def learning_rate(
     warmup_steps: int,
     total_steps: int,
     schedule: Schedule,
-    final_fraction: float = 0.0,  # fraction of `peak` that remains from total_steps on
 ) -> float:
     """Return the learning rate of update `step`.
 
@@ -32,4 +31,4 @@ def learning_rate(
     progress = min(1.0, (step - warmup_steps) / decay_steps)
     cosine = (1 + math.cos(math.pi * progress)) / 2
     remaining = 1 - progress if schedule == "linear" else cosine
-    return peak * (final_fraction + (1 - final_fraction) * remaining)
+    return peak * remaining

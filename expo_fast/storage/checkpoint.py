@@ -117,18 +117,11 @@ def newest(run_dir: Path) -> Path | None:
     return next(_undamaged(run_dir), None)
 
 
-def load_newest(run_dir: Path) -> Checkpoint | None:
-    """Load the newest checkpoint that is undamaged and has finite values, None if there is none.
-
-    A warning names each checkpoint that is skipped. Raise ValueError if it was written in a newer
-    format.
-    """
-    path = newest_to_resume(run_dir)
-    return None if path is None else read(path)
-
-
 def newest_to_resume(run_dir: Path) -> Path | None:
-    """Return the path of the checkpoint that `load_newest` loads."""
+    """Return the newest checkpoint that is undamaged and has finite values, None if there is none.
+
+    A warning names each checkpoint that is skipped.
+    """
     for path in _undamaged(run_dir):
         reason = _non_finite(path)
         if reason is None:
