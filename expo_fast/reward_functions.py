@@ -40,6 +40,7 @@ import torch
 from expo_fast.data.columns import Message
 from expo_fast.data.problems import Problem
 from expo_fast.data.time_limit import TimeLimitExceeded, time_limit
+from expo_fast.reporting.metric_table import is_taken
 
 if TYPE_CHECKING:  # scoring answers needs no generator
     from expo_fast.generate import Completion
@@ -54,6 +55,20 @@ ARGUMENTS = (
     "trainer_state",
     "log_extra",
     "log_metric",
+)
+# Columns of completions/step-N.jsonl that the trainer writes.
+TRAINERS_COLUMNS = (
+    "id",
+    "prompt",
+    "answer",
+    "level",
+    "kind",
+    "completion",
+    "reward",
+    "finish_reason",
+    "advantage",
+    "verdict",
+    "rewards",
 )
 LISTS_OF_LISTS = re.compile(r"(\w+\.)*(list|sequence)\[(\w+\.)*(list|sequence)\b", re.IGNORECASE)
 
@@ -73,7 +88,7 @@ class TrainerState:
     epoch: float = 0.0
     """Passes over the problems so far."""
     is_world_process_zero: bool = True
-    """Always True, because there is only one process."""
+    """Whether this is the first rank. Each rank calls the functions for its own completions."""
 
 
 @dataclass
@@ -289,7 +304,12 @@ def weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> f
 
 
 def _log_extra(log: RewardLog, n: int, column: str, values: Any) -> None:
-    """Add a column to the table of completions, as `log_extra` of TRL does."""
+    """Add a column to the table of completions, as `log_extra` of TRL does.
+
+    Raise ValueError for the name of a column of the trainer's, and another number of values.
+    """
+    if column in TRAINERS_COLUMNS:
+        raise ValueError(f"log_extra: {column!r} is a column of the trainer's: rename yours")
     values = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(values) != n:
         raise ValueError(
@@ -307,7 +327,12 @@ def _plain_value(value: Any) -> Any:
 
 
 def _log_metric(log: RewardLog, name: str, value: Any) -> None:
-    """Add a value of a metric, as `log_metric` of TRL does. Leave out NaN and None."""
+    """Add a value of a metric, as `log_metric` of TRL does. Leave out NaN and None.
+
+    Raise ValueError for the name of a metric of the trainer's, and a value that is no number.
+    """
+    if is_taken(name):
+        raise ValueError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
     number = _number(value)
     if value is not None and number is None:
         raise ValueError(

@@ -299,7 +299,7 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
     world: the ranks of the run, which all have to call this.
     """
     check_same_options(config, world)
-    progress = TrainerState(max_steps=config.steps)
+    progress = TrainerState(max_steps=config.steps, is_world_process_zero=world.is_main)
     functions = load_rewards(config.reward_functions)
     reward = build_reward(config, data, functions, progress)
     dtype = getattr(torch, config.dtype)
@@ -394,8 +394,9 @@ def train(
 ) -> None:
     """Run steps start .. config.steps - 1, with their evaluations and checkpoints.
 
-    Raise Stopped if a signal ends the run. The last step boundary is then saved. Raise Collapsed if
-    the weights are broken, or with `stop_on_collapse` if an alarm says so.
+    Raise Stopped if a signal ends the run, and RewardError for a mistake of a reward function. The
+    last step boundary is then saved. Raise Collapsed if the weights are broken, or with
+    `stop_on_collapse` if an alarm says so.
     """
     eval_every = trainer.config.eval_every if trainer.held_out else 0
     saver = Saver(trainer, log, evaluates=eval_every > 0)
@@ -404,7 +405,11 @@ def train(
         run_steps(trainer, log, start, signals, saver)
     except Stopped as stop:
         interruptions.defer()  # until the boundary is saved
-        log.note(f"interrupted by {saver.at_stop(stop)}")
+        log.note(f"interrupted by {saver.at_stop(stop.name)}")
+        raise
+    except RewardError:  # while completions are judged, before the step's first update
+        interruptions.defer()
+        log.note(f"ended by {saver.at_stop('an error of a reward function')}")
         raise
     except KeyboardInterrupt:  # outside the main thread or from a reward function: at any line
         log.note(f"interrupted: {saver.newest_in_words()}")
@@ -449,9 +454,10 @@ def run_steps(
         with world.agreed():
             if world.is_main:
                 check_collapse(config, alarms, saver, done)
-        if done == config.steps:
-            continue  # saved below
         is_requested = any(world.exchange(signals.take_save_request()))
+        if done == config.steps:
+            saves = saves or is_requested
+            continue  # saved below
         is_due_now = is_due(done, config.checkpoint_every, config.steps)
         is_due_now |= is_best and saves and config.keep_best > 0
         is_due_now = world.broadcast(is_due_now or is_requested)
@@ -585,9 +591,7 @@ def keep_broken_batch(run_dir: Path, step: int, in_a_row: int, *, last: bool) ->
 
 def summary(config: Train, alarms: Alarms, saver: Saver) -> Iterator[str]:
     """Yield lines with the accuracy before and after the run, alarms, and the model's folder."""
-    evaluations = config.run_dir / "evaluations.jsonl"
-    lines = evaluations.read_text().splitlines() if evaluations.exists() else []
-    by_step = {row["step"]: row for row in map(json.loads, lines)}
+    by_step = {row["step"]: row for row in read_rows(config.run_dir / EVALUATIONS)}
     for name, step in (("before", 0), ("after", config.steps)):
         if step not in by_step:
             continue

@@ -40,11 +40,10 @@ def write_job_files(root: Path) -> str:
     held_out = [{"question": f"{n} + 2?", "answer": str(n + 2), "solution": "."} for n in range(5)]
     (root / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     (root / "rewards.py").write_text(
-        "import os\n"
         "def odd(prompts, completions, completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
-        "def fails(prompts, completions, completion_ids, **columns):\n"
-        "    if os.environ.get('RANK') == '1':\n"
+        "def fails(prompts, completions, completion_ids, trainer_state, **columns):\n"
+        "    if not trainer_state.is_world_process_zero:\n"
         "        raise KeyError('gone')\n"
         "    return odd(prompts, completions, completion_ids)\n"
     )

@@ -224,6 +224,13 @@ def test_sigusr1_saves_and_the_run_goes_on(folder: Path, tmp_path: Path, monkeyp
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-1"
 
 
+def test_sigusr1_in_the_last_step_saves_the_step(folder: Path, tmp_path: Path, monkeypatch):
+    given = flags(folder, tmp_path, eval_every=0, checkpoint_every=0, steps=2)
+    signal_at_call(monkeypatch, grpo, "judge_attempts", 2, signal.SIGUSR1)
+    assert exit_status.run(train.main, given) == 0
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-2"
+
+
 def test_a_run_that_saves_nothing_says_so(folder: Path, tmp_path: Path, monkeypatch, capsys):
     given = flags(folder, tmp_path, eval_every=0, checkpoint_every=0, steps=2)
     signal_at_call(monkeypatch, grpo, "judge_attempts", 2, signal.SIGTERM)

@@ -21,6 +21,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.generate import Completion
 from expo_fast.reward_functions import (
+    TRAINERS_COLUMNS,
     RewardError,
     RewardFunction,
     Rewards,
@@ -520,6 +521,25 @@ def test_a_metric_of_preference_training_is_not_overwritten(folder, tmp_path, na
     with pytest.raises(RewardError) as e:
         run(folder, tmp_path / "run", "text", name, *expert_dpo)
     assert f"log_metric: '{metric}' is a metric of the trainer's" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "alarms", "alarm/collapse", "idle", "inexact", "learning_rate", "exp/mine"]
+)
+def test_each_metric_of_the_loop_is_refused_when_it_is_logged(name: str):
+    def mine(completions, log_metric):
+        log_metric(name, 1.0)
+
+    with pytest.raises(RewardError, match=f"mine raised ValueError: log_metric: '{name}' is a"):
+        rewarded(mine)
+
+
+def test_the_columns_of_the_trainer_are_those_that_it_writes(folder: Path, tmp_path: Path):
+    run(folder, tmp_path, "text", "odd never")
+    lines = (tmp_path / "completions/step-1.jsonl").read_text().splitlines()
+    written = {name for line in lines for name in json.loads(line)}
+    # only the built-in reward has verdicts, and only `odd` logs n
+    assert written == {*TRAINERS_COLUMNS, "n"} - {"verdict"}
 
 
 def test_a_metric_may_begin_with_the_name_of_another(folder: Path, tmp_path: Path):

@@ -28,6 +28,7 @@ from expo_fast.reward_functions import (
     finish,
     start,
 )
+from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
@@ -197,6 +198,9 @@ def text(completions, **columns):
 def taken(completions, log_metric, **columns):
     log_metric("reward", 1.0)
     return [1.0] * len(completions)
+
+def late(completions, trainer_state, **columns):
+    return [1.0 / (1 - trainer_state.global_step)] * len(completions)
 """
 
 
@@ -206,7 +210,10 @@ def taken(completions, log_metric, **columns):
         ("raises", "error: reward function raises raised KeyError: 'absent' (rewards.py, line 5)"),
         ("hangs", "error: reward function hangs gave no result within 0.1 s: let it end earlier"),
         ("text", "error: reward function text returned '1' at index 0: return a finite number"),
-        ("taken", "error: log_metric: 'reward' is a metric of the trainer's: rename yours"),
+        (
+            "taken",
+            "error: reward function taken raised ValueError: log_metric: 'reward' is a ",
+        ),
     ],
 )
 def test_a_run_ends_with_one_sentence(name, sentence, tmp_path: Path, capsys):
@@ -222,3 +229,22 @@ def test_a_run_ends_with_one_sentence(name, sentence, tmp_path: Path, capsys):
     printed = capsys.readouterr().err.splitlines()
     assert printed[-1].startswith(sentence)
     assert not any("Traceback" in line for line in printed)
+
+
+def test_the_steps_before_a_mistake_are_saved(tmp_path: Path, capsys):
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(MISTAKES)
+    given = f"--method grpo --model {tmp_path}/model --train-data {tmp_path}/train.jsonl --steps 3 "
+    given += "--eval-every 0 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 "
+    given += f"--output-dir {tmp_path}/run --reward {tmp_path}/rewards.py:late "
+    given += "--checkpoint-every 3 --dtype float32 --report-to none"
+    assert exit_status.run_command("train", given.split()) == exit_status.USER_ERROR
+    printed = capsys.readouterr()
+    assert "reward function late raised ZeroDivisionError" in printed.err
+    assert printed.out.splitlines()[-1] == (
+        "ended by an error of a reward function: step 1 is saved, the same command resumes the run "
+        "from it"
+    )
+    assert checkpoint.newest(tmp_path / "run") == tmp_path / "run/checkpoints/step-1"

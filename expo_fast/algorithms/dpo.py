@@ -43,14 +43,12 @@ from expo_fast.algorithms.logprobs import (
 )
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import (
-    TRAINERS_PREFIXES,
     Group,
     attempt_metrics,
     attempt_requests,
     completion_row,
     judge_attempts,
     mean,
-    refuse_taken,
     reward_function_metrics,
 )
 from expo_fast.algorithms.trainer import (
@@ -96,8 +94,6 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         result = preference_backward(trainer.layout, own, PreferenceLossConfig.of(config))
     trained |= pair_metrics(result)
     trained |= nll_metrics(result, config)
-    sampled = [name for name in metrics if not name.startswith(TRAINERS_PREFIXES)]
-    refuse_taken(sampled, trained)  # only metrics of reward functions can have such names
     trained |= optimizer_step(trainer, step, phases)
     metrics |= trained
     rows = []
@@ -120,6 +116,7 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
     if not every and step:
         return step % world.broadcast(store.count())
     first = step - step % every if every else 0
+    # A round is complete even if the run ends in it, so that an extended run has the same pairs.
     last = first + (every or config.steps)
     for each in range(step, last):
         if not world.broadcast(store.has(each)):
@@ -191,7 +188,7 @@ def make_pairs(
         if policy_step == step:
             # Attempts sampled by the weights of an earlier step do not measure this step's weights.
             metrics |= attempt_metrics(groups)
-            metrics |= reward_function_metrics(groups, taken=metrics)
+            metrics |= reward_function_metrics(groups)
     metrics["pairs/tokens"] = trainer.sampled_tokens - tokens_before
     with phases.phase("reference"):
         pairs = with_reference_logprobs(trainer, pairs, policy_step)

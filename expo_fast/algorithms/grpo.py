@@ -97,7 +97,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
 
     explained = positives if config.explains else Explanations()
     metrics = attempt_metrics(sampled) | explained.metrics() | diagnosed | mean_metrics(updates)
-    metrics |= reward_function_metrics(sampled, taken=metrics)
+    metrics |= reward_function_metrics(sampled)
     kind = "expert" if config.spec.sft_source == "solutions" else "explanation"
     return metrics, completion_rows(groups, positives.accepted, trainer.prompter, kind)
 

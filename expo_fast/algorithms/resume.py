@@ -22,7 +22,7 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import load_adapter, save_adapter
 from expo_fast.modeling.shape import Shape
 from expo_fast.reporting.log_cursor import Cursor, damage_of
-from expo_fast.reporting.run_log import RunLog
+from expo_fast.reporting.run_log import METRICS, RunLog
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
 from expo_fast.storage.lora_files import BaseModel
@@ -274,7 +274,7 @@ def begin_record(trainer: Trainer, restored: Restored, log: RunLog) -> None:
     if restored.path is not None:
         log.note(f"resumed from {restored.path}")
         checkpoint.set_aside_after(run_dir, start)
-    elif (run_dir / "metrics.jsonl").exists():
+    elif (run_dir / METRICS).exists():
         log.note("no complete checkpoint to resume from: the run starts again at step 0")
     for reason in trainer.inexact:
         log.note(f"warning: the run is inexact: {reason}")

@@ -7,7 +7,7 @@ can be compared at equal cost.
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,21 +18,10 @@ from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.data.verifier import REASONS, Judged
 from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
-from expo_fast.reward_functions import Reward, RewardError, RewardLog, Rewards
+from expo_fast.reward_functions import Reward, RewardLog, Rewards
 
 NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
 MANY_UNDECIDED = 0.1  # fraction of attempts without a verdict, from which a run warns
-METRICS_OF_THE_LOOP = ("step", "skipped_steps", "num_tokens")  # train.py adds them
-TRAINERS_PREFIXES = (  # of metrics
-    "time/",
-    "rank/",
-    "own/",
-    "exp/",
-    "expert/",
-    "pairs/",
-    "verdicts/",
-)
-
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
 
@@ -269,15 +258,8 @@ def cut_in_words(clipped_ratio: float, max_new_tokens: int) -> str:
     )
 
 
-def reward_function_metrics(
-    groups: Sequence[Group], taken: Collection[str]
-) -> dict[str, float | None]:
-    """Return what TRL logs of each reward function, and what the functions logged themselves.
-
-    taken: names of the trainer's metrics.
-
-    Raise RewardError if a function logged a metric under a name of the trainer's.
-    """
+def reward_function_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+    """Return what TRL logs of each reward function, and what the functions logged themselves."""
     by_function: dict[str, list[float]] = {}
     logged: dict[str, list[float]] = {}
     for group in groups:
@@ -291,17 +273,9 @@ def reward_function_metrics(
         metrics[f"rewards/{name}/mean"] = mean(rewards)
         several = len(rewards) > 1
         metrics[f"rewards/{name}/std"] = statistics.stdev(rewards) if several else None
-    refuse_taken(logged, [*metrics, *taken, *METRICS_OF_THE_LOOP])
     for name, values in logged.items():
         metrics[name] = mean(values)
     return metrics
-
-
-def refuse_taken(logged: Iterable[str], taken: Collection[str]) -> None:
-    """Raise RewardError if a metric of a reward function has the name of one of the trainer's."""
-    for name in logged:
-        if name in taken or name.startswith(TRAINERS_PREFIXES):
-            raise RewardError(f"log_metric: {name!r} is a metric of the trainer's: rename yours")
 
 
 def completion_rows(
@@ -321,25 +295,20 @@ def completion_rows(
             row = completion_row(group.problem, "own", text, group.rewards[i])
             row["finish_reason"] = group.completions[i].finish_reason
             row["advantage"] = group.advantages[i]
-            rows.append(row | columns_of_attempt(group.log, i, row))
+            rows.append(row | columns_of_attempt(group.log, i))
         for ids in positives.get(group.problem.id, ()):
             rows.append(completion_row(group.problem, kind, prompter.text(ids)))
     return rows
 
 
-def columns_of_attempt(log: RewardLog, i: int, row: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns that reward functions add to the row of attempt i of a group.
-
-    Raise RewardError if a function logged a column under a name of the trainer's.
-    """
+def columns_of_attempt(log: RewardLog, i: int) -> dict[str, Any]:
+    """Return the columns that rewards add to the row of attempt i of a group."""
     added: dict[str, Any] = {}
     if log.reasons:
         added["verdict"] = log.reasons[i]
     if log.by_function:
         added["rewards"] = {name: rewards[i] for name, rewards in log.by_function.items()}
     for name, values in log.columns.items():
-        if name in row or name in added:
-            raise RewardError(f"log_extra: {name!r} is a column of the trainer's: rename yours")
         added[name] = values[i]
     return added
 

@@ -17,7 +17,7 @@ from expo_fast.algorithms.scores import Scores
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.runtime import interruptions
-from expo_fast.runtime.endings import Collapsed, Stopped
+from expo_fast.runtime.endings import Collapsed
 from expo_fast.storage import checkpoint
 from expo_fast.storage.finite import first_non_finite
 from expo_fast.storage.state_shards import write_shards
@@ -102,13 +102,16 @@ class Saver:
             _sleep(min(wait, left))
             wait = min(2 * wait, LONGEST_WAIT_S)
 
-    def at_stop(self, stop: Stopped) -> str:
-        """Save the last step boundary of a run that a signal ends. Return how the run goes on."""
+    def at_stop(self, cause: str) -> str:
+        """Save the last step boundary of a run that ends in a step. Return how the run goes on.
+
+        cause: what ends the run: a signal, or an error before the step's first update.
+        """
         trainer = self._trainer
         step = trainer.return_to_boundary()
         self._log.flush()
         if step == 0:
-            return f"{stop.name} before the end of step 1: the same command starts the run again"
+            return f"{cause} before the end of step 1: the same command starts the run again"
         problem = self._non_finite()
         if trainer.config.checkpoint_every == 0:
             problem = "--checkpoint-every 0"
@@ -118,8 +121,8 @@ class Saver:
             except OSError as error:
                 problem = str(error)
         if problem is None:
-            return f"{stop.name}: step {step} is saved, the same command resumes the run from it"
-        return f"{stop.name}: step {step} is not saved: {problem}; {self.newest_in_words()}"
+            return f"{cause}: step {step} is saved, the same command resumes the run from it"
+        return f"{cause}: step {step} is not saved: {problem}; {self.newest_in_words()}"
 
     def best_in_words(self) -> str | None:
         """Return the best checkpoint and its score, None if there is none with a score."""

@@ -544,6 +544,10 @@ function. Reward functions may add metrics of their own with `log_metric`.
 """
 
 
+# Beginnings of names that only metrics of the trainer have.
+FAMILIES = ("alarm/", "exp/", "expert/", "own/", "pairs/", "rank/", "time/", "verdicts/")
+
+
 def page() -> str:
     """Return docs/metrics.md."""
     return HEADER + "".join(map(_section, SECTIONS))
@@ -569,6 +573,11 @@ def find_metric(name: str, sections: Sequence[Section] = STEP_SECTIONS) -> Metri
         if _pattern(metric.name).fullmatch(name):
             return metric
     return None
+
+
+def is_taken(name: str) -> bool:
+    """Return whether a metric of a reward function would have the name of one of the trainer's."""
+    return name == "step" or name.startswith(FAMILIES) or find_metric(name) is not None
 
 
 def trl_names(name: str) -> list[str]:
