@@ -36,12 +36,6 @@ inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
   const __m512 pair = _mm512_castsi512_ps(_mm512_set1_epi32(load<int32_t>(a)));
   return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)b);
 }
-#else
-inline Lanes multiply_add(Lanes sum, const bf16* a, Lanes b) {
-  const BitLanes pair = bits_as<BitLanes>(b);
-  sum += widen(a[0]) * bits_as<Lanes>(pair << 16);
-  return sum + widen(a[1]) * bits_as<Lanes>(pair & 0xffff0000u);
-}
 #endif
 
 // Adds the products of neighbouring values of a row of A with as many rows of B.
