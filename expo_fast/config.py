@@ -740,7 +740,7 @@ class Evaluate(Prompting):
     """Folder of the benchmarks' files; None: that of EXPO_FAST_DATA. The hub is asked for what it
     lacks."""
     limit: int | None = None
-    """Use only the first N problems."""
+    """Use only N of the problems, drawn at random, and the same in each evaluation."""
     samples: int = 4
     """K, the number of samples of each problem."""
     k: tuple[int, ...] = ()

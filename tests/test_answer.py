@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from expo_fast.answers.spelling import tidy
+from expo_fast.data import answer_grading
 from expo_fast.data.answer_grading import last_boxed, last_boxed_span
 from expo_fast.data.verifier import Verifier
 
@@ -218,3 +220,9 @@ def test_text_of_answers_is_never_executed(verifier, monkeypatch, tmp_path, atta
     verifier.judge([attack], [box(gold)])
     assert not mark.exists()
     assert verifier.judge(["x+1", "x+1"], [box("x+2"), box("1+x")]) == [0.0, 1.0]
+
+
+def test_a_value_is_not_rounded_to_a_fraction_far_from_it():
+    assert answer_grading.decide("1", tidy(r"1 \approx \frac{1}{1000}")) is False
+    close = tidy(r"\frac{1}{3} \approx \frac{33}{100}")
+    assert answer_grading.decide(r"\frac{1}{3}", close) is True

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.grader_bombs import KINDS, MARKER, bombs
 from expo_fast.answers.magnitude import is_too_large
 from expo_fast.answers.spelling import tidy
+from expo_fast.data import answer_grading
 from expo_fast.data import verifier as verifier_module
 from expo_fast.data.answer_grading import reason_against_reference
 from expo_fast.data.problems import Problem, load_problems
@@ -184,3 +185,27 @@ def test_a_thousand_bombs_of_all_kinds(monkeypatch, tmp_path):
         assert all(each.score in (0.0, None) for each in judged)
         assert list(tmp_path.glob(f"{MARKER}*")) == []
         assert pool.judge(golds, fine) == [1.0] * 100
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("7", r"\sqrt[0.001]{10}"),
+        ("7", r"\sqrt[0.5]{10^{200}}"),
+        ("7", "(a+b)^{200!-199!}"),
+        ("1", r"1 \approx \frac{1}{1" + "0" * 400 + "}"),
+        ("x", r"x = 1 \approx \frac{1}{1" + "0" * 400 + "}"),
+    ],
+)
+def test_numbers_beyond_fp64_raise_nothing(reference, answer):
+    is_too_large(tidy(answer))
+    answer_grading.decide(tidy(reference), tidy(answer))
+
+
+def test_a_fault_of_the_rules_leaves_an_answer_undecided(monkeypatch):
+    def fails(reference, answer):
+        raise ArithmeticError("a fault")
+
+    monkeypatch.setattr(answer_grading, "decide", fails)
+    (judged,) = Verifier(workers=1).judge_with_reasons(["1"], [r"\boxed{2}"])
+    assert (judged.reason, judged.score) == ("crash", None)

@@ -1,5 +1,6 @@
 """The check of a machine: its description, the test of the ops, and the estimate of memory."""
 
+import subprocess
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.inspection import machine, memory, op_checks, pack_size
+from expo_fast.inspection.machine import memory_limits, version_of_compiler
 from expo_fast.inspection.memory import MemoryEstimate, estimate_memory, memory_lines
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.packing import Sample, forward, pack
@@ -226,3 +228,27 @@ def test_wrong_flags_are_refused_before_the_ops_are_checked(flags, sentence, cap
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {sentence}")
     assert printed.out == ""
+
+
+def test_memory_is_limited_by_any_control_group_around_the_process(tmp_path):
+    """A process of a batch job is in a nested group, which may have no limit of its own."""
+    job = tmp_path / "slurm/job_7"
+    (job / "step_0").mkdir(parents=True)
+    (job / "step_0/memory.max").write_text("max\n")
+    (job / "memory.max").write_text("4000\n")
+    (tmp_path / "slurm/memory.max").write_text("9000\n")
+    first = tmp_path / "memory/job"
+    first.mkdir(parents=True)
+    (first / "memory.limit_in_bytes").write_text("5000\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("4:memory:/job\n3:cpu,cpuacct:/job\n0::/slurm/job_7/step_0\n")
+    assert list(memory_limits(membership, tmp_path)) == [5000, 4000, 9000]
+    assert list(memory_limits(tmp_path / "none", tmp_path)) == []
+
+
+def test_a_compiler_that_does_not_answer_is_named(monkeypatch):
+    def hangs(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert version_of_compiler(["c++"]) == "c++ (no answer to --version within 10 s)"

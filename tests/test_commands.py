@@ -175,3 +175,15 @@ def test_make_train_says_where_the_packages_are():
     command = ["make", "--no-print-directory", "--dry-run", "--always-make", "train"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "source .venv/bin/activate" in done.stdout.splitlines()[-1]
+
+
+def test_a_broken_pipe_other_than_stdout_is_an_error():
+    code = (
+        "import sys\n"
+        "from expo_fast.cli.exit_status import run\n"
+        "def main(argv):\n"
+        "    raise BrokenPipeError(32, 'Broken pipe')\n"
+        "sys.exit(run(main, []))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 32] Broken pipe\n")

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import random
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,15 @@ def test_a_step_of_a_million_questions_draws_its_own_only(monkeypatch):
     monkeypatch.setattr(EpochOrder, "_draw", lambda self: drawn.append(draw(self)))
     questions_of_step(range(1_000_000), 3, 8, seed=77)  # pyright: ignore[reportArgumentType]
     assert len(drawn) == 32
+
+
+@pytest.mark.parametrize("has_read", [False, True])
+def test_a_reader_that_has_ended_is_one_sentence(has_read: bool):
+    """With unread data, Linux reports a reset connection in place of its end."""
+    ours, theirs = Pipe()
+    ours.send_bytes(b"a piece")
+    if has_read:
+        theirs.recv_bytes()
+    theirs.close()
+    with pytest.raises(OSError, match=r"^rows\.jsonl: a process that reads it has ended"):
+        large_files.receive(ours, Path("rows.jsonl"))

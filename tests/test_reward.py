@@ -18,7 +18,7 @@ from expo_fast.data import verifier as verifier_module
 from expo_fast.data import workers
 from expo_fast.data.problems import Problem
 from expo_fast.data.verifier import Verifier
-from expo_fast.data.workers import Comparison, Worker
+from expo_fast.data.workers import Comparison, Nursery, Worker
 from expo_fast.generate import Completion
 from expo_fast.reward import (
     boxed_answer_reward,
@@ -207,6 +207,34 @@ def test_a_worker_lost_between_calls_is_replaced():
         pool._nursery.process.wait()
         assert pool.judge(["|x|+3"], [box("3+|x|")]) == [1.0]
         assert pool.crashes == 0
+
+
+def test_the_end_of_the_nursery_during_a_batch_loses_the_verdicts_of_that_time_only(monkeypatch):
+    assign = Worker.assign
+    ended = []
+
+    def assign_and_end(self: Worker, job: Comparison, timeout_s: float, cpu_s: float):
+        assign(self, job, timeout_s, cpu_s)
+        if not ended:
+            ended.append(self)
+            self._nursery.process.kill()
+            self._nursery.process.wait()
+
+    monkeypatch.setattr(Worker, "assign", assign_and_end)
+    with Verifier(workers=1, timeout_s=20.0) as pool:
+        references = [f"|x|+{n}" for n in range(4)]
+        scores = pool.judge(references, [box(f"{n}+|x|") for n in range(4)])
+    assert scores == [None, 1.0, 1.0, 1.0]
+
+
+def test_a_nursery_that_does_not_reply_is_ended():
+    """Its late reply would be taken for that to the next request."""
+    nursery = Nursery()
+    nursery._socket.settimeout(0.01)
+    with pytest.raises(TimeoutError):
+        nursery._reply()
+    assert nursery.lost
+    nursery.close()
 
 
 def test_a_signal_to_all_processes_of_a_job_loses_no_verdict(monkeypatch):

@@ -244,7 +244,8 @@ class Reader:
         radicand = self.argument()
         if not radicand.value or not degree.value or radicand.value < 0:
             return Size(None, radicand.bits)
-        return Size(radicand.value ** (1 / degree.value), radicand.bits)
+        result = power(radicand, quotient(ONE, degree))
+        return Size(result.value, max(result.bits, radicand.bits))
 
     def limits(self, name: str) -> Size:
         """Read the limits of a sum, a product or an integral."""
@@ -316,7 +317,7 @@ def power(base: Size, exponent: Size) -> Size:
 
 def _expanded_terms(terms: int, n: float) -> float:
     """Return the number of monomials of degree n, which (x_1 + ... + x_terms)^n expands to."""
-    if n > MAX_WORK:  # also for infinity, which has no integer
+    if not n <= MAX_WORK:  # also for infinity and NaN, which have no integer
         return math.inf
     return math.comb(int(n) + terms - 1, terms - 1)
 

@@ -146,9 +146,11 @@ def _may_be_rounded_to(value: str, number: str) -> bool:
     gap = abs(x - rounded)
     if y.places:
         return gap < 10.0**-y.places
+    if y.value.denominator > 1:
+        return 2 * gap <= 1 / y.value.denominator
     digits = str(abs(y.value))
     zeros = len(digits) - len(digits.rstrip("0"))
-    return gap <= 10**zeros / 2
+    return 2 * gap <= 10**zeros
 
 
 def _is_written_as(value: str, number: str, equal: Comparer) -> Verdict:

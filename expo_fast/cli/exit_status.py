@@ -2,11 +2,12 @@
 
 import importlib
 import os
+import select
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from expo_fast.cli.missing_packages import advice_on
 from expo_fast.distributed.launch import prints
@@ -32,9 +33,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     try:
         with one_line_warnings():
             main(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:
-        return BROKEN_PIPE
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and prints_to_nobody():
+            return BROKEN_PIPE
         if prints(error):
             print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -92,6 +93,15 @@ def one_line_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = original
+
+
+def prints_to_nobody() -> bool:
+    """Return whether what reads stdout or stderr has ended. Another pipe may be broken too."""
+    poller = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # a stream without a descriptor
+            poller.register(stream.fileno(), 0)
+    return bool(poller.poll(0))  # only errors and ends are asked for
 
 
 def flush_stdout() -> None:

@@ -11,6 +11,7 @@ import pickle
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from subprocess import Popen
@@ -86,17 +87,23 @@ def ask(channels: deque[Connection], asked: deque[Connection], pieces: Iterator[
     """Give the next piece, if there is one, to the process whose turn it is."""
     piece = next(pieces, None)
     if piece is not None:
-        channels[0].send_bytes(pickle.dumps(piece))
+        with suppress(OSError):  # `receive` then says that the process has ended
+            channels[0].send_bytes(pickle.dumps(piece))
         asked.append(channels[0])
         channels.rotate(-1)
 
 
 def receive(channel: Connection, path: Path) -> list[Block] | Exception:
-    """Return the blocks of a piece, or the error of its first bad row."""
+    """Return the blocks of a piece, or the error of its first bad row.
+
+    Raise OSError if the process has ended.
+    """
     try:
         return pickle.loads(channel.recv_bytes())
-    except EOFError as error:
-        raise RuntimeError(f"{path}: a process that reads it has ended") from error
+    except (EOFError, OSError) as error:  # OSError: it had not taken all that was sent to it
+        raise OSError(
+            f"{path}: a process that reads it has ended, perhaps for lack of memory"
+        ) from error
 
 
 def pieces_of(path: Path, options: RowOptions) -> Iterator[Piece]:

@@ -147,9 +147,9 @@ class Verifier:
     def _judge(self, jobs: list[Comparison], timeout_s: float) -> Reasons:
         waiting = deque(jobs)
         reasons: Reasons = {}
-        self._replace_lost()
         try:
             while len(reasons) < len(jobs):
+                self._forget_lost()
                 self._hand_out(waiting, timeout_s)
                 busy = [worker for worker in self._pool if worker.job is not None]
                 heard = _wait_for(busy)
@@ -161,10 +161,10 @@ class Verifier:
                     self._drop(worker)
         return reasons
 
-    def _replace_lost(self) -> None:
-        """Forget processes that ended between two calls."""
+    def _forget_lost(self) -> None:
+        """Forget idle workers and a nursery that have ended. `_attend` sees when busy ones end."""
         for worker in list(self._pool):
-            if worker.lost:
+            if worker.job is None and worker.lost:
                 self._drop(worker)
         if self._nursery is not None and self._nursery.lost:
             self._nursery.close()
@@ -176,7 +176,10 @@ class Verifier:
             self._nursery = Nursery()
         idle = [worker for worker in self._pool if worker.job is None]
         while len(idle) < len(waiting) and len(self._pool) < self.workers:
-            worker = Worker(self._nursery, self.memory_bytes)
+            try:
+                worker = Worker(self._nursery, self.memory_bytes)
+            except OSError:  # the nursery has just ended, and its workers with it
+                return
             idle.append(worker)
             self._pool.append(worker)
         cpu_s = timeout_s * SHORTENED if sum(self._limited) >= MANY else timeout_s
@@ -223,11 +226,14 @@ def reason_without_worker(job: Comparison) -> Reason | None:
         return "no_answer"
     if not job.reference:
         return "no_reference"
-    right = answer_grading.decide(*job)
-    if right is not None:
-        return "exact" if right else "wrong"
-    if is_too_large(job.reference) or is_too_large(job.answer):
-        return "too_large"
+    try:
+        right = answer_grading.decide(*job)
+        if right is not None:
+            return "exact" if right else "wrong"
+        if is_too_large(job.reference) or is_too_large(job.answer):
+            return "too_large"
+    except Exception:  # a fault of ours, which must not end a run that samples such a text
+        return "crash"
     return None
 
 

@@ -82,7 +82,12 @@ class Nursery:
     def _reply(self) -> dict[str, Any]:
         line = b""
         while not line.endswith(b"\n"):
-            part = self._socket.recv(REPLY_BYTES)
+            try:
+                part = self._socket.recv(REPLY_BYTES)
+            except TimeoutError:  # a late reply would be taken for that to the next request
+                self.process.kill()
+                self.process.wait()
+                raise
             if not part:
                 raise ConnectionError("the process that starts answer checkers has ended")
             line += part

@@ -3,8 +3,8 @@
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -105,6 +105,8 @@ def version_of_compiler(command: list[str]) -> str:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=10)
     except OSError as error:
         return f"{command[0]} ({error.strerror})"
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} (no answer to --version within 10 s)"
     lines = done.stdout.splitlines()
     return lines[0] if lines else command[0]
 
@@ -140,12 +142,32 @@ def describe_cache() -> str:
 
 def available_memory(device: str) -> int:
     """Return the bytes of memory of a device, within the limit of this process's control group."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if sys.platform == "linux" and limit.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            return min(total, int(text))
-    return total
+    return min([total, *memory_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def memory_limits(membership: Path, groups: Path) -> Iterator[int]:
+    """Yield the limits of this process's control groups and of those that contain them, in bytes.
+
+    membership: a file with one line ID:CONTROLLERS:PATH for each hierarchy, cgroups(7).
+    groups: the folder where the hierarchies are mounted, of version 1 or 2.
+    """
+    if not membership.exists():  # not Linux
+        return
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = groups / controllers
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        inside = root / path.lstrip("/")
+        for group in (inside, *inside.parents):
+            text = ""
+            with suppress(OSError):  # a container may not show its own place
+                text = (group / name).read_text().strip()
+            if text.isdecimal():  # otherwise "max"
+                yield int(text)
+            if group == root:
+                break

@@ -88,7 +88,9 @@ class MemoryEstimate:
 
 def memory_lines(config: Train, estimate: MemoryEstimate) -> Iterator[str]:
     """Yield the lines of a table of the parts, the peak and, if it does not fit, advice."""
-    device = "cuda" if uses_cuda(config) else "cpu"
+    device = config.device
+    if device == "auto":
+        device = "cuda" if uses_cuda(config) else "cpu"
     available = available_memory(device)
     yield "memory, at most, if every text reaches the length limit"
     for name, size in asdict(estimate).items():
@@ -130,6 +132,7 @@ def estimate_run(config: Train) -> MemoryEstimate:
         config.system_prompt,
         config.instruction,
         ends=model.eos_ids,
+        escape=config.escape_special_tokens,
     )
     return estimate_memory(config, model.stored_config, prompter, data.problems)
 
