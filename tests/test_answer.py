@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from expo_fast.answers import algebra, spelling
 from expo_fast.data.answer_grading import last_boxed, last_boxed_span
 from expo_fast.data.verifier import Verifier
 
@@ -218,3 +219,7 @@ def test_text_of_answers_is_never_executed(verifier, monkeypatch, tmp_path, atta
     verifier.judge([attack], [box(gold)])
     assert not mark.exists()
     assert verifier.judge(["x+1", "x+1"], [box("x+2"), box("1+x")]) == [0.0, 1.0]
+
+
+def test_greek_letters_are_commands_that_the_parser_knows():
+    assert {command.strip(" \\") for command in spelling.GREEK.values()} <= algebra.GREEK

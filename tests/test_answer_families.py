@@ -985,6 +985,22 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [("2:3", "3:2"), ("2:3", "2:4"), ("2:3", "2:3:4"), ("1:2:3", "1:3:2"), ("2:3", "23")],
     ),
+    "Greek letters": (
+        [
+            (r"2\lambda", "2λ"),
+            ("λ", r"\lambda"),
+            (r"\mu+\lambda", "μ + λ"),
+            (r"2\pi", "2𝜋"),
+            (r"\theta", "𝜃"),
+            (r"2\Delta+1", "1 + 2Δ"),
+            (r"\Omega", "Ω"),
+        ],
+        [
+            (r"2\lambda", "2μ"),
+            (r"\lambda", "Λ"),
+            (r"\Delta", "δ"),
+        ],
+    ),
 }  # fmt: skip
 
 
