@@ -100,7 +100,7 @@ def collection(text: str) -> Collection:
     outer = labelled(text)
     inner = bracketed(outer.value)
     if inner and len(list_items(outer.value)) == 1:
-        items = list_items(inner.content) if inner.content else []
+        items = list_items(inner.content, in_brackets=True) if inner.content else []
         if len(items) > 1 or inner.is_set:
             return Collection(_expanded(items), [""] * len(items), inner)
     items = []
