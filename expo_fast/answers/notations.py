@@ -36,7 +36,8 @@ def clock_times(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return exact
     if not x["half"] and not y["half"]:  # they may be ratios
         return exact if x["second"] or y["second"] else PASS
-    return exact or (int(x["hour"]) == int(y["hour"]) and x["minute"] == y["minute"])
+    # The hours as written: 15:00 may be 3 pm, but not 3 am.
+    return exact or (int(x["hour"]) == int(y["hour"]) and _minutes(x)[1:] == _minutes(y)[1:])
 
 
 def _in_digits(text: str) -> str:
