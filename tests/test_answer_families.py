@@ -1046,6 +1046,25 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("3:00", "4 pm"),
         ],
     ),
+    "inequalities of two variables": (
+        [
+            ("x < y", "y > x"),
+            ("A > B", "B < A"),
+            (r"a \le b", r"b \ge a"),
+            ("f(x) > g(x)", "g(x) < f(x)"),
+            (r"a \ne b", r"b \ne a"),
+            ("x > a", r"(a, \infty)"),
+            (r"\alpha < \beta", r"\beta > \alpha"),
+        ],
+        [
+            ("x < y", "y < x"),
+            ("x < y", r"y \ge x"),
+            ("A > B", "A < B"),
+            ("x < y", "z > x"),
+            ("x < y", "x < z"),
+            (r"a \ne b", r"b \ne c"),
+        ],
+    ),
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from functools import lru_cache, partial
 from itertools import chain
 
 from expo_fast.answers import algebra
-from expo_fast.answers.real_sets import OR, Piece, RealSet, real_set
+from expo_fast.answers.real_sets import OR, Piece, RealSet, real_set, turned_around
+from expo_fast.answers.spelling import squash
 from expo_fast.answers.structures import (
     MAX_ITEMS,
     Bracketed,
@@ -43,6 +44,8 @@ def real_sets(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Compare inequalities, intervals and their unions piece by piece, with their brackets."""
     if not SET_SIGNS.search(gold) and not SET_SIGNS.search(box):
         return PASS
+    if squash(gold) == squash(turned_around(box)):  # x < y, y > x
+        return True
     x = _real_set(gold)
     y = _real_set(box)
     if x is None or y is None:

@@ -167,6 +167,14 @@ def _inequality(text: str) -> RealSet | None:
     return RealSet((Piece(right, HIGHEST, closed, False),), left)
 
 
+def turned_around(text: str) -> str:
+    """Return `y > x` for `x < y`, a relation of two variables. Return "" for another text."""
+    sides, signs = split_top(text, ORDERS)
+    if len(signs) != 1 or not all(map(BARE.fullmatch, sides)):
+        return ""
+    return f"{sides[1]} {FLIPPED[signs[0]]} {sides[0]}"
+
+
 def _distance(left: str, right: str, sign: str) -> RealSet | None:
     """Return the solutions of `|x| < 3` or `|2x - 1| >= 3`, with a positive number on one side."""
     if ABSOLUTE.fullmatch(right):
