@@ -1065,6 +1065,30 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"a \ne b", r"b \ne c"),
         ],
     ),
+    "ordinals in words": (
+        [
+            ("3rd", "third"),
+            ("third", "3rd"),
+            ("3rd", r"\text{Third}"),
+            ("1st", "first"),
+            ("2nd", "second"),
+            ("12th", "twelfth"),
+            ("1/3", "a third"),
+            ("1/8", "an eighth"),
+            ("2/3", "two thirds"),
+            ("1/2", "half"),
+            ("1/4", "quarter"),
+            ("1/4", "a quarter"),
+        ],
+        [
+            ("third", "1/3"),
+            ("third", r"\frac13"),
+            ("1/3", "third"),
+            ("3rd", "a third"),
+            ("3rd", "fourth"),
+            ("1/8", "eighth"),
+        ],
+    ),
 }  # fmt: skip
 
 
