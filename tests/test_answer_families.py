@@ -1089,6 +1089,31 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("1/8", "eighth"),
         ],
     ),
+    "words after a unit": (
+        [
+            (r"12 \text{ apples}", r"12 \text{ apples in total}"),
+            (r"5 \text{ cm}", r"5 \text{ cm in length}"),
+            ("5 cm", "5 cm long"),
+            ("12 years", "12 years old"),
+            (r"3 \text{ ft}", r"36 \text{ inches tall}"),
+            ("20 cm^2", r"20 \text{ cm}^2 \text{ in area}"),
+            ("12 inches", "12 in"),
+            ("1 ft", r"12 \text{ in.}"),
+            (r"6 \text{ square inches}", "6 sq in"),
+            (r"3 \text{ lb per square inch}", r"3 \text{ lb/in}^2"),
+            (r"3 \text{ dollars per inch}", r"3 \text{ dollars/in}"),
+            ("5 inches", r"5 \text{ in in length}"),
+            ("63 in", "5 ft 3 in"),
+        ],
+        [
+            (r"12 \text{ apples}", r"12 \text{ pears in total}"),
+            ("5 cm", "5 m long"),
+            ("5 cm", "5 in in length"),
+            ("5 inches", "5 cm in length"),
+            ("12 years", "12 months old"),
+            (r"12 \text{ in}^2", "12 in"),
+        ],
+    ),
 }  # fmt: skip
 
 

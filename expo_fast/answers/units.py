@@ -82,7 +82,13 @@ _OTHER_WORDS = (
     "thousands dozen dozens hundreds millions billions sqrt sin cos tan log ln"
 )
 _FILLER_WORDS = "of the in a an each total altogether approx exactly only"
+# Words after a unit that tell what is measured: 5 cm in length, 12 years old.
+_MEASURE_WORDS = (
+    "length width height depth area volume perimeter diameter weight mass long wide tall high deep "
+    "old"
+)
 NO_NOUNS = frozenset(_OTHER_WORDS.split())
+MEASURES = frozenset(_MEASURE_WORDS.split())
 FILLERS = frozenset(_FILLER_WORDS.split())  # words that do not change a unit
 NOUNS = ("people", "children", "men", "women")  # and any word of four letters or more
 PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
@@ -245,6 +251,7 @@ class _Phrase:
         self.nouns: list[str] = []  # words that make one unit together
         self.sign = 1  # -1 after "per"
         self.prefix = 1  # of "square" and "cubic"
+        self.expects_unit = True  # at the start, and after "per" and "square"
         self.readable = True
 
     def raise_last(self, power: int) -> None:
@@ -258,6 +265,12 @@ class _Phrase:
     def read(self, word: str) -> None:
         """Add a word."""
         name = _canonical(word)
+        expects_unit = self.expects_unit
+        self.expects_unit = name == "per" or name in PREFIXES
+        if name == "in" and not expects_unit:  # 12 apples in total
+            return
+        if name in MEASURES and self.factors and not self.nouns:
+            return
         if name in PREFIXES:
             self.prefix = PREFIXES[name]
         elif name in SUFFIXES:
@@ -288,6 +301,7 @@ def _factors(phrase: str) -> list[tuple[str, int]]:
     for match in WORD.finditer(MARKUP.sub(" ", phrase)):
         if match["over"]:
             reader.sign = -1
+            reader.expects_unit = True
         elif match["power"]:
             reader.raise_last(int(match["power"]))
         else:
