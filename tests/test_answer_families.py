@@ -1134,6 +1134,27 @@ FAMILIES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("2, 2, 3", "(2, 3)"),
         ],
     ),
+    "volumes, and multiples of units with symbols": (
+        [
+            (r"500 \text{ ml}", r"500 \text{ cm}^3"),
+            (r"1 \text{ L}", r"1000 \text{ cm}^3"),
+            (r"2 \text{ m}^3", r"2000 \text{ liters}"),
+            (r"2 \text{ g/ml}", r"2 \text{ g/cm}^3"),
+            ("1 L 500 ml", "1500 ml"),
+            ("2 kJ", "2000 J"),
+            ("1.5 kW", "1500 watts"),
+            ("2 kN", "2000 N"),
+            ("3 MHz", r"3000 \text{ kHz}"),
+        ],
+        [
+            (r"500 \text{ ml}", r"500 \text{ cm}^2"),
+            (r"500 \text{ ml}", r"500 \text{ m}^3"),
+            ("2 kJ", "2 J"),
+            ("2 kW", "2000 J"),
+            (r"1 \text{ L}", r"1 \text{ dm}"),
+            ("3 MHz", "3 Hz"),
+        ],
+    ),
 }  # fmt: skip
 
 

@@ -215,8 +215,8 @@ RADIANS = unit_of(r"\text{radians}", wrapped=True, spaced=True)
 def units(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Compare values with units.
 
-    One side may lack its unit. Units of one dimension are converted. Units of different dimensions
-    are unequal.
+    One side may lack its unit. Units of one dimension are converted within a system: 3 m is 300 cm,
+    and 500 ml is 500 cm^3, but no metric length is a length in feet. Other units are unequal.
     """
     x = split_unit(gold)
     y = split_unit(box)

@@ -1,4 +1,4 @@
-"""Numbers written in words: twelve, twenty-one, one hundred and five, 3.5 million, one half, third."""
+"""Numbers in words: twelve, twenty-one, one hundred and five, 3.5 million, one half, third."""
 
 import re
 

@@ -68,8 +68,7 @@ _GREEK_NAMES = (
 )
 # The names of Unicode are not those of LaTeX: GREEK SMALL LETTER LAMDA.
 GREEK = {
-    letter: rf"\{name} "
-    for letter, name in zip(_GREEK_LETTERS, _GREEK_NAMES.split(), strict=True)
+    letter: rf"\{name} " for letter, name in zip(_GREEK_LETTERS, _GREEK_NAMES.split(), strict=True)
 }
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")

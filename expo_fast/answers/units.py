@@ -44,7 +44,11 @@ _SIZES: dict[str, dict[str, int | str]] = {
     "yen": {"yen": 1},
     "yuan": {"yuan rmb": 1},
     "rupee": {"rupee rs inr": 1},
-    "volume": {"ml milliliter millilitre": "1/1000", "cl": "1/100", "l liter litre": 1},
+    "volume": {  # in cubic meters
+        "ml milliliter millilitre": "1/1000000",
+        "cl": "1/100000",
+        "l liter litre": "1/1000",
+    },
     "imperial volume": {"cup": 1, "pint pt": 2, "quart qt": 4, "gallon gal": 16},
     "angle": {"degree deg": 1},
     "radian": {"radian rad": 1},
@@ -52,17 +56,18 @@ _SIZES: dict[str, dict[str, int | str]] = {
     "fahrenheit": {"fahrenheit": 1},
     "unit": {"unit": 1},
     "acre": {"acre": 1},
-    "energy": {"joule J": 1},
-    "force": {"newton N": 1},
-    "frequency": {"hertz hz Hz": 1},
-    "power": {"watt W": 1},
+    "energy": {"joule J": 1, "kilojoule kJ": 1000},
+    "force": {"newton N": 1, "kilonewton kN": 1000},
+    "frequency": {"hertz hz Hz": 1, "kilohertz kHz": 1000, "megahertz MHz": 10**6},
+    "power": {"watt W": 1, "kilowatt kW": 1000},
     "voltage": {"volt V": 1},
     "pressure": {"pascal Pa": 1, "kilopascal kPa": 1000},
     "charge": {"coulomb": 1},
 }
+_POWERS = {"volume": ("length", 3)}  # dimensions that are powers of others
 _COMPOUNDS = {"mph": "mile", "kph": "km", "kmh": "km", "kmph": "km"}  # per hour
-_SYMBOL_NAMES = "J N Hz W V A K C F Pa kPa mol"
-SYMBOLS = frozenset(_SYMBOL_NAMES.split())  # units that are not converted
+_SYMBOL_NAMES = "J kJ N kN Hz kHz MHz W kW V A K C F Pa kPa mol"
+SYMBOLS = frozenset(_SYMBOL_NAMES.split())  # units whose case counts
 
 UNITS: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(size))
@@ -326,7 +331,8 @@ def _unit(factors: list[tuple[str, int]]) -> Unit:
     size = Fraction(1)
     for name, power in factors:
         dimension, factor = UNITS.get(name, (name, Fraction(1)))
-        powers[dimension] = powers.get(dimension, 0) + power
+        base, exponent = _POWERS.get(dimension, (dimension, 1))
+        powers[base] = powers.get(base, 0) + power * exponent
         size *= factor**power
     return Unit(frozenset((name, power) for name, power in powers.items() if power), size)
 
