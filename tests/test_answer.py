@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from expo_fast.answers import algebra, spelling
 from expo_fast.answers.spelling import tidy
 from expo_fast.data import answer_grading
 from expo_fast.data.answer_grading import last_boxed, last_boxed_span
@@ -226,3 +227,7 @@ def test_a_value_is_not_rounded_to_a_fraction_far_from_it():
     assert answer_grading.decide("1", tidy(r"1 \approx \frac{1}{1000}")) is False
     close = tidy(r"\frac{1}{3} \approx \frac{33}{100}")
     assert answer_grading.decide(r"\frac{1}{3}", close) is True
+
+
+def test_greek_letters_are_commands_that_the_parser_knows():
+    assert {command.strip(" \\") for command in spelling.GREEK.values()} <= algebra.GREEK

@@ -7,7 +7,8 @@ from functools import lru_cache, partial
 from itertools import chain
 
 from expo_fast.answers import algebra
-from expo_fast.answers.real_sets import OR, Piece, RealSet, real_set
+from expo_fast.answers.real_sets import OR, Piece, RealSet, real_set, turned_around
+from expo_fast.answers.spelling import squash
 from expo_fast.answers.structures import (
     MAX_ITEMS,
     Bracketed,
@@ -43,6 +44,9 @@ def real_sets(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Compare inequalities, intervals and their unions piece by piece, with their brackets."""
     if not SET_SIGNS.search(gold) and not SET_SIGNS.search(box):
         return PASS
+    turned = turned_around(box)
+    if turned and squash(gold) == squash(turned):  # x < y, y > x
+        return True
     x = _real_set(gold)
     y = _real_set(box)
     if x is None or y is None:
@@ -69,11 +73,25 @@ def _real_set(text: str) -> RealSet | None:
     return real_set(text)
 
 
-def _same_members(xs, ys, same: Callable) -> Verdict:
-    """Return whether each item of either collection is also in the other."""
+def _same_members(xs, ys, same: Callable, counted: bool = False) -> Verdict:
+    """Return whether each item of either collection is also in the other.
+
+    If `counted`, it must be there as often.
+    """
+    if counted and len(xs) != len(ys):
+        return False
     grid = [[same(x, y) for y in ys] for x in xs]
-    columns = zip(*grid, strict=True)
-    return every([*(some(row) for row in grid), *(some(column) for column in columns)])
+    columns = list(zip(*grid, strict=True))
+    verdict = every([*(some(row) for row in grid), *(some(column) for column in columns)])
+    if not counted or not verdict:
+        return verdict
+    # Row i has a True for each y that equals x_i, and the column of such a y for each x like x_i.
+    return all(
+        row.count(True) == column.count(True)
+        for i, row in enumerate(grid)
+        for column in columns
+        if column[i] is True
+    )
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,7 @@ class Collection:
     items: list[str]
     labels: list[str]
     brackets: Bracketed | None
+    may_repeat: bool  # a set, solutions of an equation, or both cases of a sign
 
     @property
     def is_tuple(self) -> bool:
@@ -100,9 +119,9 @@ def collection(text: str) -> Collection:
     outer = labelled(text)
     inner = bracketed(outer.value)
     if inner and len(list_items(outer.value)) == 1:
-        items = list_items(inner.content) if inner.content else []
+        items = list_items(inner.content, in_brackets=True) if inner.content else []
         if len(items) > 1 or inner.is_set:
-            return Collection(_expanded(items), [""] * len(items), inner)
+            return Collection(_expanded(items), [""] * len(items), inner, inner.is_set)
     items = []
     labels = []
     for item in list_items(text):
@@ -110,9 +129,10 @@ def collection(text: str) -> Collection:
         for value in expand_signs(named.value):
             items.append(value)
             labels.append(named.label)
+    may_repeat = any(labels) or r"\pm" in text or r"\mp" in text
     if len(set(filter(None, labels))) == 1 and labels[0]:  # x = 1, 2 has one name for all items
         labels = [""] * len(labels) if len(items) > 1 else labels
-    return Collection(items, labels, None)
+    return Collection(items, labels, None, may_repeat)
 
 
 def _expanded(items: list[str]) -> list[str]:
@@ -122,6 +142,8 @@ def _expanded(items: list[str]) -> list[str]:
 def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Compare tuples in order, and sets and lists in any order.
 
+    Sets and solutions, such as x = 1 or x = 1, may repeat an item, and so may a list with a sign
+    for both cases, such as 1 \\pm 0. Other lists must have each item as often.
     Brackets must agree. Names must agree if both answers have names.
     """
     x = collection(gold)
@@ -142,7 +164,8 @@ def collections(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return _same_tuple(x, y, equal)
     if not x.items or not y.items:
         return len(x.items) == len(y.items)
-    return _same_members(x.items, y.items, equal)
+    counted = not (x.may_repeat or y.may_repeat or OR.search(gold) or OR.search(box))
+    return _same_members(x.items, y.items, equal, counted)
 
 
 def _same_brackets(x: Bracketed | None, y: Bracketed | None) -> bool:

@@ -36,7 +36,8 @@ def clock_times(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
         return exact
     if not x["half"] and not y["half"]:  # they may be ratios
         return exact if x["second"] or y["second"] else PASS
-    return exact or (int(x["hour"]) == int(y["hour"]) and x["minute"] == y["minute"])
+    # The hours as written: 15:00 may be 3 pm, but not 3 am.
+    return exact or (int(x["hour"]) == int(y["hour"]) and _minutes(x)[1:] == _minutes(y)[1:])
 
 
 def _in_digits(text: str) -> str:
@@ -214,8 +215,8 @@ RADIANS = unit_of(r"\text{radians}", wrapped=True, spaced=True)
 def units(gold: str, box: str, equal: Comparer) -> Verdict | Pass:
     """Compare values with units.
 
-    One side may lack its unit. Units of one dimension are converted. Units of different dimensions
-    are unequal.
+    One side may lack its unit. Units of one dimension are converted within a system: 3 m is 300 cm,
+    and 500 ml is 500 cm^3, but no metric length is a length in feet. Other units are unequal.
     """
     x = split_unit(gold)
     y = split_unit(box)

@@ -1,4 +1,4 @@
-"""Numbers written in words: twelve, twenty-one, one hundred and five, 3.5 million, one half."""
+"""Numbers in words: twelve, twenty-one, one hundred and five, 3.5 million, one half, third."""
 
 import re
 
@@ -23,10 +23,13 @@ _PART = "half|halves|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth
 PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4} | {
     word: size for size, word in enumerate(_PART.split("|")[4:], start=4)
 }
+# Without a count, "third" is an ordinal.
 PART = re.compile(
-    rf"(?:(?P<count>a|{'|'.join(UNITS)})[ -])?(?P<part>{_PART})s?",
+    rf"(?P<count>an?|{'|'.join(UNITS)})[ -](?P<part>{_PART})s?|(?P<alone>half|quarter)",
     re.IGNORECASE,
 )
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+ORDINALS = {word: value for value, word in enumerate(_ORDINALS.split(), start=1)}
 SCALED = re.compile(
     r"(?P<value>-?\d[\d,]*(?:\.\d+)?) ?(?:\\text\{ ?)?(?P<scale>thousand|million|billion|trillion)"
     r"(?![A-Za-z])(?P<rest>.*)",
@@ -35,7 +38,10 @@ SCALED = re.compile(
 
 
 def digits_for_words(text: str) -> str:
-    """Return the text with the number words at its start replaced by digits."""
+    """Return the text with the number words at its start replaced by digits.
+
+    An ordinal alone is an integer, as 3rd is: "third" is 3, and "a third" is 1/3.
+    """
     scaled = SCALED.fullmatch(text)
     if scaled:
         scale = SCALES[scaled["scale"].lower()]
@@ -45,7 +51,10 @@ def digits_for_words(text: str) -> str:
     part = PART.fullmatch(text)
     if part:
         count = UNITS.get((part["count"] or "one").lower(), 1)
-        return rf"\frac{{{count}}}{{{PARTS[part['part'].lower()]}}}"
+        name = (part["part"] or part["alone"]).lower()
+        return rf"\frac{{{count}}}{{{PARTS[name]}}}"
+    if text.lower() in ORDINALS:
+        return str(ORDINALS[text.lower()])
     phrase = PHRASE.fullmatch(text)
     if phrase is None:
         return text

@@ -100,7 +100,7 @@ def _union(text: str) -> tuple[Piece, ...] | None:
         points = bracketed(without[1])
         if without[0] != ALL_REALS or len(without) != 2 or not points or not points.is_set:
             return None
-        return _without_points(list_items(points.content))
+        return _without_points(list_items(points.content, in_brackets=True))
     pieces: list[Piece] = []
     for part in split_top(text, CUP)[0]:
         found = _piece(part)
@@ -115,7 +115,7 @@ def _piece(text: str) -> list[Piece] | None:
     brackets = bracketed(text)
     if brackets is None:
         return None
-    items = list_items(brackets.content)
+    items = list_items(brackets.content, in_brackets=True)
     if brackets.is_set:
         return [Piece(item, item, True, True) for item in items]
     if len(items) != 2 or r"\{" in (brackets.opening, brackets.closing):
@@ -165,6 +165,14 @@ def _inequality(text: str) -> RealSet | None:
     if sign in ("<", r"\le"):
         return RealSet((Piece(LOWEST, right, False, closed),), left)
     return RealSet((Piece(right, HIGHEST, closed, False),), left)
+
+
+def turned_around(text: str) -> str:
+    """Return `y > x` for `x < y`, a relation of two variables. Return "" for another text."""
+    sides, signs = split_top(text, ORDERS)
+    if len(signs) != 1 or not all(map(BARE.fullmatch, sides)):
+        return ""
+    return f"{sides[1]} {FLIPPED[signs[0]]} {sides[0]}"
 
 
 def _distance(left: str, right: str, sign: str) -> RealSet | None:

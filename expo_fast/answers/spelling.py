@@ -61,10 +61,14 @@ SYMBOLS = {
     "：": ":",
     "。": ".",
 }
+_GREEK_LETTERS = "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ"
+_GREEK_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
+)
+# The names of Unicode are not those of LaTeX: GREEK SMALL LETTER LAMDA.
 GREEK = {
-    chr(code): rf"\{unicodedata.name(chr(code)).split()[-1].lower()} "
-    for code in range(ord("α"), ord("ω") + 1)
-    if chr(code) not in "οπς"
+    letter: rf"\{name} " for letter, name in zip(_GREEK_LETTERS, _GREEK_NAMES.split(), strict=True)
 }
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -87,7 +91,7 @@ def spell(char: str) -> str:
         case "Cf":  # zero-width and bidirectional controls
             return ""
     if kind in ("<wide>", "<font>", "<small>"):  # full width, mathematical bold, small forms
-        return unicodedata.normalize("NFKC", char)
+        return "".join(map(spell, unicodedata.normalize("NFKC", char)))
     return GREEK.get(char, char)
 
 

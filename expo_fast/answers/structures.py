@@ -54,23 +54,40 @@ CASES = re.compile(
 )
 COMMA = frozenset(",")
 SEMICOLON = frozenset(";")
+LOOSE_COMMA = ", "
+_LOOSE = "\0"  # stands for a comma and a blank
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+NO_ITEM = re.compile(r",0\d")  # items do not begin with 0: (1,000) is no point
 
 
-def list_items(text: str) -> list[str]:
-    """Return the items of a list without brackets: `1, 2 and 3`. Another text is one item."""
-    if plain_number(text):  # 1,000
-        return [text]
+def list_items(text: str, in_brackets: bool = False) -> list[str]:
+    """Return the items of a list without its brackets: `1, 2 and 3`. Another text is one item.
+
+    If some commas are followed by blanks or there is a connective, a comma in a number such as
+    1,000 is part of the number. Without them, 1,100 is a number, but (1,100) has two items.
+    """
+    if not in_brackets or NO_ITEM.search(text):
+        named = labelled(text)
+        if plain_number(named.value) and "," not in named.label:  # 1,000 or x = 1,000
+            return [text]
     system = CASES.fullmatch(text)
     if system:
         text = system["content"].replace(r"\\", ",").replace("&", " ")
-    text = AND.sub(",", text)
-    for separator in (SEMICOLON, COMMA):
-        parts, _ = split_top(text, separator)
+    text = AND.sub(LOOSE_COMMA, text)
+    for parts in (split_top(text, SEMICOLON)[0], _split_at_commas(text)):
         items = [digits_for_words(strip_edges(part)) for part in parts]
         items = [item for item in items if item]
         if len(items) > 1:
             return items
     return [strip_edges(text)]
+
+
+def _split_at_commas(text: str) -> list[str]:
+    """Split at the commas outside brackets that are not in numbers such as 1,000."""
+    loose, _ = split_top(text.replace(LOOSE_COMMA, _LOOSE), frozenset(_LOOSE))
+    parts = [part.replace(_LOOSE, LOOSE_COMMA) for part in loose]
+    has_others = any(split_top(THOUSANDS.sub("0", part), COMMA)[1] for part in parts)
+    return split_top(text, COMMA)[0] if has_others or len(parts) == 1 else parts
 
 
 BRACKETS = {

@@ -44,7 +44,11 @@ _SIZES: dict[str, dict[str, int | str]] = {
     "yen": {"yen": 1},
     "yuan": {"yuan rmb": 1},
     "rupee": {"rupee rs inr": 1},
-    "volume": {"ml milliliter millilitre": "1/1000", "cl": "1/100", "l liter litre": 1},
+    "volume": {  # in cubic meters
+        "ml milliliter millilitre": "1/1000000",
+        "cl": "1/100000",
+        "l liter litre": "1/1000",
+    },
     "imperial volume": {"cup": 1, "pint pt": 2, "quart qt": 4, "gallon gal": 16},
     "angle": {"degree deg": 1},
     "radian": {"radian rad": 1},
@@ -52,17 +56,18 @@ _SIZES: dict[str, dict[str, int | str]] = {
     "fahrenheit": {"fahrenheit": 1},
     "unit": {"unit": 1},
     "acre": {"acre": 1},
-    "energy": {"joule J": 1},
-    "force": {"newton N": 1},
-    "frequency": {"hertz hz Hz": 1},
-    "power": {"watt W": 1},
+    "energy": {"joule J": 1, "kilojoule kJ": 1000},
+    "force": {"newton N": 1, "kilonewton kN": 1000},
+    "frequency": {"hertz hz Hz": 1, "kilohertz kHz": 1000, "megahertz MHz": 10**6},
+    "power": {"watt W": 1, "kilowatt kW": 1000},
     "voltage": {"volt V": 1},
     "pressure": {"pascal Pa": 1, "kilopascal kPa": 1000},
     "charge": {"coulomb": 1},
 }
+_POWERS = {"volume": ("length", 3)}  # dimensions that are powers of others
 _COMPOUNDS = {"mph": "mile", "kph": "km", "kmh": "km", "kmph": "km"}  # per hour
-_SYMBOL_NAMES = "J N Hz W V A K C F Pa kPa mol"
-SYMBOLS = frozenset(_SYMBOL_NAMES.split())  # units that are not converted
+_SYMBOL_NAMES = "J kJ N kN Hz kHz MHz W kW V A K C F Pa kPa mol"
+SYMBOLS = frozenset(_SYMBOL_NAMES.split())  # units whose case counts
 
 UNITS: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(size))
@@ -82,7 +87,13 @@ _OTHER_WORDS = (
     "thousands dozen dozens hundreds millions billions sqrt sin cos tan log ln"
 )
 _FILLER_WORDS = "of the in a an each total altogether approx exactly only"
+# Words after a unit that tell what is measured: 5 cm in length, 12 years old.
+_MEASURE_WORDS = (
+    "length width height depth area volume perimeter diameter weight mass long wide tall high deep "
+    "old"
+)
 NO_NOUNS = frozenset(_OTHER_WORDS.split())
+MEASURES = frozenset(_MEASURE_WORDS.split())
 FILLERS = frozenset(_FILLER_WORDS.split())  # words that do not change a unit
 NOUNS = ("people", "children", "men", "women")  # and any word of four letters or more
 PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
@@ -245,6 +256,7 @@ class _Phrase:
         self.nouns: list[str] = []  # words that make one unit together
         self.sign = 1  # -1 after "per"
         self.prefix = 1  # of "square" and "cubic"
+        self.expects_unit = True  # at the start, and after "per" and "square"
         self.readable = True
 
     def raise_last(self, power: int) -> None:
@@ -258,6 +270,12 @@ class _Phrase:
     def read(self, word: str) -> None:
         """Add a word."""
         name = _canonical(word)
+        expects_unit = self.expects_unit
+        self.expects_unit = name == "per" or name in PREFIXES
+        if name == "in" and not expects_unit:  # 12 apples in total
+            return
+        if name in MEASURES and self.factors and not self.nouns:
+            return
         if name in PREFIXES:
             self.prefix = PREFIXES[name]
         elif name in SUFFIXES:
@@ -288,6 +306,7 @@ def _factors(phrase: str) -> list[tuple[str, int]]:
     for match in WORD.finditer(MARKUP.sub(" ", phrase)):
         if match["over"]:
             reader.sign = -1
+            reader.expects_unit = True
         elif match["power"]:
             reader.raise_last(int(match["power"]))
         else:
@@ -312,7 +331,8 @@ def _unit(factors: list[tuple[str, int]]) -> Unit:
     size = Fraction(1)
     for name, power in factors:
         dimension, factor = UNITS.get(name, (name, Fraction(1)))
-        powers[dimension] = powers.get(dimension, 0) + power
+        base, exponent = _POWERS.get(dimension, (dimension, 1))
+        powers[base] = powers.get(base, 0) + power * exponent
         size *= factor**power
     return Unit(frozenset((name, power) for name, power in powers.items() if power), size)
 
