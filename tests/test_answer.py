@@ -229,5 +229,12 @@ def test_a_value_is_not_rounded_to_a_fraction_far_from_it():
     assert answer_grading.decide(r"\frac{1}{3}", close) is True
 
 
+@pytest.mark.parametrize(
+    ("number", "verdict"), [("3.14", True), (r"\frac{22}{7}", True), ("4", False)]
+)
+def test_pi_is_a_number_and_no_name_of_one(number, verdict):
+    assert answer_grading.decide(r"\pi", tidy(rf"\pi \approx {number}")) is verdict
+
+
 def test_greek_letters_are_commands_that_the_parser_knows():
     assert {command.strip(" \\") for command in spelling.GREEK.values()} <= algebra.GREEK

@@ -175,7 +175,7 @@ def labelled(text: str) -> Labelled:
     if not signs or signs[0] not in ("=", r"\in", r"\approx"):
         return Labelled("", text)
     label = parts[0].replace(" ", "").replace("{", "").replace("}", "")
-    if LABEL.fullmatch(parts[0]):
+    if LABEL.fullmatch(parts[0]) and label != r"\pi":  # a number, as in \pi \approx 3.14
         start = text.index(signs[0]) + len(signs[0])
         return Labelled(label, text[start:].strip())
     if signs == ["="] and re.fullmatch(r"[A-Za-z]", parts[1]):  # 3 = x
