@@ -82,6 +82,8 @@ class Generator:
         have to call this and to take all completions, because they sample together.
         Raise ValueError, before any sampling, if a request does not fit the model or the KV cache.
         """
+        if isinstance(requests, Request):
+            raise ValueError("requests is a single Request: must be a sequence of them")
         requests = list(requests)
         has_tokenizer = self.tokenizer is not None
         check_requests(requests, self.model.shape, has_tokenizer=has_tokenizer)

@@ -139,7 +139,7 @@ def linear_policy_loss(
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp, the reference's log-probs")
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
     temperatures, scalar_temperature = _temperatures(temperature)
-    code = encode(objective)
+    code = encode(objective, "policy")
     loss, logp, entropy, statistics, *_ = custom_ops.policy_loss(
         _as_rows(hidden),
         weight,
@@ -204,7 +204,7 @@ def linear_preference_loss(
     check_transforms(ref_logp, pair_weight)
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
     temperatures, scalar_temperature = _temperatures(temperature)
-    code = encode(objective)
+    code = encode(objective, "preference")
     loss, chosen_logp, rejected_logp, margin, accuracy, *_ = custom_ops.preference_loss(
         _as_rows(hidden),
         weight,
@@ -249,6 +249,8 @@ def group_advantage(
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
+    if not isinstance(rewards, Tensor):
+        raise ValueError(f"rewards is a {type(rewards).__name__}: must be a tensor")
     _check_same_shape(rewards, group_ids=group_ids)
     check_transforms(rewards)
     return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
@@ -307,6 +309,8 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
     for name, x in given.items():
         if x is None:
             continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}: must be a tensor")
         if x.shape != like.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, needs {tuple(like.shape)}")
         if x.device != like.device:

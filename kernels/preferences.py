@@ -54,7 +54,8 @@ class Pairs(NamedTuple):
 def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None) -> int:
     """Return P: half of ref_logp's length, or pair_weight's length, or the least P for the ids.
 
-    Raise ValueError if the lengths of ref_logp (2P,) and pair_weight (P,) do not agree.
+    Raise ValueError if the lengths of ref_logp (2P,) and pair_weight (P,) do not agree, or if
+    ref_logp has a value for each row and the rows are of fewer pairs.
     """
     if ref_logp is not None:
         n = len(ref_logp) // 2
@@ -65,6 +66,13 @@ def count_pairs(ids: Tensor, ref_logp: Tensor | None, pair_weight: Tensor | None
     for name, x, size in (("ref_logp", ref_logp, 2 * n), ("pair_weight", pair_weight, n)):
         if x is not None and x.shape != (size,):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, {n} pairs need ({size},)")
+    if ref_logp is not None and len(ref_logp) == len(ids) > 0:
+        found = int(ids.max()) // 2 + 1
+        if found < n:
+            raise ValueError(
+                f"ref_logp has a value for each of {len(ids)} rows, whose ids are of {found} "
+                "pairs: sum it over the rows of each text, as (2P,)"
+            )
     return n
 
 

@@ -507,3 +507,14 @@ def test_prompts_rebuilt_at_each_access_are_not_confused():
         vars(one).update({k: v for k, v in vars(like).items() if k != "prompt_ids"})
     expected = [done.token_ids for done in Generator(model).sample(plain)]
     assert [done.token_ids for done in Generator(model).sample(fresh)] == expected
+
+
+def test_what_is_no_request_is_refused():
+    generator = Generator(tiny_model())
+    request = Request((5, 6), 2)
+    with pytest.raises(ValueError, match="must be a sequence of them"):
+        generator.sample(request)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="request 0 is a list: must be a Request"):
+        generator.sample([[5, 6]])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="request 0 has prompt_ids of 2 dimensions"):
+        generator.sample([Request(torch.tensor([[5, 6]]), 2)])  # pyright: ignore[reportArgumentType]

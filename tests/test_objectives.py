@@ -44,7 +44,8 @@ def test_entries_build_their_objectives_from_their_named_options():
 
 def test_objectives_are_encoded_as_a_name_and_numbers():
     for objective in BUILT.values():
-        code = objective_codes.encode(objective)
+        is_policy = type(objective).__name__ in objective_codes.NAMES["policy"]
+        code = objective_codes.encode(objective, "policy" if is_policy else "preference")
         assert code.custom is None, objective
         assert all(type(value) is float for value in code.values), objective
         assert objective_codes.decode(code.name, code.values) == objective
@@ -52,7 +53,7 @@ def test_objectives_are_encoded_as_a_name_and_numbers():
 
 def test_a_field_of_none_is_encoded_and_decoded():
     for objective in (ops.Clipped(cap=None), ops.Clipped(cap=3.0)):
-        code = objective_codes.encode(objective)
+        code = objective_codes.encode(objective, "policy")
         assert objective_codes.decode(code.name, code.values) == objective
 
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from expo_fast.kernels import reference
 from expo_fast.kernels.preferences import Pairs
 from expo_fast.ops import (
+    Clipped,
     Cpo,
     Dpo,
     DpoPositive,
@@ -20,6 +21,8 @@ from expo_fast.ops import (
     Orpo,
     RDpo,
     SimPo,
+    group_advantage,
+    linear_policy_loss,
     linear_preference_loss,
 )
 from judges import (
@@ -296,3 +299,35 @@ def test_inconsistent_pair_arguments_are_named():
 def test_objectives_with_invalid_coefficients_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_reference_log_prob_for_each_row_is_refused():
+    """Otherwise it would add pairs without rows."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, 16, generator=random)
+    weight = torch.randn(50, 16, generator=random)
+    targets = torch.arange(8)
+    ids = torch.arange(4).repeat_interleave(2)
+    with pytest.raises(ValueError, match="for each of 8 rows, whose ids are of 2 pairs: sum it"):
+        linear_preference_loss(hidden, weight, targets, ids, ref_logp=torch.zeros(8))
+
+
+def test_what_is_no_objective_is_refused():
+    hidden = torch.zeros(2, 4)
+    weight = torch.zeros(5, 4)
+    targets = torch.zeros(2, dtype=torch.int64)
+    ones = torch.ones(2)
+    wrong: list[tuple[Any, str]] = [
+        ("grpo", "must be an object such as Clipped"),
+        (Clipped, "must be an object such as Clipped"),
+        (Dpo(), "is no policy objective such as Clipped"),
+    ]
+    for objective, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            linear_policy_loss(hidden, weight, targets, ones, ones, objective=objective)
+    clipped: Any = Clipped(0.2, 0.2)
+    with pytest.raises(ValueError, match="is no preference objective such as Dpo"):
+        linear_preference_loss(hidden, weight, targets, torch.arange(2), objective=clipped)
+    rewards: Any = [1.0]
+    with pytest.raises(ValueError, match="rewards is a list: must be a tensor"):
+        group_advantage(rewards, torch.zeros(1))

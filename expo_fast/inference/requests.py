@@ -45,6 +45,8 @@ def check_requests(requests: Sequence[Request], shape: Shape, *, has_tokenizer: 
     """
     checked: dict[int, Sequence[int]] = {}  # prompts by id(), because requests may share a prompt
     for index, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise ValueError(f"request {index} is a {type(request).__name__}: must be a Request")
         prompt_ids = request.prompt_ids
         if id(prompt_ids) not in checked:
             _check_prompt(index, prompt_ids, shape)
@@ -57,6 +59,10 @@ def check_requests(requests: Sequence[Request], shape: Shape, *, has_tokenizer: 
 
 
 def _check_prompt(index: int, ids: Sequence[int], shape: Shape) -> None:
+    if getattr(ids, "ndim", 1) != 1:
+        raise ValueError(
+            f"request {index} has prompt_ids of {ids.ndim} dimensions: need those of one prompt"  # pyright: ignore[reportAttributeAccessIssue]
+        )
     if not _are_integers(ids):
         raise ValueError(f"request {index} has prompt_ids={ids!r}: need a sequence of integers")
     if not len(ids):

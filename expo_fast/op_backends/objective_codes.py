@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,6 +19,10 @@ def _built_in() -> dict[str, type]:
 
 
 BUILT_IN = _built_in()
+NAMES = {
+    "policy": {entry.objective.__name__ for entry in POLICY_OBJECTIVES.values()},
+    "preference": {entry.objective.__name__ for entry in PREFERENCE_OBJECTIVES.values()},
+}
 # (name, type) of the fields of each class, because torch.compile cannot trace dataclasses.fields
 FIELDS = {name: [(f.name, f.type) for f in fields(kind)] for name, kind in BUILT_IN.items()}
 
@@ -42,13 +46,19 @@ _custom_objectives: WeakValueDictionary[str, CustomObjective] = WeakValueDiction
 _numbers = itertools.count()
 
 
-def encode(objective: Callable) -> ObjectiveCode:
+def encode(objective: Callable, kind: Literal["policy", "preference"]) -> ObjectiveCode:
     """Return the code of an objective.
 
-    Raise ValueError if torch.compile traces the call and the objective is not built in.
+    Raise ValueError for what is no objective of this kind, and if torch.compile traces the call and
+    the objective is not built in.
     """
     name = type(objective).__name__
+    example = "Clipped(0.2, 0.2)" if kind == "policy" else "Dpo(beta=0.1)"
+    if isinstance(objective, type) or not callable(objective):
+        raise ValueError(f"objective={objective!r}: must be an object such as {example}")
     if BUILT_IN.get(name) is type(objective):
+        if name not in NAMES[kind]:
+            raise ValueError(f"objective={objective!r}: is no {kind} objective such as {example}")
         values = []
         for field, _ in FIELDS[name]:
             value = getattr(objective, field)
