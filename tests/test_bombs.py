@@ -207,5 +207,6 @@ def test_a_fault_of_the_rules_leaves_an_answer_undecided(monkeypatch):
         raise ArithmeticError("a fault")
 
     monkeypatch.setattr(answer_grading, "decide", fails)
-    (judged,) = Verifier(workers=1).judge_with_reasons(["1"], [r"\boxed{2}"])
+    with pytest.warns(UserWarning, match="rules of the grader failed on .*'2'.*a fault"):
+        (judged,) = Verifier(workers=1).judge_with_reasons(["1"], [r"\boxed{2}"])
     assert (judged.reason, judged.score) == ("crash", None)

@@ -204,6 +204,19 @@ def late(completions, trainer_state, **columns):
 """
 
 
+def status_of_run(folder: Path, name: str, *, steps: int, more: str) -> int:
+    """Return the exit status of a run with one of the functions above."""
+    save_model(tiny_model(), tiny_tokenizer(), folder / "model")
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(MISTAKES)
+    given = f"--method grpo --model {folder}/model --train-data {folder}/train.jsonl "
+    given += f"--steps {steps} --output-dir {folder}/run --reward {folder}/rewards.py:{name} "
+    given += "--eval-every 0 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 "
+    given += f"--dtype float32 --report-to none {more}"
+    return exit_status.run_command("train", given.split())
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -217,30 +230,16 @@ def late(completions, trainer_state, **columns):
     ],
 )
 def test_a_run_ends_with_one_sentence(name, sentence, tmp_path: Path, capsys):
-    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
-    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(2)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "rewards.py").write_text(MISTAKES)
-    given = f"--method grpo --model {tmp_path}/model --train-data {tmp_path}/train.jsonl --steps 1 "
-    given += "--eval-every 0 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 "
-    given += f"--output-dir {tmp_path}/run --reward {tmp_path}/rewards.py:{name} "
-    given += "--reward-timeout 0.1 --dtype float32 --report-to none"
-    assert exit_status.run_command("train", given.split()) == exit_status.USER_ERROR
+    status = status_of_run(tmp_path, name, steps=1, more="--reward-timeout 0.1")
+    assert status == exit_status.USER_ERROR
     printed = capsys.readouterr().err.splitlines()
     assert printed[-1].startswith(sentence)
     assert not any("Traceback" in line for line in printed)
 
 
 def test_the_steps_before_a_mistake_are_saved(tmp_path: Path, capsys):
-    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
-    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "rewards.py").write_text(MISTAKES)
-    given = f"--method grpo --model {tmp_path}/model --train-data {tmp_path}/train.jsonl --steps 3 "
-    given += "--eval-every 0 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 "
-    given += f"--output-dir {tmp_path}/run --reward {tmp_path}/rewards.py:late "
-    given += "--checkpoint-every 3 --dtype float32 --report-to none"
-    assert exit_status.run_command("train", given.split()) == exit_status.USER_ERROR
+    status = status_of_run(tmp_path, "late", steps=3, more="--checkpoint-every 3")
+    assert status == exit_status.USER_ERROR
     printed = capsys.readouterr()
     assert "reward function late raised ZeroDivisionError" in printed.err
     assert printed.out.splitlines()[-1] == (

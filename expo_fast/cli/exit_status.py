@@ -34,7 +34,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         with one_line_warnings():
             main(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and prints_to_nobody():
+        if isinstance(error, BrokenPipeError) and output_is_closed():
             return BROKEN_PIPE
         if prints(error):
             print(f"error: {error}", file=sys.stderr)
@@ -95,7 +95,7 @@ def one_line_warnings() -> Iterator[None]:
         warnings.formatwarning = original
 
 
-def prints_to_nobody() -> bool:
+def output_is_closed() -> bool:
     """Return whether what reads stdout or stderr has ended. Another pipe may be broken too."""
     poller = select.poll()
     for stream in (sys.stdout, sys.stderr):

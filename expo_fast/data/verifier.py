@@ -7,6 +7,7 @@ process is killed and replaced. Answers that are too large to compute are not gi
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -232,7 +233,11 @@ def reason_without_worker(job: Comparison) -> Reason | None:
             return "exact" if right else "wrong"
         if is_too_large(job.reference) or is_too_large(job.answer):
             return "too_large"
-    except Exception:  # a fault of ours, which must not end a run that samples such a text
+    except Exception as error:  # a fault of ours, which must not end a run that samples such a text
+        warnings.warn(
+            f"the rules of the grader failed on {job}: {error!r}: the answer is left undecided",
+            stacklevel=2,
+        )
         return "crash"
     return None
 
