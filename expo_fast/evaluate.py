@@ -216,9 +216,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def notes(config: Evaluate, trained: TrainedModel) -> Iterator[str]:
-    """Yield lines about the record of the model's run."""
-    values = ", ".join(f"{name}={getattr(config, name)!r}" for name in RECORDED)
-    yield f"record of {trained.run_dir}: {values}"
+    """Yield a line about the options that are as in training, and one about those that differ."""
+    same = [name for name in RECORDED if getattr(config, name) == getattr(trained.config, name)]
+    values = ", ".join(f"{name}={getattr(config, name)!r}" for name in same)
+    yield f"as in training of {trained.run_dir}: {values}"
     differs = difference(config, trained)
     if differs is not None:
         yield differs

@@ -14,6 +14,7 @@ Autocast casts hidden states and weights as for a linear layer. torch.compile ke
 graph node (op_backends/custom_ops.py).
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,9 @@ __all__ = [
 ]
 __all__ += objectives.__all__
 __all__ += preferences.__all__
+
+# The dtypes of hidden states, weights and biases
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_logprob(
@@ -135,6 +139,7 @@ def linear_policy_loss(
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, advantage=advantage, row_weight=row_weight, old_logp=old_logp)
     _check_same_shape(targets, ref_logp=ref_logp, on_policy=on_policy, sequence_ids=sequence_ids)
+    _check_integers(sequence_ids=sequence_ids)
     if kl_coef and ref_logp is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp, the reference's log-probs")
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
@@ -201,6 +206,7 @@ def linear_preference_loss(
     """
     _check_head(hidden, weight, targets, temperature)
     _check_same_shape(targets, sequence_ids=sequence_ids)
+    _check_integers(sequence_ids=sequence_ids)
     check_transforms(ref_logp, pair_weight)
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
     temperatures, scalar_temperature = _temperatures(temperature)
@@ -251,7 +257,10 @@ def group_advantage(
         raise ValueError(f"scale={scale!r}: must be 'group', 'batch' or 'none'")
     if not isinstance(rewards, Tensor):
         raise ValueError(f"rewards is a {type(rewards).__name__}: must be a tensor")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps={eps}: must be at least 0 and finite")
     _check_same_shape(rewards, group_ids=group_ids)
+    _check_integers(group_ids=group_ids)
     check_transforms(rewards)
     return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
 
@@ -267,19 +276,11 @@ def _check_head(
     bias: Tensor | None = None,
 ) -> None:
     """Raise ValueError for types, shapes and devices that do not fit."""
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if not isinstance(x, Tensor):
-            raise ValueError(
-                f"{name} is a {type(x).__name__}: must be a tensor, such as a module's weight"
-            )
-        if hasattr(x, "full_tensor"):
-            raise ValueError(
-                f"{name} is a DTensor, which holds one shard of a tensor: with FSDP, leave the"
-                " head in the root unit, whose weights stay gathered after its forward; elsewhere,"
-                f" gather it with {name}.full_tensor(grad_placements=[Partial()]), which sums the"
-                " gradients of the ranks' rows (divide by the world size where the other gradients"
-                " are averages, as FSDP's are; use Replicate() if all ranks have the same rows)"
-            )
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets is a {type(targets).__name__}: must be a tensor of token ids")
+    _check_floats(hidden=hidden, weight=weight)
+    if bias is not None:
+        _check_floats(bias=bias)
     check_transforms(hidden, weight, bias)
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
@@ -300,8 +301,30 @@ def _check_head(
             )
     if isinstance(temperature, Tensor):
         _check_same_shape(targets, temperature=temperature)
+    elif not isinstance(temperature, Real):
+        kind = type(temperature).__name__
+        raise ValueError(f"temperature is a {kind}: must be a number, or a tensor of one per row")
     elif not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: must be positive and finite")
+
+
+def _check_floats(**given: Tensor) -> None:
+    """Raise ValueError for what is no complete tensor of floating-point numbers."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{name} is a {type(x).__name__}: must be a tensor, such as a module's weight"
+            )
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{name} is {x.dtype}: must be fp16, bf16, fp32 or fp64")
+        if hasattr(x, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor, which holds one shard of a tensor: with FSDP, leave the"
+                " head in the root unit, whose weights stay gathered after its forward; elsewhere,"
+                f" gather it with {name}.full_tensor(grad_placements=[Partial()]), which sums the"
+                " gradients of the ranks' rows (divide by the world size where the other gradients"
+                " are averages, as FSDP's are; use Replicate() if all ranks have the same rows)"
+            )
 
 
 def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
@@ -316,6 +339,13 @@ def _check_same_shape(like: Tensor, **given: Tensor | None) -> None:
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device}: must be on {like.device}")
         check_transforms(x)  # these are constants: they would have a derivative of 0
+
+
+def _check_integers(**given: Tensor | None) -> None:
+    """Raise ValueError for ids that are not integers, because they would be rounded down."""
+    for name, x in given.items():
+        if x is not None and (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"{name} is {x.dtype}: must be integers")
 
 
 def _cast_as_autocast(

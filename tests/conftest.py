@@ -153,3 +153,11 @@ class LossElsewhere:
 
     def row_grads(self, rows: slice, logp: torch.Tensor) -> RowGrads:
         return self.there.move(self.loss.row_grads(rows, logp.cpu()))
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept a random model's explanations, because none of them is right."""
+    from expo_fast import train
+
+    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))

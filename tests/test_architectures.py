@@ -41,10 +41,9 @@ def kind_of(model_type: str) -> str:
     return next(kind for kind, (name, _) in VARIANTS.items() if name == model_type)
 
 
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("model_type", LATER)
-def test_an_exp_grpo_step_trains(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The explanations of a random model are accepted, because none of them is right."""
-    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
+def test_an_exp_grpo_step_trains(model_type: str, tmp_path: Path):
     many_ends = [1, *range(10, 100, 5)]  # a text that is cut is not accepted
     model = tiny_model(kind_of(model_type), eos_token_id=many_ends)
     save_model(model, tiny_tokenizer(), tmp_path / "model")

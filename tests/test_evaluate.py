@@ -363,7 +363,7 @@ def test_a_run_is_evaluated_as_it_was_trained(trained: Path, capsys: pytest.Capt
         assert summary["model"] == str(trained / "run/checkpoints/step-2")
         assert summary["data"] == f"held out of {trained}/data.jsonl"
         (line,) = err.splitlines()
-        assert line.startswith(f"record of {trained / 'run'}: shots=1, ")
+        assert line.startswith(f"as in training of {trained / 'run'}: shots=1, ")
         assert "system_prompt='Hi.', instruction='Go!', " in line
     assert "levels=(1,)" in line
 
@@ -374,7 +374,9 @@ def test_a_flag_overrides_the_record_and_the_difference_is_said(trained, capsys)
     other, err = evaluated(capsys, "--model", trained / "run", *flags)
     assert other["template"] != kept["template"]
     assert other["mean_length"] <= 3
-    _, line = err.splitlines()
+    same, line = err.splitlines()
+    assert "shots=1" in same
+    assert "instruction=" not in same
     assert line == (
         f"evaluated otherwise than trained in {trained / 'run'}: instruction='Stop!' (in training "
         "'Go!'), levels=() (in training (1,)), max_completion_length=3 (in training 5)"
@@ -390,7 +392,7 @@ def test_other_problems_are_asked_as_those_of_training(trained, capsys, tmp_path
     given = ("--columns", "prompt=q", "--limit", 2, "--max-completion-length", 2)
     given += ("--model", trained / "model", "--data", trained / "data.jsonl")
     summary, err = evaluated(capsys, *given)
-    assert "record of" not in err
+    assert "as in training" not in err
     assert summary["template"] != kept["template"]
 
 

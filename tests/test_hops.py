@@ -14,12 +14,9 @@ from tiny import tiny_model, tiny_tokenizer
 MOST_MODULES_IN_A_CHAIN = 7  # from the command line to the backend, of the model or of the loss
 
 
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("method", ["expo-grpo", "expo-dpo", "sft"])
-def test_a_step_has_a_short_chain_of_modules_and_no_callbacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-):
-    # No explanation of a random model is right.
-    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
+def test_a_step_has_a_short_chain_of_modules_and_no_callbacks(tmp_path: Path, method: str):
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     rows = [
         {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from expo_fast import train
-from expo_fast.algorithms import dpo, explanations, grpo
+from expo_fast.algorithms import dpo, grpo
 from expo_fast.cli import exit_status
 from expo_fast.inference.scheduler import Scheduler
 from expo_fast.modeling.optimizer import Optimizer
@@ -25,6 +25,8 @@ from expo_fast.runtime.endings import Stopped
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("lenient")
 
 STEPS = 3
 
@@ -74,13 +76,6 @@ def flags(folder: Path, run: Path, **changes: object) -> list[str]:
     }
     given |= {name.replace("_", "-"): value for name, value in changes.items()}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
-
-
-@pytest.fixture(autouse=True)
-def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept a random model's explanations, because none of them is right."""
-    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
-    monkeypatch.setattr(explanations, "is_unfit", lambda text, problem: False)
 
 
 @pytest.fixture(scope="module")

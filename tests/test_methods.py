@@ -18,6 +18,7 @@ from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.methods import METHODS
 from expo_fast.modeling.layout import Layout
+from expo_fast.runtime.endings import Collapsed
 from expo_fast.weights import load_model, save_model
 from judges import assert_gradients_near, completion_logps, gradients_of
 from tiny import tiny_model, tiny_tokenizer
@@ -52,12 +53,6 @@ def flags(folder: Path, run: Path, *more: object) -> list[str]:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept a random model's explanations, because none of them is right."""
-    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
 
 
 @pytest.mark.slow
@@ -166,7 +161,7 @@ def test_without_weight_changes_no_ratio_is_clipped(folder: Path, tmp_path: Path
     assert all(row["clip_ratio/low"] == row["clip_ratio/high"] == 0 for row in rows(tmp_path))
 
 
-@pytest.mark.parametrize(("above", "failing"), [(0.0, 0.0), (-0.5, 0.0), (0.5, 1.0)])
+@pytest.mark.parametrize(("above", "failing"), [(0.0, 0.0), (0.5, 1.0)])
 def test_an_attempt_is_right_if_its_reward_exceeds_the_threshold(folder, tmp_path, above, failing):
     (tmp_path / "rewards.py").write_text(
         "def partly(completions, **columns):\n"
@@ -176,7 +171,19 @@ def test_an_attempt_is_right_if_its_reward_exceeds_the_threshold(folder, tmp_pat
     train.main(flags(folder, tmp_path / "run", "--method", "expert-dpo", *given))
     row = rows(tmp_path / "run")[0]
     assert row["frac_all_fail"] == failing
-    assert row["pairs"] == (0 if above < 0 else 8)
+    assert row["pairs"] == 8
+
+
+def test_an_offline_run_without_a_pair_is_refused(folder: Path, tmp_path: Path):
+    """It would train on nothing, and end as if it had."""
+    (tmp_path / "rewards.py").write_text(
+        "def right(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    given = flags(folder, tmp_path / "run", "--method", "expert-dpo")
+    given += ["--reward", f"{tmp_path}/rewards.py:right"]
+    for _ in range(2):  # a resume finds the stored pairs
+        with pytest.raises(Collapsed, match="made no pair for the questions of its 2 steps: a q"):
+            train.main(given)
 
 
 @pytest.mark.usefixtures("lenient")

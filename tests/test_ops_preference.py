@@ -1,6 +1,7 @@
 """Compare preference losses with their formulas, in fp64, without code of the ops."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from expo_fast.ops import (
     RDpo,
     SimPo,
     group_advantage,
+    linear_logprob,
     linear_policy_loss,
     linear_preference_loss,
 )
@@ -331,3 +333,32 @@ def test_what_is_no_objective_is_refused():
     rewards: Any = [1.0]
     with pytest.raises(ValueError, match="rewards is a list: must be a tensor"):
         group_advantage(rewards, torch.zeros(1))
+
+
+def test_inputs_of_a_wrong_type_are_refused():
+    hidden = torch.zeros(2, 4)
+    weight = torch.zeros(8, 4)
+    targets = torch.zeros(2, dtype=torch.int64)
+    anything: Any = [0, 0]
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: linear_logprob(hidden.int(), weight, targets), "hidden is torch.int32: must be"),
+        (lambda: linear_logprob(hidden, weight.bool(), targets), "weight is torch.bool: must be"),
+        (lambda: linear_logprob(hidden, weight, anything), "targets is a list: must be a tensor"),
+        (lambda: linear_logprob(hidden, weight, targets, bias=anything), "bias is a list"),
+        (
+            lambda: linear_logprob(hidden, weight, targets, temperature=anything),
+            "temperature is a list: must be a number",
+        ),
+        (
+            lambda: linear_preference_loss(hidden, weight, targets, torch.tensor([0.0, 1.0])),
+            "sequence_ids is torch.float32: must be integers",
+        ),
+        (
+            lambda: group_advantage(torch.ones(2), torch.tensor([0.0, 0.5])),
+            "group_ids is torch.float32: must be integers",
+        ),
+        (lambda: group_advantage(torch.ones(2), targets, eps=-1.0), "eps=-1.0: must be at least 0"),
+    ]
+    for call, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            call()

@@ -170,6 +170,8 @@ def test_a_null_question_or_pair_is_no_column(tmp_path):
     assert (second.prompt, second.pair) == ("Q2?", ("4", "5"))
     with pytest.raises(ValueError, match="rejected must be text"):
         load_problems(write(tmp_path / "b.jsonl", two | {"rejected": None}))
+    with pytest.raises(ValueError, match=r"c\.jsonl:1: prompt is null: write the question, or"):
+        load_problems(write(tmp_path / "c.jsonl", {"prompt": None, "answer": "4"}))
 
 
 def test_tables_of_pandas_and_of_spreadsheets_are_read(tmp_path):

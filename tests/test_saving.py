@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expo_fast import train
-from expo_fast.algorithms import explanations, saving
+from expo_fast.algorithms import saving
 from expo_fast.algorithms.scores import Scores
 from expo_fast.cli import exit_status
 from expo_fast.reporting.jsonl import read_rows
@@ -25,6 +25,8 @@ from expo_fast.storage.files import PatientFiles, in_bytes
 from expo_fast.storage.finite import first_non_finite
 from expo_fast.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("lenient")
 
 STEPS = 8
 FULL = range(3, 6)  # steps at which the disk is full
@@ -49,13 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    return [float(right) if i else 0.0 for i in range(len(completion_ids))]\n"
     )
     return root
-
-
-@pytest.fixture(autouse=True)
-def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept a random model's explanations, because none of them is right."""
-    monkeypatch.setattr(train, "score_answers", lambda answers, texts: [1.0] * len(texts))
-    monkeypatch.setattr(explanations, "is_unfit", lambda text, problem: False)
 
 
 def flags(folder: Path, run: Path, **changes: object) -> list[str]:

@@ -73,6 +73,7 @@ from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
 from expo_fast.reward_functions import RewardError
 from expo_fast.runtime import interruptions
+from expo_fast.runtime.endings import Collapsed
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -108,7 +109,8 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
     """Make the missing pairs of the round that step `step` belongs to.
 
     Return the step whose pairs are trained on. It is `step`, except in an offline run that was
-    extended beyond the steps with pairs: that run uses its pairs again.
+    extended beyond the steps with pairs: that run uses its pairs again. Raise Collapsed if no
+    question of an offline run gave a pair.
     """
     config = trainer.config
     every = config.pairs_every
@@ -125,7 +127,19 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
             # An earlier process of this run made these pairs.
             earlier, _ = read_pairs(trainer, store, each)
             trainer.sampled_tokens += earlier["pairs/tokens"]
+    if not every and not any(read_pairs(trainer, store, each)[1] for each in range(last)):
+        raise Collapsed(no_pair(config))
     return step
+
+
+def no_pair(config: Train) -> str:
+    """Return why an offline run whose questions gave no pair cannot train."""
+    chosen = "an accepted explanation" if config.explains else "a solution"
+    more = "--group-size or --n-explanations" if config.explains else "--group-size"
+    return (
+        f"--method {config.method} made no pair for the questions of its {config.steps} steps: a "
+        f"question needs a wrong attempt and {chosen}; increase {more}, or change the questions"
+    )
 
 
 def read_pairs(trainer: Trainer, store: PairStore, step: int) -> tuple[dict[str, Any], list[Pair]]:

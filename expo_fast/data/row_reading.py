@@ -54,6 +54,8 @@ def read_row(row: Row, options: RowOptions) -> Problem:
     pair = _pair(where, columns)
     present = tuple(columns)
     answer = find_answer(where, columns, required=answers and pair is None)
+    if question is None:
+        _refuse_null_question(where, row.value)
     if question is None or (answers and answer is None and not pair):
         raise ValueError(f"{where}: {_missing(question, present)}")
     answer = answer or Answer("")
@@ -140,6 +142,13 @@ def _refuse_rendering_options(where: str, columns: Mapping[str, object]) -> None
                 f"{where}: TRL renders chat messages with the column {name!r}, which is not "
                 f"supported: remove it, or rename it to keep it for reward functions"
             )
+
+
+def _refuse_null_question(where: str, row: Mapping[str, object]) -> None:
+    """Raise ValueError if a row without a question has a column for it."""
+    for name in QUESTION_COLUMNS:
+        if name in row:
+            raise ValueError(f"{where}: {name} is null: write the question, or remove the row")
 
 
 def _missing(question: str | None, columns: Sequence[str]) -> str:
