@@ -76,7 +76,7 @@ def linear_logprob(
         _as_rows(hidden),
         weight,
         bias,
-        targets.reshape(-1),
+        _flat(targets),
         temperatures,
         scalar_temperature,
         backend,
@@ -219,8 +219,8 @@ def linear_preference_loss(
         code.values,
         _flat(targets),
         _flat(sequence_ids),
-        _detached(ref_logp),
-        _detached(pair_weight),
+        _constant(ref_logp),
+        _constant(pair_weight),
         temperatures,
         scalar_temperature,
         backend,
@@ -381,13 +381,20 @@ def _need_gradients(*inputs: Tensor | None) -> list[bool]:
 def _temperatures(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """Return (tensor, scalar). The scalar is read if the tensor is None."""
     if isinstance(temperature, Tensor):
-        return temperature.detach().reshape(-1), 1.0
+        return _flat(temperature), 1.0
     return None, float(temperature)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.detach().reshape(-1)
+    return x if x is None else _constant(x).reshape(-1)
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.detach()
+def _constant(x: Tensor | None) -> Tensor | None:
+    """Return a tensor without a gradient, which autograd can save if x is from inference mode."""
+    if x is None:
+        return None
+    if torch.compiler.is_compiling():  # a compiled graph cannot ask for the mode
+        return x.detach()
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        return x.clone()
+    return x.detach()

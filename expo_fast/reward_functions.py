@@ -278,7 +278,7 @@ def reward_columns(problems: Sequence[Problem]) -> dict[str, list[object]]:
         row = {
             **problem.columns,
             "id": problem.id,
-            "answer": problem.answer,
+            "answer": problem.answer or None,
             "solution": problem.solution or problem.columns.get("solution"),
             "level": problem.level,
         }

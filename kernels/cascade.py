@@ -97,8 +97,8 @@ def plan(tables: Tensor, sizes: Sizes, rows_per_item: int) -> tuple[Tensor, Tens
     # The longest items start first.
     items.sort(key=lambda item: (item.first_page - item.end_page, -item.n_rows))
     return (
-        torch.tensor(items, dtype=torch.int32).view(-1, FIELDS),
-        torch.tensor(used, dtype=torch.int32),
+        torch.tensor(items, dtype=torch.int32, device="cpu").view(-1, FIELDS),
+        torch.tensor(used, dtype=torch.int32, device="cpu"),
     )
 
 

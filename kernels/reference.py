@@ -227,7 +227,8 @@ def _write_logits(
     matmul(head.hidden, weight, z, narrow=head.narrow)
     if head.bias is not None:
         # A bias of -inf forbids a token. Its exp(u) u must be 0, not 0 * inf.
-        z.add_(head.bias.clamp(min=-1e30))
+        least = max(-1e30, torch.finfo(head.bias.dtype).min)
+        z.add_(head.bias.clamp(min=least))
     if isinstance(head.temperature, Tensor):
         z.div_(head.temperature[:, None])
     elif head.temperature != 1:

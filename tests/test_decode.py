@@ -24,6 +24,7 @@ from expo_fast.inference import cuda_engine, paged_attention, sampling
 from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.decode_step import DecodeStep, StepKey
 from expo_fast.inference.joined_weights import JoinedWeights
+from expo_fast.inference.prefill import Segment, prefill_batches
 from expo_fast.inference.sampling import Truncation
 from expo_fast.kernels import blocks, decode, draw, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
@@ -840,3 +841,31 @@ def test_a_gpu_computes_prompts_with_the_kernels_of_a_step(kind, monkeypatch):
     assert not runs
     monkeypatch.undo()
     assert_same(by_kernels, sample(model, asked, "torch"))
+
+
+def test_a_call_in_inference_mode_does_not_break_later_calls():
+    """The engine is kept. Tensors made in inference mode cannot be written outside it."""
+    generator = Generator(tiny_model(dtype=torch.bfloat16).to(DEVICE), backend="triton")
+    asked = [Request((20, 21, 22), 4, seed=seed) for seed in range(3)]
+    with torch.inference_mode():
+        first = generator.sample(asked)
+    second = generator.sample(asked)
+    assert [done.token_ids for done in first] == [done.token_ids for done in second]
+
+
+def test_the_default_device_changes_nothing():
+    model = tiny_model(dtype=torch.bfloat16).to(DEVICE)
+    asked = [Request(tuple(range(20, 24 + seed)), 4, seed=seed) for seed in range(3)]
+    expected = Generator(model, backend="triton").sample(asked)
+    with torch.device("meta"):
+        found = Generator(model, backend="triton").sample(asked)
+    assert [done.token_ids for done in found] == [done.token_ids for done in expected]
+
+
+def test_prompts_that_see_many_keys_are_run_in_several_batches():
+    """A GPU copies the keys that each prompt sees, also if prompts share them."""
+    segments = [Segment(torch.arange(n), start=90, table=[1, 2]) for n in (5, 5, 5, 200)]
+    batches = prefill_batches(segments, 1000, max_keys=200)
+    assert [batch.lengths for batch in batches] == [[5, 5], [5], [200]]
+    batches = prefill_batches(segments, 1000)
+    assert [batch.lengths for batch in batches] == [[5, 5, 5, 200]]

@@ -389,6 +389,25 @@ def test_the_default_dtype_and_device_of_torch_change_nothing(backend: str):
             assert same(Generator(model, backend=backend).sample(asked), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(backend: str, dtype, cast_to):
+    """It would write keys in another dtype than the cache's."""
+    generator = Generator(tiny_model(dtype=dtype), backend=backend)
+    expected = generator.sample(requests())
+    with torch.autocast("cpu", dtype=cast_to):
+        found = generator.sample(requests())
+        assert torch.is_autocast_enabled("cpu")
+    assert same(found, expected)
+
+
+def test_a_consumer_keeps_its_modes_while_it_has_results(backend: str):
+    with torch.autocast("cpu"), torch.inference_mode():
+        for _ in Generator(tiny_model(), backend=backend).stream(requests()):
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.is_inference_mode_enabled()
+
+
 def test_token_ids_may_be_any_integers(backend: str):
     model, (asked,) = tiny_model(), requests(1)
     for ids in (np.array(asked.prompt_ids, np.int32), torch.tensor(asked.prompt_ids).int()):

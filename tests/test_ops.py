@@ -525,3 +525,17 @@ def test_advantages_of_no_rewards_and_of_invalid_rewards():
         group_advantage(torch.tensor([0.0, float("inf")]), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="scale='std'"):
         group_advantage(torch.zeros(2), torch.zeros(2), scale="std")
+
+
+def test_a_bias_of_fp16_may_forbid_a_token():
+    """The bound of such a bias must be a number of its dtype."""
+    hidden = torch.randn(4, 8).half()
+    weight = torch.randn(16, 8).half()
+    bias = torch.zeros(16).half()
+    bias[7] = -torch.inf
+    targets = torch.arange(4)
+    found = linear_logprob(hidden, weight, targets, bias=bias)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert torch.allclose(found.logp.double(), expected, atol=1e-5)
+    assert bool(found.entropy.isfinite().all())

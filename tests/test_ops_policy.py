@@ -291,6 +291,27 @@ def test_invalid_policy_arguments_are_named(change, message):
         linear_policy_loss(**given)
 
 
+def test_constants_may_be_from_inference_mode():
+    """Samplers compute old log-probs in it. Autograd refuses to save such tensors."""
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(16, 8, requires_grad=True)
+
+    def loss_of() -> Tensor:
+        old = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+        targets = torch.tensor([1, 2, 3, 4])
+        ones = torch.ones(4)
+        given = (targets, old, ones)
+        more = {"old_logp": old, "ref_logp": old, "kl_coef": 0.1, "temperature": ones}
+        with torch.inference_mode(False):
+            return linear_policy_loss(hidden, weight, *given, **more).loss
+
+    expected = torch.autograd.grad(loss_of(), (hidden, weight))
+    with torch.inference_mode():
+        loss = loss_of()
+    found = torch.autograd.grad(loss, (hidden, weight))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

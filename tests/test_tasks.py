@@ -381,7 +381,10 @@ def test_a_prompt_that_asks_nothing_is_refused(save, prompt):
         (lines({**ROW, "answer": ["42"]}), r'{path}:1: answer must be .*, not \["42"\]'),
         (lines({**ROW, "answer": True}), "{path}:1: answer must be .*, not true"),
         (lines({**ROW, "solution": 3}), "{path}:1: solution must be text, not 3"),
-        (lines({**ROW, "level": "hard"}), '{path}:1: level must be a whole number .*, not "hard"'),
+        (
+            lines({**ROW, "level": "hard"}),
+            '{path}:1: level must be a whole number .*, not "hard": rename',
+        ),
         (lines({**ROW, "level": 1.5}), "{path}:1: level must be a whole number .*, not 1.5"),
         (lines({**ROW, "level": True}), "{path}:1: level must be a whole number"),
         (lines({**ROW, "id": ""}), "{path}:1: id must be text"),

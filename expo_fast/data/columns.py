@@ -117,7 +117,10 @@ def read_level(what: str, value: object) -> int | None:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ValueError(f"{what} must be a whole number or text such as 'Level 5', not {shown(value)}")
+    raise ValueError(
+        f"{what} must be a whole number or text such as 'Level 5', not {shown(value)}: rename the "
+        "column to keep it for reward functions"
+    )
 
 
 def read_id(what: str, value: object) -> str:

@@ -11,7 +11,8 @@ ended. A burst is started before the previous one is read, so that the GPU does 
 exceptions are that no row can continue, or that a request waits for a free row. The only host sync
 is the wait for a burst's copy of its tokens. Rows are loaded again after sequences were admitted,
 or when too many rows have ended. Until then, an ended row continues. It writes to page 0 or to
-pages without another owner before the next load, and its samples are not read.
+pages without another owner before the next load, and its samples are not read. A call uses the
+stream that is current when it begins, also if its consumer changes the stream between two results.
 
 Between calls: the slab is freed after every call, so that the trainer can use its memory. Graphs
 are kept, because capturing them takes about as long as a short call. They are valid while the model
@@ -38,6 +39,7 @@ from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import is_plain
 from expo_fast.inference.sampling import Drawn
 from expo_fast.inference.torch_engine import TorchEngine
+from expo_fast.modeling.attention import varlen_runs
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.hooks import has_hooks
 
@@ -51,6 +53,9 @@ ROW_BUCKETS = (8, 16, 32, 64, 128, 256)  # larger numbers are rounded up to a mu
 # product take 2.2 GB for a 3B model, and each layer copies the keys and values that a batch sees.
 CUDA_PREFILL_TOKENS = 32768
 MIN_TABLE_WIDTH = 16  # pages; doubled until it suffices
+# Keys of several prompts in one forward pass. Each layer copies those that a prompt sees, also if
+# prompts share them: 0.5 GB for a model of 8 key-value heads of 128.
+CUDA_PREFILL_KEYS = 131072
 # Fraction of ended rows above which rows are loaded again. A load costs the host about 3 ms. An
 # ended row still reads its part of the cache in every step.
 MAX_ENDED_FRACTION = 1 / 8
@@ -78,6 +83,11 @@ class Burst:
 
     both: Tensor  # (burst, token and log-prob, B) fp64
     copied: torch.cuda.Event | None  # None: they are on the host
+
+    def wait_on_stream(self) -> None:
+        """Make the current stream wait for the results."""
+        if self.copied is not None:
+            self.copied.wait()
 
     def drawn(self) -> Drawn:
         """Wait for the results and return them."""
@@ -114,21 +124,36 @@ class CudaEngine(TorchEngine):
         on_gpu = model.device.type == "cuda"
         if on_gpu:
             self.prefill_tokens = CUDA_PREFILL_TOKENS
-        if on_gpu and model.dtype.itemsize == 2:
+            self.prefill_keys = CUDA_PREFILL_KEYS
+        if varlen_runs(model.device, model.dtype, model.shape.head_dim):
             self.attention = VarlenPagedAttention
         self.fuses_prompts = on_gpu  # many programs are slow in the interpreter
         self.wants_graphs = on_gpu if graphs is None else graphs
-        self.slab_address = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.stream: torch.cuda.Stream | None = None  # of the call; None on a CPU
+        with self.own_modes():
+            self.slab_address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.steps: dict[StepKey, DecodeStep] = {}
         self.layout: list[TensorLayout] | None = None  # of the model when the steps were made
         self.joined: JoinedWeights | None = None  # for plain models
         self.graph_pool: Any = None  # handle of the memory pool that all graphs share
         self.capture_stream: torch.cuda.Stream | None = None
         self.started: Burst | None = None  # a burst that the next call of `decode` returns
+        self.unread: Burst | None = None  # a burst that was started before the last `close`
 
     # One call: open, then load and decode, then close
 
+    @contextmanager
+    def own_modes(self) -> Iterator[None]:
+        with super().own_modes():
+            if self.model.device.type == "cuda" and not self.busy:
+                self.stream = torch.cuda.current_stream(self.model.device)
+            with torch.cuda.stream(self.stream):
+                yield
+
     def open(self, n_pages: int, n_positions: int) -> None:
+        if self.unread is not None:
+            self.unread.wait_on_stream()
+            self.unread = None
         model = self.model
         shape = model.shape
         layout = tensor_layout(model)
@@ -164,7 +189,10 @@ class CudaEngine(TorchEngine):
 
     def close(self) -> None:
         super().close()
-        self.started = None  # stream order: its writes come before any later use of the memory
+        # Its writes come before any later use of the memory on the same stream. The next call may
+        # use another one, and loads rows into the same buffers.
+        self.unread = self.started
+        self.started = None
         if self.layout is None:
             self.forget_steps()
 
@@ -289,7 +317,16 @@ class CudaEngine(TorchEngine):
             self.graph_pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with uncollected(), torch.cuda.graph(graph, pool=self.graph_pool, stream=stream):
+            # thread_local: other threads may allocate memory meanwhile, such as a reward model's.
+            with (
+                uncollected(),
+                torch.cuda.graph(
+                    graph,
+                    pool=self.graph_pool,
+                    stream=stream,
+                    capture_error_mode="thread_local",
+                ),
+            ):
                 step.launch()
         except RuntimeError as error:
             torch.cuda.set_stream(main)  # a failed capture leaves torch on the other stream

@@ -7,7 +7,8 @@ An engine never calls the scheduler.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from expo_fast.inference.kv_pages import PageCopy, Table
 from expo_fast.inference.sampling import Drawn, Sampling
+from expo_fast.modeling.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,28 @@ class Engine(ABC):
     page: number of tokens of a page.
     burst: number of tokens that `decode` samples for each row before the host reads them.
     prefill_tokens: maximum number of prompt tokens in one forward pass.
+    prefill_keys: maximum number of keys that a forward pass of several prompts reads. None: no
+    maximum.
     """
 
+    model: Decoder
     page: int
     burst: int = 1
     prefill_tokens: int = 512
+    prefill_keys: int | None = None
+
+    @contextmanager
+    def own_modes(self) -> Iterator[None]:
+        """Run without the caller's autocast and inference mode, and without gradients.
+
+        Autocast would write keys in a dtype that is not the cache's. Tensors that were made in
+        inference mode cannot be written by later calls. The scheduler calls all other methods in
+        this context, and leaves it while the caller has the results.
+        """
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            for device_type in {"cpu", self.model.device.type}:
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            yield
 
     @property
     def runs_ahead(self) -> bool:

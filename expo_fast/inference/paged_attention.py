@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from expo_fast.inference.engine import Tokens
+from expo_fast.inference.engine import Tokens, cpu_int64
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.modeling.attention import Layer, causal_attention, varlen_attention
 
@@ -100,7 +100,7 @@ class VarlenPagedAttention(PagedAttention):
 
     def __init__(self, slab: Tensor, tokens: Tokens):
         super().__init__(slab, tokens)
-        query_borders = torch.tensor([0, *tokens.lengths]).cumsum(0)
+        query_borders = cpu_int64([0, *tokens.lengths]).cumsum(0)
         last = query_borders[1:] - 1
         n_seen = tokens.positions[last] + 1
         key_borders = torch.cat([n_seen.new_zeros(1), n_seen.cumsum(0)])

@@ -18,6 +18,11 @@ class Segment:
     start: int  # position of the first token
     table: Table
 
+    @property
+    def end(self) -> int:
+        """Position after the last token, which is the number of keys that this token sees."""
+        return self.start + len(self.ids)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -52,23 +57,30 @@ class PrefillBatch:
         )
 
 
-def prefill_batches(segments: Sequence[Segment], max_tokens: int) -> Iterator[PrefillBatch]:
+def prefill_batches(
+    segments: Sequence[Segment], max_tokens: int, max_keys: int | None = None
+) -> Iterator[PrefillBatch]:
     """Split segments into batches of at most max_tokens tokens, in order.
 
     A segment of more than max_tokens tokens is split into pieces. Run the batches in their order,
     because a piece attends to the earlier pieces of its segment.
+
+    max_keys: maximum number of keys of a batch of several pieces. None: no maximum.
     """
     batch: list[Piece] = []
-    size = 0
+    n_tokens = 0
+    n_keys = 0
     for index, segment in enumerate(segments):
         for piece in _pieces(index, segment, max_tokens):
-            length = len(piece.segment.ids)
-            if batch and size + length > max_tokens:
+            n_tokens += len(piece.segment.ids)
+            n_keys += piece.segment.end
+            fits = n_tokens <= max_tokens and (max_keys is None or n_keys <= max_keys)
+            if batch and not fits:
                 yield PrefillBatch(batch)
                 batch = []
-                size = 0
+                n_tokens = len(piece.segment.ids)
+                n_keys = piece.segment.end
             batch.append(piece)
-            size += length
     if batch:
         yield PrefillBatch(batch)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expo_fast.inference.engine import Engine, Rows, cpu_int64, padded_tables
 from expo_fast.inference.kv_pages import PageCopy, Pages, Table, pages_for, pages_to_fork
-from expo_fast.inference.prefill import Segment, prefill_batches
+from expo_fast.inference.prefill import PrefillBatch, Segment, prefill_batches
 from expo_fast.inference.requests import Completion, FinishReason, Request
 from expo_fast.inference.sampling import Drawn, Sampling, Truncation
 from expo_fast.inference.stop_rules import StopRules
@@ -101,12 +101,16 @@ class Scheduler:
 
     def completions(self) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) in the order in which requests finish."""
+        engine = self.engine
         try:
-            self._open()
+            with engine.own_modes():
+                self._open()
             while self.active or self.waiting:
-                yield from self._step()
+                with engine.own_modes():
+                    finished = self._step()
+                yield from finished
         finally:
-            self.engine.close()
+            engine.close()
 
     def _open(self) -> None:
         """Allocate the cache and prefill the prefix."""
@@ -185,11 +189,15 @@ class Scheduler:
         for prompt in prompts:
             ids = cpu_int64(prompt.ids[n_cached:])
             segments.append(Segment(ids, n_cached, prompt.table))
-        for batch in prefill_batches(segments, self.engine.prefill_tokens):
+        for batch in self._prefill_batches(segments):
             interruptions.check()
             hidden = self.engine.run(batch.tokens()).split(batch.lengths)
             for piece, rows in zip(batch.pieces, hidden, strict=True):
                 prompts[piece.index].hidden = rows[-1].clone()  # the last piece overwrites others
+
+    def _prefill_batches(self, segments: list[Segment]) -> Iterator[PrefillBatch]:
+        engine = self.engine
+        return prefill_batches(segments, engine.prefill_tokens, engine.prefill_keys)
 
     def _first_tokens(self, sequences: list[SampledSequence]) -> Drawn:
         """Draw the first token of each sequence from its prompt's last hidden state: (1, B)."""

@@ -63,7 +63,12 @@ class PackedAttention:
 
     def __call__(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Map q (N, H, Dh), k and v (N, Hkv, Dh) to (N, H, Dh)."""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if self.boundaries[0] != 0 or self.boundaries[-1] != len(q):
+            raise ValueError(
+                f"cu_seqlens are from {self.boundaries[0]} to {self.boundaries[-1]}: they must "
+                f"cover the pack's {len(q)} tokens"
+            )
+        if varlen_runs(q.device, q.dtype, q.shape[-1]):
             return self._varlen(layer, q, k, v)
         if native_layer.runs(q, k, v):
             return self._tree(layer, q, k, v)
@@ -80,11 +85,6 @@ class PackedAttention:
         return torch.cat(outputs)
 
     def _tree(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.boundaries[0] != 0 or self.boundaries[-1] != len(q):
-            raise ValueError(
-                f"cu_seqlens are from {self.boundaries[0]} to {self.boundaries[-1]}: they must "
-                f"cover the pack's {len(q)} tokens"
-            )
         window = min(layer.window, len(q)) if layer.window else 0
         tree = (self._boundaries_on_cpu, self._parents_on_cpu)
         out, _ = native_layer.tree_attention(q, k, v, *tree, window, layer.scale)
@@ -177,6 +177,14 @@ def copy_keys(k: Tensor, v: Tensor, copies: fused.Copies) -> tuple[Tensor, Tenso
     if fused.runs(k, v):
         return fused.copy_keys(k, v, copies)
     return k[copies.rows], v[copies.rows]
+
+
+def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether flash attention runs: 16-bit tensors on an Ampere or later GPU."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    major, _ = torch.cuda.get_device_capability(device)
+    return major >= 8 and head_dim % 8 == 0 and head_dim <= 256
 
 
 def varlen_attention(

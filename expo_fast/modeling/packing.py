@@ -282,6 +282,6 @@ def _concatenated(
         return None
     filled = []
     for logp, length in zip(logps, lengths, strict=True):
-        values = torch.zeros(length) if logp is None else logp.float()
+        values = torch.zeros(length, device="cpu") if logp is None else logp.float()
         filled.append(values)
     return torch.cat(filled)
