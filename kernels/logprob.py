@@ -45,7 +45,7 @@ from expo_fast.kernels.head import (
     logit_grads_about_lse,
 )
 from expo_fast.kernels.row_results import AT_ONCE, ROWS, largest_logits, row_results
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
+from expo_fast.kernels.triton_common import INTERPRETED, launch_device, to_bf16
 
 SAFE_SUM = 2.0**60  # the target is 41 nats below another logit; squares still fit bf16's exponent
 LOG2_E = math.log2(math.e)
@@ -113,14 +113,14 @@ def _place(index, N, V, BN: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr)
 @triton.jit
 def _logits(
     x, w, bias, n, v, V, D,
-    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Return (BN, BV) fp32 logits before temperature. They are 0 beyond N and V."""
     z = tl.zeros([BN, BV], tl.float32)
     for d in range(0, D, BD):
         a = x.load([n, d])
         b = w.load([v, d])
-        if WIDE:  # because the interpreter multiplies bf16 wrongly
+        if INTERPRETED:  # because the interpreter multiplies bf16 wrongly
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         z = tl.dot(a, b.T, z)
@@ -171,7 +171,7 @@ def softmax_sums(
     other, moment,  # (column tiles, N) out, moment in bits or None
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr,
     FLATTEN: tl.constexpr, MASK_ALL: tl.constexpr, MOMENT: tl.constexpr,
     LARGEST: tl.constexpr = False,
 ):  # fmt: skip
@@ -185,7 +185,7 @@ def softmax_sums(
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN and again is None):
         n, v = _place(index, N, V, BN, BV, GROUP)
         if again is None or tl.load(again + 1 + n // BN):
-            z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
+            z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS)
             row = n + tl.arange(0, BN)
             column = tl.arange(0, BV)
             inside = row < N
@@ -209,7 +209,7 @@ def softmax_sums(
                     tl.store(moment + at, tl.sum(p * u, 1), inside)
                 tl.store(other + at, tl.sum(p, 1), inside)
                 if STORE:
-                    e.store([n, v], to_bf16(p, WIDE))
+                    e.store([n, v], to_bf16(p))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -218,13 +218,13 @@ def logit_gradients(
     targets, scale, base, c0, c1, at_target,  # (N,); base and u in bits
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Write dz of some columns from the forward results. base is lse, so exp(u_j) is p_j."""
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         n, v = _place(index, N, V, BN, BV, GROUP)
-        z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
+        z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS)
         row = n + tl.arange(0, BN)
         column = tl.arange(0, BV)
         inside = row < N
@@ -237,7 +237,7 @@ def logit_gradients(
         u = z * s[:, None] - b[:, None]
         g = tl.exp2(u) * (a0[:, None] + a1[:, None] * u)
         g = tl.where(column[None, :] == y[:, None], own[:, None], g)
-        dz.store([n, v], to_bf16(g, WIDE))
+        dz.store([n, v], to_bf16(g))
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def scale_stored(
     e, dz,  # (N, V) in and out, which may be the same tensor
     targets, c0, c1, at_target,  # (N,)
     V, se, sdz,  # strides of rows
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write dz = e (c0 + c1 log e), for losses with an entropy or lse term."""
     blocks = tl.cdiv(V, BLOCK)  # per row
@@ -259,7 +259,7 @@ def scale_stored(
     own = tl.load(at_target + row)
     u = tl.log2(tl.where(p > 0, p, 1.0))  # in bits, because c1 is per bit
     g = tl.where(column == y, own, p * (a0 + a1 * u))
-    tl.store(dz + row * sdz + column, to_bf16(g, WIDE), column < V)
+    tl.store(dz + row * sdz + column, to_bf16(g), column < V)
 
 
 def config_for(x: Tensor) -> Config:
@@ -369,8 +369,7 @@ def from_stored(
             call.v,
             e.stride(0),
             dz.stride(0),
-            ELEMENTS,
-            INTERPRETED,
+            BLOCK=ELEMENTS,
         )
 
 
@@ -449,7 +448,6 @@ class _Call:
         del meta["MASK_ALL"], meta["MOMENT"]  # arguments of the forward kernel only
         meta["PROGRAMS"] = self.programs()
         meta["BIAS"] = self.bias is not None
-        meta["WIDE"] = INTERPRETED
         return meta
 
     def target_logits(self) -> tuple[Tensor, Tensor]:
@@ -501,7 +499,7 @@ class _Call:
             row_results[(triton.cdiv(self.n, ROWS),)](
                 *sums, z, base, self.scale, self.targets, marks, *results, log_total,
                 e, 0 if e is None else e.stride(0), SAFE_SUM=SAFE_SUM, LOG2_E=LOG2_E,
-                REDONE=redone, WIDE=INTERPRETED, **shape,
+                REDONE=redone, **shape,
             )  # fmt: skip
 
         with self.device:

@@ -11,7 +11,7 @@ for them. On an H100 these launches took as long as the GEMM of 1024 rows.
 import triton
 import triton.language as tl
 
-from expo_fast.kernels.rowwise import to_bf16
+from expo_fast.kernels.triton_common import to_bf16
 
 ROWS = 32  # rows per program, which reads 128 bytes of each tile
 AT_ONCE = 32  # number of tiles whose partial sums are loaded together
@@ -58,7 +58,7 @@ def row_results(
     e, se,  # (N, V) or None, updated at the targets; stride of its rows
     N, V,
     BN: tl.constexpr, BV: tl.constexpr, SAFE_SUM: tl.constexpr, LOG2_E: tl.constexpr,
-    REDONE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    REDONE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Write the results of each row (head.from_sums). ROWS rows per program.
 
@@ -98,7 +98,7 @@ def row_results(
         if e is not None:
             y = tl.load(targets + row, inside, 0)
             patch = _expm1(log_p) * tl.exp(log_sum)
-            tl.store(e + row.to(tl.int64) * se + y, to_bf16(patch.to(tl.float32), WIDE), inside)
+            tl.store(e + row.to(tl.int64) * se + y, to_bf16(patch.to(tl.float32)), inside)
 
 
 @triton.jit(do_not_specialize=["N"])

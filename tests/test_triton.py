@@ -32,6 +32,7 @@ from expo_fast.kernels import (
 )
 from expo_fast.kernels.head import Head, Needs, RowGrads, from_sums
 from expo_fast.kernels.objectives import Clipped, PolicyLossOfRows, PolicyRows, PolicyTerms
+from expo_fast.kernels.triton_common import INTERPRETED
 from expo_fast.op_backends import custom_ops, dispatch, row_selection, triton_fused
 from judges import linear_results, max_error, relative_error, results_of_head, values_and_gradients
 
@@ -265,7 +266,7 @@ class Sums:
         kernel[(-(-n // row_results.ROWS),)](
             self.other, moment, self.z, self.base, self.scale, self.targets, self.marks,
             *self.out, self.e, self.e.stride(0), SAFE_SUM=logprob.SAFE_SUM, LOG2_E=logprob.LOG2_E,
-            REDONE=redone, WIDE=logprob.INTERPRETED, **self.size,
+            REDONE=redone, **self.size,
         )  # fmt: skip
 
     def truth(self) -> Tensor:
@@ -432,7 +433,7 @@ def on_gpu_paths(monkeypatch):
     monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
     monkeypatch.setattr(custom_ops, "policy_sums", lambda _: policy_sums.policy_sums)
     launches = []
-    if logprob.INTERPRETED:
+    if INTERPRETED:
         launch = GridExecutor.__call__
 
         def quietly(self, *args, **kwargs):

@@ -66,10 +66,10 @@ def supports(model: Decoder) -> bool:
 def has_triton(device: torch.device) -> bool:
     """Return whether Triton runs on a device. On a CPU it runs only in its interpreter."""
     try:
-        from expo_fast.kernels.rowwise import INTERPRETED
+        from expo_fast.kernels.triton_common import INTERPRETED
     except ImportError:
         return False
-    return INTERPRETED or device.type == "cuda"
+    return device.type == "cuda" or bool(INTERPRETED)
 
 
 @dataclass(frozen=True)

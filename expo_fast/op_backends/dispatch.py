@@ -107,10 +107,10 @@ def _triton_runs(head: Head) -> bool:
     if head.dtype != torch.float32 or head.hidden.device != head.weight.device:
         return False
     try:
-        from expo_fast.kernels import logprob
+        from expo_fast.kernels.triton_common import INTERPRETED
     except ImportError:
         return False
-    return head.hidden.is_cuda or logprob.INTERPRETED
+    return head.hidden.is_cuda or bool(INTERPRETED)
 
 
 def _triton_kernels(head: Head) -> Kernels:
