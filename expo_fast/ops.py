@@ -71,17 +71,17 @@ def linear_logprob(
     """
     _check_head(hidden, weight, targets, temperature, bias)
     hidden, weight, bias = _cast_as_autocast(hidden, weight, bias)
-    temperatures, scalar_temperature = _temperatures(temperature)
+    row_temperature, scalar_temperature = _temperatures(temperature)
     logp, entropy, lse, *_ = custom_ops.logprob(
-        _as_rows(hidden),
-        weight,
-        bias,
-        targets.reshape(-1),
-        temperatures,
-        scalar_temperature,
-        backend,
-        complete,
-        _need_gradients(hidden, weight, bias),
+        hidden=_as_rows(hidden),
+        weight=weight,
+        bias=bias,
+        targets=targets.reshape(-1),
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        backend=backend,
+        complete=complete,
+        needs=_need_gradients(hidden, weight, bias),
     )
     shape = targets.shape
     return LogProb(logp.view(shape), entropy.view(shape), lse.view(shape))
@@ -143,27 +143,27 @@ def linear_policy_loss(
     if kl_coef and ref_logp is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp, the reference's log-probs")
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
-    temperatures, scalar_temperature = _temperatures(temperature)
+    row_temperature, scalar_temperature = _temperatures(temperature)
     code = encode(objective, "policy")
     loss, logp, entropy, statistics, *_ = custom_ops.policy_loss(
-        _as_rows(hidden),
-        weight,
-        _need_gradients(hidden, weight),
-        code.name,
-        code.values,
-        _flat(targets),
-        _flat(advantage),
-        _flat(row_weight),
-        _flat(old_logp),
-        _flat(ref_logp),
-        _flat(on_policy),
-        _flat(sequence_ids),
-        temperatures,
-        scalar_temperature,
-        backend,
-        complete,
-        kl_coef,
-        entropy_coef,
+        hidden=_as_rows(hidden),
+        weight=weight,
+        objective=code.name,
+        values=code.values,
+        targets=_flat(targets),
+        advantage=_flat(advantage),
+        row_weight=_flat(row_weight),
+        old_logp=_flat(old_logp),
+        ref_logp=_flat(ref_logp),
+        on_policy=_flat(on_policy),
+        sequence_ids=_flat(sequence_ids),
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        backend=backend,
+        complete=complete,
+        needs=_need_gradients(hidden, weight),
     )
     logp = logp.detach().view(targets.shape)
     entropy = entropy.detach().view(targets.shape)
@@ -209,21 +209,21 @@ def linear_preference_loss(
     _check_integers(sequence_ids=sequence_ids)
     check_transforms(ref_logp, pair_weight)
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
-    temperatures, scalar_temperature = _temperatures(temperature)
+    row_temperature, scalar_temperature = _temperatures(temperature)
     code = encode(objective, "preference")
     loss, chosen_logp, rejected_logp, margin, accuracy, *_ = custom_ops.preference_loss(
-        _as_rows(hidden),
-        weight,
-        _need_gradients(hidden, weight),
-        code.name,
-        code.values,
-        _flat(targets),
-        _flat(sequence_ids),
-        _detached(ref_logp),
-        _detached(pair_weight),
-        temperatures,
-        scalar_temperature,
-        backend,
+        hidden=_as_rows(hidden),
+        weight=weight,
+        objective=code.name,
+        values=code.values,
+        targets=_flat(targets),
+        sequence_ids=_flat(sequence_ids),
+        ref_logp=_detached(ref_logp),
+        pair_weight=_detached(pair_weight),
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        backend=backend,
+        needs=_need_gradients(hidden, weight),
     )
     return PreferenceLoss(
         loss,
@@ -262,7 +262,9 @@ def group_advantage(
     _check_same_shape(rewards, group_ids=group_ids)
     _check_integers(group_ids=group_ids)
     check_transforms(rewards)
-    return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
+    return custom_ops.group_advantage(
+        rewards=rewards.detach(), group_ids=group_ids, scale=scale, eps=eps
+    )
 
 
 # Arguments
@@ -379,7 +381,7 @@ def _need_gradients(*inputs: Tensor | None) -> list[bool]:
 
 
 def _temperatures(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    """Return (tensor, scalar). The scalar is read if the tensor is None."""
+    """Return the temperatures of the rows, and the scalar that is read if they are None."""
     if isinstance(temperature, Tensor):
         return temperature.detach().reshape(-1), 1.0
     return None, float(temperature)

@@ -106,13 +106,13 @@ def logprob(rows: Rows, backend: str) -> Iterator[Tensor]:
     yield from ops.linear_logprob(rows.hidden, rows.weight, rows.targets, backend=backend)
     # with what it keeps for a backward, which is an output of the operator
     yield from custom_ops.logprob(
-        rows.hidden,
-        rows.weight,
-        rows.bias,
-        rows.targets,
-        rows.temperature,
-        1.0,
-        backend,
+        hidden=rows.hidden,
+        weight=rows.weight,
+        bias=rows.bias,
+        targets=rows.targets,
+        row_temperature=rows.temperature,
+        scalar_temperature=1.0,
+        backend=backend,
         complete=False,
         needs=[True, True, True],
     )

@@ -62,8 +62,8 @@ def logprob(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,)
-    temperatures: Tensor | None,  # (N,)
-    temperature: float,  # used if `temperatures` is None
+    row_temperature: Tensor | None,  # (N,)
+    scalar_temperature: float,  # used if `row_temperature` is None
     backend: str | None,
     complete: bool,
     needs: list[bool],  # the fields of Needs
@@ -74,7 +74,13 @@ def logprob(
     if nothing is kept.
     """
     head, rows = selected_head(
-        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        complete=complete,
     )
     kernels = choose(backend, head)
     results, log_total, kept = kernels.log_probs(head, Needs(*needs))
@@ -95,7 +101,8 @@ def logprob(
 
 
 @logprob.register_fake
-def _(hidden, weight, bias, targets, temperatures, temperature, backend, complete, needs):
+def _(hidden, weight, bias, targets, *others):
+    needs = others[-1]
     scalar = _fake_scalar(hidden, weight)
     exact = targets.new_empty(*targets.shape, 4, dtype=torch.float64)
     n_kept = 0
@@ -118,29 +125,41 @@ def _fake_scalar(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _save_logprob(ctx: Any, inputs, output) -> None:
-    *tensors, ctx.temperature, ctx.backend, ctx.complete, ctx.needs = inputs
+    hidden, weight, bias, targets, row_temperature, *options = inputs
+    scalar_temperature, backend, complete, needs = options
     _, _, _, exact, kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, exact, kept)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, exact, kept)
+    ctx.scalar_temperature = scalar_temperature
+    ctx.backend = backend
+    ctx.complete = complete
+    ctx.needs = needs
+    ctx.n_inputs = len(inputs)
 
 
 @_differentiable_once
 def _logprob_backward(ctx: Any, *upstream):
     d_logp, d_entropy, d_lse, *_ = upstream
-    n_inputs = 9
     if d_logp is None and d_entropy is None and d_lse is None:
-        return (None,) * n_inputs
+        return (None,) * ctx.n_inputs
+    hidden, weight, bias, targets, row_temperature, exact, kept = ctx.saved_tensors
     grads = logprob_backward(
-        *ctx.saved_tensors,
-        d_logp,
-        d_entropy,
-        d_lse,
-        ctx.temperature,
-        ctx.backend,
-        ctx.complete,
-        ctx.needs,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        exact=exact,
+        kept=kept,
+        d_logp=d_logp,
+        d_entropy=d_entropy,
+        d_lse=d_lse,
+        row_temperature=row_temperature,
+        scalar_temperature=ctx.scalar_temperature,
+        backend=ctx.backend,
+        complete=ctx.complete,
+        needs=ctx.needs,
     )
-    return *_if_needed(grads, ctx.needs), *(None,) * (n_inputs - len(grads))
+    return *_if_needed(grads, ctx.needs), *(None,) * (ctx.n_inputs - len(grads))
 
 
 def _if_needed(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
@@ -156,20 +175,26 @@ def logprob_backward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    temperatures: Tensor | None,
     exact: Tensor,  # (N, 4)
     kept: Tensor,
     d_logp: Tensor | None,  # (N,)
     d_entropy: Tensor | None,
     d_lse: Tensor | None,
-    temperature: float,
+    row_temperature: Tensor | None,
+    scalar_temperature: float,
     backend: str | None,
     complete: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias in their dtypes, empty if not needed."""
     head, rows = selected_head(
-        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        complete=complete,
     )
     *results, log_total = take_rows(exact, rows).T
     forward = Forward(LogProb(*results), log_total, kept)
@@ -218,7 +243,6 @@ def _as_outputs(
 def policy_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    needs: list[bool],  # whether the gradients of hidden and weight are needed
     objective: str,  # the name in an objective_codes.ObjectiveCode; `values` are its values
     values: list[float],
     targets: Tensor,  # (N,), as all tensors below
@@ -228,12 +252,13 @@ def policy_loss(
     ref_logp: Tensor | None,
     on_policy: Tensor | None,
     sequence_ids: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    backend: str | None,
-    complete: bool,
     kl_coef: float,
     entropy_coef: float,
+    row_temperature: Tensor | None,
+    scalar_temperature: float,  # used if `row_temperature` is None
+    backend: str | None,
+    complete: bool,
+    needs: list[bool],  # whether the gradients of hidden and weight are needed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss (), logp and entropy (N,), statistics (8,), gradients of hidden and weight.
 
@@ -241,12 +266,12 @@ def policy_loss(
     read them. `ops.linear_policy_loss` does not return them.
     """
     head, rows = selected_head(
-        hidden,
-        weight,
-        None,
-        targets,
-        temperatures,
-        temperature,
+        hidden=hidden,
+        weight=weight,
+        bias=None,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
         wanted=None if complete else row_weight != 0,
         complete=complete,
     )
@@ -291,7 +316,8 @@ def policy_loss(
 
 
 @policy_loss.register_fake
-def _(hidden, weight, needs, objective, values, targets, *others):
+def _(hidden, weight, objective, values, targets, *others):
+    needs = others[-1]
     scalar = _fake_scalar(hidden, weight)
     return (
         scalar,
@@ -325,22 +351,29 @@ def _segments(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: st
 def preference_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    needs: list[bool],  # whether the gradients of hidden and weight are needed
     objective: str,  # the name in an objective_codes.ObjectiveCode; `values` are its values
     values: list[float],
     targets: Tensor,  # (N,)
     sequence_ids: Tensor,  # (N,)
     ref_logp: Tensor | None,  # (2P,)
     pair_weight: Tensor | None,  # (P,)
-    temperatures: Tensor | None,  # (N,)
-    temperature: float,
+    row_temperature: Tensor | None,  # (N,)
+    scalar_temperature: float,  # used if `row_temperature` is None
     backend: str | None,
+    needs: list[bool],  # whether the gradients of hidden and weight are needed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, summed log-probs of chosen and rejected (P,), margin, accuracy and gradients.
 
     The gradients are of hidden and weight. A caller must not read them, as in `policy_loss`.
     """
-    head, rows = selected_head(hidden, weight, None, targets, temperatures, temperature)
+    head, rows = selected_head(
+        hidden=hidden,
+        weight=weight,
+        bias=None,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+    )
     n_pairs = preferences.count_pairs(sequence_ids, ref_logp, pair_weight)
     ids = take_rows(sequence_ids.long(), rows)
     preferences.check_pair_ids(ids, n_pairs)
@@ -368,7 +401,8 @@ def preference_loss(
 
 
 @preference_loss.register_fake
-def _(hidden, weight, needs, objective, values, targets, ids, ref_logp, pair_weight, *others):
+def _(hidden, weight, objective, values, targets, ids, ref_logp, pair_weight, *others):
+    needs = others[-1]
     if ref_logp is not None:
         n_pairs = ref_logp.shape[0] // 2
     elif pair_weight is not None:
@@ -428,13 +462,13 @@ class _Saved:
 def _register_scaling_backward(op: Any) -> None:
     """Register a backward that scales the gradients returned by the op.
 
-    The first inputs of the op are (hidden, weight, needs, objective). Its last two outputs are the
-    gradients of hidden and weight. The backward keeps no copy of them, to save memory of (V, D). A
-    second backward computes them again.
+    The first inputs of the op are (hidden, weight, objective), and the last one is `needs`. Its
+    last two outputs are the gradients of hidden and weight. The backward keeps no copy of them, to
+    save memory of (V, D). A second backward computes them again.
     """
 
     def save(ctx: Any, inputs, output) -> None:
-        hidden, weight, needs, objective, *_ = inputs
+        hidden, weight, objective, *_, needs = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
         ctx.inputs = [_Saved if isinstance(x, Tensor) else x for x in inputs]
