@@ -23,7 +23,7 @@ from torch import Tensor
 from expo_fast.kernels import objectives, preferences
 from expo_fast.kernels.head import IGNORE, LogProb
 from expo_fast.kernels.objectives import *  # noqa: F403 (the classes in its __all__)
-from expo_fast.kernels.objectives import Clipped, PolicyObjective
+from expo_fast.kernels.objectives import Clipped, PolicyObjective, PolicyStatistics
 from expo_fast.kernels.preferences import *  # noqa: F403
 from expo_fast.kernels.preferences import Dpo, PreferenceObjective
 from expo_fast.op_backends import custom_ops
@@ -165,9 +165,20 @@ def linear_policy_loss(
         complete=complete,
         needs=_need_gradients(hidden, weight),
     )
-    logp = logp.detach().view(targets.shape)
-    entropy = entropy.detach().view(targets.shape)
-    return PolicyLoss(loss, logp, entropy, *statistics.detach().unbind())
+    found = PolicyStatistics(*statistics.detach().unbind())
+    return PolicyLoss(
+        loss=loss,
+        logp=logp.detach().view(targets.shape),
+        entropy=entropy.detach().view(targets.shape),
+        policy_loss=found.policy_loss,
+        on_policy_loss=found.on_policy_loss,
+        kl=found.kl,
+        mean_entropy=found.mean_entropy,
+        clip_low=found.clip_low,
+        clip_high=found.clip_high,
+        ratio_mean=found.ratio_mean,
+        ratio_max=found.ratio_max,
+    )
 
 
 class PreferenceLoss(NamedTuple):

@@ -194,6 +194,22 @@ class PolicyTerms(NamedTuple):
     grads: RowGrads  # derivatives of the loss; that of entropy is None if entropy_coef is 0
 
 
+class PolicyStatistics(NamedTuple):
+    """Statistics of the policy loss, () each. `ops.PolicyLoss` has them too, and defines them."""
+
+    policy_loss: Tensor
+    on_policy_loss: Tensor
+    kl: Tensor
+    mean_entropy: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    ratio_mean: Tensor
+    ratio_max: Tensor
+
+
+N_STATISTICS = len(PolicyStatistics._fields)
+
+
 @dataclass(frozen=True)
 class PolicyLossOfRows:
     """The policy loss as a function of log-probs. It is a `RowwiseLoss` without segments."""
@@ -261,13 +277,13 @@ class TermsOfSpans:
 def policy_sums(
     loss: PolicyLossOfRows, terms: PolicyTerms, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss () and its statistics (8,)."""
+    """Return the loss () and its PolicyStatistics (N_STATISTICS,)."""
     statistics = policy_statistics(loss.rows, terms, entropy)
     return loss.total(terms, entropy), torch.stack(statistics)
 
 
-def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> tuple[Tensor, ...]:
-    """Return the fields of ops.PolicyLoss from `policy_loss` on, in its order, () each."""
+def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> PolicyStatistics:
+    """Return the statistics of the rows, given their terms and entropies (N,)."""
     is_policy = (~rows.on_policy).to(entropy.dtype)
     weight = rows.weight * is_policy
     weighted_value = rows.weight * terms.value
@@ -275,15 +291,15 @@ def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> 
     total_weight = torch.where(total_weight == 0, 1, total_weight)
     count = is_policy.sum().clamp(min=1)
     ratio = terms.ratio * is_policy
-    return (
-        (weighted_value * is_policy).sum(),
-        (weighted_value * rows.on_policy).sum(),
-        (weight * terms.k3).sum() / total_weight,
-        (weight * entropy).sum() / total_weight,
-        (terms.side < 0).sum() / count,
-        (terms.side > 0).sum() / count,
-        ratio.sum() / count,
-        ratio.max() if len(ratio) else ratio.new_zeros(()),
+    return PolicyStatistics(
+        policy_loss=(weighted_value * is_policy).sum(),
+        on_policy_loss=(weighted_value * rows.on_policy).sum(),
+        kl=(weight * terms.k3).sum() / total_weight,
+        mean_entropy=(weight * entropy).sum() / total_weight,
+        clip_low=(terms.side < 0).sum() / count,
+        clip_high=(terms.side > 0).sum() / count,
+        ratio_mean=ratio.sum() / count,
+        ratio_max=ratio.max() if len(ratio) else ratio.new_zeros(()),
     )
 
 

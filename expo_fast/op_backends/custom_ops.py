@@ -15,6 +15,7 @@ from torch import Tensor
 from expo_fast.kernels import preferences
 from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, RowGrads
 from expo_fast.kernels.objectives import (
+    N_STATISTICS,
     PolicyLossOfRows,
     PolicyRows,
     TermsOfSpans,
@@ -260,10 +261,10 @@ def policy_loss(
     complete: bool,
     needs: list[bool],  # whether the gradients of hidden and weight are needed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (), logp and entropy (N,), statistics (8,), gradients of hidden and weight.
+    """Return loss (), logp and entropy (N,), PolicyStatistics (N_STATISTICS,), and gradients.
 
-    The backward scales the gradients in place and passes them to autograd, so a caller must not
-    read them. `ops.linear_policy_loss` does not return them.
+    The gradients are of hidden and weight. The backward scales them in place and passes them to
+    autograd, so a caller must not read them. `ops.linear_policy_loss` does not return them.
     """
     head, rows = selected_head(
         hidden=hidden,
@@ -323,7 +324,7 @@ def _(hidden, weight, objective, values, targets, *others):
         scalar,
         scalar.new_empty(targets.shape),
         scalar.new_empty(targets.shape),
-        scalar.new_empty(8),
+        scalar.new_empty(N_STATISTICS),
         *_fake_gradients(hidden, weight, needs),
     )
 

@@ -135,7 +135,7 @@ PolicySums = Callable[[PolicyLossOfRows, PolicyTerms, Tensor], tuple[Tensor, Ten
 
 
 def policy_sums(value: Tensor) -> PolicySums:
-    """Return the function that computes the policy loss () and its statistics (8,) from terms.
+    """Return the function that computes the policy loss () and its PolicyStatistics from terms.
 
     value: one of the terms. Its device and dtype select the function.
     """
