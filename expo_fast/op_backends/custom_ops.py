@@ -16,9 +16,9 @@ from expo_fast.kernels import preferences
 from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, RowGrads
 from expo_fast.kernels.objectives import (
     N_STATISTICS,
+    LossWithCachedTerms,
     PolicyLossOfRows,
     PolicyRows,
-    TermsOfSpans,
     is_sequence_level,
 )
 from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
@@ -277,9 +277,9 @@ def policy_loss(
         complete=complete,
     )
     chosen = decode(objective, values)
-    segments = None
+    sequences = None
     if is_sequence_level(chosen):
-        segments = _segments(sequence_ids, targets, rows, name=type(chosen).__name__)
+        sequences = _sequences(sequence_ids, targets, rows, name=type(chosen).__name__)
     if on_policy is None:
         on_policy = torch.zeros_like(head.targets, dtype=torch.bool)
     else:
@@ -290,16 +290,16 @@ def policy_loss(
         old_logp=take_optional_rows(old_logp, rows, head.dtype),
         ref_logp=take_optional_rows(ref_logp, rows, head.dtype),
         on_policy=on_policy,
-        segments=segments,
+        sequences=sequences,
     )
     loss = PolicyLossOfRows(chosen, known, kl_coef, entropy_coef)
     kernels = choose(backend, head)
     wanted = Needs(needs[0], needs[1], bias=False)
-    if segments is None and any(needs) and has_one_pass(kernels):
-        spans = TermsOfSpans(loss)
-        results, grads = kernels.log_probs_and_gradients(head, spans, wanted)
+    if sequences is None and any(needs) and has_one_pass(kernels):
+        cached = LossWithCachedTerms(loss)
+        results, grads = kernels.log_probs_and_gradients(head, cached, wanted)
         results = results.to(head.dtype)
-        terms = spans.terms or loss.terms(results.logp)
+        terms = cached.terms(results.logp)
     else:
         forward = kernels.log_probs(head, wanted)
         results = forward.results.to(head.dtype)
@@ -329,7 +329,7 @@ def _(hidden, weight, objective, values, targets, *others):
     )
 
 
-def _segments(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: str) -> Tensor:
+def _sequences(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: str) -> Tensor:
     """Return the sequences of the selected rows, numbered from 0.
 
     Raise ValueError if there are no ids, or if only part of a sequence's targets is selected.
