@@ -44,6 +44,7 @@ from expo_fast.kernels.head import (
     logit_grads,
     logit_grads_about_lse,
 )
+from expo_fast.kernels.integers import round_up
 from expo_fast.kernels.row_results import AT_ONCE, ROWS, largest_logits, row_results
 from expo_fast.kernels.triton_common import INTERPRETED, launch_device, to_bf16
 
@@ -302,7 +303,7 @@ def supports(head: Head) -> bool:
 
 def width_of_e(head: Head) -> int:
     """Return V rounded up to a multiple of 16 bytes of bf16."""
-    return -(-len(head.weight) // 8) * 8
+    return round_up(len(head.weight), 8)
 
 
 def padded_e(head: Head, rows: int) -> Tensor:

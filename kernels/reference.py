@@ -24,6 +24,7 @@ from expo_fast.kernels.head import (
     logit_grads,
     logit_grads_about_lse,
 )
+from expo_fast.kernels.integers import ceil_div
 from expo_fast.kernels.products import bf16_in, matmul
 
 SAFE_GAP = 14.0  # nats; above it, rounding of u affects the entropy, and at 88 exp(u) overflows
@@ -193,8 +194,8 @@ class _Chunk:
 def _spans(n: int, row_bytes: int, cuda: bool) -> Iterator[slice]:
     """Yield spans of rows within CHUNK_BYTES, of equal sizes, because small GEMMs are slow."""
     most_rows = max(1, (CUDA_CHUNK_BYTES if cuda else CHUNK_BYTES) // row_bytes)
-    count = -(-n // most_rows)
-    size = max(1, -(-n // max(1, count)))
+    count = ceil_div(n, most_rows)
+    size = max(1, ceil_div(n, max(1, count)))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 

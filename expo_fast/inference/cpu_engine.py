@@ -22,6 +22,7 @@ from expo_fast.inference.native_structs import (
 )
 from expo_fast.inference.plain_model import is_plain
 from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.kernels.integers import round_up
 from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.shape import ACTIVATIONS
 from expo_fast.op_backends import native_library
@@ -198,8 +199,7 @@ class NativeEngine(Engine):
 
         They are fp32, but their values are rounded to the model's dtype as in the model.
         """
-        n_chunks = -(-n // ROTATIONS_AT_ONCE)
-        positions = torch.arange(n_chunks * ROTATIONS_AT_ONCE, device="cpu")
+        positions = torch.arange(round_up(n, ROTATIONS_AT_ONCE), device="cpu")
         cos: list[Tensor] = []
         sin: list[Tensor] = []
         for chunk in positions.split(ROTATIONS_AT_ONCE):

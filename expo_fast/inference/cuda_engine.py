@@ -38,6 +38,7 @@ from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import is_plain
 from expo_fast.inference.sampling import Drawn
 from expo_fast.inference.torch_engine import TorchEngine
+from expo_fast.kernels.integers import round_up
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.hooks import has_hooks
 
@@ -311,8 +312,7 @@ def row_bucket(n: int) -> int:
     for size in ROW_BUCKETS:
         if size >= n:
             return size
-    largest = ROW_BUCKETS[-1]
-    return -(-n // largest) * largest
+    return round_up(n, ROW_BUCKETS[-1])
 
 
 @contextmanager

@@ -24,8 +24,14 @@ from expo_fast.kernels.head import (
     RowwiseLoss,
     logit_grads_about_lse,
 )
+from expo_fast.kernels.integers import ceil_div
 from expo_fast.op_backends import native_head
-from expo_fast.op_backends.native_head import KeptExponentials, as_kernels_read, can_keep
+from expo_fast.op_backends.native_head import (
+    ROW_MULTIPLE,
+    KeptExponentials,
+    as_kernels_read,
+    can_keep,
+)
 
 SPAN = 1024  # rows, csrc's kSpan: the weight gradient of more rows is summed in fp32 memory
 # Bytes of exponentials that `log_probs` keeps for `gradients`: 2 V bytes a row.
@@ -60,7 +66,7 @@ def log_probs_and_gradients(
         return results, gradients(head, Forward(results), row_grads, needs)
     head = as_kernels_read(head)
     memory = KeptExponentials.empty(head, min(n, SPAN)).memory
-    sums = _GradientSums(head, needs, n_sums=-(-n // SPAN))
+    sums = _GradientSums(head, needs, n_sums=ceil_div(n, SPAN))
     parts = []
     for start in range(0, n, SPAN):
         rows = slice(start, min(start + SPAN, n))
@@ -81,7 +87,7 @@ def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -
     n_kept = 0
     if forward.kept is not None and len(forward.kept):
         n_kept = _n_kept(head)
-    n_sums = -(-n_kept // SPAN) + -(-(n - n_kept) // SPAN)
+    n_sums = ceil_div(n_kept, SPAN) + ceil_div(n - n_kept, SPAN)
     sums = _GradientSums(head, needs, n_sums)
     if n_kept:
         assert forward.kept is not None
@@ -97,13 +103,13 @@ def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -
 def _n_kept(head: Head) -> int:
     """Return the number of rows whose exponentials `log_probs` keeps.
 
-    It is the number of all rows, or a multiple of native_head.LANES.
+    It is the number of all rows, or a multiple of ROW_MULTIPLE.
     """
     if not can_keep(head):
         return 0
     most = KEPT_BYTES // (2 * len(head.weight))
     n = len(head.targets)
-    return n if n <= most else most // native_head.LANES * native_head.LANES
+    return n if n <= most else most // ROW_MULTIPLE * ROW_MULTIPLE
 
 
 def _concatenated(parts: list[LogProb]) -> LogProb:

@@ -28,6 +28,7 @@ from expo_fast.kernels.head import (
     RowGrads,
     RowwiseLoss,
 )
+from expo_fast.kernels.integers import ceil_div, round_up
 from expo_fast.kernels.products import matmul
 
 # Fractions of a GPU's total memory. Fractions of free memory would make results depend on it.
@@ -332,11 +333,10 @@ def _spans(head: Head) -> Iterator[slice]:
     """Yield spans of rows that fit CHUNK_FRACTION, of nearly equal sizes and complete tiles."""
     n = len(head.targets)
     most_rows = max(1, min(MOST_ROWS, _rows_within(CHUNK_FRACTION, head)))
-    count = -(-n // most_rows)
-    size = -(-n // max(1, count))
+    count = ceil_div(n, most_rows)
+    size = ceil_div(n, max(1, count))
     if count != 1:
-        tile_rows = k.config_for(head.hidden).BN
-        size = -(-size // tile_rows) * tile_rows
+        size = round_up(size, k.config_for(head.hidden).BN)
     for start in range(0, n, max(1, size)):
         yield slice(start, min(start + size, n))
 
