@@ -53,7 +53,8 @@ SHOWN = ("STORE", "BIAS", "LARGEST", "REDONE", "H", "DH", "HALF", "INVERSE", "WI
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 INTEGERS = ("N", "V", "D", "sx", "sw", "se", "sdz", "stride")
-TYPES = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i64", "again": "*i1"}
+TYPES = dict.fromkeys(INTEGERS, "i32")
+TYPES |= {"targets": "*i64", "any_again": "*i1", "tile_again": "*i1", "row_again": "*i1"}
 # Integer arguments that need not be divisible by 16.
 UNALIGNED = ("N", "V", "M", "window", "SLOTS", "H", "BLOCKS")
 
@@ -110,9 +111,10 @@ def fused_head(config: k.Config) -> Iterator[Form]:
     forward: dict[str, Any] = {"MASK_ALL": config.MASK_ALL, "MOMENT": config.MOMENT}
     if not config.MOMENT:
         forward["moment"] = None
+    all_tiles = {"any_again": None, "tile_again": None, "LARGEST": False}
     for bias in ({"BIAS": False, "bias": None}, {"BIAS": True}):
         for store in ({"STORE": False, "e": None}, {"STORE": True}):
-            for mode in ({"again": None, "LARGEST": False}, {"LARGEST": True}, {"LARGEST": False}):
+            for mode in (all_tiles, {"LARGEST": True}, {"LARGEST": False}):
                 yield k.softmax_sums, given, tile | forward | bias | store | mode, options
         yield k.logit_gradients, given, tile | bias, options
 

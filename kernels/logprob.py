@@ -168,24 +168,24 @@ def _masked(u, column, y, end):
 def softmax_sums(
     x, w, e, bias,  # descriptors (N, D), (V, D), (N, V) out or None; (V,) or None
     targets, base, scale,  # (N,) int64; anchor in bits; log2(e) / temperature
-    again,  # (1 + row tiles + ...) bool: whether any row tile is computed, and which; None: all
+    any_again, tile_again,  # (1,), (row tiles,) bool: whether a row tile is computed; None: all are
     other, moment,  # (column tiles, N) out, moment in bits or None
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr,
     FLATTEN: tl.constexpr, MASK_ALL: tl.constexpr, MOMENT: tl.constexpr,
-    LARGEST: tl.constexpr = False,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Write `other`, `moment` and E, tile by tile.
 
     If LARGEST, write each row's largest z to `other` instead.
     """
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
-    if again is not None:
-        tiles *= tl.load(again).to(tl.int32)
-    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN and again is None):
+    if any_again is not None:
+        tiles = tl.where(tl.load(any_again).to(tl.int32) != 0, tiles, 0)
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN and any_again is None):
         n, v = _place(index, N, V, BN, BV, GROUP)
-        if again is None or tl.load(again + 1 + n // BN):
+        if tile_again is None or tl.load(tile_again + n // BN):
             z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS)
             row = n + tl.arange(0, BN)
             column = tl.arange(0, BV)
@@ -471,6 +471,17 @@ class _Call:
             )
         return out, base
 
+    def flags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whether any row is computed again, which row tiles and which rows: all False.
+
+        Each begins at a multiple of 16 bytes, as Triton compiles another kernel for other places.
+        """
+        n_tiles = round_up(triton.cdiv(self.n, self.config.BN), 16)
+        sizes = [16, n_tiles, self.n]
+        flags = torch.zeros(sum(sizes), dtype=torch.bool, device=self.hidden.device)
+        any_again, tile_again, row_again = flags.split(sizes)
+        return any_again, tile_again, row_again
+
     def fill(self, results: LogProb, log_total: Tensor, e: Tensor | None) -> None:
         """Write the results, log_total and, if it is given, E.
 
@@ -479,34 +490,36 @@ class _Call:
         """
         tile = self.config
         tiles_v = triton.cdiv(self.v, tile.BV)
-        tiles_n = triton.cdiv(self.n, tile.BN)
         z, base = self.target_logits()
         partials = self.scale.new_empty(1 + tile.MOMENT, tiles_v, self.n)
         sums = partials[0], partials[1] if tile.MOMENT else None
-        marks = torch.zeros(1 + tiles_n + self.n, dtype=torch.bool, device=base.device)
+        any_again, tile_again, row_again = self.flags()
         operands = self.operands(e)
         meta = self.meta()
-        shape = {"N": self.n, "V": self.v, "BN": tile.BN, "BV": tile.BV}
+        shape = {"N": self.n, "V": self.v, "BV": tile.BV}
         shape |= {"ROWS": ROWS, "AT_ONCE": AT_ONCE}
 
-        def sum_tiles(again: Tensor | None, **mode: bool) -> None:
+        def sum_tiles(*, again: bool, largest: bool = False) -> None:
+            flags = (any_again, tile_again) if again else (None, None)
             softmax_sums[(self.programs(),)](
-                *operands, self.targets, base, self.scale, again, *sums,
+                *operands, self.targets, base, self.scale, *flags, *sums,
                 self.n, self.v, self.d, STORE=e is not None, MASK_ALL=tile.MASK_ALL,
-                MOMENT=tile.MOMENT, **mode, **meta,
+                MOMENT=tile.MOMENT, LARGEST=largest, **meta,
             )  # fmt: skip
 
         def finish(redone: bool) -> None:
             row_results[(triton.cdiv(self.n, ROWS),)](
-                *sums, z, base, self.scale, self.targets, marks, *results, log_total,
-                e, 0 if e is None else e.stride(0), SAFE_SUM=SAFE_SUM, LOG2_E=LOG2_E,
-                REDONE=redone, **shape,
+                *sums, z, base, self.scale, self.targets, any_again, tile_again, row_again,
+                *results, log_total, e, 0 if e is None else e.stride(0), SAFE_SUM=SAFE_SUM,
+                LOG2_E=LOG2_E, REDONE=redone, BN=tile.BN, **shape,
             )  # fmt: skip
 
         with self.device:
-            sum_tiles(None)
+            sum_tiles(again=False)
             finish(redone=False)
-            sum_tiles(marks, LARGEST=True)
-            largest_logits[(triton.cdiv(self.n, ROWS),)](sums[0], marks, base, **shape)
-            sum_tiles(marks)
+            sum_tiles(again=True, largest=True)
+            largest_logits[(triton.cdiv(self.n, ROWS),)](
+                sums[0], any_again, row_again, base, **shape
+            )
+            sum_tiles(again=True)
             finish(redone=True)
