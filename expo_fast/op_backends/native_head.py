@@ -3,7 +3,6 @@
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from expo_fast.kernels.head import Gradients, Head, LogitGrads, LogProb, from_sums
 from expo_fast.kernels.integers import ceil_div, round_up
-from expo_fast.op_backends import native_library
-from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
+from expo_fast.op_backends.native_library import DTYPE_CODES, Part, address, struct_fields
 
 ROW_MULTIPLE = 16  # rows of kept exponentials are padded to a multiple of it
 
@@ -57,7 +55,7 @@ class KeptExponentials(NamedTuple):
     def empty(cls, head: Head, n: int) -> "KeptExponentials":
         """Return memory for n rows, without values."""
         v = len(head.weight)
-        n_tiles = ceil_div(v, _kernels(native_library.isa()).expo_fast_tile_rows())
+        n_tiles = ceil_div(v, OPS.library().expo_fast_tile_rows())
         bytes_per_row = 2 * v + 4 * n_tiles  # exponentials in bf16, and bases in fp32
         size = bytes_per_row * round_up(n, ROW_MULTIPLE)
         return cls(empty((size,), torch.uint8), n)
@@ -149,6 +147,9 @@ class _Gradients(ctypes.Structure):
     ]
 
 
+OPS = Part("ops", structs={"head": _Head, "kept": _Kept, "gradients": _Gradients})
+
+
 def _kept_struct(
     head: Head, kept: KeptExponentials | None, columns: Tensor | None = None
 ) -> _Kept | None:
@@ -189,18 +190,10 @@ def _run(
         threads=torch.get_num_threads(),
     )
     pointers = [_pointer(argument) for argument in arguments]
-    kernels = _kernels(native_library.isa())
-    native_library.call(kernels, name, ctypes.byref(struct), *pointers)
+    OPS.call(name, ctypes.byref(struct), *pointers)
 
 
 def _pointer(argument: Tensor | _Kept | _Gradients | None) -> Any:
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(address(argument))
     return ctypes.byref(argument)
-
-
-@cache
-def _kernels(isa: str) -> ctypes.CDLL:
-    kernels = native_library.library(isa, "ops")
-    structs = {"head": _Head, "kept": _Kept, "gradients": _Gradients}
-    return native_library.check_struct_sizes(kernels, structs)
