@@ -420,7 +420,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_advantages_of_a_gpu_are_computed_without_a_host_sync(monkeypatch):
-    monkeypatch.setattr(custom_ops, "advantages", lambda _: groups.group_advantage)
+    monkeypatch.setattr(custom_ops, "advantage_kernel", lambda _: groups.group_advantage)
     rewards, ids = torch.rand(40, device=DEVICE), torch.arange(40, device=DEVICE) // 5
     with Operators() as operators:
         custom_ops.group_advantage(rewards, ids, "group", 1e-4)
@@ -433,7 +433,7 @@ def test_advantages_of_a_gpu_are_computed_without_a_host_sync(monkeypatch):
 def on_gpu_paths(monkeypatch):
     """Take the code paths of a GPU. Return the names of launched kernels of the interpreter."""
     monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
-    monkeypatch.setattr(custom_ops, "policy_sums", lambda _: policy_sums.policy_sums)
+    monkeypatch.setattr(custom_ops, "policy_sums_kernel", lambda _: policy_sums.policy_sums)
     launches = []
     if INTERPRETED:
         launch = GridExecutor.__call__

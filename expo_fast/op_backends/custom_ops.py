@@ -21,7 +21,12 @@ from expo_fast.kernels.objectives import (
     PolicyRows,
     is_sequence_level,
 )
-from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
+from expo_fast.op_backends.dispatch import (
+    advantage_kernel,
+    choose,
+    has_one_pass,
+    policy_sums_kernel,
+)
 from expo_fast.op_backends.function_transforms import check_transforms, is_batched
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
@@ -306,7 +311,8 @@ def policy_loss(
         terms = loss.terms(results.logp)
         grads = kernels.gradients(head, forward, terms.grads, wanted)
     n = len(targets)
-    total, statistics = policy_sums(terms.value)(loss, terms, results.entropy)
+    sum_terms = policy_sums_kernel(terms.value)
+    total, statistics = sum_terms(loss, terms, results.entropy)
     return (
         total,
         among_all_rows(results.logp, rows, n),
@@ -513,7 +519,8 @@ _register_scaling_backward(preference_loss)
 @torch.library.custom_op("expo_fast::group_advantage", mutates_args=())
 def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) -> Tensor:
     """Return (M,) fp32. See ops.group_advantage."""
-    return advantages(rewards)(rewards, group_ids, scale, eps)
+    compute = advantage_kernel(rewards)
+    return compute(rewards, group_ids, scale, eps)
 
 
 @group_advantage.register_fake

@@ -120,7 +120,7 @@ def _triton_kernels(head: Head) -> Kernels:
     return triton_fused if logprob.supports(head) else rowwise.ROWWISE
 
 
-def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
+def advantage_kernel(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
     """Return the kernel for `group_advantage`. Without triton, it computes on the CPU."""
     if rewards.is_cuda:
         try:
@@ -134,7 +134,7 @@ def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor
 PolicySums = Callable[[PolicyLossOfRows, PolicyTerms, Tensor], tuple[Tensor, Tensor]]
 
 
-def policy_sums(value: Tensor) -> PolicySums:
+def policy_sums_kernel(value: Tensor) -> PolicySums:
     """Return the function that computes the policy loss () and its PolicyStatistics from terms.
 
     value: one of the terms. Its device and dtype select the function.
