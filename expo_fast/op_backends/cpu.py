@@ -52,7 +52,7 @@ def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     if n_kept < len(head.targets):
         rest = head.take(slice(n_kept, None))
         parts.append(native_head.forward(rest))
-    return Forward(_concatenated(parts), kept=kept.memory)
+    return Forward(LogProb.concatenate(parts), kept=kept.memory)
 
 
 def log_probs_and_gradients(
@@ -75,7 +75,7 @@ def log_probs_and_gradients(
         row_grads = loss.row_grads(rows, results.logp.to(head.dtype))
         sums.add(rows, results, row_grads, kept)
         parts.append(results)
-    return _concatenated(parts), sums.finish()
+    return LogProb.concatenate(parts), sums.finish()
 
 
 def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
@@ -110,16 +110,6 @@ def _n_kept(head: Head) -> int:
     most = KEPT_BYTES // (2 * len(head.weight))
     n = len(head.targets)
     return n if n <= most else most // ROW_MULTIPLE * ROW_MULTIPLE
-
-
-def _concatenated(parts: list[LogProb]) -> LogProb:
-    if len(parts) == 1:
-        return parts[0]
-    return LogProb(
-        logp=torch.cat([part.logp for part in parts]),
-        entropy=torch.cat([part.entropy for part in parts]),
-        lse=torch.cat([part.lse for part in parts]),
-    )
 
 
 class _GradientSums:
@@ -189,16 +179,13 @@ class _GradientSums:
 
 
 def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
-    """Return memory for the gradients."""
-    d_hidden = d_weight = d_bias = None
-    if needs.hidden:
-        keeps_bf16 = head.hidden.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if keeps_bf16 else torch.float32
-        d_hidden = native_head.empty(head.hidden.shape, dtype)
-    if needs.weight:
-        keeps_bf16 = head.weight.dtype == torch.bfloat16 and n_sums <= 1
-        dtype = torch.bfloat16 if keeps_bf16 else torch.float32
-        d_weight = native_head.empty(head.weight.shape, dtype)
-    if needs.bias:
-        d_bias = native_head.empty((len(head.weight),), torch.float32)
-    return Gradients(d_hidden, d_weight, d_bias)
+    """Return memory for the gradients. They are bf16 if their inputs are, unless they are sums."""
+    bf16_hidden = head.hidden.dtype == torch.bfloat16
+    bf16_weight = head.weight.dtype == torch.bfloat16 and n_sums <= 1
+    return Gradients.allocate(
+        head,
+        needs,
+        hidden=torch.bfloat16 if bf16_hidden else torch.float32,
+        weight=torch.bfloat16 if bf16_weight else torch.float32,
+        bias=torch.float32,
+    )

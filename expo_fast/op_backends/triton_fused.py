@@ -12,7 +12,6 @@ head it has the bytes of dlogp/dhidden, (N, D) fp32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from expo_fast.kernels.head import (
     RowGrads,
     RowwiseLoss,
 )
-from expo_fast.kernels.integers import ceil_div, round_up
+from expo_fast.kernels.integers import equal_spans
 from expo_fast.kernels.products import matmul
 
 # Fractions of a GPU's total memory. Fractions of free memory would make results depend on it.
@@ -316,29 +315,21 @@ def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
 
     n_sums: number of products that the weight gradient is the sum of. For more than one it is fp32.
     """
-    device = head.hidden.device
-    make = partial(torch.empty if len(head.targets) else torch.zeros, device=device)
-    d_hidden = d_weight = d_bias = None
-    if needs.hidden:
-        d_hidden = make(head.hidden.shape, dtype=head.hidden.dtype)
-    if needs.weight:
-        dtype = head.weight.dtype if n_sums == 1 else torch.float32
-        d_weight = make(head.weight.shape, dtype=dtype)
-    if needs.bias:
-        d_bias = make(len(head.weight), dtype=torch.float32)
-    return Gradients(d_hidden, d_weight, d_bias)
+    return Gradients.allocate(
+        head,
+        needs,
+        hidden=head.hidden.dtype,
+        weight=head.weight.dtype if n_sums == 1 else torch.float32,
+        bias=torch.float32,
+        zero=len(head.targets) == 0,
+    )
 
 
 def _spans(head: Head) -> Iterator[slice]:
-    """Yield spans of rows that fit CHUNK_FRACTION, of nearly equal sizes and complete tiles."""
-    n = len(head.targets)
+    """Return spans of rows that fit CHUNK_FRACTION, of nearly equal sizes and complete tiles."""
     most_rows = max(1, min(MOST_ROWS, _rows_within(CHUNK_FRACTION, head)))
-    count = ceil_div(n, most_rows)
-    size = ceil_div(n, max(1, count))
-    if count != 1:
-        size = round_up(size, logprob.config_for(head.hidden).BN)
-    for start in range(0, n, max(1, size)):
-        yield slice(start, min(start + size, n))
+    tile_rows = logprob.config_for(head.hidden).BN
+    return equal_spans(len(head.targets), most_rows, multiple=tile_rows)
 
 
 def _rows_within(fraction: float, head: Head) -> int:
