@@ -297,7 +297,8 @@ def _(x, cos, sin, inverse):
 
 
 def _save_rotate(ctx: Any, inputs, output) -> None:
-    _, cos, sin, ctx.inverse = inputs
+    _, cos, sin, inverse = inputs
+    ctx.inverse = inverse
     ctx.save_for_backward(cos, sin)
 
 
@@ -450,8 +451,10 @@ def _(q, k, v, boundaries, parents, out, log_sum, d_out, window, scale):
 
 
 def _save_attention(ctx: Any, inputs, output) -> None:
-    q, k, v, boundaries, parents, ctx.window, ctx.scale = inputs
+    q, k, v, boundaries, parents, window, scale = inputs
     out, log_sum = output
+    ctx.window = window
+    ctx.scale = scale
     ctx.mark_non_differentiable(log_sum)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     ctx.save_for_backward(q, k, v, boundaries, parents, out, log_sum)
