@@ -53,7 +53,8 @@ SHOWN = ("STORE", "BIAS", "LARGEST", "REDONE", "H", "DH", "HALF", "INVERSE", "WI
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 INTEGERS = ("N", "V", "D", "sx", "sw", "se", "sdz", "stride")
-TYPES = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i64", "again": "*i1"}
+TYPES = dict.fromkeys(INTEGERS, "i32")
+TYPES |= {"targets": "*i64", "any_again": "*i1", "tile_again": "*i1", "row_again": "*i1"}
 # Integer arguments that need not be divisible by 16.
 UNALIGNED = ("N", "V", "M", "window", "SLOTS", "H", "BLOCKS")
 
@@ -68,12 +69,12 @@ def launched() -> Iterator[Form]:
         pointers = {"x": "*bf16", "w": "*bf16"}
         yield k.target_logits, pointers, {"BLOCK": k.ELEMENTS} | bias, {}
     yield from rows_of_head(k.VARIANTS[k.BY_CARD["default"]])
-    elements = {"BLOCK": k.ELEMENTS, "WIDE": False}
+    elements = {"BLOCK": k.ELEMENTS}
     yield k.scale_stored, {"e": "*bf16", "dz": "*bf16"}, elements, {}
     block, options = {"BLOCK": rowwise.BLOCK}, {"num_warps": rowwise.WARPS}
     yield rowwise.row_sums, {}, block | {"SAFE_SUM": rowwise.SAFE_SUM}, options
     for narrow, dz in ((False, "*fp32"), (True, "*bf16")):
-        constants = block | {"NARROW": narrow, "INTERPRETED": False}
+        constants = block | {"NARROW": narrow}
         yield rowwise.row_gradients, {"dz": dz}, constants, options
 
     for targets in ("*i64", "*i32"):
@@ -103,16 +104,17 @@ def fused_head(config: k.Config) -> Iterator[Form]:
     tile = dict(vars(config))
     for name in (*options, "MASK_ALL", "MOMENT"):
         del tile[name]
-    tile |= {"PROGRAMS": 132, "WIDE": False}
+    tile |= {"PROGRAMS": 132}
     stored = f"tensordesc<bf16[{config.BN}, {config.BV}]>"
     given = {"x": f"tensordesc<bf16[{config.BN}, {config.BD}]>"}
     given |= {"w": f"tensordesc<bf16[{config.BV}, {config.BD}]>", "e": stored, "dz": stored}
     forward: dict[str, Any] = {"MASK_ALL": config.MASK_ALL, "MOMENT": config.MOMENT}
     if not config.MOMENT:
         forward["moment"] = None
+    all_tiles = {"any_again": None, "tile_again": None, "LARGEST": False}
     for bias in ({"BIAS": False, "bias": None}, {"BIAS": True}):
         for store in ({"STORE": False, "e": None}, {"STORE": True}):
-            for mode in ({"again": None, "LARGEST": False}, {"LARGEST": True}, {"LARGEST": False}):
+            for mode in (all_tiles, {"LARGEST": True}, {"LARGEST": False}):
                 yield k.softmax_sums, given, tile | forward | bias | store | mode, options
         yield k.logit_gradients, given, tile | bias, options
 
@@ -122,7 +124,7 @@ def rows_of_head(config: k.Config) -> Iterator[Form]:
     size = {"ROWS": row_results.ROWS, "AT_ONCE": row_results.AT_ONCE}
     size |= {"BN": config.BN, "BV": config.BV}
     types = dict.fromkeys(("logp", "entropy", "lse", "log_total"), "*fp64") | {"e": "*bf16"}
-    fixed = {"SAFE_SUM": k.SAFE_SUM, "LOG2_E": k.LOG2_E, "WIDE": False}
+    fixed = {"SAFE_SUM": k.SAFE_SUM, "LOG2_E": k.LOG2_E}
     for store in ({"e": None, "se": 0}, {}):
         for moment in ({"moment": None}, {}):
             for redone in (False, True):
@@ -153,24 +155,24 @@ def decoding(dtype: str) -> Iterator[Form]:
         tile = decode.tile_for(DTYPES[dtype], dim)
         rows = {"FEW": tile.few, "MANY": decode.MANY, "BN": tile.tokens, "H": heads}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        fixed = {"FIELDS": decode.FIELDS, "WIDE": False}
+        fixed = {"FIELDS": decode.FIELDS}
         sums = {"total": "*fp32"}  # for every dtype of the model
         yield decode.attend_items, types | sums, cache | rows | block | fixed, options
         group = triton.next_power_of_2(heads // kv_heads)
-        slots = {"H": heads, "HKV": kv_heads, "DH": dim, "BG": group, "WIDE": False} | block
+        slots = {"H": heads, "HKV": kv_heads, "DH": dim, "BG": group} | block
         warps = {"num_warps": decode.slot_warps(group, block["BD"])}
         yield decode.add_slots, types | sums, slots, warps
         new = {"BLOCK": triton.next_power_of_2(kv_heads * dim)}
         yield decode.append_tokens, types, cache | new, {}
         for norm in (False, True):
-            heads_form = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True, "WIDE": False}
+            heads_form = {"BLOCK": block["BD"] // 2, "NORM": norm, "ROPE": True}
             yield layer.place_heads, types, cache | heads_form, {"num_warps": 1}
-        rotation_form = {"BLOCK": block["BD"] // 2, "WIDE": False}
+        rotation_form = {"BLOCK": block["BD"] // 2}
         yield layer.rotation_rows, types, rotation_form, {"num_warps": 1}
     for no_sum in ({"d": None, "total": None}, {}):
-        constants = no_sum | {"BLOCK": 2048, "WIDE": False}
+        constants = no_sum | {"BLOCK": 2048}
         yield layer.add_norm_rows, types, constants, {}
-    elements = {"BLOCK": layer.ELEMENTS, "WIDE": False}
+    elements = {"BLOCK": layer.ELEMENTS}
     yield layer.swiglu_elements, types, elements, {}
 
 
@@ -180,16 +182,16 @@ def training(dtype: str) -> Iterator[Form]:
     types: dict[str, str] = dict.fromkeys(names.split(), f"*{dtype}")
     types |= dict.fromkeys(("rows", "segments", "cu_seqlens", "first", "begins"), "*i32")
     types |= {"n": "i32"}
-    elements = {"BLOCK": training_layer.ELEMENTS, "WIDE": False}
+    elements = {"BLOCK": training_layer.ELEMENTS}
     yield training_layer.swiglu_gradient_elements, types, elements, {}
     for _, heads, kv_heads, dim in DECODERS:
         tile = training_layer.heads_tile(heads, kv_heads, dim)
         for inverse in (False, True):
-            rotation_form = tile | {"INVERSE": inverse, "WIDE": False}
+            rotation_form = tile | {"INVERSE": inverse}
             yield training_layer.rotate_heads, types, rotation_form, training_layer.UNFUSED
         tile = training_layer.keys_tile(kv_heads, dim)
         yield training_layer.copy_key_rows, types, tile, {}
-        sum_form = tile | {"TOGETHER": training_layer.TOGETHER, "WIDE": False}
+        sum_form = tile | {"TOGETHER": training_layer.TOGETHER}
         yield training_layer.sum_key_copies, types, sum_form, {}
 
 

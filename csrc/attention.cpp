@@ -225,7 +225,10 @@ void attend(const Attention& a, const Keys& keys, int64_t head, const Queries& q
     for (int64_t place = begin; place < end; ++place) {
       float* at = scores + (place - begin) * w + i;
       Lanes s = load<Lanes>(at);
-      if (!mask.seen_by_all(place)) store(at, s = mask.apply(place, i, s));
+      if (!mask.seen_by_all(place)) {
+        s = mask.apply(place, i, s);
+        store(at, s);
+      }
       top = s > top ? s : top;
     }
     for (int64_t place = begin; place < end; ++place) {
@@ -297,13 +300,17 @@ struct Chunk {
   int64_t rows = 0;         // of keys
 
   void add(Queries added) {
-    for (const Range& range : added.keys) {
-      const bool known = !queries.empty() && &range != &added.keys.back();
-      if (known) continue;  // the ancestors, which all queries of the chunk share
-      keys.push_back({range.begin, range.end, rows});
-      rows += range.size();
+    if (queries.empty()) {  // all queries of the chunk share their ancestors' keys
+      const size_t n_ancestors = added.keys.size() - 1;
+      for (size_t i = 0; i < n_ancestors; ++i) add_keys(added.keys[i]);
     }
+    add_keys(added.keys.back());
     queries.push_back(std::move(added));
+  }
+
+  void add_keys(const Range& range) {
+    keys.push_back({range.begin, range.end, rows});
+    rows += range.size();
   }
 
   int64_t row_of(int64_t token) const {

@@ -93,7 +93,8 @@ inline thread_local char last_error[1024];
 template <class F>
 int32_t guarded(F f) {
   try {
-    return f(), 0;
+    f();
+    return 0;
   } catch (const std::exception& error) {
     std::strncpy(last_error, error.what(), sizeof last_error - 1);
     return 1;

@@ -22,7 +22,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "common.h"
 #include "matrices.h"
@@ -127,12 +126,6 @@ inline float total(Lanes x) {
   return sum;
 }
 #endif
-
-// Returns the index of element (k, i) in the matrix B of a product, which has w columns.
-template <class T>
-int64_t packed_index(int64_t k, int64_t i, int64_t w) {
-  return (k / kPair<T> * w + i) * kPair<T> + k % kPair<T>;
-}
 
 // Sizes that follow from the decoder and the number of rows of a call.
 struct Sizes {
@@ -247,7 +240,7 @@ class Pass {
 
   // Distributes vectors of tokens over the threads: calls f(block, first column, width).
   template <class F>
-  void each_vector(Team& team, F f) const {
+  void each_token_vector(Team& team, F f) const {
     team.each(s.padded_n / kLanes, [&](int64_t v) {
       const int64_t block = v * kLanes / kBlock;
       f(block, v * kLanes % kBlock, s.width(block));
@@ -279,7 +272,7 @@ class Pass {
 
   void embed(Team& team) {
     const int64_t half = d.rotary_dim / 2, angles = d.rope_sets * half;
-    each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
+    each_token_vector(team, [&](int64_t block, int64_t column, int64_t w) {
       T* to = block_of(x, block, d.hidden);
       float *to_cos = block_of(cos, block, angles), *to_sin = block_of(sin, block, angles);
       for (int64_t i = column; i < column + kLanes; ++i) {
@@ -307,7 +300,7 @@ class Pass {
 
   // Writes h = rms_norm(x), rounded once, or h = x if the layer has no such norm.
   void norm(const void* weight, Team& team) {
-    each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
+    each_token_vector(team, [&](int64_t block, int64_t column, int64_t w) {
       const T* from = block_of(x, block, d.hidden) + column;
       P* to = block_of(h, block, d.hidden);
       const Lanes scale = weight ? norm_scale(from, w) : Lanes{};
@@ -695,7 +688,7 @@ class Pass {
       }
     });
     if (!after) return;
-    each_vector(team, [&](int64_t block, int64_t column, int64_t w) {
+    each_token_vector(team, [&](int64_t block, int64_t column, int64_t w) {
       const T* from = block_of(kept, block, d.hidden) + column;
       T* to = block_of(x, block, d.hidden) + column;
       const Lanes scale = norm_scale(from, w);

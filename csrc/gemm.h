@@ -29,6 +29,12 @@ using Product = float;
 template <class T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
 
+// Returns the index of element (k, i) in the matrix B of a product, which has n columns.
+template <class T>
+constexpr int64_t packed_index(int64_t k, int64_t i, int64_t n) {
+  return (k / kPair<T> * n + i) * kPair<T> + k % kPair<T>;
+}
+
 inline Lanes multiply_add(Lanes sum, const float* a, Lanes b) { return sum + *a * b; }
 
 #if defined(__AVX512BF16__)

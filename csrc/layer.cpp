@@ -227,7 +227,7 @@ void linear_gradients(const Linear& l) {
 // Runs f(first, end) over ranges of n items, which differ by the number of threads. Each item's
 // result must not depend on its range.
 template <class F>
-void each_range(int threads, int64_t n, F f) {
+void parallel_ranges(int threads, int64_t n, F f) {
   parallel(threads, [&](int t) {
     const Share share(n, t, threads);
     f(share.begin, share.end);
@@ -269,7 +269,7 @@ void put(T* to, float x) { narrow(x, *to); }
 
 template <class T>
 void norm(const Norm& m) {
-  each_range(m.threads, m.n, [&](int64_t first, int64_t end) {
+  parallel_ranges(m.threads, m.n, [&](int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
       const T* x = static_cast<const T*>(m.x) + row * m.d;
       const float squares = sum_over(m.d, [&](int64_t k, auto v) {
@@ -324,7 +324,7 @@ template <class T>
 void rotate(const Rotation& r) {
   const int64_t half = r.head_dim / 2;
   const float sign = r.inverse ? -1.0f : 1.0f;
-  each_range(r.threads, r.n, [&](int64_t first, int64_t end) {
+  parallel_ranges(r.threads, r.n, [&](int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
       const T* cosines = static_cast<const T*>(r.cos) + row * half;
       const T* sines = static_cast<const T*>(r.sin) + row * half;
@@ -351,7 +351,7 @@ template <class T>
 void swiglu(const Swiglu& s) {
   auto gate = static_cast<const T*>(s.gate), up = static_cast<const T*>(s.up);
   auto y = static_cast<T*>(s.y);
-  each_range(s.threads, s.size / kLanes + 1, [&](int64_t first, int64_t end) {
+  parallel_ranges(s.threads, s.size / kLanes + 1, [&](int64_t first, int64_t end) {
     const int64_t start = first * kLanes, n = std::min(s.size, end * kLanes) - start;
     each_vector(std::max<int64_t>(n, 0), [&](int64_t i, auto v) {
       const auto g = value(gate + start + i, v);
@@ -366,7 +366,7 @@ void swiglu_gradients(const Swiglu& s) {
   auto d_y = static_cast<const T*>(s.d_y);
   auto d_gate = static_cast<T*>(s.d_gate), d_up = static_cast<T*>(s.d_up);
   auto y = static_cast<T*>(s.y);
-  each_range(s.threads, s.size / kLanes + 1, [&](int64_t first, int64_t end) {
+  parallel_ranges(s.threads, s.size / kLanes + 1, [&](int64_t first, int64_t end) {
     const int64_t start = first * kLanes, n = std::min(s.size, end * kLanes) - start;
     each_vector(std::max<int64_t>(n, 0), [&](int64_t i, auto v) {
       const int64_t at = start + i;

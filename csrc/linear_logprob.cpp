@@ -14,8 +14,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <exception>
 #include <memory>
 #include <stdexcept>
 
@@ -77,13 +75,6 @@ EXPO_FAST_SIZEOF(kept, Kept)
 
 namespace {
 
-// Calls f with a value of the type of a gradient, which is fp32 or bf16.
-template <class F>
-void with_gradient_dtype(int32_t dtype, F f) {
-  if (dtype == kFloat32) f(float{});
-  if (dtype == kBFloat16) f(bf16{});
-}
-
 // The hidden states of a span of tokens, packed for the two products that read them.
 template <class T>
 struct Span {
@@ -129,7 +120,7 @@ struct Span {
       for (int64_t k = 0; k < depth; ++k) {
         const bool real = token < n && k < d;
         narrow(real ? widen(from[token * d + k]) : 0.0f,
-               to[(k / kPair<T> * w + i) * kPair<T> + k % kPair<T>]);
+               to[packed_index<T>(k, i, w)]);
       }
     }
   }
@@ -144,7 +135,7 @@ struct Span {
         for (int64_t k = 0; k < w; ++k) {
           const bool real = token < n && start + k < d;
           narrow(real ? widen(from[token * d + start + k]) : 0.0f,
-                 to[(token / kPair<T> * w + k) * kPair<T> + token % kPair<T>]);
+                 to[packed_index<T>(token, k, w)]);
         }
     }
   }
@@ -384,14 +375,15 @@ void forward(const Head& head, const Kept* kept, double* other, double* moment, 
     });
   }
   for (int64_t i = 0; i < head.n; ++i) {
-    Sums total{other, moment, base, const_cast<float*>(head.exponent)};
     base[i] = kNever;
     for (int t = 0; t < head.threads; ++t) base[i] = std::max(base[i], sums.base[t * padded_n + i]);
-    other[i] = moment[i] = 0;
+    other[i] = 0;
+    moment[i] = 0;
     for (int t = 0; t < head.threads; ++t) {
       Sums part = sums.at(t * padded_n);
       part.move(i, base[i]);
-      total.add(i, part.other[i], part.moment[i]);
+      other[i] += part.other[i];
+      moment[i] += part.moment[i];
     }
   }
 }
@@ -514,7 +506,7 @@ class Backward {
       set_targets(b);
       if (d_hidden) d_hidden->add(b, dz.data.get() + b * kBlock, dz_stride, pairs.data.get());
     }
-    if (g.d_weight) with_gradient_dtype(g.d_weight_dtype, [&](auto type) { write_d_weight(type); });
+    if (g.d_weight) with_matrix_type(g.d_weight_dtype, [&](auto type) { write_d_weight(type); });
     if (g.d_bias) write_d_bias();
   }
 
@@ -703,7 +695,7 @@ void backward(const Head& head, const Kept* kept, const Gradients& g) {
     parallel(head.threads, [&](int t) {
       const Share share(span.blocks(), t, head.threads);
       for (int64_t b = share.begin; b < share.end; ++b)
-        with_gradient_dtype(g.d_hidden_dtype, [&](auto type) {
+        with_matrix_type(g.d_hidden_dtype, [&](auto type) {
           write_d_hidden(span, b, parts.get(), head.threads,
                          static_cast<decltype(type)*>(g.d_hidden));
         });

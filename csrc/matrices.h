@@ -22,5 +22,6 @@ template <class F>
 void with_matrix_type(int32_t dtype, F f) {
   if (dtype == kFloat32) f(float{});
   if (dtype == kBFloat16) f(bf16{});
-  if (dtype != kFloat32 && dtype != kBFloat16) throw std::invalid_argument("matrices must be fp32 or bf16");
+  if (dtype != kFloat32 && dtype != kBFloat16)
+    throw std::invalid_argument("matrices must be fp32 or bf16");
 }

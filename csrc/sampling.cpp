@@ -100,7 +100,7 @@ class Sampler {
     const T* from = static_cast<const T*>(draw.hidden) + i * draw.d;
     for (int64_t k = 0; k < depth; ++k)
       copy_value(i < draw.n && k < draw.d ? from[k] : T{},
-                 to[(k / kPair<P> * w + i % kBlock) * kPair<P> + k % kPair<P>]);
+                 to[packed_index<P>(k, i % kBlock, w)]);
   }
 
   // Writes the logits (rows, w) of a tile for the first n of w tokens of a block.
@@ -178,9 +178,14 @@ class Sampler {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const float part = exp_sum[tile * padded_n + i];
       const bool has_largest = max_logit[tile * padded_n + i] == largest;
-      if (likeliest ? has_largest : part > 0) chosen = tile, before = running;
+      const bool may_be_chosen = likeliest ? has_largest : part > 0;
+      if (may_be_chosen) {
+        chosen = tile;
+        before = running;
+      }
       running += part;
-      if (likeliest ? has_largest : running > target) break;
+      const bool is_found = likeliest ? has_largest : running > target;
+      if (is_found) break;
     }
     const int64_t column = i % kBlock;
     const int64_t first = kAnyColumn ? column : column / kColumns * kColumns;
@@ -199,7 +204,8 @@ class Sampler {
     for (int64_t r = 0; r < rows(tile); ++r) {
       const float logit = z[r * kColumns];
       const double part = std::exp2((logit - largest) * k);
-      if (likeliest ? logit > z[chosen * kColumns] : part > 0) chosen = r;
+      const bool may_be_chosen = likeliest ? logit > z[chosen * kColumns] : part > 0;
+      if (may_be_chosen) chosen = r;
       running += part;
       if (!likeliest && running > rest) break;
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 from expo_fast.kernels import objectives, preferences
 from expo_fast.kernels.head import IGNORE, LogProb
 from expo_fast.kernels.objectives import *  # noqa: F403 (the classes in its __all__)
-from expo_fast.kernels.objectives import Clipped, PolicyObjective
+from expo_fast.kernels.objectives import Clipped, PolicyObjective, PolicyStatistics
 from expo_fast.kernels.preferences import *  # noqa: F403
 from expo_fast.kernels.preferences import Dpo, PreferenceObjective
 from expo_fast.op_backends import custom_ops
@@ -71,17 +71,17 @@ def linear_logprob(
     """
     _check_head(hidden, weight, targets, temperature, bias)
     hidden, weight, bias = _cast_as_autocast(hidden, weight, bias)
-    temperatures, scalar_temperature = _temperatures(temperature)
+    row_temperature, scalar_temperature = _temperatures(temperature)
     logp, entropy, lse, *_ = custom_ops.logprob(
-        _as_rows(hidden),
-        weight,
-        bias,
-        _flat(targets),
-        temperatures,
-        scalar_temperature,
-        backend,
-        complete,
-        _need_gradients(hidden, weight, bias),
+        hidden=_as_rows(hidden),
+        weight=weight,
+        bias=bias,
+        targets=_flat(targets),
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        backend=backend,
+        complete=complete,
+        needs=_need_gradients(hidden, weight, bias),
     )
     shape = targets.shape
     return LogProb(logp.view(shape), entropy.view(shape), lse.view(shape))
@@ -143,31 +143,42 @@ def linear_policy_loss(
     if kl_coef and ref_logp is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp, the reference's log-probs")
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
-    temperatures, scalar_temperature = _temperatures(temperature)
+    row_temperature, scalar_temperature = _temperatures(temperature)
     code = encode(objective, "policy")
     loss, logp, entropy, statistics, *_ = custom_ops.policy_loss(
-        _as_rows(hidden),
-        weight,
-        _need_gradients(hidden, weight),
-        code.name,
-        code.values,
-        _flat(targets),
-        _flat(advantage),
-        _flat(row_weight),
-        _flat(old_logp),
-        _flat(ref_logp),
-        _flat(on_policy),
-        _flat(sequence_ids),
-        temperatures,
-        scalar_temperature,
-        backend,
-        complete,
-        kl_coef,
-        entropy_coef,
+        hidden=_as_rows(hidden),
+        weight=weight,
+        objective=code.name,
+        values=code.values,
+        targets=_flat(targets),
+        advantage=_flat(advantage),
+        row_weight=_flat(row_weight),
+        old_logp=_flat(old_logp),
+        ref_logp=_flat(ref_logp),
+        on_policy=_flat(on_policy),
+        sequence_ids=_flat(sequence_ids),
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        backend=backend,
+        complete=complete,
+        needs=_need_gradients(hidden, weight),
     )
-    logp = logp.detach().view(targets.shape)
-    entropy = entropy.detach().view(targets.shape)
-    return PolicyLoss(loss, logp, entropy, *statistics.detach().unbind())
+    found = PolicyStatistics(*statistics.detach().unbind())
+    return PolicyLoss(
+        loss=loss,
+        logp=logp.detach().view(targets.shape),
+        entropy=entropy.detach().view(targets.shape),
+        policy_loss=found.policy_loss,
+        on_policy_loss=found.on_policy_loss,
+        kl=found.kl,
+        mean_entropy=found.mean_entropy,
+        clip_low=found.clip_low,
+        clip_high=found.clip_high,
+        ratio_mean=found.ratio_mean,
+        ratio_max=found.ratio_max,
+    )
 
 
 class PreferenceLoss(NamedTuple):
@@ -209,21 +220,21 @@ def linear_preference_loss(
     _check_integers(sequence_ids=sequence_ids)
     check_transforms(ref_logp, pair_weight)
     hidden, weight, _ = _cast_as_autocast(hidden, weight)
-    temperatures, scalar_temperature = _temperatures(temperature)
+    row_temperature, scalar_temperature = _temperatures(temperature)
     code = encode(objective, "preference")
     loss, chosen_logp, rejected_logp, margin, accuracy, *_ = custom_ops.preference_loss(
-        _as_rows(hidden),
-        weight,
-        _need_gradients(hidden, weight),
-        code.name,
-        code.values,
-        _flat(targets),
-        _flat(sequence_ids),
-        _constant(ref_logp),
-        _constant(pair_weight),
-        temperatures,
-        scalar_temperature,
-        backend,
+        hidden=_as_rows(hidden),
+        weight=weight,
+        objective=code.name,
+        values=code.values,
+        targets=_flat(targets),
+        sequence_ids=_flat(sequence_ids),
+        ref_logp=_constant(ref_logp),
+        pair_weight=_constant(pair_weight),
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        backend=backend,
+        needs=_need_gradients(hidden, weight),
     )
     return PreferenceLoss(
         loss,
@@ -262,7 +273,9 @@ def group_advantage(
     _check_same_shape(rewards, group_ids=group_ids)
     _check_integers(group_ids=group_ids)
     check_transforms(rewards)
-    return custom_ops.group_advantage(rewards.detach(), group_ids, scale, eps)
+    return custom_ops.group_advantage(
+        rewards=rewards.detach(), group_ids=group_ids, scale=scale, eps=eps
+    )
 
 
 # Arguments
@@ -379,7 +392,7 @@ def _need_gradients(*inputs: Tensor | None) -> list[bool]:
 
 
 def _temperatures(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    """Return (tensor, scalar). The scalar is read if the tensor is None."""
+    """Return the temperatures of the rows, and the scalar that is read if they are None."""
     if isinstance(temperature, Tensor):
         return _flat(temperature), 1.0
     return None, float(temperature)

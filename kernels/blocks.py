@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.rowwise import LOG2_E, launch_device
+from expo_fast.kernels.triton_common import LOG2_E, launch_device
 
 TOGETHER = 8  # blocks per program
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expo_fast.kernels.integers import ceil_div
+
 LEVELS = 3  # of the tree: all rows, a prompt, a row; other shared pages are read once per row
 
 
@@ -34,13 +36,13 @@ class Sizes:
         items to have enough programs.
         """
         if self.rows >= 64:
-            return max(8, -(-self.width // 16))
-        return max(4, -(-self.width // 32))
+            return max(8, ceil_div(self.width, 16))
+        return max(4, ceil_div(self.width, 32))
 
     @property
     def slots(self) -> int:
         """Maximum items of a row: ceil(a) + ceil(b) + ceil(c) <= ceil(a + b + c) + 2."""
-        return -(-self.width // self.piece) + LEVELS - 1
+        return ceil_div(self.width, self.piece) + LEVELS - 1
 
     @property
     def items(self) -> int:
@@ -105,7 +107,7 @@ def plan(tables: Tensor, sizes: Sizes, rows_per_item: int) -> tuple[Tensor, Tens
 def _piece_borders(branch: Branch, max_pages: int) -> list[int]:
     """Split a branch's pages into pieces of at most max_pages pages and of nearly equal sizes."""
     n_pages = branch.end_page - branch.first_page
-    n_pieces = -(-n_pages // max_pages)
+    n_pieces = ceil_div(n_pages, max_pages)
     return [branch.first_page + n_pages * i // n_pieces for i in range(n_pieces + 1)]
 
 

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expo_fast.kernels.cascade import FIELDS, Sizes
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
+from expo_fast.kernels.triton_common import INTERPRETED, launch_device, to_bf16
 
 FEW = 16  # rows of a product: the minimum of mma.sync
 MANY = 64  # rows of a product: the minimum of wgmma
@@ -187,7 +187,7 @@ def _attend(
     q, slab, tables, positions, top_out, total_out, values_out, item, head,
     scale, window, W, SLOTS,
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Compute an item for one key-value head: its G query heads, of at most BM // G rows."""
     G: tl.constexpr = H // HKV
@@ -212,7 +212,7 @@ def _attend(
 
     query = q + (row * H + h)[:, None] * DH + d[None, :]
     queries = tl.load(query, mine[:, None] & deep[None, :], 0.0)
-    if WIDE:  # because the interpreter multiplies bf16 wrongly
+    if INTERPRETED:  # because the interpreter multiplies bf16 wrongly
         queries = queries.to(tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -229,7 +229,7 @@ def _attend(
         inside = there[:, None] & deep[None, :]
         keys = tl.load(at, inside, 0.0)
         values = tl.load(at + PAGE * HKV * DH, inside, 0.0)
-        if WIDE:
+        if INTERPRETED:
             keys = keys.to(tl.float32)
             values = values.to(tl.float32)
         s = tl.dot(queries, keys.T, input_precision="ieee") * scale
@@ -242,7 +242,7 @@ def _attend(
         fade = tl.exp2(top - anchor)
         total = total * fade + tl.sum(p, 1)
         if q.dtype.element_ty == tl.bfloat16:
-            p = to_bf16(p, WIDE)
+            p = to_bf16(p)
         out = tl.dot(p.to(values.dtype), values, out * fade[:, None], input_precision="ieee")
         top = higher
 
@@ -262,7 +262,7 @@ def attend_items(
     layer, scale, window, W, SLOTS,  # scale times log2(e)
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    FIELDS: tl.constexpr, WIDE: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Compute all items. One program per key-value head of each of the maximum number of items.
 
@@ -278,12 +278,12 @@ def attend_items(
         if tl.load(item + 1) * (H // HKV) > FEW:
             _attend(
                 q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
-                STRIDE, PAGE, H, HKV, DH, MANY, BN, BD, WIDE,
+                STRIDE, PAGE, H, HKV, DH, MANY, BN, BD,
             )  # fmt: skip
         else:
             _attend(
                 q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
-                STRIDE, PAGE, H, HKV, DH, FEW, BN, BD, WIDE,
+                STRIDE, PAGE, H, HKV, DH, FEW, BN, BD,
             )  # fmt: skip
 
 
@@ -314,7 +314,7 @@ def add_slots(
     top, total, values, used, out,  # as above; (B,) int32; (B, H, Dh) out
     SLOTS,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
-    BG: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Add a row's slots in their order. One program per row and key-value head.
 
@@ -344,7 +344,7 @@ def add_slots(
         highest, mass, found = _add_slot(highest, mass, found, t3, s3, v3)
     found = found / tl.where(mass == 0, 1.0, mass)[:, None]
     if out.dtype.element_ty == tl.bfloat16:
-        found = to_bf16(found, WIDE)
+        found = to_bf16(found)
     at = (row * H + h)[:, None] * DH + d[None, :]
     tl.store(out + at, found, mine[:, None] & (d < DH)[None, :])
 
@@ -423,7 +423,6 @@ def attend(
             BN=tile.tokens,
             BD=block,
             FIELDS=FIELDS,
-            WIDE=INTERPRETED,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -439,7 +438,6 @@ def attend(
             DH=head_dim,
             BG=group,
             BD=block,
-            WIDE=INTERPRETED,
             num_warps=slot_warps(group, block),
         )
     return out

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.rowwise import launch_device
+from expo_fast.kernels.triton_common import launch_device
 
 ROWS = 128  # rows per program of `record_tokens`
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expo_fast.kernels.advantage import rounding_noise
-from expo_fast.kernels.rowwise import launch_device
+from expo_fast.kernels.triton_common import launch_device
 
 BLOCK = 16  # with 32, the fp64 sums need more registers than a thread has
 

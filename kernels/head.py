@@ -12,7 +12,9 @@ g_x is the derivative of the loss in x. u is relative to an anchor, by default t
 (shift = 0). Then no digits cancel as p_y -> 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +30,17 @@ class LogProb(NamedTuple):
     entropy: Tensor  # entropy of the distribution over the vocabulary
     lse: Tensor  # log-sum-exp of the logits
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["LogProb"]) -> "LogProb":
+        """Return the results of the rows of all parts, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            logp=torch.cat([part.logp for part in parts]),
+            entropy=torch.cat([part.entropy for part in parts]),
+            lse=torch.cat([part.lse for part in parts]),
+        )
+
     def take(self, rows: Tensor | slice | None) -> "LogProb":
         """Return the results of some rows; None means all."""
         return self if rows is None else LogProb(*(x[rows] for x in self))
@@ -41,7 +54,8 @@ class Forward(NamedTuple):
 
     results: LogProb  # (N,) each; the dtype may be wider than that of the logits
     log_total: Tensor | None = None  # (N,) fp64, if the backend needs it to read `kept`
-    kept: Tensor | None = None  # (B,) uint8 in the backend's format; None: recompute all rows
+    # (B,) uint8 in the backend's format. None or empty: all rows are recomputed.
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +141,30 @@ class Gradients(NamedTuple):
     """Derivatives of the loss in a head's inputs. None if they are not needed."""
 
     hidden: Tensor | None  # (N, D)
-    weight: Tensor | None  # (V, D) in the accumulators' dtype
+    weight: Tensor | None  # (V, D) in the accumulators' dtype, or in weight's if written once
     bias: Tensor | None  # (V,) in the accumulators' dtype
+
+    @classmethod
+    def allocate(
+        cls,
+        head: Head,
+        needs: Needs,
+        *,
+        hidden: torch.dtype,
+        weight: torch.dtype,
+        bias: torch.dtype,
+        zero: bool = False,
+    ) -> "Gradients":
+        """Return memory of these dtypes for the gradients that are needed.
+
+        zero: whether it is filled with 0.
+        """
+        make = partial(torch.zeros if zero else torch.empty, device=head.hidden.device)
+        return cls(
+            hidden=make(head.hidden.shape, dtype=hidden) if needs.hidden else None,
+            weight=make(head.weight.shape, dtype=weight) if needs.weight else None,
+            bias=make(len(head.weight), dtype=bias) if needs.bias else None,
+        )
 
     def at(self, rows: slice) -> "Gradients":
         """Return the gradients with views of some rows of the hidden states' gradient."""

@@ -22,90 +22,65 @@ import triton.language as tl
 from torch import Tensor
 
 from expo_fast.kernels.decode import Paged, key_of_token
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
+from expo_fast.kernels.triton_common import launch_device, load_fp32, rounded_like, store_rounded
 
 ELEMENTS = 1024  # per program of an elementwise kernel
 
 
 @triton.jit
-def _load(at, inside):
-    """Load as fp32. Elements outside the mask are 0."""
-    return tl.load(at, inside, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _rounded(x, like, WIDE: tl.constexpr):
-    """Round to the type that `like` points to. Return fp32."""
-    if like.dtype.element_ty == tl.bfloat16:
-        y = to_bf16(x, WIDE).to(tl.float32)
-    else:
-        y = x.to(like.dtype.element_ty).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _store(at, x, inside, WIDE: tl.constexpr):
-    """Store fp32 numbers in the type that `at` points to."""
-    if at.dtype.element_ty == tl.bfloat16:
-        tl.store(at, to_bf16(x, WIDE), inside)
-    else:
-        tl.store(at, x, inside)
-
-
-@triton.jit
 def add_norm_rows(
     x, d, w, total, out,  # (B, D), (B, D) or None, (D,), (B, D) out or None, (B, D) out
-    D, eps, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    D, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add two vectors and normalize the sum. One program per row."""
     at = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     inside = i < D
-    a = _load(x + at + i, inside)
+    a = load_fp32(x + at + i, inside)
     if d is not None:
-        a = _rounded(a + _load(d + at + i, inside), x, WIDE)
-        _store(total + at + i, a, inside, WIDE)
+        a = rounded_like(a + load_fp32(d + at + i, inside), x)
+        store_rounded(total + at + i, a, inside)
     scale = tl.rsqrt(tl.sum(a * a, 0) / D + eps)
-    _store(out + at + i, a * scale * _load(w + i, inside), inside, WIDE)
+    store_rounded(out + at + i, a * scale * load_fp32(w + i, inside), inside)
 
 
 @triton.jit
 def swiglu_elements(
     gate, up, out,  # (B, M) each
     width, gate_row, up_row,  # M, strides of rows
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write silu(gate) * up. One program per row and BLOCK columns."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
-    g = _load(gate + row * gate_row + i, inside)
-    silu = _rounded(g / (1 + tl.exp(-g)), gate, WIDE)
-    _store(out + row * width + i, silu * _load(up + row * up_row + i, inside), inside, WIDE)
+    g = load_fp32(gate + row * gate_row + i, inside)
+    silu = rounded_like(g / (1 + tl.exp(-g)), gate)
+    store_rounded(out + row * width + i, silu * load_fp32(up + row * up_row + i, inside), inside)
 
 
 @triton.jit
 def _normed_and_rotated(
     x, w, cos, sin,  # (Dh,), (Dh,), (Dh/2,) twice
     eps, DH, i,
-    WIDE: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """Return the two halves of one head of one row, (BLOCK,) fp32 each."""
     half = DH // 2
     inside = i < half
-    a = _load(x + i, inside)
-    b = _load(x + half + i, inside)
+    a = load_fp32(x + i, inside)
+    b = load_fp32(x + half + i, inside)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / DH + eps)
-        a = _rounded(a * scale * _load(w + i, inside), x, WIDE)
-        b = _rounded(b * scale * _load(w + half + i, inside), x, WIDE)
+        a = rounded_like(a * scale * load_fp32(w + i, inside), x)
+        b = rounded_like(b * scale * load_fp32(w + half + i, inside), x)
     if ROPE:
-        c = _load(cos + i, inside)
-        s = _load(sin + i, inside)
-        ac = _rounded(a * c, x, WIDE)
-        bs = _rounded(b * s, x, WIDE)
-        bc = _rounded(b * c, x, WIDE)
-        as_ = _rounded(a * s, x, WIDE)
+        c = load_fp32(cos + i, inside)
+        s = load_fp32(sin + i, inside)
+        ac = rounded_like(a * c, x)
+        bs = rounded_like(b * s, x)
+        bc = rounded_like(b * c, x)
+        as_ = rounded_like(a * s, x)
         a = ac - bs
         b = bc + as_
     return a, b
@@ -117,7 +92,7 @@ def place_heads(
     address, tables, positions,  # as in `decode.append_tokens`
     layer, W, eps, H, q_row, k_row, v_row,  # *_row: strides of rows
     STRIDE: tl.constexpr, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
-    BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotate and place heads. One program per row and head: first of q, then of k and v."""
     row = tl.program_id(0).to(tl.int64)
@@ -129,18 +104,18 @@ def place_heads(
     sin += row * half
     if head < H:
         q += row * q_row + head * DH
-        a, b = _normed_and_rotated(q, q_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
+        a, b = _normed_and_rotated(q, q_norm, cos, sin, eps, DH, i, NORM, ROPE)
         at = (row * H + head) * DH
-        _store(out + at + i, a, inside, WIDE)
-        _store(out + at + half + i, b, inside, WIDE)
+        store_rounded(out + at + i, a, inside)
+        store_rounded(out + at + half + i, b, inside)
     else:
         k += row * k_row + (head - H) * DH
         v += row * v_row + (head - H) * DH
-        a, b = _normed_and_rotated(k, k_norm, cos, sin, eps, DH, i, WIDE, NORM, ROPE)
+        a, b = _normed_and_rotated(k, k_norm, cos, sin, eps, DH, i, NORM, ROPE)
         key = key_of_token(address, tables, positions, row, layer, W, k, STRIDE, PAGE, HKV, DH)
         key += (head - H) * DH
-        _store(key + i, a, inside, WIDE)
-        _store(key + half + i, b, inside, WIDE)
+        store_rounded(key + i, a, inside)
+        store_rounded(key + half + i, b, inside)
         value = key + PAGE * HKV * DH
         tl.store(value + i, tl.load(v + i, inside), inside)
         tl.store(value + half + i, tl.load(v + half + i, inside), inside)
@@ -149,7 +124,7 @@ def place_heads(
 @triton.jit
 def rotation_rows(
     positions, inv_freq, cos, sin,  # (B,), (half,) fp32, (B, half) twice, out
-    half, scale, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    half, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write cos and sin of a row's angles. One program per row.
 
@@ -171,8 +146,8 @@ def rotation_rows(
     cosine = tl.where((turn == 1) | (turn == 2), -1.0, 1.0) * tl.where(odd, s, c)
     sine = tl.where(turn >= 2, -1.0, 1.0) * tl.where(odd, c, s)
     at = row * half + i
-    _store(cos + at, cosine.to(tl.float32) * scale, inside, WIDE)
-    _store(sin + at, sine.to(tl.float32) * scale, inside, WIDE)
+    store_rounded(cos + at, cosine.to(tl.float32) * scale, inside)
+    store_rounded(sin + at, sine.to(tl.float32) * scale, inside)
 
 
 def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -194,7 +169,6 @@ def add_norm(x: Tensor, d: Tensor | None, weight: Tensor, eps: float) -> tuple[T
             width,
             eps,
             BLOCK=triton.next_power_of_2(width),
-            WIDE=INTERPRETED,
         )
     return x if total is None else total, out
 
@@ -216,7 +190,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             gate.stride(0),
             up.stride(0),
             BLOCK=ELEMENTS,
-            WIDE=INTERPRETED,
         )
     return out
 
@@ -244,7 +217,6 @@ def rotation(
             half,
             scale,
             BLOCK=triton.next_power_of_2(half),
-            WIDE=INTERPRETED,
             num_warps=1,
         )
     return cos, sin
@@ -314,7 +286,6 @@ def place(
             BLOCK=triton.next_power_of_2(head_dim // 2),
             NORM=norms is not None,
             ROPE=rotation is not None,
-            WIDE=INTERPRETED,
             num_warps=1,
             enable_fp_fusion=False,  # because RoPE's products are rounded before they are added
         )

@@ -44,8 +44,9 @@ from expo_fast.kernels.head import (
     logit_grads,
     logit_grads_about_lse,
 )
+from expo_fast.kernels.integers import round_up
 from expo_fast.kernels.row_results import AT_ONCE, ROWS, largest_logits, row_results
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device, to_bf16
+from expo_fast.kernels.triton_common import INTERPRETED, launch_device, to_bf16
 
 SAFE_SUM = 2.0**60  # the target is 41 nats below another logit; squares still fit bf16's exponent
 LOG2_E = math.log2(math.e)
@@ -113,14 +114,14 @@ def _place(index, N, V, BN: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr)
 @triton.jit
 def _logits(
     x, w, bias, n, v, V, D,
-    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Return (BN, BV) fp32 logits before temperature. They are 0 beyond N and V."""
     z = tl.zeros([BN, BV], tl.float32)
     for d in range(0, D, BD):
         a = x.load([n, d])
         b = w.load([v, d])
-        if WIDE:  # because the interpreter multiplies bf16 wrongly
+        if INTERPRETED:  # because the interpreter multiplies bf16 wrongly
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         z = tl.dot(a, b.T, z)
@@ -167,25 +168,25 @@ def _masked(u, column, y, end):
 def softmax_sums(
     x, w, e, bias,  # descriptors (N, D), (V, D), (N, V) out or None; (V,) or None
     targets, base, scale,  # (N,) int64; anchor in bits; log2(e) / temperature
-    again,  # (1 + row tiles + ...) bool: whether any row tile is computed, and which; None: all
+    any_again, tile_again,  # (1,), (row tiles,) bool: whether a row tile is computed; None: all are
     other, moment,  # (column tiles, N) out, moment in bits or None
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    PROGRAMS: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr,
     FLATTEN: tl.constexpr, MASK_ALL: tl.constexpr, MOMENT: tl.constexpr,
-    LARGEST: tl.constexpr = False,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Write `other`, `moment` and E, tile by tile.
 
     If LARGEST, write each row's largest z to `other` instead.
     """
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
-    if again is not None:
-        tiles *= tl.load(again).to(tl.int32)
-    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN and again is None):
+    if any_again is not None:
+        tiles = tl.where(tl.load(any_again).to(tl.int32) != 0, tiles, 0)
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN and any_again is None):
         n, v = _place(index, N, V, BN, BV, GROUP)
-        if again is None or tl.load(again + 1 + n // BN):
-            z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
+        if tile_again is None or tl.load(tile_again + n // BN):
+            z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS)
             row = n + tl.arange(0, BN)
             column = tl.arange(0, BV)
             inside = row < N
@@ -209,7 +210,7 @@ def softmax_sums(
                     tl.store(moment + at, tl.sum(p * u, 1), inside)
                 tl.store(other + at, tl.sum(p, 1), inside)
                 if STORE:
-                    e.store([n, v], to_bf16(p, WIDE))
+                    e.store([n, v], to_bf16(p))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -218,13 +219,13 @@ def logit_gradients(
     targets, scale, base, c0, c1, at_target,  # (N,); base and u in bits
     N, V, D,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Write dz of some columns from the forward results. base is lse, so exp(u_j) is p_j."""
     tiles = tl.cdiv(N, BN) * tl.cdiv(V, BV)
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         n, v = _place(index, N, V, BN, BV, GROUP)
-        z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS, WIDE)
+        z = _logits(x, w, bias, n, v, V, D, BN, BV, BD, BIAS)
         row = n + tl.arange(0, BN)
         column = tl.arange(0, BV)
         inside = row < N
@@ -237,7 +238,7 @@ def logit_gradients(
         u = z * s[:, None] - b[:, None]
         g = tl.exp2(u) * (a0[:, None] + a1[:, None] * u)
         g = tl.where(column[None, :] == y[:, None], own[:, None], g)
-        dz.store([n, v], to_bf16(g, WIDE))
+        dz.store([n, v], to_bf16(g))
 
 
 @triton.jit
@@ -245,7 +246,7 @@ def scale_stored(
     e, dz,  # (N, V) in and out, which may be the same tensor
     targets, c0, c1, at_target,  # (N,)
     V, se, sdz,  # strides of rows
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write dz = e (c0 + c1 log e), for losses with an entropy or lse term."""
     blocks = tl.cdiv(V, BLOCK)  # per row
@@ -259,7 +260,7 @@ def scale_stored(
     own = tl.load(at_target + row)
     u = tl.log2(tl.where(p > 0, p, 1.0))  # in bits, because c1 is per bit
     g = tl.where(column == y, own, p * (a0 + a1 * u))
-    tl.store(dz + row * sdz + column, to_bf16(g, WIDE), column < V)
+    tl.store(dz + row * sdz + column, to_bf16(g), column < V)
 
 
 def config_for(x: Tensor) -> Config:
@@ -302,7 +303,7 @@ def supports(head: Head) -> bool:
 
 def width_of_e(head: Head) -> int:
     """Return V rounded up to a multiple of 16 bytes of bf16."""
-    return -(-len(head.weight) // 8) * 8
+    return round_up(len(head.weight), 8)
 
 
 def padded_e(head: Head, rows: int) -> Tensor:
@@ -369,8 +370,7 @@ def from_stored(
             call.v,
             e.stride(0),
             dz.stride(0),
-            ELEMENTS,
-            INTERPRETED,
+            BLOCK=ELEMENTS,
         )
 
 
@@ -449,7 +449,6 @@ class _Call:
         del meta["MASK_ALL"], meta["MOMENT"]  # arguments of the forward kernel only
         meta["PROGRAMS"] = self.programs()
         meta["BIAS"] = self.bias is not None
-        meta["WIDE"] = INTERPRETED
         return meta
 
     def target_logits(self) -> tuple[Tensor, Tensor]:
@@ -472,6 +471,17 @@ class _Call:
             )
         return out, base
 
+    def flags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whether any row is computed again, which row tiles and which rows: all False.
+
+        Each begins at a multiple of 16 bytes, as Triton compiles another kernel for other places.
+        """
+        n_tiles = round_up(triton.cdiv(self.n, self.config.BN), 16)
+        sizes = [16, n_tiles, self.n]
+        flags = torch.zeros(sum(sizes), dtype=torch.bool, device=self.hidden.device)
+        any_again, tile_again, row_again = flags.split(sizes)
+        return any_again, tile_again, row_again
+
     def fill(self, results: LogProb, log_total: Tensor, e: Tensor | None) -> None:
         """Write the results, log_total and, if it is given, E.
 
@@ -480,34 +490,36 @@ class _Call:
         """
         tile = self.config
         tiles_v = triton.cdiv(self.v, tile.BV)
-        tiles_n = triton.cdiv(self.n, tile.BN)
         z, base = self.target_logits()
         partials = self.scale.new_empty(1 + tile.MOMENT, tiles_v, self.n)
         sums = partials[0], partials[1] if tile.MOMENT else None
-        marks = torch.zeros(1 + tiles_n + self.n, dtype=torch.bool, device=base.device)
+        any_again, tile_again, row_again = self.flags()
         operands = self.operands(e)
         meta = self.meta()
-        shape = {"N": self.n, "V": self.v, "BN": tile.BN, "BV": tile.BV}
+        shape = {"N": self.n, "V": self.v, "BV": tile.BV}
         shape |= {"ROWS": ROWS, "AT_ONCE": AT_ONCE}
 
-        def sum_tiles(again: Tensor | None, **mode: bool) -> None:
+        def sum_tiles(*, again: bool, largest: bool = False) -> None:
+            flags = (any_again, tile_again) if again else (None, None)
             softmax_sums[(self.programs(),)](
-                *operands, self.targets, base, self.scale, again, *sums,
+                *operands, self.targets, base, self.scale, *flags, *sums,
                 self.n, self.v, self.d, STORE=e is not None, MASK_ALL=tile.MASK_ALL,
-                MOMENT=tile.MOMENT, **mode, **meta,
+                MOMENT=tile.MOMENT, LARGEST=largest, **meta,
             )  # fmt: skip
 
         def finish(redone: bool) -> None:
             row_results[(triton.cdiv(self.n, ROWS),)](
-                *sums, z, base, self.scale, self.targets, marks, *results, log_total,
-                e, 0 if e is None else e.stride(0), SAFE_SUM=SAFE_SUM, LOG2_E=LOG2_E,
-                REDONE=redone, WIDE=INTERPRETED, **shape,
+                *sums, z, base, self.scale, self.targets, any_again, tile_again, row_again,
+                *results, log_total, e, 0 if e is None else e.stride(0), SAFE_SUM=SAFE_SUM,
+                LOG2_E=LOG2_E, REDONE=redone, BN=tile.BN, **shape,
             )  # fmt: skip
 
         with self.device:
-            sum_tiles(None)
+            sum_tiles(again=False)
             finish(redone=False)
-            sum_tiles(marks, LARGEST=True)
-            largest_logits[(triton.cdiv(self.n, ROWS),)](sums[0], marks, base, **shape)
-            sum_tiles(marks)
+            sum_tiles(again=True, largest=True)
+            largest_logits[(triton.cdiv(self.n, ROWS),)](
+                sums[0], any_again, row_again, base, **shape
+            )
+            sum_tiles(again=True)
             finish(redone=True)

@@ -177,7 +177,7 @@ class PolicyRows:
     old_logp: Tensor | None  # (N,) nats; None: every ratio is 1
     ref_logp: Tensor | None  # (N,) nats
     on_policy: Tensor  # (N,) bool
-    segments: Tensor | None  # (N,) int64 in [0, S), for sequence-level objectives only
+    sequences: Tensor | None  # (N,) int64 in [0, S), for sequence-level objectives only
 
     def take(self, rows: Tensor | slice) -> "PolicyRows":
         given = {name: x for name, x in vars(self).items() if x is not None}
@@ -194,9 +194,25 @@ class PolicyTerms(NamedTuple):
     grads: RowGrads  # derivatives of the loss; that of entropy is None if entropy_coef is 0
 
 
+class PolicyStatistics(NamedTuple):
+    """Statistics of the policy loss, () each. `ops.PolicyLoss` has them too, and defines them."""
+
+    policy_loss: Tensor
+    on_policy_loss: Tensor
+    kl: Tensor
+    mean_entropy: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    ratio_mean: Tensor
+    ratio_max: Tensor
+
+
+N_STATISTICS = len(PolicyStatistics._fields)
+
+
 @dataclass(frozen=True)
 class PolicyLossOfRows:
-    """The policy loss as a function of log-probs. It is a `RowwiseLoss` without segments."""
+    """The policy loss as a function of log-probs. It is a `RowwiseLoss` without sequences."""
 
     objective: PolicyObjective
     rows: PolicyRows
@@ -214,14 +230,14 @@ class PolicyLossOfRows:
         log_ratio = torch.zeros_like(logp)
         if rows.old_logp is not None:
             log_ratio = torch.where(is_policy, logp - rows.old_logp, 0)
-        if rows.segments is not None:
-            log_ratio = _segment_mean(log_ratio, rows)
+        if rows.sequences is not None:
+            log_ratio = _sequence_mean(log_ratio, rows)
         value, grad, side = self.objective(logp, log_ratio, rows.advantage)
         value = torch.where(is_policy, value, -rows.advantage * logp)
         grad = rows.weight * torch.where(is_policy, grad, -rows.advantage)
-        if rows.segments is not None:
+        if rows.sequences is not None:
             # Averaging over a sequence is its own transpose, so it also propagates derivatives.
-            grad = torch.where(is_policy, _segment_mean(grad, rows), grad)
+            grad = torch.where(is_policy, _sequence_mean(grad, rows), grad)
         k3, k3_grad = _k3(rows, logp)
         grad_entropy = None
         if self.entropy_coef:
@@ -244,30 +260,41 @@ class PolicyLossOfRows:
         return (self.rows.weight * loss).sum()
 
 
-class TermsOfSpans:
-    """A RowwiseLoss that keeps the terms of a span of all rows, to avoid computing them twice."""
+class LossWithCachedTerms:
+    """A `PolicyLossOfRows` whose terms are computed once if a backend takes all rows together.
+
+    It is a `RowwiseLoss` for one pass over the rows.
+    """
 
     def __init__(self, loss: PolicyLossOfRows):
         self._loss = loss
-        self.terms: PolicyTerms | None = None
+        self._terms: PolicyTerms | None = None  # of all rows
 
     def row_grads(self, rows: slice, logp: Tensor) -> RowGrads:
-        if len(logp) < len(self._loss.rows.weight):
+        n_rows = len(self._loss.rows.weight)
+        takes_all_rows = len(logp) == n_rows
+        if not takes_all_rows:
             return self._loss.row_grads(rows, logp)
-        self.terms = self._loss.terms(logp)
-        return self.terms.grads
+        self._terms = self._loss.terms(logp)
+        return self._terms.grads
+
+    def terms(self, logp: Tensor) -> PolicyTerms:
+        """Return the terms of all rows, given the log-probs (N,) of which `row_grads` had parts."""
+        if self._terms is None:
+            return self._loss.terms(logp)
+        return self._terms
 
 
 def policy_sums(
     loss: PolicyLossOfRows, terms: PolicyTerms, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss () and its statistics (8,)."""
+    """Return the loss () and its PolicyStatistics (N_STATISTICS,)."""
     statistics = policy_statistics(loss.rows, terms, entropy)
     return loss.total(terms, entropy), torch.stack(statistics)
 
 
-def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> tuple[Tensor, ...]:
-    """Return the fields of ops.PolicyLoss from `policy_loss` on, in its order, () each."""
+def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> PolicyStatistics:
+    """Return the statistics of the rows, given their terms and entropies (N,)."""
     is_policy = (~rows.on_policy).to(entropy.dtype)
     weight = rows.weight * is_policy
     weighted_value = rows.weight * terms.value
@@ -275,15 +302,15 @@ def policy_statistics(rows: PolicyRows, terms: PolicyTerms, entropy: Tensor) -> 
     total_weight = torch.where(total_weight == 0, 1, total_weight)
     count = is_policy.sum().clamp(min=1)
     ratio = terms.ratio * is_policy
-    return (
-        (weighted_value * is_policy).sum(),
-        (weighted_value * rows.on_policy).sum(),
-        (weight * terms.k3).sum() / total_weight,
-        (weight * entropy).sum() / total_weight,
-        (terms.side < 0).sum() / count,
-        (terms.side > 0).sum() / count,
-        ratio.sum() / count,
-        ratio.max() if len(ratio) else ratio.new_zeros(()),
+    return PolicyStatistics(
+        policy_loss=(weighted_value * is_policy).sum(),
+        on_policy_loss=(weighted_value * rows.on_policy).sum(),
+        kl=(weight * terms.k3).sum() / total_weight,
+        mean_entropy=(weight * entropy).sum() / total_weight,
+        clip_low=(terms.side < 0).sum() / count,
+        clip_high=(terms.side > 0).sum() / count,
+        ratio_mean=ratio.sum() / count,
+        ratio_max=ratio.max() if len(ratio) else ratio.new_zeros(()),
     )
 
 
@@ -296,10 +323,10 @@ def _k3(rows: PolicyRows, logp: Tensor) -> tuple[Tensor, Tensor]:
     return growth - x, -growth
 
 
-def _segment_mean(x: Tensor, rows: PolicyRows) -> Tensor:
+def _sequence_mean(x: Tensor, rows: PolicyRows) -> Tensor:
     """Return, for each row, the mean of x (N,) over the policy rows of its sequence."""
-    assert rows.segments is not None
-    segments = torch.where(rows.on_policy, 0, rows.segments + 1)  # segment 0: on-policy rows
-    n = int(segments.max()) + 1 if len(segments) else 1
-    count = segment_sum(torch.ones_like(x), segments, n)
-    return (segment_sum(x, segments, n) / count.clamp(min=1))[segments]
+    assert rows.sequences is not None
+    sequences = torch.where(rows.on_policy, 0, rows.sequences + 1)  # 0: on-policy rows
+    n = int(sequences.max()) + 1 if len(sequences) else 1
+    count = segment_sum(torch.ones_like(x), sequences, n)
+    return (segment_sum(x, sequences, n) / count.clamp(min=1))[sequences]

@@ -12,11 +12,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.objectives import PolicyLossOfRows, PolicyTerms
-from expo_fast.kernels.rowwise import launch_device
+from expo_fast.kernels.objectives import (
+    N_STATISTICS,
+    PolicyLossOfRows,
+    PolicyStatistics,
+    PolicyTerms,
+)
+from expo_fast.kernels.triton_common import launch_device
 
 BLOCK = 1024  # rows per iteration
 WARPS = 8
+
+
+def _place(field: str) -> tl.constexpr:
+    return tl.constexpr(PolicyStatistics._fields.index(field))
+
+
+# The places of the statistics in their tensor
+_POLICY_LOSS: tl.constexpr = _place("policy_loss")
+_ON_POLICY_LOSS: tl.constexpr = _place("on_policy_loss")
+_KL: tl.constexpr = _place("kl")
+_MEAN_ENTROPY: tl.constexpr = _place("mean_entropy")
+_CLIP_LOW: tl.constexpr = _place("clip_low")
+_CLIP_HIGH: tl.constexpr = _place("clip_high")
+_RATIO_MEAN: tl.constexpr = _place("ratio_mean")
+_RATIO_MAX: tl.constexpr = _place("ratio_max")
 
 
 @triton.jit
@@ -28,7 +48,7 @@ def _put(out, at, x):
 @triton.jit(do_not_specialize=["N", "kl_coef", "entropy_coef"])
 def sum_policy_terms(
     value, ratio, side, k3, entropy, weight, on_policy,  # (N,)
-    loss, statistics,  # () and (8,) out
+    loss, statistics,  # () and (N_STATISTICS,) out
     N, kl_coef, entropy_coef, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute PolicyLossOfRows.total and objectives.policy_statistics, in fp64. One program."""
@@ -66,25 +86,25 @@ def sum_policy_terms(
     of_weight = tl.where(of_weight == 0, 1.0, of_weight)
     of_rows = tl.maximum(tl.sum(count, 0), 1.0)
     _put(loss, 0, total)
-    _put(statistics, 0, policy_total)
-    _put(statistics, 1, on_total)
-    _put(statistics, 2, kl / of_weight)
-    _put(statistics, 3, entropies / of_weight)
-    _put(statistics, 4, low / of_rows)
-    _put(statistics, 5, high / of_rows)
-    _put(statistics, 6, ratios / of_rows)
+    _put(statistics, _POLICY_LOSS, policy_total)
+    _put(statistics, _ON_POLICY_LOSS, on_total)
+    _put(statistics, _KL, kl / of_weight)
+    _put(statistics, _MEAN_ENTROPY, entropies / of_weight)
+    _put(statistics, _CLIP_LOW, low / of_rows)
+    _put(statistics, _CLIP_HIGH, high / of_rows)
+    _put(statistics, _RATIO_MEAN, ratios / of_rows)
     top = tl.where(tl.sum(nans, 0) > 0, float("nan"), tl.max(largest, 0))
-    tl.store(statistics + 7, tl.where(N > 0, top, 0.0))
+    tl.store(statistics + _RATIO_MAX, tl.where(N > 0, top, 0.0))
 
 
 def policy_sums(
     loss: PolicyLossOfRows, terms: PolicyTerms, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, (), and the fields of ops.PolicyLoss from `policy_loss` on, (8,)."""
+    """Return the loss () and its PolicyStatistics (N_STATISTICS,)."""
     rows = loss.rows
     value = terms.value.contiguous()
     total = value.new_empty(())
-    statistics = value.new_empty(8)
+    statistics = value.new_empty(N_STATISTICS)
     with launch_device(value):
         sum_policy_terms[(1,)](
             value,

@@ -7,7 +7,6 @@ than SAFE_GAP, it is the row's anchor, and `shift` is the difference. A chunk of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from expo_fast.kernels.head import (
     logit_grads,
     logit_grads_about_lse,
 )
+from expo_fast.kernels.integers import equal_spans
 from expo_fast.kernels.products import bf16_in, matmul
 
 SAFE_GAP = 14.0  # nats; above it, rounding of u affects the entropy, and at 88 exp(u) overflows
@@ -159,8 +159,10 @@ class Chunked:
         All chunks have the same buffers, so the next chunk overwrites the previous one.
         """
         v = len(head.weight)
-        row_bytes = v * head.dtype.itemsize
-        spans = list(_spans(len(head.targets), row_bytes, head.hidden.is_cuda))
+        # Chunks have equal sizes, because small GEMMs are slow.
+        chunk_bytes = CUDA_CHUNK_BYTES if head.hidden.is_cuda else CHUNK_BYTES
+        most_rows = max(1, chunk_bytes // (v * head.dtype.itemsize))
+        spans = list(equal_spans(len(head.targets), most_rows))
         if not spans:
             return
         buffers = head.hidden.new_empty(2, spans[0].stop, v, dtype=head.dtype)
@@ -190,32 +192,16 @@ class _Chunk:
     tile: Tile
 
 
-def _spans(n: int, row_bytes: int, cuda: bool) -> Iterator[slice]:
-    """Yield spans of rows within CHUNK_BYTES, of equal sizes, because small GEMMs are slow."""
-    most_rows = max(1, (CUDA_CHUNK_BYTES if cuda else CHUNK_BYTES) // row_bytes)
-    count = -(-n // most_rows)
-    size = max(1, -(-n // max(1, count)))
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
-
-
 def _concatenated(parts: list[LogProb], head: Head) -> LogProb:
     if not parts:
         return LogProb(*head.hidden.new_zeros(3, 0, dtype=torch.float64))
-    return LogProb(
-        logp=torch.cat([part.logp for part in parts]),
-        entropy=torch.cat([part.entropy for part in parts]),
-        lse=torch.cat([part.lse for part in parts]),
-    )
+    return LogProb.concatenate(parts)
 
 
 def _zero_gradients(head: Head, needs: Needs) -> Gradients:
-    zeros = partial(torch.zeros, device=head.hidden.device)
     hidden_dtype = torch.bfloat16 if head.narrow else head.dtype  # rows are written once
-    return Gradients(
-        zeros(head.hidden.shape, dtype=hidden_dtype) if needs.hidden else None,
-        zeros(head.weight.shape, dtype=head.dtype) if needs.weight else None,
-        zeros(len(head.weight), dtype=head.dtype) if needs.bias else None,
+    return Gradients.allocate(
+        head, needs, hidden=hidden_dtype, weight=head.dtype, bias=head.dtype, zero=True
     )
 
 

@@ -11,7 +11,7 @@ for them. On an H100 these launches took as long as the GEMM of 1024 rows.
 import triton
 import triton.language as tl
 
-from expo_fast.kernels.rowwise import to_bf16
+from expo_fast.kernels.triton_common import to_bf16
 
 ROWS = 32  # rows per program, which reads 128 bytes of each tile
 AT_ONCE = 32  # number of tiles whose partial sums are loaded together
@@ -53,33 +53,31 @@ def _sum_of_tiles(partials, row, inside, N, TILES, ROWS: tl.constexpr, AT_ONCE: 
 def row_results(
     other, moment,  # (column tiles, N), as softmax_sums writes them
     z, base, scale, targets,  # (N,); z: the targets' logits before temperature
-    again,  # (1 + row tiles + N,) bool: the flags that softmax_sums reads, and flags of rows
+    any_again, tile_again, row_again,  # bool flags: (1,), (row tiles,), (N,)
     logp, entropy, lse, log_total,  # (N,) fp64 out
     e, se,  # (N, V) or None, updated at the targets; stride of its rows
     N, V,
     BN: tl.constexpr, BV: tl.constexpr, SAFE_SUM: tl.constexpr, LOG2_E: tl.constexpr,
-    REDONE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    REDONE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Write the results of each row (head.from_sums). ROWS rows per program.
 
-    The first launch sets the flags of rows that must be computed again. With REDONE, it writes the
-    results of these rows.
+    The first launch sets the flags of rows that must be computed again, of their row tiles, and
+    whether there is any. With REDONE, it writes the results of the rows of these tiles.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
-    tiles_n = tl.cdiv(N, BN)
     if REDONE:
-        inside = row < N * tl.load(again).to(tl.int32)
-        marked = tl.load(again + 1 + row // BN, inside, 0).to(tl.int32)
-        inside = inside & (marked != 0)
+        inside = row < tl.where(tl.load(any_again).to(tl.int32) != 0, N, 0)
+        inside = inside & (tl.load(tile_again + row // BN, inside, 0).to(tl.int32) != 0)
     if not REDONE or tl.max(inside.to(tl.int32), 0) > 0:
         tiles_v = tl.cdiv(V, BV)
         total = _sum_of_tiles(other, row, inside, N, tiles_v, ROWS, AT_ONCE)
         if not REDONE:
             wrong = inside & ~(total < SAFE_SUM)  # true for NaN
-            tl.store(again + row * 0, wrong, wrong)  # all threads that write it write True
-            tl.store(again + 1 + row // BN, wrong, wrong)
-            tl.store(again + 1 + tiles_n + row, wrong, inside)
+            tl.store(any_again + row * 0, wrong, wrong)  # all threads that write it write True
+            tl.store(tile_again + row // BN, wrong, wrong)
+            tl.store(row_again + row, wrong, inside)
         s = tl.load(scale + row, inside, 1.0).to(tl.float64)
         b = tl.load(base + row, inside, 0.0).to(tl.float64)
         anchor = tl.load(z + row, inside, 0.0).to(tl.float64) * s
@@ -98,20 +96,21 @@ def row_results(
         if e is not None:
             y = tl.load(targets + row, inside, 0)
             patch = _expm1(log_p) * tl.exp(log_sum)
-            tl.store(e + row.to(tl.int64) * se + y, to_bf16(patch.to(tl.float32), WIDE), inside)
+            tl.store(e + row.to(tl.int64) * se + y, to_bf16(patch.to(tl.float32)), inside)
 
 
 @triton.jit(do_not_specialize=["N"])
 def largest_logits(
-    largest, again, base,  # (column tiles, N); flags of row_results; (N,) out
+    largest,  # (column tiles, N)
+    any_again, row_again,  # flags of row_results
+    base,  # (N,) out
     N, V,
-    BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    BV: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Write `base` of the rows that are computed again: their largest logit, in bits."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    wrong = row < N * tl.load(again).to(tl.int32)
-    marked = tl.load(again + 1 + tl.cdiv(N, BN) + row, wrong, 0).to(tl.int32)
-    wrong = wrong & (marked != 0)
+    wrong = row < tl.where(tl.load(any_again).to(tl.int32) != 0, N, 0)
+    wrong = wrong & (tl.load(row_again + row, wrong, 0).to(tl.int32) != 0)
     if tl.max(wrong.to(tl.int32), 0) > 0:
         tiles = tl.cdiv(V, BV)
         top = tl.full([AT_ONCE, ROWS], -float("inf"), tl.float32)

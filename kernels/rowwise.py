@@ -14,10 +14,6 @@ gradients. The kernels run with every dtype on any GPU that Triton supports.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Pyright checks Triton's functions as if they were Python.)
 
-import math
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,28 +21,11 @@ from torch import Tensor
 from expo_fast.kernels.head import Head, LogProb, RowGrads, from_sums, logit_grads_about_lse
 from expo_fast.kernels.products import bf16_in
 from expo_fast.kernels.reference import Chunked, Tile
+from expo_fast.kernels.triton_common import LOG2_E, launch_device, to_bf16
 
 BLOCK = 4096  # logits of a row per iteration, 16 per thread
 WARPS = 8
 SAFE_SUM = 2.0**20  # above it, u is about 14 nats, and its rounding affects the entropy
-LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def to_bf16(x, INTERPRETED: tl.constexpr):
-    """Round fp32 to bf16, to nearest, ties to even. The interpreter's own cast truncates."""
-    if INTERPRETED:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16)
-
-
-def launch_device(x: Tensor) -> AbstractContextManager:
-    """Return a context in which Triton launches on the tensor's device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-INTERPRETED = not isinstance(to_bf16, triton.JITFunction)  # TRITON_INTERPRET=1, on a CPU
 
 
 @triton.jit
@@ -94,7 +73,7 @@ def row_gradients(
     z, targets, base, c0, c1, at_target,  # (C, V), then (C,) each
     dz,  # (C, V) out; may be z
     V, stride,
-    BLOCK: tl.constexpr, NARROW: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Write dz. base is lse, so exp(z - base) is a probability."""
     row = tl.program_id(0)
@@ -110,7 +89,7 @@ def row_gradients(
         u = tl.load(z + column, column < V, -float("inf")) - anchor
         g = tl.exp2(u * LOG2_E) * (a0 + a1 * u)
         g = tl.where(column == y, own, g)
-        tl.store(dz + column, to_bf16(g, INTERPRETED) if NARROW else g, column < V)
+        tl.store(dz + column, to_bf16(g) if NARROW else g, column < V)
 
 
 class RowTile(Tile):
@@ -141,7 +120,7 @@ class RowTile(Tile):
         with launch_device(z):
             row_gradients[(len(z),)](
                 z, head.targets, base, *coefficients, dz, z.shape[1], z.stride(0),
-                BLOCK=BLOCK, NARROW=head.narrow, INTERPRETED=INTERPRETED, num_warps=WARPS,
+                BLOCK=BLOCK, NARROW=head.narrow, num_warps=WARPS,
             )  # fmt: skip
         return dz, bf16_in(z, z.shape) if head.narrow else z
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expo_fast.kernels.head import IGNORE
-from expo_fast.kernels.rowwise import launch_device
+from expo_fast.kernels.triton_common import launch_device
 
 BLOCK = 1024  # rows per iteration
 

@@ -19,8 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.layer import _load, _rounded, _store, swiglu
-from expo_fast.kernels.rowwise import INTERPRETED, launch_device
+from expo_fast.kernels.layer import swiglu
+from expo_fast.kernels.triton_common import (
+    launch_device,
+    load_fp32,
+    rounded_like,
+    store_rounded,
+)
 
 __all__ = ["copy_keys", "rotate", "sum_copies", "swiglu", "swiglu_gradients"]
 
@@ -33,17 +38,17 @@ TOGETHER = 4  # number of copies of a token that are loaded at the same time
 def swiglu_gradient_elements(
     gate, up, d_out,  # (n,) each
     d_gate, d_up,  # (n,) each, out
-    n, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    n, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of gate and up. One program per BLOCK elements."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    g = _load(gate + i, inside)
-    d = _load(d_out + i, inside)
+    g = load_fp32(gate + i, inside)
+    d = load_fp32(d_out + i, inside)
     sigmoid = 1 / (1 + tl.exp(-g))
-    d_silu = d * _load(up + i, inside)
-    _store(d_gate + i, d_silu * sigmoid * (1 + g * (1 - sigmoid)), inside, WIDE)
-    _store(d_up + i, d * g * sigmoid, inside, WIDE)
+    d_silu = d * load_fp32(up + i, inside)
+    store_rounded(d_gate + i, d_silu * sigmoid * (1 + g * (1 - sigmoid)), inside)
+    store_rounded(d_up + i, d * g * sigmoid, inside)
 
 
 @triton.jit
@@ -51,7 +56,7 @@ def _rotate_tile(
     x, cos, sin, out,  # (N, HEADS, 2 HALF), (N, HALF) twice, out like x
     tile, N,
     HEADS: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate ROWS heads."""
     row = tile * ROWS + tl.arange(0, ROWS)  # rows of (N HEADS, 2 HALF)
@@ -59,18 +64,18 @@ def _rotate_tile(
     inside = (row < N * HEADS)[:, None] & (i < HALF)
     angle = (row // HEADS)[:, None] * HALF + i
     at = row.to(tl.int64)[:, None] * (2 * HALF) + i
-    a = _load(x + at, inside)
-    b = _load(x + at + HALF, inside)
-    c = _load(cos + angle, inside)
-    s = _load(sin + angle, inside)
+    a = load_fp32(x + at, inside)
+    b = load_fp32(x + at + HALF, inside)
+    c = load_fp32(cos + angle, inside)
+    s = load_fp32(sin + angle, inside)
     if INVERSE:
         s = -s
-    ac = _rounded(a * c, x, WIDE)
-    bs = _rounded(b * s, x, WIDE)
-    bc = _rounded(b * c, x, WIDE)
-    as_ = _rounded(a * s, x, WIDE)
-    _store(out + at, ac - bs, inside, WIDE)
-    _store(out + at + HALF, bc + as_, inside, WIDE)
+    ac = rounded_like(a * c, x)
+    bs = rounded_like(b * s, x)
+    bc = rounded_like(b * c, x)
+    as_ = rounded_like(a * s, x)
+    store_rounded(out + at, ac - bs, inside)
+    store_rounded(out + at + HALF, bc + as_, inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -79,16 +84,16 @@ def rotate_heads(
     q_out, k_out,  # like q and k
     N,
     H: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate all heads. One program per ROWS heads: first the heads of q, then those of k."""
     tile = tl.program_id(0)
     q_tiles = tl.cdiv(N * H, ROWS)
     if tile < q_tiles:
-        _rotate_tile(q, cos, sin, q_out, tile, N, H, HALF, INVERSE, ROWS, BLOCK, WIDE)
+        _rotate_tile(q, cos, sin, q_out, tile, N, H, HALF, INVERSE, ROWS, BLOCK)
     else:
         tile -= q_tiles
-        _rotate_tile(k, cos, sin, k_out, tile, N, HKV, HALF, INVERSE, ROWS, BLOCK, WIDE)
+        _rotate_tile(k, cos, sin, k_out, tile, N, HKV, HALF, INVERSE, ROWS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -115,7 +120,7 @@ def sum_key_copies(
     segments, cu_seqlens, first, begins,  # (N,), (S+1,), (S+1,), (P,) int32: see `fused.Copies`
     k_out, v_out,  # (N, WIDTH) each
     N, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr, WIDE: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of a token's copies. One program per ROWS tokens and BLOCK columns."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -133,12 +138,12 @@ def sum_key_copies(
             copy = tl.load(begins + begin + c + j, more, 0) + place
             at = copy.to(tl.int64)[:, None] * WIDTH + i
             inside = more[:, None] & (i < WIDTH)
-            k_sum += _load(d_k + at, inside)
-            v_sum += _load(d_v + at, inside)
+            k_sum += load_fp32(d_k + at, inside)
+            v_sum += load_fp32(d_v + at, inside)
     at = token.to(tl.int64)[:, None] * WIDTH + i
     inside = exists[:, None] & (i < WIDTH)
-    _store(k_out + at, k_sum, inside, WIDE)
-    _store(v_out + at, v_sum, inside, WIDE)
+    store_rounded(k_out + at, k_sum, inside)
+    store_rounded(v_out + at, v_sum, inside)
 
 
 def swiglu_gradients(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +163,6 @@ def swiglu_gradients(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, T
             d_up,
             n,
             BLOCK=ELEMENTS,
-            WIDE=INTERPRETED,
         )
     return d_gate, d_up
 
@@ -190,7 +194,6 @@ def rotate(
             n_tokens,
             **tile,
             INVERSE=inverse,
-            WIDE=INTERPRETED,
             **UNFUSED,
         )
     return q_out, k_out
@@ -238,7 +241,6 @@ def sum_copies(
             n_tokens,
             **tile,
             TOGETHER=TOGETHER,
-            WIDE=INTERPRETED,
         )
     return k_out, v_out
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expo_fast.kernels.rowwise import LOG2_E, launch_device
+from expo_fast.kernels.triton_common import LOG2_E, launch_device
 
 LARGEST_GAP = 0x42D00000  # bits of 104.0 nats; the weight of a larger gap is 0 in fp32
 TOGETHER = 16  # number of blocks that are tested at once

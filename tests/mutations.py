@@ -255,8 +255,8 @@ MUTATIONS = [
     Mutation(
         "gradients of the last copies of a key",
         "kernels/training_layer.py",
-        "_store(v_out + at, v_sum, inside, WIDE)",
-        "_store(v_out + at, v_sum, inside & (n_copies > 1)[:, None], WIDE)",
+        "store_rounded(v_out + at, v_sum, inside)",
+        "store_rounded(v_out + at, v_sum, inside & (n_copies > 1)[:, None])",
         POISON + "training_with",
     ),
     Mutation(

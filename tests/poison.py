@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expo_fast.inference import cpu_engine
 from expo_fast.inference.cpu_engine import NativeEngine
-from expo_fast.op_backends import native_head, native_layer, native_library, native_optimizer
+from expo_fast.op_backends import native_library
 
 POISON_FLAG = "-DEXPO_FAST_POISON"  # see `poison` of csrc/common.h
 STACK_FLAG = "-ftrivial-auto-var-init=pattern"  # local variables of C++; GCC 12, clang 8
@@ -74,9 +73,8 @@ def poisoned_flags() -> list[str]:
 
 def _forget_libraries() -> None:
     """Let the next call of csrc take the library of the flags of the moment."""
-    of_parts = [native_head._kernels, native_layer._kernels, native_optimizer._kernels]
-    for loaded in (native_library.library, cpu_engine._library, *of_parts):
-        loaded.cache_clear()
+    native_library.library.cache_clear()
+    native_library.checked_library.cache_clear()
 
 
 _lent_workspace = NativeEngine._workspace

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distribution import allowed, assert_drawn_from
 from expo_fast.generate import Generator, Request
-from expo_fast.inference import cpu_engine, native_structs
+from expo_fast.inference import native_structs
 from expo_fast.inference.cpu_engine import NativeEngine
 from expo_fast.inference.engine import Engine
 from expo_fast.inference.kv_pages import Pages, pages_for
@@ -218,7 +218,7 @@ def test_a_struct_that_differs_from_csrc_is_refused(monkeypatch):
     class Short(ctypes.Structure):
         _fields_ = native_structs.DrawStruct._fields_[1:]  # without `hidden`
 
-    cpu_engine._library.cache_clear()
+    native_library.checked_library.cache_clear()
     monkeypatch.setitem(native_structs.STRUCTS, "draw", Short)
     with pytest.raises(RuntimeError, match=r"struct draw has .* bytes in Python"):
         NativeEngine(tiny_model())

@@ -592,9 +592,14 @@ def opcheck(monkeypatch, name: str, which: Sequence[str], call: Callable[[], Any
     """Run torch.library's checks of an op with the arguments that a call passes to it."""
     op, seen = getattr(custom_ops, name), []
     with monkeypatch.context() as patch:
-        patch.setattr(custom_ops, name, lambda *given: seen.append(given) or op(*given))
+
+        def recording(*args, **kwargs):
+            seen.append((args, kwargs))
+            return op(*args, **kwargs)
+
+        patch.setattr(custom_ops, name, recording)
         call()
-    torch.library.opcheck(op, seen[0], test_utils=which)
+    torch.library.opcheck(op, *seen[0], test_utils=which)
 
 
 OPS: dict[str, Callable] = {

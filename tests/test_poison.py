@@ -106,13 +106,13 @@ def logprob(rows: Rows, backend: str) -> Iterator[Tensor]:
     yield from ops.linear_logprob(rows.hidden, rows.weight, rows.targets, backend=backend)
     # with what it keeps for a backward, which is an output of the operator
     yield from custom_ops.logprob(
-        rows.hidden,
-        rows.weight,
-        rows.bias,
-        rows.targets,
-        rows.temperature,
-        1.0,
-        backend,
+        hidden=rows.hidden,
+        weight=rows.weight,
+        bias=rows.bias,
+        targets=rows.targets,
+        row_temperature=rows.temperature,
+        scalar_temperature=1.0,
+        backend=backend,
         complete=False,
         needs=[True, True, True],
     )
@@ -196,8 +196,8 @@ def take_the_paths_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from expo_fast.kernels import groups, logprob, policy_sums, selection
     from expo_fast.op_backends import triton_fused
 
-    monkeypatch.setattr(custom_ops, "advantages", lambda _: groups.group_advantage)
-    monkeypatch.setattr(custom_ops, "policy_sums", lambda _: policy_sums.policy_sums)
+    monkeypatch.setattr(custom_ops, "advantage_kernel", lambda _: groups.group_advantage)
+    monkeypatch.setattr(custom_ops, "policy_sums_kernel", lambda _: policy_sums.policy_sums)
     monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
     name = logprob.BY_CARD["default"]
     monkeypatch.setitem(logprob.VARIANTS, name, replace(logprob.VARIANTS[name], BN=16))

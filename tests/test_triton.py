@@ -31,7 +31,9 @@ from expo_fast.kernels import (
     selection,
 )
 from expo_fast.kernels.head import Head, Needs, RowGrads, from_sums
+from expo_fast.kernels.integers import ceil_div
 from expo_fast.kernels.objectives import Clipped, PolicyLossOfRows, PolicyRows, PolicyTerms
+from expo_fast.kernels.triton_common import INTERPRETED
 from expo_fast.op_backends import custom_ops, dispatch, row_selection, triton_fused
 from judges import linear_results, max_error, relative_error, results_of_head, values_and_gradients
 
@@ -244,7 +246,7 @@ class Sums:
 
     def __init__(self, n: int, v: int, largest_exponent: float):
         g = torch.Generator().manual_seed(n + v)
-        tiles = -(-v // 10)
+        tiles = ceil_div(v, 10)
         # Exponents of e: from rows of almost certain targets to rows that are recomputed
         exponent = torch.linspace(-40, largest_exponent, n).expand(tiles, n)
         self.other = (2.0**exponent * torch.rand(tiles, n, generator=g)).to(DEVICE)
@@ -253,19 +255,21 @@ class Sums:
         self.z = torch.randn(n, generator=g).to(DEVICE) * 10
         self.base = self.z * self.scale
         self.targets = torch.randint(v, (n,), generator=g).to(DEVICE)
-        self.marks = torch.zeros(1 + -(-n // 16) + n, dtype=torch.bool, device=DEVICE)
+        self.any_again = torch.zeros(1, dtype=torch.bool, device=DEVICE)
+        self.tile_again = torch.zeros(ceil_div(n, 16), dtype=torch.bool, device=DEVICE)
+        self.row_again = torch.zeros(n, dtype=torch.bool, device=DEVICE)
         self.e = torch.zeros(n, v + 3, device=DEVICE).bfloat16()[:, :v]
         self.out = torch.full((4, n), math.nan, dtype=torch.float64, device=DEVICE)
-        self.size = {"N": n, "V": v, "BN": 16, "BV": 10}
+        self.size = {"N": n, "V": v, "BV": 10}
         self.size |= {"ROWS": row_results.ROWS, "AT_ONCE": row_results.AT_ONCE}
 
     def finish(self, redone: bool, moment: Tensor | None) -> None:
         n = len(self.z)
         kernel: Any = row_results.row_results
-        kernel[(-(-n // row_results.ROWS),)](
-            self.other, moment, self.z, self.base, self.scale, self.targets, self.marks,
-            *self.out, self.e, self.e.stride(0), SAFE_SUM=logprob.SAFE_SUM, LOG2_E=logprob.LOG2_E,
-            REDONE=redone, WIDE=logprob.INTERPRETED, **self.size,
+        kernel[(ceil_div(n, row_results.ROWS),)](
+            self.other, moment, self.z, self.base, self.scale, self.targets,
+            self.any_again, self.tile_again, self.row_again, *self.out, self.e, self.e.stride(0),
+            SAFE_SUM=logprob.SAFE_SUM, LOG2_E=logprob.LOG2_E, REDONE=redone, BN=16, **self.size,
         )  # fmt: skip
 
     def truth(self) -> Tensor:
@@ -291,7 +295,7 @@ def test_row_results_equal_those_of_their_sums_in_fp64(n, v):
     expected = torch.zeros_like(sums.e)
     expected.scatter_(1, sums.targets[:, None], patch[:, None].bfloat16())
     assert torch.equal(sums.e, expected)
-    assert not sums.marks.any()
+    assert not sums.any_again and not sums.tile_again.any() and not sums.row_again.any()
     sums.finish(redone=False, moment=None)
     assert sums.out[1].isnan().all()
     assert torch.equal(sums.out[[0, 2, 3]].isnan(), truth[[0, 2, 3]].isnan())
@@ -302,14 +306,13 @@ def test_rows_beyond_the_safe_sum_are_marked_and_recomputed():
     sums.other[3, 50] = math.nan
     sums.other[2, 97] = logprob.SAFE_SUM
     sums.finish(redone=False, moment=sums.moment)
-    n_tiles = 7
-    rows = sums.marks[1 + n_tiles :].nonzero()[:, 0]
-    assert rows.tolist() == [50, 97]
-    assert sums.marks[: 1 + n_tiles].tolist() == [True] + [i in (3, 6) for i in range(n_tiles)]
+    assert sums.any_again
+    assert sums.tile_again.nonzero()[:, 0].tolist() == [3, 6]
+    assert sums.row_again.nonzero()[:, 0].tolist() == [50, 97]
 
     before = sums.base.clone()
     kernel: Any = row_results.largest_logits
-    kernel[(4,)](sums.other, sums.marks, sums.base, **sums.size)
+    kernel[(4,)](sums.other, sums.any_again, sums.row_again, sums.base, **sums.size)
     assert sums.base[97] == logprob.SAFE_SUM
     changed = (sums.base != before).nonzero()[:, 0].tolist()
     assert changed in ([97], [50, 97])  # a maximum with NaN in it may be anything
@@ -417,7 +420,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_advantages_of_a_gpu_are_computed_without_a_host_sync(monkeypatch):
-    monkeypatch.setattr(custom_ops, "advantages", lambda _: groups.group_advantage)
+    monkeypatch.setattr(custom_ops, "advantage_kernel", lambda _: groups.group_advantage)
     rewards, ids = torch.rand(40, device=DEVICE), torch.arange(40, device=DEVICE) // 5
     with Operators() as operators:
         custom_ops.group_advantage(rewards, ids, "group", 1e-4)
@@ -430,9 +433,9 @@ def test_advantages_of_a_gpu_are_computed_without_a_host_sync(monkeypatch):
 def on_gpu_paths(monkeypatch):
     """Take the code paths of a GPU. Return the names of launched kernels of the interpreter."""
     monkeypatch.setattr(row_selection, "_selection_kernel", lambda _: selection.selected)
-    monkeypatch.setattr(custom_ops, "policy_sums", lambda _: policy_sums.policy_sums)
+    monkeypatch.setattr(custom_ops, "policy_sums_kernel", lambda _: policy_sums.policy_sums)
     launches = []
-    if logprob.INTERPRETED:
+    if INTERPRETED:
         launch = GridExecutor.__call__
 
         def quietly(self, *args, **kwargs):

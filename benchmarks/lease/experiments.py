@@ -34,7 +34,7 @@ from expo_fast.inference.sampling import BLOCK
 from expo_fast.kernels import blocks, cascade, decode, layer
 from expo_fast.kernels.decode import Tile
 from expo_fast.kernels.products import wide_product
-from expo_fast.kernels.rowwise import LOG2_E
+from expo_fast.kernels.triton_common import LOG2_E
 
 ROWS = 256  # of a decode step
 LAYERS = 24  # layers of 0.5B, each with weights of its own
@@ -618,7 +618,7 @@ def attend_some_items(
     layer, scale, window, W, SLOTS,
     STRIDE: tl.constexpr, PAGE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    FIELDS: tl.constexpr, WIDE: tl.constexpr, LARGE: tl.constexpr,
+    FIELDS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Compute the items with more than FEW queries, or with LARGE=False the others."""
     program = tl.program_id(0)
@@ -630,7 +630,7 @@ def attend_some_items(
         if (tl.load(item + 1) * (H // HKV) > FEW) == LARGE:
             decode._attend(
                 q, slab, tables, positions, top, total, values, item, head, scale, window, W, SLOTS,
-                STRIDE, PAGE, H, HKV, DH, BM, BN, BD, WIDE,
+                STRIDE, PAGE, H, HKV, DH, BM, BN, BD,
             )  # fmt: skip
 
 

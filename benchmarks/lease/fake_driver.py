@@ -95,7 +95,7 @@ def install() -> None:
     from expo_fast.inference import cpu_engine, cuda_engine
     from expo_fast.kernels import fused, logprob
     from expo_fast.kernels.head import Head
-    from expo_fast.kernels.rowwise import INTERPRETED
+    from expo_fast.kernels.triton_common import INTERPRETED
     from expo_fast.op_backends import custom_ops
     from expo_fast.op_backends.dispatch import choose
 

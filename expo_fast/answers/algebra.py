@@ -67,7 +67,6 @@ ARGUMENTS = GREEK | {"frac", "sqrt"}  # commands that may follow ^ without brace
 TIMES = ("*", r"\cdot", r"\times")
 OVER = ("/", r"\div")
 OPENING = {"(": ")", "{": "}", "[": "]"}
-CLOSING = frozenset(")}]")
 
 
 def tokens_of(text: str) -> list[tuple[str, str]]:

@@ -90,13 +90,6 @@ def _split_at_commas(text: str) -> list[str]:
     return split_top(text, COMMA)[0] if has_others or len(parts) == 1 else parts
 
 
-BRACKETS = {
-    "(": ")",
-    "[": "]",
-    r"\{": r"\}",
-    r"\langle": r"\rangle",
-}
-ENDS = {")": ")", "]": "]", r"\}": r"\}", r"\rangle": r"\rangle"}
 _BRACKET_START = re.compile(r"\(|\[|\\\{|\\langle(?![A-Za-z])")
 _BRACKET_END = re.compile(r"(?:\)|\]|\\\}|\\rangle)$")
 
@@ -141,8 +134,6 @@ def bracketed(text: str) -> Bracketed | None:
     return Bracketed(opening, text[start.end() : end.start()].strip(), closing)
 
 
-EQUALS = frozenset(["="])
-IN = frozenset([r"\in"])
 RELATIONS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\equiv", r"\in"])
 ORDERS = frozenset(["<", ">", r"\le", r"\ge", r"\ne"])
 

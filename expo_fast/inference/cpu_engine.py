@@ -6,7 +6,7 @@ of its tokens into forward passes. They are the same in sampling and in `exact_h
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from expo_fast.inference.native_structs import (
 )
 from expo_fast.inference.plain_model import is_plain
 from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.kernels.integers import round_up
 from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.shape import ACTIVATIONS
-from expo_fast.op_backends import native_library
-from expo_fast.op_backends.native_library import DTYPE_CODES, address
+from expo_fast.op_backends.native_library import DTYPE_CODES, Part, address
 from expo_fast.ops import linear_logprob
 
 ROTATIONS_AT_ONCE = 1024  # positions; a fixed number, so that results are bit-identical
@@ -48,12 +48,14 @@ def supports(model: Decoder) -> bool:
     return shape.hidden % 2 == 0 and shape.intermediate % 2 == 0  # bf16 is multiplied in pairs
 
 
-@cache
-def _library(isa: str) -> ctypes.CDLL:
-    library = native_library.library(isa, "engine")
+ENGINE = Part("engine", STRUCTS)
+
+
+def _library() -> ctypes.CDLL:
+    library = ENGINE.library()
     for name in ("page_bytes", "workspace_bytes", "draw_bytes"):
         getattr(library, f"expo_fast_{name}").restype = ctypes.c_int64
-    return native_library.check_struct_sizes(library, STRUCTS)
+    return library
 
 
 class NativeEngine(Engine):
@@ -72,7 +74,7 @@ class NativeEngine(Engine):
             )
         self.model = model
         self.exact = exact
-        self.library = _library(native_library.isa())
+        self.library = _library()
         self._free()
 
     def _free(self) -> None:
@@ -198,8 +200,7 @@ class NativeEngine(Engine):
 
         They are fp32, but their values are rounded to the model's dtype as in the model.
         """
-        n_chunks = -(-n // ROTATIONS_AT_ONCE)
-        positions = torch.arange(n_chunks * ROTATIONS_AT_ONCE, device="cpu")
+        positions = torch.arange(round_up(n, ROTATIONS_AT_ONCE), device="cpu")
         cos: list[Tensor] = []
         sin: list[Tensor] = []
         for chunk in positions.split(ROTATIONS_AT_ONCE):

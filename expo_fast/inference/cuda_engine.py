@@ -39,6 +39,7 @@ from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import is_plain
 from expo_fast.inference.sampling import Drawn
 from expo_fast.inference.torch_engine import TorchEngine
+from expo_fast.kernels.integers import round_up
 from expo_fast.modeling.attention import varlen_runs
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.hooks import has_hooks
@@ -71,10 +72,10 @@ def supports(model: Decoder) -> bool:
 def has_triton(device: torch.device) -> bool:
     """Return whether Triton runs on a device. On a CPU it runs only in its interpreter."""
     try:
-        from expo_fast.kernels.rowwise import INTERPRETED
+        from expo_fast.kernels.triton_common import INTERPRETED
     except ImportError:
         return False
-    return INTERPRETED or device.type == "cuda"
+    return device.type == "cuda" or bool(INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -348,8 +349,7 @@ def row_bucket(n: int) -> int:
     for size in ROW_BUCKETS:
         if size >= n:
             return size
-    largest = ROW_BUCKETS[-1]
-    return -(-n // largest) * largest
+    return round_up(n, ROW_BUCKETS[-1])
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from expo_fast.kernels.integers import ceil_div
+
 Table = list[int]  # the pages of a sequence, in the order of its tokens
 
 
@@ -15,7 +17,7 @@ class PageCopy(NamedTuple):
 
 def pages_for(n_tokens: int, size: int) -> int:
     """Return the number of pages of `size` tokens that n_tokens tokens need."""
-    return -(-n_tokens // size)
+    return ceil_div(n_tokens, size)
 
 
 def pages_to_fork(n_shared: int, n_tokens: int, size: int) -> int:

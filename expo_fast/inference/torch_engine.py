@@ -12,6 +12,7 @@ from expo_fast.inference.engine import Engine, Rows, Tokens, cpu_int64
 from expo_fast.inference.kv_pages import PageCopy
 from expo_fast.inference.paged_attention import PagedAttention
 from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.kernels.integers import round_up
 from expo_fast.kernels.products import wide_product, widened
 from expo_fast.modeling.decoder import Decoder
 
@@ -65,7 +66,7 @@ class TorchEngine(Engine):
     def run(self, tokens: Tokens) -> Tensor:
         n = len(tokens.ids)
         if len(tokens.lengths) == n:
-            tokens = _padded(tokens, -(-n // ROW_MULTIPLE) * ROW_MULTIPLE)
+            tokens = _padded(tokens, round_up(n, ROW_MULTIPLE))
         device = self.model.device
         ids = tokens.ids.to(device)
         positions = tokens.positions.to(device)

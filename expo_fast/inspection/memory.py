@@ -30,6 +30,7 @@ from expo_fast.inference.requests import Request
 from expo_fast.inference.scheduler import Scheduler
 from expo_fast.inference.stop_rules import StopRules
 from expo_fast.inspection.machine import GB, available_memory
+from expo_fast.kernels.integers import ceil_div
 from expo_fast.modeling import attention
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import attach
@@ -202,7 +203,7 @@ def n_gradient_terms(config: Train) -> int:
 
 def largest_packs(config: Train, prompter: Prompter, questions: Sequence[Problem]) -> list[Pack]:
     """Return the largest pack of each term of the loss, for one update of the weights."""
-    n_questions = -(-len(questions) // config.updates_per_batch)
+    n_questions = ceil_div(len(questions), config.updates_per_batch)
     questions = questions[:n_questions]
     packs = []
     together = 2 if config.spec.trains_on_pairs else 1

@@ -35,6 +35,7 @@ from expo_fast.distributed.world import (
     local_part,
     within_collectives,
 )
+from expo_fast.kernels.integers import ceil_div
 from expo_fast.modeling.attention import PackedAttention
 from expo_fast.modeling.decoder import Attend, Decoder
 from expo_fast.modeling.layout import Layout
@@ -69,7 +70,7 @@ class Weight:
 
     def padded_part(self, n_ranks: int) -> int:
         """Return the most elements that a rank has. The last ranks may have fewer rows."""
-        n_rows = -(-len(self.complete) // n_ranks)
+        n_rows = ceil_div(len(self.complete), n_ranks)
         return n_rows * (self.complete.numel() // len(self.complete))
 
 

@@ -24,8 +24,14 @@ from expo_fast.kernels.head import (
     RowwiseLoss,
     logit_grads_about_lse,
 )
+from expo_fast.kernels.integers import ceil_div
 from expo_fast.op_backends import native_head
-from expo_fast.op_backends.native_head import KeptExponentials, as_kernels_read, can_keep
+from expo_fast.op_backends.native_head import (
+    ROW_MULTIPLE,
+    KeptExponentials,
+    as_kernels_read,
+    can_keep,
+)
 
 SPAN = 1024  # rows, csrc's kSpan: the weight gradient of more rows is summed in fp32 memory
 # Bytes of exponentials that `log_probs` keeps for `gradients`: 2 V bytes a row.
@@ -46,7 +52,7 @@ def log_probs(head: Head, needs: Needs = NOTHING) -> Forward:
     if n_kept < len(head.targets):
         rest = head.take(slice(n_kept, None))
         parts.append(native_head.forward(rest))
-    return Forward(_concatenated(parts), kept=kept.memory)
+    return Forward(LogProb.concatenate(parts), kept=kept.memory)
 
 
 def log_probs_and_gradients(
@@ -60,7 +66,7 @@ def log_probs_and_gradients(
         return results, gradients(head, Forward(results), row_grads, needs)
     head = as_kernels_read(head)
     memory = KeptExponentials.empty(head, min(n, SPAN)).memory
-    sums = _GradientSums(head, needs, n_sums=-(-n // SPAN))
+    sums = _GradientSums(head, needs, n_sums=ceil_div(n, SPAN))
     parts = []
     for start in range(0, n, SPAN):
         rows = slice(start, min(start + SPAN, n))
@@ -69,7 +75,7 @@ def log_probs_and_gradients(
         row_grads = loss.row_grads(rows, results.logp.to(head.dtype))
         sums.add(rows, results, row_grads, kept)
         parts.append(results)
-    return _concatenated(parts), sums.finish()
+    return LogProb.concatenate(parts), sums.finish()
 
 
 def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -> Gradients:
@@ -81,7 +87,7 @@ def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -
     n_kept = 0
     if forward.kept is not None and len(forward.kept):
         n_kept = _n_kept(head)
-    n_sums = -(-n_kept // SPAN) + -(-(n - n_kept) // SPAN)
+    n_sums = ceil_div(n_kept, SPAN) + ceil_div(n - n_kept, SPAN)
     sums = _GradientSums(head, needs, n_sums)
     if n_kept:
         assert forward.kept is not None
@@ -97,23 +103,13 @@ def gradients(head: Head, forward: Forward, row_grads: RowGrads, needs: Needs) -
 def _n_kept(head: Head) -> int:
     """Return the number of rows whose exponentials `log_probs` keeps.
 
-    It is the number of all rows, or a multiple of native_head.LANES.
+    It is the number of all rows, or a multiple of ROW_MULTIPLE.
     """
     if not can_keep(head):
         return 0
     most = KEPT_BYTES // (2 * len(head.weight))
     n = len(head.targets)
-    return n if n <= most else most // native_head.LANES * native_head.LANES
-
-
-def _concatenated(parts: list[LogProb]) -> LogProb:
-    if len(parts) == 1:
-        return parts[0]
-    return LogProb(
-        logp=torch.cat([part.logp for part in parts]),
-        entropy=torch.cat([part.entropy for part in parts]),
-        lse=torch.cat([part.lse for part in parts]),
-    )
+    return n if n <= most else most // ROW_MULTIPLE * ROW_MULTIPLE
 
 
 class _GradientSums:
@@ -183,16 +179,13 @@ class _GradientSums:
 
 
 def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
-    """Return memory for the gradients."""
-    d_hidden = d_weight = d_bias = None
-    if needs.hidden:
-        keeps_bf16 = head.hidden.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if keeps_bf16 else torch.float32
-        d_hidden = native_head.empty(head.hidden.shape, dtype)
-    if needs.weight:
-        keeps_bf16 = head.weight.dtype == torch.bfloat16 and n_sums <= 1
-        dtype = torch.bfloat16 if keeps_bf16 else torch.float32
-        d_weight = native_head.empty(head.weight.shape, dtype)
-    if needs.bias:
-        d_bias = native_head.empty((len(head.weight),), torch.float32)
-    return Gradients(d_hidden, d_weight, d_bias)
+    """Return memory for the gradients. They are bf16 if their inputs are, unless they are sums."""
+    bf16_hidden = head.hidden.dtype == torch.bfloat16
+    bf16_weight = head.weight.dtype == torch.bfloat16 and n_sums <= 1
+    return Gradients.allocate(
+        head,
+        needs,
+        hidden=torch.bfloat16 if bf16_hidden else torch.float32,
+        weight=torch.bfloat16 if bf16_weight else torch.float32,
+        bias=torch.float32,
+    )

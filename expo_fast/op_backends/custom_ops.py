@@ -15,12 +15,18 @@ from torch import Tensor
 from expo_fast.kernels import preferences
 from expo_fast.kernels.head import IGNORE, Forward, Gradients, Head, LogProb, Needs, RowGrads
 from expo_fast.kernels.objectives import (
+    N_STATISTICS,
+    LossWithCachedTerms,
     PolicyLossOfRows,
     PolicyRows,
-    TermsOfSpans,
     is_sequence_level,
 )
-from expo_fast.op_backends.dispatch import advantages, choose, has_one_pass, policy_sums
+from expo_fast.op_backends.dispatch import (
+    advantage_kernel,
+    choose,
+    has_one_pass,
+    policy_sums_kernel,
+)
 from expo_fast.op_backends.function_transforms import check_transforms, is_batched
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
@@ -62,8 +68,8 @@ def logprob(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,)
-    temperatures: Tensor | None,  # (N,)
-    temperature: float,  # used if `temperatures` is None
+    row_temperature: Tensor | None,  # (N,)
+    scalar_temperature: float,  # used if `row_temperature` is None
     backend: str | None,
     complete: bool,
     needs: list[bool],  # the fields of Needs
@@ -74,7 +80,13 @@ def logprob(
     if nothing is kept.
     """
     head, rows = selected_head(
-        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        complete=complete,
     )
     kernels = choose(backend, head)
     results, log_total, kept = kernels.log_probs(head, Needs(*needs))
@@ -95,7 +107,8 @@ def logprob(
 
 
 @logprob.register_fake
-def _(hidden, weight, bias, targets, temperatures, temperature, backend, complete, needs):
+def _(hidden, weight, bias, targets, *others):
+    needs = others[-1]
     scalar = _fake_scalar(hidden, weight)
     exact = targets.new_empty(*targets.shape, 4, dtype=torch.float64)
     n_kept = 0
@@ -118,29 +131,41 @@ def _fake_scalar(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _save_logprob(ctx: Any, inputs, output) -> None:
-    *tensors, ctx.temperature, ctx.backend, ctx.complete, ctx.needs = inputs
+    hidden, weight, bias, targets, row_temperature, *options = inputs
+    scalar_temperature, backend, complete, needs = options
     _, _, _, exact, kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, exact, kept)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, exact, kept)
+    ctx.scalar_temperature = scalar_temperature
+    ctx.backend = backend
+    ctx.complete = complete
+    ctx.needs = needs
+    ctx.n_inputs = len(inputs)
 
 
 @_differentiable_once
 def _logprob_backward(ctx: Any, *upstream):
     d_logp, d_entropy, d_lse, *_ = upstream
-    n_inputs = 9
     if d_logp is None and d_entropy is None and d_lse is None:
-        return (None,) * n_inputs
+        return (None,) * ctx.n_inputs
+    hidden, weight, bias, targets, row_temperature, exact, kept = ctx.saved_tensors
     grads = logprob_backward(
-        *ctx.saved_tensors,
-        d_logp,
-        d_entropy,
-        d_lse,
-        ctx.temperature,
-        ctx.backend,
-        ctx.complete,
-        ctx.needs,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        exact=exact,
+        kept=kept,
+        d_logp=d_logp,
+        d_entropy=d_entropy,
+        d_lse=d_lse,
+        row_temperature=row_temperature,
+        scalar_temperature=ctx.scalar_temperature,
+        backend=ctx.backend,
+        complete=ctx.complete,
+        needs=ctx.needs,
     )
-    return *_if_needed(grads, ctx.needs), *(None,) * (n_inputs - len(grads))
+    return *_if_needed(grads, ctx.needs), *(None,) * (ctx.n_inputs - len(grads))
 
 
 def _if_needed(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
@@ -156,20 +181,26 @@ def logprob_backward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    temperatures: Tensor | None,
     exact: Tensor,  # (N, 4)
     kept: Tensor,
     d_logp: Tensor | None,  # (N,)
     d_entropy: Tensor | None,
     d_lse: Tensor | None,
-    temperature: float,
+    row_temperature: Tensor | None,
+    scalar_temperature: float,
     backend: str | None,
     complete: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias in their dtypes, empty if not needed."""
     head, rows = selected_head(
-        hidden, weight, bias, targets, temperatures, temperature, complete=complete
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+        complete=complete,
     )
     *results, log_total = take_rows(exact, rows).T
     forward = Forward(LogProb(*results), log_total, kept)
@@ -218,7 +249,6 @@ def _as_outputs(
 def policy_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    needs: list[bool],  # whether the gradients of hidden and weight are needed
     objective: str,  # the name in an objective_codes.ObjectiveCode; `values` are its values
     values: list[float],
     targets: Tensor,  # (N,), as all tensors below
@@ -228,32 +258,33 @@ def policy_loss(
     ref_logp: Tensor | None,
     on_policy: Tensor | None,
     sequence_ids: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    backend: str | None,
-    complete: bool,
     kl_coef: float,
     entropy_coef: float,
+    row_temperature: Tensor | None,
+    scalar_temperature: float,  # used if `row_temperature` is None
+    backend: str | None,
+    complete: bool,
+    needs: list[bool],  # whether the gradients of hidden and weight are needed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (), logp and entropy (N,), statistics (8,), gradients of hidden and weight.
+    """Return loss (), logp and entropy (N,), PolicyStatistics (N_STATISTICS,), and gradients.
 
-    The backward scales the gradients in place and passes them to autograd, so a caller must not
-    read them. `ops.linear_policy_loss` does not return them.
+    The gradients are of hidden and weight. The backward scales them in place and passes them to
+    autograd, so a caller must not read them. `ops.linear_policy_loss` does not return them.
     """
     head, rows = selected_head(
-        hidden,
-        weight,
-        None,
-        targets,
-        temperatures,
-        temperature,
+        hidden=hidden,
+        weight=weight,
+        bias=None,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
         wanted=None if complete else row_weight != 0,
         complete=complete,
     )
     chosen = decode(objective, values)
-    segments = None
+    sequences = None
     if is_sequence_level(chosen):
-        segments = _segments(sequence_ids, targets, rows, name=type(chosen).__name__)
+        sequences = _sequences(sequence_ids, targets, rows, name=type(chosen).__name__)
     if on_policy is None:
         on_policy = torch.zeros_like(head.targets, dtype=torch.bool)
     else:
@@ -264,23 +295,24 @@ def policy_loss(
         old_logp=take_optional_rows(old_logp, rows, head.dtype),
         ref_logp=take_optional_rows(ref_logp, rows, head.dtype),
         on_policy=on_policy,
-        segments=segments,
+        sequences=sequences,
     )
     loss = PolicyLossOfRows(chosen, known, kl_coef, entropy_coef)
     kernels = choose(backend, head)
     wanted = Needs(needs[0], needs[1], bias=False)
-    if segments is None and any(needs) and has_one_pass(kernels):
-        spans = TermsOfSpans(loss)
-        results, grads = kernels.log_probs_and_gradients(head, spans, wanted)
+    if sequences is None and any(needs) and has_one_pass(kernels):
+        cached = LossWithCachedTerms(loss)
+        results, grads = kernels.log_probs_and_gradients(head, cached, wanted)
         results = results.to(head.dtype)
-        terms = spans.terms or loss.terms(results.logp)
+        terms = cached.terms(results.logp)
     else:
         forward = kernels.log_probs(head, wanted)
         results = forward.results.to(head.dtype)
         terms = loss.terms(results.logp)
         grads = kernels.gradients(head, forward, terms.grads, wanted)
     n = len(targets)
-    total, statistics = policy_sums(terms.value)(loss, terms, results.entropy)
+    sum_terms = policy_sums_kernel(terms.value)
+    total, statistics = sum_terms(loss, terms, results.entropy)
     return (
         total,
         among_all_rows(results.logp, rows, n),
@@ -291,18 +323,19 @@ def policy_loss(
 
 
 @policy_loss.register_fake
-def _(hidden, weight, needs, objective, values, targets, *others):
+def _(hidden, weight, objective, values, targets, *others):
+    needs = others[-1]
     scalar = _fake_scalar(hidden, weight)
     return (
         scalar,
         scalar.new_empty(targets.shape),
         scalar.new_empty(targets.shape),
-        scalar.new_empty(8),
+        scalar.new_empty(N_STATISTICS),
         *_fake_gradients(hidden, weight, needs),
     )
 
 
-def _segments(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: str) -> Tensor:
+def _sequences(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: str) -> Tensor:
     """Return the sequences of the selected rows, numbered from 0.
 
     Raise ValueError if there are no ids, or if only part of a sequence's targets is selected.
@@ -325,22 +358,29 @@ def _segments(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: st
 def preference_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    needs: list[bool],  # whether the gradients of hidden and weight are needed
     objective: str,  # the name in an objective_codes.ObjectiveCode; `values` are its values
     values: list[float],
     targets: Tensor,  # (N,)
     sequence_ids: Tensor,  # (N,)
     ref_logp: Tensor | None,  # (2P,)
     pair_weight: Tensor | None,  # (P,)
-    temperatures: Tensor | None,  # (N,)
-    temperature: float,
+    row_temperature: Tensor | None,  # (N,)
+    scalar_temperature: float,  # used if `row_temperature` is None
     backend: str | None,
+    needs: list[bool],  # whether the gradients of hidden and weight are needed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, summed log-probs of chosen and rejected (P,), margin, accuracy and gradients.
 
     The gradients are of hidden and weight. A caller must not read them, as in `policy_loss`.
     """
-    head, rows = selected_head(hidden, weight, None, targets, temperatures, temperature)
+    head, rows = selected_head(
+        hidden=hidden,
+        weight=weight,
+        bias=None,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+    )
     n_pairs = preferences.count_pairs(sequence_ids, ref_logp, pair_weight)
     ids = take_rows(sequence_ids.long(), rows)
     preferences.check_pair_ids(ids, n_pairs)
@@ -368,7 +408,8 @@ def preference_loss(
 
 
 @preference_loss.register_fake
-def _(hidden, weight, needs, objective, values, targets, ids, ref_logp, pair_weight, *others):
+def _(hidden, weight, objective, values, targets, ids, ref_logp, pair_weight, *others):
+    needs = others[-1]
     if ref_logp is not None:
         n_pairs = ref_logp.shape[0] // 2
     elif pair_weight is not None:
@@ -428,13 +469,13 @@ class _Saved:
 def _register_scaling_backward(op: Any) -> None:
     """Register a backward that scales the gradients returned by the op.
 
-    The first inputs of the op are (hidden, weight, needs, objective). Its last two outputs are the
-    gradients of hidden and weight. The backward keeps no copy of them, to save memory of (V, D). A
-    second backward computes them again.
+    The first inputs of the op are (hidden, weight, objective), and the last one is `needs`. Its
+    last two outputs are the gradients of hidden and weight. The backward keeps no copy of them, to
+    save memory of (V, D). A second backward computes them again.
     """
 
     def save(ctx: Any, inputs, output) -> None:
-        hidden, weight, needs, objective, *_ = inputs
+        hidden, weight, objective, *_, needs = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
         ctx.inputs = [_Saved if isinstance(x, Tensor) else x for x in inputs]
@@ -478,7 +519,8 @@ _register_scaling_backward(preference_loss)
 @torch.library.custom_op("expo_fast::group_advantage", mutates_args=())
 def group_advantage(rewards: Tensor, group_ids: Tensor, scale: str, eps: float) -> Tensor:
     """Return (M,) fp32. See ops.group_advantage."""
-    return advantages(rewards)(rewards, group_ids, scale, eps)
+    compute = advantage_kernel(rewards)
+    return compute(rewards, group_ids, scale, eps)
 
 
 @group_advantage.register_fake

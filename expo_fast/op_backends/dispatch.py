@@ -107,10 +107,10 @@ def _triton_runs(head: Head) -> bool:
     if head.dtype != torch.float32 or head.hidden.device != head.weight.device:
         return False
     try:
-        from expo_fast.kernels import logprob
+        from expo_fast.kernels.triton_common import INTERPRETED
     except ImportError:
         return False
-    return head.hidden.is_cuda or logprob.INTERPRETED
+    return head.hidden.is_cuda or bool(INTERPRETED)
 
 
 def _triton_kernels(head: Head) -> Kernels:
@@ -120,7 +120,7 @@ def _triton_kernels(head: Head) -> Kernels:
     return triton_fused if logprob.supports(head) else rowwise.ROWWISE
 
 
-def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
+def advantage_kernel(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor]:
     """Return the kernel for `group_advantage`. Without triton, it computes on the CPU."""
     if rewards.is_cuda:
         try:
@@ -134,8 +134,8 @@ def advantages(rewards: Tensor) -> Callable[[Tensor, Tensor, str, float], Tensor
 PolicySums = Callable[[PolicyLossOfRows, PolicyTerms, Tensor], tuple[Tensor, Tensor]]
 
 
-def policy_sums(value: Tensor) -> PolicySums:
-    """Return the function that computes the policy loss () and its statistics (8,) from terms.
+def policy_sums_kernel(value: Tensor) -> PolicySums:
+    """Return the function that computes the policy loss () and its PolicyStatistics from terms.
 
     value: one of the terms. Its device and dtype select the function.
     """

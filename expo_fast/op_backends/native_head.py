@@ -3,17 +3,16 @@
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from expo_fast.kernels.head import Gradients, Head, LogitGrads, LogProb, from_sums
-from expo_fast.op_backends import native_library
-from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
+from expo_fast.kernels.integers import ceil_div, round_up
+from expo_fast.op_backends.native_library import DTYPE_CODES, Part, address, struct_fields
 
-LANES = 16  # rows of kept exponentials are padded to a multiple of it
+ROW_MULTIPLE = 16  # rows of kept exponentials are padded to a multiple of it
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -55,20 +54,16 @@ class KeptExponentials(NamedTuple):
     @classmethod
     def empty(cls, head: Head, n: int) -> "KeptExponentials":
         """Return memory for n rows, without values."""
-        size = sum(cls.sizes(head, n))
+        v = len(head.weight)
+        n_tiles = ceil_div(v, OPS.library().expo_fast_tile_rows())
+        bytes_per_row = 2 * v + 4 * n_tiles  # exponentials in bf16, and bases in fp32
+        size = bytes_per_row * round_up(n, ROW_MULTIPLE)
         return cls(empty((size,), torch.uint8), n)
 
     @property
     def stride(self) -> int:
-        return -(-self.n // LANES) * LANES
-
-    @staticmethod
-    def sizes(head: Head, n: int) -> tuple[int, int]:
-        """Return the bytes of the exponentials of n rows, and the bytes of their bases."""
-        stride = -(-n // LANES) * LANES
-        v = len(head.weight)
-        n_tiles = -(-v // _kernels(native_library.isa()).expo_fast_tile_rows())
-        return 2 * v * stride, 4 * n_tiles * stride
+        """The number of rows, with padding."""
+        return round_up(self.n, ROW_MULTIPLE)
 
 
 def can_keep(head: Head) -> bool:
@@ -152,16 +147,18 @@ class _Gradients(ctypes.Structure):
     ]
 
 
+OPS = Part("ops", structs={"head": _Head, "kept": _Kept, "gradients": _Gradients})
+
+
 def _kept_struct(
     head: Head, kept: KeptExponentials | None, columns: Tensor | None = None
 ) -> _Kept | None:
     if kept is None:
         return None
-    n_bytes, _ = KeptExponentials.sizes(head, kept.n)
     start = kept.memory.data_ptr()
     return _Kept(
         exponentials=start,
-        base=start + n_bytes,
+        base=start + 2 * len(head.weight) * kept.stride,  # after the exponentials, in bf16
         columns=address(columns),
         stride=kept.stride,
     )
@@ -193,18 +190,10 @@ def _run(
         threads=torch.get_num_threads(),
     )
     pointers = [_pointer(argument) for argument in arguments]
-    kernels = _kernels(native_library.isa())
-    native_library.call(kernels, name, ctypes.byref(struct), *pointers)
+    OPS.call(name, ctypes.byref(struct), *pointers)
 
 
 def _pointer(argument: Tensor | _Kept | _Gradients | None) -> Any:
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(address(argument))
     return ctypes.byref(argument)
-
-
-@cache
-def _kernels(isa: str) -> ctypes.CDLL:
-    kernels = native_library.library(isa, "ops")
-    structs = {"head": _Head, "kept": _Kept, "gradients": _Gradients}
-    return native_library.check_struct_sizes(kernels, structs)

@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from expo_fast.op_backends import native_library
 from expo_fast.op_backends.function_transforms import is_transformed
 from expo_fast.op_backends.native_head import empty
-from expo_fast.op_backends.native_library import DTYPE_CODES, address, struct_fields
+from expo_fast.op_backends.native_library import DTYPE_CODES, Part, address, struct_fields
 
 
 class _Linear(ctypes.Structure):
@@ -62,17 +61,16 @@ class _Attention(ctypes.Structure):
     ]
 
 
-@cache
-def _kernels(isa: str) -> ctypes.CDLL:
-    kernels = native_library.library(isa, "layer")
-    structs = {
+LAYER = Part(
+    "layer",
+    structs={
         "linear": _Linear,
         "norm": _Norm,
         "rotation": _Rotation,
         "swiglu": _Swiglu,
         "attention": _Attention,
-    }
-    return native_library.check_struct_sizes(kernels, structs)
+    },
+)
 
 
 def _run(name: str, struct: type[ctypes.Structure], dtype: torch.dtype, **fields: Any) -> None:
@@ -84,7 +82,7 @@ def _run(name: str, struct: type[ctypes.Structure], dtype: torch.dtype, **fields
     for field, value in fields.items():
         values[field] = address(value) if isinstance(value, Tensor) else value
     arguments = struct(dtype=DTYPE_CODES[dtype], threads=torch.get_num_threads(), **values)
-    native_library.call(_kernels(native_library.isa()), name, ctypes.byref(arguments))
+    LAYER.call(name, ctypes.byref(arguments))
 
 
 def runs(*tensors: Tensor) -> bool:
@@ -96,16 +94,7 @@ def runs(*tensors: Tensor) -> bool:
         return False
     if is_transformed():
         return False
-    return _compiles(native_library.isa())
-
-
-@cache
-def _compiles(isa: str) -> bool:
-    try:
-        _kernels(isa)
-    except native_library.Unavailable:  # dispatch.compiles warns of the missing compiler
-        return False
-    return True
+    return LAYER.is_available()
 
 
 # Tokens from which on a linear map is worth the copies of its weight.
@@ -308,7 +297,8 @@ def _(x, cos, sin, inverse):
 
 
 def _save_rotate(ctx: Any, inputs, output) -> None:
-    _, cos, sin, ctx.inverse = inputs
+    _, cos, sin, inverse = inputs
+    ctx.inverse = inverse
     ctx.save_for_backward(cos, sin)
 
 
@@ -461,8 +451,10 @@ def _(q, k, v, boundaries, parents, out, log_sum, d_out, window, scale):
 
 
 def _save_attention(ctx: Any, inputs, output) -> None:
-    q, k, v, boundaries, parents, ctx.window, ctx.scale = inputs
+    q, k, v, boundaries, parents, window, scale = inputs
     out, log_sum = output
+    ctx.window = window
+    ctx.scale = scale
     ctx.mark_non_differentiable(log_sum)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     ctx.save_for_backward(q, k, v, boundaries, parents, out, log_sum)

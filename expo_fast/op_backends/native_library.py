@@ -114,15 +114,15 @@ def _supports_amx() -> bool:
 
 
 @cache
-def library(name: str, part: str = "ops") -> ctypes.CDLL:
+def library(isa_name: str, part: str = "ops") -> ctypes.CDLL:
     """Return a part of csrc for an instruction set. Compile it if it is not in the cache.
 
-    name: a key of COMPILER_FLAGS.
+    isa_name: a key of COMPILER_FLAGS.
     part: a key of PARTS.
     Raise Unavailable if the library cannot be compiled or loaded.
     """
-    flags = [*COMMON_FLAGS, *COMPILER_FLAGS[name], *PART_FLAGS.get(part, [])]
-    if name == "amx":
+    flags = [*COMMON_FLAGS, *COMPILER_FLAGS[isa_name], *PART_FLAGS.get(part, [])]
+    if isa_name == "amx":
         root = Path(torch.__file__).parent
         flags += [f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
     sources = [SOURCES / f"{source}.cpp" for source in PARTS[part]]
@@ -130,7 +130,7 @@ def library(name: str, part: str = "ops") -> ctypes.CDLL:
     key = hashlib.sha256(b"\0".join(path.read_bytes() for path in files))
     key.update(f"{torch.__version__} {flags}".encode())
     try:
-        path = cache_folder() / "native" / f"{part}-{name}-{key.hexdigest()[:16]}.so"
+        path = cache_folder() / "native" / f"{part}-{isa_name}-{key.hexdigest()[:16]}.so"
         return _load([*map(str, sources), *flags], path)
     except (OSError, RuntimeError) as error:  # no compiler, no home folder or no permission
         raise Unavailable(f"the C++ kernels are not available: {error}") from error
@@ -192,14 +192,6 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def call(kernels: ctypes.CDLL, name: str, *arguments: Any) -> None:
-    """Call expo_fast_NAME of csrc. Raise RuntimeError with its reason if it fails."""
-    if getattr(kernels, f"expo_fast_{name}")(*arguments):
-        kernels.expo_fast_error.restype = ctypes.c_char_p
-        reason = kernels.expo_fast_error().decode()
-        raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
-
-
 def check_struct_sizes(
     loaded: ctypes.CDLL, structs: Mapping[str, type[ctypes.Structure]]
 ) -> ctypes.CDLL:
@@ -220,3 +212,46 @@ def check_struct_sizes(
                 " the same fields in both"
             )
     return loaded
+
+
+class Part:
+    """A part of csrc that is called with structs, for the instruction set `isa()`.
+
+    name: a key of PARTS.
+    structs: as in `check_struct_sizes`.
+    """
+
+    def __init__(self, name: str, structs: Mapping[str, type[ctypes.Structure]]):
+        self.name = name
+        self.structs = structs
+
+    def library(self) -> ctypes.CDLL:
+        """Return the library. Raise Unavailable if it cannot be compiled or loaded."""
+        return checked_library(self, isa())
+
+    def is_available(self) -> bool:
+        """Return whether the library can be compiled and loaded. `dispatch.compiles` warns."""
+        return _is_available(self, isa())
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call expo_fast_NAME. Raise RuntimeError with its reason if it fails."""
+        kernels = self.library()
+        if getattr(kernels, f"expo_fast_{name}")(*arguments):
+            kernels.expo_fast_error.restype = ctypes.c_char_p
+            reason = kernels.expo_fast_error().decode()
+            raise RuntimeError(f"the CPU kernel {name} failed: {reason}")
+
+
+@cache
+def checked_library(part: Part, isa_name: str) -> ctypes.CDLL:
+    """Return the library of a part for an instruction set, after a check of its structs."""
+    return check_struct_sizes(library(isa_name, part.name), part.structs)
+
+
+@cache
+def _is_available(part: Part, isa_name: str) -> bool:
+    try:
+        checked_library(part, isa_name)
+    except Unavailable:
+        return False
+    return True

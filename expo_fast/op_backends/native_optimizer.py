@@ -4,19 +4,15 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from expo_fast.op_backends import native_library
-from expo_fast.op_backends.native_library import address, struct_fields
-
-_Struct = ctypes.Structure
+from expo_fast.op_backends.native_library import Part, address, struct_fields
 
 
-class _GradTerms(_Struct):
+class _GradTerms(ctypes.Structure):
     """struct GradTerms of csrc/optimizer.cpp, where its fields are documented, as below."""
 
     _fields_: Sequence = [
@@ -25,7 +21,7 @@ class _GradTerms(_Struct):
     ]
 
 
-class _Squares(_Struct):
+class _Squares(ctypes.Structure):
     _fields_: Sequence = [
         ("tensors", ctypes.POINTER(_GradTerms)),
         ("n", ctypes.c_int64),
@@ -34,7 +30,7 @@ class _Squares(_Struct):
     ]
 
 
-class _Parameter(_Struct):
+class _Parameter(ctypes.Structure):
     _fields_: Sequence = [
         *struct_fields(ctypes.c_void_p, "weight exp_avg exp_avg_sq first second copy"),
         ("size", ctypes.c_int64),
@@ -42,7 +38,7 @@ class _Parameter(_Struct):
     ]
 
 
-class _AdamW(_Struct):
+class _AdamW(ctypes.Structure):
     _fields_: Sequence = [
         ("parameters", ctypes.POINTER(_Parameter)),
         ("n", ctypes.c_int64),
@@ -52,20 +48,15 @@ class _AdamW(_Struct):
     ]
 
 
-@cache
-def _kernels(isa: str) -> ctypes.CDLL:
-    kernels = native_library.library(isa, "optimizer")
-    structs = {
+OPTIMIZER = Part(
+    "optimizer",
+    structs={
         "grad_terms": _GradTerms,
         "squares": _Squares,
         "parameter": _Parameter,
         "adamw": _AdamW,
-    }
-    return native_library.check_struct_sizes(kernels, structs)
-
-
-def _run(name: str, arguments: _Struct) -> None:
-    native_library.call(_kernels(native_library.isa()), name, ctypes.byref(arguments))
+    },
+)
 
 
 def runs(tensors: Sequence[Tensor]) -> bool:
@@ -75,7 +66,7 @@ def runs(tensors: Sequence[Tensor]) -> bool:
     """
     if not all(x.device.type == "cpu" and _has_no_gaps(x) for x in tensors):
         return False
-    return _compiles(native_library.isa())
+    return OPTIMIZER.is_available()
 
 
 def _has_no_gaps(x: Tensor) -> bool:
@@ -86,15 +77,6 @@ def _has_no_gaps(x: Tensor) -> bool:
         if size > 1 and stride != expected:
             return False
         expected *= size
-    return True
-
-
-@cache
-def _compiles(isa: str) -> bool:
-    try:
-        _kernels(isa)
-    except native_library.Unavailable:  # dispatch.compiles warns of the missing compiler
-        return False
     return True
 
 
@@ -126,7 +108,8 @@ def squares(terms: Sequence[GradTerms]) -> Squares:
         fields.second = address(second)
         fields.size = 0 if known is None else known.numel()
     sums = (ctypes.c_double * 3)()
-    _run("squares", _Squares(tensors, len(terms), sums, torch.get_num_threads()))
+    arguments = _Squares(tensors, len(terms), sums, torch.get_num_threads())
+    OPTIMIZER.call("squares", ctypes.byref(arguments))
     return Squares(*sums)
 
 
@@ -186,5 +169,5 @@ def adamw(
         eps=eps,
         threads=torch.get_num_threads(),
     )
-    _run("adamw", arguments)
+    OPTIMIZER.call("adamw", ctypes.byref(arguments))
     return squared_change.value

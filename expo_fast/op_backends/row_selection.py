@@ -17,8 +17,8 @@ def selected_head(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,)
-    temperatures: Tensor | None,  # (N,)
-    temperature: float,  # used if `temperatures` is None
+    row_temperature: Tensor | None,  # (N,)
+    scalar_temperature: float,  # used if `row_temperature` is None
     wanted: Tensor | None = None,  # (N,) bool; None: all
     complete: bool = False,  # whether all rows are wanted and have a valid target
 ) -> tuple[Head, Tensor | None]:
@@ -35,10 +35,11 @@ def selected_head(
         weight=weight,
         bias=bias,
         targets=take_rows(targets, rows).long().contiguous(),
-        temperature=temperature,
+        temperature=scalar_temperature,
     )
-    if temperatures is not None:
-        head = replace(head, temperature=_checked_temperatures(take_rows(temperatures, rows)))
+    if row_temperature is not None:
+        checked = _checked_temperatures(take_rows(row_temperature, rows))
+        head = replace(head, temperature=checked)
     return head, rows
 
 

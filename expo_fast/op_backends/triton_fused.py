@@ -12,12 +12,11 @@ head it has the bytes of dlogp/dhidden, (N, D) fp32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from expo_fast.kernels import logprob as k
+from expo_fast.kernels import logprob
 from expo_fast.kernels.head import (
     NOTHING,
     Forward,
@@ -28,6 +27,7 @@ from expo_fast.kernels.head import (
     RowGrads,
     RowwiseLoss,
 )
+from expo_fast.kernels.integers import equal_spans
 from expo_fast.kernels.products import matmul
 
 # Fractions of a GPU's total memory. Fractions of free memory would make results depend on it.
@@ -63,8 +63,8 @@ def _keep_exponentials(head: Head, results: LogProb) -> Forward:
     n = len(head.targets)
     fit = min(n, _rows_within(KEPT_FRACTION, head))
     if fit < n:
-        fit -= fit % k.config_for(head.hidden).BN
-    padded = k.padded_e(head, fit)
+        fit -= fit % logprob.config_for(head.hidden).BN
+    padded = logprob.padded_e(head, fit)
     e = padded[:, : len(head.weight)]
     log_total = results.logp.new_zeros(n)
     log_total[:fit] = _forward(head, slice(0, fit), results, e)
@@ -143,9 +143,9 @@ def _as_bytes(x: Tensor) -> Tensor:
 def _kept_exponentials(head: Head, forward: Forward, needs: Needs) -> Tensor:
     """Return E (K, V) of the first K rows. K is 0 if nothing is kept."""
     if forward.kept is None or not (needs.weight or needs.bias):
-        return k.empty_e(head, 0)
+        return logprob.empty_e(head, 0)
     padded = forward.kept.view(torch.bfloat16)
-    return padded.view(-1, k.width_of_e(head))[:, : len(head.weight)]
+    return padded.view(-1, logprob.width_of_e(head))[:, : len(head.weight)]
 
 
 def _keeps_hidden_gradients(forward: Forward, needs: Needs) -> bool:
@@ -174,7 +174,7 @@ class _Chunk:
 
     def gathered(self, rows: Tensor) -> "_Chunk":
         """Return a chunk of some of the rows, with a copy of their E."""
-        e = k.empty_e(self.head, len(rows))
+        e = logprob.empty_e(self.head, len(rows))
         return _Chunk(
             head=self.head.take(rows),
             results=self.results.take(rows),
@@ -189,7 +189,7 @@ def _stored_chunks(head: Head, results: LogProb) -> Iterator[tuple[slice, _Chunk
     buffer = None
     for span in _spans(head):
         if buffer is None:
-            buffer = k.empty_e(head, span.stop)
+            buffer = logprob.empty_e(head, span.stop)
         e = buffer[: span.stop - span.start]
         log_total = _forward(head, span, results, e)
         chunk = _Chunk(
@@ -210,7 +210,7 @@ def _forward(
 ) -> Tensor:
     """Fill the results of a span and, if it is given, E. Return the span's log_total."""
     log_total = results.logp.new_empty(span.stop - span.start)
-    k.forward(head.take(span), e, out=(results.take(span), log_total))
+    logprob.forward(head.take(span), e, out=(results.take(span), log_total))
     return log_total
 
 
@@ -234,8 +234,8 @@ def _add_gradients(
         c0 = (-chunk.log_total).exp() * row_grads.logp / -head.temperature
         factor = c0.float()[:, None]
     elif len(e):
-        dz = e if chunk.reusable else k.empty_e(head, len(e))
-        k.from_stored(head, e, chunk.log_total, chunk.results, row_grads, dz)
+        dz = e if chunk.reusable else logprob.empty_e(head, len(e))
+        logprob.from_stored(head, e, chunk.log_total, chunk.results, row_grads, dz)
         e = dz
     if grads.hidden is not None:
         wide = _empty_like(head.hidden, torch.float32)
@@ -289,7 +289,7 @@ def _add_recomputed(
         columns = slice(first, min(first + width, v))
         dz = buffer[:, : columns.stop - first]
         if n:
-            k.recomputed(head, results, row_grads, first, dz)
+            logprob.recomputed(head, results, row_grads, first, dz)
         if grads.hidden is not None:
             matmul(dz, head.weight[columns], wide, narrow=True, accumulate=True)
         part = Gradients(
@@ -315,30 +315,21 @@ def _empty_gradients(head: Head, needs: Needs, n_sums: int) -> Gradients:
 
     n_sums: number of products that the weight gradient is the sum of. For more than one it is fp32.
     """
-    device = head.hidden.device
-    make = partial(torch.empty if len(head.targets) else torch.zeros, device=device)
-    d_hidden = d_weight = d_bias = None
-    if needs.hidden:
-        d_hidden = make(head.hidden.shape, dtype=head.hidden.dtype)
-    if needs.weight:
-        dtype = head.weight.dtype if n_sums == 1 else torch.float32
-        d_weight = make(head.weight.shape, dtype=dtype)
-    if needs.bias:
-        d_bias = make(len(head.weight), dtype=torch.float32)
-    return Gradients(d_hidden, d_weight, d_bias)
+    return Gradients.allocate(
+        head,
+        needs,
+        hidden=head.hidden.dtype,
+        weight=head.weight.dtype if n_sums == 1 else torch.float32,
+        bias=torch.float32,
+        zero=len(head.targets) == 0,
+    )
 
 
 def _spans(head: Head) -> Iterator[slice]:
-    """Yield spans of rows that fit CHUNK_FRACTION, of nearly equal sizes and complete tiles."""
-    n = len(head.targets)
+    """Return spans of rows that fit CHUNK_FRACTION, of nearly equal sizes and complete tiles."""
     most_rows = max(1, min(MOST_ROWS, _rows_within(CHUNK_FRACTION, head)))
-    count = -(-n // most_rows)
-    size = -(-n // max(1, count))
-    if count != 1:
-        tile_rows = k.config_for(head.hidden).BN
-        size = -(-size // tile_rows) * tile_rows
-    for start in range(0, n, max(1, size)):
-        yield slice(start, min(start + size, n))
+    tile_rows = logprob.config_for(head.hidden).BN
+    return equal_spans(len(head.targets), most_rows, multiple=tile_rows)
 
 
 def _rows_within(fraction: float, head: Head) -> int:
