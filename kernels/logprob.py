@@ -35,6 +35,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expo_fast.kernels.head import (
@@ -48,6 +49,7 @@ from expo_fast.kernels.integers import round_up
 from expo_fast.kernels.row_results import AT_ONCE, ROWS, largest_logits, row_results
 from expo_fast.kernels.triton_common import INTERPRETED, launch_device, to_bf16
 
+SHARED_BYTES = 214_040  # of a block, for the largest kernel here: `python -m benchmarks.aot`
 SAFE_SUM = 2.0**60  # the target is 41 nats below another logit; squares still fit bf16's exponent
 LOG2_E = math.log2(math.e)
 
@@ -281,9 +283,10 @@ def _card(device: torch.device) -> str:
 
 
 def supports(head: Head) -> bool:
-    """Return whether the kernels run: bf16 rows that TMA can address, on Hopper or a later GPU.
+    """Return whether the kernels run: bf16 rows that TMA can address, on Hopper or Blackwell.
 
-    In the interpreter they run on any device.
+    GeForce and RTX PRO cards of Blackwell have less shared memory than a tile needs. In the
+    interpreter the kernels run on any device.
     """
     hidden = head.hidden
     weight = head.weight
@@ -297,8 +300,15 @@ def supports(head: Head) -> bool:
         return False
     if INTERPRETED:
         return True
-    major, _ = torch.cuda.get_device_capability(hidden.device)
-    return major >= 9
+    return _has_tiles(hidden.device)
+
+
+@cache
+def _has_tiles(device: torch.device) -> bool:
+    """Return whether a GPU addresses tensors by TMA and has the shared memory of a tile."""
+    major, _ = torch.cuda.get_device_capability(device)
+    properties = driver.active.utils.get_device_properties(device.index)
+    return major >= 9 and properties["max_shared_mem"] >= SHARED_BYTES
 
 
 def width_of_e(head: Head) -> int:

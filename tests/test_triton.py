@@ -467,9 +467,9 @@ def test_operators_and_launches_around_the_matrix_products_are_few(on_gpu_paths)
     assert operators.reads == 0
     assert len(launches) in (0, 8)
     _, operators = run(logp.sum().backward)
-    assert operators.count <= 16
+    assert operators.count <= 14
     assert operators.reads == 0
-    assert len(launches) <= 1  # the selection of rows
+    assert not launches  # rows are selected once, in the forward pass
     rows = torch.ones(40, device=DEVICE)
 
     def policy_loss() -> Tensor:
@@ -621,7 +621,7 @@ def test_kernels_compile_for_hopper_without_spilling(environment, forms):
     assert {row["kernel"] for row in made["kernels"]} == multiply | rest
     for row in made["kernels"]:
         assert row["stack"] == row["LDL"] == row["STL"] == 0, row
-        assert row["shared"] <= 232448, row
+        assert row["shared"] <= logprob.SHARED_BYTES, row  # on cards with less, `supports` is false
         attends = row["kernel"] == "attend_items"
         multiplies = attends and row["dtype"] != "fp32"  # no tensor core multiplies fp32 exactly
         # Pages are gathered by pointers. Items of one row are products of 16; HGMMA needs 64.

@@ -31,10 +31,14 @@ from expo_fast.op_backends.function_transforms import check_transforms, is_batch
 from expo_fast.op_backends.objective_codes import decode, holder_of
 from expo_fast.op_backends.row_selection import (
     among_all_rows,
+    head_of_rows,
     selected_head,
     take_optional_rows,
     take_rows,
 )
+
+# Selecting rows waits for the GPU, so torch.compile must not capture these ops in a CUDA graph.
+SYNCS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _differentiable_once(backward: Callable) -> Callable:
@@ -62,7 +66,7 @@ def _differentiable_once(backward: Callable) -> Callable:
 # linear_logprob
 
 
-@torch.library.custom_op("expo_fast::linear_logprob", mutates_args=())
+@torch.library.custom_op("expo_fast::linear_logprob", mutates_args=(), tags=SYNCS)
 def logprob(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -73,11 +77,12 @@ def logprob(
     backend: str | None,
     complete: bool,
     needs: list[bool],  # the fields of Needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return logp, entropy and lse (N,), and two tensors for the backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return logp, entropy and lse (N,), and three tensors for the backward.
 
-    These are (N, 4) fp64 with logp, entropy, lse and log_total, and `Forward.kept`, which is empty
-    if nothing is kept.
+    These are (K, 4) fp64 with logp, entropy, lse and log_total of the K selected rows; their (K,)
+    indices, which are empty if all rows are selected; and `Forward.kept`, which is empty if nothing
+    is kept. The backward needs no selection of its own, which would be a host sync on a GPU.
     """
     head, rows = selected_head(
         hidden=hidden,
@@ -101,24 +106,26 @@ def logprob(
         among_all_rows(results.logp, rows, n),
         among_all_rows(results.entropy, rows, n),
         among_all_rows(results.lse, rows, n),
-        among_all_rows(exact.T, rows, n),
+        exact.T.contiguous(),
+        targets.new_empty(0, dtype=torch.int64) if rows is None else rows,
         kept,
     )
 
 
 @logprob.register_fake
 def _(hidden, weight, bias, targets, *others):
-    needs = others[-1]
+    *_, complete, needs = others
+    new_size = torch.library.get_ctx().new_dynamic_size
     scalar = _fake_scalar(hidden, weight)
-    exact = targets.new_empty(*targets.shape, 4, dtype=torch.float64)
-    n_kept = 0
-    if any(needs):
-        n_kept = torch.library.get_ctx().new_dynamic_size()
+    n_selected = targets.shape[0] if complete else new_size()
+    n_indices = 0 if complete else new_size()
+    n_kept = new_size() if any(needs) else 0
     return (
         scalar.new_empty(targets.shape),
         scalar.new_empty(targets.shape),
         scalar.new_empty(targets.shape),
-        exact,
+        targets.new_empty(n_selected, 4, dtype=torch.float64),
+        targets.new_empty(n_indices, dtype=torch.int64),
         hidden.new_empty(n_kept, dtype=torch.uint8),
     )
 
@@ -132,13 +139,12 @@ def _fake_scalar(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def _save_logprob(ctx: Any, inputs, output) -> None:
     hidden, weight, bias, targets, row_temperature, *options = inputs
-    scalar_temperature, backend, complete, needs = options
-    _, _, _, exact, kept = output
+    scalar_temperature, backend, _, needs = options
+    _, _, _, exact, rows, kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, exact, kept)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, exact, rows, kept)
     ctx.scalar_temperature = scalar_temperature
     ctx.backend = backend
-    ctx.complete = complete
     ctx.needs = needs
     ctx.n_inputs = len(inputs)
 
@@ -148,13 +154,14 @@ def _logprob_backward(ctx: Any, *upstream):
     d_logp, d_entropy, d_lse, *_ = upstream
     if d_logp is None and d_entropy is None and d_lse is None:
         return (None,) * ctx.n_inputs
-    hidden, weight, bias, targets, row_temperature, exact, kept = ctx.saved_tensors
+    hidden, weight, bias, targets, row_temperature, exact, rows, kept = ctx.saved_tensors
     grads = logprob_backward(
         hidden=hidden,
         weight=weight,
         bias=bias,
         targets=targets,
         exact=exact,
+        rows=rows,
         kept=kept,
         d_logp=d_logp,
         d_entropy=d_entropy,
@@ -162,7 +169,6 @@ def _logprob_backward(ctx: Any, *upstream):
         row_temperature=row_temperature,
         scalar_temperature=ctx.scalar_temperature,
         backend=ctx.backend,
-        complete=ctx.complete,
         needs=ctx.needs,
     )
     return *_if_needed(grads, ctx.needs), *(None,) * (ctx.n_inputs - len(grads))
@@ -175,13 +181,14 @@ def _if_needed(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None
 logprob.register_autograd(_logprob_backward, setup_context=_save_logprob)
 
 
-@torch.library.custom_op("expo_fast::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("expo_fast::linear_logprob_backward", mutates_args=(), tags=SYNCS)
 def logprob_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    exact: Tensor,  # (N, 4)
+    exact: Tensor,  # (K, 4)
+    rows: Tensor,  # (K,), or empty for all rows
     kept: Tensor,
     d_logp: Tensor | None,  # (N,)
     d_entropy: Tensor | None,
@@ -189,29 +196,29 @@ def logprob_backward(
     row_temperature: Tensor | None,
     scalar_temperature: float,
     backend: str | None,
-    complete: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias in their dtypes, empty if not needed."""
-    head, rows = selected_head(
+    selection = None if len(exact) == len(targets) else rows
+    head = head_of_rows(
+        selection,
         hidden=hidden,
         weight=weight,
         bias=bias,
         targets=targets,
         row_temperature=row_temperature,
         scalar_temperature=scalar_temperature,
-        complete=complete,
     )
-    *results, log_total = take_rows(exact, rows).T
+    *results, log_total = exact.T
     forward = Forward(LogProb(*results), log_total, kept)
     row_grads = RowGrads(
-        logp=take_optional_rows(d_logp, rows),
-        entropy=take_optional_rows(d_entropy, rows),
-        lse=take_optional_rows(d_lse, rows),
+        logp=take_optional_rows(d_logp, selection),
+        entropy=take_optional_rows(d_entropy, selection),
+        lse=take_optional_rows(d_lse, selection),
     )
     kernels = choose(backend, head)
     grads = kernels.gradients(head, forward, row_grads, Needs(*needs))
-    d_hidden, d_weight, d_bias = _as_outputs(grads, rows, hidden)
+    d_hidden, d_weight, d_bias = _as_outputs(grads, selection, hidden)
     d_hidden = d_hidden.to(hidden.dtype)
     d_weight = d_weight.to(weight.dtype)
     if bias is not None:
@@ -245,7 +252,7 @@ def _as_outputs(
 # Losses: the forward pass computes their gradients too
 
 
-@torch.library.custom_op("expo_fast::linear_policy_loss", mutates_args=())
+@torch.library.custom_op("expo_fast::linear_policy_loss", mutates_args=(), tags=SYNCS)
 def policy_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -354,7 +361,7 @@ def _sequences(ids: Tensor | None, targets: Tensor, rows: Tensor | None, name: s
     return selected_ids.unique(return_inverse=True)[1]
 
 
-@torch.library.custom_op("expo_fast::linear_preference_loss", mutates_args=())
+@torch.library.custom_op("expo_fast::linear_preference_loss", mutates_args=(), tags=SYNCS)
 def preference_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

@@ -4,7 +4,6 @@ A selection is a tensor of row indices, or None for all rows. With None, nothing
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,17 +29,42 @@ def selected_head(
     is not positive and finite.
     """
     rows = None if complete else _selected(targets, wanted, len(weight))
-    head = Head(
+    head = head_of_rows(
+        rows,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        row_temperature=row_temperature,
+        scalar_temperature=scalar_temperature,
+    )
+    if isinstance(head.temperature, Tensor):
+        _check_temperatures(head.temperature)
+    return head, rows
+
+
+def head_of_rows(
+    rows: Tensor | None,  # a selection
+    *,
+    hidden: Tensor,  # this and the others are as in `selected_head`
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    scalar_temperature: float,
+) -> Head:
+    """Return the head of selected rows, without a check or a host sync."""
+    temperature = scalar_temperature
+    if row_temperature is not None:
+        wide = torch.promote_types(row_temperature.dtype, torch.float32)
+        temperature = take_rows(row_temperature, rows).to(wide)
+    return Head(
         hidden=take_rows(hidden, rows),
         weight=weight,
         bias=bias,
         targets=take_rows(targets, rows).long().contiguous(),
-        temperature=scalar_temperature,
+        temperature=temperature,
     )
-    if row_temperature is not None:
-        checked = _checked_temperatures(take_rows(row_temperature, rows))
-        head = replace(head, temperature=checked)
-    return head, rows
 
 
 def _selected(targets: Tensor, wanted: Tensor | None, vocabulary: int) -> Tensor | None:
@@ -79,13 +103,10 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
         )
 
 
-def _checked_temperatures(temperatures: Tensor) -> Tensor:
-    """Return the temperatures as fp32 or wider. Raise ValueError for a wrong value."""
-    temperatures = temperatures.to(torch.promote_types(temperatures.dtype, torch.float32))
+def _check_temperatures(temperatures: Tensor) -> None:
     wrong = temperatures[~((temperatures > 0) & temperatures.isfinite())]
     if len(wrong):
         raise ValueError(f"temperature has {float(wrong[0])}: must be positive and finite")
-    return temperatures
 
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
