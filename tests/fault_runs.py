@@ -27,6 +27,7 @@ from expo_fast.reporting.jsonl import read_rows
 from expo_fast.runtime import interruptions
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
+from jobs import without_times, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 STEPS = 5
@@ -58,7 +59,7 @@ def make_job(root: Path) -> Path:
             {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
             for n in range(first, first + 9)
         ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / f"{name}.jsonl", rows)
     (root / "rewards.py").write_text(
         "def odd(completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
@@ -142,17 +143,13 @@ def snapshot(run: Path) -> dict[str, Any]:
     """Return everything of a run that must be equal in an uninterrupted one."""
     found: dict[str, Any] = {}
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        found[name] = [without_times(row) for row in read_rows(run / name)]
+        found[name] = without_times(read_rows(run / name))
     for pattern in ("completions/*", "pairs/*", "checkpoints/step-*/**/*"):
         for path in sorted(run.glob(pattern)):
             if path.is_file() and ".bad-" not in str(path):
                 name = str(path.relative_to(run))
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k != "seconds" and not k.startswith("time/")}
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """The table of architectures: what runs, what is refused, and one ExP-GRPO step of each."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from expo_fast.modeling.architectures import ARCHITECTURES
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.shape import check_config
 from expo_fast.weights import load_model, save_model
+from jobs import write_rows
 from tiny import LONG_CONTEXT, LONG_ROPE, VARIANTS, tiny_config, tiny_model, tiny_tokenizer
 
 OF_LLAMA_S_LAYER = {
@@ -48,7 +48,7 @@ def test_an_exp_grpo_step_trains(model_type: str, tmp_path: Path):
     model = tiny_model(kind_of(model_type), eos_token_id=many_ends)
     save_model(model, tiny_tokenizer(), tmp_path / "model")
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(2)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "data.jsonl", rows)
     (tmp_path / "rewards.py").write_text(
         "def odd(completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"

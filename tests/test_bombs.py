@@ -1,6 +1,5 @@
 """Answers that are too large to compute are undecided at once, and ordinary ones are not."""
 
-import json
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from expo_fast.data.problems import Problem, load_problems
 from expo_fast.data.verifier import Verifier, comparison_of, reason_without_worker
 from expo_fast.data.workers import Worker
 from expo_fast.reward import boxed_answer_reward
+from jobs import write_rows
 
 # Kinds that the rules decide, or that a worker judges within its limit of time.
 NOT_TOO_LARGE = {
@@ -153,7 +153,7 @@ def test_a_worker_has_no_environment_and_gains_no_privileges(monkeypatch):
 def test_an_answer_that_judges_nothing_is_refused_by_its_line(answer, reason, tmp_path):
     file = tmp_path / "data.jsonl"
     rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "?", "answer": answer}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     with pytest.raises(ValueError, match=r"data\.jsonl:2: no attempt can be judged") as error:
         load_problems(str(file))
     assert reason in str(error.value)

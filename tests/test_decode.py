@@ -422,27 +422,34 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     ]
     if DEVICE == "cpu":  # the interpreter is slow: each block size gets every second rule
         rules = rules[block == 16 :: 2]
-    each = 6
-    n = 6 * len(rules)
+    n_kinds = 6  # of rows; each rule has a row of each
+    tied, few, equal, tied_at_top, _plain, greedy = range(n_kinds)
+    n = n_kinds * len(rules)
+    kind = torch.arange(n) % n_kinds
+    has_ties = (kind == tied) | (kind == tied_at_top)
     logits = 3 * torch.randn(n, columns, generator=g)
-    logits[::3] = (2 * logits[::3]).round() / 2  # ties, also at the borders
-    logits[1::6, 100:] = -math.inf
-    logits[2::6] = 0.25
-    logits[3::6, 10:13] = 15  # a tie at the top
-    cut = Truncation(*(torch.tensor(x).repeat_interleave(each) for x in zip(*rules, strict=True)))
+    logits[has_ties] = (2 * logits[has_ties]).round() / 2  # ties, also at the borders
+    logits[kind == few, 100:] = -math.inf
+    logits[kind == equal] = 0.25
+    logits[kind == tied_at_top, 10:13] = 15
+    top_k, top_p, min_p = zip(*rules, strict=True)
+    truncation = Truncation(
+        top_k=torch.tensor(top_k).repeat_interleave(n_kinds),
+        top_p=torch.tensor(top_p).repeat_interleave(n_kinds),
+        min_p=torch.tensor(min_p).repeat_interleave(n_kinds),
+    )
     temperature = torch.linspace(0.4, 1.6, n)
-    temperature[5::6] = 0
+    temperature[kind == greedy] = 0
     u = torch.rand(n, dtype=torch.float64, generator=g)
-    u[::6] = 0
-    u[1::6] = 1 - 2.0**-53
-    u[3::6] = 0.9
-    tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
+    u[kind == tied] = 0
+    u[kind == few] = 1 - 2.0**-53
+    u[kind == tied_at_top] = 0.9
+    tokens, logps = sampling.draw(logits.clone(), temperature, truncation, u)
     logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
     found = blocks.blocks_of(logits, temperature, block)
     got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
-    on = cut.to(torch.device(DEVICE))
-    rules = {"top_k": on.top_k, "top_p": on.top_p, "min_p": on.min_p}
-    truncate.redraw(logits, *found, block, temperature, u, **rules, tokens=got, logps=logp)
+    there = vars(truncation.to(torch.device(DEVICE)))
+    truncate.redraw(logits, *found, block, temperature, u, **there, tokens=got, logps=logp)
     assert torch.equal(got.cpu(), tokens)
     torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6)
 

@@ -27,12 +27,12 @@ from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.inspection.memory import MemoryEstimate
 from expo_fast.inspection.ranks_memory import choose_gather, rank_bytes, sent_bytes
 from expo_fast.reporting.metric_table import find_metric
+from jobs import metrics_of, rows_in
 from ranks import (
     SMALL,
     Ranks,
     difference,
     job_flags,
-    metrics,
     state_bits,
     write_job_files,
 )
@@ -162,7 +162,7 @@ def test_two_ranks_learn_what_one_process_learns(name: str, runs: Runs):
     assert found.gradient <= 1e-5
     if name != "grpo-lora":  # without --batch-invariant, rounding may change a sampled token
         assert found.update <= 1e-3
-        for ours, theirs in zip(metrics(alone), metrics(two), strict=True):
+        for ours, theirs in zip(metrics_of(alone), metrics_of(two), strict=True):
             assert_same_metrics(ours, theirs)
     texts = "completions/step-1.jsonl"
     assert columns(two / texts) == columns(alone / texts)
@@ -185,7 +185,7 @@ def assert_same_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def columns(path: Path) -> list[tuple[str, str, str]]:
     """Return what was trained on, in the order of the file."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_in(path)
     return [(row["id"], row["kind"], row["completion"]) for row in rows]
 
 
@@ -195,7 +195,7 @@ def test_runs_on_two_ranks_are_bit_identical_also_after_a_resume(runs: Runs):
     for name in ("again", "resumed"):
         run = runs.of_two(name) / "run"
         assert state_bits(run / "checkpoints/step-3") == expected
-        assert len(metrics(run)) == 3
+        assert len(metrics_of(run)) == 3
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_run_that_gathers_by_layer_resumes_to_the_bit(runs: Runs):
     expected = state_bits(runs.of_two("expo-grpo-layers") / "run/checkpoints/step-3")
     run = runs.of_two("resumed-layers") / "run"
     assert state_bits(run / "checkpoints/step-3") == expected
-    assert len(metrics(run)) == 3
+    assert len(metrics_of(run)) == 3
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_a_run_continues_on_another_number_of_ranks(runs: Runs):
     expected = state_bits(two / "checkpoints/step-2")
     found = state_bits(back / "checkpoints/step-2")
     assert expected.keys() == found.keys()
-    assert len(metrics(back)) == 2
+    assert len(metrics_of(back)) == 2
 
 
 @pytest.mark.slow
