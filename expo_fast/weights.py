@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from expo_fast.distributed.world import copy_complete
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import base_tensors, is_attached, merge
 from expo_fast.modeling.shape import Shape, check_config, read_shape
+from expo_fast.runtime.caller_warnings import warn_caller
 from expo_fast.storage import hub
 from expo_fast.storage.default_model import (
     DEFAULT_MODEL,
@@ -333,10 +333,9 @@ def _add_ends_of_turns(model: Decoder, tokenizer: Any, path: Path) -> None:
     if reasons:
         stops = [_named(tokenizer, model.eos_ids), *map(repr, turn.stop_strings)]
         end = _named(tokenizer, turn.end_ids) if turn.end_ids else repr(turn.end_text.strip())
-        warnings.warn(
+        warn_caller(
             f"{path}: {' and '.join(reasons)}: sampling stops at {' or '.join(stops)}, and given "
-            f"texts are trained to end with {end}",
-            stacklevel=3,
+            f"texts are trained to end with {end}"
         )
 
 

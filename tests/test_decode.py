@@ -615,6 +615,13 @@ def test_the_engine_samples_the_tokens_of_the_other_engines(kind):
     assert_same(ours, sample(model.cpu(), asked, "native"))
 
 
+def test_a_warning_of_the_engine_names_the_call_of_the_generator():
+    generator = Generator(tiny_model("gemma3").to(DEVICE), backend="triton")
+    with pytest.warns(UserWarning, match="with PyTorch's operations") as caught:
+        generator.sample([Request([9], max_new_tokens=1)])
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.slow
 def test_rows_that_end_inside_a_burst_are_refilled():
     model = shallow()

@@ -22,7 +22,6 @@ interpreter on a CPU.
 """
 
 import gc
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from expo_fast.inference.sampling import Drawn
 from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.hooks import has_hooks
+from expo_fast.runtime.caller_warnings import warn_caller
 
 if TYPE_CHECKING:
     from expo_fast.inference.decode_step import DecodeStep, StepKey
@@ -106,10 +106,9 @@ class CudaEngine(TorchEngine):
             )
         super().__init__(model)
         if not joins(model.shape):
-            warnings.warn(
+            warn_caller(
                 f"decoding {model.stored_config.model_type} with PyTorch's operations between "
-                "products, which is slower: the fused kernels compute layers like Llama's",
-                stacklevel=5,  # the caller of Generator.sample
+                "products, which is slower: the fused kernels compute layers like Llama's"
             )
         on_gpu = model.device.type == "cuda"
         if on_gpu:
@@ -118,12 +117,16 @@ class CudaEngine(TorchEngine):
             self.attention = VarlenPagedAttention
         self.fuses_prompts = on_gpu  # many programs are slow in the interpreter
         self.wants_graphs = on_gpu if graphs is None else graphs
+        self.graphs = self.wants_graphs  # whether the running call captures its steps
+        self.table_width = MIN_TABLE_WIDTH  # pages, of the steps of the running call
         self.slab_address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.steps: dict[StepKey, DecodeStep] = {}
         self.layout: list[TensorLayout] | None = None  # of the model when the steps were made
         self.joined: JoinedWeights | None = None  # for plain models
         self.graph_pool: Any = None  # handle of the memory pool that all graphs share
         self.capture_stream: torch.cuda.Stream | None = None
+        self._step: DecodeStep | None = None  # of the loaded rows
+        self.n_rows = 0  # loaded, without the idle rows of the step
         self.started: Burst | None = None  # a burst that the next call of `decode` returns
 
     # One call: open, then load and decode, then close
@@ -139,10 +142,9 @@ class CudaEngine(TorchEngine):
         hooked = layout is None and has_hooks(model.modules())  # a plain model has none
         self.graphs = self.wants_graphs and not hooked
         if self.wants_graphs and not self.graphs:
-            warnings.warn(
+            warn_caller(
                 "decoding without CUDA graphs, which is slower: the model has hooks or a replaced "
-                "forward",
-                stacklevel=6,  # the caller of Generator.sample
+                "forward"
             )
         # Pages are the outermost dimension in memory, so no stride depends on their number.
         slab = torch.empty(
@@ -226,8 +228,14 @@ class CudaEngine(TorchEngine):
         key = StepKey(row_bucket(self.n_rows), self.table_width, truncated)
         if key not in self.steps:
             self.steps[key] = self._new_step(key)
-        self.step = self.steps[key]
-        self.step.load(rows, self.head)
+        self._step = self.steps[key]
+        self._step.load(rows, self.head)
+
+    @property
+    def step(self) -> "DecodeStep":
+        """The step that decodes the loaded rows."""
+        assert self._step is not None, "decode before load"
+        return self._step
 
     def keeps_loaded(self, n_active: int) -> bool:
         if row_bucket(n_active) != row_bucket(self.n_rows):
@@ -298,10 +306,7 @@ class CudaEngine(TorchEngine):
             self.joined = None
             step.joined = None
             reason = str(error).splitlines()[0]
-            warnings.warn(
-                f"decoding without CUDA graphs, which is slower: {reason}",
-                stacklevel=10,  # the caller of Generator.sample
-            )
+            warn_caller(f"decoding without CUDA graphs, which is slower: {reason}")
             return
         step.graph = graph
 
