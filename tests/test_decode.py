@@ -320,17 +320,19 @@ class Drawing:
         self.positions = torch.randint(0, 2**40, (self.n,), generator=g)
         self.u = sampling.uniform(self.seeds, self.positions + 1)
         cut = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
-        self.tokens, self.logps = sampling.draw(self.logits.clone(), self.temperature, cut, self.u)
+        self.tokens, self.logps = sampling.draw_from_logits(
+            self.logits.clone(), self.temperature, cut, self.u
+        )
 
     def progress(self) -> draw.Progress:
         last = torch.zeros_like(self.seeds).to(DEVICE)
         return draw.Progress.start(last, self.positions.clone().to(DEVICE), self.burst)
 
-    def by_kernel(self, progress: draw.Progress, record: bool = True) -> draw.Draws:
+    def by_kernel(self, progress: draw.Progress, record: bool = True) -> draw.SampledRows:
         given = self.logits, self.temperature, self.seeds
         logits, temperature, seeds = (x.to(DEVICE) for x in given)
         found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
-        return draw.draw(
+        return draw.sample_rows(
             logits, *found, sampling.BLOCK, temperature, seeds, progress, record=record
         )
 
@@ -353,11 +355,11 @@ def test_draws_from_blocks_equal_draws_from_logits():
 def test_one_kernel_draws_the_tokens_of_pytorch(seed: int):
     case = Drawing(seed)
     progress = case.progress()
-    draws = case.by_kernel(progress)
-    assert torch.equal(draws.u.cpu(), case.u)
-    case.check(draws.tokens, draws.logps)
+    sampled = case.by_kernel(progress)
+    assert torch.equal(sampled.u.cpu(), case.u)
+    case.check(sampled.tokens, sampled.logps)
     again = case.by_kernel(case.progress())
-    for one, other in zip(draws, again, strict=True):
+    for one, other in zip(sampled, again, strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
@@ -370,7 +372,7 @@ def test_a_number_beyond_the_last_sum_draws_the_last_possible_token():
     block_max, block_sum = blocks.blocks_of(logits, temperature, sampling.BLOCK)
     block_sum[:, -1] *= 1e9
     given = sampling.BLOCK, temperature, case.seeds.to(DEVICE), case.progress()
-    tokens = draw.draw(logits, block_max, block_sum, *given, record=False).tokens
+    tokens = draw.sample_rows(logits, block_max, block_sum, *given, record=False).tokens
     assert (tokens[::2] == 699).all() and (tokens[1::2] == 689).all()
 
 
@@ -378,17 +380,17 @@ def test_a_draw_records_tokens_for_the_host_and_for_the_next_step():
     """Each row has its own index in the burst, which wraps around."""
     case = Drawing()
     progress = case.progress()
-    progress.drawn.fill_(math.nan)
+    progress.history.fill_(math.nan)
     progress.index[::2] = 2
     last = progress.last_tokens
-    draws = case.by_kernel(progress)
+    sampled = case.by_kernel(progress)
     place = torch.where(torch.arange(40) % 2 == 0, 2, 0).to(DEVICE)
     rows = torch.arange(40, device=DEVICE)
-    for kept, drawn in zip(progress.drawn[place, :, rows].T, draws[:2], strict=True):
+    for kept, drawn in zip(progress.history[place, :, rows].T, sampled[:2], strict=True):
         torch.testing.assert_close(kept, drawn.double(), rtol=0, atol=0, equal_nan=True)
-    assert int(progress.drawn[:, 0].isnan().sum()) == 80
+    assert int(progress.history[:, 0].isnan().sum()) == 80
     assert torch.equal(progress.index, (place + 1) % 3)
-    assert progress.last_tokens is last and torch.equal(last, draws.tokens)
+    assert progress.last_tokens is last and torch.equal(last, sampled.tokens)
     assert torch.equal(progress.positions.cpu(), case.positions + 1)
 
 
@@ -396,13 +398,13 @@ def test_recording_a_draw_later_gives_the_same_state():
     case = Drawing()
     at_once, later = case.progress(), case.progress()
     for progress in (at_once, later):
-        progress.drawn.fill_(math.nan)
+        progress.history.fill_(math.nan)
         progress.index[::2] = 2
     case.by_kernel(at_once)
-    draws = case.by_kernel(later, record=False)
+    sampled = case.by_kernel(later, record=False)
     assert torch.equal(later.positions.cpu(), case.positions)
-    assert later.drawn.isnan().all() and not later.last_tokens.any()
-    draw.record(draws, later)
+    assert later.history.isnan().all() and not later.last_tokens.any()
+    draw.record(sampled, later)
     for one, other in zip(vars(at_once).values(), vars(later).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
@@ -444,7 +446,7 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     u[kind == tied] = 0
     u[kind == few] = 1 - 2.0**-53
     u[kind == tied_at_top] = 0.9
-    tokens, logps = sampling.draw(logits.clone(), temperature, truncation, u)
+    tokens, logps = sampling.draw_from_logits(logits.clone(), temperature, truncation, u)
     logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
     found = blocks.blocks_of(logits, temperature, block)
     got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
@@ -721,7 +723,7 @@ def test_rows_are_loaded_again_only_after_many_have_ended(monkeypatch):
 def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
     events: list[str] = []
     start = CudaEngine._start_burst
-    read = cuda_engine.Burst.drawn
+    read = cuda_engine.Burst.result
 
     def started(self):
         events.append("start")
@@ -732,7 +734,7 @@ def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
         return read(self)
 
     monkeypatch.setattr(CudaEngine, "_start_burst", started)
-    monkeypatch.setattr(cuda_engine.Burst, "drawn", was_read)
+    monkeypatch.setattr(cuda_engine.Burst, "result", was_read)
     model = shallow()
     asked = requests(max_new_tokens=13)  # three bursts of 4 after the first token
     expected = sample(model, asked, "torch")

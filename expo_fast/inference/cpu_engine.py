@@ -22,7 +22,7 @@ from expo_fast.inference.native_structs import (
     RowsStruct,
 )
 from expo_fast.inference.plain_model import is_plain
-from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.inference.sampling import SampledTokens, Sampling, draw_from_logits, uniform
 from expo_fast.inference.stepwise_engine import StepwiseEngine
 from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.shape import ACTIVATIONS
@@ -146,22 +146,22 @@ class NativeEngine(StepwiseEngine):
         self.library.expo_fast_decoder(decoder, ctypes.byref(rows))
         return hidden
 
-    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> SampledTokens:
         truncated = sampling.truncated()
         any_truncated = bool(truncated.any())
         tokens, logps, logits = self._draw(hidden, positions, sampling, keep_logits=any_truncated)
         if any_truncated:
             rows = sampling[truncated]
             u = uniform(rows.seeds, positions[truncated])
-            drawn = draw(logits[truncated], rows.temperature, rows.truncation, u)
-            tokens[truncated] = drawn.tokens
-            logps[truncated] = drawn.logps
+            sampled = draw_from_logits(logits[truncated], rows.temperature, rows.truncation, u)
+            tokens[truncated] = sampled.tokens
+            logps[truncated] = sampled.logps
         if self.exact:
             temperature = torch.where(sampling.temperature > 0, sampling.temperature, 1.0)
             head = self.model.head_weight.detach()
             exact = linear_logprob(hidden, head, tokens, temperature=temperature, backend="native")
             logps = torch.where(logps.isnan(), logps, exact.logp)
-        return Drawn(tokens, logps)
+        return SampledTokens(tokens, logps)
 
     def _draw(
         self, hidden: Tensor, positions: Tensor, sampling: Sampling, *, keep_logits: bool

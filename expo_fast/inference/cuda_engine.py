@@ -35,7 +35,7 @@ from expo_fast.inference.joined_weights import JoinedWeights, joins
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import is_plain
-from expo_fast.inference.sampling import Drawn
+from expo_fast.inference.sampling import SampledTokens
 from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.hooks import has_hooks
@@ -79,12 +79,12 @@ class Burst:
     both: Tensor  # (burst, token and log-prob, B) fp64
     copied: torch.cuda.Event | None  # None: they are on the host
 
-    def drawn(self) -> Drawn:
+    def result(self) -> SampledTokens:
         """Wait for the results and return them."""
         if self.copied is not None:
             self.copied.synchronize()
         tokens, logps = self.both.unbind(1)
-        return Drawn(tokens.long(), logps.float())
+        return SampledTokens(tokens.long(), logps.float())
 
 
 class CudaEngine(TorchEngine):
@@ -243,10 +243,10 @@ class CudaEngine(TorchEngine):
         return self.n_rows - n_active <= MAX_ENDED_FRACTION * self.n_rows
 
     @torch.no_grad()
-    def decode(self, *, ahead: bool) -> Drawn:
+    def decode(self, *, ahead: bool) -> SampledTokens:
         burst = self.started or self._start_burst()
         self.started = self._start_burst() if ahead else None
-        return burst.drawn()
+        return burst.result()
 
     @property
     def runs_ahead(self) -> bool:
@@ -256,12 +256,12 @@ class CudaEngine(TorchEngine):
         for _ in range(self.burst):
             self.step.run()
         # Copied into pinned memory, on the same stream: after this burst and before the next one.
-        drawn = self.step.progress.drawn.to("cpu", non_blocking=True, copy=True)
+        history = self.step.progress.history.to("cpu", non_blocking=True, copy=True)
         copied = None
         if self.model.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self.model.device))
-        return Burst(drawn[:, :, : self.n_rows], copied)
+        return Burst(history[:, :, : self.n_rows], copied)
 
     # Steps and their graphs
 

@@ -1,7 +1,7 @@
 """What the engines have in common that sample one token of each row at a time."""
 
 from expo_fast.inference.engine import Engine, Rows
-from expo_fast.inference.sampling import Drawn
+from expo_fast.inference.sampling import SampledTokens
 
 
 class StepwiseEngine(Engine):
@@ -15,11 +15,11 @@ class StepwiseEngine(Engine):
     def keeps_loaded(self, n_active: int) -> bool:
         return self.rows is not None and n_active == len(self.rows.last_tokens)
 
-    def decode(self, *, ahead: bool) -> Drawn:
+    def decode(self, *, ahead: bool) -> SampledTokens:
         rows = self.rows
         assert rows is not None, "decode before load"
         hidden = self.run(rows.tokens())
         rows.positions += 1
-        drawn = self.draw(hidden, rows.positions, rows.sampling)
-        rows.last_tokens = drawn.tokens
-        return Drawn(drawn.tokens[None], drawn.logps[None])
+        sampled = self.draw(hidden, rows.positions, rows.sampling)
+        rows.last_tokens = sampled.tokens
+        return SampledTokens(sampled.tokens[None], sampled.logps[None])

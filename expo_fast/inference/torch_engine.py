@@ -11,7 +11,7 @@ from torch import Tensor
 from expo_fast.inference.engine import Tokens, cpu_int64
 from expo_fast.inference.kv_pages import PageCopy
 from expo_fast.inference.paged_attention import PagedAttention
-from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.inference.sampling import SampledTokens, Sampling, draw_from_logits, uniform
 from expo_fast.inference.stepwise_engine import StepwiseEngine
 from expo_fast.kernels.products import wide_product, widened
 from expo_fast.modeling.decoder import Decoder
@@ -74,11 +74,11 @@ class TorchEngine(StepwiseEngine):
         return hidden[:n]
 
     @torch.no_grad()
-    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> SampledTokens:
         logits = wide_product(hidden, self.head)
         sampling = sampling.to(logits.device)
         u = uniform(sampling.seeds, positions.to(logits.device))
-        return draw(logits, sampling.temperature, sampling.truncation, u)
+        return draw_from_logits(logits, sampling.temperature, sampling.truncation, u)
 
 
 def _padded(tokens: Tokens, n: int) -> Tokens:
