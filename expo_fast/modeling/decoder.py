@@ -450,3 +450,18 @@ class Decoder(nn.Module):
             sin = angles.sin() * scale
             rotations.append((cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)))
         return rotations
+
+
+def plain_decoder(model: Decoder, weights: dict[str, Tensor], *, trainable: bool) -> Decoder:
+    """Return a model like another one, but without its hooks and adapters, with these weights.
+
+    weights: by parameter name. They are not copied.
+    trainable: whether the weights require gradients; this is set on weights that are parameters.
+    """
+    with torch.device("meta"):
+        plain = Decoder(model.stored_config)
+    plain.requires_grad_(trainable)
+    plain.load_state_dict(weights, assign=True)
+    plain.inv_freq = model.inv_freq
+    plain.generation_config = model.generation_config
+    return plain
