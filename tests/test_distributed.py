@@ -5,7 +5,6 @@ import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -312,10 +311,12 @@ def test_layers_are_gathered_if_all_weights_do_not_fit_beside_the_state():
     assert choose_gather(Train(shard="model", gather="weights"), model, 4, 1).kind == "weights"
 
 
-def test_a_model_in_lockstep_is_sampled_by_the_torch_engine(monkeypatch: pytest.MonkeyPatch):
+def test_a_model_gathered_by_layer_is_sampled_by_the_torch_engine(
+    monkeypatch: pytest.MonkeyPatch,
+):
     model = tiny_model()
     monkeypatch.setattr(cuda_engine, "supports", lambda model: True)
-    model.lockstep = lambda: nullcontext()  # as `Sharded` sets it
+    model.gathers_by_layer = True  # as `Sharded` sets it
     assert isinstance(Generator(model).engine(), TorchEngine)
 
 

@@ -23,8 +23,8 @@ from expo_fast.modeling.shape import Shape, read_shape
 from expo_fast.op_backends import native_layer, recomputing
 from expo_fast.storage.stored_config import complete_config
 
-# (model, tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
-Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
+Exact = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # (layer, q, k, v), with q (N, H, Dh), k and v (N, Hkv, Dh) -> (N, H, Dh)
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (N, 1, R/2)
@@ -299,12 +299,14 @@ class Decoder(nn.Module):
     layers: the layers to make, by their index; None: all. One may be made several times.
     exact: if set, this function computes the values that `hidden` returns. They must be
     bit-identical for any packing of the tokens. Gradients are those of the PyTorch forward pass.
-    lockstep: returns the context in which forward passes without gradients run. Ranks that gather
-    weights layer by layer for them have to run them together, see `sharding.Sharded.lockstep`.
+    gathers_by_layer: whether ranks gather the weights layer by layer for each forward pass without
+    gradients. They have to make these passes together.
+    lockstep: returns the context in which such passes run, see `sharding.Sharded.lockstep`.
     """
 
     inv_freq: Tensor  # (sets, R/2) fp32
     exact: Exact | None = None
+    gathers_by_layer: bool = False
     lockstep: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
@@ -412,7 +414,7 @@ class Decoder(nn.Module):
         if self.exact is None:
             attention = PackedAttention(cu_seqlens, parents, tokens.device)
             return self.run(tokens, positions, attention)
-        exact = self.exact(self, tokens, positions, cu_seqlens, parents)
+        exact = self.exact(tokens, positions, cu_seqlens, parents)
         if not torch.is_grad_enabled():
             return exact
         attention = PackedAttention(cu_seqlens, parents, tokens.device)

@@ -168,6 +168,7 @@ class Sharded(Layout):
         self._run = model.run
         model.run = self._run_with_others
         model.lockstep = self.lockstep
+        model.gathers_by_layer = True
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
