@@ -135,7 +135,7 @@ def evaluate(
     with interruptions.immediate():
         if verify is reward.score_answers:
             judged = reward.grade_answers(answers, complete)
-            verdicts = [each.score for each in judged]
+            verdicts = [each.verdict for each in judged]
             reasons = [each.reason for each in judged]
         else:
             verdicts = verify(answers, complete)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from expo_fast import train
 from expo_fast.algorithms import explanations
 from expo_fast.cli import exit_status
-from expo_fast.data import verifier
+from expo_fast.data import grader_pool
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.runtime import interruptions
@@ -201,8 +201,8 @@ def record_usage(file: Path) -> None:
 
     Each fifth step has an answer that hangs in a worker of the grader, which is then replaced.
     """
-    verifier.is_too_large = lambda text: False
-    pool = verifier.Verifier(workers=1, timeout_s=0.5)
+    grader_pool.is_too_large = lambda text: False
+    pool = grader_pool.GraderPool(workers=1, timeout_s=0.5)
     for name, usual in list(train.LOOPS.items()):
         train.LOOPS[name] = partial(_run_measured_step, usual, file, pool)
 
@@ -210,8 +210,8 @@ def record_usage(file: Path) -> None:
 def _run_measured_step(usual: Any, file: Path, pool: Any, trainer, step, phases) -> Any:
     result = usual(trainer, step, phases)
     if step % 5 == 0:
-        assert pool.judge(["|x|"], [HANGING]) == [None]
-    assert pool.judge([f"|x|+{step}"], [rf"\boxed{{{step}+|x|}}"]) == [1.0]
+        assert pool.verdicts(["|x|"], [HANGING]) == [None]
+    assert pool.verdicts([f"|x|+{step}"], [rf"\boxed{{{step}+|x|}}"]) == [1.0]
     own = Path("/proc/self")
     pages = int((own / "statm").read_text().split()[1])
     row = {

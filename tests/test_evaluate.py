@@ -15,7 +15,7 @@ from expo_fast import answers, evaluate, reward, train
 from expo_fast.algorithms.training_data import select_problems
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Evaluate, Train
-from expo_fast.data import answer_grading, verifier
+from expo_fast.data import answer_grading, grader_pool
 from expo_fast.data.problems import Problem
 from expo_fast.evaluate import Evaluation
 from expo_fast.generate import Completion
@@ -150,7 +150,7 @@ def test_a_k_above_the_number_of_samples_is_refused_with_both_values(k: int):
     assert Evaluate(samples=5, k=(1, 5)).k == (1, 5)
 
 
-@pytest.mark.parametrize("module", [answer_grading, reward, verifier])
+@pytest.mark.parametrize("module", [answer_grading, reward, grader_pool])
 def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch):
     before = grader_hash()
     assert grader_hash() == before
