@@ -18,8 +18,11 @@ from expo_fast.algorithms.resume import with_defaults
 from expo_fast.algorithms.run_record import RECORD
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
+from expo_fast.distributed.error_reach import Reach, mark
 from expo_fast.distributed.gathering import FIRST_BYTES, gather_values
-from expo_fast.distributed.world import ALONE, World, shares
+from expo_fast.distributed.launch import prints
+from expo_fast.distributed.session import is_of_communication
+from expo_fast.distributed.world import ALONE, PeerLostError, World, shares, within_collectives
 from expo_fast.generate import Generator
 from expo_fast.inference import cuda_engine
 from expo_fast.inference.torch_engine import TorchEngine
@@ -365,6 +368,38 @@ def test_one_process_exchanges_nothing():
     assert deal.collect(deal.own(["a", "b"])) == ["a", "b"]
     with pytest.raises(KeyError), ALONE.agreed():
         raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("Connection reset by peer"), True),
+        (RuntimeError("ProcessGroup is not ready"), True),
+        (PeerLostError(), True),
+        (RuntimeError("no reward for 1 completion"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_an_error_of_communication_is_told_by_its_words(error: Exception, expected: bool):
+    assert is_of_communication(error) == expected
+    mark(error, Reach.TOLD_TO_ALL)  # such as that of a reward function
+    assert is_of_communication(error) == isinstance(error, PeerLostError)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", True), ("1", False)])
+def test_rank_0_prints_what_all_ranks_raise(
+    rank: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = ValueError("a mistake")
+    assert prints(error)
+    with pytest.raises(ValueError), within_collectives():
+        raise error
+    assert prints(error)
+    mark(error, Reach.RAISED_BY_ALL)
+    assert prints(error) == expected
 
 
 def test_values_of_any_length_are_exchanged():

@@ -87,7 +87,7 @@ class Board:
 
     def lost(self, error: str, timeout_s: float) -> str:
         """Return in words which rank ended or hangs, after an exchange or a collective failed."""
-        timed_out = "imed out" in error or "timeout" in error.lower()
+        timed_out = any(words in error.lower() for words in ("timed out", "timeout"))
         places = {rank: self._place_of(rank) for rank in range(self._size) if rank != self._rank}
         silent = [rank for rank, place in places.items() if place.exchanges < self._exchanges]
         if not timed_out or not silent:
