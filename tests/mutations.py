@@ -537,7 +537,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the norm of the gradient is that of a rank's part",
-        "expo_fast/modeling/norms.py",
+        "expo_fast/modeling/l2_norms.py",
         "return math.sqrt(world.sums(own)[0])",
         "return math.sqrt(own)",
         RANKS,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expo_fast.modeling import grad_sums, norms
+from expo_fast.modeling import grad_sums, l2_norms
 from expo_fast.modeling.optimizer import Optimizer, StepReport
 from expo_fast.modeling.schedule import learning_rate
 from expo_fast.op_backends import native_library, native_optimizer
@@ -196,7 +196,7 @@ def ragged_run(micro_batches=3):
 def test_batches_of_parameters_change_no_bit(without_native, monkeypatch, batch, pending):
     """A GPU processes many parameters at once, a CPU few."""
     expected = ragged_run()
-    monkeypatch.setattr(norms, "CPU_BATCH", batch)
+    monkeypatch.setattr(l2_norms, "CPU_BATCH", batch)
     monkeypatch.setattr(grad_sums, "CPU_PENDING", pending)
     reports, tensors = ragged_run()
     assert reports == expected[0]
@@ -207,12 +207,12 @@ def test_batches_of_parameters_change_no_bit(without_native, monkeypatch, batch,
 
 def test_a_large_tensor_is_processed_in_pieces(without_native, monkeypatch):
     expected, _ = ragged_run()
-    monkeypatch.setattr(norms, "CPU_PIECE", 1000)
+    monkeypatch.setattr(l2_norms, "CPU_PIECE", 1000)
     reports, _ = ragged_run()
     for got, other in zip(reports[2::3], expected[2::3], strict=True):
         assert got.grad_norm == pytest.approx(other.grad_norm, rel=1e-12)
         assert got.update_norm == pytest.approx(other.update_norm, rel=1e-6)
-    assert [len(p) for p in norms.pieces(torch.zeros(7, 300))] == [1000, 1000, 100]
+    assert [len(p) for p in l2_norms.pieces(torch.zeros(7, 300))] == [1000, 1000, 100]
 
 
 def test_native_updates_have_the_bits_of_torch(isa, monkeypatch):
@@ -320,7 +320,7 @@ class Operations(TorchDispatchMode):
 
 def test_operators_of_a_step_do_not_grow_with_the_parameters(without_native, monkeypatch):
     """A Python loop over the parameters of a 0.5B model takes longer than the update on a GPU."""
-    monkeypatch.setattr(norms, "CPU_BATCH", norms.GPU_BATCH)
+    monkeypatch.setattr(l2_norms, "CPU_BATCH", l2_norms.GPU_BATCH)
     monkeypatch.setattr(grad_sums, "CPU_PENDING", grad_sums.GPU_PENDING)
     counts = []
     for n in (29, 290):

@@ -185,7 +185,7 @@ def _leave_cause(board: Board, error: BaseException | None) -> None:
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         cause = f"out of memory, lower --pack-tokens or use --gradient-checkpointing ({error})"
     if error is not None:
-        error.add_note(f"rank {torch.distributed.get_rank()} failed in {board.place}: {cause}")
+        error.add_note(f"rank {torch.distributed.get_rank()} failed in {board.progress}: {cause}")
     board.post_failure(cause)
 
 

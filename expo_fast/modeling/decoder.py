@@ -59,32 +59,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return normed.to(x.dtype)
 
 
-class Embedding(nn.Embedding):
-    """`nn.Embedding`, without initial values on the meta device. See `Linear`."""
+class _WithoutMetaValues:
+    """A module of torch that draws no initial values on the meta device.
+
+    Random functions of the meta device import torch._dynamo, which takes half a second.
+    """
+
+    weight: Tensor
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
-            super().reset_parameters()
+            super().reset_parameters()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Head(nn.Linear):
-    """`nn.Linear`, without initial values on the meta device. See `Linear`."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
+class Embedding(_WithoutMetaValues, nn.Embedding):
+    """The (V, D) embedding of tokens."""
 
 
-class Linear(nn.Linear):
+class Head(_WithoutMetaValues, nn.Linear):
+    """The (V, D) LM head. The ops multiply by its weight."""
+
+
+class Linear(_WithoutMetaValues, nn.Linear):
     """`nn.Linear`, with the product of csrc/layer.cpp where that is faster."""
-
-    def reset_parameters(self) -> None:
-        """Draw initial values, but not on the meta device.
-
-        Random functions of the meta device import torch._dynamo, which takes half a second.
-        """
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in) to (N, out)."""
