@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from expo_fast import train
 from expo_fast.config import Train
 from expo_fast.generate import Generator, Request
-from expo_fast.inference.joined_weights import joins
+from expo_fast.inference import joined_weights
 from expo_fast.modeling.architectures import ARCHITECTURES
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.shape import check_config
@@ -161,7 +161,7 @@ def test_the_fused_decode_step_runs_layers_like_those_of_llama():
     fused: set[Any] = set()
     for kind, (model_type, _) in VARIANTS.items():
         shape = tiny_model(kind).shape
-        if joins(shape):
+        if joined_weights.supports(shape):
             fused.add(model_type)
             assert shape.rotary_dim == shape.head_dim, kind
     assert fused == OF_LLAMA_S_LAYER

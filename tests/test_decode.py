@@ -29,7 +29,7 @@ from expo_fast.kernels import blocks, decode, draw, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import widened
 from expo_fast.modeling.attention import causal_attention
-from expo_fast.modeling.decoder import RMSNorm
+from expo_fast.modeling.modules import RMSNorm
 from expo_fast.modeling.rope import rotate
 from judges import completion_logps, error_norm, max_error
 from tiny import tiny_model

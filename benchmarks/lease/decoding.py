@@ -17,7 +17,8 @@ from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.sampling import Truncation
 from expo_fast.kernels import blocks, decode, draw, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
-from expo_fast.modeling.decoder import Decoder, RMSNorm
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.modules import RMSNorm
 from expo_fast.modeling.rope import rotate
 from expo_fast.ops import linear_logprob
 

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from expo_fast.inference import joined_weights
 from expo_fast.inference.engine import Rows, Tokens
-from expo_fast.inference.joined_weights import JoinedWeights, joins
+from expo_fast.inference.joined_weights import JoinedWeights
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import is_plain
@@ -105,7 +106,7 @@ class CudaEngine(TorchEngine):
                 "triton's interpreter (TRITON_INTERPRET=1)"
             )
         super().__init__(model)
-        if not joins(model.shape):
+        if not joined_weights.supports(model.shape):
             warn_caller(
                 f"decoding {model.stored_config.model_type} with PyTorch's operations between "
                 "products, which is slower: the fused kernels compute layers like Llama's"
@@ -175,7 +176,7 @@ class CudaEngine(TorchEngine):
 
         Steps of other architectures call `model.run`, in the same CUDA graph.
         """
-        if self.layout is None or not joins(self.model.shape):
+        if self.layout is None or not joined_weights.supports(self.model.shape):
             return
         if self.joined is None:
             self.joined = JoinedWeights(self.model)
