@@ -107,10 +107,9 @@ def test_the_time_limit_is_shorter_while_many_answers_end_at_it(monkeypatch):
     monkeypatch.setattr(Worker, "assign", spy)
     with GraderPool(workers=2, timeout_s=0.08) as pool:
         hangs = [rf"\boxed{{|1E+{10**8 + i}|}}" for i in range(20)]
-        assert pool.verdicts(["|x|"] * 20, hangs) == [None] * 20
+        assert {grade.reason for grade in pool.grade(["|x|"] * 20, hangs)} == {"timeout"}
         assert limits[:4] == [0.08] * 4
         assert limits[6:] == [0.01] * 14
-        assert pool.timeouts == 20
         fine = [rf"\boxed{{|x| + {i}}}" for i in range(18)]
         pool.verdicts(["|x|+7"] * 18, fine, timeout_s=80.0)
         assert limits[20] == 10.0  # 80 / 8

@@ -236,7 +236,7 @@ class RecordedOptimizer:
     grad_sums = NoGradSums()
 
     def step(self, lr: float, max_grad_norm: float) -> StepReport:
-        return StepReport(grad_norm=0.0, update_norm=0.0, applied=False)
+        return StepReport(grad_norm=0.0, update_norm=0.0)
 
 
 class ScriptedGenerator:

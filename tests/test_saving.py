@@ -387,7 +387,7 @@ def test_a_checkpoint_with_such_values_is_passed_over(folder: Path, tmp_path: Pa
     path = tmp_path / "checkpoints/step-3"
     poison_file(path, file)
     with pytest.raises(ValueError, match=r"step-3 cannot be resumed: .* not finite; resume from"):
-        checkpoint.load(path)
+        checkpoint.checked(path)
 
 
 def test_completions_that_wait_have_a_limit(tmp_path: Path):

@@ -159,7 +159,7 @@ def test_kept_explanations_are_restored_by_a_resume(
             metrics_of(uninterrupted)[5]["exp/right_ratio"] is None
         )  # all its questions were explained before
     values = [
-        checkpoint.load(run / "checkpoints/step-6").values["trainer"]
+        checkpoint.read_values(run / "checkpoints/step-6")["trainer"]
         for run in (uninterrupted, parts)
     ]
     assert values[0] == values[1]

@@ -64,10 +64,6 @@ class GraderPool:
     """A pool of workers that grade boxed answers. They start when the first answer needs one.
 
     A context manager: `close` ends the workers.
-
-    Attributes:
-        timeouts: how many workers were killed at the time limit.
-        crashes: how many workers died of an answer, most of them by the memory limit.
     """
 
     def __init__(
@@ -83,8 +79,6 @@ class GraderPool:
         self.workers = workers
         self.timeout_s = timeout_s
         self.memory_bytes = memory_bytes
-        self.timeouts = 0
-        self.crashes = 0
         self._nursery: Nursery | None = None
         self._pool: list[Worker] = []
         self._limited: deque[bool] = deque(maxlen=WINDOW)  # whether the last answers were stopped
@@ -210,10 +204,6 @@ class GraderPool:
             return
         ending = self._drop(worker)
         reasons[job] = "timeout" if late else ending
-        if reasons[job] == "timeout":
-            self.timeouts += 1
-        else:
-            self.crashes += 1
 
     def _drop(self, worker: Worker) -> Ending:
         """End a worker. Return how it ended, if it had ended by itself."""

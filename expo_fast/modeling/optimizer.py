@@ -34,7 +34,6 @@ class StepReport:
 
     grad_norm: float  # L2, before clipping; inf or NaN if the step was skipped
     update_norm: float  # L2 norm of the change of the weights, 0 if the step was skipped
-    applied: bool
 
 
 class Optimizer:
@@ -127,9 +126,8 @@ class Optimizer:
         grads = None if self.grad_sums.native else self.grad_sums.merge()
         norm = self.grad_sums.norm()
         finite = math.isfinite(norm)
-        applied = finite and norm > 0
         update_norm = 0.0
-        if applied:
+        if finite and norm > 0:
             clip = min(1.0, max_grad_norm / norm)
             if grads is None:
                 update_norm = self._native_update(lr, clip)
@@ -137,7 +135,7 @@ class Optimizer:
                 update_norm = self._torch_update(grads, lr, clip)
         self.skipped += not finite
         self.grad_sums.clear()
-        return StepReport(grad_norm=norm, update_norm=update_norm, applied=applied)
+        return StepReport(grad_norm=norm, update_norm=update_norm)
 
     def _native_update(self, lr: float, clip: float) -> float:
         """Apply AdamW to gradients scaled by `clip`. Return the norm of the update.
