@@ -200,7 +200,7 @@ def drawing() -> Iterator[Form]:
     columns = {"BLOCK": BLOCK, "TOGETHER": blocks.TOGETHER}
     yield blocks.block_sums, {"BLOCKS": "i32"}, columns, {}
     rows = {"BLOCKS": "i32", "B": "i32", "BURST": "i32", "u": "*fp64", "us": "*fp64"}
-    rows |= {"drawn": "*fp64"}
+    rows |= {"history": "*fp64"}
     rows |= dict.fromkeys(("seeds", "last_tokens", "positions", "index", "tokens"), "*i64")
     for record in (False, True):
         forms = {"MANY": 1024, "BLOCK": BLOCK, "RECORD": record}

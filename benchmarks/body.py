@@ -31,7 +31,8 @@ from torch import Tensor
 from benchmarks.measure import Ceilings, Stopwatch, ceilings, run_rounds
 from benchmarks.step import fp32_rate
 from benchmarks.summary import default_device, machine
-from expo_fast.modeling.decoder import Decoder, Linear
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.modules import Linear
 from expo_fast.modeling.packing import Pack, Sample, pack
 from expo_fast.weights import load_model, save_model
 

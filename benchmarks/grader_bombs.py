@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from expo_fast.data.verifier import Verifier
+from expo_fast.data.grader_pool import GraderPool
 
 N_ORDINARY = 200
 MARKER = Path("marker-of-run-code")
@@ -79,10 +79,12 @@ def ordinary(letter: str) -> tuple[list[str], list[str]]:
     return answers, texts
 
 
-def timed(pool: Verifier, answers: list[str], texts: list[str]) -> tuple[float, list[float | None]]:
+def timed(
+    pool: GraderPool, answers: list[str], texts: list[str]
+) -> tuple[float, list[float | None]]:
     """Return the seconds and the verdicts of one call."""
     start = time.perf_counter()
-    verdicts = pool.judge(answers, texts)
+    verdicts = pool.verdicts(answers, texts)
     return time.perf_counter() - start, verdicts
 
 
@@ -95,8 +97,8 @@ def peak_of_children() -> float:
 
 def main() -> None:
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    with Verifier() as pool:
-        pool.judge(["|x|"], [r"\boxed{|y|}"])  # starts the workers
+    with GraderPool() as pool:
+        pool.verdicts(["|x|"], [r"\boxed{|y|}"])  # starts the workers
         before, verdicts = timed(pool, *ordinary("x"))
         assert verdicts == [1.0] * N_ORDINARY
         seconds, verdicts = timed(pool, ["7"] * n, bombs(n))

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from expo_fast.answers.magnitude import is_too_large
-from expo_fast.data import verifier
+from expo_fast.data import grader_pool
 from expo_fast.data.workers import Comparison
 from expo_fast.reporting.jsonl import read_rows
 
@@ -27,7 +27,7 @@ def answers_of(runs: list[Path]) -> list[Comparison]:
     for run in runs:
         for file in sorted((run / "completions").glob("step-*.jsonl")):
             for row in read_rows(file):
-                found.append(verifier.comparison_of(str(row["answer"]), row["completion"]))
+                found.append(grader_pool.comparison_of(str(row["answer"]), row["completion"]))
     return found
 
 
@@ -36,10 +36,10 @@ def false_positives(answers: list[Comparison]) -> tuple[list[Comparison], list[C
     large = [each for each in answers if is_too_large(each.reference) or is_too_large(each.answer)]
     boxes = [rf"\boxed{{{each.answer}}}" for each in large]
     with (
-        mock.patch.object(verifier, "is_too_large", lambda text: False),
-        verifier.Verifier(timeout_s=TIMEOUT_S) as pool,
+        mock.patch.object(grader_pool, "is_too_large", lambda text: False),
+        grader_pool.GraderPool(timeout_s=TIMEOUT_S) as pool,
     ):
-        verdicts = pool.judge([each.reference for each in large], boxes)
+        verdicts = pool.verdicts([each.reference for each in large], boxes)
     wrongly = [each for each, verdict in zip(large, verdicts, strict=True) if verdict == 1.0]
     return large, wrongly
 

@@ -39,7 +39,7 @@ from expo_fast.algorithms.training_data import (
     warn_of_control_tokens,
 )
 from expo_fast.cli.flags import parse
-from expo_fast.config import INSTRUCTION, Evaluate
+from expo_fast.config import Evaluate
 from expo_fast.data.answer_grading import last_boxed
 from expo_fast.data.problems import Problem, load_problems, subset, without, worked_examples
 from expo_fast.data.prompts import Prompter, check_length, request_seed
@@ -135,7 +135,7 @@ def evaluate(
     with interruptions.immediate():
         if verify is reward.score_answers:
             judged = reward.grade_answers(answers, complete)
-            verdicts = [each.score for each in judged]
+            verdicts = [each.verdict for each in judged]
             reasons = [each.reason for each in judged]
         else:
             verdicts = verify(answers, complete)
@@ -178,15 +178,7 @@ def main(argv: Sequence[str]) -> None:
     problems, shots = load_data(config, trained)
     dtype = getattr(torch, config.dtype)
     model, tokenizer = load_model(config.model, dtype=dtype, device=config.device)
-    instruction = INSTRUCTION if config.instruction is None else config.instruction
-    prompter = Prompter(
-        tokenizer,
-        shots,
-        config.system_prompt,
-        instruction,
-        ends=model.eos_ids,
-        escape=config.escape_special_tokens,
-    )
+    prompter = Prompter.of(config, tokenizer, shots, ends=model.eos_ids)
     check_prompts(config, model, prompter, problems)
     check_template(config, trained, prompter)
     result = evaluate(

@@ -8,7 +8,6 @@ for 2 B FLOPs. At B = 64 a CPU is bound by its GEMM, and no longer by memory.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ class Generator:
         """
         backend = self.backend
         if backend is None:
-            if self.model.lockstep is not nullcontext:
+            if self.model.gathers_by_layer:
                 # Each pass gathers all layers, and the CUDA engine starts passes ahead of need.
                 backend = "torch"
             elif cpu_engine.supports(self.model) and dispatch.compiles("engine"):

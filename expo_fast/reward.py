@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expo_fast import answers
-from expo_fast.data import answer_grading, verifier, workers
+from expo_fast.data import answer_grading, grader_pool, workers
+from expo_fast.data.grader_pool import Grade, GraderPool
 from expo_fast.data.problems import Problem
-from expo_fast.data.verifier import Judged, Verifier
 from expo_fast.reward_functions import (
     Reward,
     RewardLog,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # scoring answers needs no generator
     from expo_fast.generate import Completion
 
 __all__ = [
-    "Judged",
+    "Grade",
     "Reward",
     "boxed_answer_reward",
     "call_reward",
@@ -56,9 +56,9 @@ def boxed_answer_reward(
     """
     answers = [problem.answer for problem in problems]
     complete = [p.prefill + text for p, text in zip(problems, texts, strict=True)]
-    judged = grade_answers(answers, complete)
-    log = RewardLog(reasons=[each.reason for each in judged])
-    return Rewards([each.score for each in judged], log)
+    grades = grade_answers(answers, complete)
+    log = RewardLog(reasons=[grade.reason for grade in grades])
+    return Rewards([grade.verdict for grade in grades], log)
 
 
 def score_answers(
@@ -76,7 +76,7 @@ def score_answers(
     Never raises because of a text. Raises ValueError if the lengths differ, and RuntimeError if
     math-verify cannot be loaded.
     """
-    return _shared_verifier().judge(answers, completions, timeout_s=timeout_s)
+    return _shared_pool().verdicts(answers, completions, timeout_s=timeout_s)
 
 
 def grade_answers(
@@ -84,20 +84,19 @@ def grade_answers(
     completions: Sequence[str],
     *,
     timeout_s: float = 2.0,
-) -> list[Judged]:
+) -> list[Grade]:
     """Return the verdicts of `score_answers` with their reasons. The arguments are the same.
 
-    A verdict has the `score`, and the `reason`: one of `verifier.REASONS`.
+    A grade has the `verdict`, and the `reason`: one of `grader_pool.REASONS`.
     """
-    shared = _shared_verifier()
-    return shared.judge_with_reasons(answers, completions, timeout_s=timeout_s)
+    return _shared_pool().grade(answers, completions, timeout_s=timeout_s)
 
 
 @cache
-def _shared_verifier() -> Verifier:
-    shared = Verifier()
-    atexit.register(shared.close)
-    return shared
+def _shared_pool() -> GraderPool:
+    pool = GraderPool()
+    atexit.register(pool.close)
+    return pool
 
 
 def grader_hash() -> str:
@@ -109,7 +108,7 @@ def grader_hash() -> str:
     rules = sorted(Path(answers.__file__).parent.glob("*.py"))
     for source in (
         __file__,
-        verifier.__file__,
+        grader_pool.__file__,
         workers.__file__,
         answer_grading.__file__,
         *rules,

@@ -323,14 +323,7 @@ def build_trainer(config: Train, data: TrainingData, world: World = ALONE) -> Tr
     if config.needs_frozen_reference:
         reference, _ = load_model(config.model, dtype=dtype, device=config.device)
         reference.requires_grad_(False)
-    prompter = Prompter(
-        tokenizer,
-        data.shots,
-        config.system_prompt,
-        config.instruction,
-        ends=model.eos_ids,
-        escape=config.escape_special_tokens,
-    )
+    prompter = Prompter.of(config, tokenizer, data.shots, ends=model.eos_ids)
     trainer = make_trainer(
         config,
         model,

@@ -2,8 +2,8 @@
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from expo_fast.distributed.world import copy_complete
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import base_tensors, is_attached, merge
 from expo_fast.modeling.shape import Shape, check_config, read_shape
+from expo_fast.runtime.caller_warnings import warn_caller
 from expo_fast.storage import hub
 from expo_fast.storage.default_model import (
     DEFAULT_MODEL,
@@ -25,6 +26,7 @@ from expo_fast.storage.default_model import (
     wheel_model,
 )
 from expo_fast.storage.files import reading
+from expo_fast.storage.finite import is_finite
 from expo_fast.storage.fused_projections import join_projections, split_projections
 from expo_fast.storage.gguf import read_gguf
 from expo_fast.storage.hf_files import (
@@ -100,20 +102,23 @@ def load_model(
     unexpected, of the wrong shape or not finite, and an adapter that is not plain LoRA.
     """
     device = find_device(device)
-    model, stored, path, adapters = _read_structure(source, checkpointing=checkpointing)
+    found = _read_structure(source, checkpointing=checkpointing)
+    model = found.model
     state = _checked_state(
         model,
-        stored.tensors,
-        path,
+        found.stored.tensors,
+        found.path,
         dtype=dtype,
         device=device,
         copy=True,
     )
     model.load_state_dict(state, assign=True)
     model.inv_freq = model.inv_freq.to(device)
-    for adapter in adapters:
+    for adapter in found.adapters:
         merge(model, adapter)
-    return model, _complete_ends(model, stored, path, adapters)
+    tokenizer = found.tokenizer()
+    found.complete_ends(tokenizer)
+    return model, tokenizer
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -133,36 +138,46 @@ def load_structure(source: str | Path) -> tuple[Decoder, Any]:
 
     The tensors of the files are not read. Raise the other errors of `load_model`.
     """
-    model, stored, path, adapters = _read_structure(source, checkpointing=False)
-    return model, _complete_ends(model, stored, path, adapters)
+    found = _read_structure(source, checkpointing=False)
+    tokenizer = found.tokenizer()
+    found.complete_ends(tokenizer)
+    return found.model, tokenizer
 
 
-def _read_structure(
-    source: str | Path, *, checkpointing: bool
-) -> tuple[Decoder, StoredModel, Path, list[Adapter]]:
-    """Return the base model on the meta device, its files' content, its path, and its adapters."""
+@dataclass(frozen=True)
+class _Structure:
+    """A model without its weights, and the files that they are read from."""
+
+    model: Decoder  # on the meta device
+    stored: StoredModel
+    path: Path
+    adapters: Sequence[Adapter]  # to merge into the model, in order
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the last adapter that has one, or else the model's, or None."""
+        tokenizer = self.stored.tokenizer
+        for adapter in self.adapters:
+            tokenizer = read_tokenizer(adapter.folder) or tokenizer
+        return tokenizer
+
+    def complete_ends(self, tokenizer: Any) -> None:
+        """Let the model end completions where its files and the tokenizer end them."""
+        self.model.generation_config = self.stored.generation_config
+        with reading(self.path):
+            self.model.complete_eos(tokenizer)
+        if tokenizer is not None:
+            _add_ends_of_turns(self.model, tokenizer, self.path)
+
+
+def _read_structure(source: str | Path, *, checkpointing: bool) -> _Structure:
+    """Read what a source holds, except its weights. The model is that without adapters."""
     path, adapters = _base_and_adapters(find_model(source))
     is_gguf = path.suffix == ".gguf"
     stored = read_gguf(path) if is_gguf else read_model(path, check_config)
     config_file = path if is_gguf else path / "config.json"
     with reading(config_file), torch.device("meta"):
         model = Decoder(stored.config, checkpointing=checkpointing)
-    return model, stored, path, adapters
-
-
-def _complete_ends(
-    model: Decoder, stored: StoredModel, path: Path, adapters: Sequence[Adapter]
-) -> Any:
-    """Set the ends of completions, and return the tokenizer, None if there is none."""
-    tokenizer = stored.tokenizer
-    for adapter in adapters:
-        tokenizer = read_tokenizer(adapter.folder) or tokenizer
-    model.generation_config = stored.generation_config
-    with reading(path):
-        model.complete_eos(tokenizer)
-    if tokenizer is not None:
-        _add_ends_of_turns(model, tokenizer, path)
-    return tokenizer
+    return _Structure(model, stored, path, adapters)
 
 
 @torch.no_grad()
@@ -333,10 +348,9 @@ def _add_ends_of_turns(model: Decoder, tokenizer: Any, path: Path) -> None:
     if reasons:
         stops = [_named(tokenizer, model.eos_ids), *map(repr, turn.stop_strings)]
         end = _named(tokenizer, turn.end_ids) if turn.end_ids else repr(turn.end_text.strip())
-        warnings.warn(
+        warn_caller(
             f"{path}: {' and '.join(reasons)}: sampling stops at {' or '.join(stops)}, and given "
-            f"texts are trained to end with {end}",
-            stacklevel=3,
+            f"texts are trained to end with {end}"
         )
 
 
@@ -387,17 +401,6 @@ def _checked_state(
                 "them: set tie_word_embeddings to false"
             )
     return state
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite. NaN and infinities show in the extremes.
-
-    This reads a tensor once. torch.isfinite writes another one, which takes ten times as long.
-    """
-    if not tensor.numel():
-        return True
-    smallest, largest = torch.aminmax(tensor)
-    return bool(torch.isfinite(smallest)) and bool(torch.isfinite(largest))
 
 
 def _check_tensor(stored: StoredTensor, shapes: dict[str, torch.Size]) -> None:

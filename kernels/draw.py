@@ -38,8 +38,8 @@ class Progress:
 
     last_tokens: Tensor  # (B,) int64, the newest tokens
     positions: Tensor  # (B,) int64, positions of the newest tokens
-    drawn: Tensor  # (burst, 2, B) fp64, tokens and log-probs; fp64 represents both exactly
-    index: Tensor  # (B,) int64, the index in `drawn` of the next token
+    history: Tensor  # (burst, 2, B) fp64, tokens and log-probs; fp64 represents both exactly
+    index: Tensor  # (B,) int64, the index in `history` of the next token
 
     @classmethod
     def start(cls, last_tokens: Tensor, positions: Tensor, burst: int) -> "Progress":
@@ -49,12 +49,12 @@ class Progress:
         return cls(
             last_tokens=last_tokens,
             positions=positions,
-            drawn=zeros(burst, 2, n_rows, dtype=torch.float64),
+            history=zeros(burst, 2, n_rows, dtype=torch.float64),
             index=zeros(n_rows, dtype=torch.int64),
         )
 
 
-class Draws(NamedTuple):
+class SampledRows(NamedTuple):
     """Tokens drawn by B rows, with their log-probs and uniform numbers."""
 
     tokens: Tensor  # (B,) int64
@@ -100,10 +100,10 @@ def _search(weight, i, target):
 
 
 @triton.jit
-def _record(row, inside, token, logp, last_tokens, positions, drawn, index, B, BURST):
+def _record(row, inside, token, logp, last_tokens, positions, history, index, B, BURST):
     """Record the tokens of one row or a block of rows, and advance the rows by one position."""
     at = tl.load(index + row, inside, 0)
-    place = drawn + at * (2 * B) + row
+    place = history + at * (2 * B) + row
     tl.store(place, token.to(tl.float64), inside)
     tl.store(place + B, logp.to(tl.float64), inside)
     tl.store(index + row, (at + 1) % BURST, inside)
@@ -114,7 +114,7 @@ def _record(row, inside, token, logp, last_tokens, positions, drawn, index, B, B
 @triton.jit
 def draw_tokens(
     z, temperature, block_max, block_sum, seeds,  # (B, V), (B,), (B, BLOCKS) twice, (B,)
-    last_tokens, positions, drawn, index,  # fields of `Progress`
+    last_tokens, positions, history, index,  # fields of `Progress`
     tokens, logps, us,  # (B,) out
     V, BLOCKS, B, BURST,
     MANY: tl.constexpr, BLOCK: tl.constexpr, RECORD: tl.constexpr,
@@ -151,12 +151,12 @@ def draw_tokens(
     tl.store(logps + row, logp)
     tl.store(us + row, u)
     if RECORD:
-        _record(row, True, token, logp, last_tokens, positions, drawn, index, B, BURST)
+        _record(row, True, token, logp, last_tokens, positions, history, index, B, BURST)
 
 
 @triton.jit
 def record_tokens(
-    tokens, logps, last_tokens, positions, drawn, index,  # (B,) twice, and fields of `Progress`
+    tokens, logps, last_tokens, positions, history, index,  # (B,) twice, and fields of `Progress`
     B, BURST, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Record tokens that are already drawn. One program per ROWS rows."""
@@ -164,10 +164,10 @@ def record_tokens(
     inside = row < B
     token = tl.load(tokens + row, inside, 0)
     logp = tl.load(logps + row, inside, 0.0)
-    _record(row, inside, token, logp, last_tokens, positions, drawn, index, B, BURST)
+    _record(row, inside, token, logp, last_tokens, positions, history, index, B, BURST)
 
 
-def draw(
+def sample_rows(
     logits: Tensor,  # (B, V) fp32
     block_max: Tensor,  # (B, blocks) fp32, from `blocks_of`
     block_sum: Tensor,  # (B, blocks) fp32, from `blocks_of`
@@ -177,11 +177,11 @@ def draw(
     progress: Progress,
     *,
     record: bool,  # False: `progress` does not change; call `record` later
-) -> Draws:
+) -> SampledRows:
     """Draw the token of each row's next position, without truncation."""
     n_rows, n_columns = logits.shape
     n_blocks = block_max.shape[1]
-    draws = Draws(
+    sampled = SampledRows(
         tokens=torch.empty_like(seeds),
         logps=torch.empty_like(temperature),
         u=temperature.new_empty(n_rows, dtype=torch.float64),
@@ -194,32 +194,32 @@ def draw(
             block_sum,
             seeds,
             *_pointers(progress),
-            *draws,
+            *sampled,
             n_columns,
             n_blocks,
             n_rows,
-            len(progress.drawn),
+            len(progress.history),
             MANY=triton.next_power_of_2(n_blocks),
             BLOCK=size,
             RECORD=record,
         )
-    return draws
+    return sampled
 
 
-def record(draws: Draws, progress: Progress) -> None:
+def record(sampled: SampledRows, progress: Progress) -> None:
     """Record the tokens and log-probs in `progress`, and advance each row by one position."""
-    n_rows = len(draws.tokens)
-    with launch_device(draws.tokens):
+    n_rows = len(sampled.tokens)
+    with launch_device(sampled.tokens):
         record_tokens[(triton.cdiv(n_rows, ROWS),)](
-            draws.tokens,
-            draws.logps,
+            sampled.tokens,
+            sampled.logps,
             *_pointers(progress),
             n_rows,
-            len(progress.drawn),
+            len(progress.history),
             ROWS=ROWS,
         )
 
 
 def _pointers(progress: Progress) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of `progress` in the order of the kernels' arguments."""
-    return progress.last_tokens, progress.positions, progress.drawn, progress.index
+    return progress.last_tokens, progress.positions, progress.history, progress.index

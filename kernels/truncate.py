@@ -12,8 +12,8 @@ A step of the bisection tests the largest logit of every block, and reads the bl
 that it tries. These are few for peaked logits, and the full row for flat logits. There are up to
 three bisections. On an H100, 256 rows of 151936 columns take 2.1 ms (top-p 0.9, peaked logits) to
 4.5 ms (flat logits). The alternative, a sort of the 512 largest logits, takes 0.7 ms, but makes the
-host wait twice per token. The tokens are those of `sampling.draw` if different gaps have different
-fp32 weights, which holds for temperatures below about 1e4.
+host wait twice per token. The tokens are those of `sampling.draw_from_logits` if different gaps
+have different fp32 weights, which holds for temperatures below about 1e4.
 """
 
 # Pyright checks Triton's functions as if they were Python.

@@ -21,12 +21,13 @@ from typing import Any, NoReturn
 from expo_fast import train
 from expo_fast.algorithms import explanations
 from expo_fast.cli import exit_status
-from expo_fast.data import verifier
+from expo_fast.data import grader_pool
 from expo_fast.modeling.optimizer import Optimizer
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.runtime import interruptions
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
+from jobs import without_times, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 STEPS = 5
@@ -58,7 +59,7 @@ def make_job(root: Path) -> Path:
             {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
             for n in range(first, first + 9)
         ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / f"{name}.jsonl", rows)
     (root / "rewards.py").write_text(
         "def odd(completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
@@ -142,17 +143,13 @@ def snapshot(run: Path) -> dict[str, Any]:
     """Return everything of a run that must be equal in an uninterrupted one."""
     found: dict[str, Any] = {}
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        found[name] = [without_times(row) for row in read_rows(run / name)]
+        found[name] = without_times(read_rows(run / name))
     for pattern in ("completions/*", "pairs/*", "checkpoints/step-*/**/*"):
         for path in sorted(run.glob(pattern)):
             if path.is_file() and ".bad-" not in str(path):
                 name = str(path.relative_to(run))
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k != "seconds" and not k.startswith("time/")}
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -204,8 +201,8 @@ def record_usage(file: Path) -> None:
 
     Each fifth step has an answer that hangs in a worker of the grader, which is then replaced.
     """
-    verifier.is_too_large = lambda text: False
-    pool = verifier.Verifier(workers=1, timeout_s=0.5)
+    grader_pool.is_too_large = lambda text: False
+    pool = grader_pool.GraderPool(workers=1, timeout_s=0.5)
     for name, usual in list(train.LOOPS.items()):
         train.LOOPS[name] = partial(_run_measured_step, usual, file, pool)
 
@@ -213,8 +210,8 @@ def record_usage(file: Path) -> None:
 def _run_measured_step(usual: Any, file: Path, pool: Any, trainer, step, phases) -> Any:
     result = usual(trainer, step, phases)
     if step % 5 == 0:
-        assert pool.judge(["|x|"], [HANGING]) == [None]
-    assert pool.judge([f"|x|+{step}"], [rf"\boxed{{{step}+|x|}}"]) == [1.0]
+        assert pool.verdicts(["|x|"], [HANGING]) == [None]
+    assert pool.verdicts([f"|x|+{step}"], [rf"\boxed{{{step}+|x|}}"]) == [1.0]
     own = Path("/proc/self")
     pages = int((own / "statm").read_text().split()[1])
     row = {

@@ -537,7 +537,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the norm of the gradient is that of a rank's part",
-        "expo_fast/modeling/norms.py",
+        "expo_fast/modeling/l2_norms.py",
         "return math.sqrt(world.sums(own)[0])",
         "return math.sqrt(own)",
         RANKS,
@@ -552,21 +552,21 @@ MUTATIONS = [
     # Hostile answers, mistakes of users, files
     Mutation(
         "no answer is too large",
-        "expo_fast/data/verifier.py",
+        "expo_fast/data/grader_pool.py",
         "if is_too_large(job.reference) or is_too_large(job.answer):",
         "if False:",
         "tests/test_bombs.py",
     ),
     Mutation(
         "many answers at a limit do not shorten it",
-        "expo_fast/data/verifier.py",
+        "expo_fast/data/grader_pool.py",
         "if sum(self._limited) >= MANY",
         "if False",
         "tests/test_bombs.py",
     ),
     Mutation(
         "an answer at a limit is wrong",
-        "expo_fast/data/verifier.py",
+        "expo_fast/data/grader_pool.py",
         'reasons[job] = "timeout" if late else ending',
         'reasons[job] = "wrong"',
         "tests/test_reward.py tests/test_bombs.py",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
+from jobs import metrics_of, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -36,9 +37,9 @@ def write_job_files(root: Path) -> str:
         row = {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
         row |= {"chosen": f"It is {n + 1}" + "!" * n, "rejected": f"{n}"}
         rows.append(row)
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "train.jsonl", rows)
     held_out = [{"question": f"{n} + 2?", "answer": str(n + 2), "solution": "."} for n in range(5)]
-    (root / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    write_rows(root / "eval.jsonl", held_out)
     (root / "rewards.py").write_text(
         "def odd(prompts, completions, completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
@@ -103,12 +104,12 @@ class Difference:
 
 def difference(one: Path, other: Path, initial: Path) -> Difference:
     """Compare two runs that began with the same weights."""
-    losses = [[row["loss"] for row in metrics(run)] for run in (one, other)]
-    first = next(i for i, row in enumerate(metrics(one), start=1) if row["grad_norm"])
+    losses = [[row["loss"] for row in metrics_of(run)] for run in (one, other)]
+    first = next(i for i, row in enumerate(metrics_of(one), start=1) if row["grad_norm"])
     # After the first step of AdamW, the first moment is the clipped gradient times 1 - beta.
     gradients = [moments(run / f"checkpoints/step-{first}") for run in (one, other)]
     start = weights(initial)
-    last = len(metrics(one))
+    last = len(metrics_of(one))
     ends = [weights(run / f"checkpoints/step-{last}") for run in (one, other)]
     if ends[0].keys() <= start.keys():
         change = {name: ends[0][name] - start[name] for name in ends[0]}
@@ -119,10 +120,6 @@ def difference(one: Path, other: Path, initial: Path) -> Difference:
         gradient=distance(*gradients) / norm(gradients[0]),
         update=distance(*ends) / norm(change),
     )
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def moments(path: Path) -> dict[str, Tensor]:

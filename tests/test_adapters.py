@@ -237,7 +237,7 @@ def test_the_optimizer_updates_only_the_adapters(dtype: torch.dtype):
         loss = (hidden(model).float() - goal).square().mean()
         losses.append(loss.item())
         loss.backward()
-        assert optimizer.step(1e-2, 1.0).applied
+        assert optimizer.step(1e-2, 1.0).update_norm > 0
     assert losses[-1] < 0.8 * losses[0]
     assert_same({n: p.detach() for n, p in model.named_parameters() if n in frozen}, frozen)
 

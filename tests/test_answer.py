@@ -9,7 +9,7 @@ from expo_fast.answers import algebra, spelling
 from expo_fast.answers.spelling import tidy
 from expo_fast.data import answer_grading
 from expo_fast.data.answer_grading import last_boxed, last_boxed_span
-from expo_fast.data.verifier import Verifier
+from expo_fast.data.grader_pool import GraderPool
 
 
 def box(text):
@@ -17,8 +17,8 @@ def box(text):
 
 
 @pytest.fixture(scope="module")
-def verifier():
-    with Verifier(workers=2, timeout_s=10.0) as pool:
+def pool():
+    with GraderPool(workers=2, timeout_s=10.0) as pool:
         yield pool
 
 
@@ -172,18 +172,18 @@ DEVIATIONS = [
 
 
 @pytest.mark.parametrize(("gold", "text"), RIGHT)
-def test_right_answers_have_verdict_1(verifier, gold, text):
-    assert verifier.judge([gold], [box(text)]) == [1.0]
+def test_right_answers_have_verdict_1(pool, gold, text):
+    assert pool.verdicts([gold], [box(text)]) == [1.0]
 
 
 @pytest.mark.parametrize(("gold", "text"), WRONG)
-def test_wrong_answers_have_verdict_0(verifier, gold, text):
-    assert verifier.judge([gold], [box(text)]) == [0.0]
+def test_wrong_answers_have_verdict_0(pool, gold, text):
+    assert pool.verdicts([gold], [box(text)]) == [0.0]
 
 
 @pytest.mark.parametrize(("gold", "text", "verdict"), DEVIATIONS)
-def test_known_deviations_have_not_changed(verifier, gold, text, verdict):
-    assert verifier.judge([gold], [box(text)]) == [verdict]
+def test_known_deviations_have_not_changed(pool, gold, text, verdict):
+    assert pool.verdicts([gold], [box(text)]) == [verdict]
 
 
 @pytest.mark.parametrize(
@@ -212,15 +212,15 @@ def test_known_deviations_have_not_changed(verifier, gold, text, verdict):
     ],
 )
 @pytest.mark.parametrize("gold", ["8", r"3\pi", r"\begin{pmatrix}1\\3\end{pmatrix}"])
-def test_text_of_answers_is_never_executed(verifier, monkeypatch, tmp_path, attack, gold):
+def test_text_of_answers_is_never_executed(pool, monkeypatch, tmp_path, attack, gold):
     monkeypatch.chdir(tmp_path)
     mark = tmp_path / "mark"
     attack = attack.replace("MARK", str(mark))
     with_nul = attack.startswith("8")  # a NUL counts as a space
-    assert verifier.judge([gold], [box(attack)]) == [1.0 if with_nul and gold == "8" else 0.0]
-    verifier.judge([attack], [box(gold)])
+    assert pool.verdicts([gold], [box(attack)]) == [1.0 if with_nul and gold == "8" else 0.0]
+    pool.verdicts([attack], [box(gold)])
     assert not mark.exists()
-    assert verifier.judge(["x+1", "x+1"], [box("x+2"), box("1+x")]) == [0.0, 1.0]
+    assert pool.verdicts(["x+1", "x+1"], [box("x+2"), box("1+x")]) == [0.0, 1.0]
 
 
 def test_a_value_is_not_rounded_to_a_fraction_far_from_it():

@@ -3,12 +3,12 @@
 
 import pytest
 
-from expo_fast.data.verifier import Verifier
+from expo_fast.data.grader_pool import GraderPool
 
 
 @pytest.fixture(scope="module")
-def verifier():
-    with Verifier(workers=2, timeout_s=10.0) as pool:
+def pool():
+    with GraderPool(workers=2, timeout_s=10.0) as pool:
         yield pool
 
 
@@ -1167,21 +1167,21 @@ def pairs(right: bool) -> list:
     return cases
 
 
-def judged(verifier: Verifier, gold: str, box: str) -> float | None:
-    return verifier.judge([gold], [rf"We get \boxed{{{box}}}."])[0]
+def judged(pool: GraderPool, gold: str, box: str) -> float | None:
+    return pool.verdicts([gold], [rf"We get \boxed{{{box}}}."])[0]
 
 
 @pytest.mark.parametrize(("gold", "box"), pairs(right=True))
-def test_another_notation_of_the_answer_is_right(verifier, gold, box):
-    assert judged(verifier, gold, box) == 1.0
+def test_another_notation_of_the_answer_is_right(pool, gold, box):
+    assert judged(pool, gold, box) == 1.0
 
 
 @pytest.mark.parametrize(("gold", "box"), pairs(right=False))
-def test_a_near_miss_is_wrong(verifier, gold, box):
-    assert judged(verifier, gold, box) == 0.0
+def test_a_near_miss_is_wrong(pool, gold, box):
+    assert judged(pool, gold, box) == 0.0
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_an_answer_equals_itself_in_every_family(verifier, right):
+def test_an_answer_equals_itself_in_every_family(pool, right):
     golds = [param.values[0] for param in pairs(right)]
-    assert verifier.judge(golds, [rf"\boxed{{{gold}}}" for gold in golds]) == [1.0] * len(golds)
+    assert pool.verdicts(golds, [rf"\boxed{{{gold}}}" for gold in golds]) == [1.0] * len(golds)

@@ -1,6 +1,5 @@
 """The table of architectures: what runs, what is refused, and one ExP-GRPO step of each."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from expo_fast import train
 from expo_fast.config import Train
 from expo_fast.generate import Generator, Request
-from expo_fast.inference.joined_weights import joins
+from expo_fast.inference import joined_weights
 from expo_fast.modeling.architectures import ARCHITECTURES
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.shape import check_config
 from expo_fast.weights import load_model, save_model
+from jobs import write_rows
 from tiny import LONG_CONTEXT, LONG_ROPE, VARIANTS, tiny_config, tiny_model, tiny_tokenizer
 
 OF_LLAMA_S_LAYER = {
@@ -48,7 +48,7 @@ def test_an_exp_grpo_step_trains(model_type: str, tmp_path: Path):
     model = tiny_model(kind_of(model_type), eos_token_id=many_ends)
     save_model(model, tiny_tokenizer(), tmp_path / "model")
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(2)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "data.jsonl", rows)
     (tmp_path / "rewards.py").write_text(
         "def odd(completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
@@ -161,7 +161,7 @@ def test_the_fused_decode_step_runs_layers_like_those_of_llama():
     fused: set[Any] = set()
     for kind, (model_type, _) in VARIANTS.items():
         shape = tiny_model(kind).shape
-        if joins(shape):
+        if joined_weights.supports(shape):
             fused.add(model_type)
             assert shape.rotary_dim == shape.head_dim, kind
     assert fused == OF_LLAMA_S_LAYER

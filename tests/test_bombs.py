@@ -1,6 +1,5 @@
 """Answers that are too large to compute are undecided at once, and ordinary ones are not."""
 
-import json
 import time
 from pathlib import Path
 
@@ -9,13 +8,13 @@ import pytest
 from benchmarks.grader_bombs import KINDS, MARKER, bombs
 from expo_fast.answers.magnitude import is_too_large
 from expo_fast.answers.spelling import tidy
-from expo_fast.data import answer_grading
-from expo_fast.data import verifier as verifier_module
+from expo_fast.data import answer_grading, grader_pool
 from expo_fast.data.answer_grading import reason_against_reference
+from expo_fast.data.grader_pool import GraderPool, comparison_of, reason_without_worker
 from expo_fast.data.problems import Problem, load_problems
-from expo_fast.data.verifier import Verifier, comparison_of, reason_without_worker
 from expo_fast.data.workers import Worker
 from expo_fast.reward import boxed_answer_reward
+from jobs import write_rows
 
 # Kinds that the rules decide, or that a worker judges within its limit of time.
 NOT_TOO_LARGE = {
@@ -68,11 +67,11 @@ def test_bombs_are_decided_without_a_worker(kind):
 def test_a_thousand_bombs_of_one_kind_take_no_time():
     texts = [rf"\boxed{{|x| + {9 + i}^{{9^{{9^{{9}}}}}}}}" for i in range(1000)]
     start = time.process_time()
-    with Verifier() as pool:
-        judged = pool.judge_with_reasons(["7"] * 1000, texts)
+    with GraderPool() as pool:
+        grades = pool.grade(["7"] * 1000, texts)
         assert not pool._pool
-    assert {each.reason for each in judged} == {"too_large"}
-    assert {each.score for each in judged} == {None}
+    assert {each.reason for each in grades} == {"too_large"}
+    assert {each.verdict for each in grades} == {None}
     assert time.process_time() - start < 5  # 0.5 s
 
 
@@ -82,22 +81,22 @@ def test_reasons_of_verdicts(monkeypatch):
     boxes = ["0.5", "1+|x|", "|x|+2", "", "8", r"|x|\&\&", "|x|+9^{9^{9^9}}", "1"]
     texts = [rf"\boxed{{{box}}}" for box in boxes]
     expected = ["exact", "symbolic", "wrong", "no_answer", "wrong", "unparsable", "too_large"]
-    with Verifier(workers=1, timeout_s=10.0) as pool:
-        judged = pool.judge_with_reasons(golds, texts)
-        assert [each.reason for each in judged] == [*expected, "no_reference"]
-        assert [each.score for each in judged] == [1, 1, 0, 0, 0, 0, None, None]
+    with GraderPool(workers=1, timeout_s=10.0) as pool:
+        grades = pool.grade(golds, texts)
+        assert [each.reason for each in grades] == [*expected, "no_reference"]
+        assert [each.verdict for each in grades] == [1, 1, 0, 0, 0, 0, None, None]
         # Only a worker can end at a limit.
-        monkeypatch.setattr(verifier_module, "is_too_large", lambda text: False)
-        judged = pool.judge_with_reasons(["|x|"], [r"\boxed{|1E+100000000|}"], timeout_s=0.1)
-        assert judged[0].reason == "timeout"
-    with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
-        judged = pool.judge_with_reasons(["|x|"], [r"\boxed{|2^{2^{40}}|}"])
-        assert judged[0].reason == "memory"
+        monkeypatch.setattr(grader_pool, "is_too_large", lambda text: False)
+        grades = pool.grade(["|x|"], [r"\boxed{|1E+100000000|}"], timeout_s=0.1)
+        assert grades[0].reason == "timeout"
+    with GraderPool(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
+        grades = pool.grade(["|x|"], [r"\boxed{|2^{2^{40}}|}"])
+        assert grades[0].reason == "memory"
         assert pool._pool == []
 
 
 def test_the_time_limit_is_shorter_while_many_answers_end_at_it(monkeypatch):
-    monkeypatch.setattr(verifier_module, "is_too_large", lambda text: False)
+    monkeypatch.setattr(grader_pool, "is_too_large", lambda text: False)
     limits = []
     assign = Worker.assign
 
@@ -106,22 +105,21 @@ def test_the_time_limit_is_shorter_while_many_answers_end_at_it(monkeypatch):
         assign(worker, job, timeout_s, cpu_s)
 
     monkeypatch.setattr(Worker, "assign", spy)
-    with Verifier(workers=2, timeout_s=0.08) as pool:
+    with GraderPool(workers=2, timeout_s=0.08) as pool:
         hangs = [rf"\boxed{{|1E+{10**8 + i}|}}" for i in range(20)]
-        assert pool.judge(["|x|"] * 20, hangs) == [None] * 20
+        assert {grade.reason for grade in pool.grade(["|x|"] * 20, hangs)} == {"timeout"}
         assert limits[:4] == [0.08] * 4
         assert limits[6:] == [0.01] * 14
-        assert pool.timeouts == 20
         fine = [rf"\boxed{{|x| + {i}}}" for i in range(18)]
-        pool.judge(["|x|+7"] * 18, fine, timeout_s=80.0)
+        pool.verdicts(["|x|+7"] * 18, fine, timeout_s=80.0)
         assert limits[20] == 10.0  # 80 / 8
         assert limits[-1] == 80.0
 
 
 def test_a_worker_has_no_environment_and_gains_no_privileges(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "sk-123")
-    with Verifier(workers=1, timeout_s=10.0) as pool:
-        assert pool.judge(["|x|+1"], [r"\boxed{1+|x|}"]) == [1.0]
+    with GraderPool(workers=1, timeout_s=10.0) as pool:
+        assert pool.verdicts(["|x|+1"], [r"\boxed{1+|x|}"]) == [1.0]
         folder = Path(f"/proc/{pool._pool[0].pid}")
         environment = (folder / "environ").read_bytes().decode()
         names = {line.partition("=")[0] for line in environment.split("\0") if line}
@@ -133,7 +131,7 @@ def test_a_worker_has_no_environment_and_gains_no_privileges(monkeypatch):
         first = nursery.process.pid
         pool._pool[0].end()
         pool._pool.clear()
-        assert pool.judge(["|x|+2"], [r"\boxed{2+|x|}"]) == [1.0]
+        assert pool.verdicts(["|x|+2"], [r"\boxed{2+|x|}"]) == [1.0]
         assert pool._nursery is nursery and nursery.process.pid == first
 
 
@@ -153,7 +151,7 @@ def test_a_worker_has_no_environment_and_gains_no_privileges(monkeypatch):
 def test_an_answer_that_judges_nothing_is_refused_by_its_line(answer, reason, tmp_path):
     file = tmp_path / "data.jsonl"
     rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "?", "answer": answer}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     with pytest.raises(ValueError, match=r"data\.jsonl:2: no attempt can be judged") as error:
         load_problems(str(file))
     assert reason in str(error.value)
@@ -177,14 +175,14 @@ def test_a_thousand_bombs_of_all_kinds(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fine = [rf"\boxed{{{i} + |1+x^{i % 7}|}}" for i in range(100)]
     golds = [rf"|x^{i % 7}+1| + {i}" for i in range(100)]
-    with Verifier() as pool:
-        assert pool.judge(golds, fine) == [1.0] * 100
+    with GraderPool() as pool:
+        assert pool.verdicts(golds, fine) == [1.0] * 100
         start = time.monotonic()
-        judged = pool.judge_with_reasons(["7"] * 1000, bombs(1000))
+        grades = pool.grade(["7"] * 1000, bombs(1000))
         assert time.monotonic() - start < 150
-        assert all(each.score in (0.0, None) for each in judged)
+        assert all(each.verdict in (0.0, None) for each in grades)
         assert list(tmp_path.glob(f"{MARKER}*")) == []
-        assert pool.judge(golds, fine) == [1.0] * 100
+        assert pool.verdicts(golds, fine) == [1.0] * 100
 
 
 @pytest.mark.parametrize(
@@ -208,5 +206,5 @@ def test_a_fault_of_the_rules_leaves_an_answer_undecided(monkeypatch):
 
     monkeypatch.setattr(answer_grading, "decide", fails)
     with pytest.warns(UserWarning, match="rules of the grader failed on .*'2'.*a fault"):
-        (judged,) = Verifier(workers=1).judge_with_reasons(["1"], [r"\boxed{2}"])
-    assert (judged.reason, judged.score) == ("crash", None)
+        (grade,) = GraderPool(workers=1).grade(["1"], [r"\boxed{2}"])
+    assert (grade.reason, grade.verdict) == ("crash", None)

@@ -30,7 +30,7 @@ from expo_fast.kernels import blocks, decode, draw, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
 from expo_fast.kernels.products import widened
 from expo_fast.modeling.attention import causal_attention
-from expo_fast.modeling.decoder import RMSNorm
+from expo_fast.modeling.modules import RMSNorm
 from expo_fast.modeling.rope import rotate
 from judges import completion_logps, error_norm, max_error
 from tiny import tiny_model
@@ -321,17 +321,19 @@ class Drawing:
         self.positions = torch.randint(0, 2**40, (self.n,), generator=g)
         self.u = sampling.uniform(self.seeds, self.positions + 1)
         cut = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
-        self.tokens, self.logps = sampling.draw(self.logits.clone(), self.temperature, cut, self.u)
+        self.tokens, self.logps = sampling.draw_from_logits(
+            self.logits.clone(), self.temperature, cut, self.u
+        )
 
     def progress(self) -> draw.Progress:
         last = torch.zeros_like(self.seeds).to(DEVICE)
         return draw.Progress.start(last, self.positions.clone().to(DEVICE), self.burst)
 
-    def by_kernel(self, progress: draw.Progress, record: bool = True) -> draw.Draws:
+    def by_kernel(self, progress: draw.Progress, record: bool = True) -> draw.SampledRows:
         given = self.logits, self.temperature, self.seeds
         logits, temperature, seeds = (x.to(DEVICE) for x in given)
         found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
-        return draw.draw(
+        return draw.sample_rows(
             logits, *found, sampling.BLOCK, temperature, seeds, progress, record=record
         )
 
@@ -354,11 +356,11 @@ def test_draws_from_blocks_equal_draws_from_logits():
 def test_one_kernel_draws_the_tokens_of_pytorch(seed: int):
     case = Drawing(seed)
     progress = case.progress()
-    draws = case.by_kernel(progress)
-    assert torch.equal(draws.u.cpu(), case.u)
-    case.check(draws.tokens, draws.logps)
+    sampled = case.by_kernel(progress)
+    assert torch.equal(sampled.u.cpu(), case.u)
+    case.check(sampled.tokens, sampled.logps)
     again = case.by_kernel(case.progress())
-    for one, other in zip(draws, again, strict=True):
+    for one, other in zip(sampled, again, strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
@@ -371,7 +373,7 @@ def test_a_number_beyond_the_last_sum_draws_the_last_possible_token():
     block_max, block_sum = blocks.blocks_of(logits, temperature, sampling.BLOCK)
     block_sum[:, -1] *= 1e9
     given = sampling.BLOCK, temperature, case.seeds.to(DEVICE), case.progress()
-    tokens = draw.draw(logits, block_max, block_sum, *given, record=False).tokens
+    tokens = draw.sample_rows(logits, block_max, block_sum, *given, record=False).tokens
     assert (tokens[::2] == 699).all() and (tokens[1::2] == 689).all()
 
 
@@ -379,17 +381,17 @@ def test_a_draw_records_tokens_for_the_host_and_for_the_next_step():
     """Each row has its own index in the burst, which wraps around."""
     case = Drawing()
     progress = case.progress()
-    progress.drawn.fill_(math.nan)
+    progress.history.fill_(math.nan)
     progress.index[::2] = 2
     last = progress.last_tokens
-    draws = case.by_kernel(progress)
+    sampled = case.by_kernel(progress)
     place = torch.where(torch.arange(40) % 2 == 0, 2, 0).to(DEVICE)
     rows = torch.arange(40, device=DEVICE)
-    for kept, drawn in zip(progress.drawn[place, :, rows].T, draws[:2], strict=True):
+    for kept, drawn in zip(progress.history[place, :, rows].T, sampled[:2], strict=True):
         torch.testing.assert_close(kept, drawn.double(), rtol=0, atol=0, equal_nan=True)
-    assert int(progress.drawn[:, 0].isnan().sum()) == 80
+    assert int(progress.history[:, 0].isnan().sum()) == 80
     assert torch.equal(progress.index, (place + 1) % 3)
-    assert progress.last_tokens is last and torch.equal(last, draws.tokens)
+    assert progress.last_tokens is last and torch.equal(last, sampled.tokens)
     assert torch.equal(progress.positions.cpu(), case.positions + 1)
 
 
@@ -397,13 +399,13 @@ def test_recording_a_draw_later_gives_the_same_state():
     case = Drawing()
     at_once, later = case.progress(), case.progress()
     for progress in (at_once, later):
-        progress.drawn.fill_(math.nan)
+        progress.history.fill_(math.nan)
         progress.index[::2] = 2
     case.by_kernel(at_once)
-    draws = case.by_kernel(later, record=False)
+    sampled = case.by_kernel(later, record=False)
     assert torch.equal(later.positions.cpu(), case.positions)
-    assert later.drawn.isnan().all() and not later.last_tokens.any()
-    draw.record(draws, later)
+    assert later.history.isnan().all() and not later.last_tokens.any()
+    draw.record(sampled, later)
     for one, other in zip(vars(at_once).values(), vars(later).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
@@ -423,27 +425,34 @@ def test_truncated_draws_are_those_of_the_sorted_weights(columns: int, block: in
     ]
     if DEVICE == "cpu":  # the interpreter is slow: each block size gets every second rule
         rules = rules[block == 16 :: 2]
-    each = 6
-    n = 6 * len(rules)
+    n_kinds = 6  # of rows; each rule has a row of each
+    tied, few, equal, tied_at_top, _plain, greedy = range(n_kinds)
+    n = n_kinds * len(rules)
+    kind = torch.arange(n) % n_kinds
+    has_ties = (kind == tied) | (kind == tied_at_top)
     logits = 3 * torch.randn(n, columns, generator=g)
-    logits[::3] = (2 * logits[::3]).round() / 2  # ties, also at the borders
-    logits[1::6, 100:] = -math.inf
-    logits[2::6] = 0.25
-    logits[3::6, 10:13] = 15  # a tie at the top
-    cut = Truncation(*(torch.tensor(x).repeat_interleave(each) for x in zip(*rules, strict=True)))
+    logits[has_ties] = (2 * logits[has_ties]).round() / 2  # ties, also at the borders
+    logits[kind == few, 100:] = -math.inf
+    logits[kind == equal] = 0.25
+    logits[kind == tied_at_top, 10:13] = 15
+    top_k, top_p, min_p = zip(*rules, strict=True)
+    truncation = Truncation(
+        top_k=torch.tensor(top_k).repeat_interleave(n_kinds),
+        top_p=torch.tensor(top_p).repeat_interleave(n_kinds),
+        min_p=torch.tensor(min_p).repeat_interleave(n_kinds),
+    )
     temperature = torch.linspace(0.4, 1.6, n)
-    temperature[5::6] = 0
+    temperature[kind == greedy] = 0
     u = torch.rand(n, dtype=torch.float64, generator=g)
-    u[::6] = 0
-    u[1::6] = 1 - 2.0**-53
-    u[3::6] = 0.9
-    tokens, logps = sampling.draw(logits.clone(), temperature, cut, u)
+    u[kind == tied] = 0
+    u[kind == few] = 1 - 2.0**-53
+    u[kind == tied_at_top] = 0.9
+    tokens, logps = sampling.draw_from_logits(logits.clone(), temperature, truncation, u)
     logits, temperature, u = (x.to(DEVICE) for x in (logits, temperature, u))
     found = blocks.blocks_of(logits, temperature, block)
     got, logp = sampling.draw_from_blocks(logits, *found, temperature, u)
-    on = cut.to(torch.device(DEVICE))
-    rules = {"top_k": on.top_k, "top_p": on.top_p, "min_p": on.min_p}
-    truncate.redraw(logits, *found, block, temperature, u, **rules, tokens=got, logps=logp)
+    there = vars(truncation.to(torch.device(DEVICE)))
+    truncate.redraw(logits, *found, block, temperature, u, **there, tokens=got, logps=logp)
     assert torch.equal(got.cpu(), tokens)
     torch.testing.assert_close(logp.cpu(), logps, rtol=0, atol=2e-6)
 
@@ -609,6 +618,13 @@ def test_the_engine_samples_the_tokens_of_the_other_engines(kind):
     assert_same(ours, sample(model.cpu(), asked, "native"))
 
 
+def test_a_warning_of_the_engine_names_the_call_of_the_generator():
+    generator = Generator(tiny_model("gemma3").to(DEVICE), backend="triton")
+    with pytest.warns(UserWarning, match="with PyTorch's operations") as caught:
+        generator.sample([Request([9], max_new_tokens=1)])
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.slow
 def test_rows_that_end_inside_a_burst_are_refilled():
     model = shallow()
@@ -708,7 +724,7 @@ def test_rows_are_loaded_again_only_after_many_have_ended(monkeypatch):
 def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
     events: list[str] = []
     start = CudaEngine._start_burst
-    read = cuda_engine.Burst.drawn
+    read = cuda_engine.Burst.result
 
     def started(self):
         events.append("start")
@@ -719,7 +735,7 @@ def test_a_burst_is_started_before_the_one_before_it_is_read(monkeypatch):
         return read(self)
 
     monkeypatch.setattr(CudaEngine, "_start_burst", started)
-    monkeypatch.setattr(cuda_engine.Burst, "drawn", was_read)
+    monkeypatch.setattr(cuda_engine.Burst, "result", was_read)
     model = shallow()
     asked = requests(max_new_tokens=13)  # three bursts of 4 after the first token
     expected = sample(model, asked, "torch")

@@ -20,8 +20,8 @@ from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
 from expo_fast.modeling import packing
 from expo_fast.modeling.packing import Sample
+from jobs import trainer_of
 from judges import completion_logps
-from test_grpo import trainer_of
 from tiny import tiny_model, tiny_tokenizer
 
 PROBLEM = Problem(id="a", prompt="3 + 4?", answer="7", solution="3 + 4 = 7.")

@@ -5,7 +5,6 @@ import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,20 +18,23 @@ from expo_fast.algorithms.resume import with_defaults
 from expo_fast.algorithms.run_record import RECORD
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
+from expo_fast.distributed.error_reach import Reach, mark
 from expo_fast.distributed.gathering import FIRST_BYTES, gather_values
-from expo_fast.distributed.world import ALONE, World, shares
+from expo_fast.distributed.launch import prints
+from expo_fast.distributed.session import is_of_communication
+from expo_fast.distributed.world import ALONE, PeerLostError, World, shares, within_collectives
 from expo_fast.generate import Generator
 from expo_fast.inference import cuda_engine
 from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.inspection.memory import MemoryEstimate
 from expo_fast.inspection.ranks_memory import choose_gather, rank_bytes, sent_bytes
 from expo_fast.reporting.metric_table import find_metric
+from jobs import metrics_of, rows_in
 from ranks import (
     SMALL,
     Ranks,
     difference,
     job_flags,
-    metrics,
     state_bits,
     write_job_files,
 )
@@ -162,7 +164,7 @@ def test_two_ranks_learn_what_one_process_learns(name: str, runs: Runs):
     assert found.gradient <= 1e-5
     if name != "grpo-lora":  # without --batch-invariant, rounding may change a sampled token
         assert found.update <= 1e-3
-        for ours, theirs in zip(metrics(alone), metrics(two), strict=True):
+        for ours, theirs in zip(metrics_of(alone), metrics_of(two), strict=True):
             assert_same_metrics(ours, theirs)
     texts = "completions/step-1.jsonl"
     assert columns(two / texts) == columns(alone / texts)
@@ -185,7 +187,7 @@ def assert_same_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def columns(path: Path) -> list[tuple[str, str, str]]:
     """Return what was trained on, in the order of the file."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_in(path)
     return [(row["id"], row["kind"], row["completion"]) for row in rows]
 
 
@@ -195,7 +197,7 @@ def test_runs_on_two_ranks_are_bit_identical_also_after_a_resume(runs: Runs):
     for name in ("again", "resumed"):
         run = runs.of_two(name) / "run"
         assert state_bits(run / "checkpoints/step-3") == expected
-        assert len(metrics(run)) == 3
+        assert len(metrics_of(run)) == 3
 
 
 @pytest.mark.slow
@@ -203,7 +205,7 @@ def test_a_run_that_gathers_by_layer_resumes_to_the_bit(runs: Runs):
     expected = state_bits(runs.of_two("expo-grpo-layers") / "run/checkpoints/step-3")
     run = runs.of_two("resumed-layers") / "run"
     assert state_bits(run / "checkpoints/step-3") == expected
-    assert len(metrics(run)) == 3
+    assert len(metrics_of(run)) == 3
 
 
 @pytest.mark.slow
@@ -225,7 +227,7 @@ def test_a_run_continues_on_another_number_of_ranks(runs: Runs):
     expected = state_bits(two / "checkpoints/step-2")
     found = state_bits(back / "checkpoints/step-2")
     assert expected.keys() == found.keys()
-    assert len(metrics(back)) == 2
+    assert len(metrics_of(back)) == 2
 
 
 @pytest.mark.slow
@@ -312,10 +314,12 @@ def test_layers_are_gathered_if_all_weights_do_not_fit_beside_the_state():
     assert choose_gather(Train(shard="model", gather="weights"), model, 4, 1).kind == "weights"
 
 
-def test_a_model_in_lockstep_is_sampled_by_the_torch_engine(monkeypatch: pytest.MonkeyPatch):
+def test_a_model_gathered_by_layer_is_sampled_by_the_torch_engine(
+    monkeypatch: pytest.MonkeyPatch,
+):
     model = tiny_model()
     monkeypatch.setattr(cuda_engine, "supports", lambda model: True)
-    model.lockstep = lambda: nullcontext()  # as `Sharded` sets it
+    model.gathers_by_layer = True  # as `Sharded` sets it
     assert isinstance(Generator(model).engine(), TorchEngine)
 
 
@@ -364,6 +368,38 @@ def test_one_process_exchanges_nothing():
     assert deal.collect(deal.own(["a", "b"])) == ["a", "b"]
     with pytest.raises(KeyError), ALONE.agreed():
         raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("Connection reset by peer"), True),
+        (RuntimeError("ProcessGroup is not ready"), True),
+        (PeerLostError(), True),
+        (RuntimeError("no reward for 1 completion"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_an_error_of_communication_is_told_by_its_words(error: Exception, expected: bool):
+    assert is_of_communication(error) == expected
+    mark(error, Reach.TOLD_TO_ALL)  # such as that of a reward function
+    assert is_of_communication(error) == isinstance(error, PeerLostError)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", True), ("1", False)])
+def test_rank_0_prints_what_all_ranks_raise(
+    rank: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = ValueError("a mistake")
+    assert prints(error)
+    with pytest.raises(ValueError), within_collectives():
+        raise error
+    assert prints(error)
+    mark(error, Reach.RAISED_BY_ALL)
+    assert prints(error) == expected
 
 
 def test_values_of_any_length_are_exchanged():

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from expo_fast.distributed import session
+from jobs import metrics_of
 from ranks import (
     ROOT,
     SMALL,
     WORKER,
     difference,
     free_port,
-    metrics,
     run_ranks,
     state_bits,
     write_job_files,
@@ -122,7 +122,7 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(
 def assert_equal(run: Path, unbroken: Path) -> None:
     last = "checkpoints/step-3"
     assert state_bits(run / last) == state_bits(unbroken / last)
-    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3]
 
 
 @pytest.mark.faults

@@ -10,6 +10,7 @@ from benchmarks.simulated_ranks import Costs, Question, Recorded
 from expo_fast.cli.flags import dump_toml
 from expo_fast.config import Train
 from expo_fast.modeling.packing import Sample
+from jobs import write_rows
 from ranks import write_job_files
 
 COSTS = Costs(position=0.5, generated=0.25, explained=0.25, trained=1.0, update=4.0)
@@ -116,7 +117,7 @@ def test_tables_of_a_run(tmp_path: Path):
                     }
                 )
         path = tmp_path / f"completions/step-{step}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+        write_rows(path, texts)
     text = "".join(json.dumps(row) + "\n" for row in metrics)
     (tmp_path / "metrics.jsonl").write_text(text)
 

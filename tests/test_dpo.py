@@ -35,6 +35,7 @@ from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.packing import pack
 from expo_fast.objectives import PREFERENCE_OBJECTIVES
+from jobs import metrics_of, trainer_of, without_times, write_rows
 from judges import (
     assert_gradients_near,
     completion_logps,
@@ -87,25 +88,6 @@ def backward(model: Decoder, c: Train, pairs: list[Pair]) -> dict[str, Any]:
     """Run the loss and its gradients over the packs; return its metrics."""
     result = preference_backward(Layout(model), pairs, PreferenceLossConfig.of(c))
     return pair_metrics(result) | nll_metrics(result, c)
-
-
-def trainer_of(c: Train, model: Any, prompter: Any, reference: Any = None) -> Trainer:
-    """Return a trainer whose parts that the test does not need are absent."""
-    absent: Any = None
-    return Trainer(
-        config=c,
-        model=model,
-        reference=reference,
-        prompter=prompter,
-        problems=[],
-        reward=absent,
-        verify=absent,
-        generator=absent,
-        make_optimizer=absent,
-        merged_copy=None,
-        layout=Layout(model),
-        initial_weights_hash="",
-    )
 
 
 VALUES = {
@@ -252,9 +234,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
         for n in range(9)
     ]
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "train.jsonl", rows)
     pairs = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
-    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    write_rows(root / "pairs.jsonl", pairs)
     return root
 
 
@@ -265,11 +247,6 @@ def job(data: Path, run: Path, method: str, *more: object) -> list[str]:
     given += "--max-completion-length 8 --dtype float32 --checkpoint-every 1 "
     given += "--num-generations 2 " if method != "dpo" else ""
     return [*given.split(), "--learning-rate", "1e-3", *map(str, more)]
-
-
-def record(run: Path) -> list[dict[str, Any]]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
 @pytest.mark.slow
@@ -296,7 +273,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         )
         more = (*more, "--reward", f"{rewards}:none")
     train.main(job(data, tmp_path / "uninterrupted", method, *more, "--schedule", "constant"))
-    expected = record(tmp_path / "uninterrupted")
+    expected = without_times(metrics_of(tmp_path / "uninterrupted"))
     assert any(row["pairs"] for row in expected)
     for cut in (-1, 1, 3):
         run = tmp_path / f"cut-{cut}"
@@ -309,7 +286,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
                 patch.setitem(train.LOOPS, "dpo", stopping)
             train.main(given)
         train.main(given)
-        assert record(run) == expected
+        assert without_times(metrics_of(run)) == expected
         for name in ("model.safetensors", "adapter_model.safetensors"):
             expected_file = tmp_path / "uninterrupted/checkpoints/step-4" / name
             if expected_file.exists():
@@ -346,12 +323,14 @@ def test_offline_pairs_are_of_the_initial_policy_and_serve_as_data_for_dpo(data,
         json.loads(p.read_text()) for p in sorted((tmp_path / "run/pairs").glob("step-*.json"))
     ]
     assert [head["pairs/policy_step"] for head in heads] == [0] * 4
-    assert record(tmp_path / "run")[0]["num_tokens"] == sum(head["pairs/tokens"] for head in heads)
+    assert metrics_of(tmp_path / "run")[0]["num_tokens"] == sum(
+        head["pairs/tokens"] for head in heads
+    )
     rows = "".join(p.read_text() for p in (tmp_path / "run/pairs").glob("step-*.jsonl"))
     (tmp_path / "all.jsonl").write_text(rows)
     given = job(data, tmp_path / "again", "dpo", "--train-data", tmp_path / "all.jsonl")
     train.main(given)
-    assert record(tmp_path / "again")[-1]["rewards/margins"] > 0
+    assert metrics_of(tmp_path / "again")[-1]["rewards/margins"] > 0
 
 
 def test_an_offline_run_without_its_pairs_is_refused(data: Path, tmp_path: Path):
@@ -376,7 +355,8 @@ def test_an_extended_online_run_equals_one_of_full_length(data, tmp_path):
     train.main(job(data, tmp_path / "long", "expert-dpo", *more, "--steps", 4))
     train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 2))
     train.main(job(data, tmp_path / "run", "expert-dpo", *more, "--steps", 4))
-    assert record(tmp_path / "run") == record(tmp_path / "long")
+    extended, long = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "long")
+    assert without_times(extended) == without_times(long)
 
 
 def test_a_round_begun_in_another_folder_is_not_finished_with_later_weights(data, tmp_path):
@@ -421,7 +401,11 @@ def test_pairs_judged_by_another_reward_are_refused(data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="step-2 was made with other reward functions"):
         train.main(given)
     train.main([*given, "--inexact-resume"])
-    assert [row.get("inexact") for row in record(tmp_path / "run")] == [None, None, 1]
+    assert [row.get("inexact") for row in metrics_of(tmp_path / "run")] == [
+        None,
+        None,
+        1,
+    ]
 
 
 def test_pairs_of_a_version_without_the_reward_can_be_resumed_twice(data: Path, tmp_path: Path):
@@ -435,7 +419,7 @@ def test_pairs_of_a_version_without_the_reward_can_be_resumed_twice(data: Path, 
     file.write_text(json.dumps(old))
     for steps in (2, 3):
         train.main(job(data, tmp_path / "run", "expert-dpo", *more, steps))
-    assert len(record(tmp_path / "run")) == 3
+    assert len(metrics_of(tmp_path / "run")) == 3
 
 
 def test_damaged_files_of_pairs_are_named(data: Path, tmp_path: Path):

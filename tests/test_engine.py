@@ -105,7 +105,7 @@ def engine_hidden_states(engine, lengths: list[int]) -> list[Tensor]:
     """Return those (T, D) of sequences of the given lengths, on pages that held NaN before."""
     pages = Pages(1 + sum(pages_for(n, engine.page) for n in lengths), engine.page)
     engine.open(len(pages), max(lengths))
-    slab = engine.slab if isinstance(engine, TorchEngine) else engine.pages
+    slab = engine.slab if isinstance(engine, TorchEngine) else engine.opened.pages
     slab.view(torch.uint8).fill_(255)  # NaN in any dtype
     random = torch.Generator().manual_seed(1)
     segments = [

@@ -15,7 +15,7 @@ from expo_fast import answers, evaluate, reward, train
 from expo_fast.algorithms.training_data import select_problems
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Evaluate, Train
-from expo_fast.data import answer_grading, verifier
+from expo_fast.data import answer_grading, grader_pool
 from expo_fast.data.problems import Problem
 from expo_fast.evaluate import Evaluation
 from expo_fast.generate import Completion
@@ -23,6 +23,7 @@ from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is
 from expo_fast.reporting.lm_eval import standard_error, task_name
 from expo_fast.reward import grader_hash
 from expo_fast.weights import save_model
+from jobs import rows_in, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -149,7 +150,7 @@ def test_a_k_above_the_number_of_samples_is_refused_with_both_values(k: int):
     assert Evaluate(samples=5, k=(1, 5)).k == (1, 5)
 
 
-@pytest.mark.parametrize("module", [answer_grading, reward, verifier])
+@pytest.mark.parametrize("module", [answer_grading, reward, grader_pool])
 def test_the_graders_hash_changes_with_its_source(module, tmp_path, monkeypatch):
     before = grader_hash()
     assert grader_hash() == before
@@ -187,7 +188,7 @@ def given(tmp_path: Path) -> list[str]:
     """Return flags for a tiny model and three problems, each sampled twice."""
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     rows = [{"id": f"q{n}", "question": f"{n}?", "answer": "1", "level": n} for n in (1, 2, 3)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "data.jsonl", rows)
     flags = f"--model {tmp_path}/model --data {tmp_path}/data.jsonl --shots 0 --samples 2"
     return [*flags.split(), "--max-completion-length", "4", "--dtype", "float32"]
 
@@ -204,7 +205,7 @@ def test_each_completion_is_written_with_its_verdict(given, tmp_path, monkeypatc
     output = tmp_path / "graded.jsonl"
     output.write_text("of an earlier run")
     evaluate.main([*given, "--output", str(output)])
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows = rows_in(output)
     assert [row["verdict"] for row in rows] == verdicts
     assert [row["completion"] for row in rows] == seen
     assert [(row["id"], row["sample"], row["level"]) for row in rows] == [
@@ -337,7 +338,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {"q": f"{n}?", "answer": str(n), "solution": f"{n}.", "level": n % 2} for n in range(40)
     ]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "data.jsonl", rows)
     flags = f"--model {root}/model --train-data {root}/data.jsonl --columns prompt=q --shots 1 "
     flags += f"--output-dir {root}/run --method sft --steps 2 --prompts-per-step 2 --levels 1 "
     flags += "--system-prompt Hi. --instruction Go! --max-completion-length 5 --dtype float32 "

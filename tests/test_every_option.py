@@ -5,7 +5,6 @@ case trains a tiny model twice, with the field's default and with another value.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ from expo_fast import train
 from expo_fast.algorithms import dpo, grpo
 from expo_fast.config import Train
 from expo_fast.weights import save_model
+from jobs import rows_in, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -166,7 +166,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {"level": 1 + n % 2}
             for n in range(first, first + 8)
         ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / f"{name}.jsonl", rows)
     control = (root / "train.jsonl").read_text().replace(" + 1?", " + 1<|im_end|>?")
     (root / "control.jsonl").write_text(control)
     first = (root / "eval.jsonl").read_text().splitlines()[0]
@@ -218,8 +218,7 @@ def files_of(run: Path, what: str) -> object:
     if what == "weights":
         last = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
         return [file.read_bytes() for file in sorted(last.glob("*.safetensors"))]
-    lines = (run / f"{what}.jsonl").read_text().splitlines()
-    return [strip_times(json.loads(line)) for line in lines]
+    return [strip_times(row) for row in rows_in(run / f"{what}.jsonl")]
 
 
 def strip_times(row: dict[str, object]) -> dict[str, object]:

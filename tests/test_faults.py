@@ -5,7 +5,6 @@ compared with an uninterrupted run to the bit: metrics, texts, pairs and every f
 checkpoints.
 """
 
-import json
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ import pytest
 import fault_runs
 from expo_fast.storage import checkpoint
 from fault_runs import METHODS, difference, finish, flags, fresh, kill, snapshot, start, wait
+from jobs import rows_in
 
 pytestmark = pytest.mark.faults
 TESTS = Path(__file__).parent
@@ -277,7 +277,7 @@ def test_no_descriptor_process_or_memory_is_lost_in_200_steps(job: Path, tmp_pat
     given = [*flags(job, "expo-grpo", tmp_path / "run", more)]
     pid = start(given, tmp_path / "log", lambda: fault_runs.record_usage(found))
     assert wait(pid, 300) == 0, (tmp_path / "log").read_text()[-3000:]
-    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    rows = rows_in(found)
     assert len(rows) == LONG
     warm = rows[FIRST : FIRST + 20]
     last = rows[-20:]

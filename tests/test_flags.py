@@ -18,6 +18,7 @@ from expo_fast.config import Evaluate, Train, default_of
 from expo_fast.methods import METHODS, methods_that_read
 from expo_fast.report import Report
 from expo_fast.weights import save_model
+from jobs import write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -212,7 +213,7 @@ def test_a_run_of_epochs_is_recorded_in_steps_and_can_be_continued(tmp_path: Pat
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     rows = [{"prompt": f"{n} + 1?", "answer": n + 1, "solution": f"{n + 1}."} for n in range(6)]
     data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(data, rows)
     given = f"--method sft --model {tmp_path}/model --train-data {data} --output-dir {tmp_path}/run"
     given += " --shots 0 --eval-every 0 --prompts-per-step 2 --dtype float32 --schedule constant"
     train.main([*given.split(), "--epochs", "1", "--dry-run"])

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks.lease.switches import each_sequence
 from expo_fast.kernels import fused, training_layer
-from expo_fast.modeling import attention, decoder, lora, rope
+from expo_fast.modeling import attention, lora, modules, rope
 from expo_fast.modeling.attention import PackedAttention
 from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.op_backends import native_layer
@@ -83,13 +83,13 @@ def angles(n: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("size", [(0, 7), (1, 1), (3, 7), (65, 48), (17, 1031), (2, 4864)], ids=str)
 def test_swiglu_error_is_at_most_twice_that_of_plain_pytorch(size, dtype):
     gate, up, upstream = (normal(*size, dtype=dtype, seed=i) for i in range(3))
-    require_near(decoder.swiglu, plain_swiglu, (gate, up), (upstream,))
+    require_near(modules.swiglu, plain_swiglu, (gate, up), (upstream,))
 
 
 def test_swiglu_of_large_gates_is_finite():
     gate = torch.tensor([[-300.0, -90, -1, 0, 1, 90, 300]], device=DEVICE).bfloat16()
     up = torch.ones_like(gate)
-    got = values_and_gradients(decoder.swiglu, (gate, up), (up,))
+    got = values_and_gradients(modules.swiglu, (gate, up), (up,))
     expected = values_and_gradients(plain_swiglu, (gate, up), (up,))
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=2**-6, atol=1e-30)
@@ -98,8 +98,8 @@ def test_swiglu_of_large_gates_is_finite():
 def test_swiglu_takes_columns_and_strided_gradients():
     gate, up = normal(33, 2 * 50).split(50, 1)
     upstream = normal(50, 33).T
-    require_near(decoder.swiglu, plain_swiglu, (gate, up), (upstream,))
-    assert torch.equal(decoder.swiglu(gate, up), decoder.swiglu(gate.clone(), up.clone()))
+    require_near(modules.swiglu, plain_swiglu, (gate, up), (upstream,))
+    assert torch.equal(modules.swiglu(gate, up), modules.swiglu(gate.clone(), up.clone()))
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@
 2503.20783, ExP-SFT 2507.02834), in fp64, one token at a time, through complete logits.
 """
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from expo_fast.algorithms.rollout import (
     overlong_punishment,
 )
 from expo_fast.algorithms.sft import sft_backward, sft_samples
-from expo_fast.algorithms.trainer import Trainer, questions_of_step
+from expo_fast.algorithms.trainer import questions_of_step
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.generate import Completion
@@ -38,6 +39,7 @@ from expo_fast.modeling.optimizer import StepReport
 from expo_fast.modeling.packing import Sample
 from expo_fast.ops import group_advantage
 from expo_fast.reporting.timing import Phases
+from jobs import trainer_of
 from judges import (
     assert_gradients_near,
     cispo_loss,
@@ -50,39 +52,47 @@ from judges import (
 )
 from tiny import tiny_model
 
-P, G, L_MAX = 3, 4, 12
+N_QUESTIONS = 3
+GROUP_SIZE = 4
+MAX_LENGTH = 12  # of a completion
 SHOTS = (5, 6, 7)
-T = 0.7  # temperature
+TEMPERATURE = 0.7
 
 
-def config(**changes: Any) -> Train:
+def make_config(**changes: Any) -> Train:
     sizes: dict[str, Any] = {
-        "num_generations": G,
-        "prompts_per_step": P,
-        "max_completion_length": L_MAX,
+        "num_generations": GROUP_SIZE,
+        "prompts_per_step": N_QUESTIONS,
+        "max_completion_length": MAX_LENGTH,
     }
-    return Train(**(sizes | {"temperature": T, "pack_tokens": 1000} | changes))
+    return Train(**(sizes | {"temperature": TEMPERATURE, "pack_tokens": 1000} | changes))
 
 
-def problem(q: int) -> Problem:
-    return Problem(id=f"q{q}", prompt=f"question {q}", answer=str(q))
+def problem(number: int) -> Problem:
+    return Problem(id=f"q{number}", prompt=f"question {number}", answer=str(number))
 
 
 def groups(rewards: list[list[float | None]]) -> list[Group]:
-    """Return P questions with G samples of ragged lengths."""
+    """Return a group for each row of rewards, with samples of ragged lengths."""
     random = torch.Generator().manual_seed(3)
-    flat = torch.tensor([float("nan") if r is None else r for row in rewards for r in row])
-    groups = torch.arange(len(rewards)).repeat_interleave(G)
-    advantages = group_advantage(flat, groups).view(-1, G).tolist()
+    flat = [math.nan if reward is None else reward for row in rewards for reward in row]
+    group_ids = torch.arange(len(rewards)).repeat_interleave(GROUP_SIZE)
+    advantages = group_advantage(torch.tensor(flat), group_ids).view(-1, GROUP_SIZE).tolist()
     made = []
-    for q, row in enumerate(rewards):
+    for number, row in enumerate(rewards):
         completions = []
-        for _ in range(G):
+        for _ in range(GROUP_SIZE):
             n = int(torch.randint(1, 9, (1,), generator=random))
             ids = torch.randint(8, 100, (n,), generator=random).tolist()
             completions.append(Completion(ids, torch.zeros(n), "stop"))
-        prompt = (*SHOTS, *range(30, 32 + q))
-        group = Group(problem(q), prompt, completions, [""] * G, row, advantages[q])
+        group = Group(
+            problem=problem(number),
+            prompt_ids=(*SHOTS, *range(30, 32 + number)),
+            completions=completions,
+            texts=[""] * GROUP_SIZE,
+            rewards=row,
+            advantages=advantages[number],
+        )
         made.append(group)
     return made
 
@@ -94,80 +104,114 @@ class Prompter:
     """Stands for the templates: holds the prompt ids of each question."""
 
     def __init__(self, made: list[Group]):
-        self.prompts = {r.problem.id: r.prompt_ids for r in made}
+        self.prompts = {group.problem.id: group.prompt_ids for group in made}
 
     def solve(self, asked: Problem) -> tuple[int, ...]:
         return self.prompts[asked.id]
 
 
 def logps(model: Decoder, sample: Sample) -> Tensor:
-    return completion_logps(model, sample.prompt_ids, sample.completion_ids, T)
+    return completion_logps(model, sample.prompt_ids, sample.completion_ids, TEMPERATURE)
 
 
 def with_old_logp(model: Decoder, made: list[Group]) -> list[Group]:
     """Add old log-probs with ratios on both sides of the clip range."""
     random = torch.Generator().manual_seed(9)
 
-    def old(r: Group, done: Completion) -> Tensor:
-        logp = completion_logps(model, r.prompt_ids, done.token_ids, T).detach()
-        return (logp + 0.3 * torch.randn(len(logp), generator=random)).float()
+    changed = []
+    for group in made:
+        completions = []
+        for done in group.completions:
+            logp = completion_logps(model, group.prompt_ids, done.token_ids, TEMPERATURE).detach()
+            old_logp = logp + 0.3 * torch.randn(len(logp), generator=random)
+            completions.append(replace(done, logp=old_logp.float()))
+        changed.append(replace(group, completions=completions))
+    return changed
 
+
+def attempts(made: list[Group], config: Train) -> list[Sample]:
+    """Return the trainer's samples. Later updates take the completions' log-probs as old ones."""
+    samples = policy_samples(made, config)
+    if config.updates_per_batch == 1:
+        return samples
+    old_logps: dict[tuple[Any, ...], Tensor] = {}
+    for group in made:
+        for done in group.completions:
+            old_logps[group.prompt_ids, tuple(done.token_ids)] = done.logp
     return [
-        replace(r, completions=[replace(d, logp=old(r, d)) for d in r.completions]) for r in made
+        replace(sample, old_logp=old_logps[sample.prompt_ids, sample.completion_ids])
+        for sample in samples
     ]
 
 
-def attempts(made: list[Group], c: Train) -> list[Sample]:
-    """Return the trainer's samples. Later updates take the completions' log-probs as old ones."""
-    samples = policy_samples(made, c)
-    if c.updates_per_batch == 1:
-        return samples
-    old = {(r.prompt_ids, tuple(d.token_ids)): d.logp for r in made for d in r.completions}
-    return [replace(s, old_logp=old[s.prompt_ids, s.completion_ids]) for s in samples]
-
-
 def policy_term(
-    model: Decoder, made: list[Group], c: Train, reference: Decoder | None = None
+    model: Decoder, made: list[Group], config: Train, reference: Decoder | None = None
 ) -> Tensor:
     """Return the policy term of the loss, from the formulas."""
-    scored = []
-    for r in made:
-        known = torch.tensor([x for x in r.rewards if x is not None], dtype=torch.float64)
-        for done, reward in zip(r.completions, r.rewards, strict=True):
-            if reward is not None:
-                spread = known.std() + 1e-4 if known.std() > 0 else 1.0
-                scored.append((r, done, (reward - known.mean()) / spread))
-    n, tokens = len(scored), sum(len(done.token_ids) for _, done, _ in scored)
+    scored = scored_attempts(made)
+    n_tokens = sum(len(attempt.ids) for attempt in scored)
     total = torch.zeros((), dtype=torch.float64)
-    for r, done, advantage in scored:
-        logp = completion_logps(model, r.prompt_ids, done.token_ids, T)
-        old = done.logp.double() if c.updates_per_batch > 1 else logp.detach()
-        for t in range(len(logp)):
-            ratio = (logp[t] - old[t]).exp()
-            if c.objective == "gspo":
+    for attempt in scored:
+        logp = completion_logps(model, attempt.prompt_ids, attempt.ids, TEMPERATURE)
+        old = attempt.old_logp.double() if config.updates_per_batch > 1 else logp.detach()
+        ref_logp = None
+        if reference is not None:
+            ref_logp = completion_logps(reference, attempt.prompt_ids, attempt.ids, TEMPERATURE)
+            ref_logp = ref_logp.detach()
+        normalisers = {
+            "grpo": len(scored) * len(logp),
+            "dapo": n_tokens,
+            "dr-grpo": len(scored) * MAX_LENGTH,
+        }
+        for token in range(len(logp)):
+            ratio = (logp[token] - old[token]).exp()
+            if config.objective == "gspo":
                 ratio = (logp - old).mean().exp()
-            loss = surrogate(c, ratio, advantage, logp[t])
-            if reference is not None:
-                ref_logp = completion_logps(reference, r.prompt_ids, done.token_ids, T).detach()
-                loss = loss + c.kl_coef * kl_estimate(logp[t], ref_logp[t])
-            normaliser = {"grpo": n * len(logp), "dapo": tokens, "dr-grpo": n * L_MAX}[c.loss]
-            total = total + loss / normaliser
+            loss = surrogate(config, ratio, attempt.advantage, logp[token])
+            if ref_logp is not None:
+                loss = loss + config.kl_coef * kl_estimate(logp[token], ref_logp[token])
+            total = total + loss / normalisers[config.loss]
     return total
 
 
-def surrogate(c: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tensor:
+@dataclass
+class Attempt:
+    """A completion whose reward is known."""
+
+    prompt_ids: tuple[int, ...]
+    ids: list[int]
+    old_logp: Tensor
+    advantage: Tensor
+
+
+def scored_attempts(made: list[Group]) -> list[Attempt]:
+    """Return the completions with a reward, and their advantages in fp64."""
+    scored = []
+    for group in made:
+        known = [reward for reward in group.rewards if reward is not None]
+        rewards = torch.tensor(known, dtype=torch.float64)
+        spread = rewards.std() + 1e-4 if rewards.std() > 0 else 1.0
+        for done, reward in zip(group.completions, group.rewards, strict=True):
+            if reward is not None:
+                advantage = (reward - rewards.mean()) / spread
+                attempt = Attempt(group.prompt_ids, done.token_ids, done.logp, advantage)
+                scored.append(attempt)
+    return scored
+
+
+def surrogate(config: Train, ratio: Tensor, advantage: Tensor, logp: Tensor) -> Tensor:
     """Return the loss of one token; GSPO's is PPO's with the ratio of the sequence."""
-    if c.objective == "cispo":
-        return cispo_loss(ratio, advantage, logp, cap=1 + c.clip_high)
-    if c.objective == "sapo":
+    if config.objective == "cispo":
+        return cispo_loss(ratio, advantage, logp, cap=1 + config.clip_high)
+    if config.objective == "sapo":
         return sapo_loss(ratio, advantage)
-    return clipped_loss(ratio, advantage, c.clip_low, c.clip_high)
+    return clipped_loss(ratio, advantage, config.clip_low, config.clip_high)
 
 
-def run(model: Decoder, c: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
+def run(model: Decoder, config: Train, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
     """Run the trainer's own backward over the packs."""
     model.zero_grad()
-    result = policy_backward(Layout(model), samples, PolicyLossConfig.of(c))
+    result = policy_backward(Layout(model), samples, PolicyLossConfig.of(config))
     return result.loss, accumulated(model)
 
 
@@ -192,7 +236,7 @@ class RecordedOptimizer:
     grad_sums = NoGradSums()
 
     def step(self, lr: float, max_grad_norm: float) -> StepReport:
-        return StepReport(grad_norm=0.0, update_norm=0.0, applied=False)
+        return StepReport(grad_norm=0.0, update_norm=0.0)
 
 
 class ScriptedGenerator:
@@ -207,31 +251,14 @@ class ScriptedGenerator:
         return [Completion([9] * n, torch.zeros(n), "stop") for n in lengths]
 
 
-def trainer_of(c: Train, model: Any, prompter: Any, **changes: Any) -> Trainer:
-    """Return a trainer whose parts that the test does not need are absent."""
-    parts: dict[str, Any] = {
-        "reference": None,
-        "problems": [],
-        "reward": None,
-        "verify": None,
-        "generator": ScriptedGenerator(),
-        "make_optimizer": RecordedOptimizer,
-        "merged_copy": None,
-        "layout": Layout(model),
-        "initial_weights_hash": "",
-    }
-    return Trainer(config=c, model=model, prompter=prompter, **(parts | changes))
-
-
 def test_later_updates_take_the_trainers_own_log_probs_as_old_ones():
     """In bf16, the generator's log-probs differ by more than GSPO's clip range."""
     model = tiny_model(dtype=torch.float64)
-    made = with_old_logp(
-        model, groups([[1, 0, 0, 1], [1, 0, 1, 0]])
-    )  # other log-probs, of the generator
-    c = config(updates_per_batch=2, prompts_per_step=2)
-    first, later = grpo.attempts_of_updates(trainer_of(c, model, None), [made[:1], made[1:]])
-    assert len(first) == len(later) == G
+    # The generator's log-probs are others.
+    made = with_old_logp(model, groups([[1, 0, 0, 1], [1, 0, 1, 0]]))
+    config = make_config(updates_per_batch=2, prompts_per_step=2)
+    first, later = grpo.attempts_of_updates(trainer_of(config, model, None), [made[:1], made[1:]])
+    assert len(first) == len(later) == GROUP_SIZE
     assert all(sample.old_logp is None for sample in first)
     for sample in later:
         assert sample.old_logp is not None
@@ -244,11 +271,12 @@ def test_later_updates_take_the_trainers_own_log_probs_as_old_ones():
 @pytest.mark.parametrize("pack_tokens", [1, 17, 1000])
 def test_policy_term_equals_the_formula(loss: str, off_policy: bool, pack_tokens: int):
     model = tiny_model(dtype=torch.float64)
-    c = config(loss=loss, pack_tokens=pack_tokens, updates_per_batch=P if off_policy else 1)
+    updates = N_QUESTIONS if off_policy else 1
+    config = make_config(loss=loss, pack_tokens=pack_tokens, updates_per_batch=updates)
     made = with_old_logp(model, groups(REWARDS))
-    truth = policy_term(model, made, c)
+    truth = policy_term(model, made, config)
     expected = gradients_of(model, truth)
-    value, got = run(model, c, attempts(made, c))
+    value, got = run(model, config, attempts(made, config))
     assert_gradients_near(got, expected, 1e-6)
     if off_policy:  # on policy, sequences of zero advantage are skipped
         assert value == pytest.approx(truth.item(), rel=1e-6)
@@ -258,26 +286,31 @@ def test_policy_term_equals_the_formula(loss: str, off_policy: bool, pack_tokens
 @pytest.mark.parametrize("pack_tokens", [1, 1000])
 def test_other_objectives_equal_their_formulas(objective: str, pack_tokens: int):
     model = tiny_model(dtype=torch.float64)
-    c = config(objective=objective, pack_tokens=pack_tokens, updates_per_batch=P)
-    c = replace(c, clip_low=0.05, clip_high=0.05) if objective == "gspo" else c
+    clip = {"clip_low": 0.05, "clip_high": 0.05} if objective == "gspo" else {}
+    config = make_config(
+        objective=objective,
+        pack_tokens=pack_tokens,
+        updates_per_batch=N_QUESTIONS,
+        **clip,
+    )
     made = with_old_logp(model, groups(REWARDS))
-    truth = policy_term(model, made, c)
+    truth = policy_term(model, made, config)
     expected = gradients_of(model, truth)
-    value, got = run(model, c, attempts(made, c))
+    value, got = run(model, config, attempts(made, config))
     assert_gradients_near(got, expected, 1e-6)
     assert value == pytest.approx(truth.item(), rel=1e-6)
 
 
 def test_the_kl_term_includes_sequences_without_advantage():
     model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, seed=1)
-    c = config(kl_coef=0.1)
+    config = make_config(kl_coef=0.1)
     made = groups(REWARDS)
-    truth = policy_term(model, made, c, reference)
+    truth = policy_term(model, made, config, reference)
     expected = gradients_of(model, truth)
-    trainer = trainer_of(c, model, None, reference=reference)
-    samples = grpo.with_reference_logprobs(trainer, policy_samples(made, c))
-    assert len(samples) == P * G - 1  # the one without a reward
-    value, got = run(model, c, samples)
+    trainer = trainer_of(config, model, None, reference=reference)
+    samples = grpo.with_reference_logprobs(trainer, policy_samples(made, config))
+    assert len(samples) == N_QUESTIONS * GROUP_SIZE - 1  # the one without a reward
+    value, got = run(model, config, samples)
     assert_gradients_near(got, expected, 1e-6)
     assert value == pytest.approx(truth.item(), rel=1e-6)
 
@@ -292,23 +325,25 @@ def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
         (problem(2), [(70, 71, 1)]),
     ]
     truth = torch.zeros((), dtype=torch.float64)
-    for q, completions in explained:
-        for ids in completions:
-            logp = completion_logps(model, made[int(q.id[1:])].prompt_ids, ids, T)
-            each = logp.mean() if reduction == "token_mean" else logp.sum()
-            truth = truth - 0.04 * each / (P * len(completions))
-    expected = gradients_of(model, truth)
     prompter: Any = Prompter(made)
-    samples = sft_samples(explained, prompter, coef=0.04, n_questions=P, reduction=reduction)
+    for question, completions in explained:
+        for ids in completions:
+            logp = completion_logps(model, prompter.solve(question), ids, TEMPERATURE)
+            each = logp.mean() if reduction == "token_mean" else logp.sum()
+            truth = truth - 0.04 * each / (N_QUESTIONS * len(completions))
+    expected = gradients_of(model, truth)
+    samples = sft_samples(
+        explained, prompter, coef=0.04, n_questions=N_QUESTIONS, reduction=reduction
+    )
     model.zero_grad()
-    result = sft_backward(Layout(model), samples, temperature=T, max_tokens=pack_tokens)
+    result = sft_backward(Layout(model), samples, temperature=TEMPERATURE, max_tokens=pack_tokens)
     assert result.loss == pytest.approx(truth.item(), rel=1e-6)
     assert_gradients_near(accumulated(model), expected, 1e-6)
     means = [logps(model, sample).mean() for sample in samples]
     assert result.nll == pytest.approx(-torch.stack(means).sum().item() / 3, rel=1e-6)
     # In the policy loss, neither clip, KL nor entropy may touch these rows.
-    c = config(pack_tokens=pack_tokens, clip_low=0.01, clip_high=0.01, entropy_coef=0.5)
-    value, got = run(model, c, samples)
+    config = make_config(pack_tokens=pack_tokens, clip_low=0.01, clip_high=0.01, entropy_coef=0.5)
+    value, got = run(model, config, samples)
     assert value == pytest.approx(truth.item(), rel=1e-6)
     assert_gradients_near(got, expected, 1e-6)
 
@@ -320,18 +355,19 @@ EXPLAINED = {"q0": [(50, 51, 52, 1), (60, 1)], "q2": [(70, 71, 1)]}  # two of th
 def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
     model, made = tiny_model(dtype=torch.float64), groups(REWARDS)
     term = {} if method == "grpo" else {"exp_sft_coef": 0.3, "exp_sft_schedule": "linear"}
-    c = config(method=method, steps=10, **term)
+    config = make_config(method=method, steps=10, **term)
     prompter: Any = Prompter(made)
     positives = {} if method == "grpo" else EXPLAINED
-    policy = policy_term(model, made, c) if method != "star" else torch.zeros(())
+    policy = policy_term(model, made, config) if method != "star" else torch.zeros(())
     sft = torch.zeros((), dtype=torch.float64)
-    for q, completions in positives.items():
+    coef = 0.3 * 0.8  # after two of ten steps
+    for question, completions in positives.items():
         for ids in completions:
-            logp = completion_logps(model, prompter.prompts[q], ids, T).mean()
-            sft = sft - 0.3 * 0.8 * logp / (P * len(completions))  # after two of ten steps
+            logp = completion_logps(model, prompter.prompts[question], ids, TEMPERATURE).mean()
+            sft = sft - coef * logp / (N_QUESTIONS * len(completions))
     expected = gradients_of(model, policy + sft)
     model.zero_grad()
-    trainer = trainer_of(c, model, prompter)
+    trainer = trainer_of(config, model, prompter, make_optimizer=RecordedOptimizer)
     (mine,) = grpo.attempts_of_updates(trainer, [made])
     row = grpo.update_weights(trainer, made, mine, Explanations(positives), 2, Phases())
     assert_gradients_near(accumulated(model), expected, 1e-6)
@@ -341,25 +377,25 @@ def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
 def test_fp32_gradient_does_not_depend_on_the_packing():
     model = tiny_model()
     made = groups(REWARDS)
-    _, one_pack = run(model, config(), policy_samples(made, config()))
+    _, one_pack = run(model, make_config(), policy_samples(made, make_config()))
     for pack_tokens in (1, 20, 33):
-        c = config(pack_tokens=pack_tokens)
-        _, split = run(model, c, policy_samples(made, c))
+        config = make_config(pack_tokens=pack_tokens)
+        _, split = run(model, config, policy_samples(made, config))
         assert_gradients_near(split, one_pack, 2e-6)
 
 
 def test_statistics_do_not_depend_on_the_packing():
     model = tiny_model(dtype=torch.float64)
-    c = config(updates_per_batch=P, kl_coef=0.1)
-    samples = attempts(with_old_logp(model, groups(REWARDS)), c)
+    config = make_config(updates_per_batch=N_QUESTIONS, kl_coef=0.1)
+    samples = attempts(with_old_logp(model, groups(REWARDS)), config)
     likely = [logps(model, sample).detach() for sample in samples]
     samples = [
-        replace(s, ref_logp=(x + 0.1 * i).float())
-        for i, (s, x) in enumerate(zip(samples, likely, strict=True))
+        replace(sample, ref_logp=(logp + 0.1 * i).float())
+        for i, (sample, logp) in enumerate(zip(samples, likely, strict=True))
     ]
 
     def statistics(pack_tokens: int) -> dict[str, float]:
-        loss = PolicyLossConfig.of(replace(c, pack_tokens=pack_tokens))
+        loss = PolicyLossConfig.of(replace(config, pack_tokens=pack_tokens))
         return vars(policy_backward(Layout(model), samples, loss))
 
     one_pack = statistics(1000)
@@ -369,24 +405,24 @@ def test_statistics_do_not_depend_on_the_packing():
 
 
 def test_sequences_without_gradient_are_not_packed_but_counted():
-    c = config()
-    samples = policy_samples(groups(REWARDS), c)
+    config = make_config()
+    samples = policy_samples(groups(REWARDS), config)
     assert len(samples) == 4 + 0 + 3  # the all-fail group and the unscored sample are left out
-    weights = [s.row_weight * len(s.completion_ids) for s in samples]
+    weights = [sample.row_weight * len(sample.completion_ids) for sample in samples]
     assert weights == pytest.approx([1 / 11] * 7)  # N = 12 - 1
 
 
 def test_gradient_checkpointing_changes_no_bit():
     plain, again = tiny_model(), tiny_model()
     again.checkpointing = True
-    samples = policy_samples(groups(REWARDS), config())
-    _, a = run(plain, config(), samples)
-    _, b = run(again, config(), samples)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    samples = policy_samples(groups(REWARDS), make_config())
+    _, stored = run(plain, make_config(), samples)
+    _, recomputed = run(again, make_config(), samples)
+    assert all(torch.equal(stored[name], recomputed[name]) for name in stored)
 
 
 def test_each_epoch_visits_each_problem_once_in_an_order_of_the_seed():
-    problems = [problem(q) for q in range(10)]
+    problems = [problem(number) for number in range(10)]
     seen = [p.id for step in range(4) for p in questions_of_step(problems, step, 5, seed=1)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in problems)
     assert seen[:10] != seen[10:]
@@ -397,15 +433,15 @@ def test_each_epoch_visits_each_problem_once_in_an_order_of_the_seed():
 
 
 def test_a_batch_is_split_into_equal_parts():
-    made = groups([*REWARDS, [0.0] * G])
-    assert [[r.problem.id for r in part] for part in split_evenly(made, 2)] == [
+    made = groups([*REWARDS, [0.0] * GROUP_SIZE])
+    assert [[group.problem.id for group in part] for part in split_evenly(made, 2)] == [
         ["q0", "q1"],
         ["q2", "q3"],
     ]
 
 
 def test_parts_differ_by_one_question_at_most_and_none_is_empty():
-    made = groups([*REWARDS, [0.0] * G, [1.0] * G])
+    made = groups([*REWARDS, [0.0] * GROUP_SIZE, [1.0] * GROUP_SIZE])
     assert [len(part) for part in split_evenly(made, 3)] == [1, 2, 2]
     assert [len(part) for part in split_evenly(made[:2], 3)] == [1, 1]
 
@@ -419,16 +455,16 @@ def test_parts_differ_by_one_question_at_most_and_none_is_empty():
     ],
 )
 def test_the_coefficient_goes_to_zero_at_the_end_of_the_run(schedule: str, expected: list[float]):
-    c = config(exp_sft_coef=0.1, exp_sft_schedule=schedule, steps=4)
-    assert [exp_sft_coef(c, step) for step in range(5)] == pytest.approx(expected, abs=1e-7)
+    config = make_config(exp_sft_coef=0.1, exp_sft_schedule=schedule, steps=4)
+    assert [exp_sft_coef(config, step) for step in range(5)] == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize(
     ("most", "expected"), [(1.0, "q0 q1 q2 q3"), (0.5, "q0 q1 q2"), (0.3, "q1"), (0.0, "q1")]
 )
 def test_questions_are_explained_up_to_an_accuracy(most: float, expected: str):
-    made = groups([*REWARDS, [None] * G])  # accuracies 1/2, 0, 1/3 and unknown
-    questions = grpo.questions_with_sft_term(made, config(exp_sft_max_accuracy=most))
+    made = groups([*REWARDS, [None] * GROUP_SIZE])  # accuracies 1/2, 0, 1/3 and unknown
+    questions = grpo.questions_with_sft_term(made, make_config(exp_sft_max_accuracy=most))
     assert " ".join(question.id for question in questions) == expected
 
 
@@ -446,30 +482,42 @@ class SamplingPrompter:
 
 @pytest.mark.parametrize("again", [0, 1, 9])
 def test_dynamic_sampling_replaces_groups_of_equal_rewards(again: int):
-    problems = [problem(q) for q in range(12)]
+    problems = [problem(number) for number in range(12)]
 
     def reward(asked: list[Problem], texts: list[str], done: list[Completion]) -> list[float]:
         """Every fourth question has unequal rewards."""
-        return [float(q.id in ("q0", "q4", "q8") and i % G == 0) for i, q in enumerate(asked)]
+        return [
+            float(question.id in ("q0", "q4", "q8") and i % GROUP_SIZE == 0)
+            for i, question in enumerate(asked)
+        ]
 
     # The length penalty gives advantages to equal rewards; those groups are replaced too.
-    c = config(method="grpo", dynamic_sampling=again, overlong_buffer=11)
+    config = make_config(method="grpo", dynamic_sampling=again, overlong_buffer=11)
     prompter = SamplingPrompter()
-    trainer = trainer_of(c, None, prompter, problems=problems, reward=reward)
-    sampled = grpo.with_advantages(grpo.sample_groups(trainer, 0, Phases()), c)
-    kept = grpo.groups_to_learn_from(sampled, c)
+    trainer = trainer_of(
+        config,
+        None,
+        prompter,
+        problems=problems,
+        reward=reward,
+        generator=ScriptedGenerator(),
+    )
+    sampled = grpo.with_advantages(grpo.sample_groups(trainer, 0, Phases()), config)
+    kept = grpo.groups_to_learn_from(sampled, config)
     asked = [group.problem.id for group in sampled]
     assert len(asked) == len(set(asked))
-    first = [q.id for q in questions_of_step(problems, 0, P, c.seed)]
-    assert asked[:P] == first
-    assert all(len(group.completions) == len(group.advantages) == G for group in sampled)
+    first = [question.id for question in questions_of_step(problems, 0, N_QUESTIONS, config.seed)]
+    assert asked[:N_QUESTIONS] == first
+    assert all(len(group.completions) == len(group.advantages) == GROUP_SIZE for group in sampled)
     assert all(any(group.advantages) for group in sampled)
     if again == 0:
         assert kept == sampled
-        assert len(kept) == P
+        assert len(kept) == N_QUESTIONS
     if again == 9:
-        assert [group.problem.id for group in kept] == [q for q in asked if int(q[1:]) % 4 == 0]
-        assert len(kept) == P
+        assert [group.problem.id for group in kept] == [
+            name for name in asked if int(name[1:]) % 4 == 0
+        ]
+        assert len(kept) == N_QUESTIONS
 
 
 def test_a_group_whose_rewards_differ_by_rounding_has_no_gradient_and_counts_so():
@@ -479,7 +527,7 @@ def test_a_group_whose_rewards_differ_by_rounding_has_no_gradient_and_counts_so(
         [1e6, 1e6 + 0.5, 1e6, 1e6 + 1],
     ]
     assert rewards[0][0] != rewards[0][1]
-    constant, far_from_0 = grpo.with_advantages(groups(rewards), config())
+    constant, far_from_0 = grpo.with_advantages(groups(rewards), make_config())
     assert not any(constant.advantages) and not constant.has_unequal_rewards
     assert far_from_0.advantages == pytest.approx([-0.783, 0.261, -0.783, 1.306], abs=1e-3)
     assert far_from_0.has_unequal_rewards
@@ -487,33 +535,35 @@ def test_a_group_whose_rewards_differ_by_rounding_has_no_gradient_and_counts_so(
 
 
 def test_overlong_completions_are_punished_softly():
-    c = config(max_completion_length=12, overlong_buffer=4)
+    config = make_config(max_completion_length=12, overlong_buffer=4)
     lengths = {5: 0, 8: 0, 9: 0.25, 11: 0.75, 12: 1.0}
     for n, punishment in lengths.items():
-        assert overlong_punishment(Completion([9] * n, torch.zeros(n), "stop"), c) == punishment
-        assert overlong_punishment(Completion([9] * n, torch.zeros(n), "stop"), config()) == 0
+        assert (
+            overlong_punishment(Completion([9] * n, torch.zeros(n), "stop"), config) == punishment
+        )
+        assert overlong_punishment(Completion([9] * n, torch.zeros(n), "stop"), make_config()) == 0
 
 
 def test_the_generation_budget_is_the_same_for_all_methods():
     for method in ("expo-grpo", "grpo", "expert-grpo", "star", "expo-dpo", "expert-dpo"):
-        c = config(method=method, generation_budget=12, explanations_per_question=8)
-        assert c.group_size + c.n_explanations == 12
-        assert c.n_explanations == (8 if method in ("expo-grpo", "star", "expo-dpo") else 0)
+        config = make_config(method=method, generation_budget=12, explanations_per_question=8)
+        assert config.group_size + config.n_explanations == 12
+        assert config.n_explanations == (8 if method in ("expo-grpo", "star", "expo-dpo") else 0)
     assert (
-        config(generation_budget=12, exp_sft_coef=0.0).group_size == 12
+        make_config(generation_budget=12, exp_sft_coef=0.0).group_size == 12
     )  # no term needs explanations
     with pytest.raises(ValueError, match=r"generation_budget=9: need at least 10, 8 of them"):
-        config(generation_budget=9, explanations_per_question=8)
+        make_config(generation_budget=9, explanations_per_question=8)
 
 
 @pytest.mark.parametrize("reason", ["stop", "length", "error"])
 @pytest.mark.parametrize("mask_truncated", [False, True])
 def test_an_attempt_with_an_error_has_no_reward(reason: str, mask_truncated: bool):
     """Its tokens end where the logits were not finite, so it is not trained on."""
-    c = config(num_generations=2, mask_truncated=mask_truncated)
+    config = make_config(num_generations=2, mask_truncated=mask_truncated)
     completions = [Completion([9], torch.zeros(1), reason), Completion([9], torch.zeros(1), "stop")]
     texts = SimpleNamespace(text=str, solve=lambda asked: (5,))
-    (group,) = judge_attempts([problem(0)], completions, texts, lambda *_: [1.0, 0.0], c)  # pyright: ignore
+    (group,) = judge_attempts([problem(0)], completions, texts, lambda *_: [1.0, 0.0], config)  # pyright: ignore
     masked = reason == "error" or (mask_truncated and reason == "length")
     assert group.rewards == [None if masked else 1.0, 0.0]
 
@@ -526,9 +576,8 @@ def test_metrics_of_attempts_are_those_computed_by_hand():
     assert row["reward_std"] == pytest.approx((3**-0.5 + 0 + 3**-0.5) / 3)
     assert row["completions/clipped_ratio"] == row["completions/error_ratio"] == 0
     assert row["own/leak_rate"] == 0
-    leaky = [
-        replace(r, texts=["The given answer is 5.", "3 + 4 = 7", "", ""]) for r in groups(REWARDS)
-    ]
+    texts = ["The given answer is 5.", "3 + 4 = 7", "", ""]
+    leaky = [replace(group, texts=texts) for group in groups(REWARDS)]
     assert attempt_metrics(leaky)["own/leak_rate"] == 1 / 4
 
 

@@ -1,6 +1,5 @@
 """Chat templates, data and folders that are broken or hostile are refused in one sentence."""
 
-import json
 import os
 import socket
 import time
@@ -17,6 +16,7 @@ from expo_fast.data.control_tokens import control_tokens, escaped, found_in_prom
 from expo_fast.data.problems import Problem, load_problems
 from expo_fast.data.prompts import Prompter
 from expo_fast.weights import save_model
+from jobs import write_rows
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 LOOPS = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
@@ -125,7 +125,7 @@ def test_questions_with_control_tokens_are_found():
 def flags(tmp_path: Path) -> list[str]:
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     rows = [{"question": QUESTION if n == 1 else f"{n} + 1?", "answer": str(n)} for n in range(4)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "train.jsonl", rows)
     given = f"--method grpo --model {tmp_path}/model --train-data {tmp_path}/train.jsonl --dry-run "
     given += f"--eval-every 0 --prompts-per-step 2 --output-dir {tmp_path}/run --dtype float32 "
     given += "--max-completion-length 8"

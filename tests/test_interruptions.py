@@ -24,6 +24,7 @@ from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Stopped
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
+from jobs import rows_in, run_flags, without_times, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
             for n in range(first, first + 9)
         ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / f"{name}.jsonl", rows)
     (root / "rewards.py").write_text(
         "def odd(completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
@@ -52,30 +53,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(folder: Path, run: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
-        "model": folder / "model",
-        "train-data": folder / "train.jsonl",
-        "eval-data": folder / "eval.jsonl",
-        "reward": f"{folder / 'rewards.py'}:odd",
-        "output-dir": run,
+        "eval_data": folder / "eval.jsonl",
         "method": "expo-grpo",
-        "exp-sft-coef": 1,
-        "explanations-per-question": 2,
+        "exp_sft_coef": 1,
+        "explanations_per_question": 2,
         "steps": STEPS,
-        "updates-per-batch": 2,
-        "prompts-per-step": 2,
-        "num-generations": 3,
-        "max-completion-length": 8,
-        "shots": 0,
-        "eval-every": 2,
-        "eval-limit": 2,
-        "eval-samples": 2,
-        "learning-rate": 1e-3,
-        "dtype": "float32",
-        "report-to": "none",
-        "checkpoint-every": 2,
+        "updates_per_batch": 2,
+        "eval_every": 2,
+        "eval_limit": 2,
+        "eval_samples": 2,
+        "report_to": "none",
+        "checkpoint_every": 2,
     }
-    given |= {name.replace("_", "-"): value for name, value in changes.items()}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return run_flags(folder, run, **(given | changes))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +88,7 @@ def files_of(run: Path) -> dict[str, Any]:
     """Return the rows of a run without times, its texts, its pairs and its last checkpoint."""
     found: dict[str, Any] = {}
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        found[name] = [without_times(row) for row in rows]
+        found[name] = without_times(rows_in(run / name))
     for file in [*run.glob("completions/*"), *run.glob("pairs/*")]:
         found[file.name] = file.read_bytes()
     last = run / f"checkpoints/step-{STEPS}"
@@ -107,10 +96,6 @@ def files_of(run: Path) -> dict[str, Any]:
         found |= {f"{file}: {name}": x for name, x in load_file(last / file).items()}
     found["state"] = json.loads((last / "trainer_state/state.json").read_text())
     return found
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k != "seconds" and not k.startswith("time/")}
 
 
 def assert_equal(ours: dict[str, Any], others: dict[str, Any]) -> None:

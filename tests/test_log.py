@@ -21,6 +21,7 @@ from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import RunLog
 from expo_fast.reporting.timing import Phases
 from expo_fast.storage.files import replace_file
+from jobs import rows_in
 
 
 class Terminal(io.StringIO):
@@ -31,10 +32,6 @@ class Terminal(io.StringIO):
 def quiet_log(run_dir, **options):
     options = {"total_steps": 10, "console": "quiet", "report_to": ()} | options
     return RunLog(run_dir, **options)
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def steps_of(path):
@@ -52,12 +49,12 @@ def test_rows_are_plain_json_and_non_finite_numbers_are_null(tmp_path):
         log.write_step({"step": 2, "reward": torch.tensor(0.5), "n": torch.tensor(3), "x": 1e-300})
         log.write_evaluation({"step": 2, "pass@1": 0.25, "levels": {2: math.nan}})
         log.write_completions(2, [{"prompt": "q", "completion": "\u2028\ud800\n", "reward": None}])
-    assert read(tmp_path / "metrics.jsonl") == [
+    assert rows_in(tmp_path / "metrics.jsonl") == [
         {"step": 1, "kl": None, "a": [None, {"b": None}], "none": None},
         {"step": 2, "reward": 0.5, "n": 3, "x": 1e-300},
     ]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    (evaluation,) = read(tmp_path / "evaluations.jsonl")
+    (evaluation,) = rows_in(tmp_path / "evaluations.jsonl")
     assert evaluation == {"step": 2, "pass@1": 0.25, "levels": {"2": None}}
     (line,) = (tmp_path / "completions/step-2.jsonl").read_bytes().splitlines()
     assert json.loads(line)["completion"] == "\u2028\ud800\n"
@@ -89,8 +86,8 @@ def test_truncation_removes_later_steps_and_incomplete_lines(tmp_path):
     assert names == {f"step-{step}.jsonl" for step in range(1, 5)}
     log.write_step({"step": 5, "reward": 0.5})
     log.write_evaluation({"step": 5, "pass@1": 1.0})
-    assert [row["step"] for row in read(metrics)] == [1, 2, 3, 4, 5]
-    assert [row["step"] for row in read(tmp_path / "evaluations.jsonl")] == [0, 3, 5]
+    assert [row["step"] for row in rows_in(metrics)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows_in(tmp_path / "evaluations.jsonl")] == [0, 3, 5]
 
 
 def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
@@ -109,7 +106,7 @@ def test_truncation_adds_a_missing_newline_to_a_complete_last_row(tmp_path):
     log = quiet_log(tmp_path)
     log.truncate_to(2)
     log.write_step({"step": 3})
-    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in rows_in(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_truncation_of_an_empty_folder_does_nothing(tmp_path):
@@ -130,7 +127,7 @@ def test_a_deleted_directory_gives_one_warning_and_the_rows_are_written_later(tm
     assert len(seen) == 1
     run_dir.mkdir()
     log.write_step({"step": 5})
-    assert read(run_dir / "metrics.jsonl") == [{"step": step} for step in (2, 3, 4, 5)]
+    assert rows_in(run_dir / "metrics.jsonl") == [{"step": step} for step in (2, 3, 4, 5)]
 
 
 def test_a_full_disk_leaves_no_incomplete_row_and_loses_none(tmp_path):
@@ -148,7 +145,7 @@ def test_a_full_disk_leaves_no_incomplete_row_and_loses_none(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(seen) == 1
     log.write_step(row | {"step": 30})
-    steps = [row["step"] for row in read(tmp_path / "metrics.jsonl")]
+    steps = [row["step"] for row in rows_in(tmp_path / "metrics.jsonl")]
     assert steps == [*range(1, 31)]
 
 
@@ -171,7 +168,7 @@ def test_a_closed_console_gives_one_warning_and_no_error(tmp_path):
     with pytest.warns(UserWarning, match=r"console of .* could not be written .*Broken pipe"):
         for step in (1, 2):
             log.write_step({"step": step})
-    assert len(read(tmp_path / "metrics.jsonl")) == 2
+    assert len(rows_in(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_the_plain_console_prints_one_line_a_step(tmp_path):

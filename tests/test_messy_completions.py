@@ -7,12 +7,12 @@ import time
 import pytest
 
 from expo_fast.data.answer_grading import decide, last_boxed, tidy
-from expo_fast.data.verifier import Verifier
+from expo_fast.data.grader_pool import GraderPool
 
 
 @pytest.fixture(scope="module")
-def verifier():
-    with Verifier(workers=2, timeout_s=2.0) as pool:
+def pool():
+    with GraderPool(workers=2, timeout_s=2.0) as pool:
         yield pool
 
 
@@ -175,18 +175,18 @@ COMPLETIONS: list[tuple[str, str, bool]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gold", "completion", "right"), COMPLETIONS)
-def test_messy_completions_are_judged(verifier, gold, completion, right):
+def test_messy_completions_are_judged(pool, gold, completion, right):
     start = time.monotonic()
-    verdict = verifier.judge([gold], [completion])[0]
+    verdict = pool.verdicts([gold], [completion])[0]
     assert time.monotonic() - start < 30  # includes the start of a worker on a busy machine
     assert bool(verdict) is right
 
 
 @pytest.mark.slow
-def test_few_hostile_texts_are_undecided(verifier):
+def test_few_hostile_texts_are_undecided(pool):
     golds = [gold for gold, _, _ in COMPLETIONS]
     texts = [completion for _, completion, _ in COMPLETIONS]
-    verdicts = verifier.judge(golds, texts)
+    verdicts = pool.verdicts(golds, texts)
     assert verdicts.count(None) <= 0.03 * len(verdicts)
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from expo_fast.methods import METHODS
 from expo_fast.modeling.layout import Layout
 from expo_fast.runtime.endings import Collapsed
 from expo_fast.weights import load_model, save_model
+from jobs import metrics_of, write_rows
 from judges import assert_gradients_near, completion_logps, gradients_of
 from tiny import tiny_model, tiny_tokenizer
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         | {"chosen": f"{n} + 1 = {n + 1}, {{{n + 1}}}", "rejected": "I can't."}
         for n in range(12)
     ]
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "train.jsonl", rows)
     (root / "rewards.py").write_text(
         "def odd(prompts, completions, completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
@@ -51,16 +51,12 @@ def flags(folder: Path, run: Path, *more: object) -> list[str]:
     return [*given.split(), *map(str, more)]
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("preset", presets())
 def test_a_preset_trains(folder: Path, tmp_path: Path, preset: str):
     train.main(flags(folder, tmp_path, "--config", preset))
-    made = rows(tmp_path)
+    made = metrics_of(tmp_path)
     assert len(made) == 2
     assert any(row["update_norm"] > 0 for row in made)
     if preset.startswith(("expo", "star")):
@@ -97,7 +93,7 @@ def test_options_train_and_change_the_result(folder: Path, tmp_path: Path, more:
     train.main(flags(folder, tmp_path / "with", *kind, *more.split()))
     method = more.split()[1] if "--method" in more else "expo-grpo"
     train.main(flags(folder, tmp_path / "without", "--method", method))
-    with_, without = rows(tmp_path / "with"), rows(tmp_path / "without")
+    with_, without = metrics_of(tmp_path / "with"), metrics_of(tmp_path / "without")
     assert any(row["update_norm"] > 0 for row in with_)
     assert [row["loss"] for row in with_] != [row["loss"] for row in without]
 
@@ -156,9 +152,9 @@ def test_without_weight_changes_no_ratio_is_clipped(folder: Path, tmp_path: Path
     """In bf16, the generator's log-probs differ from the trainer's by more than GSPO's bounds."""
     given = ("--config", preset, "--dtype", "bfloat16", "--prompts-per-step", 8)
     train.main(flags(folder, tmp_path, *given, "--learning-rate", 1e-12, "--updates-per-batch", 4))
-    assert any(row["grad_norm/policy"] > 0 for row in rows(tmp_path))
-    assert any(row["logp_gap/max"] > 1e-3 for row in rows(tmp_path))
-    assert all(row["clip_ratio/low"] == row["clip_ratio/high"] == 0 for row in rows(tmp_path))
+    assert any(row["grad_norm/policy"] > 0 for row in metrics_of(tmp_path))
+    assert any(row["logp_gap/max"] > 1e-3 for row in metrics_of(tmp_path))
+    assert all(row["clip_ratio/low"] == row["clip_ratio/high"] == 0 for row in metrics_of(tmp_path))
 
 
 @pytest.mark.parametrize(("above", "failing"), [(0.0, 0.0), (0.5, 1.0)])
@@ -169,7 +165,7 @@ def test_an_attempt_is_right_if_its_reward_exceeds_the_threshold(folder, tmp_pat
     )
     given = ("--reward", f"{tmp_path}/rewards.py:partly", "--right-above", above)
     train.main(flags(folder, tmp_path / "run", "--method", "expert-dpo", *given))
-    row = rows(tmp_path / "run")[0]
+    row = metrics_of(tmp_path / "run")[0]
     assert row["frac_all_fail"] == failing
     assert row["pairs"] == 8
 
@@ -336,5 +332,5 @@ def test_data_of_trl_and_verl_are_trained_on(form: str, folder: Path, tmp_path: 
     data.write_text("".join(json.dumps(row(n)) + "\n" for n in range(8)))
     given = ("--train-data", data, "--method", method, "--steps", 1)
     train.main(flags(folder, tmp_path / "run", *given))
-    (logged,) = rows(tmp_path / "run")
+    (logged,) = metrics_of(tmp_path / "run")
     assert logged["grad_norm"] > 0

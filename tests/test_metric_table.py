@@ -1,6 +1,5 @@
 """The table of metrics has every metric that runs log, and no other."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from expo_fast.reporting import metric_table
 from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.metric_table import EVALUATIONS, STEP_SECTIONS, find_metric, trl_names
 from expo_fast.weights import save_model
+from jobs import write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 NOT_METRICS = {"step", "levels", "template", "grader"}
@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {"chosen": f"It is {n}.", "rejected": "No.", "level": 1 + n % 2}
             for n in range(4)
         ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / f"{name}.jsonl", rows)
     (root / "rewards.py").write_text(
         "def odd(completion_ids, **columns):\n    return [len(ids) % 2 for ids in completion_ids]\n"
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expo_fast.modeling.attention import Layer, PackedAttention, causal_mask
-from expo_fast.modeling.decoder import RMSNorm
+from expo_fast.modeling.modules import RMSNorm
 from expo_fast.op_backends import native_layer
 from judges import relative_error
 from test_native import isa, threads

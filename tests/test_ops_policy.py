@@ -1,7 +1,9 @@
 """Compare policy losses with the methods' formulas, in fp64, without code of the ops."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -119,31 +121,42 @@ def uneven_weight(b):
     return grpo_weight(b) * (1 + b.targets.clamp(min=0) / 50)
 
 
+@dataclass(frozen=True)
+class Method:
+    """An objective of the ops, and the formulas that it has to agree with."""
+
+    objective: Any
+    row_loss: Callable[[Batch, Tensor], Tensor]  # (N,) of a batch and its log-probs
+    row_weight: Callable[[Batch], Tensor]  # (N,)
+
+
 METHODS = {
-    "grpo": (Clipped(0.2, 0.2), ppo, grpo_weight),
-    "dr_grpo": (Clipped(0.2, 0.2), ppo, dr_grpo_weight),
-    "dapo": (Clipped(0.2, 0.28), partial(ppo, high=0.28), dapo_weight),
-    "dual_clip": (Clipped(0.2, 0.2, cap=1.5), dual_clip, grpo_weight),
-    "cispo": (Cispo(cap=1.3), cispo, dapo_weight),
-    "sapo": (SoftAdaptive(), sapo, grpo_weight),
-    "gspo": (SequenceClipped(0.05, 0.08), gspo, grpo_weight),
-    "uneven_gspo": (SequenceClipped(0.05, 0.08), gspo, uneven_weight),
+    "grpo": Method(Clipped(0.2, 0.2), ppo, grpo_weight),
+    "dr_grpo": Method(Clipped(0.2, 0.2), ppo, dr_grpo_weight),
+    "dapo": Method(Clipped(0.2, 0.28), partial(ppo, high=0.28), dapo_weight),
+    "dual_clip": Method(Clipped(0.2, 0.2, cap=1.5), dual_clip, grpo_weight),
+    "cispo": Method(Cispo(cap=1.3), cispo, dapo_weight),
+    "sapo": Method(SoftAdaptive(), sapo, grpo_weight),
+    "gspo": Method(SequenceClipped(0.05, 0.08), gspo, grpo_weight),
+    "uneven_gspo": Method(SequenceClipped(0.05, 0.08), gspo, uneven_weight),
 }
 
 
 def formula_loss(b, method, on_policy, kl_coef, entropy_coef, hidden, weight):
-    _, value, row_weight = METHODS[method]
+    formula = METHODS[method]
     logp, entropy = b.logp_and_entropy(hidden, weight)
-    policy = value(b, logp) + kl_coef * kl_estimate(logp, b.ref_logp) - entropy_coef * entropy
+    policy = (
+        formula.row_loss(b, logp) + kl_coef * kl_estimate(logp, b.ref_logp) - entropy_coef * entropy
+    )
     row = torch.where(on_policy, -b.advantage * logp, policy)
-    return (row_weight(b) * torch.where(b.targets != -100, row, 0)).sum()
+    return (formula.row_weight(b) * torch.where(b.targets != -100, row, 0)).sum()
 
 
 def our_loss(b, method, on_policy, kl_coef, entropy_coef, hidden, weight):
-    objective, _, row_weight = METHODS[method]
+    ours = METHODS[method]
     ids = torch.where(on_policy, 5, b.ids)  # on-policy rows must not count as the sequence's own
     return linear_policy_loss(
-        hidden, weight, b.targets, b.advantage, row_weight(b), objective=objective,
+        hidden, weight, b.targets, b.advantage, ours.row_weight(b), objective=ours.objective,
         old_logp=b.old_logp, ref_logp=b.ref_logp, on_policy=on_policy, kl_coef=kl_coef,
         entropy_coef=entropy_coef, temperature=b.temperature, sequence_ids=ids,
     )  # fmt: skip
@@ -175,13 +188,16 @@ def test_a_split_into_micro_batches_changes_neither_loss_nor_gradients(method, d
     b = make_batch()
     b = replace(b, **{k: v.to(dtype) for k, v in vars(b).items() if v.is_floating_point()})
     off = torch.zeros_like(b.ids, dtype=torch.bool)
-    undivided = gradients(lambda *inputs: our_loss(b, method, off, 0.1, 0.01, *inputs).loss, b)
+
+    def loss_of(part, on_policy):
+        return lambda *inputs: our_loss(part, method, on_policy, 0.1, 0.01, *inputs).loss
+
+    undivided = gradients(loss_of(b, off), b)
     loss, d_weight, d_hidden = 0.0, torch.zeros_like(b.weight), torch.zeros_like(b.hidden)
     for group in ([0, 1], [2], [3, 4, 5]):
         keep = torch.isin(b.ids, torch.tensor(group))
         part, off_part = b.rows(keep), off[keep]
-        f = lambda *x, p=part, o=off_part: our_loss(p, method, o, 0.1, 0.01, *x).loss  # noqa: E731
-        part_loss, d_hidden[keep], d_part = gradients(f, part)
+        part_loss, d_hidden[keep], d_part = gradients(loss_of(part, off_part), part)
         loss, d_weight = loss + part_loss, d_weight + d_part
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     for a, t in zip((loss, d_hidden, d_weight), undivided, strict=True):
@@ -191,17 +207,18 @@ def test_a_split_into_micro_batches_changes_neither_loss_nor_gradients(method, d
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"uneven_gspo"}))
 def test_without_old_logp_the_gradient_is_the_policy_gradient(method):
     b = make_batch()
-    objective, _, row_weight = METHODS[method]
+    objective = METHODS[method].objective
+    row_weight = METHODS[method].row_weight(b)
 
     def ours(hidden, weight):
         return linear_policy_loss(
-            hidden, weight, b.targets, b.advantage, row_weight(b), objective=objective,
+            hidden, weight, b.targets, b.advantage, row_weight, objective=objective,
             temperature=b.temperature, sequence_ids=b.ids,
         ).loss  # fmt: skip
 
     def reinforce(hidden, weight):
         logp = b.logp_and_entropy(hidden, weight)[0]
-        return (row_weight(b) * torch.where(b.targets != -100, -b.advantage * logp, 0)).sum()
+        return (row_weight * torch.where(b.targets != -100, -b.advantage * logp, 0)).sum()
 
     for a, t in zip(gradients(ours, b)[1:], gradients(reinforce, b)[1:], strict=True):
         # GSPO averages the gradient over the sequence; with one advantage and weight that is equal

@@ -22,6 +22,7 @@ from expo_fast.data.problems import Problem, hold_out, load_problems, question_t
 from expo_fast.data.prompts import Prompter, expert_text
 from expo_fast.data.sources import BENCHMARKS
 from expo_fast.weights import save_model
+from jobs import rows_in, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 ROW = {"problem": "What is 40 + 2?", "answer": "42"}
@@ -38,7 +39,7 @@ def assistant(content: str) -> dict[str, str]:
 
 def write(path: Path, *rows: object) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return str(path)
 
 
@@ -576,8 +577,7 @@ def job(tmp_path: Path):
 
 
 def completions(run: Path, step: int) -> list[dict[str, Any]]:
-    lines = (run / f"completions/step-{step}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return rows_in(run / f"completions/step-{step}.jsonl")
 
 
 def test_a_run_on_own_data_evaluates_on_a_held_out_share_and_says_so(tmp_path, job, capsys):

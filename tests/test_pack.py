@@ -48,12 +48,12 @@ def test_each_target_has_its_own_context(max_tokens: int):
 
 def test_a_pack_reports_properties_that_the_ops_would_check():
     (p,) = pack(samples(), 1000)
-    assert p.weighted
+    assert p.all_weighted and p.is_complete(21) and not p.is_complete(20)
     assert p.has_targets_below(21)
     assert not p.has_targets_below(20)
     without = [*samples(), Sample((5, 6, 7, 8), (30,), 1.0, 0.0)]
     (p,) = pack(without, 1000)
-    assert not p.weighted
+    assert not p.all_weighted and not p.is_complete(31)
     assert not p.has_targets_below(30)
 
 

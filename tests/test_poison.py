@@ -320,7 +320,7 @@ def test_a_step_of_a_gpu_that_is_captured_before_rows_are_loaded():
             joined=joined,
         )
         step.launch()
-        return step.progress.drawn
+        return step.progress.history
 
     require_same_bits(lambda: [launch()])
 
@@ -344,12 +344,12 @@ def test_truncated_draws_of_a_gpu():
         progress = draw.Progress.start(torch.zeros_like(seeds), torch.arange(2), burst=2)
         found = blocks.blocks_of(logits, temperature, BLOCK)
         given = (logits, *found, BLOCK, temperature)
-        drawn = draw.draw(*given, seeds, progress, record=False)
-        yield from (x.clone() for x in drawn)
-        truncate.redraw(*given, drawn.u, **rules, tokens=drawn.tokens, logps=drawn.logps)
-        draw.record(drawn, progress)
-        yield from drawn
-        yield from (progress.last_tokens, progress.positions, progress.index, progress.drawn)
+        sampled = draw.sample_rows(*given, seeds, progress, record=False)
+        yield from (x.clone() for x in sampled)
+        truncate.redraw(*given, sampled.u, **rules, tokens=sampled.tokens, logps=sampled.logps)
+        draw.record(sampled, progress)
+        yield from sampled
+        yield from (progress.last_tokens, progress.positions, progress.index, progress.history)
 
     require_same_bits(draws)
 

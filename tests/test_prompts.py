@@ -2,6 +2,7 @@
 
 import pytest
 
+from expo_fast.data.chat_template import fill
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, expert_text, request_seed
 from tiny import tiny_tokenizer
@@ -35,7 +36,7 @@ def test_the_fixed_date_changes_no_other_part_of_a_template(beginning: str):
     tokenizer.chat_template = beginning + tokenizer.chat_template
     turns = [{"role": "user", "content": "hi"}]
     theirs = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert Prompter(tokenizer)._fill(turns) == theirs
+    assert fill(tokenizer, turns) == theirs
 
 
 @pytest.mark.parametrize(

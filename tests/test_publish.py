@@ -16,6 +16,7 @@ from expo_fast.config import Train
 from expo_fast.modeling.lora import attach, merged_copy, save_adapter
 from expo_fast.reporting.model_card import CardFacts, model_card
 from expo_fast.weights import load_model, save_model
+from jobs import write_rows
 from judges import max_error
 from tiny import tiny_model, tiny_tokenizer
 
@@ -28,7 +29,7 @@ def job(tmp_path: Path) -> dict[str, Any]:
         {"question": f"{n} + 1?", "answer": f"{n + 1}", "solution": f"{n} + 1 = {n + 1}."}
         for n in range(4)
     ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "data.jsonl", rows)
     return {
         "model": str(tmp_path / "model"),
         "train_data": str(tmp_path / "data.jsonl"),

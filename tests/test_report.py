@@ -32,6 +32,7 @@ from expo_fast.reporting.panels import (
 )
 from expo_fast.reporting.runs import Run, group_runs, load_run
 from expo_fast.weights import save_model
+from jobs import write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 HOSTILE = "<script>alert('$x^{$')</script> & \x1b[2J \u202e \ud800 \u2028 &lt;b&gt;"
@@ -53,7 +54,7 @@ def write_run(path: Path, *, rows: Any = None, evaluations: Any = (), **config: 
 
 def write_lines(path: Path, rows: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
 
 
 def evaluation(step: int, right: float, **more: Any) -> dict[str, Any]:

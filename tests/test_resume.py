@@ -20,6 +20,7 @@ from expo_fast.reporting.jsonl import read_rows
 from expo_fast.reporting.run_log import EVALUATIONS, METRICS
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
+from jobs import write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 REWARDS = """
@@ -40,7 +41,7 @@ def job(model: Path, tmp_path: Path) -> Path:
     """Return a folder with data and a reward function."""
     for name, first in (("train", 0), ("eval", 100)):
         rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(first, first + 6)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "rewards.py").write_text(REWARDS)
     return tmp_path
 

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from expo_fast.answers import nursery
-from expo_fast.data import verifier as verifier_module
-from expo_fast.data import workers
+from expo_fast.data import grader_pool, workers
+from expo_fast.data.grader_pool import GraderPool
 from expo_fast.data.problems import Problem
-from expo_fast.data.verifier import Verifier
 from expo_fast.data.workers import Comparison, Nursery, Worker
 from expo_fast.generate import Completion
 from expo_fast.reward import (
@@ -42,15 +41,15 @@ def box(text):
 
 
 @pytest.fixture(scope="module")
-def verifier():
-    with Verifier(workers=2, timeout_s=10.0) as pool:
+def pool():
+    with GraderPool(workers=2, timeout_s=10.0) as pool:
         yield pool
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
     """Give answers of any size to the workers."""
-    monkeypatch.setattr(verifier_module, "is_too_large", lambda text: False)
+    monkeypatch.setattr(grader_pool, "is_too_large", lambda text: False)
 
 
 def running(pid):
@@ -68,43 +67,43 @@ def gone_within(seconds, pids):
 
 
 def test_simple_answers_need_no_worker():
-    with Verifier() as pool:
+    with GraderPool() as pool:
         golds = ["12", "3/4", "Sunday", "12", "", "1" * 1001]
         texts = [box("12.0"), box("0.75"), box("monday"), "no box", box("12"), box("1")]
-        assert pool.judge(golds, texts) == [1.0, 1.0, 0.0, 0.0, None, None]
+        assert pool.verdicts(golds, texts) == [1.0, 1.0, 0.0, 0.0, None, None]
         assert not pool._pool
 
 
-def test_verdicts_are_in_the_order_of_the_answers(verifier):
+def test_verdicts_are_in_the_order_of_the_answers(pool):
     n = 60
     golds = [f"|x| + {i % 7}" for i in range(n)]
     texts = [box(f"{i % 5} + |x|") for i in range(n)]
-    assert verifier.judge(golds, texts) == [float(i % 7 == i % 5) for i in range(n)]
+    assert pool.verdicts(golds, texts) == [float(i % 7 == i % 5) for i in range(n)]
 
 
 def test_a_hang_in_c_code_is_killed_and_affects_no_other_answer(unchecked):
-    with Verifier(workers=1, timeout_s=0.5) as pool:
-        pool.judge(["|x|"], [box("|y|")])
+    with GraderPool(workers=1, timeout_s=0.5) as pool:
+        pool.verdicts(["|x|"], [box("|y|")])
         before = time.monotonic()
         texts = [box("1+|x|"), box(HANG), box("|x|+1.0"), box("2|x|"), box("12")]
-        got = pool.judge(["|x|+1", "|x|+1", "|x|+1", "|x|+1", "12"], texts)
+        got = pool.grade(["|x|+1", "|x|+1", "|x|+1", "|x|+1", "12"], texts)
         assert time.monotonic() - before < 10
-        assert got == [1.0, None, 1.0, 0.0, 1.0]
-        assert (pool.timeouts, pool.crashes) == (1, 0)
+        assert [grade.verdict for grade in got] == [1.0, None, 1.0, 0.0, 1.0]
+        assert got[1].reason == "timeout"
 
 
 @pytest.mark.slow
 def test_a_hostile_reference_affects_no_other_answer(unchecked):
-    with Verifier(workers=1, timeout_s=0.3) as pool:
+    with GraderPool(workers=1, timeout_s=0.3) as pool:
         for bomb in (HANG, "|((100!)!)!|", "(" * 300):
-            verdicts = pool.judge([bomb, "|x|+1"], [box("8"), box("1+|x|")])
+            verdicts = pool.verdicts([bomb, "|x|+1"], [box("8"), box("1+|x|")])
             assert verdicts in ([None, 1.0], [0.0, 1.0]), bomb
 
 
 def test_the_memory_of_a_worker_is_limited(unchecked):
-    with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
-        assert pool.judge(["|x|+1", "|x|+1"], [box("|2^{2^{40}}|"), box("1+|x|")]) == [None, 1.0]
-        assert (pool.timeouts, pool.crashes) == (0, 1)
+    with GraderPool(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
+        got = pool.grade(["|x|+1", "|x|+1"], [box("|2^{2^{40}}|"), box("1+|x|")])
+        assert [grade.reason for grade in got] == ["memory", "symbolic"]
         pid = pool._pool[0].pid
         limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
         limit = {line[:26].strip(): line[26:].split()[0] for line in limits}
@@ -115,9 +114,9 @@ def test_the_memory_of_a_worker_is_limited(unchecked):
 @pytest.mark.slow
 def test_the_memory_of_the_trainer_does_not_count_towards_the_limit(unchecked):
     ballast = bytearray(b"1") * (300 << 20)  # getrusage of a child starts at this peak
-    with Verifier(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
-        assert pool.judge(["|x|+1", "|x|+1"], [box("|2^{2^{40}}|"), box("|x|+2")]) == [None, 0.0]
-        assert (pool.timeouts, pool.crashes) == (0, 1)
+    with GraderPool(workers=1, timeout_s=60.0, memory_bytes=64 << 20) as pool:
+        got = pool.grade(["|x|+1", "|x|+1"], [box("|2^{2^{40}}|"), box("|x|+2")])
+        assert [grade.reason for grade in got] == ["memory", "wrong"]
     del ballast
 
 
@@ -125,20 +124,27 @@ def test_the_memory_of_the_trainer_does_not_count_towards_the_limit(unchecked):
 def test_hostile_answers_do_not_slow_the_pool_down(unchecked):
     bombs = [box(f"|1E+{10**8 + i}|") for i in range(6)]
     fine = [box(f"|x| + {i}") for i in range(50)]
-    with Verifier(workers=2, timeout_s=0.1) as pool:
-        assert pool.judge(["|x|"] * 6, bombs) == [None] * 6
-        assert pool.timeouts == 6
+    with GraderPool(workers=2, timeout_s=0.1) as pool:
+        assert [grade.reason for grade in pool.grade(["|x|"] * 6, bombs)] == ["timeout"] * 6
         start = time.monotonic()
-        assert pool.judge(["|x|+7"] * 50, fine, timeout_s=10.0) == [
+        assert pool.verdicts(["|x|+7"] * 50, fine, timeout_s=10.0) == [
             float(i == 7) for i in range(50)
         ]
         assert time.monotonic() - start < 10
 
 
-def test_equal_comparisons_are_graded_once(unchecked):
-    with Verifier(workers=2, timeout_s=0.3) as pool:
-        assert pool.judge(["|x|"] * 64, [box(HANG)] * 64) == [None] * 64
-        assert pool.timeouts == 1
+def test_equal_comparisons_are_graded_once(unchecked, monkeypatch):
+    jobs = []
+    assign = Worker.assign
+
+    def spy(self: Worker, job: Comparison, timeout_s: float, cpu_s: float):
+        jobs.append(job)
+        assign(self, job, timeout_s, cpu_s)
+
+    monkeypatch.setattr(Worker, "assign", spy)
+    with GraderPool(workers=2, timeout_s=0.3) as pool:
+        assert pool.verdicts(["|x|"] * 64, [box(HANG)] * 64) == [None] * 64
+    assert len(jobs) == 1
 
 
 def test_the_start_of_a_worker_does_not_count_towards_the_time_limit(monkeypatch, tmp_path):
@@ -146,8 +152,8 @@ def test_the_start_of_a_worker_does_not_count_towards_the_time_limit(monkeypatch
     slow.write_text(f"import time\ntime.sleep(1.2)\n{Path(nursery.__file__).read_text()}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(workers, "NURSERY", "slow_nursery")
-    with Verifier(workers=1, timeout_s=1.0) as pool:
-        assert pool.judge(["|x|+1"], [box("1+|x|")]) == [1.0]
+    with GraderPool(workers=1, timeout_s=1.0) as pool:
+        assert pool.verdicts(["|x|+1"], [box("1+|x|")]) == [1.0]
 
 
 def test_a_grader_that_cannot_start_raises_an_error(monkeypatch, tmp_path):
@@ -158,24 +164,24 @@ def test_a_grader_that_cannot_start_raises_an_error(monkeypatch, tmp_path):
     before = descendants()
     broken.write_text(program.replace("for gold,", "import math_verify_absent\n        for gold,"))
     with (
-        Verifier() as pool,
+        GraderPool() as pool,
         pytest.raises(RuntimeError, match="No module named 'math_verify_absent'"),
     ):
-        pool.judge(["|x|+1"], [box("1+|x|")])
+        pool.verdicts(["|x|+1"], [box("1+|x|")])
     broken.write_text("raise SystemExit(3)")
-    with Verifier() as pool, pytest.raises(RuntimeError, match="exit code 3"):
-        pool.judge(["|x|+1"], [box("1+|x|")])
+    with GraderPool() as pool, pytest.raises(RuntimeError, match="exit code 3"):
+        pool.verdicts(["|x|+1"], [box("1+|x|")])
     monkeypatch.setattr(workers, "START_LIMIT_S", 0.2)
     broken.write_text("import time; time.sleep(60)")
-    with Verifier() as pool, pytest.raises(RuntimeError, match="did not start within 0 s"):
-        pool.judge(["|x|+1"], [box("1+|x|")])
+    with GraderPool() as pool, pytest.raises(RuntimeError, match="did not start within 0 s"):
+        pool.verdicts(["|x|+1"], [box("1+|x|")])
     assert descendants() <= before
 
 
 def test_no_process_outlives_its_pool(unchecked):
     before = descendants()
-    with Verifier(workers=2, timeout_s=0.2) as pool:
-        pool.judge(["|x|", "|x|", "|x|"], [box(HANG), box("|y|"), box("|(10^{10})!|")])
+    with GraderPool(workers=2, timeout_s=0.2) as pool:
+        pool.verdicts(["|x|", "|x|", "|x|"], [box(HANG), box("|y|"), box("|(10^{10})!|")])
         # The nursery and two workers: killed ones leave no zombies.
         assert len(descendants() - before) <= 3
     assert gone_within(5, descendants() - before)
@@ -184,29 +190,28 @@ def test_no_process_outlives_its_pool(unchecked):
 
 def test_a_worker_is_replaced_after_its_number_of_jobs(monkeypatch):
     monkeypatch.setattr(workers, "JOBS_PER_WORKER", 3)
-    with Verifier(workers=1, timeout_s=10.0) as pool:
-        pool.judge(["|x|"], [box("|x|+1")])
+    with GraderPool(workers=1, timeout_s=10.0) as pool:
+        pool.verdicts(["|x|"], [box("|x|+1")])
         first = pool._pool[0].pid
-        assert pool.judge(["|x|+3"] * 7, [box(f"|x| + {i}") for i in range(7)]).count(1.0) == 1
+        verdicts = pool.verdicts(["|x|+3"] * 7, [box(f"|x| + {i}") for i in range(7)])
+        assert verdicts == [float(i == 3) for i in range(7)]
         assert first not in descendants()
-        assert (pool.timeouts, pool.crashes) == (0, 0)
 
 
 @pytest.mark.slow
 def test_a_worker_lost_between_calls_is_replaced():
-    with Verifier(workers=1, timeout_s=10.0) as pool:
-        started = threading.Thread(target=pool.judge, args=(["|x|"], [box("|y|")]))
+    with GraderPool(workers=1, timeout_s=10.0) as pool:
+        started = threading.Thread(target=pool.verdicts, args=(["|x|"], [box("|y|")]))
         started.start()
         started.join()  # the kernel kills the worker, because the thread that started it has ended
-        assert pool.judge(["|x|+1"], [box("1+|x|")]) == [1.0]
+        assert pool.verdicts(["|x|+1"], [box("1+|x|")]) == [1.0]
         os.kill(pool._pool[0].pid, signal.SIGKILL)
         assert pool._pool[0].channel.poll(5)
-        assert pool.judge(["|x|+2"], [box("2+|x|")]) == [1.0]
+        assert pool.verdicts(["|x|+2"], [box("2+|x|")]) == [1.0]
         assert pool._nursery is not None
         os.kill(pool._nursery.process.pid, signal.SIGKILL)
         pool._nursery.process.wait()
-        assert pool.judge(["|x|+3"], [box("3+|x|")]) == [1.0]
-        assert pool.crashes == 0
+        assert pool.verdicts(["|x|+3"], [box("3+|x|")]) == [1.0]
 
 
 def test_the_end_of_the_nursery_during_a_batch_loses_the_verdicts_of_that_time_only(monkeypatch):
@@ -221,9 +226,9 @@ def test_the_end_of_the_nursery_during_a_batch_loses_the_verdicts_of_that_time_o
             self._nursery.process.wait()
 
     monkeypatch.setattr(Worker, "assign", assign_and_end)
-    with Verifier(workers=1, timeout_s=20.0) as pool:
+    with GraderPool(workers=1, timeout_s=20.0) as pool:
         references = [f"|x|+{n}" for n in range(4)]
-        scores = pool.judge(references, [box(f"{n}+|x|") for n in range(4)])
+        scores = pool.verdicts(references, [box(f"{n}+|x|") for n in range(4)])
     assert scores == [None, 1.0, 1.0, 1.0]
 
 
@@ -249,26 +254,25 @@ def test_a_signal_to_all_processes_of_a_job_loses_no_verdict(monkeypatch):
 
         return assign_and_signal
 
-    with Verifier(workers=1, timeout_s=10.0) as pool:
-        assert pool.judge(["|x|"], [box("|y|")]) == [0.0]
+    with GraderPool(workers=1, timeout_s=10.0) as pool:
+        assert pool.verdicts(["|x|"], [box("|y|")]) == [0.0]
         assert pool._nursery is not None
         pids = (pool._nursery.process.pid, pool._pool[0].pid)
         for n, signum in enumerate([*STOPS, SAVE], start=1):
             monkeypatch.setattr(Worker, "assign", assign_and_send(signum, pids))
-            verdicts = pool.judge([f"|x|+{n}"] * 2, [box(f"{n}+|x|"), box("|x|")])
+            verdicts = pool.verdicts([f"|x|+{n}"] * 2, [box(f"{n}+|x|"), box("|x|")])
             assert verdicts == [1.0, 0.0], signum
             assert (pool._nursery.process.pid, pool._pool[0].pid) == pids
-        assert (pool.timeouts, pool.crashes) == (0, 0)
 
 
 PARENT = """
 import sys
-from expo_fast.data import verifier
-verifier.is_too_large = lambda text: False
-pool = verifier.Verifier(workers=2, timeout_s=60.0)
-pool.judge(["|x|", "|x|+1"], [r"\\boxed{|y|}", r"\\boxed{|z|}"])
+from expo_fast.data import grader_pool
+grader_pool.is_too_large = lambda text: False
+pool = grader_pool.GraderPool(workers=2, timeout_s=60.0)
+pool.verdicts(["|x|", "|x|+1"], [r"\\boxed{|y|}", r"\\boxed{|z|}"])
 print(*[w.pid for w in pool._pool], pool._nursery.process.pid, flush=True)
-pool.judge(["|x|", "|x|"], [r"\\boxed{|1E+100000000|}", r"\\boxed{|1E+100000001|}"])
+pool.verdicts(["|x|", "|x|"], [r"\\boxed{|1E+100000000|}", r"\\boxed{|1E+100000001|}"])
 """
 
 
@@ -289,12 +293,12 @@ def test_workers_end_with_their_parent_even_inside_c_code(kind):
 def test_an_interrupted_call_does_not_change_the_next_verdicts(unchecked):
     # An earlier test of this process may have run a command, which ends at once on SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with Verifier(workers=1, timeout_s=30.0) as pool:
-        pool.judge(["|x|"], [box("|y|")])
+    with GraderPool(workers=1, timeout_s=30.0) as pool:
+        pool.verdicts(["|x|"], [box("|y|")])
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            pool.judge(["|x|"], [box(HANG)])
-        assert pool.judge(["|x|+1", "|x|+1"], [box("2|x|"), box("1+|x|")]) == [0.0, 1.0]
+            pool.verdicts(["|x|"], [box(HANG)])
+        assert pool.verdicts(["|x|+1", "|x|+1"], [box("2|x|"), box("1+|x|")]) == [0.0, 1.0]
 
 
 def test_score_answers_grades_and_checks_its_arguments():
@@ -306,7 +310,7 @@ def test_score_answers_grades_and_checks_its_arguments():
     with pytest.raises(ValueError, match=r"timeout_s=0\.0"):
         score(["1"], [box("1")], timeout_s=0.0)
     with pytest.raises(ValueError, match="workers=0"):
-        Verifier(workers=0)
+        GraderPool(workers=0)
 
 
 REWARD_FILE = """

@@ -31,6 +31,7 @@ from expo_fast.reward_functions import (
     name_of,
 )
 from expo_fast.weights import save_model
+from jobs import metrics_of, rows_in, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 TEXTS = ["<think>\nOne\n</think>\nIt is \\boxed{2}.", "It is \\boxed{4}."]
@@ -434,7 +435,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             question = f"{n} + 1?"
             prompt = question if name == "text" else [{"role": "user", "content": question}]
             rows.append({"prompt": prompt, "answer": str(n + 1), "solution": f"\\boxed{{{n + 1}}}"})
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / f"{name}.jsonl", rows)
     (root / "rewards.py").write_text(
         textwrap.dedent(TRL_REWARDS)
         + textwrap.dedent("""
@@ -472,7 +473,7 @@ def run(folder: Path, to: Path, data: str, rewards: str, *more: str) -> list[dic
     given += "--eval-every 0 --checkpoint-every 0 --steps 2 --prompts-per-step 3 --dtype float32 "
     given += f"--num-generations 4 --max-completion-length 8 --output-dir {to}"
     train.main([*given.split(), "--reward", *places, *more])
-    return [json.loads(line) for line in (to / "metrics.jsonl").read_text().splitlines()]
+    return metrics_of(to)
 
 
 @pytest.mark.parametrize("data", ["text", "chat"])
@@ -482,8 +483,7 @@ def test_a_run_logs_each_function_as_trl_does(folder: Path, tmp_path: Path, data
     weights = ("--reward-weights", "1", "0.5", "2", "3", "1")
     rows = run(folder, tmp_path / "run", data, names, *weights)
     for step, row in enumerate(rows):
-        texts = (tmp_path / "run" / "completions" / f"step-{step + 1}.jsonl").read_text()
-        attempts = [json.loads(line) for line in texts.splitlines()]
+        attempts = rows_in(tmp_path / f"run/completions/step-{step + 1}.jsonl")
         odd = np.array([attempt["rewards"]["odd"] for attempt in attempts])
         overlong = [attempt["rewards"]["soft_overlong_punishment_reward"] for attempt in attempts]
         assert row["rewards/odd/mean"] == pytest.approx(odd.mean())

@@ -3,7 +3,6 @@
 import array
 import asyncio
 import contextlib
-import json
 import re
 import signal
 import threading
@@ -30,6 +29,7 @@ from expo_fast.reward_functions import (
 )
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
+from jobs import write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -208,7 +208,7 @@ def status_of_run(folder: Path, name: str, *, steps: int, more: str) -> int:
     """Return the exit status of a run with one of the functions above."""
     save_model(tiny_model(), tiny_tokenizer(), folder / "model")
     rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "train.jsonl", rows)
     (folder / "rewards.py").write_text(MISTAKES)
     given = f"--method grpo --model {folder}/model --train-data {folder}/train.jsonl "
     given += f"--steps {steps} --output-dir {folder}/run --reward {folder}/rewards.py:{name} "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distribution import allowed, assert_drawn_from
-from expo_fast.inference.sampling import Truncation, draw, uniform
+from expo_fast.inference.sampling import Truncation, draw_from_logits, uniform
 from judges import logps_of, max_error
 
 V = 700  # more than two blocks of columns, the last one partial
@@ -23,7 +23,9 @@ def frequencies(logits: Tensor, temperature: float, cut: Truncation) -> Tensor:
     counts = torch.zeros(V)
     for part in torch.arange(DRAWS).split(4000):
         rows = logits.repeat(len(part), 1)
-        tokens, _ = draw(rows, torch.full((len(part),), temperature), cut[part], u[part])
+        tokens, _ = draw_from_logits(
+            rows, torch.full((len(part),), temperature), cut[part], u[part]
+        )
         counts += torch.bincount(tokens, minlength=V)
     return counts
 
@@ -53,7 +55,9 @@ def test_log_prob_is_at_the_temperature_and_before_truncation():
     logits = 3 * torch.randn(64, V)
     temperature = torch.linspace(0.5, 1.5, 64)
     u = uniform(torch.arange(64), torch.zeros(64, dtype=torch.int64))
-    tokens, logp = draw(logits.clone(), temperature, truncation(64, top_k=3, top_p=0.9), u)
+    tokens, logp = draw_from_logits(
+        logits.clone(), temperature, truncation(64, top_k=3, top_p=0.9), u
+    )
     expected = logps_of(logits.double() / temperature[:, None].double(), tokens)
     assert max_error(logp, expected) <= 2e-6
 
@@ -67,15 +71,15 @@ def test_ties_are_broken_the_same_way_in_any_batch(cut: dict):
     beside.top_p[8] = 0.9999
     beside.top_k[8] = 0  # needs all columns
     u = torch.linspace(0, 0.999, 9, dtype=torch.float64)
-    a, _ = draw(logits[:8].clone(), torch.ones(8), alone[:8], u[:8])
-    b, _ = draw(logits.clone(), torch.ones(9), beside, u)
+    a, _ = draw_from_logits(logits[:8].clone(), torch.ones(8), alone[:8], u[:8])
+    b, _ = draw_from_logits(logits.clone(), torch.ones(9), beside, u)
     assert a.tolist() == b[:8].tolist()
 
 
 def test_temperature_0_takes_the_likeliest_token_with_its_log_prob_at_temperature_1():
     logits = torch.randn(8, V)
     u = torch.full((8,), 0.999, dtype=torch.float64)
-    tokens, logp = draw(logits.clone(), torch.zeros(8), truncation(8, top_p=0.5), u)
+    tokens, logp = draw_from_logits(logits.clone(), torch.zeros(8), truncation(8, top_p=0.5), u)
     assert tokens.tolist() == logits.argmax(-1).tolist()
     torch.testing.assert_close(logp, logits.log_softmax(-1).max(-1).values, rtol=0, atol=1e-6)
 
@@ -84,16 +88,18 @@ def test_the_ends_of_the_unit_interval_draw_no_token_of_probability_0():
     logits = torch.full((2, V), -torch.inf)
     logits[:, 300:303] = torch.tensor([0.0, 1.0, 0.5])
     u = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    tokens, _ = draw(logits, torch.ones(2), truncation(2), u)
+    tokens, _ = draw_from_logits(logits, torch.ones(2), truncation(2), u)
     assert tokens.tolist() == [300, 302]
 
 
 def test_a_row_with_a_nan_is_reported_and_leaves_the_others_unchanged():
     logits = torch.randn(3, V)
-    alone = draw(logits[:1].clone(), torch.ones(1), truncation(1), torch.tensor([0.3]).double())
+    alone = draw_from_logits(
+        logits[:1].clone(), torch.ones(1), truncation(1), torch.tensor([0.3]).double()
+    )
     logits[1, 5] = torch.nan
     u = torch.full((3,), 0.3, dtype=torch.float64)
-    tokens, logp = draw(logits.clone(), torch.ones(3), truncation(3), u)
+    tokens, logp = draw_from_logits(logits.clone(), torch.ones(3), truncation(3), u)
     assert logp.isnan().tolist() == [False, True, False]
     assert (tokens[0], logp[0]) == (alone[0][0], alone[1][0])
 

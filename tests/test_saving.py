@@ -1,7 +1,6 @@
 """A failed save is tried again, the best checkpoint is kept, and no weight that is not finite."""
 
 import errno
-import json
 import resource
 import signal
 import warnings
@@ -24,6 +23,7 @@ from expo_fast.storage import checkpoint
 from expo_fast.storage.files import PatientFiles, in_bytes
 from expo_fast.storage.finite import first_non_finite
 from expo_fast.weights import save_model
+from jobs import run_flags, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"question": f"{n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}."}
         for n in range(9)
     ]
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "train.jsonl", rows)
     (root / "rewards.py").write_text(
         "def odd(completion_ids, **columns):\n"
         "    return [float(sum(ids) % 2) for ids in completion_ids]\n"
@@ -55,24 +55,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(folder: Path, run: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
-        "model": folder / "model",
-        "train-data": folder / "train.jsonl",
-        "reward": f"{folder / 'rewards.py'}:odd",
-        "output-dir": run,
         "method": "grpo",
         "steps": STEPS,
-        "prompts-per-step": 2,
-        "num-generations": 3,
-        "max-completion-length": 8,
-        "shots": 0,
-        "eval-every": 0,
-        "learning-rate": 1e-3,
-        "dtype": "float32",
-        "checkpoint-every": 1,
+        "eval_every": 0,
+        "checkpoint_every": 1,
         "schedule": "constant",
     }
-    given |= {name.replace("_", "-"): value for name, value in changes.items()}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return run_flags(folder, run, **(given | changes))
 
 
 @contextmanager
@@ -398,7 +387,7 @@ def test_a_checkpoint_with_such_values_is_passed_over(folder: Path, tmp_path: Pa
     path = tmp_path / "checkpoints/step-3"
     poison_file(path, file)
     with pytest.raises(ValueError, match=r"step-3 cannot be resumed: .* not finite; resume from"):
-        checkpoint.load(path)
+        checkpoint.checked(path)
 
 
 def test_completions_that_wait_have_a_limit(tmp_path: Path):

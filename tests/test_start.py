@@ -1,6 +1,5 @@
 """What a command imports before it answers. An import of torch._dynamo takes half a second."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from expo_fast.weights import save_model
+from jobs import write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 NOT_FOR_HELP = {"transformers", "huggingface_hub", "tokenizers", "safetensors", "sympy", "triton"}
@@ -46,7 +46,7 @@ def test_help_imports_only_what_names_the_flags(command: str):
 def test_a_dry_run_imports_no_model_of_transformers(tmp_path: Path):
     save_model(tiny_model("llama-tied"), tiny_tokenizer(), tmp_path / "model")
     rows = [{"id": f"p{n}", "question": f"{n} + 1?", "answer": str(n + 1)} for n in range(9)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "train.jsonl", rows)
     flags = {
         "--model": tmp_path / "model",
         "--train-data": tmp_path / "train.jsonl",

@@ -13,6 +13,7 @@ from expo_fast.generate import Generator, Request
 from expo_fast.modeling.lora import attach, save_adapter
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.weights import save_model
+from jobs import rows_in, write_rows
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer, tiny_vocabulary
 
 V = len(tiny_vocabulary())
@@ -36,7 +37,7 @@ def write_data(file: Path, *, first: int, **changes: str) -> None:
         row |= {"solution": f"{n} + 1 = {n + 1}.", "chosen": f"{n + 1}", "rejected": "none"}
         rows.append(row)
     rows[-1] |= changes
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
 
 
 def flags(folder: Path, method: str) -> list[str]:
@@ -181,7 +182,7 @@ def test_an_embedding_larger_than_the_tokenizer_trains(tmp_path, method: str, te
     save_model(tiny_model(vocab_size=4 * V), tokenizer, tmp_path / "model")
     train.main([*flags(tmp_path, method), "--num-generations", "4"])
     file = tmp_path / "run/completions/step-1.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = rows_in(file)
     assert method != "grpo" or min(len(row["completion"]) for row in rows) < 8
 
 

@@ -19,6 +19,7 @@ from expo_fast.data.problems import Problem
 from expo_fast.generate import Request
 from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
+from jobs import metrics_of, rows_in, run_flags, without_times, write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {"solution": f"{n} + 1 = {n + 1}."}
             for n in range(first, first + 9)
         ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / f"{name}.jsonl", rows)
     (root / "rewards.py").write_text(
         "def odd(prompts, completions, completion_ids, answer, hint, **columns):\n"
         "    assert len(answer) == len(hint) == len(prompts) == len(completions)\n"
@@ -44,33 +45,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(folder: Path, run: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
-        "model": folder / "model",
-        "train-data": folder / "train.jsonl",
-        "eval-data": folder / "eval.jsonl",
-        "reward": f"{folder / 'rewards.py'}:odd",
-        "output-dir": run,
+        "eval_data": folder / "eval.jsonl",
         "method": "expert-grpo",
         "steps": 4,
-        "prompts-per-step": 2,
-        "num-generations": 3,
-        "max-completion-length": 8,
-        "shots": 0,
-        "eval-limit": 2,
-        "eval-samples": 2,
-        "learning-rate": 1e-3,
-        "dtype": "float32",
-        "diagnose-every": 1,
+        "eval_limit": 2,
+        "eval_samples": 2,
+        "diagnose_every": 1,
     }
-    given |= {name.replace("_", "-"): value for name, value in changes.items()}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
-
-
-def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-def without_times(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run)]
+    return run_flags(folder, run, **(given | changes))
 
 
 def test_a_run_leaves_a_complete_record_and_a_loadable_model(folder: Path, tmp_path: Path):
@@ -78,12 +60,12 @@ def test_a_run_leaves_a_complete_record_and_a_loadable_model(folder: Path, tmp_p
 
     train.main(flags(folder, tmp_path / "run", checkpoint_every=2, eval_every=2))
     run = tmp_path / "run"
-    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
-    assert [row["step"] for row in rows(run, "evaluations.jsonl")] == [0, 2, 4]
-    assert len(rows(run, "completions/step-3.jsonl")) == 2 * (3 + 1)
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows_in(run / "evaluations.jsonl")] == [0, 2, 4]
+    assert len(rows_in(run / "completions/step-3.jsonl")) == 2 * (3 + 1)
     given = flags(folder, run, checkpoint_every=2, eval_every=2)
     assert from_toml(Train, run / "config.toml") == parse(Train, given)
-    for row in rows(run):
+    for row in metrics_of(run):
         assert row["grad_norm/exp_sft"] > 0
         assert row["logp_gap/max"] < 1e-4  # fp32
         assert row["update_norm"] > 0
@@ -103,7 +85,7 @@ def test_a_program_gets_the_record_and_the_model_of_a_run(folder: Path, tmp_path
     config = parse(Train, flags(folder, tmp_path / "run", steps=2, eval_every=1))
     result = train.run(config)
     assert result.run_dir == tmp_path / "run"
-    assert result.metrics == rows(tmp_path / "run")
+    assert result.metrics == metrics_of(tmp_path / "run")
     assert [row["step"] for row in result.evaluations] == [0, 1, 2]
     assert result.model_path == tmp_path / "run" / "checkpoints" / "step-2"
     assert len(result.completions(2)) == 2 * (3 + 1)
@@ -131,7 +113,7 @@ def test_generator_and_trainer_agree_to_the_bit_in_the_batch_invariant_mode(
 ):
     given = flags(folder, tmp_path, method="grpo", dtype=dtype, updates_per_batch=2, steps=2)
     train.main([*given, "--batch-invariant"])
-    for row in rows(tmp_path):
+    for row in metrics_of(tmp_path):
         assert row["logp_gap/max"] == 0
         assert row["grad_norm"] > 0
 
@@ -145,7 +127,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     train.main(flags(folder, uninterrupted, method=method, schedule="constant"))
     for steps in (1, 3, 4):  # the second one resumes, and so does the third
         train.main(flags(folder, parts, method=method, schedule="constant", steps=steps))
-    assert without_times(uninterrupted) == without_times(parts)
+    assert without_times(metrics_of(uninterrupted)) == without_times(metrics_of(parts))
     a, b = (r / "checkpoints" / "step-4" for r in (uninterrupted, parts))
     for file in ("model.safetensors", "trainer_state/state.safetensors"):
         x, y = load_file(a / file), load_file(b / file)
@@ -170,14 +152,14 @@ def test_kept_explanations_are_restored_by_a_resume(
     train.main([*flags(folder, uninterrupted, **changes, steps=6), *more.split()])
     for steps in (5, 6):  # the second epoch begins with step 5
         train.main([*flags(folder, parts, **changes, steps=steps), *more.split()])
-    assert without_times(uninterrupted) == without_times(parts)
-    assert all(row["exp/accepted"] > 0 for row in rows(uninterrupted))
+    assert without_times(metrics_of(uninterrupted)) == without_times(metrics_of(parts))
+    assert all(row["exp/accepted"] > 0 for row in metrics_of(uninterrupted))
     if more == "--explain-every 0":
         assert (
-            rows(uninterrupted)[5]["exp/right_ratio"] is None
+            metrics_of(uninterrupted)[5]["exp/right_ratio"] is None
         )  # all its questions were explained before
     values = [
-        checkpoint.load(run / "checkpoints/step-6").values["trainer"]
+        checkpoint.read_values(run / "checkpoints/step-6")["trainer"]
         for run in (uninterrupted, parts)
     ]
     assert values[0] == values[1]
@@ -191,12 +173,12 @@ def test_several_updates_per_batch_change_the_ratio(folder: Path, tmp_path: Path
     train.main(
         flags(folder, tmp_path, method="grpo", updates_per_batch=2, learning_rate=0.02, steps=3)
     )
-    assert max(row["clip_ratio/low"] + row["clip_ratio/high"] for row in rows(tmp_path)) > 0
+    assert max(row["clip_ratio/low"] + row["clip_ratio/high"] for row in metrics_of(tmp_path)) > 0
 
 
 def test_kl_is_0_at_first_and_grows(folder: Path, tmp_path: Path):
     train.main(flags(folder, tmp_path, kl_coef=0.1, steps=3))
-    kl = [row["kl"] for row in rows(tmp_path)]
+    kl = [row["kl"] for row in metrics_of(tmp_path)]
     assert kl[0] == pytest.approx(0, abs=1e-9)
     assert kl[2] > 1e-6
 
@@ -205,7 +187,7 @@ def test_a_step_without_gradient_changes_no_weight(folder: Path, tmp_path: Path)
     rewards = tmp_path / "flat.py"
     rewards.write_text("def flat(prompts, **columns):\n    return [1.0] * len(prompts)\n")
     train.main(flags(folder, tmp_path / "run", method="grpo", reward=f"{rewards}:flat", steps=2))
-    assert [row["update_norm"] for row in rows(tmp_path / "run")] == [0, 0]
+    assert [row["update_norm"] for row in metrics_of(tmp_path / "run")] == [0, 0]
     before = load_file(folder / "model" / "model.safetensors")
     after = load_file(tmp_path / "run" / "checkpoints" / "step-2" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in after)
@@ -217,9 +199,9 @@ def test_non_finite_gradients_are_skipped_and_recorded_and_stop_the_run(
     poison_the_gradient(monkeypatch)
     with pytest.raises(RuntimeError, match=r"step 3: .*gradient.*\(steps in a row: 3\)"):
         train.main(flags(folder, tmp_path, steps=5))
-    assert [row["skipped_steps"] for row in rows(tmp_path)] == [1, 2, 3]
-    assert [row["grad_norm"] for row in rows(tmp_path)] == [None] * 3  # null, never NaN
-    assert len(rows(tmp_path, "skipped/step-2.jsonl")) == 8
+    assert [row["skipped_steps"] for row in metrics_of(tmp_path)] == [1, 2, 3]
+    assert [row["grad_norm"] for row in metrics_of(tmp_path)] == [None] * 3  # null, never NaN
+    assert len(rows_in(tmp_path / "skipped/step-2.jsonl")) == 8
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -248,10 +230,10 @@ def test_a_diverged_model_ends_the_run_and_is_not_saved(folder: Path, tmp_path: 
     given |= {"method": "grpo", "steps": steps, "checkpoint_every": 2}
     with pytest.raises(RuntimeError, match=f"step {min(steps, 4)}: .*logits in every completion"):
         train.main(flags(folder, tmp_path, **given))
-    errors = [row["completions/error_ratio"] for row in rows(tmp_path)]
+    errors = [row["completions/error_ratio"] for row in metrics_of(tmp_path)]
     assert errors == [0, 1, 1, 1][:steps]
-    assert rows(tmp_path)[-1]["skipped_steps"] == 0
-    assert len(rows(tmp_path, "skipped/step-2.jsonl")) == 6
+    assert metrics_of(tmp_path)[-1]["skipped_steps"] == 0
+    assert len(rows_in(tmp_path / "skipped/step-2.jsonl")) == 6
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -411,7 +393,7 @@ def test_an_interrupted_run_prints_how_it_continues(
         return usual(trainer, at, phases)
 
     monkeypatch.setitem(train.LOOPS, "grpo", interrupted)
-    given = flags(folder, tmp_path / "run", **{"checkpoint-every": 1, "eval-every": 0})
+    given = flags(folder, tmp_path / "run", checkpoint_every=1, eval_every=0)
     assert exit_status.run(train.main, given) == exit_status.INTERRUPTED
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith(sentence)
@@ -453,7 +435,7 @@ def test_a_closed_pipe_is_no_error(folder: Path, tmp_path: Path, program: str):
         assert done.returncode == 0
         (warning,) = done.stderr.splitlines()
         assert warning.startswith("warning: console of ")
-        assert len(rows(tmp_path / "run")) == 1
+        assert len(metrics_of(tmp_path / "run")) == 1
 
 
 def test_a_run_directory_in_use_is_refused(folder: Path, tmp_path: Path, capsys):
@@ -488,7 +470,7 @@ def test_one_step_of_the_default_model_explains_and_learns(tmp_path: Path):
         f"--output-dir {tmp_path} --steps 1 --prompts-per-step 3 --num-generations 2 "
         "--explanations-per-question 8 --eval-every 0 --checkpoint-every 0".split()
     )
-    (row,) = rows(tmp_path)
+    (row,) = metrics_of(tmp_path)
     assert row["exp/rate"] > 0
     assert row["grad_norm/exp_sft"] > 0
     assert row["exp/nll"] < row["own/nll"] + 1

@@ -17,7 +17,8 @@ from expo_fast.inference.cuda_engine import CudaEngine
 from expo_fast.inference.sampling import Truncation
 from expo_fast.kernels import blocks, decode, draw, layer, truncate
 from expo_fast.kernels.cascade import Sizes, plan
-from expo_fast.modeling.decoder import Decoder, RMSNorm
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.modules import RMSNorm
 from expo_fast.modeling.rope import rotate
 from expo_fast.ops import linear_logprob
 
@@ -206,19 +207,19 @@ class DrawCase:
         """Return the uniform numbers (B,) of the rows."""
         return sampling.uniform(self.seeds.cpu(), self.positions.cpu() + 1)
 
-    def truth(self, rules: Truncation) -> sampling.Drawn:
+    def truth(self, rules: Truncation) -> sampling.SampledTokens:
         """Return the tokens and log-probs that PyTorch draws on the CPU from all logits."""
-        return sampling.draw(self.logits.cpu(), self.temperature.cpu(), rules, self.u)
+        return sampling.draw_from_logits(self.logits.cpu(), self.temperature.cpu(), rules, self.u)
 
     def drawn(
         self, *, record: bool = True
-    ) -> tuple[tuple[Tensor, Tensor], draw.Progress, draw.Draws]:
+    ) -> tuple[tuple[Tensor, Tensor], draw.Progress, draw.SampledRows]:
         """Return the block statistics, the progress after the draw, and what the kernel draws."""
         statistics = blocks.blocks_of(self.logits, self.temperature, sampling.BLOCK)
         last_tokens = torch.zeros_like(self.seeds)
         progress = draw.Progress.start(last_tokens, self.positions.clone(), 3)
-        progress.drawn.fill_(math.nan)
-        draws = draw.draw(
+        progress.history.fill_(math.nan)
+        sampled = draw.sample_rows(
             self.logits,
             *statistics,
             sampling.BLOCK,
@@ -227,7 +228,7 @@ class DrawCase:
             progress,
             record=record,
         )
-        return statistics, progress, draws
+        return statistics, progress, sampled
 
 
 def draws(report: Report) -> None:
@@ -237,26 +238,26 @@ def draws(report: Report) -> None:
     case.logits[3, 500:] = -math.inf
     no_truncation = Truncation(torch.zeros(40).long(), torch.ones(40), torch.zeros(40))
     truth = case.truth(no_truncation)
-    statistics, progress, draws = case.drawn()
-    report.require_equal("u", draws.u.cpu(), case.u)
-    compare_draws(report, draws[:2], truth)
+    statistics, progress, sampled = case.drawn()
+    report.require_equal("u", sampled.u.cpu(), case.u)
+    compare_draws(report, sampled[:2], truth)
     u = case.u.to(report.device)
     by_torch = sampling.draw_from_blocks(case.logits, *statistics, case.temperature, u)
     compare_draws(report, by_torch, truth)
     temperature = torch.where(case.temperature == 0, 1, case.temperature)
     scaled = case.logits / temperature[:, None]
-    tokens = draws.tokens.clamp(0, scaled.shape[1] - 1)  # a dry run draws no tokens
+    tokens = sampled.tokens.clamp(0, scaled.shape[1] - 1)  # a dry run draws no tokens
     exact = scaled.double().log_softmax(1).gather(1, tokens[:, None])[:, 0]
-    report.compare("logp of the drawn tokens", draws.logps, exact, 1e-6)
-    report.require_equal("what the host reads", progress.drawn[0, 0], draws.tokens.double())
-    report.require_equal("its log-probs", progress.drawn[0, 1], draws.logps.double())
-    report.require_equal("last tokens", progress.last_tokens, draws.tokens)
+    report.compare("logp of the drawn tokens", sampled.logps, exact, 1e-6)
+    report.require_equal("what the host reads", progress.history[0, 0], sampled.tokens.double())
+    report.require_equal("its log-probs", progress.history[0, 1], sampled.logps.double())
+    report.require_equal("last tokens", progress.last_tokens, sampled.tokens)
     report.require_equal("positions", progress.positions, case.positions + 1)
     report.require_equal("the next place", progress.index, torch.ones_like(progress.index))
-    for name, again in zip(draws._fields, case.drawn()[2], strict=True):
-        report.require_equal(f"{name} again", getattr(draws, name), again)
-    _, later, draws = case.drawn(record=False)
-    draw.record(draws, later)
+    for name, again in zip(sampled._fields, case.drawn()[2], strict=True):
+        report.require_equal(f"{name} again", getattr(sampled, name), again)
+    _, later, sampled = case.drawn(record=False)
+    draw.record(sampled, later)
     for name, expected in vars(progress).items():
         got = getattr(later, name).nan_to_num()
         report.require_equal(f"{name} recorded later", got, expected.nan_to_num())

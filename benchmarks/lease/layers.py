@@ -12,7 +12,8 @@ from benchmarks.gpu_decode import TINY, random_model
 from benchmarks.lease.report import Report
 from expo_fast.kernels import fused
 from expo_fast.modeling.attention import PackedAttention, copy_keys
-from expo_fast.modeling.decoder import Decoder, swiglu
+from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.modules import swiglu
 from expo_fast.modeling.rope import rotate, rotate_heads
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]

@@ -94,20 +94,22 @@ def truncated_draw(logits: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0) 
     seeds = torch.arange(n, device=device)
     found = blocks.blocks_of(logits, temperature, sampling.BLOCK)
     progress = draw.Progress.start(*zeros, burst=1)
-    drawn = draw.draw(logits, *found, sampling.BLOCK, temperature, seeds, progress, record=False)
+    sampled = draw.sample_rows(
+        logits, *found, sampling.BLOCK, temperature, seeds, progress, record=False
+    )
     truncate.redraw(
         logits,
         *found,
         sampling.BLOCK,
         temperature,
-        drawn.u,
+        sampled.u,
         top_k=torch.full((n,), top_k, device=device),
         top_p=torch.full((n,), top_p, device=device),
         min_p=torch.zeros(n, device=device),
-        tokens=drawn.tokens,
-        logps=drawn.logps,
+        tokens=sampled.tokens,
+        logps=sampled.logps,
     )
-    draw.record(drawn, progress)
+    draw.record(sampled, progress)
 
 
 LAUNCHES: dict[str, Callable[[str], None]] = {

@@ -433,7 +433,7 @@ def policy_backward(
             entropy_coef=config.entropy_coef,
             temperature=config.temperature,
             sequence_ids=pack.sequence_ids,
-            complete=pack.weighted and pack.has_targets_below(len(model.head_weight)),
+            complete=pack.is_complete(len(model.head_weight)),
         )
         result.loss.backward()
         fraction = len(pack.rows) / n_rows

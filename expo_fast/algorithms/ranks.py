@@ -71,6 +71,10 @@ class RankClock:
     world: World
 
     def __post_init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        """Measure from now on."""
         self._start = time.perf_counter()
         self._waited = self.world.waited
 
@@ -89,5 +93,5 @@ class RankClock:
             found[f"rank/{rank}/idle"] = idle / total
             found[f"rank/{rank}/memory"] = memory / GB
         found["idle"] = sum(idle_shares) / len(idle_shares)
-        self.__post_init__()
+        self._restart()
         return found

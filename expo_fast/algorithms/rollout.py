@@ -13,9 +13,9 @@ from typing import Any
 
 from expo_fast.algorithms.explanation_filter import leaks
 from expo_fast.config import Train
+from expo_fast.data.grader_pool import REASONS, Grade
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
-from expo_fast.data.verifier import REASONS, Judged
 from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
 from expo_fast.reward_functions import Reward, RewardLog, Rewards
@@ -232,7 +232,7 @@ def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {}
     for reason in REASONS:
         metrics[f"verdicts/{reason}"] = counts[reason] / len(reasons)
-    undecided = [counts[reason] for reason in REASONS if Judged(reason).score is None]
+    undecided = [counts[reason] for reason in REASONS if Grade(reason).verdict is None]
     metrics["verdicts/undecided"] = sum(undecided) / len(reasons)
     return metrics
 
@@ -242,7 +242,7 @@ def undecided_in_words(metrics: Mapping[str, float | None]) -> str:
     parts = []
     for reason in REASONS:
         share = metrics.get(f"verdicts/{reason}") or 0.0
-        if share and Judged(reason).score is None:
+        if share and Grade(reason).verdict is None:
             parts.append(f"{share:.0%} {reason}")
     return (
         f"{metrics['verdicts/undecided']:.0%} of the attempts have no verdict and no reward "

@@ -120,7 +120,7 @@ def sft_backward(
             pack.row_weight,
             on_policy=pack.on_policy,
             temperature=temperature,
-            complete=pack.weighted and pack.has_targets_below(len(model.head_weight)),
+            complete=pack.is_complete(len(model.head_weight)),
         )
         result.loss.backward()
         losses.append(result.loss.detach())

@@ -1,6 +1,6 @@
 """What a worker process does: it judges, with math-verify (sympy), what the exact rules leave open.
 
-math-verify may hang in C code or use all memory, so `verifier.Verifier` kills a worker at a time
+math-verify may hang in C code or use all memory, so `data.grader_pool` kills a worker at a time
 limit. No text is run as code: it is parsed only by math-verify's LaTeX grammar, and never by its
 `parse_expr`, which calls `eval`.
 """

@@ -1,7 +1,7 @@
 """Find the boxed answer of a text, and decide whether it is right where exact rules suffice.
 
 `expo_fast.answers` holds the rules. What they leave open goes to math-verify, in the processes of
-`verifier.Verifier`.
+`grader_pool.GraderPool`.
 """
 
 import re

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from expo_fast.config import INSTRUCTION
+from expo_fast.config import INSTRUCTION, Evaluate, Train
 from expo_fast.data.chat_template import AnswerTurn, TokenIds, answer_turn, fill
 from expo_fast.data.columns import Message
 from expo_fast.data.control_tokens import control_tokens, escaped, without_control_tokens
@@ -35,6 +35,25 @@ class Prompter:
     instruction: str = INSTRUCTION  # appended to each question; "": none
     ends: TokenIds = ()  # ids that end a completion, named by the checkpoint (Decoder.eos_ids)
     escape: bool = False  # write control tokens in the text of questions as plain text
+
+    @classmethod
+    def of(
+        cls,
+        config: Train | Evaluate,
+        tokenizer: Any,
+        shots: tuple[Problem, ...],
+        *,
+        ends: TokenIds,
+    ) -> "Prompter":
+        """Return the prompter of a training run or an evaluation."""
+        return cls(
+            tokenizer=tokenizer,
+            shots=shots,
+            system=config.system_prompt,
+            instruction=INSTRUCTION if config.instruction is None else config.instruction,
+            ends=ends,
+            escape=config.escape_special_tokens,
+        )
 
     def __post_init__(self):
         if self.tokenizer is None:
@@ -242,7 +261,7 @@ class Prompter:
 
     def _prompt_text(self, problem: Problem, *, explain: bool) -> str:
         turns = self._turns(problem, explain)
-        return self._fill(turns) if self._has_chat_template else _plain(turns)
+        return fill(self.tokenizer, turns) if self._has_chat_template else _plain(turns)
 
     def _encode_from_start(self, text: str) -> list[int]:
         """Return the ids of a text at the beginning of a sequence."""
@@ -313,9 +332,6 @@ class Prompter:
         if self.instruction:
             content = f"{content}\n\n{self.instruction}"
         return [*earlier, {**last, "content": content}, *prompt[asked:]]
-
-    def _fill(self, turns: list[Message]) -> str:
-        return fill(self.tokenizer, turns)
 
 
 def check_length(

@@ -1,4 +1,4 @@
-"""Processes that judge answers for `verifier.Verifier`: the nursery and the workers it forks."""
+"""Processes that judge answers for `grader_pool`: the nursery and the workers it forks."""
 
 import json
 import math

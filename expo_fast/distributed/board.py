@@ -18,8 +18,8 @@ VOICE = "voice"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank is."""
+class RankProgress:
+    """How far a rank has come."""
 
     exchanges: int
     """Number of exchanges that it has reached."""
@@ -41,7 +41,7 @@ class Board:
         self._phase = "set-up"
         self._step = 0
         self._closed = threading.Event()
-        self._write_place()
+        self._write_progress()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -54,20 +54,20 @@ class Board:
         """Write which phase this rank is in."""
         self._phase = phase
         self._step = step
-        self._write_place()
+        self._write_progress()
 
     def arrive(self) -> None:
         """Write that this rank has reached the next exchange."""
         self._exchanges += 1
-        self._write_place()
+        self._write_progress()
 
     @property
-    def place(self) -> Place:
-        return Place(self._exchanges, self._phase, self._step)
+    def progress(self) -> RankProgress:
+        return RankProgress(self._exchanges, self._phase, self._step)
 
     def post_failure(self, cause: str) -> None:
         """Leave the cause of a failure of this rank, if no other rank has failed before."""
-        message = json.dumps([self._rank, f"rank {self._rank} failed in {self.place}: {cause}"])
+        message = json.dumps([self._rank, f"rank {self._rank} failed in {self.progress}: {cause}"])
         self._store.compare_set(FAILURE, "", message)
 
     def failure(self, wait_s: float = 0.0) -> str | None:
@@ -87,12 +87,13 @@ class Board:
 
     def lost(self, error: str, timeout_s: float) -> str:
         """Return in words which rank ended or hangs, after an exchange or a collective failed."""
-        timed_out = "imed out" in error or "timeout" in error.lower()
-        places = {rank: self._place_of(rank) for rank in range(self._size) if rank != self._rank}
-        silent = [rank for rank, place in places.items() if place.exchanges < self._exchanges]
+        timed_out = any(words in error.lower() for words in ("timed out", "timeout"))
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        reached = {rank: self._progress_of(rank) for rank in others}
+        silent = [rank for rank in others if reached[rank].exchanges < self._exchanges]
         if not timed_out or not silent:
-            silent = self._without_beat(list(places)) or silent
-        names = ", ".join(f"rank {rank} in {places[rank]}" for rank in silent) or "a rank"
+            silent = self._without_beat(others) or silent
+        names = ", ".join(f"rank {rank} in {reached[rank]}" for rank in silent) or "a rank"
         if timed_out:
             return f"{names} did not answer within --collective-timeout {timeout_s:g} s"
         return (
@@ -100,12 +101,12 @@ class Board:
             "memory"
         )
 
-    def _place_of(self, rank: int) -> Place:
-        return Place(*json.loads(self._store.get(f"place/{rank}")))
+    def _progress_of(self, rank: int) -> RankProgress:
+        return RankProgress(*json.loads(self._store.get(f"progress/{rank}")))
 
-    def _write_place(self) -> None:
-        place = json.dumps([self._exchanges, self._phase, self._step])
-        self._store.set(f"place/{self._rank}", place)
+    def _write_progress(self) -> None:
+        progress = json.dumps([self._exchanges, self._phase, self._step])
+        self._store.set(f"progress/{self._rank}", progress)
 
     def _without_beat(self, ranks: list[int]) -> list[int]:
         """Return the ranks whose process does not live any more."""

@@ -1,6 +1,11 @@
-"""Whether this process is one of several that were started for a run. It imports nothing."""
+"""Whether this process is one of several that were started for a run, and prints its errors.
+
+It imports no other package.
+"""
 
 import os
+
+from expo_fast.distributed.error_reach import Reach, reach_of
 
 
 def is_launched() -> bool:
@@ -10,5 +15,6 @@ def is_launched() -> bool:
 
 def prints(error: BaseException) -> bool:
     """Return whether this process prints an error. Rank 0 prints one that all ranks raise."""
-    is_common = getattr(error, "main_prints", False)
-    return not is_common or not is_launched() or os.environ["RANK"] == "0"
+    if reach_of(error) is not Reach.RAISED_BY_ALL or not is_launched():
+        return True
+    return os.environ["RANK"] == "0"

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from expo_fast.distributed.board import Board
+from expo_fast.distributed.error_reach import Reach, mark, reach_of
 from expo_fast.distributed.launch import is_launched
 from expo_fast.distributed.world import ALONE, USER_ERRORS, PeerLostError, World
 
 DEFAULT_TIMEOUT_S = 1800.0
 SECONDS_AFTER_SIGTERM = 10.0
 SECONDS_FOR_THE_CAUSE = 3.0  # that a rank which fails has to leave its cause
-COMMUNICATION = ("gloo", "nccl", "onnection closed", "onnection reset", "ProcessGroup")
+COMMUNICATION = ("gloo", "nccl", "connection closed", "connection reset", "processgroup")
 
 
 @contextmanager
@@ -83,11 +84,11 @@ def check_environment() -> None:
     """Raise ValueError if a variable of `torchrun` is not set."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            error: Any = ValueError(
+            error = ValueError(
                 f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are set, but "
                 f"{name} is not: start the run with torchrun, or set the address of rank 0"
             )
-            error.main_prints = True
+            mark(error, Reach.RAISED_BY_ALL)
             raise error
 
 
@@ -115,9 +116,11 @@ def is_of_communication(error: BaseException) -> bool:
     """Return whether an error says that another rank ended or does not answer."""
     if isinstance(error, PeerLostError | torch.distributed.DistError):
         return True
-    if type(error) is not RuntimeError or hasattr(error, "of_all_ranks"):
+    was_exchanged = reach_of(error) in (Reach.RAISED_BY_ALL, Reach.TOLD_TO_ALL)
+    if type(error) is not RuntimeError or was_exchanged:
         return False  # such as that of a reward function, which may use connections of its own
-    return any(word in str(error) for word in COMMUNICATION)
+    text = str(error).lower()
+    return any(words in text for words in COMMUNICATION)
 
 
 def _start(timeout_s: float) -> tuple[World, Board, bool]:
@@ -182,7 +185,7 @@ def _leave_cause(board: Board, error: BaseException | None) -> None:
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         cause = f"out of memory, lower --pack-tokens or use --gradient-checkpointing ({error})"
     if error is not None:
-        error.add_note(f"rank {torch.distributed.get_rank()} failed in {board.place}: {cause}")
+        error.add_note(f"rank {torch.distributed.get_rank()} failed in {board.progress}: {cause}")
     board.post_failure(cause)
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from expo_fast.distributed.board import Board
+from expo_fast.distributed.error_reach import Reach, mark, reach_of
 from expo_fast.distributed.gathering import gather_values
 from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Stopped
@@ -131,9 +132,7 @@ class World:
         try:
             yield
         except Exception as caught:
-            if isinstance(caught, PeerLostError) or hasattr(caught, "of_all_ranks"):
-                raise
-            if hasattr(caught, "in_collectives"):
+            if isinstance(caught, PeerLostError) or reach_of(caught) is not None:
                 raise
             error = caught
         self._exchange(None, error, shared)
@@ -154,9 +153,7 @@ class World:
         if error is None:
             assert kind is not None
             error = kind(f"rank {rank}: {text}")
-        common: Any = error
-        common.of_all_ranks = True  # no further exchange is needed
-        common.main_prints = kind is not None
+        mark(error, Reach.TOLD_TO_ALL if kind is None else Reach.RAISED_BY_ALL)
         raise error
 
     def check_same(self, values: dict[str, Any]) -> None:
@@ -184,9 +181,9 @@ def within_collectives() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as caught:
-        error: Any = caught
-        error.in_collectives = True
+    except Exception as error:
+        if reach_of(error) is None:
+            mark(error, Reach.IN_COLLECTIVES)
         raise
 
 

@@ -6,12 +6,13 @@ of its tokens into forward passes. They are the same in sampling and in `exact_h
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from expo_fast.inference.engine import Engine, Rows, Tokens
+from expo_fast.inference.engine import Tokens
 from expo_fast.inference.kv_pages import PageCopy
 from expo_fast.inference.native_structs import (
     STRUCTS,
@@ -21,7 +22,8 @@ from expo_fast.inference.native_structs import (
     RowsStruct,
 )
 from expo_fast.inference.plain_model import is_plain
-from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.inference.sampling import SampledTokens, Sampling, draw_from_logits, uniform
+from expo_fast.inference.stepwise_engine import StepwiseEngine
 from expo_fast.kernels.integers import round_up
 from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.shape import ACTIVATIONS
@@ -58,7 +60,18 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-class NativeEngine(Engine):
+@dataclass(frozen=True)
+class _Opened:
+    """The model as `open` found it, and the memory that one call of the generator uses."""
+
+    decoder: DecoderStruct
+    parameter_addresses: list[int]
+    pages: Tensor  # (pages, bytes of a page) uint8
+    cos: Tensor  # (sets, positions, R/2) fp32
+    sin: Tensor  # (sets, positions, R/2) fp32
+
+
+class NativeEngine(StepwiseEngine):
     """Run a model on csrc. Raise ValueError for a model that `supports` rejects.
 
     exact: return log-probs that are bit-identical to those of `linear_logprob`.
@@ -75,35 +88,44 @@ class NativeEngine(Engine):
         self.model = model
         self.exact = exact
         self.library = _library()
-        self._free()
-
-    def _free(self) -> None:
-        self.pages = cpu_buffer(0, dtype=torch.uint8)
         self.workspace = cpu_buffer(0, dtype=torch.uint8)
+        self._opened: _Opened | None = None  # None: no call of the generator is running
+
+    @property
+    def opened(self) -> "_Opened":
+        assert self._opened is not None, "the engine is not open"
+        return self._opened
 
     def page_bytes(self) -> int:
         decoder = _decoder_struct(self.model)
         return self.library.expo_fast_page_bytes(ctypes.byref(decoder))
 
     def open(self, n_pages: int, n_positions: int) -> None:
-        self.decoder = _decoder_struct(self.model)
-        self.parameter_addresses = self._parameter_addresses()
-        self.pages = cpu_buffer(n_pages, self.page_bytes(), dtype=torch.uint8)
-        self.cos, self.sin = self._rotations(n_positions)
+        cos, sin = self._rotations(n_positions)
+        self._opened = _Opened(
+            decoder=_decoder_struct(self.model),
+            parameter_addresses=self._parameter_addresses(),
+            pages=cpu_buffer(n_pages, self.page_bytes(), dtype=torch.uint8),
+            cos=cos,
+            sin=sin,
+        )
 
     def close(self) -> None:
-        self._free()
+        self._opened = None
+        self.workspace = cpu_buffer(0, dtype=torch.uint8)
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        pages = self.opened.pages
         for copy in copies:
-            self.pages[copy.target] = self.pages[copy.source]
+            pages[copy.target] = pages[copy.source]
 
     def run(self, tokens: Tokens) -> Tensor:
-        if self._parameter_addresses() != self.parameter_addresses:
+        opened = self.opened
+        if self._parameter_addresses() != opened.parameter_addresses:
             raise RuntimeError("the model's parameters were moved during sampling: sample again")
         n = len(tokens.ids)
         threads = torch.get_num_threads()
-        decoder = ctypes.byref(self.decoder)
+        decoder = ctypes.byref(opened.decoder)
         workspace = self._workspace(
             self.library.expo_fast_workspace_bytes(decoder, ctypes.c_int64(n), threads)
         )
@@ -113,35 +135,35 @@ class NativeEngine(Engine):
             tokens=address(tokens.ids),
             positions=address(tokens.positions),
             tables=address(tokens.tables),
-            cos=address(self.cos),
-            sin=address(self.sin),
-            pages=address(self.pages),
+            cos=address(opened.cos),
+            sin=address(opened.sin),
+            pages=address(opened.pages),
             workspace=address(workspace),
             out=address(hidden),
             n=n,
             table_stride=tokens.tables.stride(0),
-            n_positions=self.cos.shape[1],
+            n_positions=opened.cos.shape[1],
             threads=threads,
         )
         self.library.expo_fast_decoder(decoder, ctypes.byref(rows))
         return hidden
 
-    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> SampledTokens:
         truncated = sampling.truncated()
         any_truncated = bool(truncated.any())
         tokens, logps, logits = self._draw(hidden, positions, sampling, keep_logits=any_truncated)
         if any_truncated:
             rows = sampling[truncated]
             u = uniform(rows.seeds, positions[truncated])
-            drawn = draw(logits[truncated], rows.temperature, rows.truncation, u)
-            tokens[truncated] = drawn.tokens
-            logps[truncated] = drawn.logps
+            sampled = draw_from_logits(logits[truncated], rows.temperature, rows.truncation, u)
+            tokens[truncated] = sampled.tokens
+            logps[truncated] = sampled.logps
         if self.exact:
             temperature = torch.where(sampling.temperature > 0, sampling.temperature, 1.0)
             head = self.model.head_weight.detach()
             exact = linear_logprob(hidden, head, tokens, temperature=temperature, backend="native")
             logps = torch.where(logps.isnan(), logps, exact.logp)
-        return Drawn(tokens, logps)
+        return SampledTokens(tokens, logps)
 
     def _draw(
         self, hidden: Tensor, positions: Tensor, sampling: Sampling, *, keep_logits: bool
@@ -172,20 +194,6 @@ class NativeEngine(Engine):
         request.workspace = address(self._workspace(size))
         self.library.expo_fast_draw(ctypes.byref(request))
         return tokens, logps, logits
-
-    def load(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def keeps_loaded(self, n_active: int) -> bool:
-        return n_active == len(self.rows.last_tokens)
-
-    def decode(self, *, ahead: bool) -> Drawn:
-        rows = self.rows
-        hidden = self.run(rows.tokens())
-        rows.positions += 1
-        drawn = self.draw(hidden, rows.positions, rows.sampling)
-        rows.last_tokens = drawn.tokens
-        return Drawn(drawn.tokens[None], drawn.logps[None])
 
     def _workspace(self, size: int) -> Tensor:
         if self.workspace.numel() < size:

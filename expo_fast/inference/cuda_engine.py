@@ -23,7 +23,6 @@ interpreter on a CPU.
 """
 
 import gc
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,17 +31,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from expo_fast.inference import joined_weights
 from expo_fast.inference.engine import Rows, Tokens
-from expo_fast.inference.joined_weights import JoinedWeights, joins
+from expo_fast.inference.joined_weights import JoinedWeights
 from expo_fast.inference.kv_pages import pages_for
 from expo_fast.inference.paged_attention import VarlenPagedAttention
 from expo_fast.inference.plain_model import is_plain
-from expo_fast.inference.sampling import Drawn
+from expo_fast.inference.sampling import SampledTokens
 from expo_fast.inference.torch_engine import TorchEngine
 from expo_fast.kernels.integers import round_up
 from expo_fast.modeling.attention import varlen_runs
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.hooks import has_hooks
+from expo_fast.runtime.caller_warnings import warn_caller
 
 if TYPE_CHECKING:
     from expo_fast.inference.decode_step import DecodeStep, StepKey
@@ -90,12 +91,12 @@ class Burst:
         if self.copied is not None:
             self.copied.wait()
 
-    def drawn(self) -> Drawn:
+    def result(self) -> SampledTokens:
         """Wait for the results and return them."""
         if self.copied is not None:
             self.copied.synchronize()
         tokens, logps = self.both.unbind(1)
-        return Drawn(tokens.long(), logps.float())
+        return SampledTokens(tokens.long(), logps.float())
 
 
 class CudaEngine(TorchEngine):
@@ -116,11 +117,10 @@ class CudaEngine(TorchEngine):
                 "triton's interpreter (TRITON_INTERPRET=1)"
             )
         super().__init__(model)
-        if not joins(model.shape):
-            warnings.warn(
+        if not joined_weights.supports(model.shape):
+            warn_caller(
                 f"decoding {model.stored_config.model_type} with PyTorch's operations between "
-                "products, which is slower: the fused kernels compute layers like Llama's",
-                stacklevel=5,  # the caller of Generator.sample
+                "products, which is slower: the fused kernels compute layers like Llama's"
             )
         on_gpu = model.device.type == "cuda"
         if on_gpu:
@@ -130,6 +130,8 @@ class CudaEngine(TorchEngine):
             self.attention = VarlenPagedAttention
         self.fuses_prompts = on_gpu  # many programs are slow in the interpreter
         self.wants_graphs = on_gpu if graphs is None else graphs
+        self.graphs = self.wants_graphs  # whether the running call captures its steps
+        self.table_width = MIN_TABLE_WIDTH  # pages, of the steps of the running call
         self.stream: torch.cuda.Stream | None = None  # of the call; None on a CPU
         with self.own_modes():
             self.slab_address = torch.zeros(1, dtype=torch.int64, device=model.device)
@@ -138,6 +140,8 @@ class CudaEngine(TorchEngine):
         self.joined: JoinedWeights | None = None  # for plain models
         self.graph_pool: Any = None  # handle of the memory pool that all graphs share
         self.capture_stream: torch.cuda.Stream | None = None
+        self._step: DecodeStep | None = None  # of the loaded rows
+        self.n_rows = 0  # loaded, without the idle rows of the step
         self.started: Burst | None = None  # a burst that the next call of `decode` returns
         self.unread: Burst | None = None  # a burst that was started before the last `close`
 
@@ -165,10 +169,9 @@ class CudaEngine(TorchEngine):
         hooked = layout is None and has_hooks(model.modules())  # a plain model has none
         self.graphs = self.wants_graphs and not hooked
         if self.wants_graphs and not self.graphs:
-            warnings.warn(
+            warn_caller(
                 "decoding without CUDA graphs, which is slower: the model has hooks or a replaced "
-                "forward",
-                stacklevel=6,  # the caller of Generator.sample
+                "forward"
             )
         # Pages are the outermost dimension in memory, so no stride depends on their number.
         slab = torch.empty(
@@ -202,7 +205,7 @@ class CudaEngine(TorchEngine):
 
         Steps of other architectures call `model.run`, in the same CUDA graph.
         """
-        if self.layout is None or not joins(self.model.shape):
+        if self.layout is None or not joined_weights.supports(self.model.shape):
             return
         if self.joined is None:
             self.joined = JoinedWeights(self.model)
@@ -211,6 +214,7 @@ class CudaEngine(TorchEngine):
     def forget_steps(self) -> None:
         """Free the graphs and their memory."""
         self.steps = {}
+        self._step = None  # its graph keeps the memory of all graphs
         self.joined = None
         self.graph_pool = None
 
@@ -255,8 +259,14 @@ class CudaEngine(TorchEngine):
         key = StepKey(row_bucket(self.n_rows), self.table_width, truncated)
         if key not in self.steps:
             self.steps[key] = self._new_step(key)
-        self.step = self.steps[key]
-        self.step.load(rows, self.head)
+        self._step = self.steps[key]
+        self._step.load(rows, self.head)
+
+    @property
+    def step(self) -> "DecodeStep":
+        """The step that decodes the loaded rows."""
+        assert self._step is not None, "decode before load"
+        return self._step
 
     def keeps_loaded(self, n_active: int) -> bool:
         if row_bucket(n_active) != row_bucket(self.n_rows):
@@ -264,10 +274,10 @@ class CudaEngine(TorchEngine):
         return self.n_rows - n_active <= MAX_ENDED_FRACTION * self.n_rows
 
     @torch.no_grad()
-    def decode(self, *, ahead: bool) -> Drawn:
+    def decode(self, *, ahead: bool) -> SampledTokens:
         burst = self.started or self._start_burst()
         self.started = self._start_burst() if ahead else None
-        return burst.drawn()
+        return burst.result()
 
     @property
     def runs_ahead(self) -> bool:
@@ -277,12 +287,12 @@ class CudaEngine(TorchEngine):
         for _ in range(self.burst):
             self.step.run()
         # Copied into pinned memory, on the same stream: after this burst and before the next one.
-        drawn = self.step.progress.drawn.to("cpu", non_blocking=True, copy=True)
+        history = self.step.progress.history.to("cpu", non_blocking=True, copy=True)
         copied = None
         if self.model.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self.model.device))
-        return Burst(drawn[:, :, : self.n_rows], copied)
+        return Burst(history[:, :, : self.n_rows], copied)
 
     # Steps and their graphs
 
@@ -336,10 +346,7 @@ class CudaEngine(TorchEngine):
             self.joined = None
             step.joined = None
             reason = str(error).splitlines()[0]
-            warnings.warn(
-                f"decoding without CUDA graphs, which is slower: {reason}",
-                stacklevel=10,  # the caller of Generator.sample
-            )
+            warn_caller(f"decoding without CUDA graphs, which is slower: {reason}")
             return
         step.graph = graph
 

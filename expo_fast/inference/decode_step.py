@@ -159,7 +159,7 @@ class DecodeStep:
         logits = wide_product(hidden, self.head)
         found = blocks.blocks_of(logits, temperature, BLOCK)
         truncated = self.key.truncated
-        draws = draw.draw(
+        sampled = draw.sample_rows(
             logits,
             *found,
             BLOCK,
@@ -175,14 +175,14 @@ class DecodeStep:
             *found,
             BLOCK,
             temperature,
-            draws.u,
+            sampled.u,
             top_k=self.rules.top_k,
             top_p=self.rules.top_p,
             min_p=self.rules.min_p,
-            tokens=draws.tokens,
-            logps=draws.logps,
+            tokens=sampled.tokens,
+            logps=sampled.logps,
         )
-        draw.record(draws, self.progress)
+        draw.record(sampled, self.progress)
 
     # Through `model.run`
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.inference.kv_pages import PageCopy, Table
-from expo_fast.inference.sampling import Drawn, Sampling
+from expo_fast.inference.sampling import SampledTokens, Sampling
 from expo_fast.modeling.decoder import Decoder
 
 
@@ -107,7 +107,7 @@ class Engine(ABC):
         """Append the tokens to the cache. Return their (N, D) hidden states after the last norm."""
 
     @abstractmethod
-    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> SampledTokens:
         """Draw a token for each of B rows. Return (B,) tokens and log-probs.
 
         hidden: (B, D), the hidden states that predict the tokens.
@@ -128,7 +128,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def decode(self, *, ahead: bool) -> Drawn:
+    def decode(self, *, ahead: bool) -> SampledTokens:
         """Return the next tokens and log-probs of the loaded rows, (burst, B) each.
 
         ahead: whether `decode` will be called again for the same rows. If so, an asynchronous

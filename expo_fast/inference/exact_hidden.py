@@ -6,6 +6,7 @@ sampling, for any packing of the tokens.
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -23,11 +24,7 @@ def exact_hidden(model: Decoder) -> Exact:
     Raise ValueError if csrc does not run the model.
     """
     NativeEngine(model)
-
-    def exact(_: Decoder, *pack: Tensor | None) -> Tensor:
-        return hidden(model, *pack)  # pyright: ignore[reportArgumentType]
-
-    return exact
+    return partial(hidden, model)
 
 
 @dataclass

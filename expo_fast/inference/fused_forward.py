@@ -14,7 +14,8 @@ from expo_fast.inference.joined_weights import JoinedLayer, JoinedWeights
 from expo_fast.kernels import decode
 from expo_fast.kernels import layer as layer_kernels
 from expo_fast.modeling.attention import Layer
-from expo_fast.modeling.decoder import Block, Decoder, RMSNorm
+from expo_fast.modeling.decoder import Block, Decoder
+from expo_fast.modeling.modules import RMSNorm
 
 Attended = Callable[[Layer, Tensor], Tensor]  # the attention of (N, H, Dh) queries over the cache
 
@@ -40,7 +41,7 @@ class FusedForward:
         body = model.model
         rotation = layer_kernels.rotation(
             self.positions,
-            model.inv_freq[0],  # `joins` allows one set
+            model.inv_freq[0],  # `joined_weights.supports` allows one set
             model.rope_scales[0],
             model.dtype,
         )

@@ -17,7 +17,7 @@ from expo_fast.modeling.decoder import Block, Decoder
 from expo_fast.modeling.shape import Shape
 
 
-def joins(shape: Shape) -> bool:
+def supports(shape: Shape) -> bool:
     """Return whether `fused_forward` computes a model of this shape.
 
     Its kernels compute Llama's layer, with or without biases, norms of each head, windows and NoPE.

@@ -7,18 +7,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from expo_fast.modeling.decoder import (
-    MLP,
-    Attention,
-    Block,
-    Body,
-    Decoder,
-    Embedding,
-    Head,
-    Linear,
-    RMSNorm,
-)
+from expo_fast.modeling.decoder import MLP, Attention, Block, Body, Decoder
 from expo_fast.modeling.hooks import has_hooks
+from expo_fast.modeling.modules import Embedding, Head, Linear, RMSNorm
 
 OUR_MODULES = (Decoder, Body, Block, Attention, MLP, RMSNorm, Linear, Embedding, Head)
 TORCH_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, nn.Identity)

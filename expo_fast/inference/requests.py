@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from expo_fast.modeling.decoder import Shape
+from expo_fast.modeling.shape import Shape
 
 FinishReason = Literal["stop", "length", "error"]
 

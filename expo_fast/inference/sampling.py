@@ -19,7 +19,7 @@ _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """Sampled tokens and their log-probs, both of one shape."""
 
     tokens: Tensor  # int64
@@ -99,12 +99,12 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & mask
 
 
-def draw(
+def draw_from_logits(
     logits: Tensor,  # (B, V) fp32, overwritten
     temperature: Tensor,  # (B,) fp32; 0: the likeliest token, with its log-prob at temperature 1
     truncation: Truncation,
     u: Tensor,  # (B,) fp64 in [0, 1)
-) -> Drawn:
+) -> SampledTokens:
     """Draw one token per row. Return (B,) tokens and log-probs.
 
     The log-prob is NaN for a row that contains NaN, or only -inf.
@@ -123,7 +123,7 @@ def draw(
         )
     chosen = weights.gather(1, tokens[:, None]).squeeze(1)
     logps = chosen.double().log() - totals.log()
-    return Drawn(tokens, logps.float())
+    return SampledTokens(tokens, logps.float())
 
 
 def draw_from_blocks(
@@ -132,8 +132,8 @@ def draw_from_blocks(
     block_sum: Tensor,  # (B, blocks) fp32, sum of exp(logit / temperature - block_max)
     temperature: Tensor,  # (B,) fp32
     u: Tensor,  # (B,) fp64 in [0, 1)
-) -> Drawn:
-    """Draw as `draw` does without truncation, using the block statistics of the logits.
+) -> SampledTokens:
+    """Draw as `draw_from_logits` does without truncation, using the block statistics of the logits.
 
     This is the definition in PyTorch of the draw that kernels/draw.py makes. Tests and the items of
     benchmarks/lease.sh compare the two.
@@ -155,7 +155,7 @@ def draw_from_blocks(
     column = torch.where(greedy, inside.argmax(-1), sampled)
     chosen = inside.gather(1, column[:, None]).squeeze(1)
     logps = chosen - total.log()
-    return Drawn(block * BLOCK + column, logps.float())
+    return SampledTokens(block * BLOCK + column, logps.float())
 
 
 def _columns_of(block: Tensor) -> Tensor:

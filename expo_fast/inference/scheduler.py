@@ -16,7 +16,7 @@ from expo_fast.inference.engine import Engine, Rows, cpu_int64, padded_tables
 from expo_fast.inference.kv_pages import PageCopy, Pages, Table, pages_for, pages_to_fork
 from expo_fast.inference.prefill import PrefillBatch, Segment, prefill_batches
 from expo_fast.inference.requests import Completion, FinishReason, Request
-from expo_fast.inference.sampling import Drawn, Sampling, Truncation
+from expo_fast.inference.sampling import SampledTokens, Sampling, Truncation
 from expo_fast.inference.stop_rules import StopRules
 from expo_fast.modeling.packing import common_prefix
 from expo_fast.runtime import interruptions
@@ -128,10 +128,10 @@ class Scheduler:
             admission = self._admit()
             if admission.sequences:
                 self._prefill(admission)
-                drawn = self._first_tokens(admission.sequences)
-                return self._collect(admission.sequences, drawn)
-        drawn = self._decode()
-        return self._collect(self.loaded, drawn)
+                sampled = self._first_tokens(admission.sequences)
+                return self._collect(admission.sequences, sampled)
+        sampled = self._decode()
+        return self._collect(self.loaded, sampled)
 
     # Admit
 
@@ -199,7 +199,7 @@ class Scheduler:
         engine = self.engine
         return prefill_batches(segments, engine.prefill_tokens, engine.prefill_keys)
 
-    def _first_tokens(self, sequences: list[SampledSequence]) -> Drawn:
+    def _first_tokens(self, sequences: list[SampledSequence]) -> SampledTokens:
         """Draw the first token of each sequence from its prompt's last hidden state: (1, B)."""
         hidden = []
         for sequence in sequences:
@@ -207,12 +207,12 @@ class Scheduler:
             hidden.append(sequence.prompt.hidden)
         positions = cpu_int64([sequence.n_tokens for sequence in sequences])
         sampling = _sampling(sequences)
-        drawn = self.engine.draw(torch.stack(hidden), positions, sampling)
-        return Drawn(drawn.tokens[None], drawn.logps[None])
+        sampled = self.engine.draw(torch.stack(hidden), positions, sampling)
+        return SampledTokens(sampled.tokens[None], sampled.logps[None])
 
     # Decode
 
-    def _decode(self) -> Drawn:
+    def _decode(self) -> SampledTokens:
         """Sample the next tokens of the loaded sequences: (burst, B)."""
         engine = self.engine
         keeps = bool(self.loaded) and engine.keeps_loaded(len(self.active))
@@ -238,10 +238,10 @@ class Scheduler:
     # Collect
 
     def _collect(
-        self, sequences: list[SampledSequence], drawn: Drawn
+        self, sequences: list[SampledSequence], sampled: SampledTokens
     ) -> list[tuple[int, Completion]]:
         """Append (n, B) sampled tokens to B sequences. Remove and return the finished ones."""
-        steps = zip(drawn.tokens.tolist(), drawn.logps.tolist(), strict=True)
+        steps = zip(sampled.tokens.tolist(), sampled.logps.tolist(), strict=True)
         for tokens, logps in steps:
             for sequence, token, logp in zip(sequences, tokens, logps, strict=True):
                 if sequence.finish_reason is None:  # otherwise it ended earlier in the burst

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expo_fast.inference.engine import Engine, Rows, Tokens, cpu_int64
+from expo_fast.inference.engine import Tokens, cpu_int64
 from expo_fast.inference.kv_pages import PageCopy
 from expo_fast.inference.paged_attention import PagedAttention
-from expo_fast.inference.sampling import Drawn, Sampling, draw, uniform
+from expo_fast.inference.sampling import SampledTokens, Sampling, draw_from_logits, uniform
+from expo_fast.inference.stepwise_engine import StepwiseEngine
 from expo_fast.kernels.integers import round_up
 from expo_fast.kernels.products import wide_product, widened
 from expo_fast.modeling.decoder import Decoder
@@ -20,7 +21,7 @@ COPIES_AT_ONCE = 16  # pages per copy, which needs temporary memory for them
 ROW_MULTIPLE = 16  # rows are padded to a multiple: oneDNN compiles each new GEMM size for 30 ms
 
 
-class TorchEngine(Engine):
+class TorchEngine(StepwiseEngine):
     """Run any `Decoder` on any device. `model.run` computes prompts and new tokens."""
 
     page = 32
@@ -74,25 +75,11 @@ class TorchEngine(Engine):
         return hidden[:n]
 
     @torch.no_grad()
-    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> Drawn:
+    def draw(self, hidden: Tensor, positions: Tensor, sampling: Sampling) -> SampledTokens:
         logits = wide_product(hidden, self.head)
         sampling = sampling.to(logits.device)
         u = uniform(sampling.seeds, positions.to(logits.device))
-        return draw(logits, sampling.temperature, sampling.truncation, u)
-
-    def load(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def keeps_loaded(self, n_active: int) -> bool:
-        return n_active == len(self.rows.last_tokens)
-
-    def decode(self, *, ahead: bool) -> Drawn:
-        rows = self.rows
-        hidden = self.run(rows.tokens())
-        rows.positions += 1
-        drawn = self.draw(hidden, rows.positions, rows.sampling)
-        rows.last_tokens = drawn.tokens
-        return Drawn(drawn.tokens[None], drawn.logps[None])
+        return draw_from_logits(logits, sampling.temperature, sampling.truncation, u)
 
 
 def _padded(tokens: Tokens, n: int) -> Tokens:

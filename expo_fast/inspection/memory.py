@@ -127,14 +127,7 @@ def estimate_run(config: Train) -> MemoryEstimate:
     """
     data = load_training_data(config)
     model, tokenizer = load_structure(config.model)
-    prompter = Prompter(
-        tokenizer,
-        data.shots,
-        config.system_prompt,
-        config.instruction,
-        ends=model.eos_ids,
-        escape=config.escape_special_tokens,
-    )
+    prompter = Prompter.of(config, tokenizer, data.shots, ends=model.eos_ids)
     return estimate_memory(config, model.stored_config, prompter, data.problems)
 
 

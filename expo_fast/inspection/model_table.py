@@ -6,7 +6,7 @@ It replaces the lines between the two comments of README.md in the working folde
 from collections.abc import Iterator
 from pathlib import Path
 
-from expo_fast.inference.joined_weights import joins
+from expo_fast.inference import joined_weights
 from expo_fast.modeling.architectures import ARCHITECTURES, Architecture, plain_scales
 from expo_fast.modeling.shape import read_shape
 from expo_fast.storage import gguf
@@ -39,7 +39,7 @@ def _decode_step(kind: str, architecture: Architecture) -> str:
     from transformers import AutoConfig
 
     scales = architecture.scales is not plain_scales  # 1 in a default config of Granite
-    if scales or not joins(read_shape(AutoConfig.for_model(kind))):
+    if scales or not joined_weights.supports(read_shape(AutoConfig.for_model(kind))):
         return "PyTorch"
     return "fused; partial RoPE: PyTorch" if architecture.partial_rope else "fused"
 

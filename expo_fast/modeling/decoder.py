@@ -11,130 +11,28 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expo_fast.kernels import fused
 from expo_fast.modeling.attention import Layer, PackedAttention
-from expo_fast.modeling.hooks import ALL_HOOKS, has_hooks
+from expo_fast.modeling.modules import (
+    Embedding,
+    Head,
+    Linear,
+    RMSNorm,
+    geglu_map,
+    normed_maps,
+    swiglu_map,
+)
 from expo_fast.modeling.rope import rope_frequencies, rotate_heads
 from expo_fast.modeling.shape import Shape, read_shape
-from expo_fast.op_backends import native_layer, recomputing
 from expo_fast.storage.stored_config import complete_config
 
-# (model, tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
-Exact = Callable[["Decoder", Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (tokens, positions, cu_seqlens, parents) -> (N, D), like `Decoder.hidden`
+Exact = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # (layer, q, k, v), with q (N, H, Dh), k and v (N, Hkv, Dh) -> (N, H, Dh)
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (N, 1, R/2)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalization (arXiv:1910.07467), times offset + weight."""
-
-    def __init__(self, size: int, eps: float, offset: float = 0.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
-        self.eps = eps
-        self.offset = offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """Return x / rms(x) * (offset + weight) over the last dimension, rounded once.
-
-    Gemma's weights are differences from 1. Their sum would be rounded in bf16, so it is fp32.
-    """
-    if offset == 0:
-        if x.shape[-1:] == weight.shape and native_layer.runs(x, weight):
-            normed = native_layer.rms_norm(x.reshape(-1, len(weight)), weight, eps)[0]
-            # FSDP warns of a view that a module returns.
-            return normed if x.dim() == 2 else normed.view(x.shape)
-        return F.rms_norm(x, weight.shape, weight, eps)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.rms_norm(x.to(wide), weight.shape, offset + weight.to(wide), eps)
-    return normed.to(x.dtype)
-
-
-class Embedding(nn.Embedding):
-    """`nn.Embedding`, without initial values on the meta device. See `Linear`."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Head(nn.Linear):
-    """`nn.Linear`, without initial values on the meta device. See `Linear`."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`, with the product of csrc/layer.cpp where that is faster."""
-
-    def reset_parameters(self) -> None:
-        """Draw initial values, but not on the meta device.
-
-        Random functions of the meta device import torch._dynamo, which takes half a second.
-        """
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (N, in) to (N, out)."""
-        return recomputing.linear_map(input, self.weight, self.bias)
-
-
-def normed_maps(x: Tensor, norm: Any, maps: Sequence[Any]) -> Sequence[Tensor]:
-    """Return the results of several modules for the norm of x. norm: None is x itself."""
-    if recomputes_norm(x, norm, maps):
-        weights = [each.weight for each in maps]
-        biases = [each.bias for each in maps]
-        return recomputing.normed_linear_maps(x, norm.weight, norm.eps, weights, biases)
-    normed = x if norm is None else norm(x)
-    return [each(normed) for each in maps]
-
-
-def recomputes_norm(x: Tensor, norm: Any, maps: Sequence[nn.Module]) -> bool:
-    """Return whether the backward pass computes the norm of x again instead of keeping it.
-
-    Adapters, hooks and Gemma's norms need the modules themselves.
-    """
-    if type(norm) is not RMSNorm or norm.offset != 0 or not are_plain_linear(maps):
-        return False
-    if has_hooks([norm], ALL_HOOKS) or x.dim() != 2 or x.shape[1:] != norm.weight.shape:
-        return False
-    if not trains_weights(maps):
-        return False
-    return recomputing.runs(x, norm.weight, *parameters_of(maps))
-
-
-def recomputes_swiglu(gate: Tensor, up: Tensor, down: nn.Module) -> bool:
-    """Return whether the backward pass computes silu(gate) * up again instead of keeping it."""
-    if not are_plain_linear([down]) or gate.dim() != 2 or gate.shape != up.shape:
-        return False
-    if fused.runs(gate, up) or not trains_weights([down]):
-        return False
-    return recomputing.runs(gate, up, *parameters_of([down]))
-
-
-def are_plain_linear(maps: Sequence[nn.Module]) -> bool:
-    return all(type(each) is Linear for each in maps) and not has_hooks(maps, ALL_HOOKS)
-
-
-def trains_weights(maps: Sequence[Any]) -> bool:
-    """Return whether the backward pass needs the input of some linear map."""
-    return any(each.weight.requires_grad for each in maps)
-
-
-def parameters_of(maps: Sequence[nn.Module]) -> list[Tensor]:
-    return [parameter for each in maps for parameter in each.parameters()]
 
 
 class Attention(nn.Module):
@@ -201,29 +99,12 @@ class MLP(nn.Module):
         self.gate_proj = Linear(D, M, bias=shape.mlp_bias)
         self.up_proj = Linear(D, M, bias=shape.mlp_bias)
         self.down_proj = Linear(M, D, bias=shape.mlp_bias)
-        self.gated = {"silu": swiglu, "gelu_pytorch_tanh": geglu}[shape.activation]
+        self.gated_map = {"silu": swiglu_map, "gelu_pytorch_tanh": geglu_map}[shape.activation]
 
     def forward(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """Map (N, D) to (N, D). norm: of x, before the projections."""
         gate, up = normed_maps(x, norm, [self.gate_proj, self.up_proj])
-        down = self.down_proj
-        if self.gated is swiglu and recomputes_swiglu(gate, up, down):
-            return recomputing.swiglu_linear_map(gate, up, down.weight, down.bias)
-        return down(self.gated(gate, up))
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up."""
-    if fused.runs(gate, up):
-        return fused.swiglu(gate, up)
-    if gate.shape == up.shape and native_layer.runs(gate, up):
-        return native_layer.swiglu(gate, up)
-    return F.silu(gate) * up
-
-
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return gelu(gate) * up, with the approximation of GELU by tanh."""
-    return F.gelu(gate, approximate="tanh") * up
+        return self.gated_map(gate, up, self.down_proj)
 
 
 class Block(nn.Module):
@@ -299,12 +180,14 @@ class Decoder(nn.Module):
     layers: the layers to make, by their index; None: all. One may be made several times.
     exact: if set, this function computes the values that `hidden` returns. They must be
     bit-identical for any packing of the tokens. Gradients are those of the PyTorch forward pass.
-    lockstep: returns the context in which forward passes without gradients run. Ranks that gather
-    weights layer by layer for them have to run them together, see `sharding.Sharded.lockstep`.
+    gathers_by_layer: whether ranks gather the weights layer by layer for each forward pass without
+    gradients. They have to make these passes together.
+    lockstep: returns the context in which such passes run, see `sharding.Sharded.lockstep`.
     """
 
     inv_freq: Tensor  # (sets, R/2) fp32
     exact: Exact | None = None
+    gathers_by_layer: bool = False
     lockstep: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
@@ -412,7 +295,7 @@ class Decoder(nn.Module):
         if self.exact is None:
             attention = PackedAttention(cu_seqlens, parents, tokens.device)
             return self.run(tokens, positions, attention)
-        exact = self.exact(self, tokens, positions, cu_seqlens, parents)
+        exact = self.exact(tokens, positions, cu_seqlens, parents)
         if not torch.is_grad_enabled():
             return exact
         attention = PackedAttention(cu_seqlens, parents, tokens.device)
@@ -450,3 +333,18 @@ class Decoder(nn.Module):
             sin = angles.sin() * scale
             rotations.append((cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)))
         return rotations
+
+
+def plain_decoder(model: Decoder, weights: dict[str, Tensor], *, trainable: bool) -> Decoder:
+    """Return a model like another one, but without its hooks and adapters, with these weights.
+
+    weights: by parameter name. They are not copied.
+    trainable: whether the weights require gradients; this is set on weights that are parameters.
+    """
+    with torch.device("meta"):
+        plain = Decoder(model.stored_config)
+    plain.requires_grad_(trainable)
+    plain.load_state_dict(weights, assign=True)
+    plain.inv_freq = model.inv_freq
+    plain.generation_config = model.generation_config
+    return plain

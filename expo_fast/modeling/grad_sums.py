@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expo_fast.distributed.world import ALONE, World, local_part
-from expo_fast.modeling.norms import L2Norm, batches, l2_norm
+from expo_fast.modeling.l2_norms import L2Norm, batches, l2_norm
 from expo_fast.op_backends import native_optimizer
 from expo_fast.op_backends.native_optimizer import GradTerms, Squares
 
@@ -103,6 +103,10 @@ class GradSums:
 
     def start_new_term(self) -> None:
         """Add the gradients summed so far to the first term. Later gradients form the second."""
+        self.merge()
+
+    def merge(self) -> dict[str, Tensor]:
+        """Add the two terms in place and return the sums by name. The sums are not copies."""
         self._add_pending()
         self._squares = None
         both: list[tuple[Tensor, Tensor]] = []
@@ -115,6 +119,7 @@ class GradSums:
         if both:
             torch._foreach_add_(*_columns(both))
         self._second = {}
+        return self._first
 
     def term_norms(self) -> tuple[float, float]:
         """Return the L2 norms of the sums before and after the last `start_new_term`."""
@@ -170,11 +175,6 @@ class GradSums:
             elif second is not None:
                 rows.append((second, None))
         return rows
-
-    def merged(self) -> dict[str, Tensor]:
-        """Add the two terms in place and return the sums by name. The sums are not copies."""
-        self.start_new_term()
-        return self._first
 
     def clear(self) -> None:
         """Remove all gradients. The buffers are kept for reuse."""

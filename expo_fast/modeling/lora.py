@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expo_fast.modeling.decoder import Decoder
+from expo_fast.modeling.decoder import Decoder, plain_decoder
 from expo_fast.storage.fused_adapters import join_config, join_factors, split_adapter
 from expo_fast.storage.fused_projections import joined_name
 from expo_fast.storage.hf_files import write_tokenizer
@@ -132,20 +132,11 @@ def merged_copy(model: Decoder) -> MergedCopy:
     layers = _adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters: sample from the model itself")
-    with torch.device("meta"):
-        plain = Decoder(model.stored_config)
-    plain.requires_grad_(False)
-    state: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        state[name.replace(".base_layer.", ".")] = parameter
+    weights = base_tensors(model)
     for name in layers:
         key = f"{name}.weight"
-        weight = torch.empty_like(state[key])
-        state[key] = nn.Parameter(weight, requires_grad=False)
-    without_adapters = {key: state[key] for key in plain.state_dict()}
-    plain.load_state_dict(without_adapters, assign=True)
-    plain.inv_freq = model.inv_freq
-    plain.generation_config = model.generation_config
+        weights[key] = torch.empty_like(weights[key])
+    plain = plain_decoder(model, weights, trainable=False)
     merged = []
     for name, layer in layers.items():
         merged.append(_MergedWeight(layer, plain.get_parameter(f"{name}.weight")))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from expo_fast.distributed.world import ALONE, World, local_part
 from expo_fast.modeling.grad_sums import GradSums
-from expo_fast.modeling.norms import L2Norm, batches, pieces
+from expo_fast.modeling.l2_norms import L2Norm, batches, pieces
 from expo_fast.op_backends.native_optimizer import AdamWParameter, adamw
 
 Tensors = dict[str, Tensor]
@@ -34,7 +34,6 @@ class StepReport:
 
     grad_norm: float  # L2, before clipping; inf or NaN if the step was skipped
     update_norm: float  # L2 norm of the change of the weights, 0 if the step was skipped
-    applied: bool
 
 
 class Optimizer:
@@ -123,27 +122,26 @@ class Optimizer:
         gradient.
         """
         assert max_grad_norm > 0, max_grad_norm
-        if not self.grad_sums.native:
-            self.grad_sums.start_new_term()  # adds the terms, so that each is read once
+        # Merged before the norm, so that each term is read once. csrc reads both in one pass.
+        grads = None if self.grad_sums.native else self.grad_sums.merge()
         norm = self.grad_sums.norm()
         finite = math.isfinite(norm)
-        applied = finite and norm > 0
         update_norm = 0.0
-        if applied:
+        if finite and norm > 0:
             clip = min(1.0, max_grad_norm / norm)
-            update_norm = self._update(lr, clip)
+            if grads is None:
+                update_norm = self._native_update(lr, clip)
+            else:
+                update_norm = self._torch_update(grads, lr, clip)
         self.skipped += not finite
         self.grad_sums.clear()
-        return StepReport(grad_norm=norm, update_norm=update_norm, applied=applied)
-
-    def _update(self, lr: float, clip: float) -> float:
-        """Apply AdamW to gradients scaled by `clip`. Return the norm of the update."""
-        if self.grad_sums.native:
-            return self._native_update(lr, clip)
-        return self._torch_update(self.grad_sums.merged(), lr, clip)
+        return StepReport(grad_norm=norm, update_norm=update_norm)
 
     def _native_update(self, lr: float, clip: float) -> float:
-        """Update in one pass over the memory of gradients, moments and weights."""
+        """Apply AdamW to gradients scaled by `clip`. Return the norm of the update.
+
+        This takes one pass over the memory of gradients, moments and weights.
+        """
         updated: list[AdamWParameter] = []
         for name, terms in self.grad_sums.terms().items():
             master = self._masters[name]
@@ -167,6 +165,7 @@ class Optimizer:
         return self._weight_decay if master.ndim > 1 else 0.0
 
     def _torch_update(self, grads: Tensors, lr: float, clip: float) -> float:
+        """Apply AdamW to gradients scaled by `clip`. Return the norm of the update."""
         if clip != 1.0:
             torch._foreach_mul_(list(grads.values()), clip)
         for name, grad in grads.items():

@@ -17,14 +17,14 @@ from torch import Tensor
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.runtime import interruptions
 
-Prompt = tuple[int, ...]  # token ids
+PromptIds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Sample:
     """A prompt, one completion of it, and the weights of the completion's tokens in the loss."""
 
-    prompt_ids: Prompt
+    prompt_ids: PromptIds
     completion_ids: tuple[int, ...]
     advantage: float = 0.0
     row_weight: float = 0.0  # of each completion token; includes every normaliser of the loss
@@ -54,7 +54,7 @@ class Pack:
     ref_logp: Tensor | None  # (R,) fp32
     members: tuple[int, ...]  # the indices of the samples in the list that was packed
     lengths: tuple[int, ...]  # the number of tokens of their completions
-    weighted: bool  # whether no row weight is 0
+    all_weighted: bool  # whether no row weight is 0
     target_range: tuple[int, int]  # the smallest and the largest target
 
     def to(self, device: torch.device) -> "Pack":
@@ -72,6 +72,10 @@ class Pack:
         """Return whether all targets are tokens of the vocabulary, without a host sync."""
         least, largest = self.target_range
         return least >= 0 and largest < vocabulary
+
+    def is_complete(self, vocabulary: int) -> bool:
+        """Return whether every row has a weight and a target, without a host sync."""
+        return self.all_weighted and self.has_targets_below(vocabulary)
 
     def split(self, per_row: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Split (R, ...) values by sample: yield the index and the values of each sample."""
@@ -91,7 +95,7 @@ def pack(
 
     together: number of successive samples of one prompt that must be in one pack, in their order.
     """
-    by_prompt: dict[Prompt, list[int]] = {}
+    by_prompt: dict[PromptIds, list[int]] = {}
     for index, sample in enumerate(samples):
         by_prompt.setdefault(sample.prompt_ids, []).append(index)
     if not by_prompt:
@@ -141,7 +145,7 @@ def forward(
         yield p, hidden[p.rows]
 
 
-def common_prefix(prompts: Iterable[Prompt]) -> int:
+def common_prefix(prompts: Iterable[PromptIds]) -> int:
     """Return the length of the common prefix, at most one less than the shortest prompt.
 
     Each prompt therefore has at least one token after the prefix.
@@ -178,7 +182,7 @@ class _Tree:
         if shared:
             root = _Segment(shared, start=0, parent=-1)
             self.root = self._append(root)
-        self._prompts: dict[Prompt, int] = {}  # the segment of each prompt's rest
+        self._prompts: dict[PromptIds, int] = {}  # the segment of each prompt's rest
 
     def _append(self, segment: _Segment) -> int:
         end = self.boundaries[-1] + len(segment.tokens)
@@ -260,7 +264,7 @@ def _build(samples: Sequence[Sample], members: list[int]) -> Pack:
         ref_logp=_concatenated([s.ref_logp for s in chosen], lengths),
         members=tuple(members),
         lengths=tuple(lengths),
-        weighted=all(s.row_weight for s in chosen),
+        all_weighted=all(s.row_weight for s in chosen),
         target_range=(min(targets), max(targets)),
     )
 

@@ -37,7 +37,7 @@ from expo_fast.distributed.world import (
 )
 from expo_fast.kernels.integers import ceil_div
 from expo_fast.modeling.attention import PackedAttention
-from expo_fast.modeling.decoder import Attend, Decoder
+from expo_fast.modeling.decoder import Attend, Decoder, plain_decoder
 from expo_fast.modeling.layout import Layout
 from expo_fast.modeling.packing import Pack, Sample, forward, pack
 
@@ -169,6 +169,7 @@ class Sharded(Layout):
         self._run = model.run
         model.run = self._run_with_others
         model.lockstep = self.lockstep
+        model.gathers_by_layer = True
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
@@ -315,7 +316,7 @@ class Sharded(Layout):
             layer.reshard()
         if not self.world.is_main:
             return self.model
-        return model_of(self.model, weights)
+        return plain_decoder(self.model, weights, trainable=True)
 
 
 def as_fp32(module: nn.Module) -> None:
@@ -331,17 +332,7 @@ def plain_view(model: Decoder) -> Decoder:
     The parameters of `model` must be gathered. FSDP keeps the same parameters, and only their
     memory is freed and filled again.
     """
-    return model_of(model, dict(model.named_parameters()))
-
-
-def model_of(model: Decoder, weights: dict[str, Tensor]) -> Decoder:
-    """Return a plain model of the same architecture with these weights, which are not copied."""
-    with torch.device("meta"):
-        plain = Decoder(model.stored_config)
-    plain.load_state_dict(weights, assign=True)
-    plain.inv_freq = model.inv_freq
-    plain.generation_config = model.generation_config
-    return plain
+    return plain_decoder(model, dict(model.named_parameters()), trainable=True)
 
 
 def copy_on_cpu(module: nn.Module) -> dict[str, Tensor]:

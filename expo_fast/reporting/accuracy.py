@@ -29,7 +29,7 @@ class Graded:
     verdict: float | None  # 1.0 right, 0.0 wrong, None undecided, which counts as wrong
     finish_reason: str
     tokens: int  # number of sampled tokens
-    reason: str | None = None  # of the verdict, see `verifier.REASONS`; None: the verifier has none
+    reason: str | None = None  # of the verdict, one of `grader_pool.REASONS`; None: not known
 
 
 Samples = Sequence[Graded]  # all samples of one problem

@@ -23,7 +23,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,6 @@ STATE_FOLDER = "trainer_state"
 STATE_TENSORS = "state.safetensors"
 STATE_VALUES = "state.json"
 FORMAT_VERSION = 2  # of trainer_state; version 1 did not record its version
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The trainer state of a checkpoint: the arguments of `save`."""
-
-    path: Path
-    tensors: dict[str, Tensor]  # on the CPU
-    values: dict[str, Any]  # JSON values: tuples become lists, and keys become strings
 
 
 def save(
@@ -156,17 +146,12 @@ def _undamaged(run_dir: Path) -> Iterator[Path]:
             warnings.warn(f"skipped the damaged checkpoint {path}: {reason}", stacklevel=3)
 
 
-def load(path: Path) -> Checkpoint:
-    """Load one checkpoint after hashing all its files.
+def checked(path: Path) -> Path:
+    """Return the path of a checkpoint after hashing all its files.
 
     Raise FileNotFoundError if there is no such folder. Raise ValueError if any of its files has
-    changed since it was saved, if a value is not finite, or if it was written in a newer format.
+    changed since it was saved, or if a value is not finite.
     """
-    return read(checked(path))
-
-
-def checked(path: Path) -> Path:
-    """Return the path of a checkpoint after hashing all its files. Raise as `load` does."""
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     reason = fault(path)
@@ -331,14 +316,6 @@ def _write_state(
     assert "format_version" not in values
     versioned = {"format_version": FORMAT_VERSION, **values}
     (folder / STATE_VALUES).write_text(json.dumps(versioned))
-
-
-def read(path: Path) -> Checkpoint:
-    """Load a checkpoint without hashing its files.
-
-    Raise ValueError if it was written in a newer format.
-    """
-    return Checkpoint(path, read_tensors(path), read_values(path))
 
 
 def read_values(path: Path) -> dict[str, Any]:

@@ -44,13 +44,13 @@ WRONG: tuple[Reason, ...] = ("wrong", "no_answer", "unparsable")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The verdict on a completion."""
+class Grade:
+    """The verdict on a completion, with its reason."""
 
     reason: Reason
 
     @property
-    def score(self) -> float | None:
+    def verdict(self) -> float | None:
         """1.0 for a right answer, 0.0 for a wrong one, and None if it is undecided."""
         if self.reason in RIGHT:
             return 1.0
@@ -60,14 +60,10 @@ class Judged:
 Reasons = dict[Comparison, Reason]
 
 
-class Verifier:
-    """A pool of workers that judge boxed answers. They start when the first answer needs one.
+class GraderPool:
+    """A pool of workers that grade boxed answers. They start when the first answer needs one.
 
     A context manager: `close` ends the workers.
-
-    Attributes:
-        timeouts: how many workers were killed at the time limit.
-        crashes: how many workers died of an answer, most of them by the memory limit.
     """
 
     def __init__(
@@ -83,14 +79,12 @@ class Verifier:
         self.workers = workers
         self.timeout_s = timeout_s
         self.memory_bytes = memory_bytes
-        self.timeouts = 0
-        self.crashes = 0
         self._nursery: Nursery | None = None
         self._pool: list[Worker] = []
         self._limited: deque[bool] = deque(maxlen=WINDOW)  # whether the last answers were stopped
         self._lock = threading.Lock()
 
-    def __enter__(self) -> "Verifier":
+    def __enter__(self) -> "GraderPool":
         return self
 
     def __exit__(self, *_) -> None:
@@ -104,25 +98,25 @@ class Verifier:
             self._nursery.close()
         self._nursery = None
 
-    def judge(
+    def verdicts(
         self,
         references: Sequence[str],
         completions: Sequence[str],
         *,
-        timeout_s: float | None = None,  # None: the verifier's own
+        timeout_s: float | None = None,  # None: that of the pool
     ) -> list[float | None]:
         """Return 1.0, 0.0 or None for each completion, as `reward.score_answers` does."""
-        judged = self.judge_with_reasons(references, completions, timeout_s=timeout_s)
-        return [each.score for each in judged]
+        grades = self.grade(references, completions, timeout_s=timeout_s)
+        return [grade.verdict for grade in grades]
 
-    def judge_with_reasons(
+    def grade(
         self,
         references: Sequence[str],
         completions: Sequence[str],
         *,
-        timeout_s: float | None = None,  # None: the verifier's own
-    ) -> list[Judged]:
-        """Return the verdict on each completion, as `reward.grade_answers` does."""
+        timeout_s: float | None = None,  # None: that of the pool
+    ) -> list[Grade]:
+        """Return the grade of each completion, as `reward.grade_answers` does."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         if not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s}: an answer needs some time to be checked")
@@ -131,7 +125,7 @@ class Verifier:
         comparisons = []
         for reference, completion in zip(references, completions, strict=True):
             comparisons.append(comparison_of(reference, completion))
-        # Many samples of a group are equal. Each different comparison is judged once.
+        # Many samples of a group are equal. Each different comparison is graded once.
         reasons: Reasons = {}
         jobs = []
         for job in dict.fromkeys(comparisons):
@@ -142,10 +136,10 @@ class Verifier:
                 reasons[job] = reason
         if jobs:
             with self._lock:
-                reasons |= self._judge(jobs, timeout_s)
-        return [Judged(reasons[job]) for job in comparisons]
+                reasons |= self._grade(jobs, timeout_s)
+        return [Grade(reasons[job]) for job in comparisons]
 
-    def _judge(self, jobs: list[Comparison], timeout_s: float) -> Reasons:
+    def _grade(self, jobs: list[Comparison], timeout_s: float) -> Reasons:
         waiting = deque(jobs)
         reasons: Reasons = {}
         try:
@@ -210,10 +204,6 @@ class Verifier:
             return
         ending = self._drop(worker)
         reasons[job] = "timeout" if late else ending
-        if reasons[job] == "timeout":
-            self.timeouts += 1
-        else:
-            self.crashes += 1
 
     def _drop(self, worker: Worker) -> Ending:
         """End a worker. Return how it ended, if it had ended by itself."""
