@@ -229,8 +229,8 @@ def linear_preference_loss(
         values=code.values,
         targets=_flat(targets),
         sequence_ids=_flat(sequence_ids),
-        ref_logp=_constant(ref_logp),
-        pair_weight=_constant(pair_weight),
+        ref_logp=None if ref_logp is None else _constant(ref_logp),
+        pair_weight=None if pair_weight is None else _constant(pair_weight),
         row_temperature=row_temperature,
         scalar_temperature=scalar_temperature,
         backend=backend,
@@ -394,18 +394,16 @@ def _need_gradients(*inputs: Tensor | None) -> list[bool]:
 def _temperatures(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """Return the temperatures of the rows, and the scalar that is read if they are None."""
     if isinstance(temperature, Tensor):
-        return _flat(temperature), 1.0
+        return _constant(temperature).reshape(-1), 1.0
     return None, float(temperature)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
-    return x if x is None else _constant(x).reshape(-1)
+    return None if x is None else _constant(x).reshape(-1)
 
 
-def _constant(x: Tensor | None) -> Tensor | None:
+def _constant(x: Tensor) -> Tensor:
     """Return a tensor without a gradient, which autograd can save if x is from inference mode."""
-    if x is None:
-        return None
     if torch.compiler.is_compiling():  # a compiled graph cannot ask for the mode
         return x.detach()
     if x.is_inference() and not torch.is_inference_mode_enabled():

@@ -307,8 +307,9 @@ def supports(head: Head) -> bool:
 def _has_tiles(device: torch.device) -> bool:
     """Return whether a GPU addresses tensors by TMA and has the shared memory of a tile."""
     major, _ = torch.cuda.get_device_capability(device)
-    properties = driver.active.utils.get_device_properties(device.index)
-    return major >= 9 and properties["max_shared_mem"] >= SHARED_BYTES
+    active: Any = driver.active
+    shared_bytes = active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return major >= 9 and shared_bytes >= SHARED_BYTES
 
 
 def width_of_e(head: Head) -> int:
