@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_decode import MODELS, TINY, Sizes, random_model
 from expo_fast.algorithms import grpo
-from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.explanations import ExplanationCounts, Positives
 from expo_fast.algorithms.trainer import Trainer, make_trainer
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, load_problems
@@ -74,14 +74,14 @@ KINDS = {  # the kind of a kernel, by a pattern of its name; the first match cou
 
 def accept_all(
     questions: Sequence[Problem], completions: Sequence[Completion], *_: Any, **__: Any
-) -> Explanations:
+) -> Positives:
     """Replace `accept_explanations` and accept everything: random weights explain nothing."""
     per_question = len(completions) // len(questions)
-    found = Explanations(n_questions=len(questions), n_sampled=len(completions))
+    found = Positives(counts=ExplanationCounts(n_sampled=len(completions)))
     for i, question in enumerate(questions):
         first = i * per_question
         own = completions[first : first + per_question]
-        found.accepted[question.id] = [tuple(completion.token_ids) for completion in own]
+        found.texts[question.id] = [tuple(completion.token_ids) for completion in own]
     return found
 
 

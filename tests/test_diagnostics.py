@@ -11,7 +11,7 @@ from expo_fast.algorithms.diagnostics import (
     diagnostic_metrics,
     diagnostic_samples,
 )
-from expo_fast.algorithms.explanations import Explanations, ranking_samples
+from expo_fast.algorithms.explanations import Positives, ranking_samples
 from expo_fast.algorithms.logprobs import KnownLogprobs, completion_logprobs
 from expo_fast.algorithms.rollout import Group
 from expo_fast.config import Train
@@ -124,14 +124,14 @@ def test_what_ranking_has_scored_is_not_scored_again(monkeypatch, choose):
     attempts = [attempt(text) for text in ATTEMPTS]
     group = Group(PROBLEM, prompter.solve(PROBLEM), attempts, ATTEMPTS, rewards=[0.0, 0.0])
     accepted = {PROBLEM.id: [explanation, (*ids("It is 7."), 1)]}
-    grpo.diagnose(trainer, [group], Explanations(accepted), step=0)
+    grpo.diagnose(trainer, [group], Positives(accepted), step=0)
     before = sum(tokens)
     expected = measured([DiagnosedQuestion(PROBLEM, attempts, explanation)])
 
-    found = Explanations(accepted)
-    samples = ranking_samples(found, [PROBLEM], prompter, choose)
+    found = Positives(accepted)
+    samples = ranking_samples(accepted, [PROBLEM], prompter, choose)
     ranked = completion_logprobs(trainer.model, samples, temperature=1.0, max_tokens=4096)
-    found.ranking.add(samples, ranked)
+    found.known.add(samples, ranked)
     tokens.clear()
     row = grpo.diagnose(trainer, [group], found, step=0)
     for key, value in expected.items():

@@ -22,7 +22,7 @@ from expo_fast.algorithms.dpo import (
     pair_samples,
     preference_backward,
 )
-from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.explanations import Positives
 from expo_fast.algorithms.logprobs import completion_logprobs, sequence_logprobs
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import Group
@@ -187,13 +187,13 @@ def group(rewards: list[float | None]) -> Group:
 
 
 def test_right_and_ungraded_attempts_are_never_the_rejected_side():
-    found = Explanations({"q": [(90, 1), (91, 1)]}, n_questions=1)
+    found = Positives({"q": [(90, 1), (91, 1)]})
     me = trainer_of(config(pairs_per_question=9), None, Prompter(tiny_tokenizer()))
     pairs = dpo.pairs_of_groups(me, [group([0.0, 1.0, None, 0.0, -1.0])], found)
     assert [p.rejected_ids for p in pairs] == [(50, 1), (53, 1), (54, 1)]
     assert [p.chosen_ids for p in pairs] == [(90, 1), (91, 1), (90, 1)]
     assert dpo.pairs_of_groups(me, [group([1.0, None])], found) == []
-    assert dpo.pairs_of_groups(me, [group([0.0])], Explanations()) == []
+    assert dpo.pairs_of_groups(me, [group([0.0])], Positives()) == []
 
 
 def test_each_failed_attempt_is_in_one_pair_at_most():

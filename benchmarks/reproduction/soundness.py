@@ -53,13 +53,14 @@ def main() -> None:
     )
     by_id = {p.id: p for p in problems}
     sound = []
-    for problem_id, explanations in found.accepted.items():
+    for problem_id, explanations in found.texts.items():
         answer = by_id[problem_id].answer
         sound += [is_sound(prompter.text(ids), answer) for ids in explanations]
-    print(f"{len(problems)} questions, {found.n_sampled} explanations, right box: {found.n_right}")
-    print(f"accepted: {len(sound)} for {len(found.accepted)} questions; sound: {sum(sound)}")
+    n = found.counts
+    print(f"{len(problems)} questions, {n.n_sampled} explanations, right box: {n.n_right}")
+    print(f"accepted: {len(sound)} for {len(found.texts)} questions; sound: {sum(sound)}")
     for name in ("likelihood", "lift"):
-        samples = ranking_samples(found, problems, prompter, name)
+        samples = ranking_samples(found.texts, problems, prompter, name)
         logprobs = completion_logprobs(model, samples, temperature=1.0, max_tokens=4096)
         print(f"AUC of {name}: {auc(ranks_of(logprobs, name), sound):.2f}")
 

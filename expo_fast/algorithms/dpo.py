@@ -27,7 +27,7 @@ from expo_fast.algorithms.diagnostics import (
 )
 from expo_fast.algorithms.explanations import (
     ExplanationCache,
-    Explanations,
+    Positives,
     accept_explanations,
     explanation_requests,
     keep_best,
@@ -195,10 +195,10 @@ def make_pairs(
             if config.explains:
                 chosen = explain(trainer, failed, step)
             else:
-                chosen = Explanations({q.id: [prompter.expert(q)] for q in failed})
+                chosen = Positives({q.id: [prompter.expert(q)] for q in failed})
         pairs = pairs_of_groups(trainer, groups, chosen)
         if config.explains:
-            metrics |= chosen.metrics()
+            metrics |= chosen.counts.metrics()
         if policy_step == step:
             # Attempts sampled by the weights of an earlier step do not measure this step's weights.
             metrics |= attempt_metrics(groups)
@@ -213,7 +213,7 @@ def make_pairs(
             store.write(step, metrics, pairs, texts)
 
 
-def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explanations:
+def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positives:
     """Sample explanations of the questions' answers and keep the best that are accepted."""
     config = trainer.config
     prompter = trainer.prompter
@@ -225,7 +225,7 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
             found = accept_explanations(
                 own, completions, prompter, trainer.verify, append_answer=config.append_answer
             )
-        samples = ranking_samples(found, own, prompter, config.choose_explanations)
+        samples = ranking_samples(found.texts, own, prompter, config.choose_explanations)
         logprobs = completion_logprobs(
             trainer.model,
             samples,
@@ -233,14 +233,15 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
             max_tokens=config.pack_tokens,
         )
         best = keep_best(
-            found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
+            found.texts, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
         )
+        sampled = Positives(best, found.counts)
         n_tokens = tokens_of(requests, completions)
-    found, best, n_tokens = of_all_ranks(trainer.world, questions, found, best, n_tokens)
+    sampled, n_tokens = of_all_ranks(trainer.world, questions, sampled, n_tokens)
     trainer.sampled_tokens += n_tokens
     # The cache starts empty, because a resumed round could not restore its earlier explanations.
     cache = ExplanationCache()
-    return select_explanations(found, best, questions, cache, config, step)
+    return select_explanations(sampled, questions, cache, config, step)
 
 
 def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
@@ -256,7 +257,7 @@ def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
     )
 
 
-def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanations) -> list[Pair]:
+def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Positives) -> list[Pair]:
     """Return up to `pairs_per_question` pairs of each group: a chosen text and a failed attempt."""
     prompter = trainer.prompter
     pairs = []
@@ -264,7 +265,7 @@ def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanati
         pairs += pair_up(
             group.problem,
             prompter,
-            chosen.accepted.get(group.problem.id, []),
+            chosen.texts.get(group.problem.id, []),
             [prompter.ended(done.token_ids, done.finish_reason) for done in group.failed],
             trainer.config.pairs_per_question,
         )

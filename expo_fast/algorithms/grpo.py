@@ -24,7 +24,7 @@ from expo_fast.algorithms.diagnostics import (
     diagnostic_samples,
 )
 from expo_fast.algorithms.explanations import (
-    Explanations,
+    Positives,
     accept_explanations,
     explanation_requests,
     keep_best,
@@ -95,11 +95,10 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         metrics = update_weights(trainer, mini_batch, attempts[i], positives, update, phases)
         updates.append(metrics)
 
-    explained = positives if config.explains else Explanations()
-    metrics = attempt_metrics(sampled) | explained.metrics() | diagnosed | mean_metrics(updates)
-    metrics |= reward_function_metrics(sampled)
+    metrics = attempt_metrics(sampled) | positives.counts.metrics()
+    metrics |= diagnosed | mean_metrics(updates) | reward_function_metrics(sampled)
     kind = "expert" if config.spec.sft_source == "solutions" else "explanation"
-    return metrics, completion_rows(groups, positives.accepted, trainer.prompter, kind)
+    return metrics, completion_rows(groups, positives.texts, trainer.prompter, kind)
 
 
 def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
@@ -187,7 +186,7 @@ def questions_with_sft_term(groups: Sequence[Group], config: Train) -> list[Prob
     return questions
 
 
-def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explanations:
+def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positives:
     """Sample explanations of the questions' answers and keep the best that are accepted."""
     config = trainer.config
     prompter = trainer.prompter
@@ -201,7 +200,7 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
             found = accept_explanations(
                 own, completions, prompter, trainer.verify, append_answer=config.append_answer
             )
-        samples = ranking_samples(found, own, prompter, config.choose_explanations)
+        samples = ranking_samples(found.texts, own, prompter, config.choose_explanations)
         logprobs = completion_logprobs(
             trainer.model,
             samples,
@@ -209,39 +208,37 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
             max_tokens=config.pack_tokens,
         )
         best = keep_best(
-            found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
+            found.texts, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
         )
+        sampled = Positives(best, found.counts)
         if config.n_diagnosed(step):
-            found.ranking.add(samples, logprobs)
+            sampled.known.add(samples, logprobs)
         n_tokens = tokens_of(requests, completions)
-    found, best, n_tokens = of_all_ranks(trainer.world, new, found, best, n_tokens)
+    sampled, n_tokens = of_all_ranks(trainer.world, new, sampled, n_tokens)
     trainer.sampled_tokens += n_tokens
-    return select_explanations(found, best, questions, cache, config, step)
+    return select_explanations(sampled, questions, cache, config, step)
 
 
-def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Explanations:
-    """Return the data's solutions in place of explanations, if the method trains on them."""
+def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Positives:
+    """Return the data's solutions, if the method trains on them."""
     config = trainer.config
     if config.spec.sft_source != "solutions" or config.exp_sft_coef == 0:
-        return Explanations()
-    expert = {question.id: [trainer.prompter.expert(question)] for question in questions}
-    return Explanations(expert, n_questions=len(questions))
+        return Positives()
+    return Positives({question.id: [trainer.prompter.expert(question)] for question in questions})
 
 
-def diagnose(
-    trainer: Trainer, groups: Sequence[Group], positives: Explanations, step: int
-) -> Metrics:
+def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Positives, step: int) -> Metrics:
     """Measure the two properties of a good positive sample on a few questions."""
     config = trainer.config
     questions = []
     for group in groups[: config.n_diagnosed(step)]:
         explanation = None
-        if config.explains and group.problem.id in positives.accepted:
-            explanation = positives.accepted[group.problem.id][0]
+        if config.explains and group.problem.id in positives.texts:
+            explanation = positives.texts[group.problem.id][0]
         questions.append(DiagnosedQuestion(group.problem, group.judged, explanation))
     samples = diagnostic_samples(questions, trainer.prompter)
     scored = [each.sample for each in samples]
-    known = positives.ranking
+    known = positives.known
     missing = known.missing(scored)
     deal = trainer.deal_samples(missing)
     with trainer.world.agreed():
@@ -327,7 +324,7 @@ def update_weights(
     trainer: Trainer,
     groups: Sequence[Group],
     attempts: Sequence[Sample],
-    positives: Explanations,
+    positives: Positives,
     update: int,
     phases: Phases,
 ) -> Metrics:
@@ -344,9 +341,9 @@ def update_weights(
         policy = policy_backward(layout, attempts, PolicyLossConfig.of(config))
         grad_sums.start_new_term()
 
-        questions = [g.problem for g in groups if g.problem.id in positives.accepted]
-        explanations = sft_samples(
-            [(question, positives.accepted[question.id]) for question in questions],
+        questions = [g.problem for g in groups if g.problem.id in positives.texts]
+        positive_samples = sft_samples(
+            [(question, positives.texts[question.id]) for question in questions],
             trainer.prompter,
             coef=coef,
             n_questions=len(groups),
@@ -354,7 +351,7 @@ def update_weights(
         )
         sft = sft_backward(
             layout,
-            trainer.own_samples(explanations),
+            trainer.own_samples(positive_samples),
             temperature=config.temperature,
             max_tokens=config.pack_tokens,
         )
@@ -367,7 +364,7 @@ def update_weights(
         "grad_norm/policy": policy_norm,
         "grad_norm/exp_sft": sft_norm,
         "exp_sft_coef": coef if config.spec.sft_term else None,
-        "exp/nll": sft.nll if explanations and config.explains else None,
+        "exp/nll": sft.nll if positive_samples and config.explains else None,
     }
     return metrics | optimizer_step(trainer, update, phases)
 
