@@ -79,9 +79,8 @@ MUTATIONS = [
     Mutation(
         "entropy_coef",
         GRPO,
-        "entropy_coef=config.entropy_coef,\n            temperature=config.temperature,\n"
-        "            max_tokens",
-        "temperature=config.temperature,\n            max_tokens",
+        "entropy_coef=config.entropy_coef,\n            forward=",
+        "forward=",
         OPTIONS,
     ),
     Mutation(

@@ -23,7 +23,7 @@ from expo_fast.algorithms.dpo import (
     preference_backward,
 )
 from expo_fast.algorithms.explanations import Positives
-from expo_fast.algorithms.logprobs import completion_logprobs, sequence_logprobs
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs, sequence_logprobs
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import Group
 from expo_fast.algorithms.trainer import Trainer
@@ -211,7 +211,7 @@ def test_the_reference_is_the_initial_policy_or_with_refresh_the_sampling_one():
         return [x for p in pairs for x in p.ref_logp]
 
     def under(model: Decoder) -> list[float]:
-        scored = completion_logprobs(model, pair_samples(PAIRS), temperature=T, max_tokens=1000)
+        scored = completion_logprobs(model, pair_samples(PAIRS), ForwardOptions(T, 1000))
         return sequence_logprobs(scored).tolist()
 
     assert got(3) == under(initial) != under(now)

@@ -12,7 +12,7 @@ from expo_fast.algorithms.explanations import (
     ranking_samples,
     shuffled,
 )
-from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs
 from expo_fast.algorithms.sft import sft_samples
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -146,7 +146,7 @@ def test_the_likeliest_explanations_under_the_plain_question_are_kept():
     accepted: Any = {"a": [(9, 10, 11), (12, 13), (14,), (15, 16)], "b": [(17, 18)]}
 
     def score(samples: list[Sample]) -> list[torch.Tensor]:
-        return completion_logprobs(model, samples, temperature=1.0, max_tokens=1000)
+        return completion_logprobs(model, samples, ForwardOptions(1.0, 1000))
 
     samples = ranking_samples(accepted, PROBLEMS, prompter, "likelihood")
     kept = keep_best(accepted, score(samples), choose="likelihood", keep=2)
@@ -211,7 +211,7 @@ def test_completion_logprobs_equal_a_full_forward_of_each_sample():
         Sample((5, 6, 7), (12,)),
         Sample((5, 6, 7, 8), (13, 14)),
     ]
-    scored = completion_logprobs(model, samples, temperature=0.6, max_tokens=9)
+    scored = completion_logprobs(model, samples, ForwardOptions(0.6, 9))
     for sample, got in zip(samples, scored, strict=True):
         truth = completion_logps(model, sample.prompt_ids, sample.completion_ids, 0.6)
         torch.testing.assert_close(got.double(), truth.detach(), rtol=1e-6, atol=1e-6)

@@ -21,6 +21,7 @@ from expo_fast.algorithms.grpo import (
     policy_samples,
     split_evenly,
 )
+from expo_fast.algorithms.logprobs import ForwardOptions
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
@@ -301,7 +302,7 @@ def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
     prompter: Any = Prompter(made)
     samples = sft_samples(explained, prompter, coef=0.04, n_questions=P, reduction=reduction)
     model.zero_grad()
-    result = sft_backward(Layout(model), samples, temperature=T, max_tokens=pack_tokens)
+    result = sft_backward(Layout(model), samples, ForwardOptions(T, pack_tokens))
     assert result.loss == pytest.approx(truth.item(), rel=1e-6)
     assert_gradients_near(accumulated(model), expected, 1e-6)
     means = [logps(model, sample).mean() for sample in samples]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from expo_fast.algorithms.explanation_filter import miscalculates
 from expo_fast.algorithms.explanations import accept_explanations, ranking_samples, ranks_of
-from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs
 from expo_fast.data.problems import load_problems, worked_examples
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Generator, Request
@@ -61,7 +61,7 @@ def main() -> None:
     print(f"accepted: {len(sound)} for {len(found.texts)} questions; sound: {sum(sound)}")
     for name in ("likelihood", "lift"):
         samples = ranking_samples(found.texts, problems, prompter, name)
-        logprobs = completion_logprobs(model, samples, temperature=1.0, max_tokens=4096)
+        logprobs = completion_logprobs(model, samples, ForwardOptions(1.0, 4096))
         print(f"AUC of {name}: {auc(ranks_of(logprobs, name), sound):.2f}")
 
 

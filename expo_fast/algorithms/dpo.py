@@ -13,7 +13,7 @@ is the initial policy or, with `refresh_reference`, the policy that sampled the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from expo_fast.algorithms.explanations import (
     tokens_of,
 )
 from expo_fast.algorithms.logprobs import (
+    ForwardOptions,
     completion_logprobs,
     reference_logprobs,
     sequence_logprobs,
@@ -226,12 +227,7 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positi
                 own, completions, prompter, trainer.verify, append_answer=config.append_answer
             )
         samples = ranking_samples(found.texts, own, prompter, config.choose_explanations)
-        logprobs = completion_logprobs(
-            trainer.model,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
+        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
         best = keep_best(
             found.texts, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
         )
@@ -297,19 +293,10 @@ def with_reference_logprobs(
     samples = deal.own(every_sample)
     with trainer.world.agreed():
         if policy_step == 0 or config.refresh_reference:
-            logprobs = completion_logprobs(
-                trainer.model,
-                samples,
-                temperature=config.temperature,
-                max_tokens=config.pack_tokens,
-            )
+            logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
         else:
             logprobs = reference_logprobs(
-                trainer.model,
-                trainer.reference,
-                samples,
-                temperature=config.temperature,
-                max_tokens=config.pack_tokens,
+                trainer.model, trainer.reference, samples, ForwardOptions.of(config)
             )
     sums = sequence_logprobs(deal.collect(logprobs)).view(-1, 2).tolist()
     return [
@@ -328,10 +315,7 @@ def diagnose(
     deal = trainer.deal_samples([each.sample for each in samples])
     with trainer.world.agreed():
         logprobs = completion_logprobs(
-            trainer.model,
-            [each.sample for each in deal.own(samples)],
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
+            trainer.model, [each.sample for each in deal.own(samples)], ForwardOptions.of(config)
         )
     return diagnostic_metrics(questions, samples, deal.collect(logprobs))
 
@@ -363,9 +347,7 @@ class PreferenceLossConfig:
     """Implicit rewards are beta times log-ratios."""
     averages_tokens: bool = False
     """Whether implicit rewards use the mean log-ratio per token, and not the sum."""
-    temperature: float = 1.0
-    max_tokens: int = 4096
-    """Most tokens in one forward and backward pass. It does not change the result."""
+    forward: ForwardOptions = field(default_factory=ForwardOptions)
 
     @classmethod
     def of(cls, config: Train) -> "PreferenceLossConfig":
@@ -374,8 +356,7 @@ class PreferenceLossConfig:
             objective=entry.build(config),
             beta=config.dpo_beta,
             averages_tokens=entry.averages,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
+            forward=ForwardOptions.of(config),
         )
 
 
@@ -405,7 +386,7 @@ def preference_backward(
     pair_logps = []  # (P, 2) of each pack
     lengths = []  # (2P,)
     members = []  # (2P,) indices of the packs' samples
-    for pack, hidden in layout.passes(samples, config.max_tokens, together=2):
+    for pack, hidden in layout.passes(samples, config.forward.max_tokens, together=2):
         n_pairs = len(pack.members) // 2
         weight = torch.full((n_pairs,), 1 / n_all_pairs, device=model.device)
         result = linear_preference_loss(
@@ -416,7 +397,7 @@ def preference_backward(
             objective=config.objective,
             ref_logp=ref_logp[list(pack.members)].to(model.device),
             pair_weight=weight,
-            temperature=config.temperature,
+            temperature=config.forward.temperature,
         )
         result.loss.backward()
         losses.append(result.loss.detach())

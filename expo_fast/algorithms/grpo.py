@@ -14,7 +14,7 @@ before the first backward pass, so the packing of the samples does not change th
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -34,7 +34,7 @@ from expo_fast.algorithms.explanations import (
     select_explanations,
     tokens_of,
 )
-from expo_fast.algorithms.logprobs import completion_logprobs, reference_logprobs
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs, reference_logprobs
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
@@ -201,12 +201,7 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positi
                 own, completions, prompter, trainer.verify, append_answer=config.append_answer
             )
         samples = ranking_samples(found.texts, own, prompter, config.choose_explanations)
-        logprobs = completion_logprobs(
-            trainer.model,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
+        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
         best = keep_best(
             found.texts, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
         )
@@ -242,12 +237,7 @@ def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Positives, st
     missing = known.missing(scored)
     deal = trainer.deal_samples(missing)
     with trainer.world.agreed():
-        logprobs = completion_logprobs(
-            trainer.model,
-            deal.own(missing),
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
+        logprobs = completion_logprobs(trainer.model, deal.own(missing), ForwardOptions.of(config))
     known.add(missing, deal.collect(logprobs))
     return diagnostic_metrics(questions, samples, known.of(scored))
 
@@ -268,12 +258,7 @@ def attempts_of_updates(
     ]
     attempts = [first]
     for samples in later:
-        old = completion_logprobs(
-            trainer.model,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
+        old = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
         attempts.append(
             [replace(sample, old_logp=logp) for sample, logp in zip(samples, old, strict=True)]
         )
@@ -349,12 +334,7 @@ def update_weights(
             n_questions=len(groups),
             reduction=config.exp_sft_reduction,
         )
-        sft = sft_backward(
-            layout,
-            trainer.own_samples(positive_samples),
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
+        sft = sft_backward(layout, trainer.own_samples(positive_samples), ForwardOptions.of(config))
         policy_norm, sft_norm = grad_sums.term_norms()
     metrics: Metrics = {
         "loss": policy.loss + sft.loss,
@@ -376,9 +356,7 @@ class PolicyLossConfig:
     objective: PolicyObjective
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
-    temperature: float = 1.0
-    max_tokens: int = 4096
-    """Most tokens in one forward and backward pass. It does not change the result."""
+    forward: ForwardOptions = field(default_factory=ForwardOptions)
 
     @classmethod
     def of(cls, config: Train) -> "PolicyLossConfig":
@@ -386,8 +364,7 @@ class PolicyLossConfig:
             objective=POLICY_OBJECTIVES[config.objective].build(config),
             kl_coef=config.kl_coef,
             entropy_coef=config.entropy_coef,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
+            forward=ForwardOptions.of(config),
         )
 
 
@@ -415,7 +392,7 @@ def policy_backward(
         sum(len(sample.completion_ids) for sample in samples),
     )
     sums = []
-    for pack, hidden in layout.passes(samples, config.max_tokens):
+    for pack, hidden in layout.passes(samples, config.forward.max_tokens):
         result = linear_policy_loss(
             hidden,
             model.head_weight,
@@ -428,7 +405,7 @@ def policy_backward(
             on_policy=pack.on_policy,
             kl_coef=config.kl_coef if pack.ref_logp is not None else 0.0,
             entropy_coef=config.entropy_coef,
-            temperature=config.temperature,
+            temperature=config.forward.temperature,
             sequence_ids=pack.sequence_ids,
             complete=pack.weighted and pack.has_targets_below(len(model.head_weight)),
         )
@@ -453,11 +430,7 @@ def with_reference_logprobs(trainer: Trainer, samples: Sequence[Sample]) -> list
     if not config.kl_coef:
         return list(samples)
     logprobs = reference_logprobs(
-        trainer.model,
-        trainer.reference,
-        samples,
-        temperature=config.temperature,
-        max_tokens=config.pack_tokens,
+        trainer.model, trainer.reference, samples, ForwardOptions.of(config)
     )
     return [replace(sample, ref_logp=logp) for sample, logp in zip(samples, logprobs, strict=True)]
 
