@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_decode import MODELS, TINY, Sizes, random_model
-from expo_fast.algorithms import grpo
+from expo_fast.algorithms import explanations, grpo
 from expo_fast.algorithms.explanations import ExplanationCounts, Positives
 from expo_fast.algorithms.trainer import Trainer, make_trainer
 from expo_fast.config import Train
@@ -140,7 +140,7 @@ class Count:
 def lenient_and_counted(count: Count) -> Iterator[None]:
     """Inside this context, accept all explanations and count the tokens of the losses of `grpo`."""
     with (
-        patch.object(grpo, "accept_explanations", accept_all),
+        patch.object(explanations, "accept_explanations", accept_all),
         patch.object(grpo, "policy_backward", count.counted(grpo.policy_backward)),
         patch.object(grpo, "sft_backward", count.counted(grpo.sft_backward)),
     ):

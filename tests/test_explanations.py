@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from expo_fast.algorithms.explanations import (
+    Positives,
     accept_explanations,
     explanation_requests,
     keep_best,
@@ -149,7 +150,7 @@ def test_the_likeliest_explanations_under_the_plain_question_are_kept():
         return completion_logprobs(model, samples, ForwardOptions(1.0, 1000))
 
     samples = ranking_samples(accepted, PROBLEMS, prompter, "likelihood")
-    kept = keep_best(accepted, score(samples), choose="likelihood", keep=2)
+    kept = best_of(accepted, score(samples), "likelihood", 2)
     prompt = prompter.solve(PROBLEM)
     means = {ids: float(score([Sample(prompt, ids)])[0].mean()) for ids in accepted["a"]}
     assert kept["a"] == sorted(means, key=lambda ids: -means[ids])[:2]
@@ -165,7 +166,7 @@ def test_the_lift_ranks_explanations_with_the_answer_masked():
     asked = [prompter.tokenizer.decode(s.prompt_ids) for s in samples]
     assert {prompter.tokenizer.decode(s.completion_ids) for s in samples} == {ANSWER}
     logprobs = [torch.tensor([-1.0 if "7000" in text else -5.0]) for text in asked]
-    kept = keep_best(accepted, logprobs, choose="lift", keep=1)
+    kept = best_of(accepted, logprobs, "lift", 1)
     assert kept == {"a": [derived]}
     assert all(ANSWER not in text for text in asked)
     assert asked[0].endswith("It is ?. \\boxed{")
@@ -174,9 +175,14 @@ def test_the_lift_ranks_explanations_with_the_answer_masked():
 def test_the_first_explanations_are_kept_as_sampled():
     accepted: Any = {"a": [(9,), (10,), (11,)], "b": [(12,)]}
     assert ranking_samples(accepted, PROBLEMS, plain_prompter(), "first") == []
-    two = keep_best(accepted, [], choose="first", keep=2)
+    two = best_of(accepted, [], "first", 2)
     assert two == {"a": [(9,), (10,)], "b": [(12,)]}
-    assert keep_best(accepted, [], choose="first", keep=0) == accepted
+    assert best_of(accepted, [], "first", 0) == accepted
+
+
+def best_of(accepted: Any, logprobs: list[torch.Tensor], choose: Any, keep: int) -> Any:
+    config = Train(choose_explanations=choose, keep_explanations=keep)
+    return keep_best(Positives(accepted), logprobs, config).texts
 
 
 def plain_prompter() -> Prompter:

@@ -28,17 +28,16 @@ from expo_fast.algorithms.diagnostics import (
 from expo_fast.algorithms.explanations import (
     ExplanationCache,
     Positives,
-    accept_explanations,
-    explanation_requests,
     keep_best,
-    of_all_ranks,
     ranking_samples,
+    sample_explanations,
     select_explanations,
-    tokens_of,
 )
 from expo_fast.algorithms.logprobs import (
     ForwardOptions,
     completion_logprobs,
+    deal_samples,
+    logprobs_of_all_ranks,
     reference_logprobs,
     sequence_logprobs,
 )
@@ -46,9 +45,7 @@ from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
-    attempt_requests,
     completion_row,
-    judge_attempts,
     mean,
     reward_function_metrics,
 )
@@ -58,6 +55,7 @@ from expo_fast.algorithms.trainer import (
     Trainer,
     batch_of_step,
     optimizer_step,
+    sample_and_judge,
 )
 from expo_fast.config import Train
 from expo_fast.data.problem_table import ProblemTable
@@ -72,8 +70,6 @@ from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import linear_preference_loss
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
-from expo_fast.reward_functions import RewardError
-from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Collapsed
 
 
@@ -179,17 +175,7 @@ def make_pairs(
     if config.spec.chosen_source == "data":
         pairs = [pair_of_data(trainer, question) for question in questions]
     else:
-        # Sample G attempts at each question and judge them.
-        deal = trainer.deal_questions(questions)
-        own = deal.own(questions)
-        with trainer.world.agreed(shared=RewardError):
-            with phases.phase("generate"):
-                requests = attempt_requests(own, prompter, config, step)
-                completions = trainer.generator.sample(requests)
-            with phases.phase("reward"), interruptions.immediate():
-                groups = judge_attempts(own, completions, prompter, trainer.reward, config)
-        groups = deal.collect(groups)
-        trainer.count_attempts(groups)
+        groups = sample_and_judge(trainer, questions, step, phases)
         # Find a chosen text for each question with a failed attempt.
         with phases.phase("explain"):
             failed = [group.problem for group in groups if group.failed]
@@ -218,26 +204,19 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positi
     """Sample explanations of the questions' answers and keep the best that are accepted."""
     config = trainer.config
     prompter = trainer.prompter
-    own = trainer.deal_questions(questions).own(questions)
-    with trainer.world.agreed():
-        requests = explanation_requests(own, prompter, config, step)
-        completions = trainer.generator.sample(requests)
-        with interruptions.immediate():
-            found = accept_explanations(
-                own, completions, prompter, trainer.verify, append_answer=config.append_answer
-            )
-        samples = ranking_samples(found.texts, own, prompter, config.choose_explanations)
-        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
-        best = keep_best(
-            found.texts, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
-        )
-        sampled = Positives(best, found.counts)
-        n_tokens = tokens_of(requests, completions)
-    sampled, n_tokens = of_all_ranks(trainer.world, questions, sampled, n_tokens)
-    trainer.sampled_tokens += n_tokens
     # The cache starts empty, because a resumed round could not restore its earlier explanations.
     cache = ExplanationCache()
-    return select_explanations(sampled, questions, cache, config, step)
+    own = trainer.deal_questions(questions).own(questions)
+    with trainer.world.agreed():
+        accepted = sample_explanations(
+            own, trainer.generator, prompter, trainer.verify, config, step
+        )
+        samples = ranking_samples(accepted.texts, own, prompter, config.choose_explanations)
+        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
+        best = keep_best(accepted, logprobs, config)
+    positives = select_explanations(trainer.world, best, questions, cache, config, step)
+    trainer.sampled_tokens += positives.counts.n_tokens
+    return positives
 
 
 def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
@@ -289,7 +268,7 @@ def with_reference_logprobs(
     if not PREFERENCE_OBJECTIVES[config.preference].needs_reference or not pairs:
         return list(pairs)
     every_sample = pair_samples(pairs)
-    deal = trainer.deal_samples(every_sample)
+    deal = deal_samples(trainer.world, every_sample)
     samples = deal.own(every_sample)
     with trainer.world.agreed():
         if policy_step == 0 or config.refresh_reference:
@@ -312,12 +291,13 @@ def diagnose(
     config = trainer.config
     questions = diagnosed_questions(pairs, by_id, config)[: config.n_diagnosed(step)]
     samples = diagnostic_samples(questions, trainer.prompter)
-    deal = trainer.deal_samples([each.sample for each in samples])
-    with trainer.world.agreed():
-        logprobs = completion_logprobs(
-            trainer.model, [each.sample for each in deal.own(samples)], ForwardOptions.of(config)
-        )
-    return diagnostic_metrics(questions, samples, deal.collect(logprobs))
+    logprobs = logprobs_of_all_ranks(
+        trainer.world,
+        trainer.model,
+        [each.sample for each in samples],
+        ForwardOptions.of(config),
+    )
+    return diagnostic_metrics(questions, samples, logprobs)
 
 
 def diagnosed_questions(

@@ -6,12 +6,12 @@ before the length limit, ends with the right answer, and passes `explanation_fil
 question's accepted explanations, the best are kept. By default these are the likeliest under the
 plain question, because the policy is unlikely to write a copied or wrong derivation by itself.
 
-The algorithms make four calls, between which they sample and compute log-probs themselves:
+The algorithms make four calls, between which they compute log-probs themselves:
 
-    requests = explanation_requests(questions, ...)           for the generator
-    found = accept_explanations(questions, completions, ...)
-    samples = ranking_samples(found.texts, ...)               for completion_logprobs
-    best = keep_best(found.texts, logprobs, ...)
+    accepted = sample_explanations(questions, generator, ...)
+    samples = ranking_samples(accepted.texts, ...)            for completion_logprobs
+    best = keep_best(accepted, logprobs, ...)
+    positives = select_explanations(world, best, ...)
 """
 
 import random
@@ -29,8 +29,9 @@ from expo_fast.data.answer_grading import last_boxed_span
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, boxed, request_seed
 from expo_fast.distributed.world import World
-from expo_fast.generate import Completion, Request
+from expo_fast.generate import Completion, Generator, Request
 from expo_fast.modeling.packing import Sample
+from expo_fast.runtime import interruptions
 
 ByProblem = dict[str, list[TokenIds]]  # token ids of texts by problem id
 
@@ -40,6 +41,8 @@ class ExplanationCounts:
     """Counts of the explanations of a batch of questions. All are 0 if none are sampled."""
 
     n_sampled: int = 0
+    n_tokens: int = 0
+    """Tokens of their prompts and completions."""
     n_right: int = 0
     """Explanations that stop before the length limit and box the right answer."""
     n_leaked: int = 0
@@ -174,6 +177,26 @@ def explanation_requests(
     return requests
 
 
+def sample_explanations(
+    questions: Sequence[Problem],
+    generator: Generator,
+    prompter: Prompter,
+    verify: Verifier,
+    config: Train,
+    step: int,
+) -> Positives:
+    """Sample explanations of the questions' answers, and return those that are accepted."""
+    requests = explanation_requests(questions, prompter, config, step)
+    completions = generator.sample(requests)
+    with interruptions.immediate():
+        found = accept_explanations(
+            questions, completions, prompter, verify, append_answer=config.append_answer
+        )
+    n_tokens = sum(len(request.prompt_ids) for request in requests)
+    n_tokens += sum(len(completion.token_ids) for completion in completions)
+    return replace(found, counts=replace(found.counts, n_tokens=n_tokens))
+
+
 def accept_explanations(
     questions: Sequence[Problem],
     completions: Sequence[Completion],
@@ -263,22 +286,22 @@ def ranks_of(logprobs: Sequence[Tensor], choose: str) -> list[float]:
     return [float(values.sum()) for values in logprobs]
 
 
-def keep_best(
-    accepted: ByProblem, logprobs: Sequence[Tensor], *, choose: str, keep: int
-) -> ByProblem:
-    """Return the `keep` best explanations of each question, best first. keep=0 keeps all.
+def keep_best(accepted: Positives, logprobs: Sequence[Tensor], config: Train) -> Positives:
+    """Return the `keep_explanations` best of each question, best first. 0 keeps all.
 
-    logprobs: of the tokens of `ranking_samples`, in nats.
-    choose: `first` keeps the order of sampling.
+    logprobs: of the tokens of `ranking_samples`, in nats. `choose_explanations` says how they rank;
+    `first` keeps the order of sampling.
 
     In the first steps of the default job, a third of the accepted explanations had correct
     equations. By likelihood, one of these ranked above one of the others in 94% of comparisons
     (benchmarks/RESULTS.md).
     """
+    choose = config.choose_explanations
+    keep = config.keep_explanations
     ranks = ranks_of(logprobs, choose)
     kept: ByProblem = {}
     start = 0
-    for problem_id, explanations in accepted.items():
+    for problem_id, explanations in accepted.texts.items():
         order = list(range(len(explanations)))
         if choose != "first":
             own = ranks[start : start + len(explanations)]
@@ -286,43 +309,37 @@ def keep_best(
         start += len(explanations)
         best = [explanations[i] for i in order]
         kept[problem_id] = best[:keep] if keep else best
-    return kept
+    return replace(accepted, texts=kept)
 
 
-def tokens_of(requests: Sequence[Request], completions: Sequence[Completion]) -> int:
-    """Return the number of tokens of prompts and completions."""
-    prompts = sum(len(request.prompt_ids) for request in requests)
-    return prompts + sum(len(completion.token_ids) for completion in completions)
+def of_all_ranks(world: World, questions: Sequence[Problem], own: Positives) -> Positives:
+    """Return the explanations of all ranks.
 
-
-def of_all_ranks(
-    world: World, questions: Sequence[Problem], own: Positives, n_tokens: int
-) -> tuple[Positives, int]:
-    """Return the explanations of all ranks, and the number of tokens.
-
-    questions: those of all ranks. The other arguments are of the questions of this rank.
+    questions: those of all ranks.
+    own: explanations of the questions of this rank.
     """
     if world.size == 1:
-        return own, n_tokens
-    parts = world.exchange((own, n_tokens))
+        return own
+    parts = world.exchange(own)
     texts: ByProblem = {}
     known = KnownLogprobs()
-    for part, _ in parts:
+    for part in parts:
         texts |= part.texts
         known.values.update(part.known.values)
     texts = {question.id: texts[question.id] for question in questions if question.id in texts}
-    counts = [part.counts for part, _ in parts]
-    total = ExplanationCounts(
-        n_sampled=sum(each.n_sampled for each in counts),
-        n_right=sum(each.n_right for each in counts),
-        n_leaked=sum(each.n_leaked for each in counts),
-        n_unfit=sum(each.n_unfit for each in counts),
+    counts = ExplanationCounts(
+        n_sampled=sum(part.counts.n_sampled for part in parts),
+        n_right=sum(part.counts.n_right for part in parts),
+        n_leaked=sum(part.counts.n_leaked for part in parts),
+        n_unfit=sum(part.counts.n_unfit for part in parts),
+        n_tokens=sum(part.counts.n_tokens for part in parts),
     )
-    return Positives(texts, total, known), sum(n for _, n in parts)
+    return Positives(texts, counts, known)
 
 
 def select_explanations(
-    sampled: Positives,
+    world: World,
+    best: Positives,
     questions: Sequence[Problem],
     cache: ExplanationCache,
     config: Train,
@@ -332,7 +349,10 @@ def select_explanations(
 
     They are those just sampled and those in the cache. With `shuffle_explanations`, each question
     gets the explanations of another question.
+
+    best: the best of those that this rank sampled. The other arguments are of all ranks.
     """
+    sampled = of_all_ranks(world, questions, best)
     cache.update(sampled.texts, step, config.explain_every)
     texts: ByProblem = {}
     for question in questions:

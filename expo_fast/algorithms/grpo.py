@@ -25,22 +25,22 @@ from expo_fast.algorithms.diagnostics import (
 )
 from expo_fast.algorithms.explanations import (
     Positives,
-    accept_explanations,
-    explanation_requests,
     keep_best,
-    of_all_ranks,
     questions_to_sample,
     ranking_samples,
+    sample_explanations,
     select_explanations,
-    tokens_of,
 )
-from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs, reference_logprobs
+from expo_fast.algorithms.logprobs import (
+    ForwardOptions,
+    completion_logprobs,
+    logprobs_of_all_ranks,
+    reference_logprobs,
+)
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
-    attempt_requests,
     completion_rows,
-    judge_attempts,
     mean,
     overlong_punishment,
     reward_function_metrics,
@@ -52,6 +52,7 @@ from expo_fast.algorithms.trainer import (
     Trainer,
     batch_of_step,
     optimizer_step,
+    sample_and_judge,
 )
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -62,8 +63,6 @@ from expo_fast.modeling.packing import Sample
 from expo_fast.objectives import POLICY_OBJECTIVES
 from expo_fast.ops import group_advantage, linear_policy_loss
 from expo_fast.reporting.timing import Phases
-from expo_fast.reward_functions import RewardError
-from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -123,24 +122,6 @@ def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
     return groups
 
 
-def sample_and_judge(
-    trainer: Trainer, questions: Sequence[Problem], step: int, phases: Phases
-) -> list[Group]:
-    """Sample G attempts at each question and judge them."""
-    config = trainer.config
-    deal = trainer.deal_questions(questions)
-    own = deal.own(questions)
-    with trainer.world.agreed(shared=RewardError):
-        with phases.phase("generate"):
-            requests = attempt_requests(own, trainer.prompter, config, step)
-            completions = trainer.generator.sample(requests)
-        with phases.phase("reward"), interruptions.immediate():
-            groups = judge_attempts(own, completions, trainer.prompter, trainer.reward, config)
-    groups = deal.collect(groups)
-    trainer.count_attempts(groups)
-    return groups
-
-
 def with_advantages(groups: Sequence[Group], config: Train) -> list[Group]:
     """Return the groups with the advantage of each attempt within its group."""
     rewards = []
@@ -194,24 +175,17 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positi
     new = questions_to_sample(questions, cache, config, step)
     own = trainer.deal_questions(new).own(new)
     with trainer.world.agreed():
-        requests = explanation_requests(own, prompter, config, step)
-        completions = trainer.generator.sample(requests)
-        with interruptions.immediate():
-            found = accept_explanations(
-                own, completions, prompter, trainer.verify, append_answer=config.append_answer
-            )
-        samples = ranking_samples(found.texts, own, prompter, config.choose_explanations)
-        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
-        best = keep_best(
-            found.texts, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
+        accepted = sample_explanations(
+            own, trainer.generator, prompter, trainer.verify, config, step
         )
-        sampled = Positives(best, found.counts)
+        samples = ranking_samples(accepted.texts, own, prompter, config.choose_explanations)
+        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
+        best = keep_best(accepted, logprobs, config)
         if config.n_diagnosed(step):
-            sampled.known.add(samples, logprobs)
-        n_tokens = tokens_of(requests, completions)
-    sampled, n_tokens = of_all_ranks(trainer.world, new, sampled, n_tokens)
-    trainer.sampled_tokens += n_tokens
-    return select_explanations(sampled, questions, cache, config, step)
+            best.known.add(samples, logprobs)
+    positives = select_explanations(trainer.world, best, questions, cache, config, step)
+    trainer.sampled_tokens += positives.counts.n_tokens
+    return positives
 
 
 def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Positives:
@@ -235,10 +209,8 @@ def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Positives, st
     scored = [each.sample for each in samples]
     known = positives.known
     missing = known.missing(scored)
-    deal = trainer.deal_samples(missing)
-    with trainer.world.agreed():
-        logprobs = completion_logprobs(trainer.model, deal.own(missing), ForwardOptions.of(config))
-    known.add(missing, deal.collect(logprobs))
+    options = ForwardOptions.of(config)
+    known.add(missing, logprobs_of_all_ranks(trainer.world, trainer.model, missing, options))
     return diagnostic_metrics(questions, samples, known.of(scored))
 
 

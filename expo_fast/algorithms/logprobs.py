@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.config import Train
+from expo_fast.distributed.world import Deal, World
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import switched_off
 from expo_fast.modeling.packing import Sample, forward
@@ -81,6 +82,22 @@ def completion_logprobs(
         for i, values in pack.split(logp.cpu()):
             logprobs[i] = values
     return logprobs
+
+
+def logprobs_of_all_ranks(
+    world: World, model: Decoder, samples: Sequence[Sample], options: ForwardOptions
+) -> list[Tensor]:
+    """Return `completion_logprobs`, of which each rank computes a part."""
+    deal = deal_samples(world, samples)
+    with world.agreed():
+        own = completion_logprobs(model, deal.own(samples), options)
+    return deal.collect(own)
+
+
+def deal_samples(world: World, samples: Sequence[Sample]) -> Deal:
+    """Return which rank computes the log-probs of which sample."""
+    costs = [len(each.prompt_ids) + len(each.completion_ids) for each in samples]
+    return world.deal(costs)
 
 
 def reference_logprobs(
