@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from expo_fast import reward
+from expo_fast.algorithms.alarms import NEARLY_ALL_CUT, cut_in_words
 from expo_fast.algorithms.as_trained import (
     RECORDED,
     TrainedModel,
@@ -31,7 +32,7 @@ from expo_fast.algorithms.as_trained import (
     with_record,
 )
 from expo_fast.algorithms.explanation_filter import leaks
-from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, Verifier, cut_in_words
+from expo_fast.algorithms.rollout import Verifier
 from expo_fast.algorithms.training_data import (
     check_answers,
     check_ids,

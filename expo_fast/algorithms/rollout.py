@@ -7,7 +7,7 @@ can be compared at equal cost.
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,6 @@ from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
 from expo_fast.reward_functions import Reward, RewardLog, Rewards
 
-NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
-MANY_UNDECIDED = 0.1  # fraction of attempts without a verdict, from which a run warns
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
 
@@ -235,27 +233,6 @@ def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     undecided = [counts[reason] for reason in REASONS if Judged(reason).score is None]
     metrics["verdicts/undecided"] = sum(undecided) / len(reasons)
     return metrics
-
-
-def undecided_in_words(metrics: Mapping[str, float | None]) -> str:
-    """Return a warning that many attempts have no verdict, with the reasons."""
-    parts = []
-    for reason in REASONS:
-        share = metrics.get(f"verdicts/{reason}") or 0.0
-        if share and Judged(reason).score is None:
-            parts.append(f"{share:.0%} {reason}")
-    return (
-        f"{metrics['verdicts/undecided']:.0%} of the attempts have no verdict and no reward "
-        f"({', '.join(parts)}): look at their answers in the run's completions"
-    )
-
-
-def cut_in_words(clipped_ratio: float, max_new_tokens: int) -> str:
-    """Return a warning that nearly all completions were cut at the length limit."""
-    return (
-        f"{clipped_ratio:.0%} of the completions were cut at --max-completion-length "
-        f"{max_new_tokens} before they ended: raise it, or shorten answers by --instruction"
-    )
 
 
 def reward_function_metrics(groups: Sequence[Group]) -> dict[str, float | None]:

@@ -147,6 +147,11 @@ class Trainer:
         """The ranks of the run."""
         return self.layout.world
 
+    @property
+    def eval_every(self) -> int:
+        """Number of steps between evaluations; 0: there are none."""
+        return self.config.eval_every if self.held_out else 0
+
     def count_attempts(self, groups: Iterable[Group]) -> None:
         """Add the tokens of attempts to `sampled_tokens`, and note their lengths."""
         for group in groups:
