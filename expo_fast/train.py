@@ -29,7 +29,7 @@ from expo_fast.algorithms.resume import (
     check_run_dir,
     names_checkpoint,
     restore,
-    with_defaults,
+    with_recorded_options,
     write_base,
 )
 from expo_fast.algorithms.saving import Saver
@@ -181,23 +181,19 @@ def run_in(world: World, config: Train) -> TrainResult:
     with world.agreed():
         check_trackers(config.report_to)
         hub.check_target(config.push_to_hub)
-        config = with_pack_tokens(with_defaults(config))
+        config = with_pack_tokens(with_recorded_options(config))
         check_run_dir(config)
         data = load_training_data(config)
         config = config.resolve_epochs(len(data.problems))
         trainer = build_trainer(config, data, world)
+        config = trainer.config  # with what each rank gathers
         if trainer.model.device.type == "cpu":
             dispatch.compiles()  # called here to report a missing compiler before the run begins
-        shape = trainer.model.shape
-        prompter = trainer.prompter
-        check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
-        check_lengths(config, prompter, data.problems, data.held_out, shape.context)
-        warn_of_control_tokens(prompter, data.problems)
-        warn_of_control_tokens(prompter, data.held_out)
+        check_texts(trainer)
     # A named checkpoint is read first, so that a wrong one leaves no new run directory.
     restored = None
     if config.dry_run or names_checkpoint(config):
-        restored = restore(config, trainer)
+        restored = restore(trainer)
         check_continuation(trainer, start=restored.step)
     if config.dry_run:
         if world.is_main:
@@ -212,7 +208,7 @@ def run_in(world: World, config: Train) -> TrainResult:
         log.note(f"run directory: {config.run_dir}")
         with world.agreed():
             check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
-        restored = restored or restore(config, trainer)
+        restored = restored or restore(trainer)
         start = restored.step
         check_continuation(trainer, start)
         if config.spec.loop == "dpo":
@@ -231,6 +227,17 @@ def run_in(world: World, config: Train) -> TrainResult:
             if world.is_main:
                 push_model(trainer, log)
     return result_of(trainer)
+
+
+def check_texts(trainer: Trainer) -> None:
+    """Raise ValueError if a text of the run does not fit the model. Warn of control tokens."""
+    config = trainer.config
+    shape = trainer.model.shape
+    prompter = trainer.prompter
+    check_token_ids(config, prompter, trainer.problems, trainer.held_out, shape.vocabulary)
+    check_lengths(config, prompter, trainer.problems, trainer.held_out, shape.context)
+    warn_of_control_tokens(prompter, trainer.problems)
+    warn_of_control_tokens(prompter, trainer.held_out)
 
 
 def result_of(trainer: Trainer) -> TrainResult:

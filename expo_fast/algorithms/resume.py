@@ -66,12 +66,12 @@ def check_run_dir(config: Train) -> None:
         check_same_run(config, recorded.config)
 
 
-def with_defaults(config: Train) -> Train:
+def with_recorded_options(config: Train) -> Train:
     """Return the configuration with a value for each option whose default depends on the data.
 
-    In the directory of a run, it is the value of the run's record, also if the run is older than
-    the present defaults. So is the size of packs, if --pack-tokens is 0, and with --gather auto
-    what the run gathers to sample.
+    In the directory of a run, it is the value of RUN/config.toml, also if the run is older than the
+    present defaults. So is the size of packs, if --pack-tokens is 0, and with --gather auto what
+    the run gathers to sample.
     """
     recorded = read_record(config.run_dir)
     if recorded is not None:
@@ -101,7 +101,7 @@ def names_checkpoint(config: Train) -> bool:
     return config.resume not in ("auto", "never")
 
 
-def restore(config: Train, trainer: Trainer) -> Restored:
+def restore(trainer: Trainer) -> Restored:
     """Restore the trainer from a checkpoint. No file is written.
 
     The checkpoint is the one that --resume names, or else the newest valid one.
@@ -110,17 +110,17 @@ def restore(config: Train, trainer: Trainer) -> Restored:
     path = None
     with world.agreed():
         if world.is_main:
-            path = find_checkpoint(config)
+            path = find_checkpoint(trainer.config)
     path = world.broadcast(path)
     if path is None:
         return Restored()
     with world.agreed():
-        values = check_checkpoint(config, trainer, path)
-        load_model_of(config, trainer, path)
+        values = check_checkpoint(trainer, path)
+        load_model_of(trainer, path)
     trainer.layout.take()
     tensors = read_state(trainer, path, values["trainer"])
     trainer.load_state(tensors, values["trainer"])
-    return Restored(path, values["step"], cursors_of(values, config, path))
+    return Restored(path, values["step"], cursors_of(values, trainer.config, path))
 
 
 def find_checkpoint(config: Train) -> Path | None:
@@ -132,12 +132,13 @@ def find_checkpoint(config: Train) -> Path | None:
     return None
 
 
-def check_checkpoint(config: Train, trainer: Trainer, path: Path) -> dict[str, Any]:
+def check_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Return the JSON values of a checkpoint, and note in the trainer how the run differs.
 
     Raise ValueError if the checkpoint is not of this run. With --inexact-resume, only differences
     with which no resume makes sense are errors.
     """
+    config = trainer.config
     values = checkpoint.read_values(path)
     if (path / "config.json").exists():  # a LoRA checkpoint has none
         check_same_shape(config, trainer.model.shape, path)
@@ -216,9 +217,9 @@ def values_to_save(
     }
 
 
-def load_model_of(config: Train, trainer: Trainer, path: Path) -> None:
+def load_model_of(trainer: Trainer, path: Path) -> None:
     """Load the weights of a checkpoint, or its adapter."""
-    if config.lora_rank:
+    if trainer.config.lora_rank:
         load_adapter(trainer.model, path)
     else:
         load_weights_into(trainer.model, path)
