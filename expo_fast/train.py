@@ -272,7 +272,7 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
         print(f"# {line}")
 
 
-def open_log(config: Train, world: World = ALONE) -> RunLog:
+def open_log(config: Train, world: World) -> RunLog:
     """Return the log of the run. Only rank 0 writes one."""
     kind = RunLog if world.is_main else QuietLog
     return kind(

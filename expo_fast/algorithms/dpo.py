@@ -422,7 +422,7 @@ def pair_samples(pairs: Sequence[Pair]) -> list[Sample]:
     samples = []
     for pair in pairs:
         for ids in (pair.chosen_ids, pair.rejected_ids):
-            samples.append(Sample(pair.prompt_ids, ids, row_weight=1.0))
+            samples.append(Sample(pair.prompt_ids, ids))
     return samples
 
 

@@ -22,10 +22,11 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
-from expo_fast.algorithms.logprobs import KnownLogprobs, TokenIds
+from expo_fast.algorithms.logprobs import KnownLogprobs
 from expo_fast.algorithms.rollout import Verifier, make_request
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import last_boxed_span
+from expo_fast.data.chat_template import TokenIds
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, boxed, request_seed
 from expo_fast.distributed.world import World

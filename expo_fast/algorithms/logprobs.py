@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from expo_fast.config import Train
+from expo_fast.data.chat_template import TokenIds
 from expo_fast.distributed.world import Deal, World
 from expo_fast.modeling.decoder import Decoder
 from expo_fast.modeling.lora import switched_off
 from expo_fast.modeling.packing import Sample, forward
 from expo_fast.ops import linear_logprob
-
-TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True)

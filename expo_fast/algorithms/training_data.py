@@ -315,8 +315,8 @@ def missing_answer(config: Train, problem: Problem) -> str:
 
 def boxes_another_answer(solution: str, answer: str) -> bool:
     """Return whether the last box of a solution differs from the answer, False if unknown."""
-    boxed = last_boxed(solution) or ""
-    return decide(tidy(answer), tidy(boxed)) is False
+    theirs = last_boxed(solution) or ""
+    return decide(tidy(answer), tidy(theirs)) is False
 
 
 def check_lengths(
