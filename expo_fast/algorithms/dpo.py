@@ -131,8 +131,8 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
 
 def no_pair(config: Train) -> str:
     """Return why an offline run whose questions gave no pair cannot train."""
-    chosen = "an accepted explanation" if config.explains else "a solution"
-    more = "--group-size or --n-explanations" if config.explains else "--group-size"
+    chosen = "an accepted explanation" if config.samples_explanations else "a solution"
+    more = "--group-size or --n-explanations" if config.samples_explanations else "--group-size"
     return (
         f"--method {config.method} made no pair for the questions of its {config.steps} steps: a "
         f"question needs a wrong attempt and {chosen}; increase {more}, or change the questions"
@@ -179,12 +179,12 @@ def make_pairs(
         # Find a chosen text for each question with a failed attempt.
         with phases.phase("explain"):
             failed = [group.problem for group in groups if group.failed]
-            if config.explains:
+            if config.samples_explanations:
                 chosen = explain(trainer, failed, step)
             else:
                 chosen = Positives({q.id: [prompter.expert(q)] for q in failed})
         pairs = pairs_of_groups(trainer, groups, chosen)
-        if config.explains:
+        if config.samples_explanations:
             metrics |= chosen.counts.metrics()
         if policy_step == step:
             # Attempts sampled by the weights of an earlier step do not measure this step's weights.
@@ -313,7 +313,7 @@ def diagnosed_questions(
     questions = []
     for problem_id, group in by_question.items():
         attempts = [Completion(list(pair.rejected_ids), no_logprobs, "stop") for pair in group]
-        explanation = group[0].chosen_ids if config.explains else None
+        explanation = group[0].chosen_ids if config.samples_explanations else None
         questions.append(DiagnosedQuestion(by_id[problem_id], attempts, explanation))
     return questions
 
@@ -451,7 +451,7 @@ def nll_metrics(result: PreferenceResult, config: Train) -> Metrics:
     if config.spec.chosen_source == "data" or not len(result.logp):
         return {}
     chosen, rejected = (-(result.logp / result.lengths).mean(0)).tolist()
-    name = "exp/nll" if config.explains else "expert/nll"
+    name = "exp/nll" if config.samples_explanations else "expert/nll"
     return {name: chosen, "own/nll": rejected}
 
 

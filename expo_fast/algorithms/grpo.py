@@ -77,7 +77,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     # Sample explanations of the known answers, or take the data's solutions.
     with phases.phase("explain"):
         questions = questions_with_sft_term(groups, config)
-        if config.explains:
+        if config.samples_explanations:
             positives = explain(trainer, questions, step)
         else:
             positives = solutions(trainer, questions)
@@ -202,7 +202,7 @@ def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Positives, st
     questions = []
     for group in groups[: config.n_diagnosed(step)]:
         explanation = None
-        if config.explains and group.problem.id in positives.texts:
+        if config.samples_explanations and group.problem.id in positives.texts:
             explanation = positives.texts[group.problem.id][0]
         questions.append(DiagnosedQuestion(group.problem, group.judged, explanation))
     samples = diagnostic_samples(questions, trainer.prompter)
@@ -316,7 +316,7 @@ def update_weights(
         "grad_norm/policy": policy_norm,
         "grad_norm/exp_sft": sft_norm,
         "exp_sft_coef": coef if config.spec.sft_term else None,
-        "exp/nll": sft.nll if positive_samples and config.explains else None,
+        "exp/nll": sft.nll if positive_samples and config.samples_explanations else None,
     }
     return metrics | optimizer_step(trainer, update, phases)
 
