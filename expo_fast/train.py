@@ -30,8 +30,8 @@ from expo_fast.algorithms.resume import (
     names_checkpoint,
     restore,
     with_recorded_options,
-    write_base,
 )
+from expo_fast.algorithms.saved_model import write_base
 from expo_fast.algorithms.saving import Saver
 from expo_fast.algorithms.trainer import (
     StepResult,

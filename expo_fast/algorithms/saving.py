@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from expo_fast.algorithms.alarms import has_no_finite_logits
-from expo_fast.algorithms.resume import model_writer, values_to_save
+from expo_fast.algorithms.resume import values_to_save
+from expo_fast.algorithms.saved_model import model_writer
 from expo_fast.algorithms.scores import Scores
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.reporting.run_log import RunLog

@@ -26,6 +26,12 @@ from expo_fast.algorithms.rollout import (
     judge_attempts,
     mean,
 )
+from expo_fast.algorithms.run_record import (
+    ENDS_OF_TURNS,
+    INITIAL_WEIGHTS,
+    PROMPT_TEMPLATE,
+    TRAINING_DATA,
+)
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, fingerprint
 from expo_fast.data.prompts import Prompter, request_seed
@@ -242,10 +248,10 @@ def make_trainer(
         # The ranks compute normalisers and metrics from the same batches. A difference would be no
         # error of any operation, but a wrong result.
         values = {
-            "initial weights": initial_weights_hash,
-            "training data": fingerprint(problems),
-            "prompt template": prompter.template_hash,
-            "ends of turns": prompter.ends_hash,
+            INITIAL_WEIGHTS: initial_weights_hash,
+            TRAINING_DATA: fingerprint(problems),
+            PROMPT_TEMPLATE: prompter.template_hash,
+            ENDS_OF_TURNS: prompter.ends_hash,
             "version of torch": torch.__version__.split("+")[0],
         }
         world.check_same(values)
