@@ -41,16 +41,15 @@ from expo_fast.algorithms.logprobs import (
     reference_logprobs,
     sequence_logprobs,
 )
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
     completion_row,
-    mean,
     reward_function_metrics,
 )
 from expo_fast.algorithms.trainer import (
-    Metrics,
     StepResult,
     Trainer,
     batch_of_step,

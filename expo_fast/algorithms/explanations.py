@@ -23,6 +23,7 @@ from torch import Tensor
 
 from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
 from expo_fast.algorithms.logprobs import KnownLogprobs
+from expo_fast.algorithms.metrics import Metrics
 from expo_fast.algorithms.rollout import Verifier, make_request
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import last_boxed_span
@@ -68,7 +69,7 @@ class ExplanationCounts:
             n_kept_tokens=sum(lengths),
         )
 
-    def metrics(self) -> dict[str, float | None]:
+    def metrics(self) -> Metrics:
         return {
             "exp/rate": _ratio(self.n_explained, self.n_questions),
             "exp/accepted": self.n_kept,

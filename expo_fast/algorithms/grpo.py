@@ -37,17 +37,16 @@ from expo_fast.algorithms.logprobs import (
     logprobs_of_all_ranks,
     reference_logprobs,
 )
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
     completion_rows,
-    mean,
     overlong_punishment,
     reward_function_metrics,
 )
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.algorithms.trainer import (
-    Metrics,
     StepResult,
     Trainer,
     batch_of_step,

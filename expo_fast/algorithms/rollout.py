@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expo_fast.algorithms.explanation_filter import leaks
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, last_question
 from expo_fast.data.prompts import Prompter, request_seed
@@ -186,7 +187,7 @@ def overlong_punishment(completion: Completion, config: Train) -> float:
     return max(0, len(completion.token_ids) - start) / config.overlong_buffer
 
 
-def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+def attempt_metrics(groups: Sequence[Group]) -> Metrics:
     """Return metrics of the attempts. A quantity that TRL logs has TRL's name."""
     completions = [completion for group in groups for completion in group.completions]
     reward_means = []
@@ -218,7 +219,7 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     } | verdict_metrics(groups)
 
 
-def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+def verdict_metrics(groups: Sequence[Group]) -> Metrics:
     """Return the fraction of the attempts with each reason of the built-in reward's verdicts.
 
     Return no metric for users' reward functions, which give no reasons.
@@ -227,7 +228,7 @@ def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     if not reasons:
         return {}
     counts = Counter(reasons)
-    metrics: dict[str, float | None] = {}
+    metrics: Metrics = {}
     for reason in REASONS:
         metrics[f"verdicts/{reason}"] = counts[reason] / len(reasons)
     undecided = [counts[reason] for reason in REASONS if Judged(reason).score is None]
@@ -235,7 +236,7 @@ def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     return metrics
 
 
-def reward_function_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+def reward_function_metrics(groups: Sequence[Group]) -> Metrics:
     """Return what TRL logs of each reward function, and what the functions logged themselves."""
     by_function: dict[str, list[float]] = {}
     logged: dict[str, list[float]] = {}
@@ -245,7 +246,7 @@ def reward_function_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
             by_function.setdefault(name, []).extend(known)
         for name, values in group.log.metrics.items():
             logged.setdefault(name, []).extend(values)
-    metrics: dict[str, float | None] = {}
+    metrics: Metrics = {}
     for name, rewards in by_function.items():
         metrics[f"rewards/{name}/mean"] = mean(rewards)
         several = len(rewards) > 1
@@ -303,8 +304,3 @@ def completion_row(
         "completion": text,
         "reward": reward,
     }
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Return the mean, or None if there is no value."""
-    return sum(values) / len(values) if values else None

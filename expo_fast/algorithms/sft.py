@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from expo_fast.algorithms.logprobs import ForwardOptions
+from expo_fast.algorithms.metrics import Metrics
 from expo_fast.algorithms.rollout import completion_row
 from expo_fast.algorithms.trainer import (
-    Metrics,
     StepResult,
     Trainer,
     batch_of_step,

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from expo_fast.algorithms.dealing import expected_lengths, units_by_prompt
 from expo_fast.algorithms.explanations import ExplanationCache
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.algorithms.pairs import PairStore
 from expo_fast.algorithms.rollout import (
     Group,
     Verifier,
     attempt_requests,
     judge_attempts,
-    mean,
 )
 from expo_fast.algorithms.run_record import (
     ENDS_OF_TURNS,
@@ -49,7 +49,6 @@ from expo_fast.reporting.timing import Phases
 from expo_fast.reward_functions import Reward, RewardError, TrainerState
 from expo_fast.runtime import interruptions
 
-Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
 StepResult = tuple[Metrics, TextRows]
 
