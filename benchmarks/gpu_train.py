@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_decode import MODELS, TINY, Sizes, random_model
-from expo_fast.algorithms import grpo
-from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms import explanations, grpo
+from expo_fast.algorithms.explanations import ExplanationCounts, Positives
 from expo_fast.algorithms.trainer import Trainer, make_trainer
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, load_problems
@@ -74,14 +74,14 @@ KINDS = {  # the kind of a kernel, by a pattern of its name; the first match cou
 
 def accept_all(
     questions: Sequence[Problem], completions: Sequence[Completion], *_: Any, **__: Any
-) -> Explanations:
+) -> Positives:
     """Replace `accept_explanations` and accept everything: random weights explain nothing."""
     per_question = len(completions) // len(questions)
-    found = Explanations(n_questions=len(questions), n_sampled=len(completions))
+    found = Positives(counts=ExplanationCounts(n_sampled=len(completions)))
     for i, question in enumerate(questions):
         first = i * per_question
         own = completions[first : first + per_question]
-        found.accepted[question.id] = [tuple(completion.token_ids) for completion in own]
+        found.texts[question.id] = [tuple(completion.token_ids) for completion in own]
     return found
 
 
@@ -140,7 +140,7 @@ class Count:
 def lenient_and_counted(count: Count) -> Iterator[None]:
     """Inside this context, accept all explanations and count the tokens of the losses of `grpo`."""
     with (
-        patch.object(grpo, "accept_explanations", accept_all),
+        patch.object(explanations, "accept_explanations", accept_all),
         patch.object(grpo, "policy_backward", count.counted(grpo.policy_backward)),
         patch.object(grpo, "sft_backward", count.counted(grpo.sft_backward)),
     ):

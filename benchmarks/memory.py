@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from expo_fast.algorithms.resume import with_defaults
+from expo_fast.algorithms.resume import with_recorded_options
 from expo_fast.cli.flags import parse
 from expo_fast.config import Train
 from expo_fast.inspection.memory import estimate_run
@@ -48,7 +48,7 @@ def main() -> None:
     print("|---|---|--:|--:|--:|")
     for name in options.only:
         flags = CONFIGURATIONS[name].split()
-        estimate = estimate_run(with_defaults(parse(Train, flags))).peak
+        estimate = estimate_run(with_recorded_options(parse(Train, flags))).peak
         measured = statistics.median(measured_peak(flags) for _ in range(options.repeats))
         ratio = estimate / measured
         cells = f"{estimate / 1e9:.2f} | {measured / 1e9:.2f} | {ratio:.2f}"

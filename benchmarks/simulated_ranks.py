@@ -202,7 +202,7 @@ def attempts(questions: Sequence[Question]) -> list[int]:
 
 def explanations_of(questions: Sequence[Question], config: Train) -> list[int]:
     """Return the lengths of all sampled explanations, as this module takes them to be."""
-    if not config.explains:
+    if not config.samples_explanations:
         return []
     each = config.explanations_per_question
     return [x for question in questions for x in islice(cycle(question.lengths), each)]

@@ -56,12 +56,12 @@ def line_of(result: OpResult) -> str:
 
 def read_flags(argv: Sequence[str]) -> "Train":
     """Return the configuration of a run with these flags. Raise ValueError if it cannot run."""
-    from expo_fast.algorithms.resume import with_defaults
+    from expo_fast.algorithms.resume import with_recorded_options
     from expo_fast.cli.flags import parse
     from expo_fast.config import Train
     from expo_fast.weights import find_device
 
-    config = with_defaults(parse(Train, argv))
+    config = with_recorded_options(parse(Train, argv))
     find_device(config.device)
     return config
 

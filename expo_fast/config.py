@@ -606,7 +606,7 @@ class Train(Prompting):
         return self.schedule != "constant" or (has_sft_term and self.exp_sft_schedule != "constant")
 
     @property
-    def explains(self) -> bool:
+    def samples_explanations(self) -> bool:
         """Whether the run samples explanations with the answer shown."""
         if self.spec.exp_sft_term and self.exp_sft_coef == 0:
             return False
@@ -615,7 +615,7 @@ class Train(Prompting):
     @property
     def n_explanations(self) -> int:
         """Number of explanations sampled for a question in a step."""
-        return self.explanations_per_question if self.explains else 0
+        return self.explanations_per_question if self.samples_explanations else 0
 
     @property
     def group_size(self) -> int:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from expo_fast import reward
+from expo_fast.algorithms.alarms import NEARLY_ALL_CUT, cut_in_words
 from expo_fast.algorithms.as_trained import (
-    RECORDED,
+    PROMPT_OPTIONS,
     TrainedModel,
     difference,
     find_trained,
@@ -31,7 +32,7 @@ from expo_fast.algorithms.as_trained import (
     with_record,
 )
 from expo_fast.algorithms.explanation_filter import leaks
-from expo_fast.algorithms.rollout import NEARLY_ALL_CUT, Verifier, cut_in_words
+from expo_fast.algorithms.rollout import Verifier
 from expo_fast.algorithms.training_data import (
     check_answers,
     check_ids,
@@ -208,8 +209,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def notes(config: Evaluate, trained: TrainedModel) -> Iterator[str]:
-    """Yield a line about the options that are as in training, and one about those that differ."""
-    same = [name for name in RECORDED if getattr(config, name) == getattr(trained.config, name)]
+    """Yield a line about the options that are as in training, and one about those that differ.
+
+    Before them, warn of a damaged record.
+    """
+    if trained.damage is not None:
+        yield f"warning: {trained.damage}: the options are those of the newest checkpoint"
+    same = [
+        name for name in PROMPT_OPTIONS if getattr(config, name) == getattr(trained.config, name)
+    ]
     values = ", ".join(f"{name}={getattr(config, name)!r}" for name in same)
     yield f"as in training of {trained.run_dir}: {values}"
     differs = difference(config, trained)

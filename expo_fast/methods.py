@@ -51,11 +51,6 @@ class MethodSpec:
         return "solutions" in (self.sft_source, self.chosen_source)
 
     @property
-    def needs_answers(self) -> bool:
-        """Whether each problem needs an answer, to judge attempts by."""
-        return self.samples_attempts
-
-    @property
     def groups(self) -> bool:
         """Whether attempts are compared within groups, so that each needs at least two."""
         return self.loop == "grpo"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from expo_fast.algorithms import dpo, grpo, sft
-from expo_fast.algorithms.alarms import Alarms
+from expo_fast.algorithms.alarms import Alarms, FirstWarnings, has_no_finite_logits
 from expo_fast.algorithms.publish import push_model
 from expo_fast.algorithms.ranks import RankClock, check_shared_folder
 from expo_fast.algorithms.resume import (
@@ -29,15 +29,9 @@ from expo_fast.algorithms.resume import (
     check_run_dir,
     names_checkpoint,
     restore,
-    with_defaults,
-    write_base,
+    with_recorded_options,
 )
-from expo_fast.algorithms.rollout import (
-    MANY_UNDECIDED,
-    NEARLY_ALL_CUT,
-    cut_in_words,
-    undecided_in_words,
-)
+from expo_fast.algorithms.saved_model import write_base
 from expo_fast.algorithms.saving import Saver
 from expo_fast.algorithms.trainer import (
     StepResult,
@@ -187,23 +181,19 @@ def run_in(world: World, config: Train) -> TrainResult:
     with world.agreed():
         check_trackers(config.report_to)
         hub.check_target(config.push_to_hub)
-        config = with_pack_tokens(with_defaults(config))
+        config = with_pack_tokens(with_recorded_options(config))
         check_run_dir(config)
         data = load_training_data(config)
         config = config.resolve_epochs(len(data.problems))
         trainer = build_trainer(config, data, world)
+        config = trainer.config  # with what each rank gathers
         if trainer.model.device.type == "cpu":
             dispatch.compiles()  # called here to report a missing compiler before the run begins
-        shape = trainer.model.shape
-        prompter = trainer.prompter
-        check_token_ids(config, prompter, data.problems, data.held_out, shape.vocabulary)
-        check_lengths(config, prompter, data.problems, data.held_out, shape.context)
-        warn_of_control_tokens(prompter, data.problems)
-        warn_of_control_tokens(prompter, data.held_out)
+        check_texts(trainer)
     # A named checkpoint is read first, so that a wrong one leaves no new run directory.
     restored = None
     if config.dry_run or names_checkpoint(config):
-        restored = restore(config, trainer)
+        restored = restore(trainer)
         check_continuation(trainer, start=restored.step)
     if config.dry_run:
         if world.is_main:
@@ -218,7 +208,7 @@ def run_in(world: World, config: Train) -> TrainResult:
         log.note(f"run directory: {config.run_dir}")
         with world.agreed():
             check_run_dir(config)  # once more: another trainer may have begun a run here meanwhile
-        restored = restored or restore(config, trainer)
+        restored = restored or restore(trainer)
         start = restored.step
         check_continuation(trainer, start)
         if config.spec.loop == "dpo":
@@ -237,6 +227,17 @@ def run_in(world: World, config: Train) -> TrainResult:
             if world.is_main:
                 push_model(trainer, log)
     return result_of(trainer)
+
+
+def check_texts(trainer: Trainer) -> None:
+    """Raise ValueError if a text of the run does not fit the model. Warn of control tokens."""
+    config = trainer.config
+    shape = trainer.model.shape
+    prompter = trainer.prompter
+    check_token_ids(config, prompter, trainer.problems, trainer.held_out, shape.vocabulary)
+    check_lengths(config, prompter, trainer.problems, trainer.held_out, shape.context)
+    warn_of_control_tokens(prompter, trainer.problems)
+    warn_of_control_tokens(prompter, trainer.held_out)
 
 
 def result_of(trainer: Trainer) -> TrainResult:
@@ -271,7 +272,7 @@ def print_dry_run(trainer: Trainer, data: TrainingData) -> None:
         print(f"# {line}")
 
 
-def open_log(config: Train, world: World = ALONE) -> RunLog:
+def open_log(config: Train, world: World) -> RunLog:
     """Return the log of the run. Only rank 0 writes one."""
     kind = RunLog if world.is_main else QuietLog
     return kind(
@@ -391,8 +392,7 @@ def train(
     last step boundary is then saved. Raise Collapsed if the weights are broken, or with
     `stop_on_collapse` if an alarm says so.
     """
-    eval_every = trainer.config.eval_every if trainer.held_out else 0
-    saver = Saver(trainer, log, evaluates=eval_every > 0)
+    saver = Saver(trainer, log)
     trainer.mark_boundary(start)
     try:
         run_steps(trainer, log, start, signals, saver)
@@ -420,58 +420,70 @@ def run_steps(
     config = trainer.config
     world = trainer.world
     clock = RankClock(world)
-    eval_every = config.eval_every if trainer.held_out else 0
-    saves = config.checkpoint_every > 0
     alarms = Alarms(config, read_rows(config.run_dir / METRICS))
-    told_of_cut = False
-    told_of_undecided = False
-    if world.broadcast(lacks_evaluation(config, eval_every, start, saver)):
+    first_warnings = FirstWarnings(config)
+    if world.broadcast(lacks_evaluation(trainer, saver, start)):
         log_evaluation(trainer, log, saver, step=start)
     for step in range(start, config.steps):
         signals.check()
         done = step + 1
         world.begin_step(done)
         row = take_step(trainer, step, log, alarms, clock)
-        clipped_ratio = row.get("completions/clipped_ratio") or 0.0
-        if clipped_ratio >= NEARLY_ALL_CUT and not told_of_cut:
-            told_of_cut = True
-            log.note(f"warning: step {done}: {cut_in_words(clipped_ratio, config.max_new_tokens)}")
-        if (row.get("verdicts/undecided") or 0.0) >= MANY_UNDECIDED and not told_of_undecided:
-            told_of_undecided = True
-            log.note(f"warning: step {done}: {undecided_in_words(row)}")
+        for warning in first_warnings.of_step(row):
+            log.note(f"warning: step {done}: {warning}")
         saver.read_step(row)
         trainer.mark_boundary(done)
         is_best = False
-        if is_due(done, eval_every, config.steps):
+        if is_due(done, trainer.eval_every, config.steps):
             is_best = log_evaluation(trainer, log, saver, step=done)
         with world.agreed():
             if world.is_main:
                 check_collapse(config, alarms, saver, done)
         is_requested = any(world.exchange(signals.take_save_request()))
-        if done == config.steps:
-            saves = saves or is_requested
-            continue  # saved below
-        is_due_now = is_due(done, config.checkpoint_every, config.steps)
-        is_due_now |= is_best and saves and config.keep_best > 0
-        is_due_now = world.broadcast(is_due_now or is_requested)
-        if saver.after_step(done, is_due=is_due_now) and is_requested:
-            log.note(f"step {done} is saved, as a signal asked for")
-    if start < config.steps and saves:
-        saver.after_last_step(config.steps)
+        save_step(trainer, log, saver, done, is_best=is_best, is_requested=is_requested)
     if world.is_main:
         for line in summary(config, alarms, saver):
             log.note(line)
 
 
-def lacks_evaluation(config: Train, eval_every: int, start: int, saver: Saver) -> bool:
+def lacks_evaluation(trainer: Trainer, saver: Saver, start: int) -> bool:
     """Return whether the evaluation before step `start` (from 0) is still to be done.
 
     A run that was stopped inside an evaluation has a checkpoint of the step and no evaluation.
     """
-    if start == 0 or names_checkpoint(config):
-        return start == 0 and eval_every > 0
-    is_evaluated = start in saver.scores.evaluated
-    return is_due(start, eval_every, config.steps) and not is_evaluated
+    if start == 0:
+        return trainer.eval_every > 0
+    if names_checkpoint(trainer.config):
+        return False
+    if start in saver.scores.evaluated:
+        return False
+    return is_due(start, trainer.eval_every, trainer.config.steps)
+
+
+def save_step(
+    trainer: Trainer,
+    log: RunLog,
+    saver: Saver,
+    step: int,
+    *,
+    is_best: bool,
+    is_requested: bool,
+) -> None:
+    """Save the state after a step if that is due or requested.
+
+    is_best: whether an evaluation after the step is the run's best.
+    """
+    config = trainer.config
+    saves = config.checkpoint_every > 0
+    if step == config.steps:
+        if saves or is_requested:
+            saver.after_last_step(step)
+        return
+    is_kept = is_best and saves and config.keep_best > 0
+    save_now = is_kept or is_requested or is_due(step, config.checkpoint_every, config.steps)
+    is_saved = saver.after_step(step, is_due=trainer.world.broadcast(save_now))
+    if is_saved and is_requested:
+        log.note(f"step {step} is saved, as a signal asked for")
 
 
 def check_collapse(config: Train, alarms: Alarms, saver: Saver, step: int) -> None:
@@ -479,7 +491,7 @@ def check_collapse(config: Train, alarms: Alarms, saver: Saver, step: int) -> No
     reason = alarms.collapse
     if not config.stop_on_collapse or reason is None:
         return
-    best = saver.best_in_words()
+    best = saver.best()
     advice = "" if best is None else f"; the best checkpoint is {best}"
     raise Collapsed(f"step {step}: {reason}; {saver.newest_in_words()}{advice}")
 
@@ -520,7 +532,7 @@ def take_step(
     log.write_step(row)
     for name in begun:
         log.note(f"alarm: step {done}: {alarms.active[name]}")
-    no_finite_logits = row.get("completions/error_ratio") == 1
+    no_finite_logits = has_no_finite_logits(row)
     if no_finite_logits or trainer.optimizer.skipped > skipped_before:
         trainer.broken_steps += 1
         last = no_finite_logits and done == config.steps
@@ -604,6 +616,6 @@ def summary(config: Train, alarms: Alarms, saver: Saver) -> Iterator[str]:
     if model is None:
         return
     yield f"model: {model}"
-    best = saver.best_in_words()
-    if best is not None and not best.startswith(f"{model} "):
+    best = saver.best()
+    if best is not None and best.path != model:
         yield f"best checkpoint: {best}"

@@ -79,9 +79,8 @@ MUTATIONS = [
     Mutation(
         "entropy_coef",
         GRPO,
-        "entropy_coef=config.entropy_coef,\n            temperature=config.temperature,\n"
-        "            max_tokens",
-        "temperature=config.temperature,\n            max_tokens",
+        "entropy_coef=config.entropy_coef,\n            forward=",
+        "forward=",
         OPTIONS,
     ),
     Mutation(
@@ -305,7 +304,7 @@ MUTATIONS = [
     Mutation(
         "an interrupted evaluation is forgotten",
         "expo_fast/train.py",
-        "return is_due(start, eval_every, config.steps) and not is_evaluated",
+        "return is_due(start, trainer.eval_every, trainer.config.steps)",
         "return False",
         "tests/test_interruptions.py",
     ),

@@ -11,8 +11,8 @@ from expo_fast.algorithms.diagnostics import (
     diagnostic_metrics,
     diagnostic_samples,
 )
-from expo_fast.algorithms.explanations import Explanations, ranking_samples
-from expo_fast.algorithms.logprobs import KnownLogprobs, completion_logprobs
+from expo_fast.algorithms.explanations import Positives, ranking_samples
+from expo_fast.algorithms.logprobs import ForwardOptions, KnownLogprobs, completion_logprobs
 from expo_fast.algorithms.rollout import Group
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -48,7 +48,7 @@ def measured(questions: list[DiagnosedQuestion]) -> dict[str, float | None]:
     model = tiny_model(dtype=torch.float64)
     samples = diagnostic_samples(questions, Prompter(tiny_tokenizer()))
     scored = [each.sample for each in samples]
-    logprobs = completion_logprobs(model, scored, temperature=1.0, max_tokens=10_000)
+    logprobs = completion_logprobs(model, scored, ForwardOptions(1.0, 10_000))
     return diagnostic_metrics(questions, samples, logprobs)
 
 
@@ -124,14 +124,14 @@ def test_what_ranking_has_scored_is_not_scored_again(monkeypatch, choose):
     attempts = [attempt(text) for text in ATTEMPTS]
     group = Group(PROBLEM, prompter.solve(PROBLEM), attempts, ATTEMPTS, rewards=[0.0, 0.0])
     accepted = {PROBLEM.id: [explanation, (*ids("It is 7."), 1)]}
-    grpo.diagnose(trainer, [group], Explanations(accepted), step=0)
+    grpo.diagnose(trainer, [group], Positives(accepted), step=0)
     before = sum(tokens)
     expected = measured([DiagnosedQuestion(PROBLEM, attempts, explanation)])
 
-    found = Explanations(accepted)
-    samples = ranking_samples(found, [PROBLEM], prompter, choose)
-    ranked = completion_logprobs(trainer.model, samples, temperature=1.0, max_tokens=4096)
-    found.ranking.add(samples, ranked)
+    found = Positives(accepted)
+    samples = ranking_samples(accepted, [PROBLEM], prompter, choose)
+    ranked = completion_logprobs(trainer.model, samples, ForwardOptions(1.0, 4096))
+    found.known.add(samples, ranked)
     tokens.clear()
     row = grpo.diagnose(trainer, [group], found, step=0)
     for key, value in expected.items():
@@ -155,7 +155,7 @@ def test_a_text_is_scored_once():
     known = KnownLogprobs()
     missing = known.missing(twice)
     assert missing == twice[:1]
-    known.add(missing, completion_logprobs(model, missing, temperature=1.0, max_tokens=4096))
+    known.add(missing, completion_logprobs(model, missing, ForwardOptions(1.0, 4096)))
     assert known.missing(twice) == []
     assert torch.equal(*known.of(twice))
 

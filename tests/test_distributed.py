@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from expo_fast import train
-from expo_fast.algorithms.resume import with_defaults
+from expo_fast.algorithms.resume import with_recorded_options
 from expo_fast.algorithms.run_record import RECORD
 from expo_fast.cli.flags import dump_toml, parse
 from expo_fast.config import Train
@@ -341,9 +341,9 @@ def test_the_result_of_a_run_by_layer_names_where_the_model_is(tmp_path: Path):
 def test_a_resume_with_auto_takes_what_the_run_gathered(tmp_path: Path):
     config = Train(shard="model", output_dir=str(tmp_path))
     (tmp_path / RECORD).write_text(dump_toml(replace(config, gather="layers")))
-    assert with_defaults(config).gather == "layers"
-    assert with_defaults(replace(config, gather="weights")).gather == "weights"
-    assert with_defaults(replace(config, shard="optimizer")).gather == "auto"
+    assert with_recorded_options(config).gather == "layers"
+    assert with_recorded_options(replace(config, gather="weights")).gather == "weights"
+    assert with_recorded_options(replace(config, shard="optimizer")).gather == "auto"
 
 
 def test_gathering_by_layer_is_refused_where_all_weights_stay():

@@ -22,8 +22,8 @@ from expo_fast.algorithms.dpo import (
     pair_samples,
     preference_backward,
 )
-from expo_fast.algorithms.explanations import Explanations
-from expo_fast.algorithms.logprobs import completion_logprobs, sequence_logprobs
+from expo_fast.algorithms.explanations import Positives
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs, sequence_logprobs
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import Group
 from expo_fast.algorithms.trainer import Trainer
@@ -169,13 +169,13 @@ def group(rewards: list[float | None]) -> Group:
 
 
 def test_right_and_ungraded_attempts_are_never_the_rejected_side():
-    found = Explanations({"q": [(90, 1), (91, 1)]}, n_questions=1)
+    found = Positives({"q": [(90, 1), (91, 1)]})
     me = trainer_of(config(pairs_per_question=9), None, Prompter(tiny_tokenizer()))
     pairs = dpo.pairs_of_groups(me, [group([0.0, 1.0, None, 0.0, -1.0])], found)
     assert [p.rejected_ids for p in pairs] == [(50, 1), (53, 1), (54, 1)]
     assert [p.chosen_ids for p in pairs] == [(90, 1), (91, 1), (90, 1)]
     assert dpo.pairs_of_groups(me, [group([1.0, None])], found) == []
-    assert dpo.pairs_of_groups(me, [group([0.0])], Explanations()) == []
+    assert dpo.pairs_of_groups(me, [group([0.0])], Positives()) == []
 
 
 def test_each_failed_attempt_is_in_one_pair_at_most():
@@ -193,7 +193,7 @@ def test_the_reference_is_the_initial_policy_or_with_refresh_the_sampling_one():
         return [x for p in pairs for x in p.ref_logp]
 
     def under(model: Decoder) -> list[float]:
-        scored = completion_logprobs(model, pair_samples(PAIRS), temperature=T, max_tokens=1000)
+        scored = completion_logprobs(model, pair_samples(PAIRS), ForwardOptions(T, 1000))
         return sequence_logprobs(scored).tolist()
 
     assert got(3) == under(initial) != under(now)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from expo_fast import answers, evaluate, reward, train
+from expo_fast.algorithms.run_record import options_of
 from expo_fast.algorithms.training_data import select_problems
 from expo_fast.cli.flags import from_toml, parse
 from expo_fast.config import Evaluate, Train
@@ -22,6 +23,7 @@ from expo_fast.generate import Completion
 from expo_fast.reporting.accuracy import Graded, bootstrap_interval, majority_is_right, pass_at_k
 from expo_fast.reporting.lm_eval import standard_error, task_name
 from expo_fast.reward import grader_hash
+from expo_fast.storage import checkpoint
 from expo_fast.weights import save_model
 from jobs import rows_in, write_rows
 from tiny import tiny_model, tiny_tokenizer
@@ -369,6 +371,26 @@ def test_a_run_is_evaluated_as_it_was_trained(trained: Path, capsys: pytest.Capt
     assert "levels=(1,)" in line
 
 
+@pytest.mark.parametrize("text", ["= 1", None])
+def test_a_damaged_record_is_replaced_by_its_copy(trained, capsys, tmp_path, text):
+    """A resume of the run does the same."""
+    expected, _ = evaluated(capsys, "--model", trained / "run")
+    shutil.copytree(trained / "run", tmp_path / "run")
+    record = tmp_path / "run/config.toml"
+    if text is None:
+        record.unlink()
+    else:
+        record.write_text(text)
+    for model in (tmp_path / "run", tmp_path / "run/checkpoints/step-2"):
+        summary, err = evaluated(capsys, "--model", model)
+        for name in ("problems", "pass@1", "template", "tokens"):
+            assert summary[name] == expected[name]
+        warning, same = err.splitlines()
+        assert warning.startswith(f"warning: {record} is ")
+        assert warning.endswith(": the options are those of the newest checkpoint")
+        assert "system_prompt='Hi.', instruction='Go!', " in same
+
+
 def test_a_flag_overrides_the_record_and_the_difference_is_said(trained, capsys):
     kept, _ = evaluated(capsys, "--model", trained / "run")
     flags = ("--instruction", "Stop!", "--max-completion-length", 3, "--levels")
@@ -457,6 +479,13 @@ def test_other_data_may_lack_a_column_that_the_run_names(tmp_path, capsys, train
     record = tmp_path / "run/config.toml"
     named = record.read_text().replace('["prompt=q"]', '["prompt=q", "solution=cot"]')
     record.write_text(named.replace("shots = 1", "shots = 0"))
+    for path in (tmp_path / "run/checkpoints").iterdir():  # their copies of the record
+        state = path / "trainer_state/state.json"
+        values = json.loads(state.read_text())
+        values["options"] = options_of(from_toml(Train, record))
+        state.write_text(json.dumps(values))
+        (path / checkpoint.MANIFEST).unlink()
+        checkpoint._write_manifest(path, values["step"])
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"question": "What?", "answer": "1", "level": 1}) + "\n")
     summary, _ = evaluated(capsys, "--model", tmp_path / "run", "--data", other)

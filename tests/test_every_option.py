@@ -7,13 +7,12 @@ case trains a tiny model twice, with the field's default and with another value.
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 
 from expo_fast import train
-from expo_fast.algorithms import dpo, grpo
+from expo_fast.algorithms import explanations
 from expo_fast.config import Train
 from expo_fast.weights import save_model
 from jobs import rows_in, write_rows
@@ -235,18 +234,17 @@ def test_runs_with_equal_flags_have_equal_files(root: Path, trained: Trained):
         assert files_of(again, what) == files_of(one, what)
 
 
-@pytest.mark.parametrize("loop", [grpo, dpo])
+@pytest.mark.parametrize(("loop", "base"), [("grpo", EXPO), ("dpo", DPO)])
 def test_append_answer_reaches_the_acceptance_of_explanations(
-    loop: ModuleType, root: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+    loop: str, base: str, root: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[bool] = []
-    accept = loop.accept_explanations
+    accept = explanations.accept_explanations
 
     def spy(*given: Any, append_answer: bool) -> Any:
         seen.append(append_answer)
         return accept(*given, append_answer=append_answer)
 
-    monkeypatch.setattr(loop, "accept_explanations", spy)
-    base = EXPO if loop is grpo else DPO
-    trained(f"{base} --append-answer --output-dir {root / loop.__name__}")
+    monkeypatch.setattr(explanations, "accept_explanations", spy)
+    trained(f"{base} --append-answer --output-dir {root / loop}")
     assert seen and all(seen)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from expo_fast.algorithms.explanations import (
-    Explanations,
+    Positives,
     accept_explanations,
     explanation_requests,
     keep_best,
     ranking_samples,
     shuffled,
 )
-from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs
 from expo_fast.algorithms.sft import sft_samples
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -74,11 +74,13 @@ def test_only_right_complete_and_clean_explanations_are_kept():
         (GOOD + rf" \boxed{{{ANSWER}}}", "stop"),  # boxes twice
     ]
     found, _ = run(texts, [PROBLEM], len(texts))
-    assert found.accepted == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
-    assert (found.n_sampled, found.n_right, found.n_leaked, found.n_unfit) == (10, 7, 1, 6)
-    assert found.rate == 1.0
-    assert found.leak_rate == pytest.approx(1 / 7)
-    assert found.unfit_rate == pytest.approx(6 / 7)
+    assert found.texts == {"a": [(*tiny_tokenizer()(GOOD).input_ids, 1)]}
+    counts = found.counts
+    assert (counts.n_sampled, counts.n_right, counts.n_leaked, counts.n_unfit) == (10, 7, 1, 6)
+    metrics = counts.metrics()
+    assert metrics["exp/rate"] == 1.0
+    assert metrics["exp/leak_rate"] == pytest.approx(1 / 7)
+    assert metrics["exp/unfit_rate"] == pytest.approx(6 / 7)
 
 
 def test_an_answer_is_appended_to_unboxed_explanations_that_reach_it():
@@ -96,12 +98,12 @@ def test_an_answer_is_appended_to_unboxed_explanations_that_reach_it():
     expected = [(*tiny_tokenizer()(text).input_ids, 1) for text in (appended, GOOD)]
     # the sampled tokens are unchanged, and the answer's tokens follow
     sampled = tuple(tiny_tokenizer()(reached).input_ids)
-    assert found.accepted["a"][0][: len(sampled)] == sampled
-    texts_of = [tiny_tokenizer().decode(ids) for ids in found.accepted["a"]]
+    assert found.texts["a"][0][: len(sampled)] == sampled
+    texts_of = [tiny_tokenizer().decode(ids) for ids in found.texts["a"]]
     assert texts_of == [tiny_tokenizer().decode(ids) for ids in expected]
-    assert all(ids.count(1) == 1 and ids[-1] == 1 for ids in found.accepted["a"])
+    assert all(ids.count(1) == 1 and ids[-1] == 1 for ids in found.texts["a"])
     without, _ = run(texts, [PROBLEM], len(texts))
-    assert len(without.accepted["a"]) == 1
+    assert len(without.texts["a"]) == 1
 
 
 def test_an_answer_that_is_no_number_is_appended_only_where_it_is_stated():
@@ -109,16 +111,16 @@ def test_an_answer_that_is_no_number_is_appended_only_where_it_is_stated():
     derived = "There are 2x + 2 in all, and two share them: each of the two gets x+1"
     texts = [("I can't say how much it is.", "stop"), (derived, "stop")]
     found, _ = run(texts, [problem], len(texts), append=True)
-    (ids,) = found.accepted["a"]
+    (ids,) = found.texts["a"]
     assert tiny_tokenizer().decode(ids).startswith(derived)
-    assert found.n_right == 1
+    assert found.counts.n_right == 1
 
 
 def test_the_rate_counts_questions_and_not_samples():
     other = Problem(id="b", prompt="And how many?", answer="1")
     found, _ = run([(GOOD, "stop")] * 4, [PROBLEM, other], 2)
-    assert len(found.accepted["a"]) == 2
-    assert found.rate == 0.5
+    assert len(found.texts["a"]) == 2
+    assert found.counts.metrics()["exp/rate"] == 0.5
 
 
 def test_the_answer_is_in_the_explain_prompt_and_not_in_the_trained_prompt():
@@ -127,7 +129,7 @@ def test_the_answer_is_in_the_explain_prompt_and_not_in_the_trained_prompt():
     assert ANSWER in tokenizer.decode(requests[0].prompt_ids)
     prompter = Prompter(tokenizer)
     (sample,) = sft_samples(
-        [(PROBLEM, found.accepted["a"])],
+        [(PROBLEM, found.texts["a"])],
         prompter,
         coef=1.0,
         n_questions=1,
@@ -135,7 +137,7 @@ def test_the_answer_is_in_the_explain_prompt_and_not_in_the_trained_prompt():
     )
     assert ANSWER not in tokenizer.decode(sample.prompt_ids)
     assert "The answer is" not in tokenizer.decode(sample.prompt_ids)
-    assert sample.completion_ids == found.accepted["a"][0]  # the sampled ids, not tokenized again
+    assert sample.completion_ids == found.texts["a"][0]  # the sampled ids, not tokenized again
     assert sample.on_policy
 
 
@@ -145,11 +147,10 @@ def test_the_likeliest_explanations_under_the_plain_question_are_kept():
     accepted: Any = {"a": [(9, 10, 11), (12, 13), (14,), (15, 16)], "b": [(17, 18)]}
 
     def score(samples: list[Sample]) -> list[torch.Tensor]:
-        return completion_logprobs(model, samples, temperature=1.0, max_tokens=1000)
+        return completion_logprobs(model, samples, ForwardOptions(1.0, 1000))
 
-    found = Explanations(accepted)
-    samples = ranking_samples(found, PROBLEMS, prompter, "likelihood")
-    kept = keep_best(found, score(samples), choose="likelihood", keep=2)
+    samples = ranking_samples(accepted, PROBLEMS, prompter, "likelihood")
+    kept = best_of(accepted, score(samples), "likelihood", 2)
     prompt = prompter.solve(PROBLEM)
     means = {ids: float(score([Sample(prompt, ids)])[0].mean()) for ids in accepted["a"]}
     assert kept["a"] == sorted(means, key=lambda ids: -means[ids])[:2]
@@ -160,12 +161,12 @@ def test_the_lift_ranks_explanations_with_the_answer_masked():
     prompter = plain_prompter()
     copied = encode("It is 7319.")
     derived = encode("7000 + 319 gives it.")
-    found = Explanations({"a": [copied, derived]})
-    samples = ranking_samples(found, PROBLEMS, prompter, "lift")
+    accepted: Any = {"a": [copied, derived]}
+    samples = ranking_samples(accepted, PROBLEMS, prompter, "lift")
     asked = [prompter.tokenizer.decode(s.prompt_ids) for s in samples]
     assert {prompter.tokenizer.decode(s.completion_ids) for s in samples} == {ANSWER}
     logprobs = [torch.tensor([-1.0 if "7000" in text else -5.0]) for text in asked]
-    kept = keep_best(found, logprobs, choose="lift", keep=1)
+    kept = best_of(accepted, logprobs, "lift", 1)
     assert kept == {"a": [derived]}
     assert all(ANSWER not in text for text in asked)
     assert asked[0].endswith("It is ?. \\boxed{")
@@ -173,11 +174,15 @@ def test_the_lift_ranks_explanations_with_the_answer_masked():
 
 def test_the_first_explanations_are_kept_as_sampled():
     accepted: Any = {"a": [(9,), (10,), (11,)], "b": [(12,)]}
-    found = Explanations(accepted)
-    assert ranking_samples(found, PROBLEMS, plain_prompter(), "first") == []
-    two = keep_best(found, [], choose="first", keep=2)
+    assert ranking_samples(accepted, PROBLEMS, plain_prompter(), "first") == []
+    two = best_of(accepted, [], "first", 2)
     assert two == {"a": [(9,), (10,)], "b": [(12,)]}
-    assert keep_best(found, [], choose="first", keep=0) == accepted
+    assert best_of(accepted, [], "first", 0) == accepted
+
+
+def best_of(accepted: Any, logprobs: list[torch.Tensor], choose: Any, keep: int) -> Any:
+    config = Train(choose_explanations=choose, keep_explanations=keep)
+    return keep_best(Positives(accepted), logprobs, config).texts
 
 
 def plain_prompter() -> Prompter:
@@ -212,7 +217,7 @@ def test_completion_logprobs_equal_a_full_forward_of_each_sample():
         Sample((5, 6, 7), (12,)),
         Sample((5, 6, 7, 8), (13, 14)),
     ]
-    scored = completion_logprobs(model, samples, temperature=0.6, max_tokens=9)
+    scored = completion_logprobs(model, samples, ForwardOptions(0.6, 9))
     for sample, got in zip(samples, scored, strict=True):
         truth = completion_logps(model, sample.prompt_ids, sample.completion_ids, 0.6)
         torch.testing.assert_close(got.double(), truth.detach(), rtol=1e-6, atol=1e-6)

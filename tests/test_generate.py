@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expo_fast import generate
-from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs
 from expo_fast.generate import Completion, Generator, Request
 from expo_fast.inference import cpu_engine
 from expo_fast.inference.cpu_engine import NativeEngine
@@ -147,9 +147,7 @@ def test_the_trainer_recomputes_the_same_bits_in_the_batch_invariant_mode(kind, 
     ]
 
     def gap(pack_tokens: int) -> float:
-        scored = completion_logprobs(
-            model, samples, temperature=temperature, max_tokens=pack_tokens
-        )
+        scored = completion_logprobs(model, samples, ForwardOptions(temperature, pack_tokens))
         return max_error(torch.cat(scored), torch.cat([c.logp for c in done]))
 
     assert gap(4096) > 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expo_fast.algorithms import grpo
-from expo_fast.algorithms.explanations import Explanations
+from expo_fast.algorithms.explanations import ExplanationCounts, Positives
 from expo_fast.algorithms.grpo import (
     PolicyLossConfig,
     exp_sft_coef,
@@ -22,6 +22,7 @@ from expo_fast.algorithms.grpo import (
     policy_samples,
     split_evenly,
 )
+from expo_fast.algorithms.logprobs import ForwardOptions
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
@@ -336,7 +337,8 @@ def test_exp_sft_term_equals_the_formula(reduction: str, pack_tokens: int):
         explained, prompter, coef=0.04, n_questions=N_QUESTIONS, reduction=reduction
     )
     model.zero_grad()
-    result = sft_backward(Layout(model), samples, temperature=TEMPERATURE, max_tokens=pack_tokens)
+    options = ForwardOptions(TEMPERATURE, pack_tokens)
+    result = sft_backward(Layout(model), samples, options)
     assert result.loss == pytest.approx(truth.item(), rel=1e-6)
     assert_gradients_near(accumulated(model), expected, 1e-6)
     means = [logps(model, sample).mean() for sample in samples]
@@ -369,7 +371,7 @@ def test_an_update_is_the_sum_of_the_terms_of_its_method(method: str):
     model.zero_grad()
     trainer = trainer_of(config, model, prompter, make_optimizer=RecordedOptimizer)
     (mine,) = grpo.attempts_of_updates(trainer, [made])
-    row = grpo.update_weights(trainer, made, mine, Explanations(positives), 2, Phases())
+    row = grpo.update_weights(trainer, made, mine, Positives(positives), 2, Phases())
     assert_gradients_near(accumulated(model), expected, 1e-6)
     assert row["exp_sft_coef"] == (None if method == "grpo" else pytest.approx(0.24))
 
@@ -582,10 +584,9 @@ def test_metrics_of_attempts_are_those_computed_by_hand():
 
 
 def test_metrics_of_explanations_are_null_without_explanations():
-    assert set(Explanations().metrics().values()) == {None, 0}
-    found = Explanations({"q0": [(1, 2), (3, 4, 5, 6)]}, n_questions=4, n_sampled=8, n_right=3)
-    found.n_leaked, found.n_unfit = 1, 2
-    row = found.metrics()
+    assert set(ExplanationCounts().metrics().values()) == {None, 0}
+    counts = ExplanationCounts(n_sampled=8, n_right=3, n_leaked=1, n_unfit=2)
+    row = counts.with_kept({"q0": [(1, 2), (3, 4, 5, 6)]}, n_questions=4).metrics()
     assert row["exp/rate"] == 0.25
     assert row["exp/accepted"] == 2
     assert row["exp/mean_length"] == 3

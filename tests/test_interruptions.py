@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from expo_fast import train
-from expo_fast.algorithms import dpo, grpo
+from expo_fast.algorithms import dpo, explanations, grpo, trainer
 from expo_fast.cli import exit_status
 from expo_fast.inference.scheduler import Scheduler
 from expo_fast.modeling.optimizer import Optimizer
@@ -125,11 +126,11 @@ def signal_at_call(
 PHASES = {
     # phase: the function, the number of its call, and the step that is saved (0: none)
     "first evaluation": (Scheduler, "_step", 2, 0),
-    "sampling of step 1": (grpo, "attempt_requests", 1, 0),
-    "sampling": (grpo, "attempt_requests", 2, 1),
-    "grading": (grpo, "judge_attempts", 2, 1),
-    "explanations": (grpo, "explanation_requests", 2, 1),
-    "filter of explanations": (grpo, "accept_explanations", 2, 1),
+    "sampling of step 1": (trainer, "attempt_requests", 1, 0),
+    "sampling": (trainer, "attempt_requests", 2, 1),
+    "grading": (trainer, "judge_attempts", 2, 1),
+    "explanations": (explanations, "explanation_requests", 2, 1),
+    "filter of explanations": (explanations, "accept_explanations", 2, 1),
     "diagnosis": (grpo, "diagnostic_samples", 2, 1),
     "first update": (grpo, "policy_backward", 3, 1),
     "first update, with gradients": (grpo, "sft_backward", 3, 1),
@@ -168,11 +169,15 @@ def test_a_run_stopped_in_any_phase_is_saved_and_resumed_exactly(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "call"),
-    [("attempt_requests", 2), ("accept_explanations", 2), ("preference_backward", 2)],
+    ("owner", "name", "call"),
+    [
+        (trainer, "attempt_requests", 2),
+        (explanations, "accept_explanations", 2),
+        (dpo, "preference_backward", 2),
+    ],
 )
 def test_a_run_on_pairs_is_stopped_and_resumed_exactly(
-    name: str, call: int, folder: Path, tmp_path: Path, monkeypatch, unbroken
+    owner: ModuleType, name: str, call: int, folder: Path, tmp_path: Path, monkeypatch, unbroken
 ):
     changes = {"method": "expo-dpo", "updates_per_batch": 1, "exp_sft_coef": 0.04}
     changes |= {"pairs_every": 1, "checkpoint_every": 1}
@@ -180,7 +185,7 @@ def test_a_run_on_pairs_is_stopped_and_resumed_exactly(
     assert sum(row["pairs"] for row in expected["metrics.jsonl"]) > 1
     given = flags(folder, tmp_path / "run", **changes)
     with monkeypatch.context() as patch:
-        signal_at_call(patch, dpo, name, call, signal.SIGINT)
+        signal_at_call(patch, owner, name, call, signal.SIGINT)
         assert exit_status.run(train.main, given) == exit_status.INTERRUPTED
     assert exit_status.run(train.main, given) == 0
     assert_equal(files_of(tmp_path / "run"), expected)
@@ -190,7 +195,7 @@ def test_a_stop_inside_a_step_saves_the_step_before(
     folder: Path, tmp_path: Path, monkeypatch, capsys
 ):
     given = flags(folder, tmp_path, eval_every=0, checkpoint_every=9, steps=2)
-    signal_at_call(monkeypatch, grpo, "judge_attempts", 2, signal.SIGHUP)
+    signal_at_call(monkeypatch, trainer, "judge_attempts", 2, signal.SIGHUP)
     assert exit_status.run(train.main, given) == 128 + signal.SIGHUP
     assert "interrupted by SIGHUP: step 1 is saved" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-1"
@@ -198,7 +203,7 @@ def test_a_stop_inside_a_step_saves_the_step_before(
 
 def test_sigusr1_saves_and_the_run_goes_on(folder: Path, tmp_path: Path, monkeypatch, capsys):
     given = flags(folder, tmp_path, eval_every=0, checkpoint_every=0, steps=2)
-    signal_at_call(monkeypatch, grpo, "judge_attempts", 1, signal.SIGUSR1)
+    signal_at_call(monkeypatch, trainer, "judge_attempts", 1, signal.SIGUSR1)
     assert exit_status.run(train.main, given) == 0
     assert "step 1 is saved, as a signal asked for" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-1"
@@ -206,14 +211,14 @@ def test_sigusr1_saves_and_the_run_goes_on(folder: Path, tmp_path: Path, monkeyp
 
 def test_sigusr1_in_the_last_step_saves_the_step(folder: Path, tmp_path: Path, monkeypatch):
     given = flags(folder, tmp_path, eval_every=0, checkpoint_every=0, steps=2)
-    signal_at_call(monkeypatch, grpo, "judge_attempts", 2, signal.SIGUSR1)
+    signal_at_call(monkeypatch, trainer, "judge_attempts", 2, signal.SIGUSR1)
     assert exit_status.run(train.main, given) == 0
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-2"
 
 
 def test_a_run_that_saves_nothing_says_so(folder: Path, tmp_path: Path, monkeypatch, capsys):
     given = flags(folder, tmp_path, eval_every=0, checkpoint_every=0, steps=2)
-    signal_at_call(monkeypatch, grpo, "judge_attempts", 2, signal.SIGTERM)
+    signal_at_call(monkeypatch, trainer, "judge_attempts", 2, signal.SIGTERM)
     assert exit_status.run(train.main, given) == 128 + signal.SIGTERM
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (

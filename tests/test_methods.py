@@ -9,6 +9,7 @@ import torch
 
 from expo_fast import train
 from expo_fast.algorithms import resume
+from expo_fast.algorithms.logprobs import ForwardOptions
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.cli import exit_status
 from expo_fast.cli.flags import parse, presets
@@ -210,7 +211,7 @@ def test_the_gradient_of_sft_is_that_of_the_mean_log_likelihood():
     truth = gradients_of(model, total)
     targets = [(p, [prompter.target(p)]) for p in problems]
     samples = sft_samples(targets, prompter, coef=1.0, n_questions=2, reduction="token_mean")
-    result = sft_backward(Layout(model), samples, temperature=1.0, max_tokens=4096)
+    result = sft_backward(Layout(model), samples, ForwardOptions(1.0, 4096))
     assert result.loss == pytest.approx(total.item(), rel=1e-6)
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_gradients_near(got, truth, 1e-6)

@@ -387,7 +387,7 @@ def test_explanations_are_judged_as_they_are_trained_on():
 
     completions = [completed(ids), completed(cut_off)]
     found = accept_explanations([PROBLEM], completions, prompter, verify, append_answer=False)
-    (accepted,) = found.accepted["a"]
+    (accepted,) = found.texts["a"]
     assert seen == [prompter.text(accepted), reasoning]
     assert score_answers(["7"], [prompter.text(accepted)]) == [1.0]
 
@@ -403,7 +403,7 @@ def test_an_appended_answer_is_judged_too():
 
     found = accept_explanations([PROBLEM], [completed(ids)], prompter, verify, append_answer=True)
     assert seen == [" 3 + 4 = 7.\nThe answer is \\boxed{7}."]
-    assert [prompter.text(ids) for ids in found.accepted["a"]] == seen
+    assert [prompter.text(ids) for ids in found.texts["a"]] == seen
 
 
 def test_attempts_and_pairs_are_judged_as_they_are_trained_on():
@@ -420,7 +420,7 @@ def test_attempts_and_pairs_are_judged_as_they_are_trained_on():
     assert [list(sample.completion_ids) for sample in samples] == [right, wrong]
     # DPO trains on the judged text.
     trainer: Any = type("T", (), {"prompter": prompter, "config": Train(method="expert-dpo")})
-    chosen: Any = type("E", (), {"accepted": {"a": [prompter.expert(PROBLEM)]}})
+    chosen: Any = type("E", (), {"texts": {"a": [prompter.expert(PROBLEM)]}})
     (pair,) = pairs_of_groups(trainer, groups, chosen)
     assert prompter.text(pair.rejected_ids) == groups[0].texts[1]
     assert prompter.tokenizer.decode(pair.rejected_ids) == " It is \\boxed{8}.<|end|>"

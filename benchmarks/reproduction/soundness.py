@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from expo_fast.algorithms.explanation_filter import miscalculates
 from expo_fast.algorithms.explanations import accept_explanations, ranking_samples, ranks_of
-from expo_fast.algorithms.logprobs import completion_logprobs
+from expo_fast.algorithms.logprobs import ForwardOptions, completion_logprobs
 from expo_fast.data.problems import load_problems, worked_examples
 from expo_fast.data.prompts import Prompter, request_seed
 from expo_fast.generate import Generator, Request
@@ -53,14 +53,15 @@ def main() -> None:
     )
     by_id = {p.id: p for p in problems}
     sound = []
-    for problem_id, explanations in found.accepted.items():
+    for problem_id, explanations in found.texts.items():
         answer = by_id[problem_id].answer
         sound += [is_sound(prompter.text(ids), answer) for ids in explanations]
-    print(f"{len(problems)} questions, {found.n_sampled} explanations, right box: {found.n_right}")
-    print(f"accepted: {len(sound)} for {len(found.accepted)} questions; sound: {sum(sound)}")
+    n = found.counts
+    print(f"{len(problems)} questions, {n.n_sampled} explanations, right box: {n.n_right}")
+    print(f"accepted: {len(sound)} for {len(found.texts)} questions; sound: {sum(sound)}")
     for name in ("likelihood", "lift"):
-        samples = ranking_samples(found, problems, prompter, name)
-        logprobs = completion_logprobs(model, samples, temperature=1.0, max_tokens=4096)
+        samples = ranking_samples(found.texts, problems, prompter, name)
+        logprobs = completion_logprobs(model, samples, ForwardOptions(1.0, 4096))
         print(f"AUC of {name}: {auc(ranks_of(logprobs, name), sound):.2f}")
 
 

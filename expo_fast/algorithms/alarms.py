@@ -1,7 +1,11 @@
-"""Alarms: signs that a run has collapsed, each with a threshold in the configuration.
+"""What is wrong with the steps of a run, by their metrics: alarms and warnings.
 
-An alarm other than `grad_spike` needs `alarm_steps` consecutive steps. It follows from the metrics
-of the last steps, so a resumed run raises the alarms of an uninterrupted one.
+Alarms are signs that a run has collapsed, each with a threshold in the configuration. An alarm
+other than `grad_spike` needs `alarm_steps` consecutive steps. It follows from the metrics of the
+last steps, so a resumed run raises the alarms of an uninterrupted one.
+
+Warnings are of faults that options or data cause from the first step on. Each is given once, at
+the first step that has the fault.
 """
 
 import statistics
@@ -11,12 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from expo_fast.config import Train
+from expo_fast.data.grader_pool import REASONS, Grade
 
 Row = Mapping[str, Any]  # metrics of a step
 
 SPIKE_WINDOW = 32  # steps before a spike of the gradient's norm, and
 SPIKE_LEAST = 8  # how many of them must have a gradient
 NLLS = ("own/nll", "exp/nll", "expert/nll")
+
+# Fraction of completions cut at the length limit from which a run and an evaluation warn, in the
+# first step that has it. The alarm `clipped` needs more (`alarm_clipped_ratio`, 0.98 by default)
+# and several steps, because it may end the run.
+NEARLY_ALL_CUT = 0.8
+MANY_UNDECIDED = 0.1  # fraction of attempts without a verdict, from which a run warns
 
 
 @dataclass(frozen=True)
@@ -140,3 +151,49 @@ class Alarms:
     def metrics(self) -> dict[str, int]:
         """Return the number of active alarms, and 1 for each of them by its name."""
         return {"alarms": len(self.active)} | {f"alarm/{name}": 1 for name in self.active}
+
+
+class FirstWarnings:
+    """The warnings of a run, each of which is given once."""
+
+    def __init__(self, config: Train):
+        self._config = config
+        self._given: set[str] = set()
+
+    def of_step(self, row: Row) -> list[str]:
+        """Return the warnings of a step that no earlier step has given."""
+        found = {}
+        clipped_ratio = row.get("completions/clipped_ratio") or 0.0
+        if clipped_ratio >= NEARLY_ALL_CUT:
+            found["cut"] = cut_in_words(clipped_ratio, self._config.max_new_tokens)
+        if (row.get("verdicts/undecided") or 0.0) >= MANY_UNDECIDED:
+            found["undecided"] = undecided_in_words(row)
+        new = [words for name, words in found.items() if name not in self._given]
+        self._given |= found.keys()
+        return new
+
+
+def cut_in_words(clipped_ratio: float, max_new_tokens: int) -> str:
+    """Return a warning that nearly all completions were cut at the length limit."""
+    return (
+        f"{clipped_ratio:.0%} of the completions were cut at --max-completion-length "
+        f"{max_new_tokens} before they ended: raise it, or shorten answers by --instruction"
+    )
+
+
+def undecided_in_words(row: Row) -> str:
+    """Return a warning that many attempts have no verdict, with the reasons."""
+    parts = []
+    for reason in REASONS:
+        share = row.get(f"verdicts/{reason}") or 0.0
+        if share and Grade(reason).verdict is None:
+            parts.append(f"{share:.0%} {reason}")
+    return (
+        f"{row['verdicts/undecided']:.0%} of the attempts have no verdict and no reward "
+        f"({', '.join(parts)}): look at their answers in the run's completions"
+    )
+
+
+def has_no_finite_logits(row: Row) -> bool:
+    """Return whether all completions of a step ended because of logits that were not finite."""
+    return row.get("completions/error_ratio") == 1

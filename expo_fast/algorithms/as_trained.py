@@ -1,18 +1,16 @@
 """The record of a run for the evaluation of its model: prompts as in training."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expo_fast.algorithms.run_record import RECORD
+from expo_fast.algorithms.run_record import PROMPT_TEMPLATE, Recorded, read_record
 from expo_fast.algorithms.training_data import TrainingData, select_problems
-from expo_fast.cli.flags import from_toml
 from expo_fast.config import Evaluate, Train
 from expo_fast.data.problems import without
 from expo_fast.storage import checkpoint
 
-# The options of an evaluation that the record of a run sets.
-RECORDED = (
+# The options of prompts, which the record of a run sets in an evaluation.
+PROMPT_OPTIONS = (
     "shots",
     "shots_data",
     "system_prompt",
@@ -31,44 +29,50 @@ class TrainedModel:
     checkpoint: Path
     run_dir: Path
     config: Train
+    damage: str | None = None
+    """Why the configuration is that of the copy in the newest checkpoint, in words."""
+
+    @classmethod
+    def of(cls, path: Path, run_dir: Path, recorded: Recorded) -> "TrainedModel":
+        """Return a checkpoint with the record, in which every option has a value."""
+        return cls(path, run_dir, recorded.config.resolved(), recorded.damage)
 
     @property
     def template_hash(self) -> str | None:
-        """The hash of the prompts of training, None if the checkpoint has none."""
-        file = self.checkpoint / checkpoint.STATE_FOLDER / checkpoint.STATE_VALUES
-        if not file.is_file():
+        """The hash of the prompts of training, None if the checkpoint has none that is readable."""
+        try:
+            values = checkpoint.read_values(self.checkpoint)
+        except (FileNotFoundError, ValueError):  # a part of it, or of a newer format
             return None
-        values = json.loads(file.read_bytes())
-        return values.get("identity", {}).get("prompt template")
+        return values.get("identity", {}).get(PROMPT_TEMPLATE)
 
 
 def find_trained(model: str) -> TrainedModel | None:
     """Return the checkpoint and record if `model` is a run directory or a checkpoint in one.
 
     Of a run directory, take the newest undamaged checkpoint. Return None for another model. Raise
-    ValueError if a run directory has no checkpoint.
+    ValueError if a run directory has no checkpoint, or if its record is damaged and no checkpoint
+    has a copy of it.
     """
     path = Path(model).expanduser()
-    if (path / RECORD).is_file():
+    recorded = read_record(path)
+    if recorded is not None:
         newest = checkpoint.newest(path)
         if newest is None:
             raise ValueError(
                 f"--model {model}: the run has no complete checkpoint: resume it, or name a model"
             )
-        return TrainedModel(newest, path, recorded(path))
-    run_dir = path.resolve().parent.parent
-    inside = path.resolve().parent.name == "checkpoints" and (run_dir / RECORD).is_file()
-    return TrainedModel(path, run_dir, recorded(run_dir)) if inside else None
-
-
-def recorded(run_dir: Path) -> Train:
-    """Return the configuration in the record of a run."""
-    return from_toml(Train, run_dir / RECORD).resolved()
+        return TrainedModel.of(newest, path, recorded)
+    folder = path.resolve().parent
+    if folder.name != "checkpoints":
+        return None
+    recorded = read_record(folder.parent)
+    return None if recorded is None else TrainedModel.of(path, folder.parent, recorded)
 
 
 def with_record(config: Evaluate, trained: TrainedModel) -> Evaluate:
     """Return the options of an evaluation, with those of the record for options without a flag."""
-    unset = [name for name in RECORDED if is_unset(config, name)]
+    unset = [name for name in PROMPT_OPTIONS if is_unset(config, name)]
     values = {name: getattr(trained.config, name) for name in unset}
     return replace(config, model=str(trained.checkpoint), **values)
 
@@ -85,7 +89,7 @@ def difference(config: Evaluate, trained: TrainedModel) -> str | None:
     The dtype is one of them. It is not taken from the record, but changes results too.
     """
     differing = []
-    for name in (*RECORDED, "dtype"):
+    for name in (*PROMPT_OPTIONS, "dtype"):
         ours = getattr(config, name)
         theirs = getattr(trained.config, name)
         if ours != theirs and (ours or theirs):  # an empty system prompt is none

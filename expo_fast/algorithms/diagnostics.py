@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from expo_fast.algorithms.explanations import answer_after
-from expo_fast.algorithms.rollout import mean
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.generate import Completion
@@ -103,7 +103,7 @@ def diagnostic_metrics(
     questions: Sequence[DiagnosedQuestion],
     samples: Sequence[DiagnosticSample],
     logprobs: Sequence[Tensor],
-) -> dict[str, float | None]:
+) -> Metrics:
     """Return means over the questions. A metric is None if no question has its kind of text.
 
     logprobs: of the samples' completion tokens under the trained model, in nats. `logp_gap` is
@@ -155,9 +155,7 @@ def _mean_lift(measured: Sequence[_Measured], *, masked: bool) -> float | None:
     return mean(lifts)
 
 
-def _logp_gap(
-    questions: Sequence[DiagnosedQuestion], measured: Sequence[_Measured]
-) -> dict[str, float | None]:
+def _logp_gap(questions: Sequence[DiagnosedQuestion], measured: Sequence[_Measured]) -> Metrics:
     gaps = []
     for question, found in zip(questions, measured, strict=True):
         attempts = question.attempts[:ATTEMPTS]

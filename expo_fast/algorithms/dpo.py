@@ -13,7 +13,7 @@ is the initial policy or, with `refresh_reference`, the policy that sampled the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +27,34 @@ from expo_fast.algorithms.diagnostics import (
 )
 from expo_fast.algorithms.explanations import (
     ExplanationCache,
-    Explanations,
-    accept_explanations,
-    explanation_requests,
+    Positives,
     keep_best,
-    of_all_ranks,
     ranking_samples,
+    sample_explanations,
     select_explanations,
-    tokens_of,
 )
 from expo_fast.algorithms.logprobs import (
+    ForwardOptions,
     completion_logprobs,
+    deal_samples,
+    logprobs_of_all_ranks,
     reference_logprobs,
     sequence_logprobs,
 )
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.algorithms.pairs import Pair, PairStore, pair_up
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
-    attempt_requests,
     completion_row,
-    judge_attempts,
-    mean,
     reward_function_metrics,
 )
 from expo_fast.algorithms.trainer import (
-    Metrics,
     StepResult,
     Trainer,
     batch_of_step,
     optimizer_step,
+    sample_and_judge,
 )
 from expo_fast.config import Train
 from expo_fast.data.problem_table import ProblemTable
@@ -71,8 +69,6 @@ from expo_fast.objectives import PREFERENCE_OBJECTIVES
 from expo_fast.ops import linear_preference_loss
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward import grader_hash
-from expo_fast.reward_functions import RewardError
-from expo_fast.runtime import interruptions
 from expo_fast.runtime.endings import Collapsed
 
 
@@ -134,8 +130,8 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
 
 def no_pair(config: Train) -> str:
     """Return why an offline run whose questions gave no pair cannot train."""
-    chosen = "an accepted explanation" if config.explains else "a solution"
-    more = "--group-size or --n-explanations" if config.explains else "--group-size"
+    chosen = "an accepted explanation" if config.samples_explanations else "a solution"
+    more = "--group-size or --n-explanations" if config.samples_explanations else "--group-size"
     return (
         f"--method {config.method} made no pair for the questions of its {config.steps} steps: a "
         f"question needs a wrong attempt and {chosen}; increase {more}, or change the questions"
@@ -178,27 +174,17 @@ def make_pairs(
     if config.spec.chosen_source == "data":
         pairs = [pair_of_data(trainer, question) for question in questions]
     else:
-        # Sample G attempts at each question and judge them.
-        deal = trainer.deal_questions(questions)
-        own = deal.own(questions)
-        with trainer.world.agreed(shared=RewardError):
-            with phases.phase("generate"):
-                requests = attempt_requests(own, prompter, config, step)
-                completions = trainer.generator.sample(requests)
-            with phases.phase("reward"), interruptions.immediate():
-                groups = judge_attempts(own, completions, prompter, trainer.reward, config)
-        groups = deal.collect(groups)
-        trainer.count_attempts(groups)
+        groups = sample_and_judge(trainer, questions, step, phases)
         # Find a chosen text for each question with a failed attempt.
         with phases.phase("explain"):
             failed = [group.problem for group in groups if group.failed]
-            if config.explains:
+            if config.samples_explanations:
                 chosen = explain(trainer, failed, step)
             else:
-                chosen = Explanations({q.id: [prompter.expert(q)] for q in failed})
+                chosen = Positives({q.id: [prompter.expert(q)] for q in failed})
         pairs = pairs_of_groups(trainer, groups, chosen)
-        if config.explains:
-            metrics |= chosen.metrics()
+        if config.samples_explanations:
+            metrics |= chosen.counts.metrics()
         if policy_step == step:
             # Attempts sampled by the weights of an earlier step do not measure this step's weights.
             metrics |= attempt_metrics(groups)
@@ -213,34 +199,23 @@ def make_pairs(
             store.write(step, metrics, pairs, texts)
 
 
-def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explanations:
+def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positives:
     """Sample explanations of the questions' answers and keep the best that are accepted."""
     config = trainer.config
     prompter = trainer.prompter
-    own = trainer.deal_questions(questions).own(questions)
-    with trainer.world.agreed():
-        requests = explanation_requests(own, prompter, config, step)
-        completions = trainer.generator.sample(requests)
-        with interruptions.immediate():
-            found = accept_explanations(
-                own, completions, prompter, trainer.verify, append_answer=config.append_answer
-            )
-        samples = ranking_samples(found, own, prompter, config.choose_explanations)
-        logprobs = completion_logprobs(
-            trainer.model,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
-        best = keep_best(
-            found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
-        )
-        n_tokens = tokens_of(requests, completions)
-    found, best, n_tokens = of_all_ranks(trainer.world, questions, found, best, n_tokens)
-    trainer.sampled_tokens += n_tokens
     # The cache starts empty, because a resumed round could not restore its earlier explanations.
     cache = ExplanationCache()
-    return select_explanations(found, best, questions, cache, config, step)
+    own = trainer.deal_questions(questions).own(questions)
+    with trainer.world.agreed():
+        accepted = sample_explanations(
+            own, trainer.generator, prompter, trainer.verify, config, step
+        )
+        samples = ranking_samples(accepted.texts, own, prompter, config.choose_explanations)
+        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
+        best = keep_best(accepted, logprobs, config)
+    positives = select_explanations(trainer.world, best, questions, cache, config, step)
+    trainer.sampled_tokens += positives.counts.n_tokens
+    return positives
 
 
 def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
@@ -256,7 +231,7 @@ def pair_of_data(trainer: Trainer, problem: Problem) -> Pair:
     )
 
 
-def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanations) -> list[Pair]:
+def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Positives) -> list[Pair]:
     """Return up to `pairs_per_question` pairs of each group: a chosen text and a failed attempt."""
     prompter = trainer.prompter
     pairs = []
@@ -264,7 +239,7 @@ def pairs_of_groups(trainer: Trainer, groups: Sequence[Group], chosen: Explanati
         pairs += pair_up(
             group.problem,
             prompter,
-            chosen.accepted.get(group.problem.id, []),
+            chosen.texts.get(group.problem.id, []),
             [prompter.ended(done.token_ids, done.finish_reason) for done in group.failed],
             trainer.config.pairs_per_question,
         )
@@ -292,23 +267,14 @@ def with_reference_logprobs(
     if not PREFERENCE_OBJECTIVES[config.preference].needs_reference or not pairs:
         return list(pairs)
     every_sample = pair_samples(pairs)
-    deal = trainer.deal_samples(every_sample)
+    deal = deal_samples(trainer.world, every_sample)
     samples = deal.own(every_sample)
     with trainer.world.agreed():
         if policy_step == 0 or config.refresh_reference:
-            logprobs = completion_logprobs(
-                trainer.model,
-                samples,
-                temperature=config.temperature,
-                max_tokens=config.pack_tokens,
-            )
+            logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
         else:
             logprobs = reference_logprobs(
-                trainer.model,
-                trainer.reference,
-                samples,
-                temperature=config.temperature,
-                max_tokens=config.pack_tokens,
+                trainer.model, trainer.reference, samples, ForwardOptions.of(config)
             )
     sums = sequence_logprobs(deal.collect(logprobs)).view(-1, 2).tolist()
     return [
@@ -324,15 +290,13 @@ def diagnose(
     config = trainer.config
     questions = diagnosed_questions(pairs, by_id, config)[: config.n_diagnosed(step)]
     samples = diagnostic_samples(questions, trainer.prompter)
-    deal = trainer.deal_samples([each.sample for each in samples])
-    with trainer.world.agreed():
-        logprobs = completion_logprobs(
-            trainer.model,
-            [each.sample for each in deal.own(samples)],
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
-    return diagnostic_metrics(questions, samples, deal.collect(logprobs))
+    logprobs = logprobs_of_all_ranks(
+        trainer.world,
+        trainer.model,
+        [each.sample for each in samples],
+        ForwardOptions.of(config),
+    )
+    return diagnostic_metrics(questions, samples, logprobs)
 
 
 def diagnosed_questions(
@@ -348,7 +312,7 @@ def diagnosed_questions(
     questions = []
     for problem_id, group in by_question.items():
         attempts = [Completion(list(pair.rejected_ids), no_logprobs, "stop") for pair in group]
-        explanation = group[0].chosen_ids if config.explains else None
+        explanation = group[0].chosen_ids if config.samples_explanations else None
         questions.append(DiagnosedQuestion(by_id[problem_id], attempts, explanation))
     return questions
 
@@ -362,9 +326,7 @@ class PreferenceLossConfig:
     """Implicit rewards are beta times log-ratios."""
     averages_tokens: bool = False
     """Whether implicit rewards use the mean log-ratio per token, and not the sum."""
-    temperature: float = 1.0
-    max_tokens: int = 4096
-    """Most tokens in one forward and backward pass. It does not change the result."""
+    forward: ForwardOptions = field(default_factory=ForwardOptions)
 
     @classmethod
     def of(cls, config: Train) -> "PreferenceLossConfig":
@@ -373,8 +335,7 @@ class PreferenceLossConfig:
             objective=entry.build(config),
             beta=config.dpo_beta,
             averages_tokens=entry.averages,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
+            forward=ForwardOptions.of(config),
         )
 
 
@@ -404,7 +365,7 @@ def preference_backward(
     pair_logps = []  # (P, 2) of each pack
     lengths = []  # (2P,)
     members = []  # (2P,) indices of the packs' samples
-    for pack, hidden in layout.passes(samples, config.max_tokens, together=2):
+    for pack, hidden in layout.passes(samples, config.forward.max_tokens, together=2):
         n_pairs = len(pack.members) // 2
         weight = torch.full((n_pairs,), 1 / n_all_pairs, device=model.device)
         result = linear_preference_loss(
@@ -415,7 +376,7 @@ def preference_backward(
             objective=config.objective,
             ref_logp=ref_logp[list(pack.members)].to(model.device),
             pair_weight=weight,
-            temperature=config.temperature,
+            temperature=config.forward.temperature,
         )
         result.loss.backward()
         losses.append(result.loss.detach())
@@ -460,7 +421,7 @@ def pair_samples(pairs: Sequence[Pair]) -> list[Sample]:
     samples = []
     for pair in pairs:
         for ids in (pair.chosen_ids, pair.rejected_ids):
-            samples.append(Sample(pair.prompt_ids, ids, row_weight=1.0))
+            samples.append(Sample(pair.prompt_ids, ids))
     return samples
 
 
@@ -489,7 +450,7 @@ def nll_metrics(result: PreferenceResult, config: Train) -> Metrics:
     if config.spec.chosen_source == "data" or not len(result.logp):
         return {}
     chosen, rejected = (-(result.logp / result.lengths).mean(0)).tolist()
-    name = "exp/nll" if config.explains else "expert/nll"
+    name = "exp/nll" if config.samples_explanations else "expert/nll"
     return {name: chosen, "own/nll": rejected}
 
 

@@ -6,76 +6,94 @@ before the length limit, ends with the right answer, and passes `explanation_fil
 question's accepted explanations, the best are kept. By default these are the likeliest under the
 plain question, because the policy is unlikely to write a copied or wrong derivation by itself.
 
-The algorithms make four calls, between which they sample and compute log-probs themselves:
+The algorithms make four calls, between which they compute log-probs themselves:
 
-    requests = explanation_requests(questions, ...)           for the generator
-    found = accept_explanations(questions, completions, ...)
-    samples = ranking_samples(found, ...)                     for completion_logprobs
-    keep_best(found, logprobs, ...)
+    accepted = sample_explanations(questions, generator, ...)
+    samples = ranking_samples(accepted.texts, ...)            for completion_logprobs
+    best = keep_best(accepted, logprobs, ...)
+    positives = select_explanations(world, best, ...)
 """
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from expo_fast.algorithms.explanation_filter import before_claim, is_unfit, leaks, masked, stated
-from expo_fast.algorithms.logprobs import KnownLogprobs, TokenIds
-from expo_fast.algorithms.rollout import Verifier, make_request, mean
+from expo_fast.algorithms.logprobs import KnownLogprobs
+from expo_fast.algorithms.metrics import Metrics
+from expo_fast.algorithms.rollout import Verifier, make_request
 from expo_fast.config import Train
 from expo_fast.data.answer_grading import last_boxed_span
+from expo_fast.data.chat_template import TokenIds
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter, boxed, request_seed
 from expo_fast.distributed.world import World
-from expo_fast.generate import Completion, Request
+from expo_fast.generate import Completion, Generator, Request
 from expo_fast.modeling.packing import Sample
+from expo_fast.runtime import interruptions
 
-ByProblem = dict[str, list[TokenIds]]  # token ids of explanations by problem id
+ByProblem = dict[str, list[TokenIds]]  # token ids of texts by problem id
 
 
-@dataclass
-class Explanations:
-    """The accepted explanations of a batch of questions, with counts."""
+@dataclass(frozen=True)
+class ExplanationCounts:
+    """Counts of the explanations of a batch of questions. All are 0 if none are sampled."""
 
-    accepted: ByProblem = field(default_factory=dict)
-    n_questions: int = 0
     n_sampled: int = 0
+    n_tokens: int = 0
+    """Tokens of their prompts and completions."""
     n_right: int = 0
     """Explanations that stop before the length limit and box the right answer."""
     n_leaked: int = 0
     """Right explanations that mention a given answer."""
     n_unfit: int = 0
     """Right explanations that `is_unfit` rejects. They include those that mention the answer."""
-    ranking: KnownLogprobs = field(default_factory=KnownLogprobs)
-    """The log-probs that ranked the explanations, in a step whose diagnostics use them again."""
+    n_questions: int = 0
+    n_explained: int = 0
+    """Questions with an explanation that is trained on."""
+    n_kept: int = 0
+    """Explanations that are trained on."""
+    n_kept_tokens: int = 0
 
-    @property
-    def rate(self) -> float | None:
-        """Fraction of the questions with an accepted explanation."""
-        return len(self.accepted) / self.n_questions if self.n_questions else None
+    def with_kept(self, kept: ByProblem, n_questions: int) -> "ExplanationCounts":
+        """Return the counts with those of the explanations that are trained on."""
+        lengths = [len(ids) for explanations in kept.values() for ids in explanations]
+        return replace(
+            self,
+            n_questions=n_questions,
+            n_explained=len(kept),
+            n_kept=len(lengths),
+            n_kept_tokens=sum(lengths),
+        )
 
-    @property
-    def leak_rate(self) -> float | None:
-        """Fraction of the right explanations that mention a given answer."""
-        return self.n_leaked / self.n_right if self.n_right else None
-
-    @property
-    def unfit_rate(self) -> float | None:
-        """Fraction of the right explanations that `is_unfit` rejects."""
-        return self.n_unfit / self.n_right if self.n_right else None
-
-    def metrics(self) -> dict[str, float | None]:
-        lengths = [len(ids) for kept in self.accepted.values() for ids in kept]
+    def metrics(self) -> Metrics:
         return {
-            "exp/rate": self.rate,
-            "exp/accepted": sum(len(kept) for kept in self.accepted.values()),
-            "exp/right_ratio": self.n_right / self.n_sampled if self.n_sampled else None,
-            "exp/leak_rate": self.leak_rate,
-            "exp/unfit_rate": self.unfit_rate,
-            "exp/mean_length": mean(lengths),
+            "exp/rate": _ratio(self.n_explained, self.n_questions),
+            "exp/accepted": self.n_kept,
+            "exp/right_ratio": _ratio(self.n_right, self.n_sampled),
+            "exp/leak_rate": _ratio(self.n_leaked, self.n_right),
+            "exp/unfit_rate": _ratio(self.n_unfit, self.n_right),
+            "exp/mean_length": _ratio(self.n_kept_tokens, self.n_kept),
         }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The positive samples of a batch of questions: explanations, solutions or other texts."""
+
+    texts: ByProblem = field(default_factory=dict)
+    """The texts to train on under the plain questions, the best of a question first."""
+    counts: ExplanationCounts = field(default_factory=ExplanationCounts)
+    """Counts of the explanations that the texts were chosen from."""
+    known: KnownLogprobs = field(default_factory=KnownLogprobs)
+    """The log-probs that ranked the texts, in a step whose diagnostics use them again."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +179,26 @@ def explanation_requests(
     return requests
 
 
+def sample_explanations(
+    questions: Sequence[Problem],
+    generator: Generator,
+    prompter: Prompter,
+    verify: Verifier,
+    config: Train,
+    step: int,
+) -> Positives:
+    """Sample explanations of the questions' answers, and return those that are accepted."""
+    requests = explanation_requests(questions, prompter, config, step)
+    completions = generator.sample(requests)
+    with interruptions.immediate():
+        found = accept_explanations(
+            questions, completions, prompter, verify, append_answer=config.append_answer
+        )
+    n_tokens = sum(len(request.prompt_ids) for request in requests)
+    n_tokens += sum(len(completion.token_ids) for completion in completions)
+    return replace(found, counts=replace(found.counts, n_tokens=n_tokens))
+
+
 def accept_explanations(
     questions: Sequence[Problem],
     completions: Sequence[Completion],
@@ -168,8 +206,8 @@ def accept_explanations(
     verify: Verifier,
     *,
     append_answer: bool,
-) -> Explanations:
-    """Return the explanations that are fit to train on, with counts of the others.
+) -> Positives:
+    """Return the explanations that are fit to train on, with counts of those sampled.
 
     completions: an equal number for each question, in the order of `explanation_requests`.
     append_answer: append the boxed answer to an explanation that states the answer without a box.
@@ -190,17 +228,21 @@ def accept_explanations(
         candidates.append(_Candidate(question, ids, text))
     # Judged as they are trained on, after the cut and with the appended answer.
     verdicts = verify([each.question.answer for each in candidates], [x.text for x in candidates])
-    found = Explanations(n_questions=len(questions), n_sampled=len(explained))
-    for each, verdict in zip(candidates, verdicts, strict=True):
-        if verdict != 1.0:
-            continue
-        found.n_right += 1
-        found.n_leaked += leaks(each.text)
+    right = [each for each, verdict in zip(candidates, verdicts, strict=True) if verdict == 1.0]
+    accepted: ByProblem = {}
+    n_unfit = 0
+    for each in right:
         if is_unfit(each.text, each.question):
-            found.n_unfit += 1
+            n_unfit += 1
         else:
-            found.accepted.setdefault(each.question.id, []).append(each.ids)
-    return found
+            accepted.setdefault(each.question.id, []).append(each.ids)
+    counts = ExplanationCounts(
+        n_sampled=len(explained),
+        n_right=len(right),
+        n_leaked=sum(leaks(each.text) for each in right),
+        n_unfit=n_unfit,
+    )
+    return Positives(accepted, counts.with_kept(accepted, len(questions)))
 
 
 def with_appended_answer(
@@ -212,7 +254,7 @@ def with_appended_answer(
 
 
 def ranking_samples(
-    found: Explanations, questions: Sequence[Problem], prompter: Prompter, choose: str
+    accepted: ByProblem, questions: Sequence[Problem], prompter: Prompter, choose: str
 ) -> list[Sample]:
     """Return a sample for each accepted explanation. The sample's log-probs rank the explanation.
 
@@ -224,7 +266,7 @@ def ranking_samples(
         return []
     by_id = {question.id: question for question in questions}
     samples = []
-    for problem_id, explanations in found.accepted.items():
+    for problem_id, explanations in accepted.items():
         question = by_id[problem_id]
         prompt_ids = prompter.solve(question)
         for ids in explanations:
@@ -246,22 +288,22 @@ def ranks_of(logprobs: Sequence[Tensor], choose: str) -> list[float]:
     return [float(values.sum()) for values in logprobs]
 
 
-def keep_best(
-    found: Explanations, logprobs: Sequence[Tensor], *, choose: str, keep: int
-) -> ByProblem:
-    """Return the `keep` best explanations of each question, best first. keep=0 keeps all.
+def keep_best(accepted: Positives, logprobs: Sequence[Tensor], config: Train) -> Positives:
+    """Return the `keep_explanations` best of each question, best first. 0 keeps all.
 
-    logprobs: of the tokens of `ranking_samples`, in nats.
-    choose: `first` keeps the order of sampling.
+    logprobs: of the tokens of `ranking_samples`, in nats. `choose_explanations` says how they rank;
+    `first` keeps the order of sampling.
 
     In the first steps of the default job, a third of the accepted explanations had correct
     equations. By likelihood, one of these ranked above one of the others in 94% of comparisons
     (benchmarks/RESULTS.md).
     """
+    choose = config.choose_explanations
+    keep = config.keep_explanations
     ranks = ranks_of(logprobs, choose)
     kept: ByProblem = {}
     start = 0
-    for problem_id, explanations in found.accepted.items():
+    for problem_id, explanations in accepted.texts.items():
         order = list(range(len(explanations)))
         if choose != "first":
             own = ranks[start : start + len(explanations)]
@@ -269,70 +311,60 @@ def keep_best(
         start += len(explanations)
         best = [explanations[i] for i in order]
         kept[problem_id] = best[:keep] if keep else best
-    return kept
+    return replace(accepted, texts=kept)
 
 
-def tokens_of(requests: Sequence[Request], completions: Sequence[Completion]) -> int:
-    """Return the number of tokens of prompts and completions."""
-    prompts = sum(len(request.prompt_ids) for request in requests)
-    return prompts + sum(len(completion.token_ids) for completion in completions)
+def of_all_ranks(world: World, questions: Sequence[Problem], own: Positives) -> Positives:
+    """Return the explanations of all ranks.
 
-
-def of_all_ranks(
-    world: World,
-    questions: Sequence[Problem],
-    found: Explanations,
-    best: ByProblem,
-    n_tokens: int,
-) -> tuple[Explanations, ByProblem, int]:
-    """Return the explanations of all ranks, the best of them, and the number of tokens.
-
-    questions: those of all ranks. The other arguments are of the questions of this rank.
+    questions: those of all ranks.
+    own: explanations of the questions of this rank.
     """
     if world.size == 1:
-        return found, best, n_tokens
-    parts = world.exchange((found, best, n_tokens))
-    total = Explanations(n_questions=len(questions))
-    accepted: ByProblem = {}
-    kept: ByProblem = {}
-    for part, best_of_part, _ in parts:
-        total.n_sampled += part.n_sampled
-        total.n_right += part.n_right
-        total.n_leaked += part.n_leaked
-        total.n_unfit += part.n_unfit
-        total.ranking.values.update(part.ranking.values)
-        accepted |= part.accepted
-        kept |= best_of_part
-    ids = [question.id for question in questions if question.id in accepted]
-    total.accepted = {problem_id: accepted[problem_id] for problem_id in ids}
-    kept = {problem_id: kept[problem_id] for problem_id in ids}
-    return total, kept, sum(n for _, _, n in parts)
+        return own
+    parts = world.exchange(own)
+    texts: ByProblem = {}
+    known = KnownLogprobs()
+    for part in parts:
+        texts |= part.texts
+        known.values.update(part.known.values)
+    texts = {question.id: texts[question.id] for question in questions if question.id in texts}
+    counts = ExplanationCounts(
+        n_sampled=sum(part.counts.n_sampled for part in parts),
+        n_right=sum(part.counts.n_right for part in parts),
+        n_leaked=sum(part.counts.n_leaked for part in parts),
+        n_unfit=sum(part.counts.n_unfit for part in parts),
+        n_tokens=sum(part.counts.n_tokens for part in parts),
+    )
+    return Positives(texts, counts, known)
 
 
 def select_explanations(
-    found: Explanations,
-    best: ByProblem,
+    world: World,
+    best: Positives,
     questions: Sequence[Problem],
     cache: ExplanationCache,
     config: Train,
     step: int,
-) -> Explanations:
-    """Return the explanations of all questions: those just sampled, and those in the cache.
+) -> Positives:
+    """Update the cache, and return the explanations of all questions.
 
-    With `shuffle_explanations`, each question gets the explanations of another question.
+    They are those just sampled and those in the cache. With `shuffle_explanations`, each question
+    gets the explanations of another question.
+
+    best: the best of those that this rank sampled. The other arguments are of all ranks.
     """
-    cache.update(best, step, config.explain_every)
-    accepted: ByProblem = {}
+    sampled = of_all_ranks(world, questions, best)
+    cache.update(sampled.texts, step, config.explain_every)
+    texts: ByProblem = {}
     for question in questions:
         if question.id in cache.fresh:
-            _, accepted[question.id] = cache.fresh[question.id]
+            _, texts[question.id] = cache.fresh[question.id]
     if config.shuffle_explanations:
-        cache.earlier |= accepted
+        cache.earlier |= texts
         seed = request_seed(config.seed, "shuffle", step)
-        accepted = shuffled(accepted, cache.earlier, seed)
-    found.accepted = accepted
-    found.n_questions = len(questions)
-    return found
+        texts = shuffled(texts, cache.earlier, seed)
+    return replace(sampled, texts=texts, counts=sampled.counts.with_kept(texts, len(questions)))
 
 
 def shuffled(accepted: ByProblem, earlier: Mapping[str, list[TokenIds]], seed: int) -> ByProblem:

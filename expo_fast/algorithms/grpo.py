@@ -14,7 +14,7 @@ before the first backward pass, so the packing of the samples does not change th
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,34 +24,34 @@ from expo_fast.algorithms.diagnostics import (
     diagnostic_samples,
 )
 from expo_fast.algorithms.explanations import (
-    Explanations,
-    accept_explanations,
-    explanation_requests,
+    Positives,
     keep_best,
-    of_all_ranks,
     questions_to_sample,
     ranking_samples,
+    sample_explanations,
     select_explanations,
-    tokens_of,
 )
-from expo_fast.algorithms.logprobs import completion_logprobs, reference_logprobs
+from expo_fast.algorithms.logprobs import (
+    ForwardOptions,
+    completion_logprobs,
+    logprobs_of_all_ranks,
+    reference_logprobs,
+)
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.algorithms.rollout import (
     Group,
     attempt_metrics,
-    attempt_requests,
     completion_rows,
-    judge_attempts,
-    mean,
     overlong_punishment,
     reward_function_metrics,
 )
 from expo_fast.algorithms.sft import sft_backward, sft_samples
 from expo_fast.algorithms.trainer import (
-    Metrics,
     StepResult,
     Trainer,
     batch_of_step,
     optimizer_step,
+    sample_and_judge,
 )
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
@@ -62,8 +62,6 @@ from expo_fast.modeling.packing import Sample
 from expo_fast.objectives import POLICY_OBJECTIVES
 from expo_fast.ops import group_advantage, linear_policy_loss
 from expo_fast.reporting.timing import Phases
-from expo_fast.reward_functions import RewardError
-from expo_fast.runtime import interruptions
 
 
 def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
@@ -78,7 +76,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
     # Sample explanations of the known answers, or take the data's solutions.
     with phases.phase("explain"):
         questions = questions_with_sft_term(groups, config)
-        if config.explains:
+        if config.samples_explanations:
             positives = explain(trainer, questions, step)
         else:
             positives = solutions(trainer, questions)
@@ -95,11 +93,10 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         metrics = update_weights(trainer, mini_batch, attempts[i], positives, update, phases)
         updates.append(metrics)
 
-    explained = positives if config.explains else Explanations()
-    metrics = attempt_metrics(sampled) | explained.metrics() | diagnosed | mean_metrics(updates)
-    metrics |= reward_function_metrics(sampled)
+    metrics = attempt_metrics(sampled) | positives.counts.metrics()
+    metrics |= diagnosed | mean_metrics(updates) | reward_function_metrics(sampled)
     kind = "expert" if config.spec.sft_source == "solutions" else "explanation"
-    return metrics, completion_rows(groups, positives.accepted, trainer.prompter, kind)
+    return metrics, completion_rows(groups, positives.texts, trainer.prompter, kind)
 
 
 def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
@@ -121,24 +118,6 @@ def sample_groups(trainer: Trainer, step: int, phases: Phases) -> list[Group]:
         new = [question for question in more if question.id not in sampled]
         if new:
             groups += sample_and_judge(trainer, new, step, phases)
-    return groups
-
-
-def sample_and_judge(
-    trainer: Trainer, questions: Sequence[Problem], step: int, phases: Phases
-) -> list[Group]:
-    """Sample G attempts at each question and judge them."""
-    config = trainer.config
-    deal = trainer.deal_questions(questions)
-    own = deal.own(questions)
-    with trainer.world.agreed(shared=RewardError):
-        with phases.phase("generate"):
-            requests = attempt_requests(own, trainer.prompter, config, step)
-            completions = trainer.generator.sample(requests)
-        with phases.phase("reward"), interruptions.immediate():
-            groups = judge_attempts(own, completions, trainer.prompter, trainer.reward, config)
-    groups = deal.collect(groups)
-    trainer.count_attempts(groups)
     return groups
 
 
@@ -187,7 +166,7 @@ def questions_with_sft_term(groups: Sequence[Group], config: Train) -> list[Prob
     return questions
 
 
-def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explanations:
+def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Positives:
     """Sample explanations of the questions' answers and keep the best that are accepted."""
     config = trainer.config
     prompter = trainer.prompter
@@ -195,63 +174,42 @@ def explain(trainer: Trainer, questions: Sequence[Problem], step: int) -> Explan
     new = questions_to_sample(questions, cache, config, step)
     own = trainer.deal_questions(new).own(new)
     with trainer.world.agreed():
-        requests = explanation_requests(own, prompter, config, step)
-        completions = trainer.generator.sample(requests)
-        with interruptions.immediate():
-            found = accept_explanations(
-                own, completions, prompter, trainer.verify, append_answer=config.append_answer
-            )
-        samples = ranking_samples(found, own, prompter, config.choose_explanations)
-        logprobs = completion_logprobs(
-            trainer.model,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
+        accepted = sample_explanations(
+            own, trainer.generator, prompter, trainer.verify, config, step
         )
-        best = keep_best(
-            found, logprobs, choose=config.choose_explanations, keep=config.keep_explanations
-        )
+        samples = ranking_samples(accepted.texts, own, prompter, config.choose_explanations)
+        logprobs = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
+        best = keep_best(accepted, logprobs, config)
         if config.n_diagnosed(step):
-            found.ranking.add(samples, logprobs)
-        n_tokens = tokens_of(requests, completions)
-    found, best, n_tokens = of_all_ranks(trainer.world, new, found, best, n_tokens)
-    trainer.sampled_tokens += n_tokens
-    return select_explanations(found, best, questions, cache, config, step)
+            best.known.add(samples, logprobs)
+    positives = select_explanations(trainer.world, best, questions, cache, config, step)
+    trainer.sampled_tokens += positives.counts.n_tokens
+    return positives
 
 
-def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Explanations:
-    """Return the data's solutions in place of explanations, if the method trains on them."""
+def solutions(trainer: Trainer, questions: Sequence[Problem]) -> Positives:
+    """Return the data's solutions, if the method trains on them."""
     config = trainer.config
     if config.spec.sft_source != "solutions" or config.exp_sft_coef == 0:
-        return Explanations()
-    expert = {question.id: [trainer.prompter.expert(question)] for question in questions}
-    return Explanations(expert, n_questions=len(questions))
+        return Positives()
+    return Positives({question.id: [trainer.prompter.expert(question)] for question in questions})
 
 
-def diagnose(
-    trainer: Trainer, groups: Sequence[Group], positives: Explanations, step: int
-) -> Metrics:
+def diagnose(trainer: Trainer, groups: Sequence[Group], positives: Positives, step: int) -> Metrics:
     """Measure the two properties of a good positive sample on a few questions."""
     config = trainer.config
     questions = []
     for group in groups[: config.n_diagnosed(step)]:
         explanation = None
-        if config.explains and group.problem.id in positives.accepted:
-            explanation = positives.accepted[group.problem.id][0]
+        if config.samples_explanations and group.problem.id in positives.texts:
+            explanation = positives.texts[group.problem.id][0]
         questions.append(DiagnosedQuestion(group.problem, group.judged, explanation))
     samples = diagnostic_samples(questions, trainer.prompter)
     scored = [each.sample for each in samples]
-    known = positives.ranking
+    known = positives.known
     missing = known.missing(scored)
-    deal = trainer.deal_samples(missing)
-    with trainer.world.agreed():
-        logprobs = completion_logprobs(
-            trainer.model,
-            deal.own(missing),
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
-    known.add(missing, deal.collect(logprobs))
+    options = ForwardOptions.of(config)
+    known.add(missing, logprobs_of_all_ranks(trainer.world, trainer.model, missing, options))
     return diagnostic_metrics(questions, samples, known.of(scored))
 
 
@@ -271,12 +229,7 @@ def attempts_of_updates(
     ]
     attempts = [first]
     for samples in later:
-        old = completion_logprobs(
-            trainer.model,
-            samples,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
+        old = completion_logprobs(trainer.model, samples, ForwardOptions.of(config))
         attempts.append(
             [replace(sample, old_logp=logp) for sample, logp in zip(samples, old, strict=True)]
         )
@@ -327,7 +280,7 @@ def update_weights(
     trainer: Trainer,
     groups: Sequence[Group],
     attempts: Sequence[Sample],
-    positives: Explanations,
+    positives: Positives,
     update: int,
     phases: Phases,
 ) -> Metrics:
@@ -344,20 +297,15 @@ def update_weights(
         policy = policy_backward(layout, attempts, PolicyLossConfig.of(config))
         grad_sums.start_new_term()
 
-        questions = [g.problem for g in groups if g.problem.id in positives.accepted]
-        explanations = sft_samples(
-            [(question, positives.accepted[question.id]) for question in questions],
+        questions = [g.problem for g in groups if g.problem.id in positives.texts]
+        positive_samples = sft_samples(
+            [(question, positives.texts[question.id]) for question in questions],
             trainer.prompter,
             coef=coef,
             n_questions=len(groups),
             reduction=config.exp_sft_reduction,
         )
-        sft = sft_backward(
-            layout,
-            trainer.own_samples(explanations),
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
-        )
+        sft = sft_backward(layout, trainer.own_samples(positive_samples), ForwardOptions.of(config))
         policy_norm, sft_norm = grad_sums.term_norms()
     metrics: Metrics = {
         "loss": policy.loss + sft.loss,
@@ -367,7 +315,7 @@ def update_weights(
         "grad_norm/policy": policy_norm,
         "grad_norm/exp_sft": sft_norm,
         "exp_sft_coef": coef if config.spec.sft_term else None,
-        "exp/nll": sft.nll if explanations and config.explains else None,
+        "exp/nll": sft.nll if positive_samples and config.samples_explanations else None,
     }
     return metrics | optimizer_step(trainer, update, phases)
 
@@ -379,9 +327,7 @@ class PolicyLossConfig:
     objective: PolicyObjective
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
-    temperature: float = 1.0
-    max_tokens: int = 4096
-    """Most tokens in one forward and backward pass. It does not change the result."""
+    forward: ForwardOptions = field(default_factory=ForwardOptions)
 
     @classmethod
     def of(cls, config: Train) -> "PolicyLossConfig":
@@ -389,8 +335,7 @@ class PolicyLossConfig:
             objective=POLICY_OBJECTIVES[config.objective].build(config),
             kl_coef=config.kl_coef,
             entropy_coef=config.entropy_coef,
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
+            forward=ForwardOptions.of(config),
         )
 
 
@@ -418,7 +363,7 @@ def policy_backward(
         sum(len(sample.completion_ids) for sample in samples),
     )
     sums = []
-    for pack, hidden in layout.passes(samples, config.max_tokens):
+    for pack, hidden in layout.passes(samples, config.forward.max_tokens):
         result = linear_policy_loss(
             hidden,
             model.head_weight,
@@ -431,7 +376,7 @@ def policy_backward(
             on_policy=pack.on_policy,
             kl_coef=config.kl_coef if pack.ref_logp is not None else 0.0,
             entropy_coef=config.entropy_coef,
-            temperature=config.temperature,
+            temperature=config.forward.temperature,
             sequence_ids=pack.sequence_ids,
             complete=pack.is_complete(len(model.head_weight)),
         )
@@ -456,11 +401,7 @@ def with_reference_logprobs(trainer: Trainer, samples: Sequence[Sample]) -> list
     if not config.kl_coef:
         return list(samples)
     logprobs = reference_logprobs(
-        trainer.model,
-        trainer.reference,
-        samples,
-        temperature=config.temperature,
-        max_tokens=config.pack_tokens,
+        trainer.model, trainer.reference, samples, ForwardOptions.of(config)
     )
     return [replace(sample, ref_logp=logp) for sample, logp in zip(samples, logprobs, strict=True)]
 

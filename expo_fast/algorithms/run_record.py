@@ -16,6 +16,12 @@ from expo_fast.storage import checkpoint
 RECORD = "config.toml"
 OPTIONS = "options"  # key of the copy among the JSON values of a checkpoint
 
+# Keys of the identity of a run among these values. The ranks of a run compare the same values.
+INITIAL_WEIGHTS = "initial weights"
+TRAINING_DATA = "training data"
+PROMPT_TEMPLATE = "prompt template"
+ENDS_OF_TURNS = "ends of turns"
+
 
 @dataclass(frozen=True)
 class Recorded:

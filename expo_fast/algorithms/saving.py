@@ -7,12 +7,15 @@ step the run waits for the disk, because its weights would be lost.
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from expo_fast.algorithms.resume import model_writer, values_to_save
+from expo_fast.algorithms.alarms import has_no_finite_logits
+from expo_fast.algorithms.resume import values_to_save
+from expo_fast.algorithms.saved_model import model_writer
 from expo_fast.algorithms.scores import Scores
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.reporting.run_log import RunLog
@@ -28,10 +31,22 @@ LEAST_WINDOW = 8  # steps whose mean reward is the score of a checkpoint
 POLL_S = 0.2  # how often a wait looks at signals
 
 
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint with the best score."""
+
+    path: Path
+    score_name: str
+    score: float
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.score_name} {self.score:.3f})"
+
+
 class Saver:
     """The checkpoints of a run."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, *, evaluates: bool):
+    def __init__(self, trainer: Trainer, log: RunLog):
         config = trainer.config
         self._trainer = trainer
         self._log = log
@@ -39,14 +54,17 @@ class Saver:
         self._retry_at: int | None = None  # step of the next attempt after a failure
         self._fault: str | None = None  # of the last step, which is not saved then
         self.scores = Scores(
-            config.run_dir, evaluates=evaluates, window=max(LEAST_WINDOW, config.checkpoint_every)
+            config.run_dir,
+            evaluates=trainer.eval_every > 0,
+            window=max(LEAST_WINDOW, config.checkpoint_every),
         )
 
     def read_step(self, row: dict[str, Any]) -> None:
         """Read the metrics of a step. Call it after each step."""
         self.scores.add_step(row)
-        broken = row.get("completions/error_ratio") == 1
-        self._fault = "no completion has finite logits" if broken else None
+        self._fault = None
+        if has_no_finite_logits(row):
+            self._fault = "no completion has finite logits"
 
     def after_step(self, step: int, *, is_due: bool) -> bool:
         """Save the state after a step if that is due, or if an earlier save failed.
@@ -124,14 +142,16 @@ class Saver:
             return f"{cause}: step {step} is saved, the same command resumes the run from it"
         return f"{cause}: step {step} is not saved: {problem}; {self.newest_in_words()}"
 
-    def best_in_words(self) -> str | None:
-        """Return the best checkpoint and its score, None if there is none with a score."""
+    def best(self) -> BestCheckpoint | None:
+        """Return the best checkpoint, None if there is none with a score."""
         run_dir = self._trainer.config.run_dir
         best = self.scores.best(checkpoint.complete_steps(run_dir), 1)
         if not best:
             return None
         score = self.scores.of(best[0])
-        return f"{run_dir / 'checkpoints' / f'step-{best[0]}'} ({self.scores.name} {score:.3f})"
+        assert score is not None
+        path = run_dir / "checkpoints" / f"step-{best[0]}"
+        return BestCheckpoint(path, self.scores.name, score)
 
     def newest_in_words(self) -> str:
         """Return which checkpoint the same command resumes from."""

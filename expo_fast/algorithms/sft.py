@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expo_fast.algorithms.logprobs import ForwardOptions
+from expo_fast.algorithms.metrics import Metrics
 from expo_fast.algorithms.rollout import completion_row
 from expo_fast.algorithms.trainer import (
-    Metrics,
     StepResult,
     Trainer,
     batch_of_step,
@@ -55,10 +56,7 @@ def run_step(trainer: Trainer, step: int, phases: Phases) -> StepResult:
         trainer.data_tokens += len(sample.prompt_ids) + len(sample.completion_ids)
     with phases.phase("forward_backward"):
         result = sft_backward(
-            trainer.layout,
-            trainer.own_samples(samples),
-            temperature=config.temperature,
-            max_tokens=config.pack_tokens,
+            trainer.layout, trainer.own_samples(samples), ForwardOptions.of(config)
         )
     metrics: Metrics = {"loss": result.loss, "expert/nll": result.nll}
     metrics |= optimizer_step(trainer, step, phases)
@@ -98,20 +96,17 @@ def sft_samples(
     return samples
 
 
-def sft_backward(
-    layout: Layout, samples: Sequence[Sample], *, temperature: float, max_tokens: int
-) -> SftResult:
+def sft_backward(layout: Layout, samples: Sequence[Sample], options: ForwardOptions) -> SftResult:
     """Add the gradients of the SFT loss of the samples, pack by pack.
 
     samples: those of this rank. The result is that of all ranks.
-    max_tokens: most tokens in one forward and backward pass. It does not change the result.
     """
     model = layout.model
     world = layout.world
     (n_samples,) = world.sums(len(samples))
     losses: list[Tensor] = []
     logps: list[tuple[Pack, Tensor]] = []
-    for pack, hidden in layout.passes(samples, max_tokens):
+    for pack, hidden in layout.passes(samples, options.max_tokens):
         result = linear_policy_loss(
             hidden,
             model.head_weight,
@@ -119,7 +114,7 @@ def sft_backward(
             pack.advantage,
             pack.row_weight,
             on_policy=pack.on_policy,
-            temperature=temperature,
+            temperature=options.temperature,
             complete=pack.is_complete(len(model.head_weight)),
         )
         result.loss.backward()

@@ -18,8 +18,20 @@ from torch import Tensor
 
 from expo_fast.algorithms.dealing import expected_lengths, units_by_prompt
 from expo_fast.algorithms.explanations import ExplanationCache
+from expo_fast.algorithms.metrics import Metrics, mean
 from expo_fast.algorithms.pairs import PairStore
-from expo_fast.algorithms.rollout import Group, Verifier, mean
+from expo_fast.algorithms.rollout import (
+    Group,
+    Verifier,
+    attempt_requests,
+    judge_attempts,
+)
+from expo_fast.algorithms.run_record import (
+    ENDS_OF_TURNS,
+    INITIAL_WEIGHTS,
+    PROMPT_TEMPLATE,
+    TRAINING_DATA,
+)
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem, fingerprint
 from expo_fast.data.prompts import Prompter, request_seed
@@ -34,10 +46,9 @@ from expo_fast.modeling.packing import Sample
 from expo_fast.modeling.schedule import learning_rate
 from expo_fast.modeling.sharding import ONE_PROCESS, Place, Sharded
 from expo_fast.reporting.timing import Phases
-from expo_fast.reward_functions import Reward, TrainerState
+from expo_fast.reward_functions import Reward, RewardError, TrainerState
 from expo_fast.runtime import interruptions
 
-Metrics = dict[str, float | None]
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
 StepResult = tuple[Metrics, TextRows]
 
@@ -141,6 +152,11 @@ class Trainer:
         """The ranks of the run."""
         return self.layout.world
 
+    @property
+    def eval_every(self) -> int:
+        """Number of steps between evaluations; 0: there are none."""
+        return self.config.eval_every if self.held_out else 0
+
     def count_attempts(self, groups: Iterable[Group]) -> None:
         """Add the tokens of attempts to `sampled_tokens`, and note their lengths."""
         for group in groups:
@@ -168,11 +184,6 @@ class Trainer:
         units, costs = units_by_prompt(samples)
         own = self.world.deal(costs).own(units)
         return [sample for unit in own for sample in unit]
-
-    def deal_samples(self, samples: Sequence[Sample]) -> Deal:
-        """Return which rank computes the log-probs of which sample."""
-        costs = [len(each.prompt_ids) + len(each.completion_ids) for each in samples]
-        return self.world.deal(costs)
 
     def gather_weights(self) -> None:
         """Sample from now on from the weights that the optimizer has."""
@@ -236,10 +247,10 @@ def make_trainer(
         # The ranks compute normalisers and metrics from the same batches. A difference would be no
         # error of any operation, but a wrong result.
         values = {
-            "initial weights": initial_weights_hash,
-            "training data": fingerprint(problems),
-            "prompt template": prompter.template_hash,
-            "ends of turns": prompter.ends_hash,
+            INITIAL_WEIGHTS: initial_weights_hash,
+            TRAINING_DATA: fingerprint(problems),
+            PROMPT_TEMPLATE: prompter.template_hash,
+            ENDS_OF_TURNS: prompter.ends_hash,
             "version of torch": torch.__version__.split("+")[0],
         }
         world.check_same(values)
@@ -364,6 +375,24 @@ class EpochOrder:
         last = self._moved.pop(self._left, self._left)
         if place != self._left:
             self._moved[place] = last
+
+
+def sample_and_judge(
+    trainer: Trainer, questions: Sequence[Problem], step: int, phases: Phases
+) -> list[Group]:
+    """Sample G attempts at each question and judge them."""
+    config = trainer.config
+    deal = trainer.deal_questions(questions)
+    own = deal.own(questions)
+    with trainer.world.agreed(shared=RewardError):
+        with phases.phase("generate"):
+            requests = attempt_requests(own, trainer.prompter, config, step)
+            completions = trainer.generator.sample(requests)
+        with phases.phase("reward"), interruptions.immediate():
+            groups = judge_attempts(own, completions, trainer.prompter, trainer.reward, config)
+    groups = deal.collect(groups)
+    trainer.count_attempts(groups)
+    return groups
 
 
 def optimizer_step(trainer: Trainer, update: int, phases: Phases) -> Metrics:

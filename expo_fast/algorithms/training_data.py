@@ -294,9 +294,9 @@ def needs_answers(config: Train) -> bool:
 
     A user's reward function judges attempts by what it likes.
     """
-    if not config.spec.needs_answers:
+    if not config.spec.samples_attempts:
         return False
-    return config.explains or not config.reward_functions
+    return config.samples_explanations or not config.reward_functions
 
 
 def missing_answer(config: Train, problem: Problem) -> str:
@@ -306,7 +306,7 @@ def missing_answer(config: Train, problem: Problem) -> str:
         has = "a preference pair and "
     elif problem.solution:
         has = "a solution without a box and "
-    use = "explain" if config.explains else "judge attempts"
+    use = "explain" if config.samples_explanations else "judge attempts"
     return (
         f"problem {problem.id} has {has}no 'answer': --method {config.method} needs one to {use}; "
         "--method dpo trains on pairs without answers, sft on solutions"
@@ -315,8 +315,8 @@ def missing_answer(config: Train, problem: Problem) -> str:
 
 def boxes_another_answer(solution: str, answer: str) -> bool:
     """Return whether the last box of a solution differs from the answer, False if unknown."""
-    boxed = last_boxed(solution) or ""
-    return decide(tidy(answer), tidy(boxed)) is False
+    theirs = last_boxed(solution) or ""
+    return decide(tidy(answer), tidy(theirs)) is False
 
 
 def check_lengths(
@@ -333,7 +333,7 @@ def check_lengths(
     table = ProblemTable.of(problems)
     for problem in table.select(may_be_long(config, prompter, table, context)):
         sampled = config.max_new_tokens if config.spec.samples_attempts else 0
-        prompt = prompter.explain(problem) if config.explains else prompter.solve(problem)
+        prompt = longest_prompt(config, prompter, problem)
         check_length(problem, prompt, new=sampled, context=context)
         for text in texts_trained_on(config, prompter, problem):
             check_length(problem, prompter.solve(problem) + text, new=0, context=context)
@@ -361,9 +361,16 @@ def may_be_long(config: Train, prompter: Prompter, table: ProblemTable, context:
     return longest > context
 
 
+def longest_prompt(config: Train, prompter: Prompter, problem: Problem) -> tuple[int, ...]:
+    """Return the prompt of a problem, with its answer if the run samples explanations."""
+    if config.samples_explanations:
+        return prompter.explain(problem)
+    return prompter.solve(problem)
+
+
 def length_of(config: Train, prompter: Prompter, problem: Problem) -> int:
     """Return the tokens of a problem's longest sequence in the run."""
-    prompt = prompter.explain(problem) if config.explains else prompter.solve(problem)
+    prompt = longest_prompt(config, prompter, problem)
     sampled = config.max_new_tokens if config.spec.samples_attempts else 0
     lengths = [len(prompt) + sampled]
     for text in texts_trained_on(config, prompter, problem):
@@ -456,13 +463,13 @@ def check_ids(problem: Problem, ids: Sequence[int], prompter: Prompter, vocabula
 def run_texts(config: Train, prompter: Prompter, problem: Problem) -> Iterator[tuple[int, ...]]:
     """Yield the token ids of the texts that the run makes from a problem, such as prompts."""
     yield prompter.solve(problem)
-    if config.explains:
+    if config.samples_explanations:
         yield prompter.explain(problem)
         answer = answer_after(problem, (), prompter, mask=False)
         yield (*answer.prompt_ids, *answer.completion_ids)
     if config.append_answer:
         yield prompter.longer((), boxed(problem.answer))
-    samples_text = config.explains or config.spec.samples_pairs
+    samples_text = config.samples_explanations or config.spec.samples_pairs
     if samples_text and prompter.stop_strings:
         yield prompter.longer((), "")  # the end of a turn, which replaces the stop string
     if config.spec.samples_attempts and config.diagnose:

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from expo_fast.algorithms.trainer import Trainer
+from expo_fast.inspection.memory import FP32_BYTES, MOMENTS
 from expo_fast.storage.files import existing_folder, in_bytes
-
-FP32_BYTES = 4
-MOMENTS = 2  # AdamW's m and v
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from expo_fast.algorithms.explanations import explanation_requests
 from expo_fast.algorithms.rollout import attempt_requests
 from expo_fast.algorithms.trainer import questions_of_step
-from expo_fast.algorithms.training_data import load_training_data
+from expo_fast.algorithms.training_data import load_training_data, texts_trained_on
 from expo_fast.config import Train
 from expo_fast.data.problems import Problem
 from expo_fast.data.prompts import Prompter
@@ -221,21 +221,14 @@ def texts(config: Train, prompter: Prompter, questions: Sequence[Problem]) -> li
     sampled = (0,) * config.max_new_tokens
 
     def of_question(question: Problem) -> list[tuple[int, ...]]:
-        if spec.chosen_source == "data":
-            assert question.pair is not None
-            return [prompter.completion(question, text) for text in question.pair]
-        if spec.chosen_source == "solutions":
-            return [prompter.expert(question), sampled] * config.pairs_per_question
-        if spec.chosen_source == "explanations":
-            return [sampled, sampled] * config.pairs_per_question
-        if spec.sft_source == "data":
-            return [prompter.target(question)]
-        if spec.sft_source == "solutions":
-            return [prompter.expert(question)]
+        of_data = list(texts_trained_on(config, prompter, question))
+        if spec.samples_pairs:
+            chosen = of_data or [sampled]
+            return [*chosen, sampled] * config.pairs_per_question
         if spec.sft_source == "explanations":
             kept = config.keep_explanations or config.explanations_per_question
             return [sampled] * kept
-        return []
+        return of_data
 
     return samples_of(prompter, questions, of_question)
 
@@ -368,7 +361,7 @@ def cache_bytes(
     calls: list[list[Request]] = []
     if config.spec.samples_attempts:
         calls.append(attempt_requests(questions, prompter, config, step=0))
-    if config.explains:
+    if config.samples_explanations:
         calls.append(explanation_requests(questions, prompter, config, step=0))
     page = NativeEngine.page
     values = 2 * len(shape.windows) * shape.kv_heads * shape.head_dim  # keys and values of a token
