@@ -43,13 +43,17 @@ ADJUSTABLE = (
     "diagnose",
     "diagnose_every",
     "report_to",
-    "pack_memory",  # pack_tokens, which follows from it, may not differ
+    "pack_memory",
     "shard",
     "gather",
     "collective_timeout",
     "push_to_hub",
     "reward_timeout",
 )
+# Options that change results only by rounding errors. A resume may change them too.
+ROUNDING = ("device", "pack_tokens", "gradient_checkpointing")
+# Options that name files. A resume compares the contents with the hashes in its checkpoint.
+COMPARED_BY_CONTENT = ("model", "train_data", "eval_data", "shots_data")
 # Options that older runs do not have. At their defaults they are left out of the hash in run_dir,
 # so that an older run without --output-dir keeps its folder.
 ADDED_LATER = (
@@ -218,7 +222,8 @@ class Train(Prompting):
     checkpoint."""
     inexact_resume: bool = False
     """Resume although data, prompts, reward functions or, under a schedule, steps are not those of
-    the checkpoint, or the run's log lacks rows. The run is then marked as inexact."""
+    the checkpoint, or the run's log lacks rows. The run is then marked as inexact. With the
+    checkpoint of another run, other options are allowed too."""
 
     temperature: float = 1.0
     """Temperature of the attempts, and of the log-probs in the loss."""
@@ -489,7 +494,8 @@ class Train(Prompting):
         enough = self.num_generations >= least
         yield from _require(self, "num_generations", enough, f"at least {least}")
         fits = self.overlong_buffer < self.max_new_tokens
-        yield from _require(self, "overlong_buffer", fits, "less than max_completion_length")
+        need = f"less than max_completion_length={self.max_new_tokens}"
+        yield from _require(self, "overlong_buffer", fits, need)
         if self.generation_budget:
             yield from self._faults_of_the_generation_budget(least)
         size = self.prompts_per_step
@@ -665,7 +671,6 @@ MORE_THAN_0 = (
     "alarm_steps",
     "explanations_per_question",
     "top_p",
-    "learning_rate",
     "temperature",
     "eps",
     "max_grad_norm",
@@ -677,6 +682,7 @@ MORE_THAN_0 = (
     "collective_timeout",
 )
 AT_LEAST_0 = (
+    "learning_rate",
     "pack_tokens",
     "kl_coef",
     "exp_sft_coef",

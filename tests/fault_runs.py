@@ -1,7 +1,7 @@
 """Training runs in forked processes, which tests kill, stop and compare.
 
-A forked process has torch and transformers imported, so that a run takes a second. The parent runs
-no op itself: a thread pool would not survive the fork.
+A forked process has torch and transformers imported, so that a run takes a second. It has one
+thread, because a thread pool of the parent would not survive the fork.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from expo_fast import train
 from expo_fast.algorithms import explanations
@@ -89,6 +91,7 @@ def start(given: list[str], log: Path, prepare: Callable[[], None] | None = None
     status = 99
     try:
         os.setsid()
+        torch.set_num_threads(1)  # the parent's thread pool does not survive the fork
         signal.signal(signal.SIGINT, signal.default_int_handler)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)

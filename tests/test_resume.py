@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,61 @@ def test_a_resume_has_the_size_of_packs_of_the_run(model: Path, job: Path, monke
     run(model, job, 4, packs)
     assert from_toml(Train, record).pack_tokens == first
     assert len(list(read_rows(job / "run" / METRICS))) == 4
+
+
+def test_a_resume_may_change_what_only_rounds_and_where_the_files_are(model: Path, job: Path):
+    run(model, job, steps=2)
+    moved = job / "moved"
+    moved.mkdir()
+    shutil.copytree(model, moved / "model")
+    more = "--pack-tokens 512 --gradient-checkpointing --device cpu"
+    for name in ("train", "eval"):
+        shutil.copy(job / f"{name}.jsonl", moved)
+    more += f" --train-data {moved}/train.jsonl --eval-data {moved}/eval.jsonl"
+    folder = run(moved / "model", job, steps=4, more=more)
+    assert [row["step"] for row in read_rows(folder / METRICS)] == [1, 2, 3, 4]
+    assert "# " not in (folder / RECORD).read_text()
+    run(model, job, steps=5)
+
+
+def test_a_repeated_branch_continues_from_its_own_checkpoints(model: Path, job: Path):
+    """Schedulers repeat the command of a job that was stopped."""
+    origin = run(model, job, steps=2) / "checkpoints/step-2"
+    more = f"--resume {origin} --output-dir {job}/branch"
+    run(model, job, steps=4, more=more)
+    first = list(read_rows(job / "branch" / METRICS))
+    run(model, job, steps=6, more=more)
+    rows = list(read_rows(job / "branch" / METRICS))
+    assert rows[: len(first)] == first
+    assert [row["step"] for row in rows] == [3, 4, 5, 6]
+    assert not list((job / "branch/checkpoints").glob("*.bad-*"))
+
+
+def test_a_branch_with_other_options_is_refused_or_marked(model: Path, job: Path):
+    origin = run(model, job, steps=2) / "checkpoints/step-2"
+    more = f"--resume {origin} --output-dir {job}/branch --learning-rate 0.5 --kl-coef 0"
+    words = "step-2 was made with learning_rate="
+    with pytest.raises(ValueError, match=words) as raised:
+        run(model, job, steps=4, more=more)
+    assert "give the same options and data, or mark the run as inexact" in str(raised.value)
+    assert not (job / "branch").exists()
+    run(model, job, steps=4, more=more + " --inexact-resume")
+    assert all(row["inexact"] == 1 for row in read_rows(job / "branch" / METRICS))
+
+
+def test_a_run_directory_is_no_checkpoint(model: Path, job: Path):
+    folder = run(model, job, steps=2)
+    with pytest.raises(ValueError, match="is a run directory: name one of its checkpoints"):
+        run(model, job, steps=4, more=f"--resume {folder}")
+    with pytest.raises(ValueError, match="is no complete checkpoint: it has no MANIFEST"):
+        run(model, job, steps=4, more=f"--resume {model}")
+    with pytest.raises(FileNotFoundError, match="it is a run directory: name one of its checkp"):
+        run(folder, job, steps=2, more=f"--output-dir {job}/other")
+
+
+def test_a_learning_rate_of_zero_changes_no_weight(model: Path, job: Path):
+    folder = run(model, job, steps=2, more="--learning-rate 0")
+    assert [row["update_norm"] for row in read_rows(folder / METRICS)] == [0, 0]
 
 
 def test_the_size_of_packs_does_not_name_the_folder_of_a_run(model: Path):

@@ -474,7 +474,6 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
         "pairs_per_question",
         "seed",
         "method",
-        "model",
         "dtype",
         "lora_rank",
     )

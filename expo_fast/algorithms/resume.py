@@ -1,10 +1,11 @@
 """Resuming a training run: its directory, identity and checkpoints.
 
 On a CPU, a resumed run is bit-identical to one that was never stopped. A run directory belongs to
-one configuration: only the options in `config.ADJUSTABLE` may change on a resume.
+one configuration: only the options in `config.ADJUSTABLE` and `config.ROUNDING` may change on a
+resume, and the paths of files with the same contents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,20 @@ from expo_fast.algorithms.run_record import (
     PROMPT_TEMPLATE,
     RECORD,
     TRAINING_DATA,
+    copied_options,
     inexact_lines,
     options_of,
     read_record,
 )
 from expo_fast.algorithms.trainer import Trainer
 from expo_fast.cli.flags import dump_toml
-from expo_fast.config import ADJUSTABLE, DEPEND_ON_DATA, Train
+from expo_fast.config import (
+    ADJUSTABLE,
+    COMPARED_BY_CONTENT,
+    DEPEND_ON_DATA,
+    ROUNDING,
+    Train,
+)
 from expo_fast.data.problems import fingerprint, same_fingerprint
 from expo_fast.modeling.lora import load_adapter
 from expo_fast.modeling.shape import Shape
@@ -84,19 +92,43 @@ def with_recorded_options(config: Train) -> Train:
 
 def check_same_run(config: Train, recorded: Train) -> None:
     """Raise ValueError if the configuration differs from the recorded one in a fixed option."""
+    may_differ = (*ADJUSTABLE, *ROUNDING)
+    if checkpoint.newest_values(config.run_dir) is not None:
+        may_differ += COMPARED_BY_CONTENT
+    for words in differing_options(config, recorded, may_differ).values():
+        raise ValueError(f"{config.run_dir} holds a run with {words}: choose another --output-dir")
+
+
+def differing_options(config: Train, recorded: Train, may_differ: Sequence[str]) -> dict[str, str]:
+    """Return the options that differ from the recorded ones, with words, but for some of them."""
     old = asdict(recorded)
     new = asdict(config)
+    differing = {}
     for name in old:
-        if old[name] != new[name] and name not in ADJUSTABLE:
-            raise ValueError(
-                f"{config.run_dir} holds a run with {name}={old[name]!r}, not {new[name]!r}: "
-                "choose another --output-dir"
-            )
+        if old[name] != new[name] and name not in may_differ:
+            differing[name] = f"{name}={old[name]!r}, not {new[name]!r}"
+    return differing
 
 
 def names_checkpoint(config: Train) -> bool:
-    """Return whether --resume is the path of a checkpoint."""
-    return config.resume not in ("auto", "never")
+    """Return whether the run continues from a checkpoint whose path is --resume.
+
+    A run in another directory than the checkpoint's does so once. The same command, as schedulers
+    repeat it, then continues from the run's own newest checkpoint.
+    """
+    if config.resume in ("auto", "never"):
+        return False
+    path = Path(config.resume)
+    if is_of_run(path, config):
+        return True
+    recorded = read_record(config.run_dir)
+    began_there = recorded is not None and recorded.config.resume == config.resume
+    return not (began_there and checkpoint.newest(config.run_dir) is not None)
+
+
+def is_of_run(path: Path, config: Train) -> bool:
+    """Return whether a checkpoint lies in the directory of the run."""
+    return path.resolve().parent.parent == config.run_dir.resolve()
 
 
 def restore(trainer: Trainer) -> Restored:
@@ -123,11 +155,11 @@ def restore(trainer: Trainer) -> Restored:
 
 def find_checkpoint(config: Train) -> Path | None:
     """Return the checkpoint to resume from, None if there is none. Its files have been hashed."""
-    if config.resume == "auto":
-        return checkpoint.newest_to_resume(config.run_dir)
+    if config.resume == "never":
+        return None
     if names_checkpoint(config):
         return checkpoint.checked(Path(config.resume))
-    return None
+    return checkpoint.newest_to_resume(config.run_dir)
 
 
 def check_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
@@ -141,6 +173,13 @@ def check_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     if (path / "config.json").exists():  # a LoRA checkpoint has none
         check_same_shape(config, trainer.model.shape, path)
     differing = differences(trainer, values)
+    advice = "restore it, choose another --output-dir"
+    if not is_of_run(path, config):
+        advice = "give the same options and data"
+        copy = copied_options(values, path)
+        if copy is not None:
+            may_differ = (*ADJUSTABLE, *ROUNDING, *COMPARED_BY_CONTENT, "method")
+            differing |= differing_options(config, copy, may_differ)
     for what in ("method", INITIAL_WEIGHTS):
         if what in differing:
             raise ValueError(f"{path} was made with {differing[what]}: a resume needs the same")
@@ -155,8 +194,8 @@ def check_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
         if differing:
             sentences.append(f"{path} was made with {' and '.join(differing.values())}")
         raise ValueError(
-            f"{'; '.join(sentences)}: a resume needs the same; restore it, choose another "
-            "--output-dir, or mark the run as inexact with --inexact-resume"
+            f"{'; '.join(sentences)}: a resume needs the same; {advice}, or mark the run as "
+            "inexact with --inexact-resume"
         )
     reasons = [f"with {words}" for words in differing.values()]
     reasons += [f"although {name} {damage}" for name, damage in damages.items()]
@@ -193,7 +232,7 @@ def cursors_of(values: dict[str, Any], config: Train, path: Path) -> dict[str, C
 
     There is none in a checkpoint of an earlier version, and none of the checkpoint of another run.
     """
-    if path.resolve().parent.parent != config.run_dir.resolve():
+    if not is_of_run(path, config):
         return {}
     return {name: Cursor(**cursor) for name, cursor in values.get("logs", {}).items()}
 

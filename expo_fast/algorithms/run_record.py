@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expo_fast.cli.flags import dump_toml, from_toml, from_toml_text
-from expo_fast.config import ADJUSTABLE, Train
+from expo_fast.config import ADJUSTABLE, COMPARED_BY_CONTENT, ROUNDING, Train
 from expo_fast.reporting.runs import INEXACT
 from expo_fast.storage import checkpoint
 
@@ -33,8 +33,13 @@ class Recorded:
 
 
 def options_of(config: Train) -> str:
-    """Return the options that may not change on a resume, as TOML."""
+    """Return the options that a checkpoint has a copy of, as TOML."""
     return dump_toml(config, leave_out=ADJUSTABLE)
+
+
+def _fixed_options(config: Train) -> str:
+    """Return the options that a resume compares by their values, as TOML."""
+    return dump_toml(config, leave_out=(*ADJUSTABLE, *ROUNDING, *COMPARED_BY_CONTENT))
 
 
 def inexact_lines(reasons: Sequence[str]) -> str:
@@ -49,7 +54,7 @@ def read_record(run_dir: Path) -> Recorded | None:
     """
     record = run_dir / RECORD
     values = checkpoint.newest_values(run_dir)
-    copy = None if values is None else _copied(values, run_dir)
+    copy = None if values is None else copied_options(values, run_dir / "checkpoints")
     if not record.is_file():
         if copy is None:
             return None
@@ -64,19 +69,21 @@ def read_record(run_dir: Path) -> Recorded | None:
         else:
             advice = "copy it from a backup, or choose another --output-dir"
         raise ValueError(f"{error}; {advice}") from None
-    if copy is not None and options_of(config) != options_of(copy):
+    if copy is not None and _fixed_options(config) != _fixed_options(copy):
         return Recorded(copy, f"{record} differs from the copy in the newest checkpoint")
     return Recorded(config)
 
 
-def _copied(values: Mapping[str, Any], run_dir: Path) -> Train | None:
+def copied_options(values: Mapping[str, Any], source: Path) -> Train | None:
     """Return the options in the JSON values of a checkpoint. Earlier versions saved none.
 
     Return None for options that this version cannot read, such as those of a later version.
+
+    source: the path that errors name.
     """
     if OPTIONS not in values:
         return None
     try:
-        return from_toml_text(Train, values[OPTIONS], run_dir / "checkpoints")
+        return from_toml_text(Train, values[OPTIONS], source)
     except ValueError:
         return None

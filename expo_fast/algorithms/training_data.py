@@ -194,10 +194,12 @@ def check_numbers(config: Train, data: TrainingData) -> None:
     n_problems = len(data.problems)
     if n_problems < config.prompts_per_step:
         n_held_out = len(data.held_out) if data.notes else 0  # of these problems
+        without = f" without {config.n_shots} worked examples" if config.n_shots else ""
         beside = f" beside the {n_held_out} that are held out" if n_held_out else ""
+        advice = "; --eval-every 0 holds out none, as does --eval-data" if n_held_out else ""
         raise ValueError(
-            f"{in_words(config.data_sources)} has {n_problems} problems without {config.n_shots} "
-            f"worked examples: need at least prompts_per_step={config.prompts_per_step}{beside}"
+            f"{in_words(config.data_sources)} has {n_problems} problems{without}: need at least "
+            f"prompts_per_step={config.prompts_per_step}{beside}{advice}"
         )
 
 

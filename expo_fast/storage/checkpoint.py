@@ -154,6 +154,10 @@ def checked(path: Path) -> Path:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if (path / "checkpoints").is_dir():
+        raise ValueError(f"{path} is a run directory: name one of its checkpoints")
+    if not (path / MANIFEST).exists():
+        raise ValueError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
     reason = fault(path)
     if reason is not None:
         raise ValueError(f"checkpoint {path} is damaged: {reason}; resume from another one")

@@ -73,7 +73,10 @@ def read_config(folder: Path, check: CheckConfig) -> Any:
     """
     file = folder / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+        advice = ""
+        if (folder / "checkpoints").is_dir():
+            advice = "; it is a run directory: name one of its checkpoints"
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json{advice}")
     values = read_json(file)
     with reading(file):
         has_images = has_text_model(values)
