@@ -453,8 +453,8 @@ def lacks_evaluation(trainer: Trainer, saver: Saver, start: int) -> bool:
     """
     if start == 0:
         return trainer.eval_every > 0
-    if names_checkpoint(trainer.config):
-        return False
+    if trainer.origin is not None and trainer.origin.step == start:
+        return False  # the run that this one continues has evaluated it
     if start in saver.scores.evaluated:
         return False
     return is_due(start, trainer.eval_every, trainer.config.steps)

@@ -402,8 +402,8 @@ MUTATIONS = [
     Mutation(
         "a record that differs from its copy is believed",
         "expo_fast/algorithms/run_record.py",
-        "if copy is not None and options_of(config) != options_of(copy):",
-        "if copy is not None and options_of(config) is None:",
+        "if copy is not None and _fixed_options(config) != _fixed_options(copy):",
+        "if copy is not None and _fixed_options(config) is None:",
         "tests/test_resume.py",
     ),
     Mutation(

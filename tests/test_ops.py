@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expo_fast.kernels import reference
@@ -539,3 +540,10 @@ def test_a_bias_of_fp16_may_forbid_a_token():
     expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     assert torch.allclose(found.logp.double(), expected, atol=1e-5)
     assert bool(found.entropy.isfinite().all())
+
+
+def test_log_probs_have_a_shape_without_values():
+    """Tools that estimate memory run a model on fake tensors."""
+    with FakeTensorMode():
+        found = linear_logprob(torch.empty(8, 4), torch.empty(16, 4), torch.empty(8).long())
+    assert found.logp.shape == found.entropy.shape == (8,)

@@ -181,6 +181,51 @@ def test_a_repeated_branch_continues_from_its_own_checkpoints(model: Path, job: 
     assert not list((job / "branch/checkpoints").glob("*.bad-*"))
 
 
+def test_a_branch_knows_its_origin_without_its_record(model: Path, job: Path):
+    origin = run(model, job, steps=2) / "checkpoints/step-2"
+    branch = job / "branch"
+    more = f"--resume {origin} --output-dir {branch}"
+    run(model, job, steps=4, more=more)
+    run(model, job, steps=5, more=f"--output-dir {branch}")
+    (branch / RECORD).unlink()
+    run(model, job, steps=6, more=f"--resume {origin}/ --output-dir {branch}")
+    shutil.rmtree(origin)
+    run(model, job, steps=7, more=more)
+    assert [row["step"] for row in read_rows(branch / METRICS)] == [3, 4, 5, 6, 7]
+
+
+def test_a_branch_into_the_directory_of_another_run_is_refused(model: Path, job: Path):
+    other = job / "other"
+    run(model, job, steps=2, more=f"--output-dir {other}")
+    origin = run(model, job, steps=2) / "checkpoints/step-2"
+    before = (other / METRICS).read_bytes()
+    with pytest.raises(ValueError, match="holds a run that did not begin at"):
+        run(model, job, steps=4, more=f"--resume {origin} --output-dir {other}")
+    assert (other / METRICS).read_bytes() == before
+
+
+def test_a_run_without_an_undamaged_checkpoint_does_not_start_again_on_other_data(
+    model: Path, job: Path
+):
+    folder = run(model, job, steps=2)
+    weights = folder / "checkpoints/step-2/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    shutil.copy(job / "eval.jsonl", job / "other.jsonl")
+    before = (folder / METRICS).read_bytes()
+    with pytest.raises(ValueError, match=r"train_data=.*, and no checkpoint to resume from"):
+        run(model, job, steps=4, more=f"--train-data {job}/other.jsonl")
+    assert (folder / METRICS).read_bytes() == before
+
+
+def test_the_base_of_adapters_may_not_be_another_folder(model: Path, job: Path):
+    """The hash of the weights says nothing of the other values of its config.json."""
+    run(model, job, steps=2, more="--lora-rank 2")
+    shutil.copytree(model, job / "moved")
+    with pytest.raises(ValueError, match="holds a run with model="):
+        run(job / "moved", job, steps=4, more="--lora-rank 2")
+
+
 def test_a_branch_with_other_options_is_refused_or_marked(model: Path, job: Path):
     origin = run(model, job, steps=2) / "checkpoints/step-2"
     more = f"--resume {origin} --output-dir {job}/branch --learning-rate 0.5 --kl-coef 0"

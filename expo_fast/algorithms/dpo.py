@@ -124,14 +124,18 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
             earlier, _ = read_pairs(trainer, store, each)
             trainer.sampled_tokens += earlier["pairs/tokens"]
     if not every and not any(read_pairs(trainer, store, each)[1] for each in range(last)):
-        raise Collapsed(no_pair(config))
+        with world.agreed():
+            if world.is_main:
+                raise Collapsed(no_pair(config))
     return step
 
 
 def no_pair(config: Train) -> str:
     """Return why an offline run whose questions gave no pair cannot train."""
     chosen = "an accepted explanation" if config.samples_explanations else "a solution"
-    more = "--group-size or --n-explanations" if config.samples_explanations else "--group-size"
+    more = "--num-generations"
+    if config.samples_explanations:
+        more += " or --explanations-per-question"
     return (
         f"--method {config.method} made no pair for the questions of its {config.steps} steps: a "
         f"question needs a wrong attempt and {chosen}; increase {more}, or change the questions"

@@ -94,7 +94,10 @@ def check_same_run(config: Train, recorded: Train) -> None:
     """Raise ValueError if the configuration differs from the recorded one in a fixed option."""
     may_differ = (*ADJUSTABLE, *ROUNDING)
     if checkpoint.newest_values(config.run_dir) is not None:
+        # `check_checkpoint` compares contents. It cannot compare the base model of adapters.
         may_differ += COMPARED_BY_CONTENT
+        if config.lora_rank:
+            may_differ = tuple(name for name in may_differ if name != "model")
     for words in differing_options(config, recorded, may_differ).values():
         raise ValueError(f"{config.run_dir} holds a run with {words}: choose another --output-dir")
 
@@ -111,19 +114,8 @@ def differing_options(config: Train, recorded: Train, may_differ: Sequence[str])
 
 
 def names_checkpoint(config: Train) -> bool:
-    """Return whether the run continues from a checkpoint whose path is --resume.
-
-    A run in another directory than the checkpoint's does so once. The same command, as schedulers
-    repeat it, then continues from the run's own newest checkpoint.
-    """
-    if config.resume in ("auto", "never"):
-        return False
-    path = Path(config.resume)
-    if is_of_run(path, config):
-        return True
-    recorded = read_record(config.run_dir)
-    began_there = recorded is not None and recorded.config.resume == config.resume
-    return not (began_there and checkpoint.newest(config.run_dir) is not None)
+    """Return whether --resume is the path of a checkpoint."""
+    return config.resume not in ("auto", "never")
 
 
 def is_of_run(path: Path, config: Train) -> bool:
@@ -143,6 +135,8 @@ def restore(trainer: Trainer) -> Restored:
             path = find_checkpoint(trainer.config)
     path = world.broadcast(path)
     if path is None:
+        with world.agreed():
+            check_restart(trainer.config)
         return Restored()
     with world.agreed():
         values = check_checkpoint(trainer, path)
@@ -153,13 +147,47 @@ def restore(trainer: Trainer) -> Restored:
     return Restored(path, values["step"], cursors_of(values, trainer.config, path))
 
 
+def check_restart(config: Train) -> None:
+    """Raise ValueError if a run that starts again at step 0 has other data or another model."""
+    recorded = read_record(config.run_dir)
+    if recorded is None:
+        return
+    may_differ = (*ADJUSTABLE, *ROUNDING)
+    for words in differing_options(config, recorded.config, may_differ).values():
+        raise ValueError(
+            f"{config.run_dir} holds a run with {words}, and no checkpoint to resume from: choose "
+            "another --output-dir"
+        )
+
+
 def find_checkpoint(config: Train) -> Path | None:
     """Return the checkpoint to resume from, None if there is none. Its files have been hashed."""
     if config.resume == "never":
         return None
-    if names_checkpoint(config):
-        return checkpoint.checked(Path(config.resume))
-    return checkpoint.newest_to_resume(config.run_dir)
+    if config.resume == "auto":
+        return checkpoint.newest_to_resume(config.run_dir)
+    path = Path(config.resume)
+    if path.is_dir():
+        checkpoint.check_kind(path)
+    own = None if is_of_run(path, config) else checkpoint.newest_values(config.run_dir)
+    if own is not None:
+        # Schedulers repeat the command of a branch that was stopped.
+        origin = origin_of(own)
+        if origin is None or not origin.is_at(path):
+            raise ValueError(
+                f"{config.run_dir} holds a run that did not begin at {path}: choose another "
+                "--output-dir"
+            )
+        newest = checkpoint.newest_to_resume(config.run_dir)
+        if newest is not None:
+            return newest
+    return checkpoint.checked(path)
+
+
+def origin_of(values: Mapping[str, Any]) -> checkpoint.Origin | None:
+    """Return where the run began whose checkpoint has these JSON values."""
+    origin = values.get("origin")  # earlier versions did not record it
+    return None if origin is None else checkpoint.Origin(**origin)
 
 
 def check_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
@@ -199,6 +227,10 @@ def check_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
         )
     reasons = [f"with {words}" for words in differing.values()]
     reasons += [f"although {name} {damage}" for name, damage in damages.items()]
+    if is_of_run(path, config):
+        trainer.origin = origin_of(values)
+    else:
+        trainer.origin = checkpoint.Origin.at(path, values["step"])
     trainer.inexact = list(values.get("inexact", []))
     trainer.inexact += [f"resumed from step {values['step']} {reason}" for reason in reasons]
     return values
@@ -250,6 +282,7 @@ def values_to_save(
         "options": options_of(trainer.config),
         "logs": {name: asdict(cursor) for name, cursor in cursors.items()},
         "inexact": trainer.inexact,
+        "origin": None if trainer.origin is None else asdict(trainer.origin),
         "trainer": state,
     }
 

@@ -48,6 +48,7 @@ from expo_fast.modeling.sharding import ONE_PROCESS, Place, Sharded
 from expo_fast.reporting.timing import Phases
 from expo_fast.reward_functions import Reward, RewardError, TrainerState
 from expo_fast.runtime import interruptions
+from expo_fast.storage import checkpoint
 
 TextRows = list[dict[str, Any]]  # rows of completions/step-N.jsonl
 StepResult = tuple[Metrics, TextRows]
@@ -93,6 +94,8 @@ class Trainer:
     """The problems of the evaluations; empty if the run has no evaluations."""
     reward_source: str | None = None
     """A hash of the source of the user's reward functions, None if there is none."""
+    origin: checkpoint.Origin | None = None
+    """The checkpoint of another run that this run began at, if --resume named one."""
     inexact: list[str] = field(default_factory=list)
     """What differed from the run before at its resumes, each with the step. Empty: the run equals
     an uninterrupted one."""

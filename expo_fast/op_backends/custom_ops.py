@@ -78,7 +78,7 @@ def logprob(
     complete: bool,
     needs: list[bool],  # the fields of Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return logp, entropy and lse (N,), and three tensors for the backward.
+    """Return logp, entropy and lse (N,), and three tensors for the backward, if there is one.
 
     These are (K, 4) fp64 with logp, entropy, lse and log_total of the K selected rows; their (K,)
     indices, which are empty if all rows are selected; and `Forward.kept`, which is empty if nothing
@@ -99,15 +99,20 @@ def logprob(
         log_total = torch.zeros_like(results.logp)
     if kept is None:
         kept = hidden.new_empty(0, dtype=torch.uint8)
+    exact = hidden.new_empty(0, 4, dtype=torch.float64)
+    indices = targets.new_empty(0, dtype=torch.int64)
+    if any(needs):
+        exact = torch.stack([*results, log_total]).double().T.contiguous()
+        if rows is not None:
+            indices = rows
     n = len(targets)
-    exact = torch.stack([*results, log_total]).double()
     results = results.to(head.dtype)
     return (
         among_all_rows(results.logp, rows, n),
         among_all_rows(results.entropy, rows, n),
         among_all_rows(results.lse, rows, n),
-        exact.T.contiguous(),
-        targets.new_empty(0, dtype=torch.int64) if rows is None else rows,
+        exact,
+        indices,
         kept,
     )
 
@@ -117,9 +122,11 @@ def _(hidden, weight, bias, targets, *others):
     *_, complete, needs = others
     new_size = torch.library.get_ctx().new_dynamic_size
     scalar = _fake_scalar(hidden, weight)
-    n_selected = targets.shape[0] if complete else new_size()
-    n_indices = 0 if complete else new_size()
-    n_kept = new_size() if any(needs) else 0
+    n_selected = n_indices = n_kept = 0
+    if any(needs):
+        n_selected = targets.shape[0] if complete else new_size()
+        n_indices = 0 if complete else new_size()
+        n_kept = new_size()
     return (
         scalar.new_empty(targets.shape),
         scalar.new_empty(targets.shape),

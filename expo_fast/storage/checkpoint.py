@@ -23,6 +23,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,7 @@ def checked(path: Path) -> Path:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    if (path / "checkpoints").is_dir():
-        raise ValueError(f"{path} is a run directory: name one of its checkpoints")
-    if not (path / MANIFEST).exists():
-        raise ValueError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
+    check_kind(path)
     reason = fault(path)
     if reason is not None:
         raise ValueError(f"checkpoint {path} is damaged: {reason}; resume from another one")
@@ -165,6 +163,14 @@ def checked(path: Path) -> Path:
     if reason is not None:
         raise ValueError(f"checkpoint {path} cannot be resumed: {reason}; resume from another one")
     return path
+
+
+def check_kind(folder: Path) -> None:
+    """Raise ValueError for a folder that is no checkpoint."""
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder} is a run directory: name one of its checkpoints")
+    if not (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
 
 
 def fault(path: Path, *, contents: bool = True) -> str | None:
@@ -359,6 +365,26 @@ def _write_manifest(folder: Path, step: int) -> None:
 def _files(folder: Path) -> list[Path]:
     """Return all files of a folder and its subfolders, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint at which a run began that continues another run."""
+
+    path: str  # absolute
+    step: int
+    manifest: str  # the SHA-256 of its manifest, which has the hashes of all files
+
+    @classmethod
+    def at(cls, path: Path, step: int) -> "Origin":
+        return cls(str(path.resolve()), step, _sha256(path / MANIFEST))
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether this is the checkpoint at `path`, or was, if that was deleted."""
+        manifest = path / MANIFEST
+        if manifest.exists():
+            return self.manifest == _sha256(manifest)
+        return self.path == str(path.resolve())
 
 
 def _sha256(path: Path) -> str:
