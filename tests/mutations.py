@@ -162,7 +162,7 @@ MUTATIONS = [
     Mutation(
         "the log-probs of ranking are of another text",
         "expo_fast/algorithms/logprobs.py",
-        "self.values[sample.prompt_ids, sample.completion_ids] = values",
+        "self.values[sample.prompt_ids, sample.completion_ids] = values.clone()",
         "self.values[sample.prompt_ids, sample.completion_ids] = values - 1",
         "tests/test_diagnostics.py",
     ),
