@@ -123,11 +123,20 @@ def make_round(trainer: Trainer, store: PairStore, step: int, phases: Phases) ->
             # An earlier process of this run made these pairs.
             earlier, _ = read_pairs(trainer, store, each)
             trainer.sampled_tokens += earlier["pairs/tokens"]
-    if not every and not any(read_pairs(trainer, store, each)[1] for each in range(last)):
-        with world.agreed():
-            if world.is_main:
-                raise Collapsed(no_pair(config))
+    if not every:
+        check_pairs_of_steps(trainer, store, last)
     return step
+
+
+def check_pairs_of_steps(trainer: Trainer, store: PairStore, n_steps: int) -> None:
+    """Raise Collapsed if no step of an offline run has a pair."""
+    for step in range(n_steps):
+        _, pairs = read_pairs(trainer, store, step)
+        if pairs:
+            return
+    with trainer.world.agreed():
+        if trainer.world.is_main:
+            raise Collapsed(no_pair(trainer.config))
 
 
 def no_pair(config: Train) -> str:
